@@ -1,0 +1,40 @@
+# Each target does all the set-up it needs. PYTHON is any Python 3.11-3.13.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo seeds test test-slow lint format clean
+
+install: $(STAMP)
+
+# torch first: with it in place, nothing below pulls in another build of it.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python trainer/demo.py
+
+# The README's three runs, each beside continued SFT for the same seconds.
+seeds: $(STAMP)
+	for seed in 0 1 2; do $(BIN)/python trainer/demo.py --seed $$seed --continued_sft --output_dir out/seeds/$$seed || exit 1; done
+
+test: $(STAMP)
+	$(BIN)/pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
