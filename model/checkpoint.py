@@ -1,0 +1,100 @@
+"""Hugging Face checkpoints in and out: config.json and safetensors, one file or sharded."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Qwen2VLConfig
+
+from .qwen2vl import Qwen2VL
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# transformers nests the towers since 4.52; the published files, and what we write, do not.
+NESTED = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+def _published(name: str) -> str:
+    for nested, flat in NESTED:
+        if name.startswith(nested):
+            return flat + name[len(nested) :]
+    return name
+
+
+def read_config(folder) -> Qwen2VLConfig:
+    """The folder's config.json; a ValueError when it is missing or of another model."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json; --model must name a folder with a Qwen2-VL checkpoint.")
+    kind = json.loads(path.read_text()).get("model_type")
+    if kind != "qwen2_vl":
+        raise ValueError(f"{path} is of model_type {kind!r}; boxgrpo trains 'qwen2_vl' (Qwen2-VL 2B, 7B, 72B).")
+    return Qwen2VLConfig.from_pretrained(folder)
+
+
+def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2VL:
+    """Read a checkpoint, in either key layout, tied or untied, sharded or not.
+
+    Raises:
+        ValueError: files missing, or weights that do not fit the config, with their names.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Qwen2VL(config)
+    state = {}
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
+                state[_published(name)] = file.get_tensor(name).to(dtype)
+    if model.lm_head is None:
+        state.pop("lm_head.weight", None)  # some writers store the tied head twice
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(s)}" for n, s in expected.items() if n in state and state[n].shape != s]
+    if missing or surplus or wrong:
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json. Missing: {missing[:3] or 'none'} ({len(missing)}); "
+            f"unknown: {surplus[:3] or 'none'} ({len(surplus)}); wrong shape: {wrong[:3] or 'none'} ({len(wrong)}). "
+            "Check that config.json and the safetensors files are of the same model."
+        )
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder / INDEX} names a file outside its folder; refused.")
+        files = [folder / name for name in names]
+    else:
+        files = [folder / SINGLE]
+    absent = [f.name for f in files if not f.is_file()]
+    if absent:
+        raise ValueError(f"{folder} lacks {absent}; a checkpoint holds {SINGLE}, or {INDEX} and all its shards.")
+    return files
+
+
+def save_model(model: Qwen2VL, folder, *, max_shard_size: str | int = "5GB", dtype: torch.dtype | None = None) -> None:
+    """Write config.json and the weights under the published names, which `from_pretrained` and vLLM read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in model.state_dict().items()}
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    for name, keys in split.filename_to_tensors.items():
+        # Aside, then renamed: a kill leaves the old file or the new one.
+        save_file({k: state[k] for k in keys}, folder / f".{name}", metadata={"format": "pt"})
+        os.replace(folder / f".{name}", folder / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    model.config.architectures = ["Qwen2VLForConditionalGeneration"]
+    model.config.dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)

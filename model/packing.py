@@ -1,0 +1,203 @@
+"""`PackedBatch`: prompts and completions in one row of tokens, without padding (DESIGN section 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prompt:
+    """One prompt, ready for the model. P tokens, p patches, I images."""
+
+    input_ids: Tensor  # (P) int64
+    position_ids: Tensor  # (3, P) int64
+    pixel_values: Tensor | None  # (p, 1176) fp32
+    image_grid_thw: Tensor  # (I, 3) int64
+
+
+@dataclass
+class Conversation(Prompt):
+    """A prompt with its answers. `loss_mask` is True on every token to be learned."""
+
+    loss_mask: Tensor  # (P) bool
+
+
+@dataclass
+class Group:
+    """A prompt, its number in the step, and the sampled completions that share it."""
+
+    prompt: Prompt
+    completions: Sequence[Tensor]  # each (C_i) int64
+    group_id: int = 0
+    image_embeds: Tensor | None = None  # (p / 4, H): the tower's output, when it is at hand
+
+
+@dataclass
+class PackedBatch:
+    """One row of T tokens in S segments; N of them are scored; BG completions (SFT: examples)."""
+
+    input_ids: Tensor  # (T) int64
+    position_ids: Tensor  # (3, T) int64
+    cu_seqlens: Tensor  # (S+1) int32, offsets of the segments into T
+    parent: Tensor  # (S) int32, the prompt segment that this one also attends to; -1: none
+    kv_index: Tensor  # (T_kv) int64, rows of T whose keys the segments read, one after the other
+    cu_seqlens_k: Tensor  # (S+1) int32, offsets of the segments into T_kv
+    max_q: int  # longest segment
+    max_k: int  # longest key run
+    predict_from: Tensor  # (N) int64, row of T whose hidden state predicts scored token n
+    targets: Tensor  # (N) int64
+    completion_cu: Tensor  # (BG+1) int32, offsets of the completions into N
+    group_ids: Tensor | None  # (BG) int64, prompt of each completion; None for SFT
+    image_rows: Tensor  # (P/4) int64, rows of T that hold image tokens
+    pixel_values: Tensor | None  # (P, 1176); None when the embeddings are given
+    image_embeds: Tensor | None  # (P/4, H)
+    image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
+    trees: tuple[tuple[int, int, tuple[int, ...]], ...]  # (first row, prompt length, completion lengths), as Python ints
+    advantages: Tensor | None = None  # (BG) fp32
+    weights: Tensor | None = None  # (BG) fp32, difficulty weight
+    old_logps: Tensor | None = None  # (N) fp32, nats at the sampling temperature
+    ref_logps: Tensor | None = None  # (N) fp32
+
+    def to(self, device) -> "PackedBatch":
+        """The same batch with its tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "image_grid_thw"
+        }
+        return replace(self, **moved)
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def _cat(tensors: Sequence[Tensor], empty: Tensor) -> Tensor:
+    return torch.cat(list(tensors)) if tensors else empty
+
+
+def _pack(
+    segments: list[Tensor],
+    positions: list[Tensor],
+    parents: list[int],
+    trees: list[tuple[int, int, tuple[int, ...]]],
+    prompts: Sequence[Prompt],
+    image_token_id: int,
+    image_embeds: Tensor | None,
+    **scored,
+) -> PackedBatch:
+    none = torch.empty(0, dtype=torch.int64)
+    lengths = [len(s) for s in segments]
+    cu_seqlens = _offsets(lengths)
+    starts = cu_seqlens.tolist()
+    runs = [torch.arange(starts[i], starts[i + 1]) for i in range(len(segments))]
+    keys = [run if p < 0 else torch.cat((runs[p], run)) for run, p in zip(runs, parents, strict=True)]
+    input_ids = _cat(segments, none)
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.cat(positions, 1) if positions else none.expand(3, 0),
+        cu_seqlens=cu_seqlens,
+        parent=torch.tensor(parents, dtype=torch.int32),
+        kv_index=_cat(keys, none),
+        cu_seqlens_k=_offsets([len(k) for k in keys]),
+        max_q=max(lengths, default=0),
+        max_k=max((len(k) for k in keys), default=0),
+        image_rows=(input_ids == image_token_id).nonzero()[:, 0],
+        pixel_values=torch.cat(pixels) if pixels and image_embeds is None else None,
+        image_embeds=image_embeds,
+        image_grid_thw=_cat([p.image_grid_thw for p in prompts], none.view(0, 3)),
+        trees=tuple(trees),
+        **scored,
+    )
+
+
+def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
+    """Pack prompts with their completions; every completion token is scored. No groups: an empty batch."""
+    segments, positions, parents, trees = [], [], [], []
+    predict_from, group_ids, lengths = [], [], []
+    row = 0
+    for group in groups:
+        prompt, completions = group.prompt, group.completions
+        prompt_length = len(prompt.input_ids)
+        parent = len(segments)
+        trees.append((row, prompt_length, tuple(len(c) for c in completions)))
+        segments.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        parents.append(-1)
+        last_row = row + prompt_length - 1
+        row += prompt_length
+        next_position = int(prompt.position_ids.max()) + 1
+        for completion in completions:
+            count = len(completion)
+            assert count > 0, "a completion has at least its end token"
+            segments.append(completion)
+            positions.append(torch.arange(next_position, next_position + count).expand(3, -1))
+            parents.append(parent)
+            predict_from.append(torch.cat((torch.tensor([last_row]), torch.arange(row, row + count - 1))))
+            group_ids.append(group.group_id)
+            lengths.append(count)
+            row += count
+    embeds = [g.image_embeds for g in groups if g.image_embeds is not None]
+    none = torch.empty(0, dtype=torch.int64)
+    return _pack(
+        segments,
+        positions,
+        parents,
+        trees,
+        [g.prompt for g in groups],
+        image_token_id,
+        torch.cat(embeds) if embeds else None,
+        predict_from=_cat(predict_from, none),
+        targets=_cat([c for g in groups for c in g.completions], none),
+        completion_cu=_offsets(lengths),
+        group_ids=torch.tensor(group_ids, dtype=torch.int64),
+    )
+
+
+def pack_conversations(conversations: Sequence[Conversation], *, image_token_id: int) -> PackedBatch:
+    """Pack SFT examples, one segment each; the tokens under `loss_mask` are scored, over all turns."""
+    trees, predict_from, targets, lengths = [], [], [], []
+    row = 0
+    for c in conversations:
+        learned = c.loss_mask[1:].nonzero()[:, 0]  # the first token has nothing before it to be predicted from
+        trees.append((row, len(c.input_ids), ()))
+        predict_from.append(learned + row)
+        targets.append(c.input_ids[learned + 1])
+        lengths.append(len(learned))
+        row += len(c.input_ids)
+    none = torch.empty(0, dtype=torch.int64)
+    return _pack(
+        [c.input_ids for c in conversations],
+        [c.position_ids for c in conversations],
+        [-1] * len(trees),
+        trees,
+        conversations,
+        image_token_id,
+        None,
+        predict_from=_cat(predict_from, none),
+        targets=_cat(targets, none),
+        completion_cu=_offsets(lengths),
+        group_ids=None,
+    )
+
+
+def plan_packs(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of the items, longest first, laid into packs whose summed cost stays within `budget`.
+
+    First-fit decreasing. An item above the budget gets a pack of its own: refusing it is the caller's choice.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        for pack, left in enumerate(room):
+            if costs[index] <= left:
+                packs[pack].append(index)
+                room[pack] -= costs[index]
+                break
+        else:
+            packs.append([index])
+            room.append(budget - costs[index])
+    return packs

@@ -1,0 +1,85 @@
+"""Rotary positions: three axes for the decoder (M-RoPE, Qwen2-VL section 2.1), two for the vision tower."""
+
+import torch
+from torch import Tensor
+
+
+def mrope_position_ids(
+    input_ids: Tensor, image_grid_thw: Tensor | None, *, image_token_id: int, spatial_merge_size: int = 2
+) -> Tensor:
+    """Temporal, height and width position of every token of one sequence.
+
+    Text counts on from the largest position so far on all three axes; an image spreads over its merged grid.
+
+    Args:
+        input_ids: (P) int64; each image is one run of `image_token_id`, t·h·w / merge² tokens long.
+        image_grid_thw: (I, 3) int64, patches per image before the merge; None for text alone.
+
+    Returns:
+        (3, P) int64, equal to transformers' `get_rope_index`.
+
+    Raises:
+        ValueError: when the image tokens and the grids do not tell the same story.
+    """
+    grids = [] if image_grid_thw is None else image_grid_thw.tolist()
+    ids = input_ids.tolist()
+    merged = [(t, h // spatial_merge_size, w // spatial_merge_size) for t, h, w in grids]
+    wanted = sum(t * h * w for t, h, w in merged)
+    found = ids.count(image_token_id)
+    if wanted != found:
+        raise ValueError(
+            f"{found} image tokens in the prompt but {len(grids)} images of {wanted} tokens; "
+            "each image needs t*h*w/merge**2 of them. Build prompts with Processor."
+        )
+    positions = torch.empty(3, len(ids), dtype=torch.int64)
+    row = position = 0
+    for t, h, w in merged:
+        start = ids.index(image_token_id, row)
+        positions[:, row:start] = torch.arange(position, position + start - row)
+        position += start - row
+        grid = torch.stack(torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij"))
+        row = start + t * h * w
+        positions[:, start:row] = grid.reshape(3, -1) + position
+        position += max(h, w)
+    positions[:, row:] = torch.arange(position, position + len(ids) - row)
+    return positions
+
+
+def mrope(position_ids: Tensor, *, head_dim: int, theta: float, sections: list[int]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the decoder's rotation, (T, 1, head_dim / 2) fp32 each, for positions (3, T).
+
+    `sections` says how many frequencies, from the highest down, follow the temporal, height and width axis.
+    """
+    device = position_ids.device
+    axis = torch.repeat_interleave(
+        torch.arange(3, device=device), torch.tensor(sections, device=device), output_size=head_dim // 2
+    )
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = position_ids[axis].T.float() * frequencies  # (T, head_dim / 2)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def vision_rope(image_grid_thw: Tensor, *, head_dim: int, theta: float, spatial_merge_size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the vision tower's rotation, (P, 1, head_dim / 2) fp32 each.
+
+    Patches stand in the image processor's order, merge blocks first; half of the frequencies turn with the row and half
+    with the column.
+    """
+    m = spatial_merge_size
+    coordinates = []
+    for t, h, w in image_grid_thw.tolist():
+        grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)  # (h, w, 2)
+        blocks = grid.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(-1, 2)
+        coordinates.append(blocks.repeat(t, 1))
+    coordinates = torch.cat(coordinates).float()  # (P, 2)
+    half = head_dim // 2
+    frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
+    angles = (coordinates[:, :, None] * frequencies).flatten(1)  # (P, head_dim / 2): rows, then columns
+    angles = angles.to(image_grid_thw.device)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (T, heads, head_dim) by (T, 1, head_dim / 2), pairing element i with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
