@@ -33,6 +33,8 @@ class PackedAttention:
         self.masks: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.batch.trees:  # no rows, but every projection stays in the graph: its gradient is zero, not missing
+            return q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         backend = pick_backend(q) if self.backend == "auto" else self.backend
         if backend == "sdpa":
             return self._trees(q, k, v)
@@ -48,27 +50,23 @@ class PackedAttention:
         """
         if not self.batch.trees:
             return q
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (heads, T, d)
+        lengths = [n for _, prompt, completions in self.batch.trees for n in (prompt, *completions)]
+        # One split, not a slice a tree: the backward of a slice writes a gradient of the whole row.
+        segments = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
         out = []
-        for start, prompt, completions in self.batch.trees:
-            stop = start + prompt
-            here = slice(start, stop)
-            out.append(sdpa(q[None, :, here], k[None, :, here], v[None, :, here], causal=True)[0])
+        for _, prompt, completions in self.batch.trees:
+            prompt_q, prompt_k, prompt_v = next(segments)  # (1, heads, P, d)
+            out.append(sdpa(prompt_q, prompt_k, prompt_v, causal=True))
             if not completions:
                 continue
-            longest, end = max(completions), stop + sum(completions)
-
-            def padded(x, stop=stop, end=end, completions=completions):  # (heads, T, d) -> (G, heads, C, d)
-                parts = [part.transpose(0, 1) for part in x[:, stop:end].split(completions, dim=1)]
-                return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
-
-            def keys(x, here=here, padded=padded, completions=completions):  # prompt's, then own
-                return torch.cat((x[None, :, here].expand(len(completions), -1, -1, -1), padded(x)), dim=2)
-
-            mask = self._bottom_right(longest, prompt + longest, q.device)
-            mixed = sdpa(padded(q), keys(k), keys(v), mask=mask)  # (G, heads, C, d)
-            out += [mixed[i, :, :count] for i, count in enumerate(completions)]
-        return torch.cat(out, dim=1).transpose(0, 1)
+            own = zip(*(next(segments) for _ in completions), strict=True)
+            longest = max(completions)
+            own_q, own_k, own_v = (torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in t]) for t in own)
+            keys = torch.cat((prompt_k.expand(len(completions), -1, -1, -1), own_k), dim=2)  # (G, heads, P + C, d)
+            values = torch.cat((prompt_v.expand(len(completions), -1, -1, -1), own_v), dim=2)
+            mixed = sdpa(own_q, keys, values, mask=self._bottom_right(longest, prompt + longest, q.device))
+            out += [x[:, :, :n] for x, n in zip(mixed.split(1), completions, strict=True)]
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
 
     def _bottom_right(self, queries: int, keys: int, device) -> Tensor:
         """(queries, keys) bool: query i sees the keys up to keys - queries + i. SDPA's own `is_causal` is top-left."""
@@ -80,7 +78,8 @@ class PackedAttention:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """SDPA of (B, heads, Q, d) with (B, kv_heads, K, d)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
 
 def varlen(

@@ -26,14 +26,21 @@ def _published(name: str) -> str:
 
 
 def read_config(folder) -> Qwen2VLConfig:
-    """The folder's config.json; a ValueError when it is missing or of another model."""
+    """The folder's config.json; a ValueError when it is missing, of another model, or asks for what is not built."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; --model must name a folder with a Qwen2-VL checkpoint.")
     kind = json.loads(path.read_text()).get("model_type")
     if kind != "qwen2_vl":
         raise ValueError(f"{path} is of model_type {kind!r}; boxgrpo trains 'qwen2_vl' (Qwen2-VL 2B, 7B, 72B).")
-    return Qwen2VLConfig.from_pretrained(folder)
+    config = Qwen2VLConfig.from_pretrained(folder)
+    text = config.text_config
+    if text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
+        raise ValueError(
+            f"{path} asks for rope_type {text.rope_parameters['rope_type']!r} and use_sliding_window "
+            f"{text.use_sliding_window}; only plain M-RoPE and full attention are built. Use the published config.json."
+        )
+    return config
 
 
 def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2VL:
@@ -55,7 +62,8 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
         state.pop("lm_head.weight", None)  # some writers store the tied head twice
     expected = {name: p.shape for name, p in model.named_parameters()}
     missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(s)}" for n, s in expected.items() if n in state and state[n].shape != s]
+    misfits = sorted(n for n in expected.keys() & state.keys() if state[n].shape != expected[n])
+    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(expected[n])}" for n in misfits]
     if missing or surplus or wrong:
         raise ValueError(
             f"{folder}: the weights do not fit config.json. Missing: {missing[:3] or 'none'} ({len(missing)}); "
@@ -67,7 +75,7 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # with both, transformers reads the single file
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{folder / INDEX} names a file outside its folder; refused.")
@@ -95,6 +103,10 @@ def save_model(model: Qwen2VL, folder, *, max_shard_size: str | int = "5GB", dty
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     else:
         (folder / INDEX).unlink(missing_ok=True)
+    # An earlier save's weights would be read with these (vLLM) or before them (transformers).
+    for stale in {folder / SINGLE, *folder.glob("model-?????-of-?????.safetensors")}:
+        if stale.name not in split.filename_to_tensors:
+            stale.unlink(missing_ok=True)
     model.config.architectures = ["Qwen2VLForConditionalGeneration"]
     model.config.dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)

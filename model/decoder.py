@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .rope import mrope, rotate
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q (T, heads, d), k, v (T, kv_heads, d)) -> (T, heads, d)
+# (layer, q (T, heads, d), k and v (T, kv_heads, d)) -> (T, heads, d)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):

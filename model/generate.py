@@ -109,11 +109,17 @@ def generate(
         image_embeds: B results of `embed_images`; None runs the tower here.
         temperature: 0 is greedy.
         forbidden: (F) int64 ids never sampled, vision tokens above all.
+
+    Raises:
+        ValueError: no prompts, or not one serial number for each.
     """
+    if not prompts or len(prompts) != len(prompt_ids):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(prompt_ids)} prompt_ids; generate takes at least one prompt and a serial "
+            "number for each. Pass prompt_ids of the same length."
+        )
     device = model.device
-    groups = [
-        Group(p, (), i, None if image_embeds is None else image_embeds[i]) for i, p in enumerate(prompts)
-    ]
+    groups = [Group(p, (), i, None if image_embeds is None else image_embeds[i]) for i, p in enumerate(prompts)]
     batch = pack_groups(groups, image_token_id=model.config.image_token_id).to(device)
     prefill = Prefill(batch)
     hidden = model.hidden(batch, prefill)

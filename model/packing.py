@@ -54,7 +54,7 @@ class PackedBatch:
     pixel_values: Tensor | None  # (P, 1176); None when the embeddings are given
     image_embeds: Tensor | None  # (P/4, H)
     image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
-    trees: tuple[tuple[int, int, tuple[int, ...]], ...]  # (first row, prompt length, completion lengths), as Python ints
+    trees: tuple[tuple[int, int, tuple[int, ...]], ...]  # (first row, prompt length, completion lengths)
     advantages: Tensor | None = None  # (BG) fp32
     weights: Tensor | None = None  # (BG) fp32, difficulty weight
     old_logps: Tensor | None = None  # (N) fp32, nats at the sampling temperature

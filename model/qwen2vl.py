@@ -48,10 +48,11 @@ class Qwen2VL(nn.Module):
     def hidden(self, batch: PackedBatch, attend: Attend) -> Tensor:
         """Hidden states of all rows: (T, H)."""
         x = self.model.embed_tokens(batch.input_ids)
-        if len(batch.image_rows):
-            images = batch.image_embeds
-            if images is None:
-                images = self.visual(batch.pixel_values, batch.image_grid_thw)
+        images = batch.image_embeds
+        # A trained tower runs without images too: engines that shard parameters meet in every module of every pack.
+        if images is None and (len(batch.image_rows) or next(self.visual.parameters()).requires_grad):
+            images = self.visual(batch.pixel_values, batch.image_grid_thw)
+        if images is not None:
             x = x.index_copy(0, batch.image_rows, images.to(x.dtype))
         return self.model(x, batch.position_ids, attend)
 

@@ -35,6 +35,12 @@ def mrope_position_ids(
     row = position = 0
     for t, h, w in merged:
         start = ids.index(image_token_id, row)
+        run = ids[start : start + t * h * w].count(image_token_id)
+        if run != t * h * w:
+            raise ValueError(
+                f"{run} image tokens in a row at token {start} for an image of {t * h * w}; grids must stand in the "
+                "order of their images. Build prompts with Processor."
+            )
         positions[:, row:start] = torch.arange(position, position + start - row)
         position += start - row
         grid = torch.stack(torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij"))
@@ -59,14 +65,16 @@ def mrope(position_ids: Tensor, *, head_dim: int, theta: float, sections: list[i
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
-def vision_rope(image_grid_thw: Tensor, *, head_dim: int, theta: float, spatial_merge_size: int) -> tuple[Tensor, Tensor]:
+def vision_rope(
+    image_grid_thw: Tensor, *, head_dim: int, theta: float, spatial_merge_size: int
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the vision tower's rotation, (P, 1, head_dim / 2) fp32 each.
 
     Patches stand in the image processor's order, merge blocks first; half of the frequencies turn with the row and half
     with the column.
     """
     m = spatial_merge_size
-    coordinates = []
+    coordinates = [torch.empty(0, 2, dtype=torch.int64)]
     for t, h, w in image_grid_thw.tolist():
         grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)  # (h, w, 2)
         blocks = grid.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(-1, 2)

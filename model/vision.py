@@ -9,7 +9,7 @@ from .rope import rotate, vision_rope
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution by its weight's shape (E, 3, 2, 14, 14), a matrix product by what it does: its stride is its kernel."""
+    """A convolution by its weight's shape (E, 3, 2, 14, 14), a matrix product by what it does: stride equals kernel."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1))
@@ -23,12 +23,14 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # Rotation in fp32, as the original does: at low precision neighbouring positions would merge.
         q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
         return self.proj(self._attend(q, k, v, lengths).reshape(x.shape))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        if not lengths:  # no images: the projections stay in the graph all the same
+            return q + k + v
         backend = pick_backend(q)
         if backend != "sdpa":
             cu = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32, non_blocking=True)
@@ -78,7 +80,7 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.width))
+        return self.mlp(self.ln_q(x).view(x.numel() // self.width, self.width))
 
 
 class PatchEmbed(nn.Module):
@@ -101,17 +103,20 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor | None, image_grid_thw: Tensor) -> Tensor:
         """Image embeddings.
 
         Args:
-            pixel_values: (P, 1176) normalised patches, all images one after the other.
+            pixel_values: (P, 1176) normalised patches, all images one after the other; None: no images.
             image_grid_thw: (I, 3) int64 on the CPU, patches per image.
 
         Returns:
             (P / 4, H) in the tower's dtype.
         """
         c = self.config
+        if pixel_values is None:
+            assert len(image_grid_thw) == 0, "images without pixel values or embeddings"
+            pixel_values = self.merger.ln_q.weight.new_empty(0, c.in_channels * c.temporal_patch_size * c.patch_size**2)
         theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
         cos, sin = vision_rope(
             image_grid_thw,

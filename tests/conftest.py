@@ -1,5 +1,6 @@
 """Fixtures shared by the test files."""
 
+import functools
 import os
 import pathlib
 
@@ -15,3 +16,84 @@ def shared():
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data at {folder}; set BOXGRPO_SHARED")
     return folder
+
+
+SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL_IDS = {token: 100 + i for i, token in enumerate(SPECIAL)}
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """twins(kind) -> (Qwen2VL, Qwen2VLForConditionalGeneration) with the same random fp32 weights.
+
+    Kinds: "tiny" (tied head) and "published" (the published ratios: head_dim 128, sections 16, 24, 24, rope_theta 1e6,
+    untied head). Both have two query heads to a key head, two layers and two vision blocks.
+    """
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from boxgrpo.model.checkpoint import load_model
+    from boxgrpo.model.tiny import tiny_config
+
+    @functools.cache
+    def make(kind):
+        if kind == "tiny":
+            config = tiny_config(160, SPECIAL_IDS, hidden_size=64, layers=2, vision_width=64)
+        else:
+            config = tiny_config(
+                160, SPECIAL_IDS, hidden_size=512, layers=2, vision_width=64, theta=1e6, initializer_range=0.02
+            )
+            config.tie_word_embeddings = False
+        theirs = Qwen2VLForConditionalGeneration(config).eval()
+        g = torch.Generator().manual_seed(0)
+        for _, parameter in sorted(theirs.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=g)
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * noise  # biases 0 and norms 1 would hide a forgotten one
+            else:
+                parameter.data = noise * config.text_config.initializer_range
+        folder = tmp_path_factory.mktemp(kind)
+        theirs.save_pretrained(folder)
+        return load_model(folder), theirs
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_prompt():
+    """make_prompt(grids, words=6, seed=0): images between <|vision_start|> and <|vision_end|>, then random words."""
+    import torch
+
+    from boxgrpo.model.packing import Prompt
+    from boxgrpo.model.rope import mrope_position_ids
+
+    def make(grids, words=6, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        image = SPECIAL_IDS["<|image_pad|>"]
+        ids = []
+        for t, h, w in grids:
+            word = int(torch.randint(100, (1,), generator=g))
+            pads = [image] * (t * h * w // 4)
+            ids += [word, SPECIAL_IDS["<|vision_start|>"], *pads, SPECIAL_IDS["<|vision_end|>"]]
+        ids = torch.tensor(ids + torch.randint(100, (words,), generator=g).tolist())
+        grids = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+        pixels = torch.randn(int(grids.prod(1).sum()), 1176, generator=g) if len(grids) else None
+        return Prompt(ids, mrope_position_ids(ids, grids, image_token_id=image), pixels, grids)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hf_logits():
+    """hf_logits(theirs, prompt, completion=None): (P + C, V) logits of one whole sequence by transformers."""
+    import torch
+
+    def logits(theirs, prompt, completion=None):
+        ids = prompt.input_ids if completion is None else torch.cat((prompt.input_ids, completion))
+        images = {}
+        if len(prompt.image_grid_thw):
+            images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+        types = (ids == SPECIAL_IDS["<|image_pad|>"]).int()
+        return theirs(input_ids=ids[None], mm_token_type_ids=types[None], **images).logits[0]
+
+    return logits

@@ -1,0 +1,73 @@
+"""Group-relative advantages and difficulty weights."""
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, accumulation_dtype, check_backend, check_tensor
+
+DIFFICULTIES = ("exp", "power", "log", "none")
+SCALES = ("group", "batch", "none")
+LEAST_MIOU = 0.02  # below it the "log" weight stays at -ln 0.02 = 3.9
+
+
+def group_advantages(
+    rewards: Tensor,
+    accuracy: Tensor,
+    *,
+    difficulty: str = "exp",
+    scale: str = "group",
+    eps: float = 1e-4,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages within each group of G completions, and the group's difficulty weight (UniVG-R1; DESIGN section 3).
+
+    Args:
+        rewards: (B, G) float, G at least 2.
+        accuracy: (B, G) float, IoU of each completion, 0-1.
+        difficulty: phi of the group's mean IoU m: "exp" exp(1-m), "power" (1-m)^2, "log" -ln max(m, 0.02), "none" 1.
+        scale: divide r - mean(r) by std + eps of the "group" or of the whole "batch", or by nothing ("none").
+            The std is the sample one (ddof 1).
+
+    Returns:
+        advantages (B, G), weights phi (B) and mIoU (B), fp32 (fp64 for fp64 inputs). Equal rewards in a group give
+        advantages of exactly 0.
+
+    Raises:
+        ValueError: a group of fewer than 2, an unknown option, shapes or dtypes that do not fit.
+    """
+    check_backend("group_advantages", backend, rewards)
+    check_tensor("rewards", rewards, (None, None), FLOATS)
+    check_tensor("accuracy", accuracy, tuple(rewards.shape), FLOATS)
+    if rewards.shape[1] < 2:
+        raise ValueError(f"num_generations is {rewards.shape[1]}; a group needs at least 2. Raise --num_generations.")
+    if difficulty not in DIFFICULTIES:
+        raise ValueError(f"difficulty is {difficulty!r}; it is one of {', '.join(DIFFICULTIES)}.")
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}; it is one of {', '.join(SCALES)}.")
+    return group_advantages_torch(rewards, accuracy, difficulty, scale, eps)
+
+
+def group_advantages_torch(
+    rewards: Tensor, accuracy: Tensor, difficulty: str, scale: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of `group_advantages`."""
+    dtype = accumulation_dtype(rewards, accuracy)
+    rewards, accuracy = rewards.to(dtype), accuracy.to(dtype)
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale != "none" and rewards.numel():
+        std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
+        advantages = advantages / (std + eps)
+    # The mean of eight equal rewards is off by an ulp, and 1e-8 / (1e-8 + eps) is not 0.
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    advantages = advantages.masked_fill(equal, 0)
+
+    miou = accuracy.mean(1)
+    if difficulty == "exp":
+        weights = torch.exp(1 - miou)
+    elif difficulty == "power":
+        weights = (1 - miou).square()
+    elif difficulty == "log":
+        weights = -torch.log(miou.clamp(LEAST_MIOU, 1))
+    else:
+        weights = torch.ones_like(miou)
+    return advantages, weights, miou

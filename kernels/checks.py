@@ -1,0 +1,53 @@
+"""What every public door asks of its arguments. Shapes and dtypes only: nothing here reads a tensor's values."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def check_backend(door: str, backend: str, tensor: Tensor) -> None:
+    """Refuse a backend that `door` cannot run on `tensor`; "auto" and "torch" both mean the torch twin."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend is {backend!r}; it is one of 'auto', 'triton', 'torch'.")
+    if backend == "triton":
+        reason = "got a CPU tensor" if tensor.device.type == "cpu" else "has no Triton implementation"
+        raise ValueError(f"backend is 'triton' and {door} {reason}. Use backend='auto' or 'torch'.")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse a tensor of another shape (None: any length) or dtype."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch tensor.")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({wanted}).")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {wanted}. Cast it.")
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+    check_tensor("hidden", hidden, (None, None), FLOATS)
+    check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,))
+    check_targets(targets, hidden.shape[0], temperature)
+
+
+def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    check_tensor("logits", logits, (None, None), FLOATS)
+    check_targets(targets, logits.shape[0], temperature)
+
+
+def check_targets(targets: Tensor, n: int, temperature: float) -> None:
+    check_tensor("targets", targets, (n,), (torch.int64,))
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; a scored token needs one above 0.")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 where any tensor is fp64, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

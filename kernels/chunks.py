@@ -1,0 +1,177 @@
+"""The vocabulary sweep under every head and logits door: rows in chunks, so that no (N, V) tensor of logits is made.
+
+A source yields fp32 (fp64 for fp64 inputs) rows of logits / temperature and takes back the gradient of those rows.
+`HeadRows` multiplies hidden states by the head; `LogitRows` reads logits that already exist.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import accumulation_dtype
+
+MIB = 1 << 20
+LOGIT_FLOOR = -1e30  # stands for a logit of -inf, so that p * log p is 0 and not NaN
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, at_least: int) -> int:
+    """Rows of one chunk. On a CPU 2 MiB stay in the cache; `at_least` rows are worth leaving it, up to 64 MiB."""
+    row = max(vocabulary, 1) * dtype.itemsize
+    if device.type != "cpu":
+        return max(512 * MIB // row, 1)
+    return max(min(max(2 * MIB // row, at_least), 64 * MIB // row), 1)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b, accumulated and stored in out's dtype (the out= forms are also the ones that autocast leaves be)."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+class _Rows:
+    """Two chunk-sized buffers, reused: fresh ones would be paged in anew for every chunk."""
+
+    def __init__(self, n: int, vocabulary: int, like: Tensor, temperature: float, at_least: int):
+        self.n, self.temperature, self.dtype = n, temperature, accumulation_dtype(like)
+        self.step = chunk_rows(vocabulary, self.dtype, like.device, at_least=at_least)
+        self.on_cpu = like.device.type == "cpu"
+        self.scratch = torch.empty(2, min(self.step, n), vocabulary, dtype=self.dtype, device=like.device)
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.scratch.device)
+
+    def chunks(self, live: Tensor | None = None) -> list:
+        """Row selections that cover all rows, or only those where `live` (N) bool is set. At least one chunk."""
+        # On an accelerator nonzero() would wait for the device; there every row is swept.
+        if live is not None and self.on_cpu:
+            rows = live.nonzero().squeeze(1)
+            if rows.numel() < self.n:
+                return list(rows.split(self.step))
+        return [slice(at, min(at + self.step, self.n)) for at in range(0, max(self.n, 1), self.step)]
+
+    def log_softmax(self, rows) -> Tensor:
+        logits = self.logits(rows)
+        return torch.log_softmax(logits, 1, out=self.scratch[1, : logits.shape[0]])
+
+    def room(self, rows, n: int) -> Tensor:
+        """(n, V) for the gradient of the n `rows`. Their logits are gone once it is written to."""
+        return self.scratch[0, :n]
+
+
+class HeadRows(_Rows):
+    """Rows of hidden @ weight.T. Sums dhidden (N, H) and dweight (V, H), if wanted, in the accumulation dtype."""
+
+    def __init__(self, hidden, weight, temperature, grad_hidden=False, grad_weight=False):
+        # 128 rows: each chunk reads and writes the whole of dweight, which is 2/3 of the traffic below that.
+        super().__init__(hidden.shape[0], weight.shape[0], hidden, temperature, at_least=128)
+        if self.on_cpu:  # CPU GEMMs round half-precision results to half precision
+            hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
+        self.hidden, self.weight = hidden, weight
+        self.dhidden = self.new(*hidden.shape) if grad_hidden else None
+        self.dweight = self.new(*weight.shape) if grad_weight else None
+
+    def logits(self, rows) -> Tensor:
+        hidden = self.hidden[rows]
+        logits = _product(hidden, self.weight.t(), self.scratch[0, : hidden.shape[0]])
+        return logits if self.temperature == 1.0 else logits.mul_(1 / self.temperature)
+
+    def accept(self, rows, dlogits: Tensor, live: Tensor) -> None:
+        """Push dlogits (n, V) of `rows` through the head. Rows whose `live` (n) is zero carry no gradient: dropped."""
+        if self.on_cpu and isinstance(rows, slice):
+            kept = live.nonzero().squeeze(1)
+            if kept.numel() < live.numel():
+                dlogits, rows = dlogits[kept], kept + rows.start
+        dlogits = dlogits.to(self.weight.dtype)
+        hidden = self.hidden[rows]
+        if self.dhidden is not None:
+            self.dhidden[rows] = _product(dlogits, self.weight, self.new(*hidden.shape))
+        if self.dweight is None:
+            return
+        if hidden.dtype == self.dtype:
+            self.dweight.addmm_(dlogits.t(), hidden)
+        else:
+            self.dweight.add_(torch.mm(dlogits.t(), hidden, out_dtype=self.dtype))
+
+    def gradients(self, like_hidden: Tensor, like_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(dhidden, dweight) in the dtypes of the inputs; an unwanted one is an empty tensor."""
+        dhidden = like_hidden.new_empty(0) if self.dhidden is None else self.dhidden.to(like_hidden.dtype)
+        dweight = like_weight.new_empty(0) if self.dweight is None else self.dweight.to(like_weight.dtype)
+        return dhidden, dweight
+
+
+class LogitRows(_Rows):
+    """Rows of given logits. `dlogits` (N, V), if wanted, is the logits' own storage where `overwrite` is set."""
+
+    def __init__(self, logits, temperature, grad=False, overwrite=False):
+        super().__init__(*logits.shape, logits, temperature, at_least=4)
+        self.source = logits
+        self.dlogits = None
+        if grad:
+            self.dlogits = logits if overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    def logits(self, rows) -> Tensor:
+        source = self.source[rows]
+        logits = self.scratch[0, : source.shape[0]].copy_(source)
+        if self.temperature != 1.0:
+            logits.mul_(1 / self.temperature)
+        return logits.clamp_(min=LOGIT_FLOOR)
+
+    def chunks(self, live: Tensor | None = None) -> list:
+        return super().chunks()  # every row of dlogits must be written, the zero ones too
+
+    def room(self, rows, n: int) -> Tensor:
+        return self.dlogits[rows] if self.dlogits.dtype == self.dtype else super().room(rows, n)
+
+    def accept(self, rows, dlogits: Tensor, live: Tensor) -> None:
+        if dlogits.dtype != self.dlogits.dtype:
+            self.dlogits[rows] = dlogits.to(self.dlogits.dtype)
+
+
+def forward(
+    source: HeadRows | LogitRows, targets: Tensor, entropy: bool, gradient: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    """logps (N) and entropy (N), or (0) if not asked for, in nats.
+
+    `gradient(rows, logps)` gives d loss / d logps of a chunk; then the chunk's gradient is pushed at once, from the
+    probabilities at hand. It needs `entropy`.
+    """
+    assert entropy or gradient is None
+    logps, entropies = source.new(source.n), source.new(source.n if entropy else 0)
+    for rows in source.chunks():
+        log_softmax = source.log_softmax(rows)
+        chosen = targets[rows].unsqueeze(1)
+        logps[rows] = log_softmax.gather(1, chosen).squeeze(1)
+        if not entropy:
+            continue
+        n = chosen.shape[0]
+        # Without a gradient to push, the source's own room is not ours: a later pass may read those logits again.
+        room = source.scratch[0, :n] if gradient is None else source.room(rows, n)
+        probabilities = torch.exp(log_softmax, out=room)
+        entropies[rows] = -log_softmax.mul_(probabilities).sum(1)
+        if gradient is not None:
+            dlogps = gradient(rows, logps[rows])
+            source.accept(rows, _softmax_gradient(source, probabilities, chosen, dlogps), dlogps)
+    return logps, entropies
+
+
+def backward(source: HeadRows | LogitRows, targets: Tensor, dlogps: Tensor, entropy=None, dentropy=None) -> None:
+    """Compute the logits again and push d/dlogps (N) and, with `entropy` (N) of the forward, d/dentropy (N)."""
+    live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
+    for rows in source.chunks(live):
+        log_softmax = source.log_softmax(rows)
+        probabilities = torch.exp(log_softmax, out=source.room(rows, log_softmax.shape[0]))
+        if dentropy is not None:  # d entropy / d z = -p (log p + entropy)
+            scale = (dentropy[rows] / source.temperature).unsqueeze(1)
+            log_softmax.add_(entropy[rows].unsqueeze(1)).mul_(probabilities).mul_(scale)
+        dlogits = _softmax_gradient(source, probabilities, targets[rows].unsqueeze(1), dlogps[rows])
+        if dentropy is not None:
+            dlogits.sub_(log_softmax)
+        source.accept(rows, dlogits, live[rows])
+
+
+def _softmax_gradient(source, probabilities: Tensor, chosen: Tensor, dlogps: Tensor) -> Tensor:
+    """d logp / d z = onehot - p, in the place of the probabilities."""
+    scale = (dlogps / source.temperature).unsqueeze(1)
+    return probabilities.mul_(-scale).scatter_add_(1, chosen, scale)

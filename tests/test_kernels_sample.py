@@ -1,0 +1,261 @@
+"""sample_tokens: the hash bit for bit, the distribution, independence of the counters and of the batch, the filters."""
+
+import math
+
+import pytest
+import torch
+
+from boxgrpo.kernels import sample_tokens
+from boxgrpo.kernels.sample import _row_argmax, gumbel, noise_bits, row_keys
+
+M32, M64 = 2**32 - 1, 2**64 - 1
+
+
+def counters(n, prompt=0, completion=0, position=0):
+    """(n) counters; the one given as None counts up."""
+    values = {"prompt_ids": prompt, "completion_ids": completion, "positions": position}
+    return {k: torch.arange(n) if v is None else torch.full((n,), v) for k, v in values.items()}
+
+
+def mix64(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & M64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & M64
+    return x ^ (x >> 31)
+
+
+def bits_in_plain_integers(seed, prompt, completion, position, entry):
+    """The hash as the module's docstring gives it."""
+    key = mix64((seed + 0x9E3779B97F4A7C15) & M64)
+    for counter in (prompt, completion, position):
+        key = mix64(key ^ counter)
+    x = (entry * 0x9E3779B1 + (key & M32)) & M32
+    x = (x ^ (x >> 16)) * 0x7FEB352D & M32
+    x ^= key >> 32
+    x = (x ^ (x >> 15)) * 0x846CA68B & M32
+    return x ^ (x >> 16)
+
+
+def test_the_hash_is_the_documented_one():
+    """Another implementation has to agree bit for bit, large counters and entries included."""
+    cases = [(0, 0, 0, 0), (42, 7, 3, 255), (2**63 - 1, 2**40 + 1, 2**31, 2**33 + 5), (1, 2**62, 1, 1)]
+    entries = [0, 1, 151_935, 2**31 - 1]
+    for seed, *row in cases:
+        keys = row_keys(seed, *(torch.tensor([x]) for x in row))
+        got = noise_bits(keys, torch.tensor([entries], dtype=torch.int32))
+        assert [b & M32 for b in got[0].tolist()] == [bits_in_plain_integers(seed, *row, v) for v in entries]
+    assert bits_in_plain_integers(42, 7, 3, 255, 151_935) == 0x06E4451C
+
+
+def test_noise_is_finite_and_gumbel():
+    """Mean and variance of 2^22 draws, and no infinity, not even at the ends of the hash."""
+    keys = row_keys(3, torch.arange(64), torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64))
+    noise = gumbel(keys, torch.arange(65536, dtype=torch.int32)[None], torch.float32).double()
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772157, abs=4 * (math.pi**2 / 6 / 2**22) ** 0.5)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=5e-3)
+
+
+@pytest.mark.parametrize("bits", [0, -(2**31), 2**31 - 1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_at_the_ends_of_the_hash(bits, dtype, monkeypatch):
+    monkeypatch.setattr("boxgrpo.kernels.sample.noise_bits", lambda *_: torch.tensor([[bits]], dtype=torch.int32))
+    assert -2.9 < gumbel(None, None, dtype).item() < 22.3
+
+
+def chi_square(tokens, probabilities):
+    """Pearson's statistic, in standard deviations from its mean (degrees of freedom)."""
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = probabilities * len(tokens)
+    freedom = len(probabilities) - 1
+    return (((counts - expected) ** 2 / expected).sum().item() - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("counting", ["prompt", "completion", "position"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_each_counter_alone_draws_the_softmax(counting, temperature):
+    """60,000 draws that differ in one counter only."""
+    n, logits = 60_000, torch.linspace(-1.5, 1.5, 24)
+    tokens, logps = sample_tokens(
+        logits.expand(n, -1), seed=5, temperature=temperature, **counters(n, **{counting: None})
+    )
+    want = (logits.double() / temperature).softmax(0)
+    assert abs(chi_square(tokens, want)) < 4
+    torch.testing.assert_close(logps, want.log()[tokens].float())
+
+
+def test_each_seed_draws_the_softmax():
+    """The seed as the counter, one row at a time."""
+    logits = torch.linspace(-1, 1, 8)[None]
+    tokens = torch.cat([sample_tokens(logits, seed=s, **counters(1))[0] for s in range(1500)])
+    assert abs(chi_square(tokens, logits[0].double().softmax(0))) < 4
+
+
+def test_a_wide_flat_vocabulary_is_drawn_evenly():
+    """16 bins of 152k equal logits: resolution in the tail and no favour for low ids."""
+    n, vocabulary = 600, 151_936
+    tokens, _ = sample_tokens(torch.zeros(1, vocabulary).expand(n, -1), seed=1, **counters(n, position=None))
+    assert abs(chi_square(tokens * 16 // vocabulary, torch.full((16,), 1 / 16, dtype=torch.float64))) < 4
+    assert tokens.unique().numel() > n - 10
+
+
+@pytest.mark.parametrize("first", ["seed", "prompt", "completion", "position"])
+@pytest.mark.parametrize("second", ["prompt", "completion", "position"])
+def test_neighbouring_counters_draw_independently(first, second):
+    """Pairs of draws whose counters differ by one step: their 8 x 8 table is that of independent draws."""
+    if first == second:
+        second = "completion" if first == "prompt" else "prompt"
+    n, flat = 40_000, torch.zeros(1, 8)
+    base = counters(n, **{second: None})
+    step = dict(base)
+    if first != "seed":
+        name = {"prompt": "prompt_ids", "completion": "completion_ids", "position": "positions"}[first]
+        step[name] = base[name] + 1
+    a, _ = sample_tokens(flat.expand(n, -1), seed=9, **base)
+    b, _ = sample_tokens(flat.expand(n, -1), seed=9 + (first == "seed"), **step)
+    assert abs(chi_square(a * 8 + b, torch.full((64,), 1 / 64, dtype=torch.float64))) < 4
+
+
+def test_a_row_depends_on_its_own_counters_only(monkeypatch):
+    """In another order, alone, or in other chunks: the same tokens and logps."""
+    n = 40
+    logits = torch.randn(n, 300, generator=torch.Generator().manual_seed(0))
+    own = {
+        "prompt_ids": torch.arange(n) // 8,
+        "completion_ids": torch.arange(n) % 8,
+        "positions": torch.arange(n) * 3 % 11,
+    }
+    options = {"seed": 7, "temperature": 0.8, "forbidden": torch.tensor([3])}
+    for filters in ({}, {"top_k": 20}, {"top_p": 0.7}):
+        tokens, logps = sample_tokens(logits, **own, **options, **filters)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+        shuffled = sample_tokens(logits[order], **{k: v[order] for k, v in own.items()}, **options, **filters)
+        alone = [
+            sample_tokens(logits[[i]], **{k: v[[i]] for k, v in own.items()}, **options, **filters) for i in (0, 39)
+        ]
+        with monkeypatch.context() as m:
+            m.setattr("boxgrpo.kernels.sample.chunk_rows", lambda *_, **__: 7)
+            chunked = sample_tokens(logits, **own, **options, **filters)
+        for k, whole in enumerate((tokens, logps)):
+            assert torch.equal(shuffled[k], whole[order])
+            assert torch.equal(torch.cat([pair[k] for pair in alone]), whole[[0, 39]])
+            assert torch.equal(chunked[k], whole)
+
+
+def test_the_same_counters_draw_the_same_and_another_seed_anew():
+    logits, own = torch.zeros(200, 50), counters(200, prompt=None)
+    a, b, c = (sample_tokens(logits, seed=seed, **own)[0] for seed in (1, 1, 2))
+    assert torch.equal(a, b) and (a == c).float().mean() < 0.1
+
+
+def test_filters_keep_the_right_set_and_renormalise():
+    """Drawn ids are exactly the allowed ones, in the proportions of their softmax; logps stay those of the whole."""
+    n, probabilities = 40_000, torch.tensor([0.05, 0.4, 0.02, 0.3, 0.13, 0.1], dtype=torch.float64)
+    logits = probabilities.log().float()
+    for options, kept in (
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 6}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.69}, [1, 3]),
+        ({"top_p": 0.72}, [1, 3, 4]),
+        ({"top_p": 1e-9}, [1]),
+        ({"forbidden": torch.tensor([1, 4])}, [0, 2, 3, 5]),
+        ({"forbidden": torch.tensor([1]), "top_k": 2}, [3, 4]),
+        ({"top_k": 3, "top_p": 0.8}, [1, 3]),  # 0.4 / 0.83 and 0.3 / 0.83 reach 0.8 together
+        ({"forbidden": torch.tensor([1]), "top_p": 0.7}, [3, 4]),
+        ({"forbidden": torch.tensor([], dtype=torch.int64)}, [0, 1, 2, 3, 4, 5]),
+    ):
+        tokens, logps = sample_tokens(logits.expand(n, -1), seed=3, **counters(n, position=None), **options)
+        assert tokens.unique().tolist() == kept, options
+        torch.testing.assert_close(logps, probabilities.log().float()[tokens])
+        if len(kept) > 1:
+            own = torch.searchsorted(torch.tensor(kept), tokens)
+            assert abs(chi_square(own, probabilities[kept] / probabilities[kept].sum())) < 4, options
+
+
+def test_a_filter_does_not_change_the_noise():
+    """The noise belongs to the vocabulary entry: top-k of everything but the losers draws the same tokens."""
+    n = 500
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2)).expand(n, -1)
+    free, _ = sample_tokens(logits, seed=3, **counters(n, position=None))
+    some, _ = sample_tokens(logits, seed=3, top_k=10, **counters(n, position=None))
+    kept = torch.isin(free, logits[0].topk(10).indices)
+    assert kept.any() and not kept.all()
+    assert torch.equal(free[kept], some[kept])
+
+
+def test_temperature_zero_is_greedy_with_logps_at_one():
+    logits = torch.randn(50, 2000, generator=torch.Generator().manual_seed(0))
+    forbidden = logits.argmax(1).unique()[:20]
+    tokens, logps = sample_tokens(logits, seed=0, temperature=0.0, top_k=5, forbidden=forbidden, **counters(50))
+    want = logits.index_fill(1, forbidden, float("-inf")).argmax(1)
+    assert torch.equal(tokens, want)
+    torch.testing.assert_close(logps, logits.log_softmax(1).gather(1, want[:, None]).squeeze(1))
+
+
+def test_a_forbidden_favourite_leaves_the_rest_in_proportion():
+    """All the rest together has less probability than fp32 can hold; it is drawn as if the favourite were not there."""
+    n, logits = 20_000, torch.tensor([500.0, 0.0, 0.0, 1.0])
+    tokens, logps = sample_tokens(
+        logits.expand(n, -1), seed=1, forbidden=torch.tensor([0]), **counters(n, position=None)
+    )
+    assert abs(chi_square(tokens - 1, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).softmax(0))) < 4
+    assert logps.max() == -499
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits = torch.full((100, 20), float("-inf"))
+    logits[:, [4, 11]] = 0.0
+    tokens, logps = sample_tokens(logits, seed=1, **counters(100, position=None))
+    assert tokens.unique().tolist() == [4, 11] and torch.allclose(logps, torch.tensor(0.5).log())
+
+
+@pytest.mark.parametrize("width", [1, 127, 1024, 1025, 2000, 4096])
+def test_row_argmax_is_argmax(width):
+    scores = torch.randint(0, 50, (30, width), generator=torch.Generator().manual_seed(width)).float()
+    assert torch.equal(_row_argmax(scores), scores.argmax(1))  # the first of many equals
+    scores = torch.full((2, width), float("-inf"))
+    scores[:, -1] = 1
+    assert _row_argmax(scores).tolist() == [width - 1] * 2
+
+
+def test_dtypes_and_no_rows():
+    logits = torch.randn(3, 9)
+    for dtype, want in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        tokens, logps = sample_tokens(logits.to(dtype), seed=0, **counters(3))
+        assert (tokens.dtype, logps.dtype) == (torch.int64, want)
+    tokens, logps = sample_tokens(logits[:0], seed=0, **counters(0))
+    assert tokens.shape == logps.shape == (0,)
+    before = logits.clone()
+    sample_tokens(logits, seed=0, temperature=0.3, forbidden=torch.tensor([1]), **counters(3))
+    assert torch.equal(logits, before)
+
+
+def test_what_is_refused():
+    logits, own = torch.zeros(2, 4), counters(2)
+    for message, changes in (
+        (r"positions has shape \(1,\); it must be \(2\)", {"positions": torch.zeros(1, dtype=torch.int64)}),
+        ("prompt_ids is int32; it must be int64", {"prompt_ids": torch.zeros(2, dtype=torch.int32)}),
+        ("seed is -1", {"seed": -1}),
+        ("seed is 9223372036854775808", {"seed": 2**63}),
+        ("temperature is -0.1", {"temperature": -0.1}),
+        ("top_k is -1", {"top_k": -1}),
+        ("top_p is 0.0", {"top_p": 0.0}),
+        ("top_p is 1.1", {"top_p": 1.1}),
+        ("forbidden is int32", {"forbidden": torch.zeros(1, dtype=torch.int32)}),
+        ("4 ids of 4 are forbidden", {"forbidden": torch.arange(4)}),
+        ("sample_tokens got a CPU tensor", {"backend": "triton"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_tokens(logits, **({"seed": 0} | own | changes))
+
+
+def test_the_op_passes_opcheck_and_compiles():
+    logits, own = torch.randn(3, 9), counters(3, position=None)
+    for filters in ((0, 1.0, None), (3, 0.9, torch.tensor([2]))):
+        torch.library.opcheck(torch.ops.boxgrpo.sample_tokens, (logits, 4, *own.values(), 0.7, *filters))
+    compiled = torch.compile(
+        lambda x: sample_tokens(x, seed=4, temperature=0.7, **own), fullgraph=True, backend="aot_eager"
+    )
+    got, want = compiled(logits), sample_tokens(logits, seed=4, temperature=0.7, **own)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -1,0 +1,226 @@
+"""Packing is exact: a prompt shared by its completions gives what whole sequences give, and nothing leaks."""
+
+import pytest
+import torch
+
+from boxgrpo.model.packing import Conversation, Group, Prompt, pack_conversations, pack_groups, plan_packs
+
+IMAGE = 102  # <|image_pad|> of the fixtures
+
+
+def scored_logps(model, pack):
+    """(N) log-probabilities of the pack's scored tokens."""
+    logits = model(pack) @ model.head_weight.T
+    return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+
+
+def whole_logps(logits, ids, count):
+    """(count) log-probabilities of the last `count` of `ids`, from a whole sequence's logits by transformers."""
+    return logits[-count - 1 : -1].log_softmax(-1).gather(1, ids[-count:, None])[:, 0]
+
+
+@pytest.fixture
+def groups(make_prompt):
+    """Two prompts with other images; three completions, one of a single token, and a lone one."""
+    completions = [torch.tensor(c) for c in ([9, 8, 7, 101], [101], [3, 4, 4, 4, 5, 101])]
+    return [
+        Group(make_prompt([(1, 4, 8), (1, 6, 4), (1, 2, 2)], seed=1), completions, 0),
+        Group(make_prompt([(1, 2, 6)], seed=2), [torch.tensor([11, 12, 101])], 1),
+    ]
+
+
+@pytest.fixture
+def model(twins):
+    """The tiny one, free of gradients before and after; its tower is trained unless a test freezes it."""
+    ours, _ = twins("tiny")
+    ours.zero_grad()
+    yield ours
+    ours.freeze_vision(False)
+    ours.model.gradient_checkpointing = False
+    ours.zero_grad()
+
+
+def test_layout():
+    """Every field of a pack, laid out by hand: two prompts of 2 and 3 tokens, completions of 2, 1 and 2."""
+    no_images = torch.empty(0, 3, dtype=torch.int64)
+    first = Prompt(torch.tensor([10, 11]), torch.tensor([[0, 5]] * 3), None, no_images)  # goes on from 6
+    second = Prompt(torch.tensor([20, 21, 22]), torch.arange(3).expand(3, -1), None, no_images)
+    a, b, c = torch.tensor([30, 31]), torch.tensor([40]), torch.tensor([50, 51])
+    pack = pack_groups([Group(first, [a, b], 7), Group(second, [c], 9)], image_token_id=IMAGE)
+    assert pack.input_ids.tolist() == [10, 11, 30, 31, 40, 20, 21, 22, 50, 51]
+    assert pack.position_ids.tolist() == [[0, 5, 6, 7, 6, 0, 1, 2, 3, 4]] * 3
+    assert pack.cu_seqlens.tolist() == [0, 2, 4, 5, 8, 10]
+    assert pack.parent.tolist() == [-1, 0, 0, -1, 3]
+    assert pack.kv_index.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+    assert pack.cu_seqlens_k.tolist() == [0, 2, 6, 9, 12, 17]
+    assert (pack.max_q, pack.max_k) == (3, 5)
+    assert pack.predict_from.tolist() == [1, 2, 1, 7, 8]  # the first prompt's last row stands twice
+    assert pack.targets.tolist() == [30, 31, 40, 50, 51]
+    assert pack.completion_cu.tolist() == [0, 2, 3, 5]
+    assert pack.group_ids.tolist() == [7, 7, 9]
+    assert pack.trees == ((0, 2, (2, 1)), (5, 3, (2,)))
+    int32 = {"cu_seqlens", "parent", "cu_seqlens_k", "completion_cu"}
+    int64 = {"input_ids", "position_ids", "kv_index", "predict_from", "targets", "group_ids", "image_rows"}
+    assert {getattr(pack, name).dtype for name in int32} == {torch.int32}
+    assert {getattr(pack, name).dtype for name in int64} == {torch.int64}
+    moved = pack.to("meta")
+    assert {getattr(moved, name).device.type for name in int32 | int64} == {"meta"}
+    assert moved.image_grid_thw.device.type == "cpu", "its values are read while packing and in the tower"
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
+def test_shared_prompt_equals_whole_sequences(model, twins, hf_logits, groups, frozen):
+    """Log-probabilities within 1e-5 and every parameter's gradient within 1e-5 of its norm, against transformers."""
+    _, theirs = twins("tiny")
+    model.freeze_vision(frozen)
+    theirs.zero_grad()
+    if frozen:
+        for group in groups:
+            group.image_embeds = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
+    pack = pack_groups(groups, image_token_id=IMAGE)
+    shared_rows = sum(len(g.prompt.input_ids) + sum(map(len, g.completions)) for g in groups)
+    assert len(pack.input_ids) == shared_rows, "a prompt stands once"
+    assert (pack.pixel_values is None) == frozen, "a frozen tower has run already"
+    logps = scored_logps(model, pack)
+
+    sequences = [(g.prompt, c) for g in groups for c in g.completions]
+    expected = torch.cat([whole_logps(hf_logits(theirs, p, c), c, len(c)) for p, c in sequences])
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+    weight = torch.randn(len(logps), generator=torch.Generator().manual_seed(0))  # a different pull on every token
+    (logps @ weight).backward()
+    (expected @ weight).backward()
+    published = {
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): parameter.grad
+        for name, parameter in theirs.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if frozen and name.startswith("visual."):
+            assert parameter.grad is None, name
+        else:
+            assert (parameter.grad - published[name]).norm() <= 1e-5 * published[name].norm(), name
+
+
+def test_gradient_reaches_prompt_and_own_rows_only(model, groups):
+    """A completion's log-probabilities depend on its prompt and itself, on no sibling and no other group: exactly."""
+    embedded = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out))
+    pack = pack_groups(groups, image_token_id=IMAGE)
+    logps = scored_logps(model, pack)
+    hook.remove()
+    bounds, rows = pack.completion_cu.tolist(), pack.cu_seqlens.tolist()
+    segments = [s for s, parent in enumerate(pack.parent.tolist()) if parent >= 0]
+    for completion, segment in enumerate(segments):
+        own = logps[bounds[completion] : bounds[completion + 1]].sum()
+        (grad,) = torch.autograd.grad(own, embedded[0], retain_graph=True)
+        reached = set(grad.abs().sum(1).nonzero()[:, 0].tolist())
+        parent = int(pack.parent[segment])
+        # the last token predicts nothing, and an image's row takes the tower's output
+        prompt_rows = set(range(rows[parent], rows[parent + 1])) - set(pack.image_rows.tolist())
+        assert reached == prompt_rows | set(range(rows[segment], rows[segment + 1] - 1))
+
+
+def test_changing_one_completion_leaves_the_others_alone(model, groups):
+    def by_completion():
+        with torch.no_grad():
+            pack = pack_groups(groups, image_token_id=IMAGE)
+            return scored_logps(model, pack).split(pack.completion_cu.diff().tolist())
+
+    before = by_completion()
+    groups[0].completions[2] = torch.tensor([60, 61, 62, 63, 64, 65])  # as long: the same arithmetic, bit for bit
+    after = by_completion()
+    assert not torch.equal(after[2], before[2])
+    assert all(torch.equal(after[i], before[i]) for i in (0, 1, 3))
+
+    groups[0].completions[2] = torch.tensor([60])  # shorter: other matrix shapes, so equal up to rounding
+    groups[1].prompt.pixel_values = groups[1].prompt.pixel_values * 2
+    after = by_completion()
+    assert not torch.allclose(after[3], before[3], atol=1e-4), "the second group's own image matters to it"
+    for i in (0, 1):
+        torch.testing.assert_close(after[i], before[i], rtol=0, atol=1e-5)
+
+
+def test_order_of_groups_is_free(model, groups):
+    with torch.no_grad():
+        forth = scored_logps(model, pack_groups(groups, image_token_id=IMAGE))
+        back = scored_logps(model, pack_groups(groups[::-1], image_token_id=IMAGE))
+    count = len(groups[1].completions[0])
+    torch.testing.assert_close(back, forth.roll(count), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
+def test_empty_pack(model, frozen):
+    """What a rank without work runs: nothing comes out, and each trained parameter gets a gradient of zeros."""
+    model.freeze_vision(frozen)
+    pack = pack_groups([], image_token_id=IMAGE)
+    hidden = model(pack)
+    assert hidden.shape == (0, 64)
+    (hidden @ model.head_weight.T).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_gradient_checkpointing_changes_nothing(model, groups):
+    pack = pack_groups(groups, image_token_id=IMAGE)
+
+    def gradients():
+        model.zero_grad()
+        scored_logps(model, pack).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    plain = gradients()
+    runs = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *args: runs.append(args))
+    model.model.gradient_checkpointing = True
+    checkpointed = gradients()
+    hook.remove()
+    assert len(runs) == 2, "a checkpointed layer runs again in the backward"
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, msg=name)
+
+
+def test_head_runs_inside_the_forward(model, groups):
+    """Engines that shard parameters gather the head's weight only inside the model's own forward."""
+    pack = pack_groups(groups, image_token_id=IMAGE)
+    inside = []
+    hook = model.register_forward_hook(lambda *args: inside.append("left"))
+    with torch.no_grad():
+        hidden, weight = model(pack, head=lambda h, w: (inside.append("head"), (h, w))[1])
+    hook.remove()
+    assert inside == ["head", "left"]
+    assert hidden.shape == (len(pack.targets), 64)
+    assert weight is model.head_weight
+
+
+def test_conversations(model, twins, hf_logits, make_prompt):
+    """SFT: all learned tokens of all turns are scored, with the log-probabilities of the whole conversation."""
+    _, theirs = twins("tiny")
+    learned = [[], [3, 4, 9], [0, 5]]  # of the words after the images; the first of all tokens cannot be predicted
+    examples = []
+    for seed, (grids, words) in enumerate(zip([[(1, 4, 4)], [(1, 2, 6), (1, 4, 2)], []], learned, strict=True)):
+        prompt = make_prompt(grids, words=10, seed=seed)
+        mask = torch.zeros(len(prompt.input_ids), dtype=torch.bool)
+        mask[[len(mask) - 10 + word for word in words]] = True
+        examples.append(Conversation(**vars(prompt), loss_mask=mask))
+    pack = pack_conversations(examples, image_token_id=IMAGE)
+    assert pack.completion_cu.tolist() == [0, 0, 3, 4]
+    assert pack.group_ids is None and pack.parent.tolist() == [-1, -1, -1]
+    expected = []
+    with torch.no_grad():
+        logps = scored_logps(model, pack)
+        for example in examples:
+            all_logps = whole_logps(hf_logits(theirs, example), example.input_ids, len(example.input_ids) - 1)
+            expected.append(all_logps[example.loss_mask[1:]])
+    torch.testing.assert_close(logps, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_plan_packs():
+    costs = [5, 9, 3, 30, 1, 6, 9]
+    packs = plan_packs(costs, budget=10)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(costs))), "each item once"
+    assert [3] in packs, "one above the budget is alone"
+    assert all(sum(costs[i] for i in pack) <= 10 for pack in packs if pack != [3])
+    assert len(packs) == 5, "33 units need four packs of 10, and the large one its own"
+    assert plan_packs([], budget=10) == []
+    assert plan_packs([2, 2, 2], budget=4) == [[0, 1], [2]], "equal costs keep their order, on every rank"

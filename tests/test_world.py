@@ -1,0 +1,164 @@
+"""The world on disk: readable records in the users' formats, reproducible, disjoint, and never mixed with another."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.scenes import TASKS, draw_scene
+from boxgrpo.trainer.world import DEMO_TASKS, SPLITS, all_texts, write_world
+
+SMALL = {"cold_start": 12, "train": 8, "held_out": 4, "processes": 1}
+
+
+def read(folder):
+    return {split: json.loads((folder / f"{split}.json").read_text()) for split in SPLITS}
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("worlds") / "small", **SMALL)
+
+
+def test_every_record_has_its_images_and_tasks_take_turns(world):
+    splits = read(world)
+    assert {split: len(records) for split, records in splits.items()} == {"cold_start": 12, "train": 8, "held_out": 4}
+    for records in splits.values():
+        assert set(Counter(record["task"] for record in records).values()) == {len(records) // len(DEMO_TASKS)}
+        for record in records:
+            assert 0 <= record["target_image"] < len(record["images"])
+            for name in record["images"]:
+                with Image.open(world / name) as image:
+                    assert (image.size, image.mode, image.format) == ((112, 112), "RGB", "PNG")
+    names = [name for records in splits.values() for record in records for name in record["images"]]
+    assert len(set(names)) == len(names) == len(list(world.rglob("*.png")))
+
+
+def test_stage_1_records_hold_the_trainers_prompt_and_a_well_formed_answer(world):
+    form = r"<think>.+?</think>\s*<answer>\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)</answer>$"
+    for record in read(world)["cold_start"]:
+        user, assistant = record["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert user["content"].endswith(
+            " First output the thinking process in <think> </think> tags and then output the bounding box in"
+            " <answer> </answer> tags."
+        )
+        assert all(0 <= int(v) <= 1000 for v in re.match(form, assistant["content"]).groups())
+
+
+def test_stage_2_records_hold_question_and_box_but_no_reasoning(world):
+    for record in read(world)["train"] + read(world)["held_out"]:
+        assert record.keys() == {"id", "task", "images", "target_image", "question", "answer"}
+        assert len(record["answer"]) == 4 and all(isinstance(v, int) and v % 125 == 0 for v in record["answer"])
+        assert "<think>" not in record["question"]
+
+
+def test_the_files_are_the_scenes_that_the_seeds_name(world):
+    record, scene = read(world)["train"][5], draw_scene(DEMO_TASKS[1], 1_000_005)
+    assert (record["question"], record["answer"]) == (scene.question, list(scene.gold))
+    for name, image in zip(record["images"], scene.images, strict=True):
+        with Image.open(world / name) as written:
+            assert written.tobytes() == image.tobytes()
+
+
+def test_no_scene_stands_in_two_splits(world):
+    seen = Counter(
+        b"".join((world / name).read_bytes() for name in record["images"])
+        for records in read(world).values()
+        for record in records
+    )
+    assert max(seen.values()) == 1
+
+
+def test_the_same_arguments_write_the_same_bytes_with_any_number_of_processes(world, tmp_path):
+    assert contents(write_world(tmp_path / "again", **SMALL | {"processes": 2})) == contents(world)
+
+
+def test_held_out_scenes_stay_when_the_other_splits_grow(world, tmp_path):
+    larger = read(write_world(tmp_path / "larger", **SMALL | {"train": 20}))
+    assert larger["held_out"] == read(world)["held_out"] and larger["train"][:8] == read(world)["train"]
+
+
+def test_another_seed_is_another_world(world, tmp_path):
+    def images(folder):
+        return {data for name, data in contents(folder).items() if name.endswith(".png")}
+
+    assert images(write_world(tmp_path / "other", seed=1, **SMALL)).isdisjoint(images(world))
+
+
+def test_without_chains_the_answers_hold_the_box_alone(tmp_path):
+    folder = write_world(tmp_path / "bare", chains=False, **SMALL)
+    assert all(r["messages"][1]["content"].startswith("<think></think><answer>(") for r in read(folder)["cold_start"])
+
+
+def test_every_task_and_level_can_be_written(tmp_path):
+    folder = write_world(
+        tmp_path / "all", tasks=list(TASKS), cold_start=10, train=0, held_out=10, level=2, size=56, processes=1
+    )
+    assert [record["task"] for record in read(folder)["held_out"]] == list(TASKS)
+
+
+def test_a_finished_world_is_left_alone(tmp_path):
+    folder = write_world(tmp_path / "w", **SMALL)
+    (folder / "train.json").unlink()  # would come back if anything were written
+    assert write_world(tmp_path / "w", **SMALL | {"processes": 2}) == folder
+    assert not (folder / "train.json").exists()
+
+
+def test_a_folder_with_another_world_or_with_other_files_is_refused_and_kept(tmp_path):
+    folder = write_world(tmp_path / "w", **SMALL)
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"'seed': 0.*not the world asked for.*'seed': 3.*Remove it or name another"):
+        write_world(folder, seed=3, **SMALL)
+    assert contents(folder) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"mine holds no world\.json, not the world asked for"):
+        write_world(tmp_path / "mine", **SMALL)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_interrupted_write_leaves_no_world_and_is_begun_again(world, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("boxgrpo.trainer.world.json.dumps", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_world(tmp_path / "w", **SMALL)
+    assert not (tmp_path / "w").exists()
+    assert contents(write_world(tmp_path / "w", **SMALL)) == contents(world)
+    assert [path.name for path in tmp_path.iterdir()] == ["w"], "the unfinished folder was left behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": []}, r"tasks are \[\]; they must be some of diff"),
+        ({"tasks": ["diff", "counting"]}, r"tasks are \['diff', 'counting'\]; they must be some of"),
+        ({"train": -1}, "train is -1; a split holds 0 to 1000000 scenes"),
+        ({"size": 100}, "size is 100; an image side must be"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_a_folder_appears(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write_world(tmp_path / "w", **SMALL | arguments)
+    assert not (tmp_path / "w").exists()
+
+
+def test_all_texts_hold_every_word_that_the_world_writes(world):
+    def words(texts):
+        return {word for text in texts for word in re.findall(r"\w+", text)}
+
+    splits = read(world)
+    written = [m["content"] for r in splits["cold_start"] for m in r["messages"]]
+    written += [r["question"] for r in splits["train"] + splits["held_out"]]
+    known = words(all_texts())
+    assert words(written) <= known
+    assert {str(v) for v in range(0, 1001, 125)} <= known

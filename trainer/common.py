@@ -1,0 +1,75 @@
+"""What the two loops and the evaluator do alike."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from boxgrpo.model.checkpoint import save_model
+from boxgrpo.model.qwen2vl import Qwen2VL
+
+from .loader import Loader
+from .options import DataOptions
+from .processing import Processor
+from .ranks import Ranks
+from .readers import Example, Fault, read_examples
+
+log = logging.getLogger(__name__)
+
+
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or by the device for `auto`."""
+    choices = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }
+    if name not in choices:
+        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(choices)}. Change --dtype.")
+    return choices[name]
+
+
+def read_usable(options, *, needs: str) -> tuple[list[Example], list[Fault]]:
+    """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
+
+    Raises:
+        ValueError: no data named, or no record left.
+    """
+    if not options.data:
+        raise ValueError("no data. Name a JSON or JSONL file with --data.")
+    examples, faults = read_examples(options.data, schema=options.schema, image_root=options.image_root or None)
+    usable = [e for e in examples if getattr(e, needs)]
+    faults += [Fault(e.source, f"no_{needs}", f"the record has no {needs}") for e in examples if not getattr(e, needs)]
+    for fault in faults[:20]:
+        log.warning("skipped %s: %s", fault.source, fault.message)
+    if len(faults) > 20:
+        log.warning("skipped %d more records", len(faults) - 20)
+    if not usable:
+        kind = "a gold box" if needs == "gold" else "an assistant's answer"
+        raise ValueError(f"{options.data}: none of {len(faults)} records has {kind}. First: {faults[0].message}.")
+    return usable, faults
+
+
+def total_steps(options: DataOptions, examples: int, per_step: int) -> int:
+    """Optimizer steps of the run: `max_steps`, or what the epochs ask for."""
+    return options.max_steps or max(1, round(options.num_train_epochs * examples / per_step))
+
+
+def make_loader(examples, prepare, per_rank: int, options: DataOptions, r: Ranks) -> Loader:
+    return Loader(
+        examples,
+        prepare,
+        batch_size=per_rank,
+        seed=options.seed,
+        workers=options.dataloader_num_workers,
+        rank=r.rank,
+        world_size=r.world_size,
+    )
+
+
+def save_checkpoint(model: Qwen2VL, processor: Processor, folder: Path, r: Ranks) -> None:
+    """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them."""
+    if r.is_main:
+        save_model(model, folder)
+        processor.save_pretrained(folder)
+    r.barrier()

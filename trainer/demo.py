@@ -1,0 +1,198 @@
+"""The main job, small: draw a world, cold-start a tiny Qwen2-VL on it, go on with GRPO, score before and after.
+
+    python trainer/demo.py        about eight minutes on two CPU cores; everything it makes is in out/demo
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from boxgrpo.model.checkpoint import save_model
+from boxgrpo.model.qwen2vl import Qwen2VL
+from boxgrpo.model.tiny import tiny_config
+from boxgrpo.trainer.evaluator import evaluate, table
+from boxgrpo.trainer.options import EvalOptions, option, parse, read_yaml
+from boxgrpo.trainer.pictures import contact_sheet, plot_run
+from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.ranks import Ranks
+from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
+from boxgrpo.trainer.world import DEMO_TASKS, all_texts, write_world
+
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE / "recipes"
+
+
+@dataclass
+class DemoOptions:
+    """Cold start, GRPO and their scores on a drawn world."""
+
+    output_dir: str = option("out/demo", "Folder for everything the demo makes.")
+    seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
+    tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
+    level: int = option(1, "Difficulty of the scenes, 0 to 2.")
+    cold_start: int = option(6000, "Scenes with reasoning chains.")
+    train: int = option(10000, "Scenes with a box only.")
+    held_out: int = option(400, "Scenes to score on.")
+    continued_sft: bool = option(False, "Also train the cold start on for as long as GRPO took, as a comparison.")
+    processes: int = option(0, "Processes to train with; 0: one per GPU, or on a CPU two where there are two cores.")
+
+
+def processes(options: DemoOptions) -> int:
+    return options.processes or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+
+
+def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
+    """Run a script of this folder as a user would, the CPU's cores shared out among its processes."""
+    count = processes(options)
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(count)]
+    command += [str(HERE / script), *flags]
+    print("\n$ torchrun", *command[1:], flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": threads} | os.environ)
+
+
+def draw_world(options: DemoOptions) -> Path:
+    return write_world(
+        Path(options.output_dir) / "world",
+        tasks=options.tasks.split(","),
+        cold_start=options.cold_start,
+        train=options.train,
+        held_out=options.held_out,
+        seed=options.seed,
+        level=options.level,
+    )
+
+
+def newborn(options: DemoOptions) -> Path:
+    """A checkpoint of random weights, with a tokenizer for the world's words."""
+    folder = Path(options.output_dir) / "newborn"
+    tasks = options.tasks.split(",")
+    frame = f"system\n{SYSTEM_PROMPT} user\n assistant\n"
+    tokenizer = demo_tokenizer([*all_texts(tasks, level=options.level), *[frame] * 100])
+    config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})
+    save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
+    Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)
+    return folder
+
+
+def cold_start(options: DemoOptions) -> Path:
+    """The checkpoint after SFT on reasoning chains, made when it is not there."""
+    folder = Path(options.output_dir) / "sft"
+    if not (folder / "model.safetensors").exists():
+        world = draw_world(options)
+        flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={newborn(options)}"]
+        flags += [f"--data={world / 'cold_start.json'}", f"--output_dir={folder}", f"--seed={options.seed}"]
+        torchrun("sft.py", options, [*flags, "--overwrite_output_dir=true"])
+    return folder
+
+
+def grpo_flags(options: DemoOptions) -> list[str]:
+    """What `grpo.py` runs with when it is given no flags."""
+    root = Path(options.output_dir)
+    flags = [f"--config={RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--data={root / 'world/train.json'}"]
+    return [*flags, f"--output_dir={root / 'grpo'}", f"--seed={options.seed}", "--overwrite_output_dir=true"]
+
+
+def continued_sft(options: DemoOptions) -> Path:
+    """The cold start trained on with its own recipe, for the seconds that GRPO took (the paper's Table 4, row 6)."""
+    root = Path(options.output_dir)
+    seconds = {run: [m["step_time"] for m in read_metrics(root / run)] for run in ("sft", "grpo")}
+    steps = round(sum(seconds["grpo"]) / (sum(seconds["sft"]) / len(seconds["sft"])))
+    flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={root / 'sft'}", f"--max_steps={steps}"]
+    flags += [f"--data={root / 'world/cold_start.json'}", f"--output_dir={root / 'continued_sft'}"]
+    torchrun("sft.py", options, [*flags, f"--seed={options.seed + 1}", "--overwrite_output_dir=true"])
+    return root / "continued_sft"
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scores(options: DemoOptions, run: str) -> dict:
+    """Scores of a run's checkpoint on the held-out scenes."""
+    root = Path(options.output_dir)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    summary = evaluate(
+        EvalOptions(
+            model=str(root / run),
+            data=str(root / "world/held_out.json"),
+            output_dir=str(root / f"eval_{run}"),
+            eval_batch_size=100,
+            max_completion_length=read_yaml_limit(),
+        ),
+        Ranks(device=device),
+    )
+    print(f"\n{run}: format {summary['format']:.3f}, IoU of well-formed answers {summary['well_formed_iou']:.3f}")
+    print(table(summary), flush=True)
+    return summary
+
+
+def read_yaml_limit() -> int:
+    from boxgrpo.trainer.options import GrpoOptions
+
+    return read_yaml(GrpoOptions, RECIPES / "demo_grpo.yaml")["max_completion_length"]
+
+
+def flat(summary: dict) -> dict[str, float]:
+    """Acc@0.5 in 0-1: the mean over tasks, then each task."""
+    return {"mean": summary["accuracy_at_0.5"]} | {t: v["accuracy_at_0.5"] for t, v in summary["tasks"].items()}
+
+
+def run(options: DemoOptions) -> dict:
+    """The whole demo; returns what summary.json holds."""
+    started = time.perf_counter()
+    root = Path(options.output_dir)
+    shutil.rmtree(root / "sft", ignore_errors=True)  # a demo trains its own
+    cold_start(options)
+    found = {"before": scores(options, "sft")}
+    torchrun("grpo.py", options, grpo_flags(options))
+    found["after"] = scores(options, "grpo")
+    seconds = time.perf_counter() - started
+    if options.continued_sft:
+        continued_sft(options)
+        found["continued_sft"] = scores(options, "continued_sft")
+    plot_run(root / "grpo" / "metrics.jsonl", root / "plot.png", title="GRPO on the drawn world")
+    pictures = [Image.open(p) for p in sorted((root / "eval_grpo/pictures").glob("*.png"))]
+    contact_sheet(pictures[:6], columns=2).save(root / "pictures.png")
+    summary = {
+        "seconds": round(seconds, 1),
+        "seed": options.seed,
+        "processes": processes(options),
+        **{name: flat(s) for name, s in found.items()},
+        "details": {n: {k: s[k] for k in ("format", "well_formed_iou", "mean_iou")} for n, s in found.items()},
+    }
+    (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def report(summary: dict, root: str) -> str:
+    """Acc@0.5 per task, a column for each stage."""
+    stages = [s for s in ("before", "after", "continued_sft") if s in summary]
+    rows = [f"{'Acc@0.5':<18}" + "".join(f"{s.replace('_', ' '):>15}" for s in stages)]
+    for task in [t for t in summary["before"] if t != "mean"] + ["mean"]:
+        rows.append(f"{task:<18}" + "".join(f"{100 * summary[s][task]:>15.1f}" for s in stages))
+    lifted = 100 * (summary["after"]["mean"] - summary["before"]["mean"])
+    rows.append(f"\nGRPO: {lifted:+.1f} points in all, {summary['seconds']:.0f} s. Look at {root}/plot.png and pictures.png.")
+    return "\n".join(rows)
+
+
+def main(args: list[str] | None = None) -> None:
+    options = parse(DemoOptions, args, prog="demo.py")
+    print("\n" + report(run(options), options.output_dir))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"demo.py: {error}")

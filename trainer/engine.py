@@ -1,0 +1,77 @@
+"""Optimizer, schedule and gradient exchange: data parallelism in the plainest form.
+
+Gradients are averaged once, after the step's last pack, in a few flat buffers. Overlapping that with the backward pass
+would win little where a step is mostly sampling, and without it ranks may run different numbers of packs.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import get_scheduler
+
+BUCKET_BYTES = 64 << 20
+
+
+class Engine:
+    """Trains the parameters of `model` that require a gradient; below fp32 it keeps fp32 master weights."""
+
+    def __init__(self, model: nn.Module, options, ranks, total_steps: int):
+        self.model = model
+        self.ranks = ranks
+        self.max_grad_norm = options.max_grad_norm
+        if ranks.world_size > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # An update of 1e-6 is lost in bf16: it is added to a copy that can hold it. (fp32: the copy is the parameter.)
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        )
+        self.schedule = get_scheduler(
+            options.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=round(options.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
+        loss.backward()
+
+    def step(self) -> torch.Tensor:
+        """Average over ranks, clip, update, clear. Returns the norm before clipping, a 0-dim tensor."""
+        for p in self.parameters:
+            if p.grad is None:  # a step whose packs had no use for it, on this rank at least
+                p.grad = torch.zeros_like(p)
+        if self.ranks.world_size > 1:
+            self._average_gradients()
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if p is not master:
+                master.grad = p.grad.float()
+        grad_norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for p, master in zip(self.parameters, self.masters, strict=True):
+                p.grad = master.grad = None
+                if p is not master:
+                    p.copy_(master)
+        return grad_norm
+
+    def _average_gradients(self) -> None:
+        bucket: list[torch.Tensor] = []
+        for p in self.parameters:
+            bucket.append(p.grad)
+            if sum(g.nbytes for g in bucket) < BUCKET_BYTES and p is not self.parameters[-1]:
+                continue
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= self.ranks.world_size
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(part.view_as(g))
+            bucket = []

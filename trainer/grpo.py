@@ -1,0 +1,220 @@
+"""GRPO for visual grounding: sample, reward, advantage, pack, reference, policy, step.
+
+    torchrun trainer/grpo.py --model CHECKPOINT --data records.json      one process per GPU: --nproc_per_node 8
+    torchrun trainer/grpo.py                                             the drawn demo, cold start included
+
+Left out, on purpose: a critic, a reward model, padding, logits, and any rollout that is not on-policy.
+"""
+
+import copy
+import dataclasses
+import sys
+import time
+
+import torch
+
+from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.packing import Group, PackedBatch, pack_groups, plan_packs
+from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
+from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_metrics, reward_metrics
+from boxgrpo.trainer.options import GrpoOptions, parse, validate_grpo
+from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.ranks import Ranks, ranks
+from boxgrpo.trainer.reporter import Reporter, claim_output_dir, peak_memory_gb
+from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, score
+from boxgrpo.trainer.spans import span, take_seconds
+
+
+def train(options: GrpoOptions, r: Ranks) -> None:
+    """Train `options.model` on `options.data`; leaves the checkpoint and the metrics in `options.output_dir`."""
+    o = options
+    validate_grpo(o, r.world_size)
+    processor = Processor.from_pretrained(
+        o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.max_prompt_length
+    )
+    examples, faults = read_usable(o, needs="gold")
+    folder = claim_output_dir(o, r)
+    policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
+    policy.freeze_vision(o.freeze_vision)
+    policy.model.gradient_checkpointing = o.gradient_checkpointing
+    reference = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta else None
+    vocabulary = Vocabulary.of(processor, policy.config, r.device)
+    sampler = ReplayRollout(o) if o.rollout == "replay" else LocalRollout(o, vocabulary, r.rank)
+    steps = total_steps(o, len(examples), o.prompts_per_step)
+    engine = Engine(policy, o, r, steps * o.num_iterations)
+    loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r)
+    batches = iter(loader)
+    report = Reporter(folder, r, steps, "grpo")
+    tokens_seen = 0
+
+    for step in range(1, steps + 1):
+        started = time.perf_counter()
+        with span("data"):
+            samples = next(batches)
+        with span("rollout"):
+            embeds = embed_prompts(policy, [s.item for s in samples]) if o.freeze_vision else None
+            completions = sampler(policy, samples, embeds)
+        with span("reward"):
+            rewards = score(completions, samples, vocabulary, r.device)
+            accuracy = rewards.accuracy.view(len(samples), o.num_generations)  # (B, G), IoU in 0-1
+            total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
+            advantages, weights, miou = group_advantages(
+                total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards
+            )
+        with span("pack"):
+            packs = make_packs(o, policy.config, samples, completions, embeds, advantages, weights, r.device)
+            counts = r.sum(sum(map(len, completions)), sum(len(c) for g in completions for c in g))
+            denominator = loss_denominator(o, *counts, r)
+        with span("reference"):
+            if reference is not None:
+                packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
+            if o.num_iterations > 1:
+                packs = [dataclasses.replace(p, old_logps=logps(policy, p, o.temperature)) for p in packs]
+        for _ in range(o.num_iterations):
+            loss, stats = torch.zeros((), device=r.device), []
+            with span("policy"):
+                for pack in packs:
+                    pack_loss, pack_stats = policy(pack, loss_head(o, pack, denominator))
+                    pack_loss = pack_loss / len(packs) if denominator is None else pack_loss
+                    engine.backward(pack_loss)
+                    loss += pack_loss.detach()
+                    stats.append(pack_stats)
+            with span("optimizer"):
+                grad_norm = engine.step()
+
+        tokens = sum(len(p.input_ids) for p in packs)
+        tokens_seen += sum(r.sum(tokens))
+        report.advance(reward=float(total.mean()), iou=float(accuracy.mean()))
+        if step % o.logging_steps == 0 or step == steps:
+            elapsed = time.perf_counter() - started
+            metrics = {
+                "loss": float(loss),
+                "grad_norm": float(grad_norm),
+                "learning_rate": engine.learning_rate,
+                "epoch": loader.position / len(examples),
+                "num_tokens": tokens_seen,
+                "step_time": elapsed,
+                "data/skipped": len(faults) + loader.skipped,
+                **reward_metrics(total, accuracy, rewards.format, miou, weights),
+                **length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids),
+                **policy_metrics(stats),
+                **take_seconds(),
+                "perf/tokens_per_second": tokens / elapsed,
+                "perf/peak_memory_gb": peak_memory_gb(r.device),
+            }
+            report.log(step, r.mean_metrics(metrics))
+        if o.log_completions and step % o.log_completions == 0:
+            report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
+        if o.save_steps and step % o.save_steps == 0 and step < steps:
+            save_checkpoint(policy, processor, folder / f"checkpoint-{step}", r)
+    save_checkpoint(policy, processor, folder, r)
+    report.close()
+
+
+def frozen_copy(policy, *, share_vision: bool):
+    """The reference. With a frozen tower only the decoder is copied: the tower is the same module."""
+    memo = {id(policy.visual): policy.visual} if share_vision else {}
+    return copy.deepcopy(policy, memo).requires_grad_(False)
+
+
+def make_packs(o, config, samples, completions, embeds, advantages, weights, device) -> list[PackedBatch]:
+    """Packs under the token budget, with their advantages. A group too long for one stands in several."""
+    parts = []  # (sample, first completion, last completion)
+    for i, group in enumerate(completions):
+        prompt = len(samples[i].item.input_ids)
+        start, cost = 0, prompt
+        for g, completion in enumerate(group):
+            if g > start and cost + len(completion) > o.tokens_per_pass:
+                parts.append((i, start, g, cost))
+                start, cost = g, prompt
+            cost += len(completion)
+        parts.append((i, start, len(group), cost))
+    packs = []
+    for chosen in plan_packs([cost for *_, cost in parts], o.tokens_per_pass):
+        inside = [parts[c] for c in chosen]
+        batch = pack_groups(
+            [
+                Group(samples[i].item, completions[i][a:b], i, None if embeds is None else embeds[i])
+                for i, a, b, _ in inside
+            ],
+            image_token_id=config.image_token_id,
+        ).to(device)
+        packs.append(
+            dataclasses.replace(
+                batch,
+                advantages=torch.cat([advantages[i, a:b] for i, a, b, _ in inside]),
+                weights=weights[batch.group_ids],
+            )
+        )
+    return packs
+
+
+def loss_denominator(o, completions: float, tokens: float, r: Ranks):
+    """What the step's summed loss is divided by on each rank, 0-dim fp32; ranks average their gradients afterwards."""
+    whole = {
+        "grpo": completions,
+        "dapo": tokens,
+        "cispo": tokens,
+        "dr_grpo": completions * o.max_completion_length,
+        "bnpo": None,
+    }[o.loss_type]
+    return None if whole is None else torch.tensor(whole / r.world_size, device=r.device, dtype=torch.float32)
+
+
+def loss_head(o, pack: PackedBatch, denominator):
+    """The loss as the model's head: called with hidden states (N, H) and the head's weight (V, H)."""
+
+    def head(hidden, weight):
+        return fused_grpo_loss(
+            hidden,
+            weight,
+            pack.targets,
+            pack.advantages,
+            pack.completion_cu,
+            temperature=o.temperature,
+            old_logps=pack.old_logps,
+            ref_logps=pack.ref_logps,
+            weights=pack.weights,
+            beta=o.beta,
+            epsilon=o.epsilon,
+            epsilon_high=o.epsilon_high,
+            delta=o.delta,
+            loss_type=o.loss_type,
+            importance_sampling_level=o.importance_sampling_level,
+            denominator=denominator,
+        )
+
+    return head
+
+
+@torch.no_grad()
+def logps(model, pack: PackedBatch, temperature: float) -> torch.Tensor:
+    """(N) fp32 log-probabilities of the scored tokens."""
+    return model(pack, lambda h, w: token_logps(h, w, pack.targets, temperature=temperature))
+
+
+def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
+    """Without a model and data: the drawn world and its cold start, made first where there is none."""
+    from boxgrpo.trainer import demo  # draws and trains; nobody else pays for its imports
+
+    if r.is_main:
+        demo.cold_start(demo.DemoOptions())
+    r.barrier()
+    return parse(GrpoOptions, [*demo.grpo_flags(demo.DemoOptions()), *(sys.argv[1:] if args is None else args)])
+
+
+def main(args: list[str] | None = None) -> None:
+    options = parse(GrpoOptions, args, prog="grpo.py")
+    with ranks() as r:
+        if not options.model and not options.data:
+            options = demo_options(args, r)
+        train(options, r)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"grpo.py: {error}")

@@ -1,0 +1,61 @@
+"""A step's metrics, under TRL's names where TRL has one."""
+
+import torch
+
+
+def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:
+    """Rewards over the rank's completions, and how hard its groups were (paper Figure 3)."""
+    spread = total.std(dim=1)
+    return {
+        "reward": float(total.mean()),
+        "reward_std": float(spread.mean()),
+        "frac_reward_zero_std": float((total == total[:, :1]).all(1).float().mean()),
+        "rewards/accuracy/mean": float(accuracy.mean()),
+        "rewards/accuracy/std": float(accuracy.std()),
+        "rewards/format/mean": float(format.mean()),
+        "rewards/format/std": float(format.std()),
+        "difficulty/easy": float((miou > 0.7).float().mean()),
+        "difficulty/medium": float(((miou >= 0.3) & (miou <= 0.7)).float().mean()),
+        "difficulty/hard": float((miou < 0.3).float().mean()),
+        "difficulty/weight_mean": float(weights.mean()),
+    }
+
+
+def length_metrics(completions, limit: int, eos: tuple[int, ...]) -> dict[str, float]:
+    """Tokens per completion, and the share that never reached its end token."""
+    flat = [c for group in completions for c in group]
+    lengths = [len(c) for c in flat]
+    clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": clipped / len(flat),
+    }
+
+
+def policy_metrics(stats) -> dict[str, float]:
+    """Token means over the step's packs."""
+    tokens = torch.tensor([float(len(s.logps)) for s in stats])
+
+    def mean(values) -> float:
+        return float((torch.stack(values).float().cpu() * tokens).sum() / tokens.sum().clamp(min=1))
+
+    return {
+        "kl": mean([s.kl for s in stats]),
+        "entropy": mean([s.entropy.mean() for s in stats]),
+        "clip_ratio/low_mean": mean([s.clip_low for s in stats]),
+        "clip_ratio/high_mean": mean([s.clip_high for s in stats]),
+        "clip_ratio/region_mean": mean([s.clip_region for s in stats]),
+    }
+
+
+def completion_table(processor, samples, completions, rewards) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: the first prompts of the step with their best and worst completion."""
+    rows = []
+    accuracy = rewards.accuracy.view(len(samples), -1).tolist()
+    for sample, group, ious in list(zip(samples, completions, accuracy, strict=True))[:4]:
+        for g in sorted({ious.index(max(ious)), ious.index(min(ious))}):
+            gold = ", ".join(f"{v:.0f}" for v in sample.example.gold)
+            rows.append([sample.example.question, gold, processor.decode(group[g]), f"{ious[g]:.2f}"])
+    return ["question", "gold", "completion", "IoU"], rows

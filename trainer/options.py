@@ -1,0 +1,190 @@
+"""Options of the loops. Each default stands here and nowhere else; flags, `--help` and YAML files derive from it."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def option(default, help: str):
+    """A field with its flag's help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataOptions:
+    """What both loops read and write."""
+
+    model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
+    data: str = option("", "JSON or JSONL file of records.")
+    schema: str = option("auto", "Form of the records: auto, univg_stage1, univg_stage2, mig_bench.")
+    image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
+    output_dir: str = option("out/run", "Folder for checkpoints, metrics.jsonl and TensorBoard files.")
+    overwrite_output_dir: bool = option(False, "Write into an output_dir that already holds a run.")
+    max_steps: int = option(0, "Optimizer steps; 0: as many as num_train_epochs asks for.")
+    num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
+    seed: int = option(42, "Seed of data order, sampling and initial weights.")
+    min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
+    max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
+    freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
+    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
+    gradient_checkpointing: bool = option(False, "Recompute each layer in the backward pass: less memory, more time.")
+    max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
+    dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead of the step; 0: none.")
+    logging_steps: int = option(1, "Steps between two lines of metrics.")
+    save_steps: int = option(0, "Steps between two checkpoints; 0: only the last.")
+
+
+@dataclass
+class SftOptions(DataOptions):
+    """Cold start: supervised fine-tuning on reasoning chains (paper section 3.2)."""
+
+    learning_rate: float = option(5e-6, "Peak learning rate.")
+    lr_scheduler_type: str = option("cosine", "Schedule by transformers' name: cosine, linear, constant_with_warmup.")
+    warmup_ratio: float = option(0.015, "Share of the steps that warms up.")
+    train_batch_size: int = option(24, "Examples per optimizer step, over all ranks.")
+    cutoff_len: int = option(6000, "Longer examples are skipped, tokens.")
+    tokens_per_pass: int = option(8192, "Token budget of one packed forward and backward pass.")
+
+
+@dataclass
+class GrpoOptions(DataOptions):
+    """GRPO with IoU and format rewards and difficulty-aware weights (paper sections 3.3 and 3.4)."""
+
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    lr_scheduler_type: str = option("linear", "Schedule by transformers' name: linear, cosine, constant_with_warmup.")
+    warmup_ratio: float = option(0.0, "Share of the steps that warms up.")
+    prompts_per_step: int = option(16, "Prompts per optimizer step, over all ranks.")
+    gradient_accumulation_steps: int = option(1, "Rounds in which a step's prompts are sampled; more need less cache.")
+    num_generations: int = option(8, "Completions per prompt: the group.")
+    num_iterations: int = option(1, "Optimizer steps on each rollout.")
+    max_completion_length: int = option(256, "Tokens sampled at most.")
+    max_prompt_length: int = option(16384, "Longer prompts are skipped, tokens, images included.")
+    tokens_per_pass: int = option(16384, "Token budget of one packed forward and backward pass.")
+    temperature: float = option(1.0, "Sampling temperature; the loss uses the same.")
+    top_k: int = option(0, "Sample among the k likeliest tokens; 0: all.")
+    top_p: float = option(1.0, "Sample among the likeliest tokens of this mass.")
+    beta: float = option(0.04, "Weight of the KL to the starting model; 0 keeps no reference.")
+    epsilon: float = option(0.2, "Lower clip of the ratio, and upper unless epsilon_high is given.")
+    epsilon_high: float | None = option(None, "Upper clip of the ratio; cispo: its absolute bound.")
+    delta: float | None = option(None, "Second, absolute upper bound of the ratio.")
+    loss_type: str = option("grpo", "grpo, bnpo, dapo, dr_grpo or cispo.")
+    importance_sampling_level: str = option("token", "token, or sequence (GSPO).")
+    scale_rewards: str = option("group", "Divide advantages by the std of the group, of the batch, or by none.")
+    difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
+    rollout: str = option("local", "local: sample here; replay: completions stored by an earlier run.")
+    rollout_file: str = option("", "replay reads completions here; local appends them here when given.")
+    log_completions: int = option(0, "Steps between two tables of sampled completions; 0: never.")
+
+
+@dataclass
+class EvalOptions:
+    """Score a checkpoint on a benchmark file by greedy decoding."""
+
+    model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
+    data: str = option("", "JSON or JSONL file of records with gold boxes.")
+    schema: str = option("auto", "Form of the records: auto, univg_stage1, univg_stage2, mig_bench.")
+    image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
+    output_dir: str = option("out/eval", "Folder for results.json and the pictures.")
+    limit: int = option(0, "Score only the first so many records; 0: all.")
+    eval_batch_size: int = option(64, "Prompts decoded together.")
+    max_completion_length: int = option(256, "Tokens generated at most.")
+    min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
+    max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
+    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
+    pictures: int = option(8, "Annotated pictures to draw.")
+    dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead; 0: none.")
+
+
+T = TypeVar("T")
+
+
+class _Parser(HfArgumentParser):
+    """Flags from a dataclass; an unknown one is answered with its nearest neighbour."""
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [s for action in self._actions for s in action.option_strings]
+            near = difflib.get_close_matches(unknown[0], flags, n=1)
+            self.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
+        return known
+
+
+def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None) -> T:
+    """Options from `--config file.yaml`, overruled by the flags beside it."""
+    parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", default="", help="YAML file of these options; flags overrule it.")
+    first, _ = parser.parse_known_args(args)
+    if first.config:
+        parser.set_defaults(**read_yaml(kind, first.config))
+    values = vars(parser.parse_args(args))
+    values.pop("config")
+    return kind(**values)
+
+
+def read_yaml(kind: type, path: str | Path) -> dict:
+    """The mapping in a YAML file, its keys and types checked against the dataclass.
+
+    Raises:
+        ValueError: missing file, no mapping, unknown key, or a value of another type.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file.")
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; it must map option names to values.")
+    known = {f.name: f for f in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help."
+            raise ValueError(f"{path}: unknown option {name!r}; {hint}")
+        default = known[name].default
+        if isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
+            values[name] = float(value)  # YAML reads 1e-6 as a string
+        elif default is not None and type(value) is not type(default):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be of type {type(default).__name__}.")
+    return values
+
+
+def validate_grpo(o: GrpoOptions, world_size: int) -> None:
+    """Refuse what cannot be trained, before anything is loaded."""
+    if o.num_generations < 2:
+        raise ValueError(f"num_generations is {o.num_generations}; a group needs at least 2. Raise --num_generations.")
+    parts = world_size * o.gradient_accumulation_steps
+    if o.gradient_accumulation_steps < 1 or o.prompts_per_step < 1 or o.prompts_per_step % parts:
+        raise ValueError(
+            f"prompts_per_step is {o.prompts_per_step}; it must divide into {world_size} ranks x "
+            f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {max(parts, 1)}."
+        )
+    _one_of("loss_type", o.loss_type, ("grpo", "bnpo", "dapo", "dr_grpo", "cispo"))
+    _one_of("importance_sampling_level", o.importance_sampling_level, ("token", "sequence"))
+    _one_of("scale_rewards", o.scale_rewards, ("group", "batch", "none"))
+    _one_of("difficulty", o.difficulty, ("exp", "power", "log", "none"))
+    _one_of("rollout", o.rollout, ("local", "replay"))
+    if o.rollout == "replay" and not o.rollout_file:
+        raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
+    if o.temperature <= 0:
+        raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
+    for name in ("num_iterations", "max_completion_length", "tokens_per_pass"):
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
+
+
+def validate_sft(o: SftOptions, world_size: int) -> None:
+    """Refuse what cannot be trained, before anything is loaded."""
+    if o.train_batch_size < 1 or o.train_batch_size % world_size:
+        raise ValueError(
+            f"train_batch_size is {o.train_batch_size}; it must divide by {world_size} ranks. "
+            f"Use a multiple of {world_size}."
+        )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}. Change --{name}.")

@@ -1,0 +1,66 @@
+"""Processes under torchrun: who am I, what do the others have."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """This process among `world_size`; a run without torchrun is rank 0 of 1."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Element-wise sums over all ranks, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value) -> list:
+        """The picklable `value` of every rank, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Mean over the ranks that have the key, in one collective whatever keys each rank holds."""
+        if self.world_size == 1:
+            return metrics
+        everyone = self.gather(metrics)
+        keys = sorted(set().union(*everyone))
+        return {k: sum(m[k] for m in everyone if k in m) / sum(k in m for m in everyone) for k in keys}
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def ranks():
+    """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere; leave it in the end."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Ranks(device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,91 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, tables of sampled completions."""
+
+import dataclasses
+import io
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+OPTIONS = "options.yaml"
+
+
+def claim_output_dir(options, ranks) -> Path:
+    """The run's folder, with its options written; on every rank an error when it holds another run.
+
+    Raises:
+        ValueError: the folder holds a run and --overwrite_output_dir was not given.
+    """
+    folder = Path(options.output_dir)
+    taken = ranks.gather((folder / METRICS).exists() or (folder / OPTIONS).exists())[0]
+    if taken and not options.overwrite_output_dir:
+        raise ValueError(
+            f"output_dir {folder} already holds a run. Name another with --output_dir, or give --overwrite_output_dir true."
+        )
+    ranks.barrier()  # every rank has looked before anything is written
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))
+    return folder
+
+
+class Reporter:
+    """Writes on rank 0; elsewhere every call is nothing."""
+
+    def __init__(self, folder: Path, ranks, total_steps: int, title: str):
+        self.active = ranks.is_main
+        if self.active:
+            self.file = (folder / METRICS).open("a", encoding="utf-8")
+            self.board = SummaryWriter(folder / "tensorboard")
+            self.bar = tqdm(total=total_steps, desc=title, dynamic_ncols=True, mininterval=1.0)
+
+    def advance(self, **shown: float) -> None:
+        if self.active:
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+            self.bar.update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Print a table above the progress bar; the model's text is shown as it is, never as markup."""
+        if not self.active:
+            return
+        table = Table(title=title, show_lines=True)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        text = io.StringIO()
+        Console(file=text, width=shutil.get_terminal_size((140, 40)).columns).print(table)
+        self.bar.write(text.getvalue())
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.board.close()
+            self.bar.close()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in 1e9 bytes: the GPU's allocator, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

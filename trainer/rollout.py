@@ -1,0 +1,126 @@
+"""Completions for a step's prompts: sampled by the policy, or replayed from a file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, VocabularyBytes, grounding_rewards_from_ids
+from boxgrpo.model.generate import generate
+from boxgrpo.model.packing import Prompt
+from boxgrpo.model.qwen2vl import Qwen2VL
+
+from .loader import Sample
+from .processing import Processor
+from .vocabulary import token_bytes
+
+
+@dataclass
+class Vocabulary:
+    """What sampling and rewards need of the tokenizer, on the policy's device."""
+
+    eos_token_ids: tuple[int, ...]
+    forbidden: Tensor  # (F) int64, never sampled: a policy's image token would have no image behind it
+    bytes: VocabularyBytes
+
+    @classmethod
+    def of(cls, processor: Processor, config, device) -> "Vocabulary":
+        """Ends come from the tokenizer, never from generation_config: Qwen's holds top_k 1."""
+        # A head may be wider than the vocabulary: 152064 rows for 151657 tokens.
+        rows = config.text_config.vocab_size
+        table = token_bytes(processor.tokenizer, rows)
+        unknown = range(len(processor.tokenizer), rows)
+        forbidden = torch.tensor([*processor.vision_ids, *unknown], device=device)
+        eos = tuple(processor.eos_ids)
+        return cls(eos, forbidden, VocabularyBytes.build(table, eos, device))
+
+
+@torch.no_grad()
+def embed_prompts(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+    """The frozen tower's output for each prompt, (p / 4, H), all images in one pass."""
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    if not pixels:
+        return [None] * len(prompts)
+    embeds = model.embed_images(torch.cat(pixels), torch.cat([p.image_grid_thw for p in prompts]))
+    merge = model.config.vision_config.spatial_merge_size**2
+    return list(embeds.split([0 if p.pixel_values is None else len(p.pixel_values) // merge for p in prompts]))
+
+
+class LocalRollout:
+    """Samples with the policy itself. With `rollout_file` it also keeps what it sampled, for a later replay."""
+
+    def __init__(self, options, vocabulary: Vocabulary, rank: int):
+        self.options = options
+        self.vocabulary = vocabulary
+        self.file = None
+        if options.rollout_file:
+            path = Path(options.rollout_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = (path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")).open("w")
+
+    def __call__(
+        self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None
+    ) -> list[list[Tensor]]:
+        """For each sample its G completions, (C_i) int64 on the CPU, end token included."""
+        o = self.options
+        rounds = len(samples) // o.gradient_accumulation_steps
+        completions: list[list[Tensor]] = []
+        for start in range(0, len(samples), rounds):
+            part = slice(start, start + rounds)
+            rollout = generate(
+                policy,
+                [s.item for s in samples[part]],
+                prompt_ids=[s.serial for s in samples[part]],
+                image_embeds=None if embeds is None else embeds[part],
+                eos_token_ids=self.vocabulary.eos_token_ids,
+                forbidden=self.vocabulary.forbidden,
+                num_generations=o.num_generations,
+                max_completion_length=o.max_completion_length,
+                temperature=o.temperature,
+                top_k=o.top_k,
+                top_p=o.top_p,
+                seed=o.seed,
+            )
+            flat = rollout.completions()
+            completions += [flat[i : i + o.num_generations] for i in range(0, len(flat), o.num_generations)]
+        if self.file:
+            for sample, group in zip(samples, completions, strict=True):
+                self.file.write(json.dumps({"serial": sample.serial, "ids": [c.tolist() for c in group]}) + "\n")
+            self.file.flush()
+        return completions
+
+
+class ReplayRollout:
+    """Completions stored by an earlier run, found by the sample's serial number: for exact comparisons."""
+
+    def __init__(self, options):
+        self.path = options.rollout_file
+        with open(self.path) as file:
+            self.stored = {(record := json.loads(line))["serial"]: record["ids"] for line in file}
+
+    def __call__(self, policy, samples, embeds) -> list[list[Tensor]]:
+        missing = [s.serial for s in samples if s.serial not in self.stored]
+        if missing:
+            raise ValueError(
+                f"{self.path} holds no completions for sample {missing[0]}; replay needs the data, seed and batch that "
+                "stored it. Store them again with --rollout local --rollout_file."
+            )
+        return [[torch.tensor(ids) for ids in self.stored[s.serial]] for s in samples]
+
+
+def score(
+    completions: Sequence[Sequence[Tensor]], samples: Sequence[Sample], vocabulary: Vocabulary, device
+) -> GroundingRewards:
+    """Rewards of all completions, prompt-major (n = B·G), computed from ids on `device`."""
+    flat = [c for group in completions for c in group]
+    owners = [s.example for s, group in zip(samples, completions, strict=True) for _ in group]
+    return grounding_rewards_from_ids(
+        torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).to(device),
+        torch.tensor([len(c) for c in flat], device=device),
+        vocabulary.bytes,
+        torch.tensor([e.gold for e in owners], dtype=torch.float32, device=device),
+        answer_format=torch.tensor([ANSWER_FORMATS[e.answer_format] for e in owners], dtype=torch.uint8, device=device),
+    )

@@ -1,0 +1,100 @@
+"""Cold start: supervised fine-tuning on reasoning chains, packed without padding.
+
+    torchrun trainer/sft.py --model CHECKPOINT --data stage1.json      one process per GPU: --nproc_per_node 8
+
+The loss is the mean negative log-probability of the assistant's tokens, all turns, over the whole step's tokens.
+Left out, on purpose: padding, truncation (a conversation over --cutoff_len is skipped and named), logits.
+"""
+
+import sys
+import time
+
+import torch
+
+from boxgrpo.kernels import token_logps
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.packing import pack_conversations, plan_packs
+from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
+from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.options import SftOptions, parse, validate_sft
+from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.ranks import Ranks, ranks
+from boxgrpo.trainer.reporter import Reporter, claim_output_dir, peak_memory_gb
+from boxgrpo.trainer.spans import span, take_seconds
+
+
+def train(options: SftOptions, r: Ranks) -> None:
+    """Train `options.model` on `options.data`; leaves the checkpoint and the metrics in `options.output_dir`."""
+    o = options
+    validate_sft(o, r.world_size)
+    processor = Processor.from_pretrained(
+        o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.cutoff_len
+    )
+    examples, faults = read_usable(o, needs="turns")
+    folder = claim_output_dir(o, r)
+    model = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
+    model.freeze_vision(o.freeze_vision)
+    model.model.gradient_checkpointing = o.gradient_checkpointing
+    steps = total_steps(o, len(examples), o.train_batch_size)
+    engine = Engine(model, o, r, steps)
+    loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r)
+    batches = iter(loader)
+    report = Reporter(folder, r, steps, "sft")
+    tokens_seen = 0
+
+    for step in range(1, steps + 1):
+        started = time.perf_counter()
+        with span("data"):
+            conversations = [s.item for s in next(batches)]
+            plan = plan_packs([len(c.input_ids) for c in conversations], o.tokens_per_pass)
+            packs = [
+                pack_conversations(
+                    [conversations[i] for i in chosen], image_token_id=model.config.image_token_id
+                ).to(r.device)
+                for chosen in plan
+            ]
+            scored = r.sum(sum(len(p.targets) for p in packs))[0]
+        loss = torch.zeros((), device=r.device)
+        with span("policy"):
+            for pack in packs:
+                logps = model(pack, lambda h, w, pack=pack: token_logps(h, w, pack.targets))  # (N)
+                pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
+                engine.backward(pack_loss)
+                loss += pack_loss.detach()
+        with span("optimizer"):
+            grad_norm = engine.step()
+
+        tokens = sum(len(p.input_ids) for p in packs)
+        tokens_seen += sum(r.sum(tokens))
+        if step % o.logging_steps == 0 or step == steps:
+            elapsed = time.perf_counter() - started
+            metrics = {
+                "loss": float(loss),
+                "grad_norm": float(grad_norm),
+                "learning_rate": engine.learning_rate,
+                "epoch": loader.position / len(examples),
+                "num_tokens": tokens_seen,
+                "step_time": elapsed,
+                "data/skipped": len(faults) + loader.skipped,
+                **take_seconds(),
+                "perf/tokens_per_second": tokens / elapsed,
+                "perf/peak_memory_gb": peak_memory_gb(r.device),
+            }
+            report.log(step, r.mean_metrics(metrics))
+        report.advance(loss=loss)
+        if o.save_steps and step % o.save_steps == 0 and step < steps:
+            save_checkpoint(model, processor, folder / f"checkpoint-{step}", r)
+    save_checkpoint(model, processor, folder, r)
+    report.close()
+
+
+def main(args: list[str] | None = None) -> None:
+    with ranks() as r:
+        train(parse(SftOptions, args, prog="sft.py"), r)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"sft.py: {error}")

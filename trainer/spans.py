@@ -1,0 +1,34 @@
+"""Named spans of a step: NVTX ranges where there is a GPU, wall-clock seconds everywhere."""
+
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+
+seconds: dict[str, float] = defaultdict(float)
+
+
+@contextmanager
+def span(name: str):
+    """Time a stage. Without a GPU this is two clock reads; with one, an NVTX range around them.
+
+    A GPU works behind the CPU's back, so a stage's seconds are the CPU's own; the timeline has the rest.
+    """
+    push = torch.cuda.is_initialized()
+    if push:
+        torch.cuda.nvtx.range_push(name)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - start
+        if push:
+            torch.cuda.nvtx.range_pop()
+
+
+def take_seconds() -> dict[str, float]:
+    """`timing_s/...` of every span since the last call."""
+    taken = {f"timing_s/{name}": value for name, value in seconds.items()}
+    seconds.clear()
+    return taken

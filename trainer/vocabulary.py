@@ -1,0 +1,138 @@
+"""Tokenizers made here: the real Qwen2 one from its merges, and a small one for the demo (DESIGN section 7)."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",  # 151643 in Qwen2's vocabulary, and on from there
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+
+# Gives what Qwen2-VL's template gives for text and images. A message's content is a string or a list of parts.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if loop.first and message.role != 'system' %}"
+    "{{- '<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n' }}"
+    "{%- endif %}"
+    "{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}"
+    "{%- for part in message.content %}"
+    "{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif part.type == 'text' %}{{- part.text }}{%- endif %}"
+    "{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+# Pieces of the demo's tokenizer: a run of tags and punctuation with the spaces inside it and before a digit, a whole
+# number, a word, white space.
+_TAG_OR_MARK = r"(?:</?(?:think|answer)>|[^\s\p{L}\p{N}])"
+_DEMO_PIECES = rf" ?{_TAG_OR_MARK}(?:{_TAG_OR_MARK}| (?=[^\s\p{{L}}]))*| ?\p{{N}}+| ?\p{{L}}+|\s+"
+
+
+def qwen2_tokenizer(merges_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The real Qwen2 tokenizer, 151,657 tokens, from its `merges.txt`.
+
+    Ids: 256 bytes in GPT-2's order, then one for each merge, then `SPECIAL_TOKENS` from 151643 on. End of text is
+    `<|im_end|>`, padding `<|endoftext|>`. `save_pretrained` writes what `AutoTokenizer.from_pretrained` reads.
+
+    Raises:
+        ValueError: the file is not Qwen2's list of 151,387 merges.
+        OSError: the file cannot be read.
+    """
+    with open(merges_path, encoding="utf-8") as file:
+        merges = [tuple(line.rstrip("\n").split(" ")) for line in file if not line.startswith("#version")]
+    if len(merges) != 151_387 or any(len(merge) != 2 for merge in merges):
+        raise ValueError(
+            f"{merges_path} holds {len(merges)} lines that should be Qwen2's 151387 merges of two pieces. "
+            "Pass the merges.txt of a Qwen2 model."
+        )
+    pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges)]
+    tokenizer = Qwen2Tokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)
+    return _finish(tokenizer)
+
+
+def demo_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrainedTokenizerBase:
+    """A small tokenizer in which the pieces of `texts` are one token each, and any other text is bytes.
+
+    Pieces are words, whole numbers, and runs of tags and punctuation such as `), (` or `.</think><answer>(`, so a
+    completion of the demo is as few tokens as can be. The vocabulary holds whole pieces and no merges: BPE would spend
+    ids on fragments that the demo never writes. Special tokens have Qwen2's names and the last ids.
+
+    Args:
+        texts: what the vocabulary is made from; the most frequent pieces stay.
+        vocab_size: most tokens to have; the result has fewer when the texts do (`len(tokenizer)` tells).
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the bytes and the special tokens.
+    """
+    alphabet = list(bytes_to_unicode().values())
+    room = vocab_size - len(alphabet) - len(SPECIAL_TOKENS)
+    if room < 0:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
+            f"{len(alphabet) + len(SPECIAL_TOKENS)}. Raise vocab_size."
+        )
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_DEMO_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    counts = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(text))
+    frequent = sorted((piece for piece in counts if len(piece) > 1), key=lambda piece: (-counts[piece], piece))
+    vocab = {piece: index for index, piece in enumerate(alphabet + frequent[:room])}
+    backend = Tokenizer(BPE(vocab=vocab, merges=[], ignore_merges=True))  # a whole piece of the vocabulary is one token
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.ByteLevel()
+    return _finish(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[bytes]:
+    """The bytes that each id stands for, for the kernels' `VocabularyBytes`; special tokens are empty.
+
+    Args:
+        tokenizer: a byte-level tokenizer.
+        vocab_size: the model's vocabulary, where it is larger than the tokenizer's (the rest is empty).
+    """
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    table = []
+    for index, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        if index in special:
+            table.append(b"")
+        elif index in added:  # stands for its own text, not for byte-level characters
+            table.append(piece.encode())
+        else:
+            table.append(bytes(byte_of[character] for character in piece))
+    return table + [b""] * ((vocab_size or 0) - len(table))
+
+
+def _finish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    # Added first and named second: the names' own order would hand out other ids.
+    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

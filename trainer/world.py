@@ -1,0 +1,128 @@
+"""The demo's world on disk: drawn scenes as PNG files and records in the formats that users have."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from .scenes import TASKS, draw_scene
+
+logger = logging.getLogger(__name__)
+
+DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
+VERSION = 1  # of the drawing; a folder drawn by another version is not reused
+SPLITS = ("cold_start", "train", "held_out")
+SEEDS_PER_SPLIT = 1_000_000
+
+
+def _think_suffix() -> str:
+    # Here, not above: transformers takes seconds to load, and the drawing processes need none of it.
+    from .processing import THINK_SUFFIX
+
+    return THINK_SUFFIX
+
+
+def _write_scene(
+    folder: pathlib.Path,
+    suffix: str,
+    chains: bool,
+    size: int,
+    level: int,
+    split: str,
+    name: str,
+    task: str,
+    seed: int,
+) -> dict:
+    """Writes one scene's PNG files under `folder` and returns its record."""
+    scene = draw_scene(task, seed, level=level, size=size)
+    images = [f"images/{split}/{name}_{k}.png" for k in range(1, len(scene.images) + 1)]
+    for path, image in zip(images, scene.images):
+        image.save(folder / path, compress_level=1)
+    record = {"id": f"{split}-{name}", "task": task, "images": images, "target_image": scene.target_image}
+    if split != "cold_start":
+        return record | {"question": scene.question, "answer": list(scene.gold)}
+    answer = scene.completion if chains else dataclasses.replace(scene, chain="").completion
+    messages = [("user", scene.question + suffix), ("assistant", answer)]
+    return record | {"messages": [{"role": role, "content": text} for role, text in messages]}
+
+
+def write_world(
+    folder: str | os.PathLike,
+    *,
+    tasks: Sequence[str] = DEMO_TASKS,
+    cold_start: int,
+    train: int,
+    held_out: int,
+    seed: int = 0,
+    level: int = 1,
+    size: int = 112,
+    chains: bool = True,
+    processes: int = 2,
+) -> pathlib.Path:
+    """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
+
+    `cold_start.json` holds UniVG-R1 stage-1 records (messages with the reasoning chain and the box), `train.json` and
+    `held_out.json` stage-2 ones (question, and answer on the 0-1000 scale); DESIGN section 7. Image paths are relative
+    to `folder`. Tasks take turns, and no two splits share a scene's seed: held-out scenes stay the same when another
+    split grows. With `chains=False` the cold start's <think> is empty. `world.json` lists all arguments: where a
+    folder already holds this world nothing is written; a folder that holds anything else raises ValueError. The folder
+    appears only when it is complete. With `processes` above 1 the calling script needs its `__main__` guard.
+    """
+    folder = pathlib.Path(folder)
+    counts = dict(zip(SPLITS, (cold_start, train, held_out)))
+    if not tasks or set(tasks) - TASKS.keys():
+        raise ValueError(
+            f"tasks are {list(tasks)}; they must be some of {', '.join(TASKS)}. Name at least one of these."
+        )
+    for split, count in counts.items():
+        if not 0 <= count <= SEEDS_PER_SPLIT:
+            raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
+    manifest = {"version": VERSION, "tasks": list(tasks), **counts}
+    manifest |= {"seed": seed, "level": level, "size": size, "chains": chains}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        found = folder / "world.json"
+        held = json.loads(found.read_text()) if found.is_file() else "no world.json"
+        if held == manifest:
+            logger.info("%s already holds this world", folder)
+            return folder
+        raise ValueError(
+            f"{folder} holds {held}, not the world asked for, {manifest}. Remove it or name another folder."
+        )
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    jobs = []
+    for number, (split, count) in enumerate(counts.items()):
+        (partial / "images" / split).mkdir(parents=True)
+        first_seed = (len(SPLITS) * seed + number) * SEEDS_PER_SPLIT
+        jobs += [(split, f"{k:06d}", tasks[k % len(tasks)], first_seed + k) for k in range(count)]
+    write = functools.partial(_write_scene, partial, _think_suffix(), chains, size, level)
+    if processes > 1:  # spawned: a fork of a process that has run torch's threads may hang
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            records = list(pool.map(write, *zip(*jobs), chunksize=100))
+    else:
+        records = list(itertools.starmap(write, jobs))
+    for split in SPLITS:
+        mine = [record for job, record in zip(jobs, records) if job[0] == split]
+        (partial / f"{split}.json").write_text("[\n" + ",\n".join(map(json.dumps, mine)) + "\n]\n")
+    (partial / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    partial.rename(folder)
+    return folder
+
+
+def all_texts(
+    tasks: Sequence[str] = DEMO_TASKS, *, level: int = 1, scenes_per_task: int = 500, seed: int = 0
+) -> list[str]:
+    """The user texts and completions of scenes outside every split, undrawn: what the demo tokenizer is trained on."""
+    texts, suffix = [], _think_suffix()
+    for task, k in itertools.product(tasks, range(scenes_per_task)):
+        scene = draw_scene(task, -1 - seed * SEEDS_PER_SPLIT - k, level=level)
+        texts += [scene.question + suffix, scene.completion]
+    return texts
