@@ -64,7 +64,7 @@ class HeadRows(_Rows):
     """Rows of hidden @ weight.T. Sums dhidden (N, H) and dweight (V, H), if wanted, in the accumulation dtype."""
 
     def __init__(self, hidden, weight, temperature, grad_hidden=False, grad_weight=False):
-        # 128 rows: each chunk reads and writes the whole of dweight, which is 2/3 of the traffic below that.
+        # Each chunk reads and writes the whole of dweight: 128 rows make that small beside the product itself.
         super().__init__(hidden.shape[0], weight.shape[0], hidden, temperature, at_least=128)
         if self.on_cpu:  # CPU GEMMs round half-precision results to half precision
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
@@ -82,7 +82,8 @@ class HeadRows(_Rows):
         if self.on_cpu and isinstance(rows, slice):
             kept = live.nonzero().squeeze(1)
             if kept.numel() < live.numel():
-                dlogits, rows = dlogits[kept], kept + rows.start
+                dlogits = torch.index_select(dlogits, 0, kept, out=self.scratch[1, : kept.numel()])
+                rows = kept + rows.start
         dlogits = dlogits.to(self.weight.dtype)
         hidden = self.hidden[rows]
         if self.dhidden is not None:

@@ -1,6 +1,6 @@
 """The main job, small: draw a world, cold-start a tiny Qwen2-VL on it, go on with GRPO, score before and after.
 
-    python trainer/demo.py        about eight minutes on two CPU cores; everything it makes is in out/demo
+python trainer/demo.py        about eight minutes on two CPU cores; everything it makes is in out/demo
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.qwen2vl import Qwen2VL
 from boxgrpo.model.tiny import tiny_config
 from boxgrpo.trainer.evaluator import evaluate, table
-from boxgrpo.trainer.options import EvalOptions, option, parse, read_yaml
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, option, parse
 from boxgrpo.trainer.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks
@@ -128,19 +128,13 @@ def scores(options: DemoOptions, run: str) -> dict:
             data=str(root / "world/held_out.json"),
             output_dir=str(root / f"eval_{run}"),
             eval_batch_size=100,
-            max_completion_length=read_yaml_limit(),
+            max_completion_length=parse(GrpoOptions, grpo_flags(options)).max_completion_length,
         ),
         Ranks(device=device),
     )
     print(f"\n{run}: format {summary['format']:.3f}, IoU of well-formed answers {summary['well_formed_iou']:.3f}")
     print(table(summary), flush=True)
     return summary
-
-
-def read_yaml_limit() -> int:
-    from boxgrpo.trainer.options import GrpoOptions
-
-    return read_yaml(GrpoOptions, RECIPES / "demo_grpo.yaml")["max_completion_length"]
 
 
 def flat(summary: dict) -> dict[str, float]:
@@ -182,7 +176,9 @@ def report(summary: dict, root: str) -> str:
     for task in [t for t in summary["before"] if t != "mean"] + ["mean"]:
         rows.append(f"{task:<18}" + "".join(f"{100 * summary[s][task]:>15.1f}" for s in stages))
     lifted = 100 * (summary["after"]["mean"] - summary["before"]["mean"])
-    rows.append(f"\nGRPO: {lifted:+.1f} points in all, {summary['seconds']:.0f} s. Look at {root}/plot.png and pictures.png.")
+    rows.append(
+        f"\nGRPO: {lifted:+.1f} points in all, {summary['seconds']:.0f} s. Look at {root}/plot.png and pictures.png."
+    )
     return "\n".join(rows)
 
 

@@ -1,6 +1,6 @@
 """Acc@0.5 on a benchmark file: greedy answers through our own rollout, scored by the rewards' own box reader.
 
-    torchrun trainer/evaluator.py --model CHECKPOINT --data MIG_data.json --image_root FOLDER
+torchrun trainer/evaluator.py --model CHECKPOINT --data MIG_data.json --image_root FOLDER
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, grounding_rewards
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import generate
 from boxgrpo.trainer.common import chosen_dtype, read_usable
@@ -27,10 +28,7 @@ from boxgrpo.trainer.rollout import Vocabulary, score
 
 @torch.no_grad()
 def answer(model, processor: Processor, examples: Sequence[Example], options: EvalOptions, r: Ranks) -> list[dict]:
-    """One dictionary per example that could be prepared, in the file's order, from all ranks together.
-
-    Keys: source, id, task, question, answer (text), box (4 numbers, 0-1000) or None, gold, iou (0-1), format (0 or 1).
-    """
+    """`graded` answers to the examples that could be prepared, in the file's order, from all ranks together."""
     vocabulary = Vocabulary.of(processor, model.config, r.device)
     per_rank = max(1, min(options.eval_batch_size, -(-len(examples) // r.world_size)))
     loader = Loader(
@@ -61,22 +59,42 @@ def answer(model, processor: Processor, examples: Sequence[Example], options: Ev
         )
         completions = rollout.completions()
         rewards = score([[c] for c in completions], samples, vocabulary, r.device)
-        columns = (rewards.accuracy, rewards.format, rewards.boxes, rewards.found)
-        for s, ids, iou, form, box, found in zip(samples, completions, *(c.tolist() for c in columns), strict=True):
-            e = s.example
-            answers[e.source] = {
-                "source": e.source,
-                "id": e.id,
-                "task": e.task,
-                "question": e.question,
-                "answer": processor.decode(ids),
-                "box": box if found else None,
-                "gold": list(e.gold),
-                "iou": iou,
-                "format": form,
-            }
+        texts = [processor.decode(ids) for ids in completions]
+        found = graded([s.example for s in samples], texts, rewards)
+        answers |= {a["source"]: a for a in found}
     merged = {source: a for part in r.gather(answers) for source, a in part.items()}
     return [merged[e.source] for e in examples if e.source in merged]
+
+
+def graded(examples: Sequence[Example], texts: Sequence[str], rewards: GroundingRewards) -> list[dict]:
+    """One dictionary an answer: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1), format (0, 1)."""
+    columns = (c.tolist() for c in (rewards.accuracy, rewards.format, rewards.boxes, rewards.found))
+    return [
+        {
+            "source": e.source,
+            "id": e.id,
+            "task": e.task,
+            "question": e.question,
+            "answer": text,
+            "box": box if found else None,
+            "gold": list(e.gold),
+            "iou": iou,
+            "format": form,
+        }
+        for e, text, iou, form, box, found in zip(examples, texts, *columns, strict=True)
+    ]
+
+
+def grade_texts(examples: Sequence[Example], texts: Sequence[str]) -> list[dict]:
+    """`graded` answers that were made elsewhere, one text an example."""
+    if len(texts) != len(examples):
+        raise ValueError(f"{len(texts)} answers for {len(examples)} usable records; there must be one each, in order.")
+    raw = [text.encode() for text in texts]
+    offsets = torch.tensor([0, *map(len, raw)]).cumsum(0)
+    text = torch.frombuffer(bytearray(b"".join(raw)) or bytearray(1), dtype=torch.uint8)
+    gold = torch.tensor([e.gold for e in examples], dtype=torch.float32)
+    codes = torch.tensor([ANSWER_FORMATS[e.answer_format] for e in examples], dtype=torch.uint8)
+    return graded(examples, texts, grounding_rewards(text, offsets, gold, answer_format=codes))
 
 
 def summarize(answers: Sequence[dict]) -> dict:
@@ -159,7 +177,9 @@ def table(summary: dict) -> str:
     rows = [f"{'task':<18}{'records':>8}{'Acc@0.5':>9}{'mean IoU':>10}"]
     for task, t in summary["tasks"].items():
         rows.append(f"{task:<18}{t['count']:>8}{100 * t['accuracy_at_0.5']:>9.2f}{t['mean_iou']:>10.3f}")
-    rows.append(f"{'mean':<18}{summary['count']:>8}{100 * summary['accuracy_at_0.5']:>9.2f}{summary['mean_iou']:>10.3f}")
+    rows.append(
+        f"{'mean':<18}{summary['count']:>8}{100 * summary['accuracy_at_0.5']:>9.2f}{summary['mean_iou']:>10.3f}"
+    )
     return "\n".join(rows)
 
 
@@ -171,7 +191,9 @@ def main(args: list[str] | None = None) -> None:
         summary = evaluate(options, r)
         if r.is_main:
             print(table(summary))
-            print(f"format {summary['format']:.3f}, skipped {summary['skipped']}; answers in {options.output_dir}/results.json")
+            print(
+                f"format {summary['format']:.3f}, skipped {summary['skipped']}; answers in {options.output_dir}/results.json"
+            )
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 **reward_metrics(total, accuracy, rewards.format, miou, weights),
                 **length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids),
                 **policy_metrics(stats),
-                **take_seconds(),
+                **take_seconds(o.logging_steps),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),
             }

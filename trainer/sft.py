@@ -48,9 +48,9 @@ def train(options: SftOptions, r: Ranks) -> None:
             conversations = [s.item for s in next(batches)]
             plan = plan_packs([len(c.input_ids) for c in conversations], o.tokens_per_pass)
             packs = [
-                pack_conversations(
-                    [conversations[i] for i in chosen], image_token_id=model.config.image_token_id
-                ).to(r.device)
+                pack_conversations([conversations[i] for i in chosen], image_token_id=model.config.image_token_id).to(
+                    r.device
+                )
                 for chosen in plan
             ]
             scored = r.sum(sum(len(p.targets) for p in packs))[0]
@@ -76,7 +76,7 @@ def train(options: SftOptions, r: Ranks) -> None:
                 "num_tokens": tokens_seen,
                 "step_time": elapsed,
                 "data/skipped": len(faults) + loader.skipped,
-                **take_seconds(),
+                **take_seconds(o.logging_steps),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),
             }
