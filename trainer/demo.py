@@ -3,7 +3,6 @@
 python trainer/demo.py        about eight minutes on two CPU cores; everything it makes is in out/demo
 """
 
-import dataclasses
 import json
 import os
 import shutil

@@ -67,7 +67,7 @@ def answer(model, processor: Processor, examples: Sequence[Example], options: Ev
 
 
 def graded(examples: Sequence[Example], texts: Sequence[str], rewards: GroundingRewards) -> list[dict]:
-    """One dictionary an answer: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1), format (0, 1)."""
+    """A dictionary an answer: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1), format (0, 1)."""
     columns = (c.tolist() for c in (rewards.accuracy, rewards.format, rewards.boxes, rewards.found))
     return [
         {
@@ -100,8 +100,8 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str]) -> list[dict]
 def summarize(answers: Sequence[dict]) -> dict:
     """Scores of the answers: per task, and the mean over tasks as the paper reports it.
 
-    `accuracy_at_0.5` counts IoU above 0.5, the paper's words; `accuracy_at_least_0.5` counts equality too, as its scorer
-    does. All accuracies are in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
+    `accuracy_at_0.5` counts IoU above 0.5, the paper's words; `accuracy_at_least_0.5` counts equality too, as its
+    scorer does. All accuracies are in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
     """
     by_task = defaultdict(list)
     for a in answers:
@@ -192,7 +192,7 @@ def main(args: list[str] | None = None) -> None:
         if r.is_main:
             print(table(summary))
             print(
-                f"format {summary['format']:.3f}, skipped {summary['skipped']}; answers in {options.output_dir}/results.json"
+                f"format {summary['format']:.3f}, skipped {summary['skipped']}; see {options.output_dir}/results.json"
             )
 
 

@@ -29,7 +29,8 @@ def claim_output_dir(options, ranks) -> Path:
     taken = ranks.gather((folder / METRICS).exists() or (folder / OPTIONS).exists())[0]
     if taken and not options.overwrite_output_dir:
         raise ValueError(
-            f"output_dir {folder} already holds a run. Name another with --output_dir, or give --overwrite_output_dir true."
+            f"output_dir {folder} already holds a run. "
+            "Name another with --output_dir, or give --overwrite_output_dir true."
         )
     ranks.barrier()  # every rank has looked before anything is written
     if ranks.is_main:
