@@ -48,8 +48,6 @@ class PackedAttention:
         The completions are padded to the longest on the right: by causality no real query sees a padded key, and the
         padded queries' rows are dropped.
         """
-        if not self.batch.trees:
-            return q
         lengths = [n for _, prompt, completions in self.batch.trees for n in (prompt, *completions)]
         # One split, not a slice a tree: the backward of a slice writes a gradient of the whole row.
         segments = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)

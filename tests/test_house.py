@@ -107,14 +107,14 @@ def test_every_command_is_there():
 
 # Runs with the fake `kernels` in reach: prints nothing and returns 0, or fails with the rule that was broken.
 IMPORT_PROBE = """
-import contextlib, importlib, io, os, pkgutil, random, runpy, signal, sys, warnings
+import contextlib, importlib, io, os, pkgutil, random, signal, sys
 
 import boxgrpo.kernels
 heavy = {"transformers", "tokenizers", "datasets", "PIL", "matplotlib", "boxgrpo.model", "boxgrpo.trainer"}
 assert not heavy & set(sys.modules), f"boxgrpo.kernels imports {heavy & set(sys.modules)}"
 
-import numpy, torch
-from transformers import Qwen2VLForConditionalGeneration
+import numpy, rich.table, torch  # rich draws from `random` as it is imported
+from transformers import Qwen2VLForConditionalGeneration  # with a shadowed `kernels` this fails
 
 def state():
     return {

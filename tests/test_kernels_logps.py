@@ -144,6 +144,12 @@ def test_the_head_never_makes_the_logits(level):
     assert max(event.self_cpu_memory_usage for event in profiler.events()) == 2 * 128 * v * 4
 
 
+@pytest.mark.parametrize("vocabulary, rows", [(300, 1747), (32_768, 128), (151_936, 110), (2**26, 1)])
+def test_chunks_are_small_but_for_a_wide_vocabulary(vocabulary, rows):
+    """2 MiB of fp32 logits; 128 rows where that is more; never over 64 MiB, and never no row."""
+    assert chunks.chunk_rows(vocabulary, torch.float32, torch.device("cpu"), at_least=128) == rows
+
+
 def test_what_is_refused(case):
     hidden, weight, targets = case
     logits = hidden @ weight.T

@@ -7,7 +7,20 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from boxgrpo.trainer.scenes import COLOURS, FRAME, IMAGES, OTHERS, SHAPES, TASKS, Kind, Layout, Thing, _draw, draw_scene
+from boxgrpo.trainer.scenes import (
+    COLOURS,
+    FRAME,
+    IMAGES,
+    OTHERS,
+    SHAPES,
+    TASKS,
+    Kind,
+    Layout,
+    Thing,
+    _draw,
+    backdrop,
+    draw_scene,
+)
 
 SEEDS = range(12)
 SCENES = [(task, level) for task in TASKS for level in (0, 1, 2)]
@@ -66,7 +79,8 @@ def test_the_pixels_of_a_colour_fill_exactly_the_boxes_of_its_things(task, level
                 assert extent(mask) == [x1, y1, x2, y2]
                 assert not covered[y1:y2, x1:x2].any(), "boxes overlap"
                 covered[y1:y2, x1:x2] = True
-            background = (np.asarray(image) == layout.tint).all(-1) | (np.asarray(image) == FRAME).all(-1)
+            drawn, ground = np.asarray(image), np.asarray(backdrop(layout.tint, image.width))
+            background = (drawn == ground).all(-1) | (drawn == FRAME).all(-1)
             assert background[~covered].all() and min(layout.tint) > 225
 
 

@@ -67,7 +67,7 @@ def answer(model, processor: Processor, examples: Sequence[Example], options: Ev
 
 
 def graded(examples: Sequence[Example], texts: Sequence[str], rewards: GroundingRewards) -> list[dict]:
-    """A dictionary an answer: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1), format (0, 1)."""
+    """A dictionary each: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1), format (0 or 1)."""
     columns = (c.tolist() for c in (rewards.accuracy, rewards.format, rewards.boxes, rewards.found))
     return [
         {

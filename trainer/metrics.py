@@ -43,7 +43,7 @@ def policy_metrics(stats) -> dict[str, float]:
 
     return {
         "kl": mean([s.kl for s in stats]),
-        "entropy": mean([s.entropy.mean() for s in stats]),
+        "entropy": mean([s.entropy.sum() / max(1, len(s.entropy)) for s in stats]),
         "clip_ratio/low_mean": mean([s.clip_low for s in stats]),
         "clip_ratio/high_mean": mean([s.clip_high for s in stats]),
         "clip_ratio/region_mean": mean([s.clip_region for s in stats]),

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2; 0-1000 of the image's width and height
@@ -40,6 +41,7 @@ IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
 FRAME = (120, 120, 120)
+SHADE = 112  # how much darker the far side of the ground is, of 255
 
 
 class Kind(NamedTuple):
@@ -111,8 +113,22 @@ OUTLINES = {  # corners in the unit square; every outline touches its four sides
 }
 
 
+def backdrop(tint: tuple[int, int, int], size: int) -> Image.Image:
+    """A plain ground, lit from the top left: red falls off to the right and blue to the bottom.
+
+    So a patch shows where it lies, which Qwen2-VL's purely relative positions leave to be worked out from the borders;
+    a large model can, one that learns for minutes cannot.
+    """
+    ground = np.empty((size, size, 3), dtype=np.uint8)
+    ground[:] = tint
+    fall = (np.arange(size) * SHADE // size).astype(np.uint8)
+    ground[:, :, 0] -= fall
+    ground[:, :, 2] -= fall[:, None]
+    return Image.fromarray(ground)
+
+
 def _draw(layout: Layout, size: int) -> Image.Image:
-    image = Image.new("RGB", (size, size), layout.tint)
+    image = backdrop(layout.tint, size)
     pen = ImageDraw.Draw(image)
     if layout.framed:  # first, so that it never covers a pixel of an object
         x1, y1, x2, y2 = (v * size // 1000 for v in layout.framed.box)

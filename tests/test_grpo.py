@@ -1,0 +1,214 @@
+"""The loops on a tiny model: they learn, they replay, two ranks equal one, and bad input costs only itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from boxgrpo.trainer import demo, grpo, sft
+from boxgrpo.trainer.evaluator import evaluate
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small drawn world and a newborn model for it: the folder of the demo's own making."""
+    root = tmp_path_factory.mktemp("demo")
+    options = demo.DemoOptions(output_dir=str(root), level=0, cold_start=32, train=48, held_out=8)
+    demo.draw_world(options)
+    demo.newborn(options)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cold(world):
+    """The newborn after a few steps of SFT: enough to write boxes now and then."""
+    options = SftOptions(
+        model=str(world / "newborn"),
+        data=str(world / "world/cold_start.json"),
+        output_dir=str(world / "sft"),
+        max_steps=40,
+        train_batch_size=16,
+        learning_rate=3e-3,
+        freeze_vision=False,
+        dataloader_num_workers=0,
+    )
+    sft.train(options, Ranks())
+    return world / "sft"
+
+
+def grpo_options(world, cold, name, **changes) -> GrpoOptions:
+    values = {
+        "model": str(cold),
+        "data": str(world / "world/train.json"),
+        "output_dir": str(world / name),
+        "max_steps": 2,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 32,
+        "learning_rate": 1e-3,
+        "dataloader_num_workers": 0,
+    }
+    return GrpoOptions(**values | changes)
+
+
+def test_sft_learns_and_says_so(world, cold):
+    losses = [m["loss"] for m in lines(cold)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert {p.name for p in cold.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "options.yaml",
+        "tensorboard",
+    }
+
+
+def test_grpo_reports_under_trls_names(world, cold, capsys):
+    grpo.train(grpo_options(world, cold, "names", log_completions=1, max_steps=1), Ranks())
+    (metrics,) = lines(world / "names")
+    expected = """loss grad_norm learning_rate epoch num_tokens step_time reward reward_std frac_reward_zero_std
+        rewards/accuracy/mean rewards/accuracy/std rewards/format/mean rewards/format/std completions/mean_length
+        completions/min_length completions/max_length completions/clipped_ratio kl entropy clip_ratio/low_mean
+        clip_ratio/high_mean clip_ratio/region_mean difficulty/easy difficulty/medium difficulty/hard
+        difficulty/weight_mean timing_s/data timing_s/rollout timing_s/reward timing_s/reference timing_s/policy
+        timing_s/optimizer perf/tokens_per_second perf/peak_memory_gb data/skipped""".split()
+    assert not set(expected) - metrics.keys()
+    assert all(metrics[k] == metrics[k] for k in expected)  # no NaN
+    shares = [metrics[f"difficulty/{k}"] for k in ("easy", "medium", "hard")]
+    assert sum(shares) == pytest.approx(1)
+    assert "completion" in capsys.readouterr().err  # the table of sampled completions
+
+
+def test_a_replay_repeats_the_run(world, cold):
+    stored = str(world / "stored.jsonl")
+    grpo.train(grpo_options(world, cold, "first", rollout_file=stored), Ranks())
+    grpo.train(grpo_options(world, cold, "again", rollout_file=stored, rollout="replay"), Ranks())
+    for a, b in zip(lines(world / "first"), lines(world / "again"), strict=True):
+        assert a["reward"] == b["reward"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    other = grpo_options(world, cold, "other", rollout_file=stored, rollout="replay", max_steps=9)
+    with pytest.raises(ValueError, match="holds no completions for sample 8"):
+        grpo.train(other, Ranks())
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("dapo", {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.0, "num_iterations": 2}),
+        ("cispo", {"loss_type": "cispo", "epsilon_high": 5.0, "gradient_accumulation_steps": 2}),
+        ("gspo", {"importance_sampling_level": "sequence", "scale_rewards": "batch", "tokens_per_pass": 150}),
+        ("trained_tower", {"freeze_vision": False, "difficulty": "log", "loss_type": "bnpo"}),
+        ("dr", {"loss_type": "dr_grpo", "gradient_checkpointing": True, "difficulty": "none"}),
+    ],
+)
+def test_every_variant_trains(world, cold, name, changes):
+    grpo.train(grpo_options(world, cold, name, **changes), Ranks())
+    first, second = lines(world / name)
+    assert first["grad_norm"] > 0
+    assert second["epoch"] > first["epoch"]
+
+
+def test_small_packs_do_not_change_the_step(world, cold):
+    stored = str(world / "packs.jsonl")
+    grpo.train(grpo_options(world, cold, "whole", rollout_file=stored), Ranks())
+    small = grpo_options(world, cold, "small", rollout_file=stored, rollout="replay", tokens_per_pass=140)
+    grpo.train(small, Ranks())
+    for a, b in zip(lines(world / "whole"), lines(world / "small"), strict=True):
+        for key in ("loss", "grad_norm", "kl", "entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_two_ranks_equal_one_on_stored_completions(world, cold):
+    """`torchrun --nproc_per_node 2` gives, over 5 steps, the losses of one rank at the same global batch."""
+    stored = str(world / "ranks.jsonl")
+    changes = {"max_steps": 5, "num_iterations": 2, "rollout_file": stored}
+    grpo.train(grpo_options(world, cold, "one", **changes), Ranks())
+    two = grpo_options(world, cold, "two", **changes, rollout="replay")
+    flags = [f"--{k}={v}" for k, v in vars(two).items() if v not in (None, "")]
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(ROOT / "trainer/grpo.py"), *flags], check=True, env=environment, timeout=300)
+    one, both = lines(world / "one"), lines(world / "two")
+    assert len(one) == len(both) == 5
+    for a, b in zip(one, both, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["reward"] == pytest.approx(b["reward"])
+        assert a["kl"] == pytest.approx(b["kl"], abs=1e-5)
+    assert any(abs(m["loss"]) > 1e-3 for m in one)  # there was something to agree on
+
+
+def test_an_output_folder_with_another_run_is_refused(world, cold):
+    grpo.train(grpo_options(world, cold, "mine", max_steps=1), Ranks())
+    with pytest.raises(ValueError, match="already holds a run.*--overwrite_output_dir"):
+        grpo.train(grpo_options(world, cold, "mine", max_steps=1), Ranks())
+    grpo.train(grpo_options(world, cold, "mine", max_steps=2, overwrite_output_dir=True), Ranks())
+    assert len(lines(world / "mine")) == 2
+
+
+def test_bad_records_are_skipped_counted_and_named(world, cold, caplog):
+    records = json.loads((world / "world/train.json").read_text())[:8]
+    records[1]["images"] = ["images/nowhere.png"]
+    records[2]["answer"] = [500, 500, 250, 250]
+    del records[3]["answer"]
+    (world / "world/bad.json").write_text(json.dumps(records))
+    options = grpo_options(world, cold, "bad", data=str(world / "world/bad.json"), max_steps=3)
+    grpo.train(options, Ranks())
+    assert lines(world / "bad")[-1]["data/skipped"] == 3
+    for source in ("bad.json#1", "bad.json#2", "bad.json#3"):
+        assert source in caplog.text
+
+    for record in records:
+        record["images"] = ["images/nowhere.png"]
+    (world / "world/bad.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="none of the 6 records can be prepared"):
+        grpo.train(grpo_options(world, cold, "worse", data=str(world / "world/bad.json")), Ranks())
+
+
+def test_a_prompt_over_the_budget_is_skipped_or_stops_the_run(world, cold):
+    with pytest.raises(ValueError, match="over the budget of 20"):
+        grpo.train(grpo_options(world, cold, "long", max_prompt_length=20), Ranks())
+
+
+def test_evaluation_gives_every_record_an_answer(world, cold):
+    options = EvalOptions(
+        model=str(cold),
+        data=str(world / "world/held_out.json"),
+        output_dir=str(world / "eval"),
+        eval_batch_size=3,  # does not divide 8
+        max_completion_length=32,
+        dataloader_num_workers=0,
+        pictures=2,
+    )
+    summary = evaluate(options, Ranks())
+    results = json.loads((world / "eval/results.json").read_text())
+    assert summary["count"] == len(results["answers"]) == 8
+    assert [a["id"] for a in results["answers"]] == [
+        r["id"] for r in json.loads((world / "world/held_out.json").read_text())
+    ]
+    assert len(list((world / "eval/pictures").glob("*.png"))) == 2
+
+
+def test_the_policy_keeps_a_frozen_tower_and_the_reference_shares_it(cold):
+    from boxgrpo.model.checkpoint import load_model
+
+    policy = load_model(cold)
+    policy.freeze_vision()
+    reference = grpo.frozen_copy(policy, share_vision=True)
+    assert reference.visual is policy.visual
+    assert reference.model is not policy.model
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for p in policy.model.parameters())
+    assert torch.equal(reference.head_weight, policy.head_weight)

@@ -1,0 +1,92 @@
+"""Options: one dataclass is the only place of a default; flags, help and YAML follow it; bad values say what to do."""
+
+import dataclasses
+
+import pytest
+
+from boxgrpo.trainer.options import (
+    EvalOptions,
+    GrpoOptions,
+    SftOptions,
+    parse,
+    read_yaml,
+    validate_grpo,
+    validate_sft,
+)
+
+
+@pytest.mark.parametrize("kind", [SftOptions, GrpoOptions, EvalOptions])
+def test_no_flags_give_the_dataclass_and_help_explains_every_field(kind, capsys):
+    assert parse(kind, []) == kind()
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(kind):
+        assert f"--{f.name}" in text
+        assert f.metadata["help"][:25] in text
+
+
+def test_flags_overrule_yaml_and_yaml_overrules_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-5\nbeta: 0\nmax_steps: 7\nfreeze_vision: false\nepsilon_high: 0.28\n")
+    options = parse(GrpoOptions, ["--config", str(path), "--max_steps", "9"])
+    assert (options.learning_rate, options.beta, options.max_steps) == (1e-5, 0.0, 9)
+    assert (options.freeze_vision, options.epsilon_high, options.num_generations) == (False, 0.28, 8)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("learing_rate: 1", "did you mean learning_rate"),
+        ("max_steps: many", "max_steps is 'many'; it must be of type int"),
+        ("- 1", "must map option names"),
+    ],
+)
+def test_bad_yaml_is_refused_by_name(tmp_path, text, says):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_yaml(GrpoOptions, tmp_path / "x.yaml")
+
+
+def test_missing_yaml_is_refused():
+    with pytest.raises(ValueError, match="no such file"):
+        parse(GrpoOptions, ["--config", "nowhere.yaml"])
+
+
+def test_an_unknown_flag_names_its_neighbour(capsys):
+    with pytest.raises(SystemExit):
+        parse(GrpoOptions, ["--num_generation", "4"])
+    assert "unknown flag '--num_generation'; did you mean --num_generations?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"num_generations": 1}, "num_generations is 1; a group needs at least 2"),
+        ({"prompts_per_step": 6}, "prompts_per_step is 6; .* multiple of 4"),
+        ({"gradient_accumulation_steps": 3}, "multiple of 12"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'"),
+        ({"difficulty": "sqrt"}, "difficulty is 'sqrt'"),
+        ({"scale_rewards": "yes"}, "scale_rewards is 'yes'"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
+        ({"rollout": "replay"}, "Give --rollout_file"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"num_iterations": 0}, "num_iterations is 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, says):
+    with pytest.raises(ValueError, match=says):
+        validate_grpo(dataclasses.replace(GrpoOptions(), **change), world_size=4)
+
+
+def test_an_sft_batch_divides_among_the_ranks():
+    validate_sft(SftOptions(), world_size=8)
+    with pytest.raises(ValueError, match="train_batch_size is 24; it must divide by 5 ranks"):
+        validate_sft(SftOptions(), world_size=5)
+
+
+def test_the_recipes_are_valid(pytestconfig):
+    recipes = pytestconfig.rootpath / "trainer" / "recipes"
+    assert {p.name for p in recipes.glob("*.yaml")} >= {"demo_sft.yaml", "demo_grpo.yaml"}
+    for path in recipes.glob("*.yaml"):
+        read_yaml(SftOptions if "sft" in path.name else GrpoOptions, path)
