@@ -89,7 +89,7 @@ def test_grpo_reports_under_trls_names(world, cold, capsys):
     assert all(metrics[k] == metrics[k] for k in expected)  # no NaN
     shares = [metrics[f"difficulty/{k}"] for k in ("easy", "medium", "hard")]
     assert sum(shares) == pytest.approx(1)
-    assert "completion" in capsys.readouterr().err  # the table of sampled completions
+    assert "completion" in capsys.readouterr().out  # the table of sampled completions
 
 
 def test_a_replay_repeats_the_run(world, cold):
@@ -160,7 +160,7 @@ def test_an_output_folder_with_another_run_is_refused(world, cold):
 
 def test_bad_records_are_skipped_counted_and_named(world, cold, caplog):
     records = json.loads((world / "world/train.json").read_text())[:8]
-    records[1]["images"] = ["images/nowhere.png"]
+    records[1]["images"] = ["images/nowhere.png"] * 2
     records[2]["answer"] = [500, 500, 250, 250]
     del records[3]["answer"]
     (world / "world/bad.json").write_text(json.dumps(records))
@@ -171,7 +171,7 @@ def test_bad_records_are_skipped_counted_and_named(world, cold, caplog):
         assert source in caplog.text
 
     for record in records:
-        record["images"] = ["images/nowhere.png"]
+        record["images"] = ["images/nowhere.png"] * len(record["images"])
     (world / "world/bad.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match="none of the 6 records can be prepared"):
         grpo.train(grpo_options(world, cold, "worse", data=str(world / "world/bad.json")), Ranks())

@@ -39,9 +39,9 @@ def read_usable(options, *, needs: str) -> tuple[list[Example], list[Fault]]:
         raise ValueError("no data. Name a JSON or JSONL file with --data.")
     examples, faults = read_examples(options.data, schema=options.schema, image_root=options.image_root or None)
     usable = [e for e in examples if getattr(e, needs)]
-    faults += [Fault(e.source, f"no_{needs}", f"the record has no {needs}") for e in examples if not getattr(e, needs)]
+    faults += [Fault(e.source, f"no_{needs}", f"{e.source}: the record has no {needs}.") for e in examples if not getattr(e, needs)]
     for fault in faults[:20]:
-        log.warning("skipped %s: %s", fault.source, fault.message)
+        log.warning("skipped %s", fault.message)
     if len(faults) > 20:
         log.warning("skipped %d more records", len(faults) - 20)
     if not usable:

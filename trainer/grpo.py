@@ -85,7 +85,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 grad_norm = engine.step()
 
         tokens = sum(len(p.input_ids) for p in packs)
-        tokens_seen += sum(r.sum(tokens))
+        tokens_seen += int(sum(r.sum(tokens)))
         report.advance(reward=float(total.mean()), iou=float(accuracy.mean()))
         if step % o.logging_steps == 0 or step == steps:
             elapsed = time.perf_counter() - started
@@ -99,7 +99,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 "data/skipped": len(faults) + loader.skipped,
                 **reward_metrics(total, accuracy, rewards.format, miou, weights),
                 **length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids),
-                **policy_metrics(stats),
+                **policy_metrics(stats, r),
                 **take_seconds(o.logging_steps),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),

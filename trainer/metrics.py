@@ -2,6 +2,8 @@
 
 import torch
 
+from .ranks import Ranks
+
 
 def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:
     """Rewards over the rank's completions, and how hard its groups were (paper Figure 3)."""
@@ -34,20 +36,19 @@ def length_metrics(completions, limit: int, eos: tuple[int, ...]) -> dict[str, f
     }
 
 
-def policy_metrics(stats) -> dict[str, float]:
-    """Token means over the step's packs."""
-    tokens = torch.tensor([float(len(s.logps)) for s in stats])
-
-    def mean(values) -> float:
-        return float((torch.stack(values).float().cpu() * tokens).sum() / tokens.sum().clamp(min=1))
-
-    return {
-        "kl": mean([s.kl for s in stats]),
-        "entropy": mean([s.entropy.sum() / max(1, len(s.entropy)) for s in stats]),
-        "clip_ratio/low_mean": mean([s.clip_low for s in stats]),
-        "clip_ratio/high_mean": mean([s.clip_high for s in stats]),
-        "clip_ratio/region_mean": mean([s.clip_region for s in stats]),
+def policy_metrics(stats, r: Ranks) -> dict[str, float]:
+    """Token means over the step's packs on all ranks; the same on each of them."""
+    tokens = [len(s.logps) for s in stats]
+    means = {  # one row a pack
+        "kl": [s.kl for s in stats],
+        "entropy": [s.entropy.sum() / max(1, len(s.entropy)) for s in stats],
+        "clip_ratio/low_mean": [s.clip_low for s in stats],
+        "clip_ratio/high_mean": [s.clip_high for s in stats],
+        "clip_ratio/region_mean": [s.clip_region for s in stats],
     }
+    table = torch.stack([torch.stack(values) for values in means.values()]).double().cpu()  # (5, packs)
+    *sums, total = r.sum(*(table @ torch.tensor(tokens, dtype=torch.float64)).tolist(), sum(tokens))
+    return {name: value / max(1, total) for name, value in zip(means, sums, strict=True)}
 
 
 def completion_table(processor, samples, completions, rewards) -> tuple[list[str], list[list[str]]]:

@@ -65,7 +65,7 @@ def train(options: SftOptions, r: Ranks) -> None:
             grad_norm = engine.step()
 
         tokens = sum(len(p.input_ids) for p in packs)
-        tokens_seen += sum(r.sum(tokens))
+        tokens_seen += int(sum(r.sum(tokens)))
         if step % o.logging_steps == 0 or step == steps:
             elapsed = time.perf_counter() - started
             metrics = {
