@@ -1,7 +1,8 @@
-"""Attention over a packed batch: one varlen call where the device has one, SDPA per tree elsewhere."""
+"""Attention over a packed batch: one varlen call where the device has one, SDPA over padded buckets elsewhere."""
 
 import importlib.util
 import inspect
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,48 +31,83 @@ class PackedAttention:
             raise ValueError(f"attention backend is {backend!r}; it must be auto, {', '.join(BACKENDS)}.")
         self.batch = batch
         self.backend = backend
-        self.masks: dict[tuple[int, int], Tensor] = {}
+        self.buckets: tuple[list[Bucket], Tensor] | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.batch.trees:  # no rows, but every projection stays in the graph: its gradient is zero, not missing
+        if not self.batch.spans:  # no rows, but every projection stays in the graph: its gradient is zero, not missing
             return q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         backend = pick_backend(q) if self.backend == "auto" else self.backend
         if backend == "sdpa":
-            return self._trees(q, k, v)
+            return self._padded(q, k, v)
         b = self.batch
         k, v = k[b.kv_index], v[b.kv_index]
         return varlen(q, k, v, b.cu_seqlens, b.cu_seqlens_k, b.max_q, b.max_k, causal=True, backend=backend)
 
-    def _trees(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A prompt attends causally; its G completions are one batched call over prompt and own keys.
+    def _padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One SDPA call for each bucket of segments of like lengths."""
+        if self.buckets is None:
+            self.buckets = make_buckets(self.batch.spans, q.device)
+        buckets, place = self.buckets
+        mixed = []
+        for b in buckets:
+            queries, keys, values = (
+                x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+                for x, rows in ((q, b.rows), (k, b.keys), (v, b.keys))
+            )
+            out = sdpa(queries, keys, values, mask=b.mask, causal=b.mask is None)  # (B, heads, Q, d)
+            mixed.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
+        return torch.cat(mixed).index_select(0, place)
 
-        The completions are padded to the longest on the right: by causality no real query sees a padded key, and the
-        padded queries' rows are dropped.
-        """
-        lengths = [n for _, prompt, completions in self.batch.trees for n in (prompt, *completions)]
-        # One split, not a slice a tree: the backward of a slice writes a gradient of the whole row.
-        segments = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        out = []
-        for _, prompt, completions in self.batch.trees:
-            prompt_q, prompt_k, prompt_v = next(segments)  # (1, heads, P, d)
-            out.append(sdpa(prompt_q, prompt_k, prompt_v, causal=True))
-            if not completions:
+
+@dataclass
+class Bucket:
+    """Segments computed together, padded on the right; what a padded query attends to is dropped."""
+
+    rows: Tensor  # (B, Q) int64, rows of T
+    keys: Tensor  # (B, K) int64, rows of T: the parent's, then the segment's own
+    mask: Tensor | None  # (B, 1, Q, K) bool, aligned bottom-right; None: plain causal, for segments without a parent
+
+
+def make_buckets(spans, device, *, waste: float = 1.3) -> tuple[list[Bucket], Tensor]:
+    """Buckets whose padded area is at most `waste` times the real one, and (T) each row's place in their outputs.
+
+    By causality no real query sees a padded key: it stands behind every key of its segment.
+    """
+    order = sorted(spans, key=lambda s: (s[3] > 0, s[1] + s[3], s[1]))
+    groups: list[list[tuple[int, int, int, int]]] = []
+    area = 0  # of the current group, without padding
+    for span in order:
+        _, length, _, parent = span
+        if groups:
+            group = [*groups[-1], span]
+            queries, keys = max(s[1] for s in group), max(s[1] + s[3] for s in group)
+            fits = len(group) * queries * keys <= waste * (area + length * (length + parent))
+            if fits and (parent > 0) == (group[0][3] > 0):
+                groups[-1].append(span)
+                area += length * (length + parent)
                 continue
-            own = zip(*(next(segments) for _ in completions), strict=True)
-            longest = max(completions)
-            own_q, own_k, own_v = (torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in t]) for t in own)
-            keys = torch.cat((prompt_k.expand(len(completions), -1, -1, -1), own_k), dim=2)  # (G, heads, P + C, d)
-            values = torch.cat((prompt_v.expand(len(completions), -1, -1, -1), own_v), dim=2)
-            mixed = sdpa(own_q, keys, values, mask=self._bottom_right(longest, prompt + longest, q.device))
-            out += [x[:, :, :n] for x, n in zip(mixed.split(1), completions, strict=True)]
-        return torch.cat(out, dim=2)[0].transpose(0, 1)
+        groups.append([span])
+        area = length * (length + parent)
 
-    def _bottom_right(self, queries: int, keys: int, device) -> Tensor:
-        """(queries, keys) bool: query i sees the keys up to keys - queries + i. SDPA's own `is_causal` is top-left."""
-        if (queries, keys) not in self.masks:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
-            self.masks[queries, keys] = ones.tril(keys - queries)
-        return self.masks[queries, keys]
+    place = torch.empty(sum(s[1] for s in spans), dtype=torch.int64)
+    buckets, filled = [], 0
+    for group in groups:
+        q_lengths = torch.tensor([s[1] for s in group])[:, None]
+        p_lengths = torch.tensor([s[3] for s in group])[:, None]
+        starts, parents = (torch.tensor([s[c] for s in group])[:, None] for c in (0, 2))
+        q = torch.arange(int(q_lengths.max()))
+        k = torch.arange(int((q_lengths + p_lengths).max()))
+        real = q < q_lengths  # (B, Q)
+        rows = torch.where(real, starts + q, starts)
+        keys = torch.where(k < p_lengths, parents + k, starts + k - p_lengths)
+        keys = torch.where(k < p_lengths + q_lengths, keys, starts)
+        mask = None
+        if group[0][3]:
+            mask = (k <= p_lengths[:, :, None] + q[:, None])[:, None].to(device)
+        place[rows[real]] = filled + torch.arange(real.numel()).view_as(real)[real]
+        filled += real.numel()
+        buckets.append(Bucket(rows.to(device), keys.to(device), mask))
+    return buckets, place.to(device)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:

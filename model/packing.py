@@ -54,7 +54,7 @@ class PackedBatch:
     pixel_values: Tensor | None  # (P, 1176); None when the embeddings are given
     image_embeds: Tensor | None  # (P/4, H)
     image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
-    trees: tuple[tuple[int, int, tuple[int, ...]], ...]  # (first row, prompt length, completion lengths)
+    spans: tuple[tuple[int, int, int, int], ...]  # a segment's first row and length, its parent's; as Python ints
     advantages: Tensor | None = None  # (BG) fp32
     weights: Tensor | None = None  # (BG) fp32, difficulty weight
     old_logps: Tensor | None = None  # (N) fp32, nats at the sampling temperature
@@ -82,7 +82,6 @@ def _pack(
     segments: list[Tensor],
     positions: list[Tensor],
     parents: list[int],
-    trees: list[tuple[int, int, tuple[int, ...]]],
     prompts: Sequence[Prompt],
     image_token_id: int,
     image_embeds: Tensor | None,
@@ -109,21 +108,22 @@ def _pack(
         pixel_values=torch.cat(pixels) if pixels and image_embeds is None else None,
         image_embeds=image_embeds,
         image_grid_thw=_cat([p.image_grid_thw for p in prompts], none.view(0, 3)),
-        trees=tuple(trees),
+        spans=tuple(
+            (starts[i], lengths[i], *((starts[p], lengths[p]) if p >= 0 else (0, 0))) for i, p in enumerate(parents)
+        ),
         **scored,
     )
 
 
 def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
     """Pack prompts with their completions; every completion token is scored. No groups: an empty batch."""
-    segments, positions, parents, trees = [], [], [], []
+    segments, positions, parents = [], [], []
     predict_from, group_ids, lengths = [], [], []
     row = 0
     for group in groups:
         prompt, completions = group.prompt, group.completions
         prompt_length = len(prompt.input_ids)
         parent = len(segments)
-        trees.append((row, prompt_length, tuple(len(c) for c in completions)))
         segments.append(prompt.input_ids)
         positions.append(prompt.position_ids)
         parents.append(-1)
@@ -146,7 +146,6 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
         segments,
         positions,
         parents,
-        trees,
         [g.prompt for g in groups],
         image_token_id,
         torch.cat(embeds) if embeds else None,
@@ -159,11 +158,10 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
 
 def pack_conversations(conversations: Sequence[Conversation], *, image_token_id: int) -> PackedBatch:
     """Pack SFT examples, one segment each; the tokens under `loss_mask` are scored, over all turns."""
-    trees, predict_from, targets, lengths = [], [], [], []
+    predict_from, targets, lengths = [], [], []
     row = 0
     for c in conversations:
         learned = c.loss_mask[1:].nonzero()[:, 0]  # the first token has nothing before it to be predicted from
-        trees.append((row, len(c.input_ids), ()))
         predict_from.append(learned + row)
         targets.append(c.input_ids[learned + 1])
         lengths.append(len(learned))
@@ -172,8 +170,7 @@ def pack_conversations(conversations: Sequence[Conversation], *, image_token_id:
     return _pack(
         [c.input_ids for c in conversations],
         [c.position_ids for c in conversations],
-        [-1] * len(trees),
-        trees,
+        [-1] * len(conversations),
         conversations,
         image_token_id,
         None,

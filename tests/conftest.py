@@ -97,3 +97,26 @@ def hf_logits():
         return theirs(input_ids=ids[None], mm_token_type_ids=types[None], **images).logits[0]
 
     return logits
+
+
+@pytest.fixture(scope="session")
+def newborn(tmp_path_factory):
+    """A checkpoint folder: tiny, random weights, a vocabulary of answers, and 8 rows of the head beyond it."""
+    import torch
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from boxgrpo.model.checkpoint import save_model
+    from boxgrpo.model.qwen2vl import Qwen2VL
+    from boxgrpo.model.tiny import tiny_config
+    from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
+    from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, demo_tokenizer
+
+    folder = tmp_path_factory.mktemp("newborn")
+    tokenizer = demo_tokenizer(
+        [f"Where is it?{THINK_SUFFIX}", "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"]
+    )
+    special = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = tiny_config(len(tokenizer) + 8, special, hidden_size=64, layers=2, vision_width=64)
+    save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(0)), folder)
+    Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=784, max_pixels=50_000).save_pretrained(folder)
+    return folder

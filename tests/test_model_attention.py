@@ -72,14 +72,14 @@ TREES = {
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-@pytest.mark.parametrize("path", ["trees", "varlen layout"])
+@pytest.mark.parametrize("path", ["buckets", "varlen layout"])
 def test_equals_the_plain_mask(tree, path):
     """Forward and backward; the gathered keys' gradients add up over a prompt's completions."""
     pack, inputs, upstream = make_pack(tree)
     attention = PackedAttention(pack)
 
     def attend(q, k, v):
-        return attention(0, q, k, v) if path == "trees" else by_varlen_layout(pack, q, k, v)
+        return attention(0, q, k, v) if path == "buckets" else by_varlen_layout(pack, q, k, v)
 
     expected = run(lambda q, k, v: by_mask(pack, q, k, v), inputs, upstream)
     for ours, plain in zip(run(attend, inputs, upstream), expected, strict=True):

@@ -58,7 +58,7 @@ def test_layout():
     assert pack.targets.tolist() == [30, 31, 40, 50, 51]
     assert pack.completion_cu.tolist() == [0, 2, 3, 5]
     assert pack.group_ids.tolist() == [7, 7, 9]
-    assert pack.trees == ((0, 2, (2, 1)), (5, 3, (2,)))
+    assert pack.spans == ((0, 2, 0, 0), (2, 2, 0, 2), (4, 1, 0, 2), (5, 3, 0, 0), (8, 2, 5, 3))
     int32 = {"cu_seqlens", "parent", "cu_seqlens_k", "completion_cu"}
     int64 = {"input_ids", "position_ids", "kv_index", "predict_from", "targets", "group_ids", "image_rows"}
     assert {getattr(pack, name).dtype for name in int32} == {torch.int32}

@@ -32,21 +32,32 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
 def read_usable(options, *, needs: str) -> tuple[list[Example], list[Fault]]:
     """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
 
+    Every fault is named in the log.
+
     Raises:
-        ValueError: no data named, or no record left.
+        ValueError: no data named, no such file, or no record left.
     """
     if not options.data:
         raise ValueError("no data. Name a JSON or JSONL file with --data.")
+    if not Path(options.data).is_file():
+        raise ValueError(f"data is {options.data}; there is no such file. Correct --data.")
+    kind = {"gold": "gold box", "turns": "assistant's answer"}[needs]
     examples, faults = read_examples(options.data, schema=options.schema, image_root=options.image_root or None)
     usable = [e for e in examples if getattr(e, needs)]
-    faults += [Fault(e.source, f"no_{needs}", f"{e.source}: the record has no {needs}.") for e in examples if not getattr(e, needs)]
+    faults += [
+        Fault(e.source, f"no_{needs}", f"{e.source}: the record has no {kind}.")
+        for e in examples
+        if not getattr(e, needs)
+    ]
     for fault in faults[:20]:
         log.warning("skipped %s", fault.message)
-    if len(faults) > 20:
-        log.warning("skipped %d more records", len(faults) - 20)
+    if more := [fault.source for fault in faults[20:]]:
+        log.warning("skipped %d more: %s", len(more), ", ".join(more))
     if not usable:
-        kind = "a gold box" if needs == "gold" else "an assistant's answer"
-        raise ValueError(f"{options.data}: none of {len(faults)} records has {kind}. First: {faults[0].message}.")
+        raise ValueError(
+            f"{options.data}: 0 of {len(faults)} records can be used; they need the {kind}. The first: "
+            f"{faults[0].message} Pass other records with --data."
+        )
     return usable, faults
 
 

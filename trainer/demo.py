@@ -22,7 +22,7 @@ from boxgrpo.model.tiny import tiny_config
 from boxgrpo.trainer.evaluator import evaluate, table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, option, parse
 from boxgrpo.trainer.pictures import contact_sheet, plot_run
-from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
 from boxgrpo.trainer.ranks import Ranks
 from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
 from boxgrpo.trainer.world import DEMO_TASKS, all_texts, write_world
@@ -76,8 +76,8 @@ def newborn(options: DemoOptions) -> Path:
     """A checkpoint of random weights, with a tokenizer for the world's words."""
     folder = Path(options.output_dir) / "newborn"
     tasks = options.tasks.split(",")
-    frame = f"system\n{SYSTEM_PROMPT} user\n assistant\n"
-    tokenizer = demo_tokenizer([*all_texts(tasks, level=options.level), *[frame] * 100])
+    phrases = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n", THINK_SUFFIX]
+    tokenizer = demo_tokenizer([*all_texts(tasks, level=options.level), *phrases], phrases=phrases)
     config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})
     save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
     Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)

@@ -102,7 +102,12 @@ def summarize(answers: Sequence[dict]) -> dict:
 
     `accuracy_at_0.5` counts IoU above 0.5, the paper's words; `accuracy_at_least_0.5` counts equality too, as its
     scorer does. All accuracies are in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
+
+    Raises:
+        ValueError: no answers.
     """
+    if not answers:
+        raise ValueError("there are 0 answers; a summary needs at least 1. Check --data and --limit.")
     by_task = defaultdict(list)
     for a in answers:
         by_task[a["task"]].append(a)
@@ -140,7 +145,10 @@ def draw(answers: Sequence[dict], examples: Sequence[Example], folder: Path, cou
     """Pictures of evenly spread cases: images, gold and predicted box, the reasoning under them."""
     by_source = {e.source: e for e in examples}
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = [answers[i * len(answers) // count] for i in range(min(count, len(answers)))]
+    for earlier in folder.glob("[0-9]*.png"):  # another checkpoint's cases must not stand among these
+        earlier.unlink()
+    count = min(count, len(answers))
+    chosen = [answers[i * len(answers) // count] for i in range(count)]
     for number, a in enumerate(chosen):
         example = by_source[a["source"]]
         picture = annotate(

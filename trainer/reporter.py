@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import resource
 import shutil
 import sys
@@ -12,11 +13,13 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 OPTIONS = "options.yaml"
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would steer the terminal
 
 
 def claim_output_dir(options, ranks) -> Path:
@@ -65,14 +68,14 @@ class Reporter:
             self.board.add_scalar(name, value, step)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """Print a table above the progress bar; the model's text is shown as it is, never as markup."""
+        """Print a table above the progress bar; the model's text is shown as it is, never as markup or emoji names."""
         if not self.active:
             return
         table = Table(title=title, show_lines=True)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*(Text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", cell)) for cell in row))
         text = io.StringIO()
         Console(file=text, width=shutil.get_terminal_size((140, 40)).columns).print(table)
         self.bar.write(text.getvalue())

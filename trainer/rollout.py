@@ -66,10 +66,10 @@ class LocalRollout:
     ) -> list[list[Tensor]]:
         """For each sample its G completions, (C_i) int64 on the CPU, end token included."""
         o = self.options
-        rounds = len(samples) // o.gradient_accumulation_steps
+        at_once = len(samples) // o.gradient_accumulation_steps
         completions: list[list[Tensor]] = []
-        for start in range(0, len(samples), rounds):
-            part = slice(start, start + rounds)
+        for start in range(0, len(samples), at_once):
+            part = slice(start, start + at_once)
             rollout = generate(
                 policy,
                 [s.item for s in samples[part]],
@@ -98,6 +98,9 @@ class ReplayRollout:
 
     def __init__(self, options):
         self.path = options.rollout_file
+        self.num_generations = options.num_generations
+        if not Path(self.path).is_file():
+            raise ValueError(f"rollout_file is {self.path}; there is no such file. Store one with --rollout local.")
         with open(self.path) as file:
             self.stored = {(record := json.loads(line))["serial"]: record["ids"] for line in file}
 
@@ -108,6 +111,12 @@ class ReplayRollout:
                 f"{self.path} holds no completions for sample {missing[0]}; replay needs the data, seed and batch that "
                 "stored it. Store them again with --rollout local --rollout_file."
             )
+        for s in samples:
+            if len(self.stored[s.serial]) != self.num_generations:
+                raise ValueError(
+                    f"{self.path} holds {len(self.stored[s.serial])} completions for sample {s.serial}; "
+                    f"num_generations is {self.num_generations}. Set --num_generations to what was stored."
+                )
         return [[torch.tensor(ids) for ids in self.stored[s.serial]] for s in samples]
 
 

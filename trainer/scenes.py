@@ -41,6 +41,7 @@ IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
 FRAME = (120, 120, 120)
+PATCH = 14
 SHADE = 112  # how much darker the far side of the ground is, of 255
 
 
@@ -85,8 +86,23 @@ class Scene:
     @property
     def completion(self) -> str:
         """The ideal answer in the trainer's format (DESIGN section 3)."""
-        x1, y1, x2, y2 = self.gold
-        return f"<think>{self.chain}</think><answer>({x1}, {y1}), ({x2}, {y2})</answer>"
+        return f"<think>{self.chain}</think><answer>{box_text(self.gold)}</answer>"
+
+    @property
+    def asides(self) -> list[tuple[str, str]]:
+        """Plain questions about the scene's other objects, each with its box: more to learn from the same images."""
+        return [
+            (f"Where is the {thing.kind} in image {number}?", box_text(thing.box))
+            for number, layout in enumerate(self.layouts, 1)
+            for thing in layout.things
+            if (number - 1, thing.box) != (self.target_image, self.gold)
+        ]
+
+
+def box_text(box: Box) -> str:
+    """The two corners as answers write them."""
+    x1, y1, x2, y2 = box
+    return f"({x1}, {y1}), ({x2}, {y2})"
 
 
 def place(box: Box) -> str:
@@ -146,6 +162,13 @@ def _draw(layout: Layout, size: int) -> Image.Image:
         else:
             corners = [(round(x1 + u * (x2 - x1)), round(y1 + v * (y2 - y1))) for u, v in OUTLINES[shape]]
             pen.polygon(corners, fill=COLOURS[colour], outline=COLOURS[colour])
+    for at in range(0, size, PATCH):
+        shade = (255 - 255 * at // size,) * 3
+        pen.line([(at, 0), (at, size)], fill=shade)
+    for at in range(0, size, PATCH):
+        shade = (255 - 255 * at // size,) * 3
+        for left in range(0, size, PATCH):
+            pen.line([(left + 1, at), (left + PATCH - 1, at)], fill=shade)
     return image
 
 

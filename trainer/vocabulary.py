@@ -1,8 +1,9 @@
 """Tokenizers made here: the real Qwen2 one from its merges, and a small one for the demo (DESIGN section 7)."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -73,7 +74,9 @@ def qwen2_tokenizer(merges_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     return _finish(tokenizer)
 
 
-def demo_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrainedTokenizerBase:
+def demo_tokenizer(
+    texts: Iterable[str], *, phrases: Sequence[str] = (), vocab_size: int = 1024
+) -> PreTrainedTokenizerBase:
     """A small tokenizer in which the pieces of `texts` are one token each, and any other text is bytes.
 
     Pieces are words, whole numbers, and runs of tags and punctuation such as `), (` or `.</think><answer>(`, so a
@@ -82,6 +85,7 @@ def demo_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTraine
 
     Args:
         texts: what the vocabulary is made from; the most frequent pieces stay.
+        phrases: fixed wordings, such as a template's sentences, that are one piece where they occur in the texts.
         vocab_size: most tokens to have; the result has fewer when the texts do (`len(tokenizer)` tells).
 
     Raises:
@@ -96,7 +100,7 @@ def demo_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTraine
         )
     split = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_DEMO_PIECES), "isolated"),
+            pre_tokenizers.Split(Regex("|".join([*map(re.escape, phrases), _DEMO_PIECES])), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -17,7 +17,7 @@ from .scenes import TASKS, draw_scene
 logger = logging.getLogger(__name__)
 
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
-VERSION = 2  # of the drawing; a folder drawn by another version is not reused
+VERSION = 4  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
 SEEDS_PER_SPLIT = 1_000_000
 
@@ -50,6 +50,8 @@ def _write_scene(
         return record | {"question": scene.question, "answer": list(scene.gold)}
     answer = scene.completion if chains else dataclasses.replace(scene, chain="").completion
     messages = [("user", scene.question + suffix), ("assistant", answer)]
+    for question, box in scene.asides:
+        messages += [("user", question), ("assistant", box)]
     return record | {"messages": [{"role": role, "content": text} for role, text in messages]}
 
 
@@ -124,5 +126,5 @@ def all_texts(
     texts, suffix = [], _think_suffix()
     for task, k in itertools.product(tasks, range(scenes_per_task)):
         scene = draw_scene(task, -1 - seed * SEEDS_PER_SPLIT - k, level=level)
-        texts += [scene.question + suffix, scene.completion]
+        texts += [scene.question + suffix, scene.completion, *itertools.chain(*scene.asides)]
     return texts

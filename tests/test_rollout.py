@@ -1,0 +1,155 @@
+"""A step's completions do not depend on the rounds they are sampled in, and their scores are those done by hand."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.loader import Sample
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.readers import Example
+from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, score
+
+OPTIONS = GrpoOptions(num_generations=3, max_completion_length=12, temperature=1.2)
+
+
+@pytest.fixture(scope="module")
+def model(newborn):
+    return load_model(newborn)
+
+
+@pytest.fixture(scope="module")
+def processor(newborn):
+    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(processor, model):
+    return Vocabulary.of(processor, model.config, "cpu")
+
+
+@pytest.fixture(scope="module")
+def samples(processor, tmp_path_factory):
+    """Four prompts: with none to three images of different sizes; their serial numbers are not their places."""
+    folder = tmp_path_factory.mktemp("images")
+    made = []
+    for images, serial in enumerate((7, 3, 12, 5)):
+        paths = tuple(str(folder / f"{serial}_{k}.png") for k in range(images))
+        for k, path in enumerate(paths):
+            Image.effect_noise((56 + 28 * k, 56), 60).save(path)
+        example = Example(str(serial), "diff", paths, "Where is it?", (0.0, 0.0, 500.0, 500.0), source=f"data#{serial}")
+        made.append(Sample(serial, example, processor.prompt(example)))
+    return made
+
+
+def changed(**changes):
+    return dataclasses.replace(OPTIONS, **changes)
+
+
+def as_lists(completions):
+    return [[c.tolist() for c in group] for group in completions]
+
+
+@pytest.mark.parametrize("rounds", [2, 4])
+@pytest.mark.parametrize("embedded", [False, True], ids=["tower in every round", "tower once"])
+def test_rounds_sample_what_one_round_does(model, samples, vocabulary, rounds, embedded):
+    embeds = embed_prompts(model, [s.item for s in samples]) if embedded else None
+    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, embeds)
+    parts = LocalRollout(changed(gradient_accumulation_steps=rounds), vocabulary, 0)(model, samples, embeds)
+    assert as_lists(parts) == as_lists(whole)
+    assert [len(group) for group in whole] == [3, 3, 3, 3]
+    assert all(len({tuple(c) for c in group}) == 3 for group in as_lists(whole)), "siblings differ"
+
+
+def test_embeddings_are_each_prompts_own(model, samples):
+    embeds = embed_prompts(model, [s.item for s in samples])
+    assert embeds[0].shape == (0, 64)
+    for sample, found in list(zip(samples, embeds))[1:]:
+        alone = model.embed_images(sample.item.pixel_values, sample.item.image_grid_thw)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    assert embed_prompts(model, [samples[0].item]) == [None]
+
+
+def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, samples, vocabulary, processor):
+    tokenizer, rows = processor.tokenizer, model.config.text_config.vocab_size
+    assert rows == len(tokenizer) + 8
+    vision = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    expected = {*tokenizer.convert_tokens_to_ids(vision), *range(len(tokenizer), rows)}
+    assert set(vocabulary.forbidden.tolist()) == expected
+    hot = changed(temperature=50.0, num_generations=100, max_completion_length=20)  # as good as uniform
+    drawn = {
+        t for group in LocalRollout(hot, vocabulary, 0)(model, samples[:1], None) for c in group for t in c.tolist()
+    }
+    assert len(drawn) > 0.8 * rows and not drawn & expected
+
+
+def test_completions_end_where_the_tokenizer_says(vocabulary, processor):
+    """Qwen's generation_config is never asked: it is not even there."""
+    assert processor.tokenizer.convert_ids_to_tokens(list(vocabulary.eos_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
+    assert vocabulary.bytes.eos.nonzero()[:, 0].tolist() == sorted(vocabulary.eos_token_ids)
+
+
+def test_the_reward_reads_every_id_the_head_can_give(vocabulary, model):
+    assert len(vocabulary.bytes.offsets) == model.config.text_config.vocab_size + 1
+
+
+def test_stored_completions_are_replayed_by_serial_number(model, samples, vocabulary, tmp_path):
+    options = changed(rollout_file=str(tmp_path / "new/stored.jsonl"))
+    completions = LocalRollout(options, vocabulary, rank=0)(model, samples, None)
+    stored = [json.loads(line) for line in (tmp_path / "new/stored.jsonl").read_text().splitlines()]
+    assert [record["serial"] for record in stored] == [7, 3, 12, 5]
+    assert [record["ids"] for record in stored] == as_lists(completions)
+    replayed = ReplayRollout(options)(None, samples[::-1], None)
+    assert as_lists(replayed) == as_lists(completions)[::-1]
+
+
+def test_every_rank_stores_its_own(model, samples, vocabulary, tmp_path):
+    options = changed(rollout_file=str(tmp_path / "stored.jsonl"))
+    for rank in (0, 1):
+        LocalRollout(options, vocabulary, rank)(model, samples[rank : rank + 1], None)
+    first, second = tmp_path / "stored.jsonl", tmp_path / "stored.jsonl.rank1"
+    assert [json.loads(p.read_text())["serial"] for p in (first, second)] == [7, 3]
+
+
+def test_a_replay_that_cannot_be_is_refused(samples, tmp_path):
+    path = tmp_path / "stored.jsonl"
+    with pytest.raises(ValueError, match=r"rollout_file is .*stored\.jsonl; there is no such file"):
+        ReplayRollout(changed(rollout_file=str(path)))
+    path.write_text('{"serial": 7, "ids": [[1], [2]]}\n')
+    replay = ReplayRollout(changed(rollout_file=str(path)))
+    with pytest.raises(ValueError, match="holds no completions for sample 3"):
+        replay(None, samples, None)
+    with pytest.raises(ValueError, match="holds 2 completions for sample 7; num_generations is 3"):
+        replay(None, samples[:1], None)
+
+
+def test_scores_by_hand(processor, vocabulary):
+    """Two prompts with two completions each, prompt after prompt, every one against its own prompt's gold box."""
+
+    def sample(gold, answer_format):
+        return Sample(0, Example("0", "diff", (), "Where?", gold, answer_format=answer_format), None)
+
+    def completion(text):
+        return torch.tensor(processor.tokenizer.encode(text))
+
+    samples = [sample((0.0, 0.0, 500.0, 500.0), "think"), sample((100.0, 100.0, 300.0, 300.0), "box")]
+    completions = [
+        [
+            completion("<think>Here.</think><answer>(250, 0), (750, 500)</answer><|im_end|>"),
+            completion("<think>(0, 0), (500, 500)</think><|im_end|><answer>(0, 0), (500, 500)</answer>"),
+        ],
+        [
+            completion("It is at (100, 100), (300, 200), not at (100, 100), (300, 300)"),
+            completion("<think>Here.</think><answer>(300, 300), (100, 100)</answer><|endoftext|>"),
+        ],
+    ]
+    rewards = score(completions, samples, vocabulary, "cpu")
+    # A third in common; nothing before the end token; half of the gold, the first box counts; inverted.
+    torch.testing.assert_close(rewards.accuracy, torch.tensor([1 / 3, 0, 1 / 2, 0]), rtol=0, atol=1e-6)
+    assert rewards.format.tolist() == [1, 0, 1, 1]
+    assert rewards.found.tolist() == [True, False, True, True]
+    assert rewards.boxes[0].tolist() == [250, 0, 750, 500] and rewards.boxes[2].tolist() == [100, 100, 300, 200]
