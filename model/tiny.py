@@ -8,19 +8,18 @@ def tiny_config(
     special_ids: dict[str, int],
     *,
     hidden_size: int = 128,
-    layers: int = 4,
+    layers: int = 3,
     heads: int = 4,
     kv_heads: int = 2,
-    vision_width: int = 128,
+    vision_width: int = 96,
     vision_depth: int = 2,
     vision_heads: int = 4,
-    theta: float = 30.0,
+    theta: float = 10_000.0,
     initializer_range: float = 0.08,
 ) -> Qwen2VLConfig:
     """A config with the real patch sizes and any vocabulary.
 
-    At this width the published `rope_theta` of 1e6 and init of 0.02 do not learn to localise within minutes: positions
-    of a few dozen tokens need higher frequencies and the first steps need larger activations.
+    At this width the published init of 0.02 leaves attention flat for hundreds of steps; 0.08 does not.
 
     Args:
         special_ids: token string -> id of the tokenizer's special tokens, `<|image_pad|>` among them.

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.generate import generate
+from boxgrpo.trainer import evaluator
 from boxgrpo.trainer.common import read_usable
 from boxgrpo.trainer.evaluator import answer, draw, evaluate, grade_texts, main, summarize, table
 from boxgrpo.trainer.options import EvalOptions
@@ -54,7 +56,7 @@ def test_one_wrong_box_lowers_exactly_its_task(real):
     counts = {task: sum(e.task == task for e in real) for task in {e.task for e in real}}
     for task, count in counts.items():
         wrong = next(i for i, e in enumerate(real) if e.task == task)
-        x1, y1, x2, y2 = real[wrong].gold
+        *_, x2, y2 = real[wrong].gold
         beside = text((x2, y2, x2 + 100, y2 + 100))  # touches the gold box in a corner
         summary = summarize(grade_texts(real, [*texts[:wrong], beside, *texts[wrong + 1 :]]))
         assert accuracies(summary) == dict.fromkeys(counts, 1.0) | {task: pytest.approx(1 - 1 / count)}
@@ -188,13 +190,21 @@ def options_for(newborn, record_file, **changes):
     return EvalOptions(**values | changes)
 
 
-def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(newborn, record_file):
+def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(newborn, record_file, monkeypatch):
+    decoded = []
+
+    def counting(model, prompts, **options):
+        decoded.extend(options["prompt_ids"])
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(evaluator, "generate", counting)
     summary = evaluate(options_for(newborn, record_file, eval_batch_size=3, pictures=100), Ranks())
     results = json.loads((record_file.parent / "eval/results.json").read_text())
     assert results["summary"] == summary
     assert summary["count"] == 6 and summary["skipped"] == 1
     assert [a["source"] for a in results["answers"]] == [f"benchmark.json#{i}" for i in (0, 1, 3, 4, 5, 6)]
     assert {task: found["count"] for task, found in summary["tasks"].items()} == {"diff": 3, "region": 3}
+    assert decoded == [0, 1, 2, 4, 5, 6]  # slots: the third took the fourth record, which does not come again
     assert len(list((record_file.parent / "eval/pictures").iterdir())) == 6
     assert evaluate(options_for(newborn, record_file, limit=2, pictures=0), Ranks())["count"] == 2
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from boxgrpo.trainer.scenes import (
     COLOURS,
@@ -17,9 +18,10 @@ from boxgrpo.trainer.scenes import (
     Kind,
     Layout,
     Thing,
-    _draw,
-    backdrop,
+    box_text,
     draw_scene,
+    paint,
+    ruled,
 )
 
 SEEDS = range(12)
@@ -69,7 +71,7 @@ def test_gold_box_is_snapped_inside_the_image_and_of_a_learnable_size(task, leve
 @every_scene
 def test_the_pixels_of_a_colour_fill_exactly_the_boxes_of_its_things(task, level):
     for scene in scenes(task, level):
-        for layout, image in zip(scene.layouts, scene.images):
+        for layout, image in ((layout, paint(layout, scene.size)) for layout in scene.layouts):
             assert len(kinds(layout)) == len(layout.things), "two objects of one kind in one image"
             covered = np.zeros((112, 112), bool)
             for thing in layout.things:
@@ -79,8 +81,7 @@ def test_the_pixels_of_a_colour_fill_exactly_the_boxes_of_its_things(task, level
                 assert extent(mask) == [x1, y1, x2, y2]
                 assert not covered[y1:y2, x1:x2].any(), "boxes overlap"
                 covered[y1:y2, x1:x2] = True
-            drawn, ground = np.asarray(image), np.asarray(backdrop(layout.tint, image.width))
-            background = (drawn == ground).all(-1) | (drawn == FRAME).all(-1)
+            background = (np.asarray(image) == layout.tint).all(-1) | (np.asarray(image) == FRAME).all(-1)
             assert background[~covered].all() and min(layout.tint) > 225
 
 
@@ -118,7 +119,7 @@ def test_the_size_changes_the_pixels_alone(size):
         small, scene = draw_scene(task, 3), draw_scene(task, 3, size=size)
         assert (scene.gold, scene.chain, scene.layouts) == (small.gold, small.chain, small.layouts)
         x1, y1, x2, y2 = pixels(scene.gold, size)
-        mask = painted(scene.images[scene.target_image], gold_thing(scene).kind.colour)
+        mask = painted(paint(scene.layouts[scene.target_image], scene.size), gold_thing(scene).kind.colour)
         assert extent(mask[y1:y2, x1:x2]) == [0, 0, x2 - x1, y2 - y1]
 
 
@@ -127,7 +128,7 @@ def test_every_shape_has_its_area_and_looks_like_no_other():
     share = {"circle": np.pi / 4, "square": 1, "triangle": 0.5, "cross": 5 / 9, "diamond": 0.5, "star": star}
     masks = {}
     for shape in SHAPES:
-        image = _draw(Layout((Thing(Kind("red", shape), (0, 0, 1000, 1000)),), (240, 240, 240)), 560)
+        image = paint(Layout((Thing(Kind("red", shape), (0, 0, 1000, 1000)),), (240, 240, 240)), 560)
         masks[shape] = painted(image, "red")
         assert masks[shape].mean() == pytest.approx(share[shape], abs=0.01)
         assert (masks[shape] == masks[shape][:, ::-1]).mean() > 0.99, "lopsided"
@@ -172,7 +173,7 @@ class TestTheQuestionHasOneAnswer:
     def test_diff(self, level):
         changes = set()
         for scene in scenes("diff", level):
-            first, second = (np.asarray(image) for image in scene.images)
+            first, second = (np.asarray(paint(layout, scene.size)) for layout in scene.layouts)
             different = (first != second).any(-1)
             x1, y1, x2, y2 = pixels(scene.gold, 112)
             assert different[y1:y2, x1:x2].any()
@@ -256,3 +257,27 @@ class TestTheQuestionHasOneAnswer:
 def test_what_the_world_cannot_draw_is_refused(task, arguments, message):
     with pytest.raises(ValueError, match=message):
         draw_scene(task, 0, **arguments)
+
+
+def test_ruling_touches_only_the_lines_and_tells_every_patch_where_it_lies():
+    scene = draw_scene("diff", 3, level=1)
+    plain, image = (np.asarray(i) for i in (paint(scene.layouts[0], 112), scene.images[0]))
+    lines = np.zeros((112, 112), bool)
+    lines[::14] = lines[:, ::14] = True
+    assert (plain == image)[~lines].all()
+    seen = {(tuple(image[14 * r + 1, 14 * c]), tuple(image[14 * r, 14 * c + 1])) for r in range(8) for c in range(8)}
+    assert len(seen) == 64  # the left line tells the column, the top line the row
+    assert ruled(Image.fromarray(plain)).tobytes() == scene.images[0].tobytes()
+
+
+@every_scene
+def test_asides_ask_for_every_other_object_and_answer_with_its_box(task, level):
+    for scene in scenes(task, level):
+        everything = {
+            (f"Where is the {t.kind} in image {k}?", box_text(t.box))
+            for k, layout in enumerate(scene.layouts, 1)
+            for t in layout.things
+        }
+        assert set(scene.asides) < everything
+        assert len(everything - set(scene.asides)) == 1
+        assert all(answer != box_text(scene.gold) or str(scene.target_image + 1) not in q for q, answer in scene.asides)

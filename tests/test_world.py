@@ -43,13 +43,16 @@ def test_every_record_has_its_images_and_tasks_take_turns(world):
 def test_stage_1_records_hold_the_trainers_prompt_and_a_well_formed_answer(world):
     form = r"<think>.+?</think>\s*<answer>\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)</answer>$"
     for record in read(world)["cold_start"]:
-        user, assistant = record["messages"]
+        (user, assistant), asides = record["messages"][:2], record["messages"][2:]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert user["content"].endswith(
             " First output the thinking process in <think> </think> tags and then output the bounding box in"
             " <answer> </answer> tags."
         )
         assert all(0 <= int(v) <= 1000 for v in re.match(form, assistant["content"]).groups())
+        assert asides  # a level-1 scene has more than the object asked for
+        assert all(m["content"].startswith("Where is the ") for m in asides[::2])
+        assert all(re.fullmatch(r"\(\d+, \d+\), \(\d+, \d+\)", m["content"]) for m in asides[1::2])
 
 
 def test_stage_2_records_hold_question_and_box_but_no_reasoning(world):

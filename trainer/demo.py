@@ -38,7 +38,7 @@ class DemoOptions:
     output_dir: str = option("out/demo", "Folder for everything the demo makes.")
     seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
-    level: int = option(1, "Difficulty of the scenes, 0 to 2.")
+    level: int = option(0, "Difficulty of the scenes, 0 to 2.")
     cold_start: int = option(6000, "Scenes with reasoning chains.")
     train: int = option(10000, "Scenes with a box only.")
     held_out: int = option(400, "Scenes to score on.")

@@ -26,7 +26,11 @@ class Engine:
         # An update of 1e-6 is lost in bf16: it is added to a copy that can hold it. (fp32: the copy is the parameter.)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.masters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+            self.masters,
+            lr=options.learning_rate,
+            betas=(0.9, options.adam_beta2),
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         self.schedule = get_scheduler(
             options.lr_scheduler_type,

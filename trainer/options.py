@@ -34,6 +34,7 @@ class DataOptions:
     gradient_checkpointing: bool = option(False, "Recompute each layer in the backward pass: less memory, more time.")
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
+    adam_beta2: float = option(0.999, "AdamW's decay of squared gradients.")
     dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead of the step; 0: none.")
     logging_steps: int = option(1, "Steps between two lines of metrics.")
     save_steps: int = option(0, "Steps between two checkpoints; 0: only the last.")

@@ -41,8 +41,7 @@ IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
 FRAME = (120, 120, 120)
-PATCH = 14
-SHADE = 112  # how much darker the far side of the ground is, of 255
+PATCH = 14  # pixels, the side of Qwen2-VL's patches
 
 
 class Kind(NamedTuple):
@@ -81,7 +80,7 @@ class Scene:
     @functools.cached_property
     def images(self) -> tuple[Image.Image, ...]:
         """The RGB images, drawn at first use."""
-        return tuple(_draw(layout, self.size) for layout in self.layouts)
+        return tuple(ruled(paint(layout, self.size)) for layout in self.layouts)
 
     @property
     def completion(self) -> str:
@@ -129,22 +128,24 @@ OUTLINES = {  # corners in the unit square; every outline touches its four sides
 }
 
 
-def backdrop(tint: tuple[int, int, int], size: int) -> Image.Image:
-    """A plain ground, lit from the top left: red falls off to the right and blue to the bottom.
+def ruled(image: Image.Image) -> Image.Image:
+    """The picture on graph paper: a line along the left and the top of every patch, darker further right and down.
 
-    So a patch shows where it lies, which Qwen2-VL's purely relative positions leave to be worked out from the borders;
-    a large model can, one that learns for minutes cannot.
+    So each patch shows where it lies, whatever is drawn on it. Qwen2-VL's positions are purely relative and leave that
+    to be worked out from the borders: a large model can, one that learns for minutes cannot.
     """
-    ground = np.empty((size, size, 3), dtype=np.uint8)
-    ground[:] = tint
-    fall = (np.arange(size) * SHADE // size).astype(np.uint8)
-    ground[:, :, 0] -= fall
-    ground[:, :, 2] -= fall[:, None]
-    return Image.fromarray(ground)
+    pixels = np.array(image)
+    height, width = pixels.shape[:2]
+    pixels[:, ::PATCH] = 255 - 255 * np.arange(0, width, PATCH)[:, None] // width
+    inside = np.arange(width) % PATCH > 0
+    for row in range(0, height, PATCH):
+        pixels[row, inside] = 255 - 255 * row // height
+    return Image.fromarray(pixels)
 
 
-def _draw(layout: Layout, size: int) -> Image.Image:
-    image = backdrop(layout.tint, size)
+def paint(layout: Layout, size: int) -> Image.Image:
+    """An image of the scene before it is ruled."""
+    image = Image.new("RGB", (size, size), layout.tint)
     pen = ImageDraw.Draw(image)
     if layout.framed:  # first, so that it never covers a pixel of an object
         x1, y1, x2, y2 = (v * size // 1000 for v in layout.framed.box)
@@ -162,13 +163,6 @@ def _draw(layout: Layout, size: int) -> Image.Image:
         else:
             corners = [(round(x1 + u * (x2 - x1)), round(y1 + v * (y2 - y1))) for u, v in OUTLINES[shape]]
             pen.polygon(corners, fill=COLOURS[colour], outline=COLOURS[colour])
-    for at in range(0, size, PATCH):
-        shade = (255 - 255 * at // size,) * 3
-        pen.line([(at, 0), (at, size)], fill=shade)
-    for at in range(0, size, PATCH):
-        shade = (255 - 255 * at // size,) * 3
-        for left in range(0, size, PATCH):
-            pen.line([(left + 1, at), (left + PATCH - 1, at)], fill=shade)
     return image
 
 

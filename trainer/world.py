@@ -17,7 +17,7 @@ from .scenes import TASKS, draw_scene
 logger = logging.getLogger(__name__)
 
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
-VERSION = 4  # of the drawing; a folder drawn by another version is not reused
+VERSION = 1  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
 SEEDS_PER_SPLIT = 1_000_000
 
