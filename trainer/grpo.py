@@ -96,11 +96,11 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 "epoch": loader.position / len(examples),
                 "num_tokens": tokens_seen,
                 "step_time": elapsed,
-                "data/skipped": len(faults) + loader.skipped,
+                "data/skipped": len(faults) + len(set().union(*r.gather(set(loader.faults)))),
                 **reward_metrics(total, accuracy, rewards.format, miou, weights),
                 **length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids),
                 **policy_metrics(stats, r),
-                **take_seconds(o.logging_steps),
+                **take_seconds(),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),
             }

@@ -36,7 +36,7 @@ def load_image(path: str | os.PathLike, *, max_image_pixels: int = 64_000_000) -
         if width * height > max_image_pixels:
             raise ValueError(
                 f"{path} has {width} x {height} = {width * height} pixels; the limit is {max_image_pixels}. "
-                "Scale it down or raise max_image_pixels."
+                "Scale it down."
             )
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(

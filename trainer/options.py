@@ -78,7 +78,7 @@ class GrpoOptions(DataOptions):
     scale_rewards: str = option("group", "Divide advantages by the std of the group, of the batch, or by none.")
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
     rollout: str = option("local", "local: sample here; replay: completions stored by an earlier run.")
-    rollout_file: str = option("", "replay reads completions here; local appends them here when given.")
+    rollout_file: str = option("", "replay reads completions here; local writes them here when given.")
     log_completions: int = option(0, "Steps between two tables of sampled completions; 0: never.")
 
 

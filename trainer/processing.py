@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.packing import Conversation, Prompt
 from boxgrpo.model.rope import mrope_position_ids
 
@@ -77,7 +78,12 @@ class Processor:
     def from_pretrained(
         cls, folder: str | os.PathLike, *, min_pixels: int, max_pixels: int, max_prompt_tokens: int | None = None
     ) -> "Processor":
-        """The tokenizer and image processor of a Qwen2-VL checkpoint folder, Hugging Face's or ours."""
+        """The tokenizer and image processor of a Qwen2-VL checkpoint folder, Hugging Face's or ours.
+
+        Raises:
+            ValueError: there is no such folder, or it holds another model; nothing is asked of the network.
+        """
+        read_config(folder)
         return cls(
             AutoTokenizer.from_pretrained(folder),
             Qwen2VLImageProcessorPil.from_pretrained(folder),

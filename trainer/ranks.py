@@ -1,6 +1,7 @@
 """Processes under torchrun: who am I, what do the others have."""
 
 import os
+import statistics
 from contextlib import contextmanager
 
 import torch
@@ -36,12 +37,19 @@ class Ranks:
         return gathered
 
     def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Mean over the ranks that have the key, in one collective whatever keys each rank holds."""
+        """Mean over the ranks that have the key, in one collective whatever keys each rank holds.
+
+        A last part that begins with min_, max_ or peak_ says which one to keep instead.
+        """
         if self.world_size == 1:
             return metrics
         everyone = self.gather(metrics)
         keys = sorted(set().union(*everyone))
-        return {k: sum(m[k] for m in everyone if k in m) / sum(k in m for m in everyone) for k in keys}
+        keep = {"min": min, "max": max, "peak": max}
+        return {
+            k: keep.get(k.split("/")[-1].split("_")[0], statistics.fmean)([m[k] for m in everyone if k in m])
+            for k in keys
+        }
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -29,7 +29,7 @@ def claim_output_dir(options, ranks) -> Path:
         ValueError: the folder holds a run and --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
-    taken = ranks.gather((folder / METRICS).exists() or (folder / OPTIONS).exists())[0]
+    taken = ranks.gather(any((folder / name).exists() for name in (METRICS, "model.safetensors")))[0]
     if taken and not options.overwrite_output_dir:
         raise ValueError(
             f"output_dir {folder} already holds a run. "

@@ -75,8 +75,8 @@ def train(options: SftOptions, r: Ranks) -> None:
                 "epoch": loader.position / len(examples),
                 "num_tokens": tokens_seen,
                 "step_time": elapsed,
-                "data/skipped": len(faults) + loader.skipped,
-                **take_seconds(o.logging_steps),
+                "data/skipped": len(faults) + len(set().union(*r.gather(set(loader.faults)))),
+                **take_seconds(),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),
             }
