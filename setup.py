@@ -19,6 +19,7 @@ setup(
         "boxgrpo.bench": "bench",
     },
     packages=["boxgrpo.kernels", "boxgrpo.model", "boxgrpo.trainer", "boxgrpo.bench"],
+    package_data={"boxgrpo.trainer": ["recipes/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

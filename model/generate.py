@@ -74,13 +74,14 @@ class DecodeCache:
         own_k, own_v = own_k[..., : self.length + 1, :], own_v[..., : self.length + 1, :]
         prefix_k, prefix_v = self.prefix[layer]
         # (B, kv_heads, G, repeat, d): against the prompt, G·repeat queries are one product
-        q = q.view(prompts, self.group, kv_heads, repeat, d).transpose(1, 2) * d**-0.5
+        q = q.view(prompts, self.group, kv_heads, repeat, d).transpose(1, 2).float() * d**-0.5
         stacked = q.reshape(prompts, kv_heads, self.group * repeat, d)
-        on_prefix = (stacked @ prefix_k.transpose(-1, -2)).float() + self.bias
-        on_own = (q @ own_k.transpose(-1, -2)).float()
+        # Scores in fp32, as flash attention keeps them in training: rounded to bf16 they would move the ratio.
+        on_prefix = stacked @ prefix_k.transpose(-1, -2).float() + self.bias
+        on_own = q @ own_k.transpose(-1, -2).float()
         scores = torch.cat((on_prefix.view(*q.shape[:-1], -1), on_own), dim=-1)
         p_prefix, p_own = scores.softmax(-1).to(v.dtype).split([prefix_k.shape[2], self.length + 1], dim=-1)
-        mixed = (p_prefix.reshape(*stacked.shape[:-1], -1) @ prefix_v).view_as(q) + p_own @ own_v
+        mixed = (p_prefix.reshape(*stacked.shape[:-1], -1) @ prefix_v).view(q.shape) + p_own @ own_v
         return mixed.transpose(1, 2).reshape(n, heads, d)
 
 

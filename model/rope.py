@@ -57,9 +57,8 @@ def mrope(position_ids: Tensor, *, head_dim: int, theta: float, sections: list[i
     `sections` says how many frequencies, from the highest down, follow the temporal, height and width axis.
     """
     device = position_ids.device
-    axis = torch.repeat_interleave(
-        torch.arange(3, device=device), torch.tensor(sections, device=device), output_size=head_dim // 2
-    )
+    index = torch.arange(head_dim // 2, device=device)  # comparisons, not a copied list: no synchronisation
+    axis = (index >= sections[0]).long() + (index >= sections[0] + sections[1])
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     return _turn(position_ids[axis].T.float() * frequencies)
 

@@ -113,6 +113,9 @@ def test_every_rank_stores_its_own(model, samples, vocabulary, tmp_path):
         LocalRollout(options, vocabulary, rank)(model, samples[rank : rank + 1], None)
     first, second = tmp_path / "stored.jsonl", tmp_path / "stored.jsonl.rank1"
     assert [json.loads(p.read_text())["serial"] for p in (first, second)] == [7, 3]
+    assert ReplayRollout(options).stored.keys() == {7, 3}  # a replay reads them all
+    with pytest.raises(ValueError, match="already there"):
+        LocalRollout(options, vocabulary, 0)
 
 
 def test_a_replay_that_cannot_be_is_refused(samples, tmp_path):

@@ -110,7 +110,7 @@ def test_a_scene_is_the_same_every_time_and_another_seed_is_another_scene(task, 
 
 def test_a_seed_names_one_scene_on_every_machine():
     scene = draw_scene("group_grounding", 7)
-    assert (scene.question, scene.target_image, scene.gold) == ("Where is the red diamond?", 1, (125, 625, 500, 1000))
+    assert (scene.question, scene.target_image, scene.gold) == ("Where is the red diamond?", 0, (375, 625, 750, 1000))
 
 
 @pytest.mark.parametrize("size", [56, 168, 224])

@@ -47,7 +47,9 @@ class DemoOptions:
 
 
 def processes(options: DemoOptions) -> int:
-    return options.processes or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    """What is asked for; else as many as there are GPUs and a step's 16 prompts divide among, on a CPU two."""
+    available = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return options.processes or max(n for n in (1, 2, 4, 8, 16) if n <= available)
 
 
 def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
@@ -145,6 +147,7 @@ def run(options: DemoOptions) -> dict:
     """The whole demo; returns what summary.json holds."""
     started = time.perf_counter()
     root = Path(options.output_dir)
+    draw_world(options)  # refuses a folder with another world, before anything is lost
     shutil.rmtree(root / "sft", ignore_errors=True)  # a demo trains its own
     cold_start(options)
     found = {"before": scores(options, "sft")}

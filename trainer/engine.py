@@ -56,7 +56,7 @@ class Engine:
             self._average_gradients()
         for p, master in zip(self.parameters, self.masters, strict=True):
             if p is not master:
-                master.grad = p.grad.float()
+                master.grad, p.grad = p.grad.float(), None  # never two full sets of gradients
         grad_norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm or float("inf"))
         self.optimizer.step()
         self.schedule.step()

@@ -47,7 +47,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r)
     batches = iter(loader)
     report = Reporter(folder, r, steps, "grpo")
-    tokens_seen = 0
+    tokens_seen = logged = 0
 
     for step in range(1, steps + 1):
         started = time.perf_counter()
@@ -60,9 +60,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             rewards = score(completions, samples, vocabulary, r.device)
             accuracy = rewards.accuracy.view(len(samples), o.num_generations)  # (B, G), IoU in 0-1
             total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
-            advantages, weights, miou = group_advantages(
-                total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards
-            )
+            advantages, weights, miou = step_advantages(o, total, accuracy, r)
         with span("pack"):
             packs = make_packs(o, policy.config, samples, completions, embeds, advantages, weights, r.device)
             counts = r.sum(sum(map(len, completions)), sum(len(c) for g in completions for c in g))
@@ -100,11 +98,12 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 **reward_metrics(total, accuracy, rewards.format, miou, weights),
                 **length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids),
                 **policy_metrics(stats, r),
-                **take_seconds(),
+                **take_seconds(step - logged),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),
             }
             report.log(step, r.mean_metrics(metrics))
+            logged = step
         if o.log_completions and step % o.log_completions == 0:
             report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
         if o.save_steps and step % o.save_steps == 0 and step < steps:
@@ -117,6 +116,16 @@ def frozen_copy(policy, *, share_vision: bool):
     """The reference. With a frozen tower only the decoder is copied: the tower is the same module."""
     memo = {id(policy.visual): policy.visual} if share_vision else {}
     return copy.deepcopy(policy, memo).requires_grad_(False)
+
+
+def step_advantages(o, total, accuracy, r: Ranks):
+    """This rank's advantages (B, G), weights (B) and mean IoUs (B); `batch` scales by the std over all ranks."""
+    if o.scale_rewards != "batch" or r.world_size == 1:
+        return group_advantages(total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards)
+    everyone = r.gather((total.cpu(), accuracy.cpu()))
+    whole = [torch.cat(part).to(total.device) for part in zip(*everyone, strict=True)]
+    mine = slice(r.rank * len(total), (r.rank + 1) * len(total))
+    return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))
 
 
 def make_packs(o, config, samples, completions, embeds, advantages, weights, device) -> list[PackedBatch]:

@@ -29,7 +29,8 @@ def claim_output_dir(options, ranks) -> Path:
         ValueError: the folder holds a run and --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
-    taken = ranks.gather(any((folder / name).exists() for name in (METRICS, "model.safetensors")))[0]
+    held = (folder / METRICS, folder / "model.safetensors")
+    taken = ranks.gather(any(path.is_file() and path.stat().st_size for path in held))[0]
     if taken and not options.overwrite_output_dir:
         raise ValueError(
             f"output_dir {folder} already holds a run. "

@@ -59,7 +59,12 @@ class LocalRollout:
         if options.rollout_file:
             path = Path(options.rollout_file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = (path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")).open("w")
+            path = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
+            if path.exists():
+                raise ValueError(
+                    f"rollout_file {path} is already there. Read it with --rollout replay, or name another to store in."
+                )
+            self.file = path.open("w")
 
     def __call__(
         self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None
@@ -99,10 +104,13 @@ class ReplayRollout:
     def __init__(self, options):
         self.path = options.rollout_file
         self.num_generations = options.num_generations
-        if not Path(self.path).is_file():
+        path = Path(self.path)
+        if not path.is_file():
             raise ValueError(f"rollout_file is {self.path}; there is no such file. Store one with --rollout local.")
-        with open(self.path) as file:
-            self.stored = {(record := json.loads(line))["serial"]: record["ids"] for line in file}
+        lines = [
+            line for part in (path, *path.parent.glob(f"{path.name}.rank*")) for line in part.open()
+        ]  # every rank's
+        self.stored = {(record := json.loads(line))["serial"]: record["ids"] for line in lines}
 
     def __call__(self, policy, samples, embeds) -> list[list[Tensor]]:
         missing = [s.serial for s in samples if s.serial not in self.stored]

@@ -4,11 +4,11 @@ A scene is planned first (what stands where, the question, the reasoning) and dr
 boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. What was left
 out: perspective, texture, occlusion and noise; a model of a million parameters has minutes to learn this, not days.
 
-The three levels differ in images per scene, objects per image, shapes, and how alike the wrong objects are:
+The three levels differ in images per scene, objects per image, kinds of object, and how alike the wrong objects are:
 
-    level 0   2 images      1 other object     4 shapes   others differ in colour and in shape
-    level 1   2 or 3        1 or 2             5          others differ in at least one of them
-    level 2   3             2 or 3             6          one other shares the colour or the shape
+    level 0   2 images      1 other object     4 shapes in 4 colours   others differ in colour and in shape
+    level 1   2 or 3        1 or 2             5 in 5                  others differ in at least one of them
+    level 2   3             2 or 3             6 in 6                  one other shares the colour or the shape
 
 `diff`, `view_diff` and `correspondence` compare two images at every level. A shape fills its box, so a "circle" may
 be an ellipse and a "square" a rectangle: width and height are drawn independently.
@@ -38,6 +38,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star")
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
+KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
 OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
 FRAME = (120, 120, 120)
@@ -175,7 +176,8 @@ class _Sketch:
 
     def __init__(self, rng: random.Random, level: int):
         self.rng, self.level = rng, level
-        self.kinds = [Kind(*pair) for pair in itertools.product(COLOURS, SHAPES[: 4 + level])]
+        self.colours, self.shapes = (list(words)[:n] for words, n in zip((COLOURS, SHAPES), KINDS[level]))
+        self.kinds = [Kind(*pair) for pair in itertools.product(self.colours, self.shapes)]
         rng.shuffle(self.kinds)
 
     def image_count(self) -> int:
@@ -360,7 +362,7 @@ def _reasoning(s: _Sketch) -> _Plan:
     kinds = [subject]
     for _ in range(3 + s.level):
         seen = {getattr(kind, free) for kind in kinds}
-        value = s.rng.choice([v for v in (COLOURS if free == "colour" else SHAPES[: 4 + s.level]) if v not in seen])
+        value = s.rng.choice([v for v in (s.colours if free == "colour" else s.shapes) if v not in seen])
         kinds.append(Kind(**{rule: shared, free: value}))
     s.rng.shuffle(kinds)
     layouts = [s.layout(kinds[k::count]) for k in range(count)]

@@ -40,7 +40,7 @@ def train(options: SftOptions, r: Ranks) -> None:
     loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r)
     batches = iter(loader)
     report = Reporter(folder, r, steps, "sft")
-    tokens_seen = 0
+    tokens_seen = logged = 0
 
     for step in range(1, steps + 1):
         started = time.perf_counter()
@@ -66,6 +66,7 @@ def train(options: SftOptions, r: Ranks) -> None:
 
         tokens = sum(len(p.input_ids) for p in packs)
         tokens_seen += int(sum(r.sum(tokens)))
+        report.advance(loss=float(loss))  # waits for the device: the clock below then shows the whole step
         if step % o.logging_steps == 0 or step == steps:
             elapsed = time.perf_counter() - started
             metrics = {
@@ -76,12 +77,12 @@ def train(options: SftOptions, r: Ranks) -> None:
                 "num_tokens": tokens_seen,
                 "step_time": elapsed,
                 "data/skipped": len(faults) + len(set().union(*r.gather(set(loader.faults)))),
-                **take_seconds(),
+                **take_seconds(step - logged),
                 "perf/tokens_per_second": tokens / elapsed,
                 "perf/peak_memory_gb": peak_memory_gb(r.device),
             }
             report.log(step, r.mean_metrics(metrics))
-        report.advance(loss=loss)
+            logged = step
         if o.save_steps and step % o.save_steps == 0 and step < steps:
             save_checkpoint(model, processor, folder / f"checkpoint-{step}", r)
     save_checkpoint(model, processor, folder, r)

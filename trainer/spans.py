@@ -27,8 +27,8 @@ def span(name: str):
             torch.cuda.nvtx.range_pop()
 
 
-def take_seconds() -> dict[str, float]:
-    """`timing_s/...` of every span since the last call."""
-    taken = {f"timing_s/{name}": value for name, value in seconds.items()}
+def take_seconds(steps: int) -> dict[str, float]:
+    """`timing_s/...` of every span since the last call, which was `steps` steps ago: the mean of a step."""
+    taken = {f"timing_s/{name}": value / steps for name, value in seconds.items()}
     seconds.clear()
     return taken
