@@ -66,6 +66,8 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"prompts_per_step": 6}, "prompts_per_step is 6; .* multiple of 4"),
         ({"gradient_accumulation_steps": 3}, "multiple of 12"),
         ({"loss_type": "ppo"}, "loss_type is 'ppo'"),
+        ({"loss_type": "cispo"}, "epsilon_high"),
+        ({"delta": 1.0}, "delta"),
         ({"difficulty": "sqrt"}, "difficulty is 'sqrt'"),
         ({"scale_rewards": "yes"}, "scale_rewards is 'yes'"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),

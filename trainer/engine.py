@@ -10,6 +10,7 @@ from torch import nn
 from transformers import get_scheduler
 
 BUCKET_BYTES = 64 << 20
+DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to zero
 
 
 class Engine:
@@ -32,11 +33,15 @@ class Engine:
             weight_decay=options.weight_decay,
             fused=True,
         )
+        shape = None
+        if options.lr_scheduler_type == "warmup_stable_decay":
+            shape = {"num_decay_steps": round(DECAY_RATIO * total_steps)}
         self.schedule = get_scheduler(
             options.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=round(options.warmup_ratio * total_steps),
             num_training_steps=total_steps,
+            scheduler_specific_kwargs=shape,
         )
 
     @property

@@ -19,7 +19,7 @@ from boxgrpo.model.packing import Group, PackedBatch, pack_groups, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_metrics, reward_metrics
-from boxgrpo.trainer.options import GrpoOptions, parse, validate_grpo
+from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, claim_output_dir, peak_memory_gb
@@ -176,6 +176,9 @@ def loss_head(o, pack: PackedBatch, denominator):
     """The loss as the model's head: called with hidden states (N, H) and the head's weight (V, H)."""
 
     def head(hidden, weight):
+        options = loss_options(
+            o, old_logps=pack.old_logps, ref_logps=pack.ref_logps, weights=pack.weights, denominator=denominator
+        )
         return fused_grpo_loss(
             hidden,
             weight,
@@ -183,16 +186,7 @@ def loss_head(o, pack: PackedBatch, denominator):
             pack.advantages,
             pack.completion_cu,
             temperature=o.temperature,
-            old_logps=pack.old_logps,
-            ref_logps=pack.ref_logps,
-            weights=pack.weights,
-            beta=o.beta,
-            epsilon=o.epsilon,
-            epsilon_high=o.epsilon_high,
-            delta=o.delta,
-            loss_type=o.loss_type,
-            importance_sampling_level=o.importance_sampling_level,
-            denominator=denominator,
+            **options._asdict(),
         )
 
     return head

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+
+from boxgrpo.kernels import LossOptions
 
 
 def option(default, help: str):
@@ -45,7 +48,7 @@ class SftOptions(DataOptions):
     """Cold start: supervised fine-tuning on reasoning chains (paper section 3.2)."""
 
     learning_rate: float = option(5e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("cosine", "Schedule by transformers' name: cosine, linear, constant_with_warmup.")
+    lr_scheduler_type: str = option("cosine", "By transformers' name: cosine, linear, warmup_stable_decay.")
     warmup_ratio: float = option(0.015, "Share of the steps that warms up.")
     train_batch_size: int = option(24, "Examples per optimizer step, over all ranks.")
     cutoff_len: int = option(6000, "Longer examples are skipped, tokens.")
@@ -57,7 +60,7 @@ class GrpoOptions(DataOptions):
     """GRPO with IoU and format rewards and difficulty-aware weights (paper sections 3.3 and 3.4)."""
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("linear", "Schedule by transformers' name: linear, cosine, constant_with_warmup.")
+    lr_scheduler_type: str = option("linear", "By transformers' name: linear, cosine, warmup_stable_decay.")
     warmup_ratio: float = option(0.0, "Share of the steps that warms up.")
     prompts_per_step: int = option(16, "Prompts per optimizer step, over all ranks.")
     gradient_accumulation_steps: int = option(1, "Rounds in which a step's prompts are sampled; more need less cache.")
@@ -153,6 +156,19 @@ def read_yaml(kind: type, path: str | Path) -> dict:
     return values
 
 
+def loss_options(o: GrpoOptions, **tensors) -> LossOptions:
+    """The kernels' loss options, of the run's flags and a pack's tensors."""
+    return LossOptions(
+        beta=o.beta,
+        epsilon=o.epsilon,
+        epsilon_high=o.epsilon_high,
+        delta=o.delta,
+        loss_type=o.loss_type,
+        importance_sampling_level=o.importance_sampling_level,
+        **tensors,
+    )
+
+
 def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     if o.num_generations < 2:
@@ -163,8 +179,8 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
             f"prompts_per_step is {o.prompts_per_step}; it must divide into {world_size} ranks x "
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {max(parts, 1)}."
         )
-    _one_of("loss_type", o.loss_type, ("grpo", "bnpo", "dapo", "dr_grpo", "cispo"))
-    _one_of("importance_sampling_level", o.importance_sampling_level, ("token", "sequence"))
+    nothing = torch.empty(0)
+    loss_options(o, denominator=torch.ones(())).checked(0, nothing, torch.zeros(1, dtype=torch.int32))
     _one_of("scale_rewards", o.scale_rewards, ("group", "batch", "none"))
     _one_of("difficulty", o.difficulty, ("exp", "power", "log", "none"))
     _one_of("rollout", o.rollout, ("local", "replay"))
