@@ -32,17 +32,20 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+    """Refuse a head's inputs, hidden (N, H), weight (V, H) and targets (N), that do not fit together."""
     check_tensor("hidden", hidden, (None, None), FLOATS)
     check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,))
     check_targets(targets, hidden.shape[0], temperature)
 
 
 def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    """Refuse logits (N, V) and targets (N) that do not fit together."""
     check_tensor("logits", logits, (None, None), FLOATS)
     check_targets(targets, logits.shape[0], temperature)
 
 
 def check_targets(targets: Tensor, n: int, temperature: float) -> None:
+    """Refuse targets that are not (n) int64, and a temperature that is not above 0."""
     check_tensor("targets", targets, (n,), (torch.int64,))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; a scored token needs one above 0.")
