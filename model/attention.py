@@ -40,7 +40,7 @@ class PackedAttention:
         if backend == "sdpa":
             return self._padded(q, k, v)
         b = self.batch
-        k, v = k[b.kv_index], v[b.kv_index]
+        k, v = k.index_select(0, b.kv_index), v.index_select(0, b.kv_index)
         return varlen(q, k, v, b.cu_seqlens, b.cu_seqlens_k, b.max_q, b.max_k, causal=True, backend=backend)
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,21 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.scenes import (
-    COLOURS,
-    FRAME,
-    IMAGES,
-    OTHERS,
-    SHAPES,
-    TASKS,
-    Kind,
-    Layout,
-    Thing,
-    box_text,
-    draw_scene,
-    paint,
-    ruled,
-)
+from boxgrpo.trainer.scenes import IMAGES, OTHERS, TASKS, box_text, draw_scene
+from boxgrpo.trainer.shapes import COLOURS, FRAME, SHAPES, Kind, Layout, Thing, paint, ruled
 
 SEEDS = range(12)
 SCENES = [(task, level) for task in TASKS for level in (0, 1, 2)]

@@ -18,11 +18,11 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import Group, PackedBatch, pack_groups, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
-from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_metrics, reward_metrics
+from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_metrics, reward_metrics, run_metrics
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
-from boxgrpo.trainer.reporter import Reporter, claim_output_dir, peak_memory_gb
+from boxgrpo.trainer.reporter import Reporter, claim_output_dir
 from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, score
 from boxgrpo.trainer.spans import span, take_seconds
 
@@ -86,22 +86,21 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         tokens_seen += int(sum(r.sum(tokens)))
         report.advance(reward=float(total.mean()), iou=float(accuracy.mean()))
         if step % o.logging_steps == 0 or step == steps:
-            elapsed = time.perf_counter() - started
-            metrics = {
-                "loss": float(loss),
-                "grad_norm": float(grad_norm),
-                "learning_rate": engine.learning_rate,
-                "epoch": loader.position / len(examples),
-                "num_tokens": tokens_seen,
-                "step_time": elapsed,
-                "data/skipped": len(faults) + len(set().union(*r.gather(set(loader.faults)))),
-                **reward_metrics(total, accuracy, rewards.format, miou, weights),
-                **length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids),
-                **policy_metrics(stats, r),
-                **take_seconds(step - logged),
-                "perf/tokens_per_second": tokens / elapsed,
-                "perf/peak_memory_gb": peak_memory_gb(r.device),
-            }
+            metrics = run_metrics(
+                r,
+                engine,
+                loader,
+                loss=loss,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                num_tokens=tokens_seen,
+                seconds=time.perf_counter() - started,
+                skipped=len(faults),
+            )
+            metrics |= reward_metrics(total, accuracy, rewards.format, miou, weights)
+            metrics |= length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids)
+            metrics |= policy_metrics(stats, r)
+            metrics |= take_seconds(step - logged)
             report.log(step, r.mean_metrics(metrics))
             logged = step
         if o.log_completions and step % o.log_completions == 0:

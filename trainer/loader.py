@@ -88,9 +88,9 @@ class Loader:
         self._slots = _Slots(examples, prepare, seed, shuffle)
 
     @property
-    def skipped(self) -> int:
-        """How many different records this rank has had to skip so far."""
-        return len(self.faults)
+    def epoch(self) -> float:
+        """Passes over the data so far, by all ranks."""
+        return self.position / len(self._slots.examples)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         """Steps from `position` on: lists of samples."""

@@ -3,6 +3,22 @@
 import torch
 
 from .ranks import Ranks
+from .reporter import peak_memory_gb
+
+
+def run_metrics(r: Ranks, engine, loader, *, loss, grad_norm, tokens, num_tokens, seconds, skipped) -> dict[str, float]:
+    """What both loops tell of a step: `tokens` of this rank and `seconds` are the step's, `num_tokens` the run's."""
+    return {
+        "loss": float(loss),
+        "grad_norm": float(grad_norm),
+        "learning_rate": engine.learning_rate,
+        "epoch": loader.epoch,
+        "num_tokens": num_tokens,
+        "step_time": seconds,
+        "data/skipped": skipped + len(set().union(*r.gather(set(loader.faults)))),
+        "perf/tokens_per_second": tokens / seconds,
+        "perf/peak_memory_gb": peak_memory_gb(r.device),
+    }
 
 
 def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:

@@ -17,53 +17,19 @@ be an ellipse and a "square" a rectangle: width and height are drawn independent
 import contextlib
 import functools
 import itertools
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-Box = tuple[int, int, int, int]  # x1, y1, x2, y2; 0-1000 of the image's width and height
+from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, paint, ruled
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (30, 160, 70),
-    "blue": (40, 90, 225),
-    "yellow": (245, 190, 0),
-    "purple": (150, 50, 180),
-    "black": (25, 25, 25),
-}
-SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star")
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
 OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
-FRAME = (120, 120, 120)
-PATCH = 14  # pixels, the side of Qwen2-VL's patches
-
-
-class Kind(NamedTuple):
-    colour: str
-    shape: str
-
-    def __str__(self):
-        return f"{self.colour} {self.shape}"
-
-
-class Thing(NamedTuple):
-    kind: Kind
-    box: Box
-
-
-class Layout(NamedTuple):
-    """One image of a scene before it is drawn; things never overlap."""
-
-    things: tuple[Thing, ...]
-    tint: tuple[int, int, int]
-    framed: Thing | None = None
 
 
 @dataclass(frozen=True)
@@ -110,61 +76,6 @@ def place(box: Box) -> str:
     column, row = ((low + high) * 3 // 2000 for low, high in ((box[0], box[2]), (box[1], box[3])))
     words = (("top", "", "bottom")[row] + " " + ("left", "", "right")[column]).strip()
     return words or "centre"
-
-
-def _star() -> list[tuple[float, float]]:
-    angles = [math.pi * k / 5 for k in range(10)]
-    points = [((1, 0.45)[k % 2] * math.sin(a), -(1, 0.45)[k % 2] * math.cos(a)) for k, a in enumerate(angles)]
-    (left, right), (top, bottom) = ((min(v), max(v)) for v in zip(*points))
-    return [((x - left) / (right - left), (y - top) / (bottom - top)) for x, y in points]
-
-
-OUTLINES = {  # corners in the unit square; every outline touches its four sides
-    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-    "triangle": [(0.5, 0), (1, 1), (0, 1)],
-    "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-    "cross": [(a / 3, b / 3) for a, b in ((1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2))]
-    + [(a / 3, b / 3) for a, b in ((2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1))],
-    "star": _star(),
-}
-
-
-def ruled(image: Image.Image) -> Image.Image:
-    """The picture on graph paper: a line along the left and the top of every patch, darker further right and down.
-
-    So each patch shows where it lies, whatever is drawn on it. Qwen2-VL's positions are purely relative and leave that
-    to be worked out from the borders: a large model can, one that learns for minutes cannot.
-    """
-    pixels = np.array(image)
-    height, width = pixels.shape[:2]
-    pixels[:, ::PATCH] = 255 - 255 * np.arange(0, width, PATCH)[:, None] // width
-    inside = np.arange(width) % PATCH > 0
-    for row in range(0, height, PATCH):
-        pixels[row, inside] = 255 - 255 * row // height
-    return Image.fromarray(pixels)
-
-
-def paint(layout: Layout, size: int) -> Image.Image:
-    """An image of the scene before it is ruled."""
-    image = Image.new("RGB", (size, size), layout.tint)
-    pen = ImageDraw.Draw(image)
-    if layout.framed:  # first, so that it never covers a pixel of an object
-        x1, y1, x2, y2 = (v * size // 1000 for v in layout.framed.box)
-        margin = size // 28
-        pen.rectangle(
-            [max(x1 - margin, 0), max(y1 - margin, 0), min(x2 + margin, size) - 1, min(y2 + margin, size) - 1],
-            outline=FRAME,
-            width=max(margin // 2, 1),
-        )
-    for (colour, shape), box in layout.things:
-        x1, y1, x2, y2 = (v * size // 1000 for v in box)
-        x2, y2 = x2 - 1, y2 - 1  # Pillow's corners are inclusive
-        if shape == "circle":
-            pen.ellipse([x1, y1, x2, y2], fill=COLOURS[colour])
-        else:
-            corners = [(round(x1 + u * (x2 - x1)), round(y1 + v * (y2 - y1))) for u, v in OUTLINES[shape]]
-            pen.polygon(corners, fill=COLOURS[colour], outline=COLOURS[colour])
-    return image
 
 
 class _NoRoom(Exception):

@@ -16,10 +16,11 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import pack_conversations, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
-from boxgrpo.trainer.reporter import Reporter, claim_output_dir, peak_memory_gb
+from boxgrpo.trainer.reporter import Reporter, claim_output_dir
 from boxgrpo.trainer.spans import span, take_seconds
 
 
@@ -68,19 +69,18 @@ def train(options: SftOptions, r: Ranks) -> None:
         tokens_seen += int(sum(r.sum(tokens)))
         report.advance(loss=float(loss))  # waits for the device: the clock below then shows the whole step
         if step % o.logging_steps == 0 or step == steps:
-            elapsed = time.perf_counter() - started
-            metrics = {
-                "loss": float(loss),
-                "grad_norm": float(grad_norm),
-                "learning_rate": engine.learning_rate,
-                "epoch": loader.position / len(examples),
-                "num_tokens": tokens_seen,
-                "step_time": elapsed,
-                "data/skipped": len(faults) + len(set().union(*r.gather(set(loader.faults)))),
-                **take_seconds(step - logged),
-                "perf/tokens_per_second": tokens / elapsed,
-                "perf/peak_memory_gb": peak_memory_gb(r.device),
-            }
+            metrics = run_metrics(
+                r,
+                engine,
+                loader,
+                loss=loss,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                num_tokens=tokens_seen,
+                seconds=time.perf_counter() - started,
+                skipped=len(faults),
+            )
+            metrics |= take_seconds(step - logged)
             report.log(step, r.mean_metrics(metrics))
             logged = step
         if o.save_steps and step % o.save_steps == 0 and step < steps:
