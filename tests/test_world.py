@@ -100,6 +100,25 @@ def test_without_chains_the_answers_hold_the_box_alone(tmp_path):
     assert all(r["messages"][1]["content"].startswith("<think></think><answer>(") for r in read(folder)["cold_start"])
 
 
+def test_a_teachers_boxes_are_loose_and_all_others_exact(world, tmp_path):
+    """Each side of a cold-start box stands on the object's edge or one cell outside it, in and beside the chain."""
+    exact = read(write_world(tmp_path / "exact", loose=False, **SMALL))
+    assert exact["train"] == read(world)["train"] and exact["held_out"] == read(world)["held_out"]
+    moved = Counter()
+    for ours, true in zip(read(world)["cold_start"], exact["cold_start"], strict=True):
+        for a, b in zip(ours["messages"], true["messages"], strict=True):
+            if a["role"] == "user":
+                assert a == b
+                continue
+            assert a["content"].split("(")[0] == b["content"].split("(")[0]  # the reasoning is the same
+            boxes = [[int(v) for v in re.findall(r"\d+", m["content"].split("<answer>")[-1])] for m in (a, b)]
+            for side, (loose, edge) in enumerate(zip(*boxes, strict=True)):
+                out = (edge - loose) if side < 2 else (loose - edge)
+                assert out in (0, 125) and 0 <= loose <= 1000
+                moved[out] += 0 < edge < 1000
+    assert 0.4 < moved[125] / moved.total() < 0.6 and moved.total() > 100
+
+
 def test_every_task_and_level_can_be_written(tmp_path):
     folder = write_world(
         tmp_path / "all", tasks=list(TASKS), cold_start=10, train=0, held_out=10, level=2, size=56, processes=1

@@ -22,10 +22,10 @@ from boxgrpo.model.tiny import tiny_config
 from boxgrpo.trainer.evaluator import evaluate, table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, option, parse
 from boxgrpo.trainer.pictures import contact_sheet, plot_run
-from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
+from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks
 from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
-from boxgrpo.trainer.world import DEMO_TASKS, all_texts, write_world
+from boxgrpo.trainer.world import DEMO_TASKS, all_texts, wordings, write_world
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE / "recipes"
@@ -40,6 +40,7 @@ class DemoOptions:
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
     level: int = option(0, "Difficulty of the scenes, 0 to 2.")
     cold_start: int = option(5000, "Scenes with reasoning chains.")
+    loose: bool = option(True, "The chains' boxes are a teacher model's: each side exact or one cell too far out.")
     train: int = option(5000, "Scenes with a box only.")
     held_out: int = option(400, "Scenes to score on.")
     continued_sft: bool = option(False, "Also train the cold start on for as long as GRPO took, as a comparison.")
@@ -71,15 +72,16 @@ def draw_world(options: DemoOptions) -> Path:
         held_out=options.held_out,
         seed=options.seed,
         level=options.level,
+        loose=options.loose,
     )
 
 
 def newborn(options: DemoOptions) -> Path:
     """A checkpoint of random weights, with a tokenizer for the world's words."""
     folder = Path(options.output_dir) / "newborn"
-    tasks = options.tasks.split(",")
-    phrases = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n", THINK_SUFFIX]
-    tokenizer = demo_tokenizer([*all_texts(tasks, level=options.level), *phrases], phrases=phrases)
+    texts = all_texts(options.tasks.split(","), level=options.level)
+    template = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"]
+    tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *wordings(texts)])
     config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})
     save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
     Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)

@@ -30,6 +30,7 @@ IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
 OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,16 @@ def box_text(box: Box) -> str:
     return f"({x1}, {y1}), ({x2}, {y2})"
 
 
+def loosened(box: Box, rng: random.Random) -> Box:
+    """`box` as a teacher model may draw it: each side stands one cell further out, or does not, with even chances."""
+    x1, y1, x2, y2 = (v + rng.randrange(2) * step for v, step in zip(box, (-CELL, -CELL, CELL, CELL), strict=True))
+    return max(x1, 0), max(y1, 0), min(x2, 1000), min(y2, 1000)
+
+
 def place(box: Box) -> str:
-    """Where the middle of `box` (0-1000) lies on a 3x3 grid: "top left" ... "bottom right", "top", "left", "centre"."""
+    """Where the middle of `box` (0-1000) lies on a 3x3 grid, one of `PLACES`."""
     column, row = ((low + high) * 3 // 2000 for low, high in ((box[0], box[2]), (box[1], box[3])))
-    words = (("top", "", "bottom")[row] + " " + ("left", "", "right")[column]).strip()
-    return words or "centre"
+    return PLACES[3 * row + column]
 
 
 class _NoRoom(Exception):

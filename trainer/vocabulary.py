@@ -98,9 +98,10 @@ def demo_tokenizer(
             f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
             f"{len(alphabet) + len(SPECIAL_TOKENS)}. Raise vocab_size."
         )
+    longest_first = sorted(phrases, key=len, reverse=True)
     split = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex("|".join([*map(re.escape, phrases), _DEMO_PIECES])), "isolated"),
+            pre_tokenizers.Split(Regex("|".join([*map(re.escape, longest_first), _DEMO_PIECES])), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

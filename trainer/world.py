@@ -8,16 +8,19 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import random
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from .scenes import TASKS, draw_scene
+from .scenes import PLACES, TASKS, box_text, draw_scene, loosened
+from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
 
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
-VERSION = 1  # of the drawing; a folder drawn by another version is not reused
+VERSION = 2  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
 SEEDS_PER_SPLIT = 1_000_000
 
@@ -33,6 +36,7 @@ def _write_scene(
     folder: pathlib.Path,
     suffix: str,
     chains: bool,
+    loose: bool,
     size: int,
     level: int,
     split: str,
@@ -49,10 +53,20 @@ def _write_scene(
     if split != "cold_start":
         return record | {"question": scene.question, "answer": list(scene.gold)}
     answer = scene.completion if chains else dataclasses.replace(scene, chain="").completion
-    messages = [("user", scene.question + suffix), ("assistant", answer)]
-    for question, box in scene.asides:
-        messages += [("user", question), ("assistant", box)]
+    rng = random.Random(f"teacher {task} {level} {seed}")
+    messages = []
+    for question, taught in [(scene.question + suffix, answer), *scene.asides]:
+        messages += [("user", question), ("assistant", _loosened(taught, rng) if loose else taught)]
     return record | {"messages": [{"role": role, "content": text} for role, text in messages]}
+
+
+def _loosened(answer: str, rng: random.Random) -> str:
+    """The answer with its box as a teacher model may draw it."""
+    return re.sub(
+        r"\((\d+), (\d+)\), \((\d+), (\d+)\)",
+        lambda found: box_text(loosened(tuple(map(int, found.groups())), rng)),
+        answer,
+    )
 
 
 def write_world(
@@ -66,6 +80,7 @@ def write_world(
     level: int = 1,
     size: int = 112,
     chains: bool = True,
+    loose: bool = True,
     processes: int = 2,
 ) -> pathlib.Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
@@ -73,7 +88,9 @@ def write_world(
     `cold_start.json` holds UniVG-R1 stage-1 records (messages with the reasoning chain and the box), `train.json` and
     `held_out.json` stage-2 ones (question, and answer on the 0-1000 scale); DESIGN section 7. Image paths are relative
     to `folder`. Tasks take turns, and no two splits share a scene's seed: held-out scenes stay the same when another
-    split grows. With `chains=False` the cold start's <think> is empty. `world.json` lists all arguments: where a
+    split grows. With `chains=False` the cold start's <think> is empty. With
+    `loose` its boxes are a teacher model's: right about the object, each side on the edge or one cell outside with even
+    chances; those of the other splits are always exact. `world.json` lists all arguments: where a
     folder already holds this world nothing is written; a folder that holds anything else raises ValueError. The folder
     appears only when it is complete. With `processes` above 1 the calling script needs its `__main__` guard.
     """
@@ -87,7 +104,7 @@ def write_world(
         if not 0 <= count <= SEEDS_PER_SPLIT:
             raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
     manifest = {"version": VERSION, "tasks": list(tasks), **counts}
-    manifest |= {"seed": seed, "level": level, "size": size, "chains": chains}
+    manifest |= {"seed": seed, "level": level, "size": size, "chains": chains, "loose": loose}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = folder / "world.json"
         held = json.loads(found.read_text()) if found.is_file() else "no world.json"
@@ -105,7 +122,7 @@ def write_world(
         (partial / "images" / split).mkdir(parents=True)
         first_seed = (len(SPLITS) * seed + number) * SEEDS_PER_SPLIT
         jobs += [(split, f"{k:06d}", tasks[k % len(tasks)], first_seed + k) for k in range(count)]
-    write = functools.partial(_write_scene, partial, _think_suffix(), chains, size, level)
+    write = functools.partial(_write_scene, partial, _think_suffix(), chains, loose, size, level)
     if processes > 1:  # spawned: a fork of a process that has run torch's threads may hang
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             records = list(pool.map(write, *zip(*jobs), chunksize=100))
@@ -128,3 +145,15 @@ def all_texts(
         scene = draw_scene(task, -1 - seed * SEEDS_PER_SPLIT - k, level=level)
         texts += [scene.question + suffix, scene.completion, *itertools.chain(*scene.asides)]
     return texts
+
+
+def wordings(texts: Iterable[str]) -> list[str]:
+    """Objects, places, and the stretches of text between them and the numbers: all that a scene's texts are made of.
+
+    With a token for each of them a tiny model reads and writes a third fewer tokens, and every token it writes decides
+    something.
+    """
+    kinds = [f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)]
+    varying = re.compile("|".join([rf"\b(?:{'|'.join(kinds)})\b", rf"\b(?:{'|'.join(PLACES)})\b", r"\d+"]))
+    between = {stretch for text in texts for stretch in varying.split(text)} - {""}
+    return [*kinds, *PLACES, *sorted(between)]
