@@ -75,6 +75,15 @@ def test_bf16_weights_keep_updates_smaller_than_their_precision():
     assert not torch.equal(model[0].weight, before)
 
 
+def test_gradients_of_bf16_packs_add_up_in_fp32():
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    engine = Engine(model, options(max_grad_norm=0.0), Ranks(), 10)
+    for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
+        engine.backward(model(torch.full((1, 1), value, dtype=torch.bfloat16)).sum())
+        assert model.weight.grad is None  # moved on: no second set of gradients
+    assert engine.step() == 258.0
+
+
 TWO_RANKS = """
 import sys, torch
 from torch import nn

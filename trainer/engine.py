@@ -4,6 +4,8 @@ Gradients are averaged once, after the step's last pack, in a few flat buffers. 
 would win little where a step is mostly sampling, and without it ranks may run different numbers of packs.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,6 +28,9 @@ class Engine:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # An update of 1e-6 is lost in bf16: it is added to a copy that can hold it. (fp32: the copy is the parameter.)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if p is not master:
+                p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
         self.optimizer = torch.optim.AdamW(
             self.masters,
             lr=options.learning_rate,
@@ -54,29 +59,26 @@ class Engine:
 
     def step(self) -> torch.Tensor:
         """Average over ranks, clip, update, clear. Returns the norm before clipping, a 0-dim tensor."""
-        for p in self.parameters:
-            if p.grad is None:  # a step whose packs had no use for it, on this rank at least
-                p.grad = torch.zeros_like(p)
+        for master in self.masters:
+            if master.grad is None:  # a step whose packs had no use for it, on this rank at least
+                master.grad = torch.zeros_like(master)
         if self.ranks.world_size > 1:
             self._average_gradients()
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if p is not master:
-                master.grad, p.grad = p.grad.float(), None  # never two full sets of gradients
         grad_norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm or float("inf"))
         self.optimizer.step()
         self.schedule.step()
+        self.optimizer.zero_grad()
         with torch.no_grad():
             for p, master in zip(self.parameters, self.masters, strict=True):
-                p.grad = master.grad = None
                 if p is not master:
                     p.copy_(master)
         return grad_norm
 
     def _average_gradients(self) -> None:
         bucket: list[torch.Tensor] = []
-        for p in self.parameters:
-            bucket.append(p.grad)
-            if sum(g.nbytes for g in bucket) < BUCKET_BYTES and p is not self.parameters[-1]:
+        for master in self.masters:
+            bucket.append(master.grad)
+            if sum(g.nbytes for g in bucket) < BUCKET_BYTES and master is not self.masters[-1]:
                 continue
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat)
@@ -84,3 +86,9 @@ class Engine:
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(part.view_as(g))
             bucket = []
+
+
+def _move_gradient(master: nn.Parameter, p: nn.Parameter) -> None:
+    """Add a pack's gradient to the master's fp32 one as soon as it is there: no second full set, no sums in bf16."""
+    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+    p.grad = None
