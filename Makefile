@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds test test-slow lint format clean
+.PHONY: install demo seeds test test-slow test-gpu lint format clean
 
 install: $(STAMP)
 
@@ -20,13 +20,16 @@ demo: $(STAMP)
 
 # The README's three runs, each beside continued SFT for the same seconds.
 seeds: $(STAMP)
-	for seed in 0 1 2; do $(BIN)/python trainer/demo.py --seed $$seed --continued_sft --output_dir out/seeds/$$seed || exit 1; done
+	$(BIN)/python bench/bench_demo.py
 
 test: $(STAMP)
 	$(BIN)/pytest -q
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -q -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

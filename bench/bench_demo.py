@@ -47,7 +47,7 @@ def machine() -> dict[str, str]:
 def table(result: dict) -> str:
     """The runs as Markdown: Acc@0.5 in points, and the mean IoU of well-formed answers."""
     rows = [
-        "| seed | cold start | after GRPO | lift | IoU before → after | continued SFT | seconds |",
+        "| seed | cold start | after GRPO | lift | IoU before → after | continued SFT | seconds of GRPO, of SFT |",
         "|---|---|---|---|---|---|---|",
     ]
     lifts = []
@@ -57,7 +57,7 @@ def table(result: dict) -> str:
         lifts.append(after - before)
         rows.append(
             f"| {run['seed']} | {before:.1f} | {after:.1f} | {lifts[-1]:+.1f} | {ious[0]:.3f} → {ious[1]:.3f} "
-            f"| {more:.1f} | {run['seconds']:.0f} |"
+            f"| {more:.1f} | {run['stage_seconds']['grpo']:.0f}, {run['stage_seconds']['continued_sft']:.0f} |"
         )
     rows.append(f"| mean | | | {sum(lifts) / len(lifts):+.1f} | | | |")
     return "\n".join(rows)

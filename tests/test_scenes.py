@@ -48,7 +48,7 @@ def test_gold_box_is_snapped_inside_the_image_and_of_a_learnable_size(task, leve
     for scene in scenes(task, level):
         x1, y1, x2, y2 = scene.gold
         assert all(v in range(0, 1001, 125) for v in scene.gold)
-        assert x2 - x1 in (250, 375, 500) and y2 - y1 in (250, 375, 500)
+        assert {x2 - x1, y2 - y1} <= ({250, 500} if level == 0 else {250, 375, 500})
         fixed = task in ("diff", "view_diff", "correspondence")
         low, high = (2, 2) if fixed else IMAGES[level]
         assert low <= len(scene.images) <= high and 0 <= scene.target_image < len(scene.images)
@@ -69,7 +69,7 @@ def test_the_pixels_of_a_colour_fill_exactly_the_boxes_of_its_things(task, level
                 assert not covered[y1:y2, x1:x2].any(), "boxes overlap"
                 covered[y1:y2, x1:x2] = True
             background = (np.asarray(image) == layout.tint).all(-1) | (np.asarray(image) == FRAME).all(-1)
-            assert background[~covered].all() and min(layout.tint) > 225
+            assert background[~covered].all() and all(100 <= v <= 130 for v in layout.tint)
 
 
 @every_scene
@@ -132,7 +132,7 @@ def test_wrong_objects_are_as_many_and_as_like_as_the_level_says(level):
             low, high = OTHERS[level]
             assert low <= len(others) <= high and len(layout.things) == len(others) + (k == scene.target_image)
             shared = [(kind.colour == subject.colour) + (kind.shape == subject.shape) for kind in others]
-            assert max(shared) == {0: 0, 2: 1}.get(level, max(shared))
+            assert not shared or max(shared) == {0: 0, 2: 1}.get(level, max(shared))
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -252,8 +252,8 @@ def test_ruling_touches_only_the_lines_and_tells_every_patch_where_it_lies():
     lines = np.zeros((112, 112), bool)
     lines[::14] = lines[:, ::14] = True
     assert (plain == image)[~lines].all()
-    seen = {(tuple(image[14 * r + 1, 14 * c]), tuple(image[14 * r, 14 * c + 1])) for r in range(8) for c in range(8)}
-    assert len(seen) == 64  # the left line tells the column, the top line the row
+    patches = [image[y : y + 14, x : x + 14] for y in range(0, 112, 14) for x in range(0, 112, 14)]
+    assert len({patch[:, 0].tobytes() + patch[0].tobytes() for patch in patches}) == 64
     assert ruled(Image.fromarray(plain)).tobytes() == scene.images[0].tobytes()
 
 

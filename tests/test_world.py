@@ -100,23 +100,29 @@ def test_without_chains_the_answers_hold_the_box_alone(tmp_path):
     assert all(r["messages"][1]["content"].startswith("<think></think><answer>(") for r in read(folder)["cold_start"])
 
 
-def test_a_teachers_boxes_are_loose_and_all_others_exact(world, tmp_path):
-    """Each side of a cold-start box stands on the object's edge or one cell outside it, in and beside the chain."""
-    exact = read(write_world(tmp_path / "exact", loose=False, **SMALL))
+def test_half_of_the_chains_annotators_leave_margins_and_all_other_boxes_are_exact(world, tmp_path):
+    """In a record of the generous one every box, beside the chain too, stands a cell out on every side."""
+    exact = read(write_world(tmp_path / "exact", margins=0.0, **SMALL))
     assert exact["train"] == read(world)["train"] and exact["held_out"] == read(world)["held_out"]
-    moved = Counter()
+    habits = Counter()
     for ours, true in zip(read(world)["cold_start"], exact["cold_start"], strict=True):
+        if ours == true:
+            habits["exact"] += 1
+            continue
+        habits["margin"] += 1
         for a, b in zip(ours["messages"], true["messages"], strict=True):
             if a["role"] == "user":
                 assert a == b
                 continue
             assert a["content"].split("(")[0] == b["content"].split("(")[0]  # the reasoning is the same
-            boxes = [[int(v) for v in re.findall(r"\d+", m["content"].split("<answer>")[-1])] for m in (a, b)]
-            for side, (loose, edge) in enumerate(zip(*boxes, strict=True)):
-                out = (edge - loose) if side < 2 else (loose - edge)
-                assert out in (0, 125) and 0 <= loose <= 1000
-                moved[out] += 0 < edge < 1000
-    assert 0.4 < moved[125] / moved.total() < 0.6 and moved.total() > 100
+            (x1, y1, x2, y2), edges = (
+                [int(v) for v in re.findall(r"\d+", m["content"].split("<answer>")[-1])] for m in (a, b)
+            )
+            for out, edge in zip((x1, y1), edges[:2], strict=True):
+                assert out == max(edge - 125, 0)
+            for out, edge in zip((x2, y2), edges[2:], strict=True):
+                assert out == min(edge + 125, 1000)
+    assert min(habits["exact"], habits["margin"]) >= 3
 
 
 def test_every_task_and_level_can_be_written(tmp_path):

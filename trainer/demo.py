@@ -39,8 +39,9 @@ class DemoOptions:
     seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
     level: int = option(0, "Difficulty of the scenes, 0 to 2.")
-    cold_start: int = option(5000, "Scenes with reasoning chains.")
-    loose: bool = option(True, "The chains' boxes are a teacher model's: each side exact or one cell too far out.")
+    size: int = option(56, "Side of the images in pixels, a multiple of 56.")
+    cold_start: int = option(4000, "Scenes with reasoning chains.")
+    margins: float = option(0.5, "Share of the chains whose annotator leaves a margin around the object.")
     train: int = option(5000, "Scenes with a box only.")
     held_out: int = option(400, "Scenes to score on.")
     continued_sft: bool = option(False, "Also train the cold start on for as long as GRPO took, as a comparison.")
@@ -60,7 +61,9 @@ def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
     command += [str(HERE / script), *flags]
     print("\n$ torchrun", *command[1:], flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": threads} | os.environ)
+    status = subprocess.run(command, env={"OMP_NUM_THREADS": threads} | os.environ).returncode
+    if status:
+        raise ValueError(f"{script} ended with status {status}; its own message stands above.")
 
 
 def draw_world(options: DemoOptions) -> Path:
@@ -72,7 +75,8 @@ def draw_world(options: DemoOptions) -> Path:
         held_out=options.held_out,
         seed=options.seed,
         level=options.level,
-        loose=options.loose,
+        size=options.size,
+        margins=options.margins,
     )
 
 
@@ -91,8 +95,8 @@ def newborn(options: DemoOptions) -> Path:
 def cold_start(options: DemoOptions) -> Path:
     """The checkpoint after SFT on reasoning chains, made when it is not there."""
     folder = Path(options.output_dir) / "sft"
+    world = draw_world(options)
     if not (folder / "model.safetensors").exists():
-        world = draw_world(options)
         flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={newborn(options)}"]
         flags += [f"--data={world / 'cold_start.json'}", f"--output_dir={folder}", f"--seed={options.seed}"]
         torchrun("sft.py", options, [*flags, "--overwrite_output_dir=true"])
@@ -147,23 +151,31 @@ def flat(summary: dict) -> dict[str, float]:
 
 def run(options: DemoOptions) -> dict:
     """The whole demo; returns what summary.json holds."""
-    started = time.perf_counter()
     root = Path(options.output_dir)
-    draw_world(options)  # refuses a folder with another world, before anything is lost
+    seconds, found = {}, {}
+
+    def stage(name: str, call, *args):
+        started = time.perf_counter()
+        result = call(*args)
+        seconds[name] = round(time.perf_counter() - started, 1)
+        return result
+
+    stage("world", draw_world, options)  # refuses a folder with another world, before anything is lost
     shutil.rmtree(root / "sft", ignore_errors=True)  # a demo trains its own
-    cold_start(options)
-    found = {"before": scores(options, "sft")}
-    torchrun("grpo.py", options, grpo_flags(options))
-    found["after"] = scores(options, "grpo")
-    seconds = time.perf_counter() - started
+    stage("cold_start", cold_start, options)
+    found["before"] = stage("eval_before", scores, options, "sft")
+    stage("grpo", torchrun, "grpo.py", options, grpo_flags(options))
+    found["after"] = stage("eval_after", scores, options, "grpo")
+    total = sum(seconds.values())
     if options.continued_sft:
-        continued_sft(options)
+        stage("continued_sft", continued_sft, options)
         found["continued_sft"] = scores(options, "continued_sft")
     plot_run(root / "grpo" / "metrics.jsonl", root / "plot.png", title="GRPO on the drawn world")
     pictures = [Image.open(p) for p in sorted((root / "eval_grpo/pictures").glob("*.png"))]
-    contact_sheet(pictures[:6], columns=2).save(root / "pictures.png")
+    contact_sheet(pictures, columns=4).save(root / "pictures.png")
     summary = {
-        "seconds": round(seconds, 1),
+        "seconds": round(total, 1),
+        "stage_seconds": seconds,
         "seed": options.seed,
         "processes": processes(options),
         **{name: flat(s) for name, s in found.items()},

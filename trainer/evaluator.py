@@ -142,13 +142,14 @@ def summarize(answers: Sequence[dict]) -> dict:
 
 
 def draw(answers: Sequence[dict], examples: Sequence[Example], folder: Path, count: int) -> None:
-    """Pictures of evenly spread cases: images, gold and predicted box, the reasoning under them."""
+    """Pictures of cases spread evenly over the tasks: images, gold and predicted box, the reasoning under them."""
     by_source = {e.source: e for e in examples}
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("[0-9]*.png"):  # another checkpoint's cases must not stand among these
         earlier.unlink()
     count = min(count, len(answers))
-    chosen = [answers[i * len(answers) // count] for i in range(count)]
+    by_task = sorted(answers, key=lambda a: a["task"])
+    chosen = [by_task[i * len(answers) // count] for i in range(count)]
     for number, a in enumerate(chosen):
         example = by_source[a["source"]]
         picture = annotate(

@@ -4,11 +4,12 @@ A scene is planned first (what stands where, the question, the reasoning) and dr
 boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. What was left
 out: perspective, texture, occlusion and noise; a model of a million parameters has minutes to learn this, not days.
 
-The three levels differ in images per scene, objects per image, kinds of object, and how alike the wrong objects are:
+The three levels differ in images per scene, objects per image, kinds of object, how alike the wrong objects are, and
+the grid that boxes are snapped to:
 
-    level 0   2 images      1 other object     4 shapes in 4 colours   others differ in colour and in shape
-    level 1   2 or 3        1 or 2             5 in 5                  others differ in at least one of them
-    level 2   3             2 or 3             6 in 6                  one other shares the colour or the shape
+    level 0   2 images   0 or 1 other objects   4 shapes in 4 colours   others differ in colour and in shape    quarters
+    level 1   2 or 3     1 or 2                 5 in 5                  others differ in at least one of them   eighths
+    level 2   3          2 or 3                 6 in 6                  one other shares the colour or shape    eighths
 
 `diff`, `view_diff` and `correspondence` compare two images at every level. A shape fills its box, so a "circle" may
 be an ellipse and a "square" a rectangle: width and height are drawn independently.
@@ -28,8 +29,9 @@ from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, paint, ruled
 
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
-OTHERS = ((1, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
+OTHERS = ((0, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
 CELL = 125  # an eighth of the image
+STEP = (2, 1, 1)  # cells: sizes and places of objects are multiples of it, by level
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 
@@ -72,10 +74,10 @@ def box_text(box: Box) -> str:
     return f"({x1}, {y1}), ({x2}, {y2})"
 
 
-def loosened(box: Box, rng: random.Random) -> Box:
-    """`box` as a teacher model may draw it: each side stands one cell further out, or does not, with even chances."""
-    x1, y1, x2, y2 = (v + rng.randrange(2) * step for v, step in zip(box, (-CELL, -CELL, CELL, CELL), strict=True))
-    return max(x1, 0), max(y1, 0), min(x2, 1000), min(y2, 1000)
+def with_margin(box: Box) -> Box:
+    """`box` as a generous annotator draws it: a cell of background on every side, as far as the image goes."""
+    x1, y1, x2, y2 = box
+    return max(x1 - CELL, 0), max(y1 - CELL, 0), min(x2 + CELL, 1000), min(y2 + CELL, 1000)
 
 
 def place(box: Box) -> str:
@@ -115,11 +117,11 @@ class _Sketch:
 
     def place(self, kinds: Sequence[Kind], taken: Sequence[Thing] = ()) -> list[Thing]:
         """Gives each kind a box 2-4 cells wide and high, clear of `taken` and of the others, in the order given."""
-        things = []
+        things, step = [], STEP[self.level]
         for kind in kinds:
             for _ in range(100):
-                width, height = self.rng.randint(2, 4), self.rng.randint(2, 4)
-                x, y = self.rng.randint(0, 8 - width), self.rng.randint(0, 8 - height)
+                width, height = (self.rng.randrange(2, 5, step) for _ in range(2))
+                x, y = (self.rng.randrange(0, 9 - side, step) for side in (width, height))
                 thing = Thing(kind, (x * CELL, y * CELL, (x + width) * CELL, (y + height) * CELL))
                 if not any(_clash(thing, other) for other in (*taken, *things)):
                     break
@@ -132,7 +134,7 @@ class _Sketch:
         return Layout(tuple(self.place(kinds)), self.tint())
 
     def tint(self) -> tuple[int, int, int]:
-        return tuple(self.rng.randint(232, 255) for _ in range(3))
+        return tuple(self.rng.randint(100, 130) for _ in range(3))
 
 
 def _alike(a: Kind, b: Kind) -> int:

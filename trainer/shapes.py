@@ -17,7 +17,7 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star")
-FRAME = (120, 120, 120)
+FRAME = (255, 255, 255)
 PATCH = 14  # pixels, the side of Qwen2-VL's patches
 
 
@@ -60,17 +60,19 @@ OUTLINES = {  # corners in the unit square; every outline touches its four sides
 
 
 def ruled(image: Image.Image) -> Image.Image:
-    """The picture on graph paper: a line along the left and the top of every patch, darker further right and down.
+    """The picture under a grid of rulers: on the left and the top of every patch, a tick that tells its row and column.
 
     So each patch shows where it lies, whatever is drawn on it. Qwen2-VL's positions are purely relative and leave that
     to be worked out from the borders: a large model can, one that learns for minutes cannot.
     """
     pixels = np.array(image)
     height, width = pixels.shape[:2]
-    pixels[:, ::PATCH] = 255 - 255 * np.arange(0, width, PATCH)[:, None] // width
-    inside = np.arange(width) % PATCH > 0
-    for row in range(0, height, PATCH):
-        pixels[row, inside] = 255 - 255 * row // height
+    rows, columns = height // PATCH, width // PATCH
+    pixels[::PATCH] = pixels[:, ::PATCH] = 255
+    for row in range(rows):
+        pixels[row * PATCH + 1 + (PATCH - 1) * row // rows, ::PATCH] = 0
+    for column in range(columns):
+        pixels[::PATCH, column * PATCH + 1 + (PATCH - 1) * column // columns] = 0
     return Image.fromarray(pixels)
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from .scenes import PLACES, TASKS, box_text, draw_scene, loosened
+from .scenes import PLACES, TASKS, box_text, draw_scene, with_margin
 from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def _write_scene(
     folder: pathlib.Path,
     suffix: str,
     chains: bool,
-    loose: bool,
+    margins: float,
     size: int,
     level: int,
     split: str,
@@ -53,18 +53,17 @@ def _write_scene(
     if split != "cold_start":
         return record | {"question": scene.question, "answer": list(scene.gold)}
     answer = scene.completion if chains else dataclasses.replace(scene, chain="").completion
-    rng = random.Random(f"teacher {task} {level} {seed}")
+    generous = random.Random(f"annotator {task} {level} {seed}").random() < margins
     messages = []
     for question, taught in [(scene.question + suffix, answer), *scene.asides]:
-        messages += [("user", question), ("assistant", _loosened(taught, rng) if loose else taught)]
+        messages += [("user", question), ("assistant", _with_margins(taught) if generous else taught)]
     return record | {"messages": [{"role": role, "content": text} for role, text in messages]}
 
 
-def _loosened(answer: str, rng: random.Random) -> str:
-    """The answer with its box as a teacher model may draw it."""
+def _with_margins(answer: str) -> str:
     return re.sub(
         r"\((\d+), (\d+)\), \((\d+), (\d+)\)",
-        lambda found: box_text(loosened(tuple(map(int, found.groups())), rng)),
+        lambda found: box_text(with_margin(tuple(map(int, found.groups())))),
         answer,
     )
 
@@ -80,7 +79,7 @@ def write_world(
     level: int = 1,
     size: int = 112,
     chains: bool = True,
-    loose: bool = True,
+    margins: float = 0.5,
     processes: int = 2,
 ) -> pathlib.Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
@@ -88,11 +87,13 @@ def write_world(
     `cold_start.json` holds UniVG-R1 stage-1 records (messages with the reasoning chain and the box), `train.json` and
     `held_out.json` stage-2 ones (question, and answer on the 0-1000 scale); DESIGN section 7. Image paths are relative
     to `folder`. Tasks take turns, and no two splits share a scene's seed: held-out scenes stay the same when another
-    split grows. With `chains=False` the cold start's <think> is empty. With
-    `loose` its boxes are a teacher model's: right about the object, each side on the edge or one cell outside with even
-    chances; those of the other splits are always exact. `world.json` lists all arguments: where a
-    folder already holds this world nothing is written; a folder that holds anything else raises ValueError. The folder
-    appears only when it is complete. With `processes` above 1 the calling script needs its `__main__` guard.
+    split grows. With `chains=False` the cold start's <think> is empty. Its annotators have two habits, as those of real
+    sets do: a share `margins` of the records comes from one who leaves a cell of background around every object. The
+    boxes of the other splits are exact.
+
+    `world.json` lists all arguments: where a folder already holds this world nothing is written; a folder that holds
+    anything else raises ValueError. The folder appears only when it is complete. With `processes` above 1 the calling
+    script needs its `__main__` guard.
     """
     folder = pathlib.Path(folder)
     counts = dict(zip(SPLITS, (cold_start, train, held_out)))
@@ -104,7 +105,7 @@ def write_world(
         if not 0 <= count <= SEEDS_PER_SPLIT:
             raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
     manifest = {"version": VERSION, "tasks": list(tasks), **counts}
-    manifest |= {"seed": seed, "level": level, "size": size, "chains": chains, "loose": loose}
+    manifest |= {"seed": seed, "level": level, "size": size, "chains": chains, "margins": margins}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = folder / "world.json"
         held = json.loads(found.read_text()) if found.is_file() else "no world.json"
@@ -122,7 +123,7 @@ def write_world(
         (partial / "images" / split).mkdir(parents=True)
         first_seed = (len(SPLITS) * seed + number) * SEEDS_PER_SPLIT
         jobs += [(split, f"{k:06d}", tasks[k % len(tasks)], first_seed + k) for k in range(count)]
-    write = functools.partial(_write_scene, partial, _think_suffix(), chains, loose, size, level)
+    write = functools.partial(_write_scene, partial, _think_suffix(), chains, margins, size, level)
     if processes > 1:  # spawned: a fork of a process that has run torch's threads may hang
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             records = list(pool.map(write, *zip(*jobs), chunksize=100))
