@@ -65,14 +65,14 @@ def table(result: dict) -> str:
 
 def run(options: BenchDemoOptions) -> dict:
     """Every seed's summary, with the machine's name; a seed's summary.json ends its run."""
-    runs = []
+    runs, described = [], machine()  # the revision that the runs begin with
     for seed in map(int, options.seeds.split(",")):
         folder = Path(options.output_dir) / str(seed)
         done = folder / "summary.json"
         if not done.exists():
             demo.run(demo.DemoOptions(output_dir=str(folder), seed=seed, continued_sft=True))
         runs.append(json.loads(done.read_text()))
-    return {"machine": machine(), "runs": runs}
+    return {"machine": described, "runs": runs}
 
 
 def main(args: list[str] | None = None) -> None:
