@@ -85,7 +85,7 @@ def test_gradients_of_bf16_packs_add_up_in_fp32():
 
 
 TWO_RANKS = """
-import sys, torch
+import logging, sys, torch
 from torch import nn
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.options import GrpoOptions
@@ -103,6 +103,8 @@ with ranks() as r:
         engine.backward(model(torch.tensor([[0.0, 1.0, 0.0]])).sum())
     engine.step()  # rank 1 had no pack at all
     torch.save(model.state_dict(), f"{sys.argv[1]}/{r.rank}.pt")
+    logging.getLogger("boxgrpo.trainer.loader").warning("rank %d met a bad record", r.rank)
+    logging.getLogger("boxgrpo.trainer.common").warning("rank %d read the file", r.rank)
     # Ranks hold different keys, in different orders.
     means = r.mean_metrics({"b": 1.0, "a": 2.0} if r.is_main else {"c": 5.0, "a": 4.0})
     assert means == {"a": 3.0, "b": 1.0, "c": 5.0}, means
@@ -113,7 +115,10 @@ with ranks() as r:
 def test_ranks_average_gradients_and_agree_on_weights_and_metrics(tmp_path):
     (tmp_path / "script.py").write_text(TWO_RANKS)
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, str(tmp_path / "script.py"), str(tmp_path)], check=True, timeout=200)
+    command = [*torchrun, str(tmp_path / "script.py"), str(tmp_path)]
+    told = subprocess.run(command, check=True, timeout=200, capture_output=True, text=True).stderr
+    assert [f"rank {rank} met a bad record" in told for rank in (0, 1)] == [True, True]  # nobody else saw it
+    assert [f"rank {rank} read the file" in told for rank in (0, 1)] == [True, False]  # both did
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = network()
     engine = Engine(alone, options(max_grad_norm=0.0), Ranks(), 10)

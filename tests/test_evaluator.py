@@ -206,7 +206,11 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
     assert {task: found["count"] for task, found in summary["tasks"].items()} == {"diff": 3, "region": 3}
     assert decoded == [0, 1, 2, 4, 5, 6]  # slots: the third took the fourth record, which does not come again
     assert len(list((record_file.parent / "eval/pictures").iterdir())) == 6
-    assert evaluate(options_for(newborn, record_file, limit=2, pictures=0), Ranks())["count"] == 2
+
+    (record_file.parent / "eval/pictures/0001.png").write_text("not ours")
+    assert evaluate(options_for(newborn, record_file, limit=2, pictures=1), Ranks())["count"] == 2
+    left = {p.name for p in (record_file.parent / "eval/pictures").iterdir()}
+    assert left == {"00.png", "0001.png"}, "its own earlier cases go, what it never drew stays"
 
 
 class OneOfTwo(Ranks):
@@ -227,17 +231,17 @@ def test_two_ranks_answer_what_one_does(newborn, record_file):
     assert {a["source"]: a["answer"] for part in parts for a in part} == alone
 
 
-def test_pictures_are_spread_over_the_cases_and_replace_earlier_ones(record_file, tmp_path):
+def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
     examples = [e for e in read_examples(record_file)[0] if not e.source.endswith("#2")]
     graded = grade_texts(examples, [text(e.gold) for e in examples])
-    folder = tmp_path / "pictures"
 
     def drawn(answers, count):
+        folder = tmp_path / f"pictures of {count}"
         draw(answers, examples, folder, count)
         return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
     more = drawn(graded, 100)
     assert list(more) == [f"{i:02d}.png" for i in range(6)]
     assert len(set(more.values())) == 6, "each case once, also where more pictures are asked for than there are cases"
-    fewer = drawn(graded, 3)
-    assert list(fewer.values()) == [more[f"{i:02d}.png"] for i in (0, 2, 4)]
+    fewer = drawn(graded, 2)
+    assert list(fewer.values()) == [more["00.png"], more["03.png"]], "one of each task"

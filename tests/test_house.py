@@ -137,6 +137,7 @@ def run_command(tmp_path_factory):
     )
     python, torchrun = sys.executable, str(pathlib.Path(sys.executable).parent / "torchrun")
     commands = {f"python trainer/{name}.py": [python, f"trainer/{name}.py", "--help"] for name in COMMANDS}
+    commands["bench"] = [python, "bench/bench_demo.py", "--help"]
     commands["import"] = [python, "-P", "-c", IMPORT_PROBE]
     commands["python -P -m"] = [python, "-P", "-c", MODULE_PROBE, *COMMANDS]
     # --standalone: the default rendezvous port is one for the whole machine.
@@ -169,6 +170,6 @@ def test_script_starts(run_command, name):
     assert "usage:" in run_command(f"python trainer/{name}.py")
 
 
-@pytest.mark.parametrize("form", ["python -P -m", "torchrun"])
+@pytest.mark.parametrize("form", ["python -P -m", "torchrun", "bench"])
 def test_other_forms_start(run_command, form):
     assert run_command(form).count("usage:") == (len(COMMANDS) if form == "python -P -m" else 1)

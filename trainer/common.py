@@ -63,7 +63,7 @@ def read_usable(options, *, needs: str) -> tuple[list[Example], list[Fault]]:
 
 def total_steps(options: DataOptions, examples: int, per_step: int) -> int:
     """Optimizer steps of the run: `max_steps`, or what the epochs ask for."""
-    return options.max_steps or max(1, round(options.num_train_epochs * examples / per_step))
+    return options.max_steps if options.max_steps > 0 else max(1, round(options.num_train_epochs * examples / per_step))
 
 
 def make_loader(examples, prepare, per_rank: int, options: DataOptions, r: Ranks) -> Loader:

@@ -111,12 +111,15 @@ def grpo_flags(options: DemoOptions) -> list[str]:
 
 
 def continued_sft(options: DemoOptions) -> Path:
-    """The cold start trained on with its own recipe, for the seconds that GRPO took (the paper's Table 4, row 6)."""
+    """The cold start trained on with its own recipe, on chains for GRPO's scenes, for the seconds that GRPO took.
+
+    The paper's Table 4, row 6: there, too, the additional records are new ones, their chains made as before.
+    """
     root = Path(options.output_dir)
     seconds = {run: [m["step_time"] for m in read_metrics(root / run)] for run in ("sft", "grpo")}
     steps = round(sum(seconds["grpo"]) / (sum(seconds["sft"]) / len(seconds["sft"])))
     flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={root / 'sft'}", f"--max_steps={steps}"]
-    flags += [f"--data={root / 'world/cold_start.json'}", f"--output_dir={root / 'continued_sft'}"]
+    flags += [f"--data={root / 'world/train_chains.json'}", f"--output_dir={root / 'continued_sft'}"]
     torchrun("sft.py", options, [*flags, f"--seed={options.seed + 1}", "--overwrite_output_dir=true"])
     return root / "continued_sft"
 
@@ -135,6 +138,7 @@ def scores(options: DemoOptions, run: str) -> dict:
             data=str(root / "world/held_out.json"),
             output_dir=str(root / f"eval_{run}"),
             eval_batch_size=100,
+            dtype="float32",
             max_completion_length=parse(GrpoOptions, grpo_flags(options)).max_completion_length,
         ),
         Ranks(device=device),
@@ -160,6 +164,9 @@ def run(options: DemoOptions) -> dict:
         seconds[name] = round(time.perf_counter() - started, 1)
         return result
 
+    runs = [name for name in ("sft", "grpo", "continued_sft") if (root / name).exists()]
+    if runs and not (root / "world").exists():
+        raise ValueError(f"{root} holds {', '.join(runs)} but no drawn world: not a demo's. Name another --output_dir.")
     stage("world", draw_world, options)  # refuses a folder with another world, before anything is lost
     shutil.rmtree(root / "sft", ignore_errors=True)  # a demo trains its own
     stage("cold_start", cold_start, options)

@@ -145,8 +145,6 @@ def draw(answers: Sequence[dict], examples: Sequence[Example], folder: Path, cou
     """Pictures of cases spread evenly over the tasks: images, gold and predicted box, the reasoning under them."""
     by_source = {e.source: e for e in examples}
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("[0-9]*.png"):  # another checkpoint's cases must not stand among these
-        earlier.unlink()
     count = min(count, len(answers))
     by_task = sorted(answers, key=lambda a: a["task"])
     chosen = [by_task[i * len(answers) // count] for i in range(count)]
@@ -176,6 +174,9 @@ def evaluate(options: EvalOptions, r: Ranks) -> dict:
     if r.is_main:
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "results.json").exists():  # an earlier evaluation's cases must not stand among these
+            for earlier in folder.glob("pictures/[0-9][0-9].png"):
+                earlier.unlink()
         (folder / "results.json").write_text(json.dumps({"summary": summary, "answers": answers}, indent=1))
         draw(answers, examples, folder / "pictures", options.pictures)
     return summary

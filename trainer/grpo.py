@@ -22,7 +22,7 @@ from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_met
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
-from boxgrpo.trainer.reporter import Reporter, claim_output_dir
+from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, score
 from boxgrpo.trainer.spans import span, take_seconds
 
@@ -35,7 +35,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.max_prompt_length
     )
     examples, faults = read_usable(o, needs="gold")
-    folder = claim_output_dir(o, r)
+    check_output_dir(o, r)
     policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     policy.freeze_vision(o.freeze_vision)
     policy.model.gradient_checkpointing = o.gradient_checkpointing
@@ -44,6 +44,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     sampler = ReplayRollout(o) if o.rollout == "replay" else LocalRollout(o, vocabulary, r.rank)
     steps = total_steps(o, len(examples), o.prompts_per_step)
     engine = Engine(policy, o, r, steps * o.num_iterations)
+    folder = claim_output_dir(o, r)
     loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r)
     batches = iter(loader)
     report = Reporter(folder, r, steps, "grpo")
@@ -82,8 +83,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             with span("optimizer"):
                 grad_norm = engine.step()
 
-        tokens = sum(len(p.input_ids) for p in packs)
-        tokens_seen += int(sum(r.sum(tokens)))
+        tokens = int(*r.sum(sum(len(p.input_ids) for p in packs)))  # of all ranks
+        tokens_seen += tokens
         report.advance(reward=float(total.mean()), iou=float(accuracy.mean()))
         if step % o.logging_steps == 0 or step == steps:
             metrics = run_metrics(

@@ -7,7 +7,7 @@ from .reporter import peak_memory_gb
 
 
 def run_metrics(r: Ranks, engine, loader, *, loss, grad_norm, tokens, num_tokens, seconds, skipped) -> dict[str, float]:
-    """What both loops tell of a step: `tokens` of this rank and `seconds` are the step's, `num_tokens` the run's."""
+    """What both loops tell of a step: `tokens` and `seconds` are the step's, `num_tokens` the run's."""
     return {
         "loss": float(loss),
         "grad_norm": float(grad_norm),

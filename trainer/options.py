@@ -27,7 +27,7 @@ class DataOptions:
     image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
     output_dir: str = option("out/run", "Folder for checkpoints, metrics.jsonl and TensorBoard files.")
     overwrite_output_dir: bool = option(False, "Write into an output_dir that already holds a run.")
-    max_steps: int = option(0, "Optimizer steps; 0: as many as num_train_epochs asks for.")
+    max_steps: int = option(0, "Optimizer steps; 0 or less: as many as num_train_epochs asks for.")
     num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
     min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
@@ -122,10 +122,10 @@ class _Parser(HfArgumentParser):
 def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None) -> T:
     """Options from `--config file.yaml`, overruled by the flags beside it."""
     parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", default="", help="YAML file of these options; flags overrule it.")
+    parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags overrule it.")
     first, _ = parser.parse_known_args(args)
-    if first.config:
-        parser.set_defaults(**read_yaml(kind, first.config))
+    for path in first.config:  # of several the last one counts
+        parser.set_defaults(**read_yaml(kind, path))
     values = vars(parser.parse_args(args))
     values.pop("config")
     return kind(**values)
@@ -150,7 +150,10 @@ def read_yaml(kind: type, path: str | Path) -> dict:
             raise ValueError(f"{path}: unknown option {name!r}; {hint}")
         default = known[name].default
         if isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
-            values[name] = float(value)  # YAML reads 1e-6 as a string
+            try:
+                values[name] = float(value)  # YAML reads 1e-6 as a string
+            except ValueError:
+                raise ValueError(f"{path}: {name} is {value!r}; it must be a number.") from None
         elif default is not None and type(value) is not type(default):
             raise ValueError(f"{path}: {name} is {value!r}; it must be of type {type(default).__name__}.")
     return values
@@ -188,9 +191,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
         raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
-    for name in ("num_iterations", "max_completion_length", "tokens_per_pass"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
+    _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
 
 
 def validate_sft(o: SftOptions, world_size: int) -> None:
@@ -200,6 +201,13 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
             f"train_batch_size is {o.train_batch_size}; it must divide by {world_size} ranks. "
             f"Use a multiple of {world_size}."
         )
+    _at_least_one(o, "cutoff_len", "tokens_per_pass", "logging_steps")
+
+
+def _at_least_one(o: DataOptions, *names: str) -> None:
+    for name in names:
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

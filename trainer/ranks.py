@@ -81,6 +81,7 @@ def ranks():
         keep_freed_memory()
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # each fault is named once
     logging.getLogger("boxgrpo").setLevel(level)
+    logging.getLogger("boxgrpo.trainer.loader").setLevel(logging.WARNING)  # only the rank that meets a bad record knows
     logging.basicConfig(format="%(levelname)s %(message)s")
     if world_size == 1:
         yield Ranks(device=device)

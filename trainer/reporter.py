@@ -22,20 +22,26 @@ OPTIONS = "options.yaml"
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would steer the terminal
 
 
-def claim_output_dir(options, ranks) -> Path:
-    """The run's folder, with its options written; on every rank an error when it holds another run.
+def check_output_dir(options, ranks) -> Path:
+    """The run's folder; on every rank an error when it holds another run, or a checkpoint.
 
     Raises:
-        ValueError: the folder holds a run and --overwrite_output_dir was not given.
+        ValueError: it does, and --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
-    held = (folder / METRICS, folder / "model.safetensors")
+    held = (folder / METRICS, *folder.glob("*.safetensors*"))
     taken = ranks.gather(any(path.is_file() and path.stat().st_size for path in held))[0]
     if taken and not options.overwrite_output_dir:
         raise ValueError(
             f"output_dir {folder} already holds a run. "
             "Name another with --output_dir, or give --overwrite_output_dir true."
         )
+    return folder
+
+
+def claim_output_dir(options, ranks) -> Path:
+    """`check_output_dir`, then an earlier run's metrics make room and the options are written."""
+    folder = check_output_dir(options, ranks)
     ranks.barrier()  # every rank has looked before anything is written
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
-from boxgrpo.trainer.reporter import Reporter, claim_output_dir
+from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.spans import span, take_seconds
 
 
@@ -32,12 +32,13 @@ def train(options: SftOptions, r: Ranks) -> None:
         o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.cutoff_len
     )
     examples, faults = read_usable(o, needs="turns")
-    folder = claim_output_dir(o, r)
+    check_output_dir(o, r)
     model = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     model.freeze_vision(o.freeze_vision)
     model.model.gradient_checkpointing = o.gradient_checkpointing
     steps = total_steps(o, len(examples), o.train_batch_size)
     engine = Engine(model, o, r, steps)
+    folder = claim_output_dir(o, r)
     loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r)
     batches = iter(loader)
     report = Reporter(folder, r, steps, "sft")
@@ -65,8 +66,8 @@ def train(options: SftOptions, r: Ranks) -> None:
         with span("optimizer"):
             grad_norm = engine.step()
 
-        tokens = sum(len(p.input_ids) for p in packs)
-        tokens_seen += int(sum(r.sum(tokens)))
+        tokens = int(*r.sum(sum(len(p.input_ids) for p in packs)))  # of all ranks
+        tokens_seen += tokens
         report.advance(loss=float(loss))  # waits for the device: the clock below then shows the whole step
         if step % o.logging_steps == 0 or step == steps:
             metrics = run_metrics(

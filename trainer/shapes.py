@@ -62,8 +62,8 @@ OUTLINES = {  # corners in the unit square; every outline touches its four sides
 def ruled(image: Image.Image) -> Image.Image:
     """The picture under a grid of rulers: on the left and the top of every patch, a tick that tells its row and column.
 
-    So each patch shows where it lies, whatever is drawn on it. Qwen2-VL's positions are purely relative and leave that
-    to be worked out from the borders: a large model can, one that learns for minutes cannot.
+    So each patch, of up to 13 x 13, shows where it lies, whatever is drawn on it. Qwen2-VL's positions are purely
+    relative and leave that to be worked out from the borders: a large model can, one that learns for minutes cannot.
     """
     pixels = np.array(image)
     height, width = pixels.shape[:2]

@@ -11,25 +11,46 @@ import pathlib
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from .scenes import PLACES, TASKS, box_text, draw_scene, with_margin
+from .scenes import CELL, PLACES, TASKS, Scene, box_text, draw_scene, with_margin
 from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
 
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
-VERSION = 2  # of the drawing; a folder drawn by another version is not reused
+VERSION = 3  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
+FILES = {  # name: split, stage of the records
+    "cold_start": ("cold_start", 1),
+    "train": ("train", 2),
+    "train_chains": ("train", 1),
+    "held_out": ("held_out", 2),
+}
 SEEDS_PER_SPLIT = 1_000_000
+SEEDS_PER_WORLD = 10**12
 
 
 def _think_suffix() -> str:
-    # Here, not above: transformers takes seconds to load, and the drawing processes need none of it.
+    # Here, not above: transformers takes seconds to load, and drawing needs none of it.
     from .processing import THINK_SUFFIX
 
     return THINK_SUFFIX
+
+
+def scene_of(split: str, task: str, seed: int, *, level: int, size: int) -> Scene:
+    """The split's scene of this seed. One arrangement in eight is for held-out scenes, whatever their tints and words.
+
+    So a model is never scored on an arrangement that it has seen, however few there are.
+    """
+    while True:
+        scene = draw_scene(task, seed, level=level, size=size)
+        arrangement = repr((task, [(layout.things, layout.framed) for layout in scene.layouts], scene.gold))
+        if (zlib.crc32(arrangement.encode()) % 8 == 0) == (split == "held_out"):
+            return scene
+        seed += SEEDS_PER_WORLD
 
 
 def _write_scene(
@@ -43,21 +64,20 @@ def _write_scene(
     name: str,
     task: str,
     seed: int,
-) -> dict:
-    """Writes one scene's PNG files under `folder` and returns its record."""
-    scene = draw_scene(task, seed, level=level, size=size)
+) -> tuple[dict, dict]:
+    """Writes one scene's PNG files under `folder`; returns its stage-1 and its stage-2 record."""
+    scene = scene_of(split, task, seed, level=level, size=size)
     images = [f"images/{split}/{name}_{k}.png" for k in range(1, len(scene.images) + 1)]
     for path, image in zip(images, scene.images):
         image.save(folder / path, compress_level=1)
     record = {"id": f"{split}-{name}", "task": task, "images": images, "target_image": scene.target_image}
-    if split != "cold_start":
-        return record | {"question": scene.question, "answer": list(scene.gold)}
     answer = scene.completion if chains else dataclasses.replace(scene, chain="").completion
     generous = random.Random(f"annotator {task} {level} {seed}").random() < margins
     messages = []
     for question, taught in [(scene.question + suffix, answer), *scene.asides]:
         messages += [("user", question), ("assistant", _with_margins(taught) if generous else taught)]
-    return record | {"messages": [{"role": role, "content": text} for role, text in messages]}
+    taught = record | {"messages": [{"role": role, "content": text} for role, text in messages]}
+    return taught, record | {"question": scene.question, "answer": list(scene.gold)}
 
 
 def _with_margins(answer: str) -> str:
@@ -85,11 +105,13 @@ def write_world(
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
 
     `cold_start.json` holds UniVG-R1 stage-1 records (messages with the reasoning chain and the box), `train.json` and
-    `held_out.json` stage-2 ones (question, and answer on the 0-1000 scale); DESIGN section 7. Image paths are relative
-    to `folder`. Tasks take turns, and no two splits share a scene's seed: held-out scenes stay the same when another
-    split grows. With `chains=False` the cold start's <think> is empty. Its annotators have two habits, as those of real
-    sets do: a share `margins` of the records comes from one who leaves a cell of background around every object. The
-    boxes of the other splits are exact.
+    `held_out.json` stage-2 ones (question, and answer on the 0-1000 scale), `train_chains.json` the training scenes as
+    stage-1 records; DESIGN section 7. Image paths are relative to `folder`. Tasks take turns; held-out scenes share no
+    arrangement with the others (`scene_of`), and stay the same when another split grows.
+
+    With `chains=False` the <think> of stage 1 is empty. Its annotators have two habits, as those of real sets do: a
+    share `margins` of the records comes from one who leaves a cell of background around every object. The boxes of
+    stage 2 are exact.
 
     `world.json` lists all arguments: where a folder already holds this world nothing is written; a folder that holds
     anything else raises ValueError. The folder appears only when it is complete. With `processes` above 1 the calling
@@ -129,21 +151,19 @@ def write_world(
             records = list(pool.map(write, *zip(*jobs), chunksize=100))
     else:
         records = list(itertools.starmap(write, jobs))
-    for split in SPLITS:
-        mine = [record for job, record in zip(jobs, records) if job[0] == split]
-        (partial / f"{split}.json").write_text("[\n" + ",\n".join(map(json.dumps, mine)) + "\n]\n")
+    for name, (split, stage) in FILES.items():
+        mine = [record[stage - 1] for job, record in zip(jobs, records) if job[0] == split]
+        (partial / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, mine)) + "\n]\n")
     (partial / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
     partial.rename(folder)
     return folder
 
 
-def all_texts(
-    tasks: Sequence[str] = DEMO_TASKS, *, level: int = 1, scenes_per_task: int = 500, seed: int = 0
-) -> list[str]:
-    """The user texts and completions of scenes outside every split, undrawn: what the demo tokenizer is trained on."""
-    texts, suffix = [], _think_suffix()
-    for task, k in itertools.product(tasks, range(scenes_per_task)):
-        scene = draw_scene(task, -1 - seed * SEEDS_PER_SPLIT - k, level=level)
+def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, level: int = 1) -> list[str]:
+    """Every coordinate, and the texts of scenes outside every split: what the demo tokenizer is trained on."""
+    texts, suffix = [str(v) for v in range(0, 1001, CELL)], _think_suffix()
+    for task, k in itertools.product(tasks, range(500)):
+        scene = draw_scene(task, -1 - k, level=level)
         texts += [scene.question + suffix, scene.completion, *itertools.chain(*scene.asides)]
     return texts
 
