@@ -48,6 +48,15 @@ def test_the_demo_leaves_what_the_readme_lists(small, tmp_path):
     assert (out / "sft/model.safetensors").exists()
 
 
+def test_a_folder_of_real_runs_is_refused_and_kept(small, tmp_path):
+    """`sft/` and `grpo/` are where the README's commands for real models write, too."""
+    (tmp_path / "out/sft").mkdir(parents=True)
+    (tmp_path / "out/sft/model.safetensors").write_text("days of training")
+    with pytest.raises(ValueError, match="out holds sft but no drawn world: not a demo's. Name another --output_dir"):
+        demo.run(small(output_dir="out"))
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["sft", "model.safetensors"]
+
+
 def test_grpo_without_flags_makes_the_cold_start_once(small, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DemoOptions", small)
     grpo.main([])

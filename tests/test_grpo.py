@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.trainer import demo, grpo, sft
 from boxgrpo.trainer.evaluator import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
@@ -61,6 +62,13 @@ def grpo_options(world, cold, name, **changes) -> GrpoOptions:
         "dataloader_num_workers": 0,
     }
     return GrpoOptions(**values | changes)
+
+
+def on_two_ranks(script, options):
+    flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "")]
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(ROOT / "trainer" / script), *flags], check=True, env=environment, timeout=300)
 
 
 def test_sft_learns_and_says_so(world, cold):
@@ -121,6 +129,49 @@ def test_every_variant_trains(world, cold, name, changes):
     assert second["epoch"] > first["epoch"]
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "global_count"),
+    [("grpo", 128), ("dapo", 3000), ("cispo", 3000), ("dr_grpo", 128 * 32), ("bnpo", None)],
+)
+def test_the_denominator_is_the_steps_global_count_over_the_ranks(loss_type, global_count):
+    """128 completions of 3000 tokens on two ranks: each divides by half, since gradients are averaged afterwards."""
+    options = GrpoOptions(loss_type=loss_type, max_completion_length=32)
+    denominator = grpo.loss_denominator(options, 128.0, 3000.0, Ranks(0, 2))
+    assert (denominator if global_count is None else float(denominator) * 2) == global_count
+
+
+def test_batch_scaled_advantages_use_the_rewards_of_all_ranks():
+    class Two(Ranks):
+        def gather(self, value):
+            return [(theirs, theirs / 2), value]  # we are rank 1
+
+    ours, theirs = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[0.5, 1.0], [2.0, 2.0]])
+    options = GrpoOptions(scale_rewards="batch", difficulty="none")
+    advantages, weights, miou = grpo.step_advantages(options, ours, ours / 2, Two(1, 2))
+    std = torch.cat([ours, theirs]).std() + 1e-4
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / std)
+    assert miou.tolist() == [0.5, 0.5] and weights.tolist() == [1.0, 1.0]
+
+
+def test_the_loss_gets_every_option(world, cold, monkeypatch):
+    """What the flags say arrives at the kernel's door, and so do the pack's tensors."""
+    seen = []
+
+    def door(*args, **options):
+        seen.append((args, options))
+        return fused_grpo_loss(*args, **options)
+
+    monkeypatch.setattr(grpo, "fused_grpo_loss", door)
+    flags = {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.3}
+    flags |= {"delta": 5.0, "beta": 0.02, "temperature": 0.9}
+    grpo.train(grpo_options(world, cold, "door", max_steps=1, num_iterations=2, **flags), Ranks())
+    (_, _, targets, advantages, completion_cu), options = seen[-1]
+    assert {name: options[name] for name in flags} == flags
+    assert options["old_logps"].shape == options["ref_logps"].shape == targets.shape
+    assert options["weights"].shape == advantages.shape == (len(completion_cu) - 1,)
+    assert options["denominator"] > 0
+
+
 def test_small_packs_do_not_change_the_step(world, cold):
     stored = str(world / "packs.jsonl")
     grpo.train(grpo_options(world, cold, "whole", rollout_file=stored), Ranks())
@@ -137,10 +188,7 @@ def test_two_ranks_equal_one_on_stored_completions(world, cold):
     changes = {"max_steps": 5, "num_iterations": 2, "rollout_file": stored}
     grpo.train(grpo_options(world, cold, "one", **changes), Ranks())
     two = grpo_options(world, cold, "two", **changes, rollout="replay")
-    flags = [f"--{k}={v}" for k, v in vars(two).items() if v not in (None, "")]
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(ROOT / "trainer/grpo.py"), *flags], check=True, env=environment, timeout=300)
+    on_two_ranks("grpo.py", two)
     one, both = lines(world / "one"), lines(world / "two")
     assert len(one) == len(both) == 5
     for a, b in zip(one, both, strict=True):
@@ -148,6 +196,15 @@ def test_two_ranks_equal_one_on_stored_completions(world, cold):
         assert a["reward"] == pytest.approx(b["reward"])
         assert a["kl"] == pytest.approx(b["kl"], abs=1e-5)
     assert any(abs(m["loss"]) > 1e-3 for m in one)  # there was something to agree on
+
+
+def test_two_ranks_of_sft_equal_one(world):
+    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 4}
+    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
+    sft.train(SftOptions(**values, output_dir=str(world / "sft_one")), Ranks())
+    on_two_ranks("sft.py", SftOptions(**values, output_dir=str(world / "sft_two")))
+    losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_one", "sft_two")]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_an_output_folder_with_another_run_is_refused(world, cold):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from boxgrpo.trainer.common import total_steps
 from boxgrpo.trainer.options import (
     EvalOptions,
     GrpoOptions,
@@ -34,11 +35,25 @@ def test_flags_overrule_yaml_and_yaml_overrules_defaults(tmp_path):
     assert (options.freeze_vision, options.epsilon_high, options.num_generations) == (False, 0.28, 8)
 
 
+def test_of_several_files_the_later_one_counts(tmp_path):
+    """So `grpo.py --config mine.yaml` changes the demo's recipe where it says so, and keeps the rest."""
+    (tmp_path / "recipe.yaml").write_text("beta: 0\nmax_steps: 7\n")
+    (tmp_path / "mine.yaml").write_text("max_steps: 9\n")
+    files = [f"--config={tmp_path / name}.yaml" for name in ("recipe", "mine")]
+    assert parse(GrpoOptions, files) == GrpoOptions(beta=0.0, max_steps=9)
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(5, 5), (0, 20), (-1, 20)])
+def test_steps_are_given_or_follow_from_the_epochs(max_steps, steps):
+    assert total_steps(GrpoOptions(max_steps=max_steps, num_train_epochs=2.0), examples=160, per_step=16) == steps
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
         ("learing_rate: 1", "did you mean learning_rate"),
         ("max_steps: many", "max_steps is 'many'; it must be of type int"),
+        ("learning_rate: fast", "learning_rate is 'fast'; it must be a number"),
         ("- 1", "must map option names"),
     ],
 )
@@ -74,6 +89,7 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"rollout": "replay"}, "Give --rollout_file"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"num_iterations": 0}, "num_iterations is 0"),
+        ({"logging_steps": 0}, "logging_steps is 0; it must be at least 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, says):

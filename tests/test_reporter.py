@@ -55,10 +55,13 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "options.yaml"])
+@pytest.mark.parametrize(
+    "left",
+    ["metrics.jsonl", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+)
 def test_another_runs_folder_is_refused_and_stays_as_it_is(tmp_path, left):
+    """A downloaded checkpoint too, in one file or in shards: saving would overwrite it."""
     (tmp_path / left).write_text('{"step": 1}\n')
-    (tmp_path / "model.safetensors").write_text("weights")
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"output_dir {tmp_path} already holds a run\. .*--overwrite_output_dir true"):
         claim_output_dir(GrpoOptions(output_dir=str(tmp_path)), Ranks())
