@@ -49,11 +49,13 @@ def transformers_greedy(theirs, prompt, eos):
 
 
 @pytest.mark.parametrize("kind", ["tiny", "published"])
-def test_greedy_equals_transformers(twins, prompts, kind):
-    """Three prompts decoded together against each by itself; some stop at an end token, some at the limit."""
+def test_greedy_equals_transformers(twins, prompts, make_prompt, kind):
+    """Prompts of 0 to 6 images decoded together against each by itself; some stop at an end token."""
+    sizes = [(1, 4, 6), (1, 2, 4), (1, 6, 4), (1, 4, 2), (1, 2, 2), (1, 4, 4)]
+    prompts = [*prompts, *(make_prompt(sizes[:n], words=6, seed=20 + n) for n in (2, 4, 5, 6))]
     ours, theirs = twins(kind)
     unending = [transformers_greedy(theirs, p, eos=(159,)) for p in prompts]
-    eos = (unending[1][4], unending[2][7])  # so that at least two of the three stop early
+    eos = (unending[1][4], unending[2][7])  # so that at least two stop early
     expected = [transformers_greedy(theirs, p, eos) for p in prompts]
     assert len({len(tokens) for tokens in expected}) > 1, "the prompts should end at different lengths"
     rollout = sample(ours, prompts, eos_token_ids=eos, temperature=0, forbidden=None)
