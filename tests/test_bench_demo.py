@@ -16,7 +16,10 @@ def test_the_table_says_what_the_runs_gave():
         "before": {"mean": 0.4},
         "after": {"mean": 0.55},
         "continued_sft": {"mean": 0.39},
-        "margins": {"before": 0.5, "after": 0.0, "continued_sft": 0.25},
+        "habits": {
+            stage: {"margin": share, "rest_accuracy_at_0.5": 0.625}
+            for stage, share in (("before", 0.5), ("after", 0.0), ("continued_sft", 0.25))
+        },
         "details": {stage: {"well_formed_iou": 0.5, "format": 1.0} for stage in ("before", "after", "continued_sft")},
     }
     assert table({"runs": [run]}).splitlines()[2:] == [
@@ -24,6 +27,7 @@ def test_the_table_says_what_the_runs_gave():
         "|  | IoU | 0.500 | 0.500 | 0.500 |",
         "|  | format | 1.000 | 1.000 | 1.000 |",
         "|  | answers with a margin | 50 % | 0 % | 25 % |",
+        "|  | Acc@0.5 of the others | 62.5 | 62.5 | 62.5 |",
         "|  | seconds | 200 | 100 | 100 |",
     ]
 

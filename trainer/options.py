@@ -18,27 +18,33 @@ def option(default, help: str):
 
 
 @dataclass
-class DataOptions:
-    """What both loops read and write."""
+class InputOptions:
+    """What every command reads."""
 
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     data: str = option("", "JSON or JSONL file of records.")
     schema: str = option("auto", "Form of the records: auto, univg_stage1, univg_stage2, mig_bench.")
     image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
+    min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
+    max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
+    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
+    dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead of the step; 0: none.")
+
+
+@dataclass
+class DataOptions(InputOptions):
+    """What both loops take."""
+
     output_dir: str = option("out/run", "Folder for checkpoints, metrics.jsonl and TensorBoard files.")
     overwrite_output_dir: bool = option(False, "Write into an output_dir that already holds a run.")
     max_steps: int = option(0, "Optimizer steps; 0 or less: as many as num_train_epochs asks for.")
     num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
-    min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
-    max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
     freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
-    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
     gradient_checkpointing: bool = option(False, "Recompute each layer in the backward pass: less memory, more time.")
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     adam_beta2: float = option(0.999, "AdamW's decay of squared gradients.")
-    dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead of the step; 0: none.")
     logging_steps: int = option(1, "Steps between two lines of metrics.")
     save_steps: int = option(0, "Steps between two checkpoints; 0: only the last.")
 
@@ -86,22 +92,14 @@ class GrpoOptions(DataOptions):
 
 
 @dataclass
-class EvalOptions:
-    """Score a checkpoint on a benchmark file by greedy decoding."""
+class EvalOptions(InputOptions):
+    """Score a checkpoint on a benchmark file by greedy decoding; its records need gold boxes."""
 
-    model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
-    data: str = option("", "JSON or JSONL file of records with gold boxes.")
-    schema: str = option("auto", "Form of the records: auto, univg_stage1, univg_stage2, mig_bench.")
-    image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
     output_dir: str = option("out/eval", "Folder for results.json and the pictures.")
     limit: int = option(0, "Score only the first so many records; 0: all.")
     eval_batch_size: int = option(64, "Prompts decoded together.")
     max_completion_length: int = option(256, "Tokens generated at most.")
-    min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
-    max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
-    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
     pictures: int = option(8, "Annotated pictures to draw.")
-    dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead; 0: none.")
 
 
 T = TypeVar("T")
