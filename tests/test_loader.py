@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from boxgrpo.trainer.loader import Loader
+from boxgrpo.trainer.loader import Loader, _ctrl_c_waits
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.readers import Example
 from boxgrpo.trainer.vocabulary import demo_tokenizer
@@ -169,3 +169,11 @@ def test_workers_end_with_the_run(tmp_path, how):
     _, errors = run.communicate(timeout=20)  # ends when the last worker has let go of the pipes
     assert run.returncode == (-signal.SIGKILL if how == "kill" else -signal.SIGINT)
     assert how == "kill" or b"KeyboardInterrupt" in errors
+
+
+def test_ctrl_c_waits_until_a_queue_has_been_left():
+    handler, finished = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), _ctrl_c_waits():
+        signal.raise_signal(signal.SIGINT)
+        finished.append(True)
+    assert finished and signal.getsignal(signal.SIGINT) is handler

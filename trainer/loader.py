@@ -1,10 +1,12 @@
 """Prepared examples, one step after another without end, the same for any number of ranks and workers."""
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +117,12 @@ class Loader:
             worker_init_fn=_end_with_parent,
             prefetch_factor=max(2, -(-self.batch_size // self.workers)),  # a whole step is prepared while one is used
         )
-        return map(pickle.loads, loader)
+        with _ctrl_c_waits():
+            arriving = iter(loader)
+        while True:
+            with _ctrl_c_waits():
+                outcome = next(arriving)
+            yield pickle.loads(outcome)
 
     def _unwrap(self, outcome: "_Outcome") -> Sample:
         examples = self._slots.examples
@@ -160,6 +167,26 @@ class _Slots(Dataset):
             except (ValueError, OSError) as error:
                 faults.append((index, str(error)))
         return _Outcome(slot, None, None, faults)
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits():
+    """Keep a KeyboardInterrupt for the end of the block.
+
+    One that strikes while a queue's lock is being taken leaves it held, and the interpreter's exit waits for it for
+    ever. Outside the main thread, and where Ctrl-C does not interrupt, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 def _end_with_parent(_worker: int) -> None:
