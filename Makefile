@@ -22,8 +22,10 @@ demo: $(STAMP)
 seeds: $(STAMP)
 	$(BIN)/python bench/bench_demo.py
 
+# Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)
 	$(BIN)/pytest -q
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_kernels_triton.py
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulation_dtype, check_backend, check_tensor
+from .checks import FLOATS, accumulation_dtype, check_tensor, use_triton
 
 DIFFICULTIES = ("exp", "power", "log", "none")
 SCALES = ("group", "batch", "none")
@@ -35,7 +35,6 @@ def group_advantages(
     Raises:
         ValueError: a group of fewer than 2, an unknown option, shapes or dtypes that do not fit.
     """
-    check_backend("group_advantages", backend, rewards)
     check_tensor("rewards", rewards, (None, None), FLOATS)
     check_tensor("accuracy", accuracy, tuple(rewards.shape), FLOATS)
     if rewards.shape[1] < 2:
@@ -44,7 +43,8 @@ def group_advantages(
         raise ValueError(f"difficulty is {difficulty!r}; it is one of {', '.join(DIFFICULTIES)}.")
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; it is one of {', '.join(SCALES)}.")
-    return group_advantages_torch(rewards, accuracy, difficulty, scale, eps)
+    triton = use_triton("group_advantages", backend, rewards, accuracy)
+    return torch.ops.boxgrpo.group_advantages(rewards, accuracy, difficulty, scale, eps, triton)
 
 
 def group_advantages_torch(
@@ -71,3 +71,26 @@ def group_advantages_torch(
     else:
         weights = torch.ones_like(miou)
     return advantages, weights, miou
+
+
+def _group_advantages(rewards, accuracy, difficulty, scale, eps, triton):
+    if triton:
+        from .advantages_triton import group_advantages_triton as f
+    else:
+        f = group_advantages_torch
+    return f(rewards, accuracy, difficulty, scale, eps)
+
+
+_op = torch.library.custom_op(
+    "boxgrpo::group_advantages",
+    _group_advantages,
+    mutates_args=(),
+    schema="(Tensor rewards, Tensor accuracy, str difficulty, str scale, float eps, bool triton) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@_op.register_fake
+def _(rewards, accuracy, difficulty, scale, eps, triton):
+    dtype, groups = accumulation_dtype(rewards, accuracy), rewards.shape[0]
+    return tuple(rewards.new_empty(shape, dtype=dtype) for shape in (rewards.shape, groups, groups))

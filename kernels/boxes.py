@@ -19,7 +19,7 @@ def box_iou(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes, dtypes or backend do not fit.
     """
-    check_backend("box_iou", backend, a)
+    check_backend("box_iou", backend)
     check_tensor("a", a, (None, 4), FLOATS)
     check_tensor("b", b, (a.shape[0], 4), FLOATS)
     return box_iou_torch(a, b)

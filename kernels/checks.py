@@ -1,5 +1,7 @@
 """What every public door asks of its arguments. Shapes and dtypes only: nothing here reads a tensor's values."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -7,13 +9,48 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
 
 
-def check_backend(door: str, backend: str, tensor: Tensor) -> None:
-    """Refuse a backend that `door` cannot run on `tensor`; "auto" and "torch" both mean the torch twin."""
+def use_triton(door: str, backend: str, *tensors: Tensor) -> bool:
+    """Whether `door` runs on Triton: "auto" wherever it can on a GPU, "triton" or else it raises, "torch" never."""
+    _check_name(backend)
+    if backend == "torch":
+        return False
+    obstacle = next(filter(None, map(_obstacle, tensors)), None)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend is 'triton' and {door} {obstacle}. Use backend='auto' or 'torch'.")
+    return obstacle is None and (backend == "triton" or tensors[0].is_cuda)
+
+
+def check_backend(door: str, backend: str) -> None:
+    """For a door that has only its torch twin."""
+    _check_name(backend)
+    if backend == "triton":
+        raise ValueError(f"backend is 'triton' and {door} has no Triton implementation. Use backend='auto' or 'torch'.")
+
+
+def _check_name(backend: str) -> None:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}; it is one of 'auto', 'triton', 'torch'.")
-    if backend == "triton":
-        reason = "got a CPU tensor" if tensor.device.type == "cpu" else "has no Triton implementation"
-        raise ValueError(f"backend is 'triton' and {door} {reason}. Use backend='auto' or 'torch'.")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its interpreter, on CPU tensors. Triton reads the variable when a kernel is made."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    if tensor.device.type != ("cpu" if interpreting() else "cuda"):
+        return f"got a {tensor.device.type.upper()} tensor"
+    if tensor.dtype == torch.float64:
+        return "got fp64, which only the torch twin computes in"
+    return None if _has_triton() else "finds no triton package"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:

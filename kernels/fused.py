@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype, check_backend, check_head, check_logits
+from .checks import accumulation_dtype, check_head, check_logits, use_triton
 from .chunks import HeadRows, LogitRows, backward, forward
 from .loss import (
     OPTIONS_SCHEMA,
@@ -47,12 +47,12 @@ def fused_grpo_loss(
     Raises:
         ValueError: a shape, a dtype or an option does not fit; on a CPU also offsets that do not end at N.
     """
-    check_backend("fused_grpo_loss", backend, hidden)
     check_head(hidden, weight, targets, temperature)
     options = LossOptions(**loss_options).checked(hidden.shape[0], advantages, completion_cu)
+    triton = use_triton("fused_grpo_loss", backend, hidden)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     loss, _, _, logps, entropy, stats = torch.ops.boxgrpo.fused_grpo_loss(
-        hidden, weight, targets, advantages, completion_cu, temperature, *wanted, *options
+        hidden, weight, targets, advantages, completion_cu, temperature, *wanted, triton, *options
     )
     return loss, GrpoStats(*stats.unbind(), logps, entropy)
 
@@ -86,12 +86,12 @@ def fused_grpo_loss_from_logits(
     Raises:
         ValueError: a shape, a dtype or an option does not fit; on a CPU also offsets that do not end at N.
     """
-    check_backend("fused_grpo_loss_from_logits", backend, logits)
     check_logits(logits, targets, temperature)
     options = LossOptions(**loss_options).checked(logits.shape[0], advantages, completion_cu)
+    triton = use_triton("fused_grpo_loss_from_logits", backend, logits)
     wanted = torch.is_grad_enabled() and logits.requires_grad
     op = _Overwriting.apply if overwrite_logits else torch.ops.boxgrpo.fused_grpo_loss_from_logits
-    outputs = op(logits, targets, advantages, completion_cu, temperature, wanted, *options)
+    outputs = op(logits, targets, advantages, completion_cu, temperature, wanted, triton, *options)
     loss, logps, entropy, stats = outputs[0], *outputs[-3:]
     return loss, GrpoStats(*stats.unbind(), logps, entropy)
 
@@ -133,19 +133,37 @@ def _sweep(rows, targets, advantages, completion_cu, grad: bool, options) -> tup
     return loss, logps, entropy, stats
 
 
+def _head(hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, triton, *options):
+    if triton:
+        from .doors_triton import fused_grpo_loss_triton as f
+    else:
+        f = fused_grpo_loss_torch
+    return f(hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, *options)
+
+
+def _logits(logits, targets, advantages, completion_cu, temperature, grad, triton, *options, overwrite: bool = False):
+    if triton:
+        from .doors_triton import fused_grpo_loss_from_logits_triton as f
+    else:
+        f = fused_grpo_loss_from_logits_torch
+    return f(logits, targets, advantages, completion_cu, temperature, grad, *options, overwrite=overwrite)
+
+
 _INPUTS = "Tensor targets, Tensor advantages, Tensor completion_cu, float temperature"
 _head_op = torch.library.custom_op(
     "boxgrpo::fused_grpo_loss",
-    fused_grpo_loss_torch,
+    _head,
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, {_INPUTS}, bool grad_hidden, bool grad_weight, {OPTIONS_SCHEMA}) "
+    schema=f"(Tensor hidden, Tensor weight, {_INPUTS}, bool grad_hidden, bool grad_weight, bool triton, "
+    f"{OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _logits_op = torch.library.custom_op(
     "boxgrpo::fused_grpo_loss_from_logits",
-    fused_grpo_loss_from_logits_torch,
+    _logits,
     mutates_args=(),
-    schema=f"(Tensor logits, {_INPUTS}, bool grad, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor logits, {_INPUTS}, bool grad, bool triton, {OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -156,7 +174,7 @@ def _fake_results(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 @_head_op.register_fake
-def _(hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, *options):
+def _(hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, triton, *options):
     loss, *rest = _fake_results(hidden)
     dhidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
     dweight = weight.new_empty(weight.shape if grad_weight else (0,))
@@ -164,7 +182,7 @@ def _(hidden, weight, targets, advantages, completion_cu, temperature, grad_hidd
 
 
 @_logits_op.register_fake
-def _(logits, targets, advantages, completion_cu, temperature, grad, *options):
+def _(logits, targets, advantages, completion_cu, temperature, grad, triton, *options):
     loss, *rest = _fake_results(logits)
     return loss, logits.new_empty(logits.shape if grad else (0,)), *rest
 
@@ -191,7 +209,7 @@ class _Overwriting(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, *args):
         storage = logits.detach()  # shares the version counter: the writes below are seen by autograd
-        loss, _, *rest = fused_grpo_loss_from_logits_torch(storage, *args, overwrite=True)
+        loss, _, *rest = _logits(storage, *args, overwrite=True)
         ctx.n_inputs = 1 + len(args)
         ctx.save_for_backward(storage)
         ctx.mark_non_differentiable(*rest)

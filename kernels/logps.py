@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_backend, check_head, check_logits
+from .checks import accumulation_dtype, check_head, check_logits, use_triton
 from .chunks import HeadRows, LogitRows, backward, forward
 
 
@@ -33,9 +33,9 @@ def token_logps(
     Raises:
         ValueError: shapes, dtypes, temperature or backend do not fit.
     """
-    check_backend("token_logps", backend, hidden)
     check_head(hidden, weight, targets, temperature)
-    logps, entropies = torch.ops.boxgrpo.token_logps(hidden, weight, targets, temperature, entropy)
+    triton = use_triton("token_logps", backend, hidden)
+    logps, entropies, _ = torch.ops.boxgrpo.token_logps(hidden, weight, targets, temperature, entropy, triton)
     return (logps, entropies) if entropy else logps
 
 
@@ -64,10 +64,10 @@ def token_logps_from_logits(
     Raises:
         ValueError: shapes, dtypes, temperature or backend do not fit.
     """
-    check_backend("token_logps_from_logits", backend, logits)
     check_logits(logits, targets, temperature)
+    triton = use_triton("token_logps_from_logits", backend, logits)
     op = _InplaceBackward.apply if inplace_backward else torch.ops.boxgrpo.token_logps_from_logits
-    logps, entropies = op(logits, targets, temperature, entropy)
+    logps, entropies, _ = op(logits, targets, temperature, entropy, triton)
     return (logps, entropies) if entropy else logps
 
 
@@ -103,46 +103,87 @@ def _wanted(entropy: Tensor, dentropy: Tensor, targets: Tensor) -> tuple:
     return (entropy, dentropy) if entropy.numel() == targets.numel() else (None, None)
 
 
+def _head_forward(hidden, weight, targets, temperature, entropy, triton):
+    if triton:
+        from .doors_triton import token_logps_triton
+
+        return token_logps_triton(hidden, weight, targets, temperature, entropy)
+    return *token_logps_torch(hidden, weight, targets, temperature, entropy), targets.new_empty(0, dtype=torch.float32)
+
+
+def _head_backward(
+    hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight, triton
+):
+    upstream, wanted = (dlogps, dentropy), (grad_hidden, grad_weight)
+    if triton:
+        from .doors_triton import token_logps_backward_triton
+
+        return token_logps_backward_triton(hidden, weight, targets, temperature, entropy, state, *upstream, *wanted)
+    return token_logps_backward_torch(hidden, weight, targets, temperature, entropy, *upstream, *wanted)
+
+
+def _logits_forward(logits, targets, temperature, entropy, triton):
+    if triton:
+        from .doors_triton import token_logps_from_logits_triton
+
+        return token_logps_from_logits_triton(logits, targets, temperature, entropy)
+    logps, entropies = token_logps_from_logits_torch(logits, targets, temperature, entropy)
+    return logps, entropies, targets.new_empty(0, dtype=torch.float32)
+
+
+def _logits_backward(logits, targets, temperature, entropy, state, dlogps, dentropy, triton, overwrite: bool = False):
+    if triton:
+        from .doors_triton import token_logps_from_logits_backward_triton
+
+        return token_logps_from_logits_backward_triton(
+            logits, targets, temperature, entropy, state, dlogps, dentropy, overwrite
+        )
+    return token_logps_from_logits_backward_torch(logits, targets, temperature, entropy, dlogps, dentropy, overwrite)
+
+
+# `state` is what the Triton forward keeps for its backward: (2, N) fp32, or (0) from the twin, which keeps nothing.
+_RESULTS = "(Tensor logps, Tensor entropy, Tensor state)"
+_UPSTREAM = "Tensor entropy, Tensor state, Tensor dlogps, Tensor dentropy"
 _head_op = torch.library.custom_op(
     "boxgrpo::token_logps",
-    token_logps_torch,
+    _head_forward,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool entropy) -> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool entropy, bool triton) "
+    f"-> {_RESULTS}",
 )
 _head_backward_op = torch.library.custom_op(
     "boxgrpo::token_logps_backward",
-    token_logps_backward_torch,
+    _head_backward,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature, Tensor entropy, Tensor dlogps, "
-    "Tensor dentropy, bool grad_hidden, bool grad_weight) -> (Tensor, Tensor)",
+    schema=f"(Tensor hidden, Tensor weight, Tensor targets, float temperature, {_UPSTREAM}, bool grad_hidden, "
+    "bool grad_weight, bool triton) -> (Tensor, Tensor)",
 )
 _logits_op = torch.library.custom_op(
     "boxgrpo::token_logps_from_logits",
-    token_logps_from_logits_torch,
+    _logits_forward,
     mutates_args=(),
-    schema="(Tensor logits, Tensor targets, float temperature, bool entropy) -> (Tensor, Tensor)",
+    schema=f"(Tensor logits, Tensor targets, float temperature, bool entropy, bool triton) -> {_RESULTS}",
 )
 _logits_backward_op = torch.library.custom_op(
     "boxgrpo::token_logps_from_logits_backward",
-    token_logps_from_logits_backward_torch,
+    _logits_backward,
     mutates_args=(),
-    schema="(Tensor logits, Tensor targets, float temperature, Tensor entropy, Tensor dlogps, Tensor dentropy) "
-    "-> Tensor",
+    schema=f"(Tensor logits, Tensor targets, float temperature, {_UPSTREAM}, bool triton) -> Tensor",
 )
 
 
 @_head_op.register_fake
-def _(hidden, weight, targets, temperature, entropy):
-    return _fake_logps(hidden, entropy)
+def _(hidden, weight, targets, temperature, entropy, triton):
+    return _fake_logps(hidden, entropy, triton)
 
 
 @_logits_op.register_fake
-def _(logits, targets, temperature, entropy):
-    return _fake_logps(logits, entropy)
+def _(logits, targets, temperature, entropy, triton):
+    return _fake_logps(logits, entropy, triton)
 
 
 @_head_backward_op.register_fake
-def _(hidden, weight, targets, temperature, entropy, dlogps, dentropy, grad_hidden, grad_weight):
+def _(hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight, triton):
     return (
         hidden.new_empty(hidden.shape if grad_hidden else (0,)),
         weight.new_empty(weight.shape if grad_weight else (0,)),
@@ -150,55 +191,56 @@ def _(hidden, weight, targets, temperature, entropy, dlogps, dentropy, grad_hidd
 
 
 @_logits_backward_op.register_fake
-def _(logits, targets, temperature, entropy, dlogps, dentropy):
+def _(logits, targets, temperature, entropy, state, dlogps, dentropy, triton):
     return logits.new_empty(logits.shape)
 
 
-def _fake_logps(rows: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    n = rows.shape[0]
-    return rows.new_empty(n, dtype=dtype), rows.new_empty(n if entropy else 0, dtype=dtype)
+def _fake_logps(rows: Tensor, entropy: bool, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, n = accumulation_dtype(rows), rows.shape[0]
+    return (
+        rows.new_empty(n, dtype=dtype),
+        rows.new_empty(n if entropy else 0, dtype=dtype),
+        rows.new_empty((2, n) if triton else (0,), dtype=torch.float32),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.temperature, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, ctx.temperature, _, ctx.triton = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[1], output[2])
 
 
-def _head_backward(ctx, dlogps, dentropy):
-    hidden, weight, targets, entropy = ctx.saved_tensors
+def _head_autograd(ctx, dlogps, dentropy, _):
+    hidden, weight, targets, entropy, state = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
     gradients = torch.ops.boxgrpo.token_logps_backward(
-        hidden, weight, targets, ctx.temperature, entropy, dlogps, dentropy, *wanted
+        hidden, weight, targets, ctx.temperature, entropy, state, dlogps, dentropy, *wanted, ctx.triton
     )
     dhidden, dweight = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-    return dhidden, dweight, None, None, None
+    return dhidden, dweight, None, None, None, None
 
 
-def _logits_backward(ctx, dlogps, dentropy):
-    logits, targets, entropy = ctx.saved_tensors
+def _logits_autograd(ctx, dlogps, dentropy, _):
+    logits, targets, entropy, state = ctx.saved_tensors
     dlogits = torch.ops.boxgrpo.token_logps_from_logits_backward(
-        logits, targets, ctx.temperature, entropy, dlogps, dentropy
+        logits, targets, ctx.temperature, entropy, state, dlogps, dentropy, ctx.triton
     )
-    return dlogits, None, None, None
+    return dlogits, None, None, None, None
 
 
-_head_op.register_autograd(_head_backward, setup_context=_save)
-_logits_op.register_autograd(_logits_backward, setup_context=_save)
+_head_op.register_autograd(_head_autograd, setup_context=_save)
+_logits_op.register_autograd(_logits_autograd, setup_context=_save)
 
 
 class _InplaceBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(logits, targets, temperature, entropy):
-        return token_logps_from_logits_torch(logits, targets, temperature, entropy)
-
+    forward = staticmethod(_logits_forward)
     setup_context = staticmethod(_save)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogps, dentropy):
-        logits, targets, entropy = ctx.saved_tensors
-        dlogits = token_logps_from_logits_backward_torch(
-            logits, targets, ctx.temperature, entropy, dlogps, dentropy, overwrite=True
+    def backward(ctx, dlogps, dentropy, _):
+        logits, targets, entropy, state = ctx.saved_tensors
+        dlogits = _logits_backward(
+            logits, targets, ctx.temperature, entropy, state, dlogps, dentropy, ctx.triton, overwrite=True
         )
-        return dlogits, None, None, None
+        return dlogits, None, None, None, None

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, INTS, accumulation_dtype, check_backend, check_tensor
+from .checks import FLOATS, INTS, accumulation_dtype, check_tensor, use_triton
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
 LEVELS = ("token", "sequence")
@@ -138,10 +138,10 @@ def grpo_loss(
     Raises:
         ValueError: a shape, a dtype or an option does not fit; on a CPU also offsets that do not end at N.
     """
-    check_backend("grpo_loss", backend, logps)
     check_tensor("logps", logps, (None,), FLOATS)
     options = LossOptions(**loss_options).checked(logps.shape[0], advantages, completion_cu)
-    loss, _, stats = torch.ops.boxgrpo.grpo_loss(logps, advantages, completion_cu, *options)
+    triton = use_triton("grpo_loss", backend, logps)
+    loss, _, stats = torch.ops.boxgrpo.grpo_loss(logps, advantages, completion_cu, triton, *options)
     logps = logps.detach().to(stats.dtype)
     return loss, GrpoStats(*stats.unbind(), logps, logps.new_empty(0))
 
@@ -267,16 +267,25 @@ def scale_saved_gradients(ctx, dloss: Tensor, n_inputs: int) -> tuple:
     return *gradients, *(None,) * (n_inputs - len(gradients))
 
 
+def _grpo_loss(logps, advantages, completion_cu, triton, *options):
+    if triton:
+        from .loss_triton import grpo_loss_triton as f
+    else:
+        f = grpo_loss_torch
+    return f(logps, advantages, completion_cu, *options)
+
+
 _op = torch.library.custom_op(
     "boxgrpo::grpo_loss",
-    grpo_loss_torch,
+    _grpo_loss,
     mutates_args=(),
-    schema=f"(Tensor logps, Tensor advantages, Tensor completion_cu, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor logps, Tensor advantages, Tensor completion_cu, bool triton, {OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
 @_op.register_fake
-def _(logps, advantages, completion_cu, *options):
+def _(logps, advantages, completion_cu, triton, *options):
     dtype = accumulation_dtype(logps)
     return logps.new_empty((), dtype=dtype), torch.empty_like(logps), logps.new_empty(7, dtype=dtype)
 

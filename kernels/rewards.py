@@ -50,7 +50,7 @@ def grounding_rewards(
     Raises:
         ValueError: shapes, dtypes, answer_format or backend do not fit.
     """
-    check_backend("grounding_rewards", backend, text)
+    check_backend("grounding_rewards", backend)
     check_tensor("text", text, (None,), (torch.uint8,))
     check_tensor("gold", gold, (None, 4), (torch.float32,))
     check_tensor("offsets", offsets, (gold.shape[0] + 1,), (torch.int64,))
@@ -81,7 +81,7 @@ def grounding_rewards_from_ids(
     Raises:
         ValueError: shapes, dtypes, answer_format or backend do not fit.
     """
-    check_backend("grounding_rewards_from_ids", backend, ids)
+    check_backend("grounding_rewards_from_ids", backend)
     check_tensor("ids", ids, (None, None), (torch.int64,))
     check_tensor("lengths", lengths, (ids.shape[0],), INTS)
     check_tensor("gold", gold, (ids.shape[0], 4), (torch.float32,))

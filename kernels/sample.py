@@ -1,6 +1,10 @@
 """Sampling by Gumbel-max with counter-based noise: a token depends on its own counters and logits, on nothing else.
 
-The noise of vocabulary entry v is a hash of (seed, prompt id, completion index, position) and v:
+Two levels of it (a maximum of Gumbel-perturbed scores is itself one, of their log-sum-exp): the vocabulary falls into
+at most 1024 groups, entry v into group (v // 8) mod 1024; noise on the log-mass of each group picks one, noise on its
+entries picks the token. That is the softmax exactly, with a thousand hashes and logarithms a row in place of 152k.
+
+The noise of entry v is a hash of (seed, prompt id, completion index, position) and v, that of group g one of 2^30 + g:
 
 - per row, 64-bit: h = mix64(seed + GOLDEN), then h = mix64(h ^ counter) for the three counters; mix64 is the finaliser
   of SplitMix64 (Steele et al. 2014, constants of Stafford's variant 13). k0, k1 = low and high half of h.
@@ -9,18 +13,23 @@ The noise of vocabulary entry v is a hash of (seed, prompt id, completion index,
   by a multiple of ODD would draw shifted copies of the same noise).
 - uniform: u = (float(x & 0x7fffffff) + 0.5) * 2^-31 * (1 - 2^-24), in (0, 1); Gumbel = -log(-log1p(-u)). Winners have a
   small u, where fp32 is dense: 31 bits resolve a flat vocabulary of 152k, 24 would tie in 1 draw of 50.
+
+Equal logits draw equal tokens on every implementation: the two best groups, which fp32 sums could swap once in a
+million draws, and the entries within them are compared in fp64.
 """
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulation_dtype, check_backend, check_tensor
+from .checks import FLOATS, accumulation_dtype, check_tensor, use_triton
 from .chunks import LOGIT_FLOOR, chunk_rows
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 ODD = 0x9E3779B1
 MIX32 = (0x7FEB352D, 0x846CA68B)
+GROUPS, WIDTH = 1024, 8  # groups, and neighbouring entries that share one
+FIRST_GROUP = 1 << 30  # where the groups' counters start, above every vocabulary
 UNIFORM_SCALE = 2.0**-31 * (1 - 2.0**-24)
 
 
@@ -59,7 +68,6 @@ def sample_tokens(
     Raises:
         ValueError: a shape, a dtype or an option does not fit.
     """
-    check_backend("sample_tokens", backend, logits)
     check_tensor("logits", logits, (None, None), FLOATS)
     n, vocabulary = logits.shape
     for name, counter in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), ("positions", positions)):
@@ -76,8 +84,9 @@ def sample_tokens(
         check_tensor("forbidden", forbidden, (None,), (torch.int64,))
         if forbidden.shape[0] >= vocabulary:
             raise ValueError(f"{forbidden.shape[0]} ids of {vocabulary} are forbidden; at least one must be allowed.")
+    triton = use_triton("sample_tokens", backend, logits)
     return torch.ops.boxgrpo.sample_tokens(
-        logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden
+        logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden, triton
     )
 
 
@@ -98,50 +107,97 @@ def sample_tokens_torch(
     keys = row_keys(seed, prompt_ids, completion_ids, positions)
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     logps = torch.empty(n, dtype=dtype, device=logits.device)
-    entries = torch.arange(vocabulary, dtype=torch.int32, device=logits.device).unsqueeze(0)
-    filtered = temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
+    inverse = fp32_inverse(temperature)
     step = chunk_rows(vocabulary, dtype, logits.device, at_least=4)
+    padded = -(-vocabulary // _stride(vocabulary)) * _stride(vocabulary)
+    masses = torch.zeros(min(step, n), padded, dtype=dtype, device=logits.device)
     for at in range(0, n, step):
         rows = slice(at, at + step)
-        scores = logits[rows].to(dtype, copy=True)
-        if temperature not in (0.0, 1.0):
-            scores.mul_(1 / temperature)
-        log_softmax = torch.log_softmax(scores.clamp_(min=LOGIT_FLOOR), 1)
-        allowed, candidates = log_softmax, entries
+        scores = logits[rows].to(dtype, copy=True).clamp_(min=LOGIT_FLOOR)
+        banned = None if forbidden is None else scores[:, forbidden]
         if forbidden is not None:
-            allowed = torch.index_fill(log_softmax, 1, forbidden, float("-inf"))
-        if filtered:
-            allowed, candidates = _filter(allowed, top_k or vocabulary, top_p)
-        if temperature > 0:
-            allowed = allowed + gumbel(keys[rows], candidates, dtype)
-        best = _row_argmax(allowed).unsqueeze(1)
-        if filtered:
-            best = candidates.gather(1, best).long()
-        tokens[rows] = best.squeeze(1)
-        logps[rows] = log_softmax.gather(1, best).squeeze(1)
+            scores.index_fill_(1, forbidden, float("-inf"))
+        peak = scores.amax(1, keepdim=True)
+        scores.sub_(peak).mul_(inverse)
+        mass = torch.exp(scores, out=masses[: scores.shape[0], :vocabulary])
+        log_mass = mass.sum(1, keepdim=True).log_()
+        if banned is not None:
+            log_mass = torch.cat([log_mass, banned.sub_(peak).mul_(inverse)], 1).logsumexp(1, keepdim=True)
+        if temperature == 0:
+            chosen = _row_argmax(scores).unsqueeze(1)
+        else:
+            if is_filtered(vocabulary, temperature, top_k, top_p):
+                scores = _filter(scores, top_k or vocabulary, top_p)
+                torch.exp(scores, out=mass)
+            chosen = _draw(logits[rows], scores, peak, masses[: scores.shape[0]], keys[rows], inverse)
+        tokens[rows] = chosen.squeeze(1)
+        logps[rows] = (scores.gather(1, chosen) - log_mass).squeeze(1)
     return tokens, logps
 
 
-def _filter(log_softmax: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Scores of the k likeliest, -inf outside top_p, and their ids (int32); (n, k) each."""
-    scores, candidates = log_softmax.topk(min(top_k, log_softmax.shape[1]), dim=1)
+def _stride(vocabulary: int) -> int:
+    """Entries from one run of a group to its next; a small vocabulary has one run each."""
+    return min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
+
+
+def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
+    """(n, 1) tokens. scores (n, V) are (logits - peak) * inverse, -inf where forbidden; mass (n, padded) their exp."""
+    n, vocabulary = scores.shape
+    stride = _stride(vocabulary)
+    mass = mass.view(n, -1, stride).sum(1).view(n, -1, WIDTH).sum(2)  # (n, groups)
+    counters = torch.arange(mass.shape[1], dtype=torch.int32, device=mass.device) + FIRST_GROUP
+    groups = (mass.log() + gumbel(keys, counters.unsqueeze(0), mass.dtype)).topk(min(2, mass.shape[1]), dim=1).indices
+    runs = torch.arange(0, vocabulary, stride, device=mass.device).unsqueeze(1)
+    inside = (runs + torch.arange(WIDTH, device=mass.device)).flatten()  # a group's entries, from its first on
+    entries = groups.unsqueeze(2) * WIDTH + inside  # (n, 2, entries)
+    columns = entries.clamp(max=vocabulary - 1).flatten(1)
+    exact = logits.gather(1, columns).double().clamp_(min=LOGIT_FLOOR).sub_(peak).mul_(inverse)
+    exact.masked_fill_(scores.gather(1, columns).isneginf() | (entries.flatten(1) != columns), float("-inf"))
+    exact = exact.view(entries.shape)
+    log_mass = exact.logsumexp(2) + gumbel(keys, (groups + FIRST_GROUP).int(), torch.float64)
+    winner = log_mass.argmax(1).view(n, 1, 1).expand(-1, 1, entries.shape[2])
+    exact, entries = exact.gather(1, winner).squeeze(1), entries.gather(1, winner).squeeze(1)
+    return entries.gather(1, (exact + gumbel(keys, entries.int(), torch.float64)).argmax(1, keepdim=True))
+
+
+def is_filtered(vocabulary: int, temperature: float, top_k: int, top_p: float) -> bool:
+    return temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
+
+
+def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The (n, V) scores, -inf outside the k likeliest and outside top_p."""
+    kept, candidates = scores.topk(min(top_k, scores.shape[1]), dim=1)
     if top_p < 1:
-        probabilities = scores.softmax(1)
+        probabilities = kept.softmax(1)
         before = probabilities.cumsum(1) - probabilities
         before[:, 0] = 0  # the likeliest stays, whatever the rounding
-        scores = scores.masked_fill(before >= top_p, float("-inf"))
-    return scores, candidates.int()
+        kept = kept.masked_fill(before >= top_p, float("-inf"))
+    return torch.full_like(scores, float("-inf")).scatter_(1, candidates, kept)
+
+
+def fp32_inverse(temperature: float) -> float:
+    """1 / temperature as a kernel receives it; 1 for a temperature of 0, whose logps are those at 1."""
+    return torch.tensor(1 / temperature if temperature else 1.0, dtype=torch.float32).item()
 
 
 def row_keys(seed: int, *counters: Tensor) -> Tensor:
     """(n) int64 hash of the seed and the row's counters (n) int64."""
-    key = torch.full_like(counters[0], _signed(_mix64_int(seed + GOLDEN), 64))
+    key = torch.full_like(counters[0], first_key(seed))
     for counter in counters:
         key = key ^ counter
         for shift, factor in zip((30, 27), MIX64, strict=True):
             key = (key ^ _shifted(key, shift, 64)) * _signed(factor, 64)
         key = key ^ _shifted(key, 31, 64)
     return key
+
+
+def first_key(seed: int) -> int:
+    """mix64(seed + GOLDEN), signed."""
+    mask = (1 << 64) - 1
+    x = (seed + GOLDEN) & mask
+    for shift, factor in zip((30, 27), MIX64, strict=True):
+        x = (x ^ (x >> shift)) * factor & mask
+    return _signed(x ^ (x >> 31), 64)
 
 
 def noise_bits(keys: Tensor, entries: Tensor) -> Tensor:
@@ -186,14 +242,6 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def _mix64_int(x: int) -> int:
-    mask = (1 << 64) - 1
-    x &= mask
-    for shift, factor in zip((30, 27), MIX64, strict=True):
-        x = (x ^ (x >> shift)) * factor & mask
-    return x ^ (x >> 31)
-
-
 def _row_argmax(scores: Tensor) -> Tensor:
     """argmax(1), the first of equals: of blocks, then within the best one. torch's own is ten times amax on a CPU."""
     width, block = scores.shape[1], 128
@@ -208,16 +256,26 @@ def _row_argmax(scores: Tensor) -> Tensor:
     return inside.gather(1, scores.gather(1, inside).argmax(1, keepdim=True)).squeeze(1)
 
 
+def _sample_tokens(logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden, triton):
+    if triton and not is_filtered(logits.shape[1], temperature, top_k, top_p):
+        from .sample_triton import sample_tokens_triton
+
+        return sample_tokens_triton(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden)
+    return sample_tokens_torch(
+        logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden
+    )
+
+
 _op = torch.library.custom_op(
     "boxgrpo::sample_tokens",
-    sample_tokens_torch,
+    _sample_tokens,
     mutates_args=(),
     schema="(Tensor logits, int seed, Tensor prompt_ids, Tensor completion_ids, Tensor positions, float temperature, "
-    "int top_k, float top_p, Tensor? forbidden) -> (Tensor, Tensor)",
+    "int top_k, float top_p, Tensor? forbidden, bool triton) -> (Tensor, Tensor)",
 )
 
 
 @_op.register_fake
-def _(logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden):
+def _(logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden, triton):
     n = logits.shape[0]
     return logits.new_empty(n, dtype=torch.int64), logits.new_empty(n, dtype=accumulation_dtype(logits))

@@ -164,7 +164,7 @@ def test_what_is_refused(case):
         ("temperature is nan", lambda: token_logps_from_logits(logits, targets, temperature=float("nan"))),
         ("token_logps got a CPU tensor", lambda: token_logps(hidden, weight, targets, backend="triton")),
         ("got a CPU tensor", lambda: token_logps_from_logits(logits, targets, backend="triton")),
-        ("has no Triton impl", lambda: token_logps(hidden.to("meta"), weight, targets, backend="triton")),
+        ("got a META tensor", lambda: token_logps(hidden.to("meta"), weight, targets, backend="triton")),
         ("backend is 'auot'", lambda: token_logps(hidden, weight, targets, backend="auot")),
     ):
         with pytest.raises(ValueError, match=message):
@@ -174,15 +174,14 @@ def test_what_is_refused(case):
 def test_the_ops_pass_opcheck(case):
     hidden, weight, targets = case
     logits = (hidden @ weight.T).detach().requires_grad_()
-    ops = torch.ops.boxgrpo
+    ops, twin = torch.ops.boxgrpo, False
     for entropy in (False, True):
-        torch.library.opcheck(ops.token_logps, (hidden, weight, targets, 0.6, entropy))
-        torch.library.opcheck(ops.token_logps_from_logits, (logits, targets, 0.6, entropy))
-    detached, upstream = (hidden.detach(), weight.detach(), targets), torch.ones(N, dtype=torch.float64)
-    torch.library.opcheck(ops.token_logps_backward, (*detached, 0.6, upstream, upstream, upstream, True, False))
-    torch.library.opcheck(
-        ops.token_logps_from_logits_backward, (logits.detach(), targets, 0.6, upstream, upstream, upstream)
-    )
+        torch.library.opcheck(ops.token_logps, (hidden, weight, targets, 0.6, entropy, twin))
+        torch.library.opcheck(ops.token_logps_from_logits, (logits, targets, 0.6, entropy, twin))
+    detached, ones = (hidden.detach(), weight.detach(), targets), torch.ones(N, dtype=torch.float64)
+    upstream = ones, torch.empty(0), ones, ones  # entropy, state, dlogps, dentropy
+    torch.library.opcheck(ops.token_logps_backward, (*detached, 0.6, *upstream, True, False, twin))
+    torch.library.opcheck(ops.token_logps_from_logits_backward, (logits.detach(), targets, 0.6, *upstream, twin))
 
 
 @pytest.mark.parametrize("door", ["head", "logits"])

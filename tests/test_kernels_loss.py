@@ -392,13 +392,13 @@ def test_the_ops_pass_opcheck(case, level):
     given = options_of(case, importance_sampling_level=level, delta=1.5)
     rest = case["targets"], case["advantages"], CU, TEMPERATURE
     options = LossOptions(**given).checked(N, case["advantages"], CU)
-    ops = torch.ops.boxgrpo
-    torch.library.opcheck(ops.fused_grpo_loss, (hidden, weight, *rest, True, True, *options))
-    torch.library.opcheck(ops.fused_grpo_loss, (hidden, weight.detach(), *rest, True, False, *options))
+    ops, twin = torch.ops.boxgrpo, False
+    torch.library.opcheck(ops.fused_grpo_loss, (hidden, weight, *rest, True, True, twin, *options))
+    torch.library.opcheck(ops.fused_grpo_loss, (hidden, weight.detach(), *rest, True, False, twin, *options))
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(ops.fused_grpo_loss_from_logits, (logits, *rest, True, *options))
+    torch.library.opcheck(ops.fused_grpo_loss_from_logits, (logits, *rest, True, twin, *options))
     logps = case["old_logps"].clone().requires_grad_()
-    torch.library.opcheck(ops.grpo_loss, (logps, case["advantages"], CU, *options))
+    torch.library.opcheck(ops.grpo_loss, (logps, case["advantages"], CU, twin, *options))
 
 
 @pytest.mark.parametrize("door", ["logps", "head", "logits"])

@@ -186,11 +186,14 @@ def test_what_is_refused():
             "answer_format is int64; it must be uint8",
             lambda: grounding_rewards(text, offsets, gold(1), answer_format=torch.tensor([0])),
         ),
-        ("got a CPU tensor", lambda: grounding_rewards(text, offsets, gold(1), backend="triton")),
+        ("has no Triton implementation", lambda: grounding_rewards(text, offsets, gold(1), backend="triton")),
         ("ids is int32", lambda: grounding_rewards_from_ids(ids.int(), lengths, table, gold(1))),
         (r"lengths has shape \(2,\)", lambda: grounding_rewards_from_ids(ids, lengths.repeat(2), table, gold(1))),
         (r"gold has shape \(2, 4\)", lambda: grounding_rewards_from_ids(ids, lengths, table, gold(2))),
-        ("CPU tensor", lambda: grounding_rewards_from_ids(ids, lengths, table, gold(1), backend="triton")),
+        (
+            "has no Triton implementation",
+            lambda: grounding_rewards_from_ids(ids, lengths, table, gold(1), backend="triton"),
+        ),
         ("EOS id 7 is outside the 2 ids", lambda: VocabularyBytes.build([b"a", b"b"], [7])),
     ):
         with pytest.raises(ValueError, match=message):

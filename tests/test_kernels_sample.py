@@ -175,15 +175,29 @@ def test_filters_keep_the_right_set_and_renormalise():
             assert abs(chi_square(own, probabilities[kept] / probabilities[kept].sum())) < 4, options
 
 
-def test_a_filter_does_not_change_the_noise():
-    """The noise belongs to the vocabulary entry: top-k of everything but the losers draws the same tokens."""
+@pytest.mark.parametrize("options", [{"top_k": 32}, {"top_p": 0.99}, {"forbidden": torch.arange(8)}])
+def test_a_filter_does_not_change_the_noise(options):
+    """The noise belongs to groups and entries: without the entries of one group the others draw as before."""
     n = 500
-    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2)).expand(n, -1)
-    free, _ = sample_tokens(logits, seed=3, **counters(n, position=None))
-    some, _ = sample_tokens(logits, seed=3, top_k=10, **counters(n, position=None))
-    kept = torch.isin(free, logits[0].topk(10).indices)
-    assert kept.any() and not kept.all()
-    assert torch.equal(free[kept], some[kept])
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2)).abs()
+    logits[:, :8] -= 10 * ("forbidden" not in options)
+    free, _ = sample_tokens(logits.expand(n, -1), seed=3, **counters(n, position=None))
+    some, _ = sample_tokens(logits.expand(n, -1), seed=3, **options, **counters(n, position=None))
+    kept = free >= 8
+    assert torch.equal(free[kept], some[kept]) and some.min() >= 8
+
+
+def test_groups_and_entries_draw_the_softmax():
+    """A vocabulary of several runs to a group: groups, runs and neighbours each in proportion, the ragged end too."""
+    n, vocabulary = 4000, 2 * 8192 + 100
+    logits = torch.full((1, vocabulary), float("-inf"))
+    some = torch.tensor([0, 7, 8, 8191, 8192, 8199, 16384, vocabulary - 1])
+    logits[0, some] = torch.linspace(-1, 1, len(some))
+    tokens, logps = sample_tokens(logits.expand(n, -1), seed=11, **counters(n, position=None))
+    drawn = torch.searchsorted(some, tokens)
+    assert torch.equal(some[drawn], tokens)
+    assert abs(chi_square(drawn, logits[0, some].double().softmax(0))) < 4
+    torch.testing.assert_close(logps, logits[0].log_softmax(0)[tokens])
 
 
 def test_temperature_zero_is_greedy_with_logps_at_one():
@@ -255,7 +269,7 @@ def test_what_is_refused():
 def test_the_op_passes_opcheck_and_compiles():
     logits, own = torch.randn(3, 9), counters(3, position=None)
     for filters in ((0, 1.0, None), (3, 0.9, torch.tensor([2]))):
-        torch.library.opcheck(torch.ops.boxgrpo.sample_tokens, (logits, 4, *own.values(), 0.7, *filters))
+        torch.library.opcheck(torch.ops.boxgrpo.sample_tokens, (logits, 4, *own.values(), 0.7, *filters, False))
     compiled = torch.compile(
         lambda x: sample_tokens(x, seed=4, temperature=0.7, **own), fullgraph=True, backend="aot_eager"
     )

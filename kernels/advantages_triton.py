@@ -1,0 +1,121 @@
+"""Triton kernel of group_advantages: one launch, no synchronisation."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .advantages import LEAST_MIOU
+from .launch import Launch
+
+ELEMENTS = 1024  # of a program's tile of whole groups
+
+
+@triton.jit
+def _tile(pointer, group, column, groups, size, group_stride, column_stride):
+    mask = (group[:, None] < groups) & (column[None, :] < size)
+    offsets = group[:, None].to(tl.int64) * group_stride + column[None, :] * column_stride
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32), mask
+
+
+@triton.jit
+def advantages_kernel(
+    rewards,
+    accuracy,
+    advantages,
+    weights,
+    miou,
+    groups,
+    size,
+    rewards_group_stride,
+    rewards_column_stride,
+    accuracy_group_stride,
+    accuracy_column_stride,
+    eps,
+    least_miou,
+    DIFFICULTY: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """A program owns GROUPS groups of at most SIZE; for the batch's std each reads all rewards."""
+    column = tl.arange(0, SIZE)
+    spread = 1.0
+    if SCALE == "batch":
+        # Two passes, the sum first: rewards may be far from 0 and close together.
+        total = tl.zeros((GROUPS, SIZE), tl.float32)
+        for at in range(0, groups, GROUPS):
+            r, _ = _tile(
+                rewards, at + tl.arange(0, GROUPS), column, groups, size, rewards_group_stride, rewards_column_stride
+            )
+            total += r
+        centre = tl.sum(total) / (groups * size)
+        total = tl.zeros((GROUPS, SIZE), tl.float32)
+        for at in range(0, groups, GROUPS):
+            r, mask = _tile(
+                rewards, at + tl.arange(0, GROUPS), column, groups, size, rewards_group_stride, rewards_column_stride
+            )
+            total += tl.where(mask, (r - centre) * (r - centre), 0.0)
+        spread = tl.sqrt(tl.sum(total) / (groups * size - 1)) + eps
+
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    r, mask = _tile(rewards, group, column, groups, size, rewards_group_stride, rewards_column_stride)
+    mean = tl.sum(r, 1) / size
+    centred = tl.where(mask, r - mean[:, None], 0.0)
+    result = centred
+    if SCALE == "group":
+        result = centred / (tl.sqrt(tl.sum(centred * centred, 1) / (size - 1)) + eps)[:, None]
+    elif SCALE == "batch":
+        result = centred / spread
+    # The mean of equal rewards may be an ulp off, and 1e-8 / (1e-8 + eps) is not 0.
+    equal = tl.max(tl.where(mask, r, float("-inf")), 1) == tl.min(tl.where(mask, r, float("inf")), 1)
+    equal &= mean == mean  # NaN, which max and min step over, stays visible
+    result = tl.where(equal[:, None], 0.0, result)
+    tl.store(advantages + group[:, None].to(tl.int64) * size + column[None, :], result, mask=mask)
+
+    a, _ = _tile(accuracy, group, column, groups, size, accuracy_group_stride, accuracy_column_stride)
+    m = tl.sum(a, 1) / size
+    if DIFFICULTY == "exp":
+        phi = tl.exp(1 - m)
+    elif DIFFICULTY == "power":
+        phi = (1 - m) * (1 - m)
+    elif DIFFICULTY == "log":
+        phi = -tl.log(tl.minimum(tl.maximum(m, least_miou), 1.0))
+    else:
+        phi = m * 0 + 1
+    tl.store(miou + group, m, mask=group < groups)
+    tl.store(weights + group, phi, mask=group < groups)
+
+
+def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou) -> Launch:
+    groups, size = rewards.shape
+    width = triton.next_power_of_2(size)
+    rows = min(max(ELEMENTS // width, 1), triton.next_power_of_2(max(groups, 1)))
+    arguments = {
+        "rewards": rewards,
+        "accuracy": accuracy,
+        "advantages": advantages,
+        "weights": weights,
+        "miou": miou,
+        "groups": groups,
+        "size": size,
+        "rewards_group_stride": rewards.stride(0),
+        "rewards_column_stride": rewards.stride(1),
+        "accuracy_group_stride": accuracy.stride(0),
+        "accuracy_column_stride": accuracy.stride(1),
+        "eps": eps,
+        "least_miou": LEAST_MIOU,
+    }
+    constants = {"DIFFICULTY": difficulty, "SCALE": scale, "GROUPS": rows, "SIZE": width}
+    return Launch(advantages_kernel, (triton.cdiv(groups, rows),), arguments, constants, num_warps=4)
+
+
+def group_advantages_triton(
+    rewards: Tensor, accuracy: Tensor, difficulty: str, scale: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """group_advantages_torch on Triton, for anything but fp64."""
+    groups = rewards.shape[0]
+    advantages = torch.empty(rewards.shape, device=rewards.device)
+    weights, miou = (torch.empty(groups, device=rewards.device) for _ in range(2))
+    advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou).run()
+    return advantages, weights, miou

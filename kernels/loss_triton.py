@@ -1,0 +1,256 @@
+"""Triton kernels of the GRPO loss from log-probabilities: the objective of a token, and the sums over tokens."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .loss import LossOptions
+
+
+@triton.jit
+def completion_of(token, completion_cu, completions):
+    """The completion whose offsets enclose `token`, by bisection; empty ones enclose nothing."""
+    low = tl.full((), 0, tl.int32)
+    high = low + completions
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(completion_cu + middle) <= token:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def completion_terms(
+    completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION: tl.constexpr
+):
+    """A completion's advantage, share of the policy term and share of the KL (DESIGN section 3)."""
+    share = tl.full((), 1.0, tl.float32)
+    if denominator is not None:
+        share /= tl.load(denominator).to(tl.float32)
+    elif PER_COMPLETION:
+        share /= completions
+    else:
+        share /= n
+    if PER_COMPLETION:
+        share /= tl.maximum(tl.load(completion_cu + completion + 1) - tl.load(completion_cu + completion), 1)
+    gain = share
+    if weights is not None:
+        gain *= tl.load(weights + completion).to(tl.float32)
+    return tl.load(advantages + completion).to(tl.float32), gain, beta * share
+
+
+@triton.jit
+def token_objective(
+    logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO: tl.constexpr
+):
+    """loss.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio."""
+    ratio = tl.exp(log_ratio)
+    if CISPO:
+        slope = tl.minimum(ratio, epsilon_high, propagate_nan=tl.PropagateNan.ALL) * advantage
+        policy = slope * logp
+        clip_low = ratio < 0
+        clip_high = (ratio > epsilon_high) & (advantage > 0)
+    else:
+        least, most = 1 - epsilon, 1 + epsilon_high
+        clip_low = (ratio < least) & (advantage < 0)
+        clip_high = (ratio > most) & (advantage > 0)
+        still = clip_low | clip_high
+        bounded = ratio
+        if delta is not None:
+            bounded = tl.minimum(ratio, delta, propagate_nan=tl.PropagateNan.ALL)
+            still |= ratio > delta
+        clipped = tl.clamp(ratio, least, most, propagate_nan=tl.PropagateNan.ALL)
+        policy = tl.minimum(bounded * advantage, clipped * advantage, propagate_nan=tl.PropagateNan.ALL)
+        slope = tl.where(still, 0.0, ratio * advantage)
+    loss = -gain * policy
+    kl = loss * 0
+    dkl = kl
+    if ref_logp is not None:
+        gap = ref_logp - logp
+        kl = _k3(gap)
+        loss += kl_gain * kl
+        dkl = -kl_gain * (kl + gap)
+    return loss, -gain * slope, dkl, kl, clip_low, clip_high, ratio
+
+
+@triton.jit
+def _k3(gap):
+    """exp(gap) - gap - 1, by its series where the subtraction would cancel."""
+    series = 1 / 720 + gap * (1 / 5040 + gap * (1 / 40320 + gap * (1 / 362880)))
+    series = gap * gap * (1 / 2 + gap * (1 / 6 + gap * (1 / 24 + gap * (1 / 120 + gap * series))))
+    return tl.where(tl.abs(gap) < 1, series, tl.exp(gap) - gap - 1)
+
+
+@triton.jit
+def store_token(tokens, n, token, mask, loss, kl, clip_low, clip_high, ratio):
+    """What `reduce_kernel` sums: (5, n) fp32."""
+    tl.store(tokens + token, loss, mask=mask)
+    tl.store(tokens + n + token, kl, mask=mask)
+    tl.store(tokens + 2 * n + token, clip_low.to(tl.float32), mask=mask)
+    tl.store(tokens + 3 * n + token, clip_high.to(tl.float32), mask=mask)
+    tl.store(tokens + 4 * n + token, ratio, mask=mask)
+
+
+@triton.jit
+def _load_or_none(pointer, at, mask):
+    value = None
+    if pointer is not None:
+        value = tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def grpo_kernel(
+    logps,
+    old_logps,
+    ref_logps,
+    sampler_factor,
+    advantages,
+    completion_cu,
+    weights,
+    denominator,
+    dlogps,
+    tokens,
+    n,
+    completions,
+    beta,
+    epsilon,
+    epsilon_high,
+    delta,
+    CISPO: tl.constexpr,
+    PER_COMPLETION: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a completion."""
+    completion = tl.program_id(0)
+    advantage, gain, kl_gain = completion_terms(
+        completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
+    )
+    start = tl.load(completion_cu + completion).to(tl.int64)
+    end = tl.load(completion_cu + completion + 1).to(tl.int64)
+    length = tl.maximum(end - start, 1).to(tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    advantage += tl.zeros((BLOCK,), tl.float32)  # the interpreter cannot broadcast the scalar's comparisons
+    mean_log_ratio = 0.0
+    if SEQUENCE and old_logps is not None:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(start, end, BLOCK):
+            mask = at + lanes < end
+            total += _load_or_none(logps, at + lanes, mask) - _load_or_none(old_logps, at + lanes, mask)
+        mean_log_ratio = tl.sum(total, 0) / length
+    # A completion's ratio moves with each of its logps by 1/|o|; cispo's slope is on logps and stays where it is.
+    mean_dpolicy = 0.0
+    if SEQUENCE and not CISPO:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(start, end, BLOCK):
+            mask = at + lanes < end
+            share = tl.where(mask, gain, 0.0)
+            if sampler_factor is not None:
+                share *= _load_or_none(sampler_factor, at + lanes, mask)
+            log_ratio = tl.zeros((BLOCK,), tl.float32) + mean_log_ratio
+            _, dpolicy, _, _, _, _, _ = token_objective(
+                log_ratio, log_ratio, None, advantage, share, 0.0, epsilon, epsilon_high, delta, CISPO
+            )
+            total += dpolicy
+        mean_dpolicy = tl.sum(total, 0) / length
+    for at in range(start, end, BLOCK):
+        token = at + lanes
+        mask = token < end
+        logp = _load_or_none(logps, token, mask)
+        share = tl.where(mask, gain, 0.0)
+        if sampler_factor is not None:
+            share *= _load_or_none(sampler_factor, token, mask)
+        log_ratio = tl.zeros((BLOCK,), tl.float32) + mean_log_ratio
+        if old_logps is not None and not SEQUENCE:
+            log_ratio = logp - _load_or_none(old_logps, token, mask)
+        ref_logp = _load_or_none(ref_logps, token, mask)
+        loss, dpolicy, dkl, kl, clip_low, clip_high, ratio = token_objective(
+            logp, log_ratio, ref_logp, advantage, share, kl_gain, epsilon, epsilon_high, delta, CISPO
+        )
+        if SEQUENCE and not CISPO:
+            dpolicy = dpolicy * 0 + mean_dpolicy
+        store_token(tokens, n, token, mask, loss, kl, clip_low, clip_high, ratio)
+        tl.store(dlogps + token, (dpolicy + dkl).to(dlogps.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
+    """(5, n) of `store_token` -> loss () and GrpoStats' scalars (7), by one program, in one order."""
+    lanes = tl.arange(0, BLOCK)
+    losses = tl.zeros((BLOCK,), tl.float32)
+    kls, lows, highs, regions, ratios = losses, losses, losses, losses, losses
+    least = tl.full((BLOCK,), float("inf"), tl.float32)
+    most = -least
+    for at in range(0, n, BLOCK):
+        token = at + lanes
+        mask = token < n
+        low = tl.load(tokens + 2 * n + token, mask=mask, other=0.0)
+        high = tl.load(tokens + 3 * n + token, mask=mask, other=0.0)
+        ratio = tl.load(tokens + 4 * n + token, mask=mask, other=0.0)
+        losses += tl.load(tokens + token, mask=mask, other=0.0)
+        kls += tl.load(tokens + n + token, mask=mask, other=0.0)
+        lows += low
+        highs += high
+        regions += tl.maximum(low, high)
+        ratios += ratio
+        least = tl.minimum(least, tl.where(mask, ratio, float("inf")), propagate_nan=tl.PropagateNan.ALL)
+        most = tl.maximum(most, tl.where(mask, ratio, -float("inf")), propagate_nan=tl.PropagateNan.ALL)
+    tl.store(loss, tl.sum(losses, 0))
+    tl.store(scalars, tl.sum(kls, 0) / n)
+    tl.store(scalars + 1, tl.sum(lows, 0) / n)
+    tl.store(scalars + 2, tl.sum(highs, 0) / n)
+    tl.store(scalars + 3, tl.sum(regions, 0) / n)
+    tl.store(scalars + 4, tl.min(least, 0))
+    tl.store(scalars + 5, tl.sum(ratios, 0) / n)
+    tl.store(scalars + 6, tl.max(most, 0))
+
+
+def objective_arguments(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> tuple[dict, dict]:
+    """Arguments and constants that the fused and the plain loss kernel share."""
+    per_token = {
+        name: None if tensor is None else tensor.contiguous()
+        for name, tensor in o._asdict().items()
+        if name in ("old_logps", "ref_logps", "sampler_factor", "weights", "denominator")
+    }
+    arguments = per_token | {
+        "advantages": advantages.contiguous(),
+        "completion_cu": completion_cu.contiguous(),
+        "n": n,
+        "completions": completion_cu.shape[0] - 1,
+        "beta": o.beta,
+        "epsilon": o.epsilon,
+        "epsilon_high": o.epsilon_high,
+        "delta": o.delta,
+    }
+    return arguments, {"CISPO": o.loss_type == "cispo", "PER_COMPLETION": o.loss_type == "grpo"}
+
+
+def grpo_launches(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens, loss, scalars) -> list[Launch]:
+    n = logps.shape[0]
+    arguments, constants = objective_arguments(n, advantages, completion_cu, o)
+    arguments |= {"logps": logps.contiguous(), "dlogps": dlogps, "tokens": tokens}
+    constants |= {"SEQUENCE": o.importance_sampling_level == "sequence", "BLOCK": 512}
+    per_completion = Launch(grpo_kernel, (completion_cu.shape[0] - 1,), arguments, constants, num_warps=4)
+    return [per_completion, reduce_launch(tokens, loss, scalars)]
+
+
+def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
+    n = tokens.shape[1]
+    return Launch(
+        reduce_kernel, (min(n, 1),), {"tokens": tokens, "loss": loss, "scalars": scalars, "n": n}, {"BLOCK": 2048}, 8
+    )
+
+
+def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options) -> tuple[Tensor, ...]:
+    """grpo_loss_torch on Triton, for anything but fp64."""
+    n, dlogps = logps.shape[0], torch.empty_like(logps, memory_format=torch.contiguous_format)
+    loss, scalars = (torch.zeros(shape, device=logps.device) for shape in ((), 7))
+    tokens = torch.empty(5, n, device=logps.device)
+    for launch in grpo_launches(logps, advantages, completion_cu, LossOptions(*options), dlogps, tokens, loss, scalars):
+        launch.run()
+    return loss, dlogps, scalars

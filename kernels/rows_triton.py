@@ -1,0 +1,358 @@
+"""Triton kernels over rows of logits: log-probabilities and entropy, their gradient, and loss and gradient at once.
+
+A program owns a row and walks it in blocks. Each thread keeps its own running maximum, sum and weighted sum, so that
+nothing but the end of a walk synchronises; the last two are in base 2, where the hardware's exponential is.
+
+The sums belong to x = (z - top) / temperature * log2 e, from the raw logit z and the row's raw maximum: the difference
+of two logits is exact, or nearly, where the difference of two quotients is not.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunks import LOGIT_FLOOR
+from .launch import Launch
+from .loss_triton import completion_of, completion_terms, objective_arguments, store_token, token_objective
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+
+class RowConfig(NamedTuple):
+    """How a program walks its row. Held elements stay in registers between the two walks of the fused kernel."""
+
+    block: int
+    num_warps: int
+    held: int = 0
+
+
+def row_config(kernel: str, vocabulary: int, itemsize: int) -> RowConfig:
+    """The launch table. `kernel` is "logps" (one read), "gradient" (one read, one write) or "fused" (both)."""
+    if vocabulary < 32768:
+        return RowConfig(block=2048 * 4 // max(itemsize, 2), num_warps=4)
+    if kernel == "fused":
+        # 64 KB of a bf16 row of 304 stay in 16 of a thread's 64 registers. The second walk reads the other 240 again:
+        # 132 rows at once are 32 MB, half of them used up on average, in an L2 of 50.
+        return RowConfig(block=32768 // itemsize, num_warps=32, held=65536 // itemsize)
+    return RowConfig(block=32768 // itemsize, num_warps=8)
+
+
+@triton.jit
+def load_block(row_ptr, at, stride, vocabulary, floor, BLOCK: tl.constexpr):
+    columns = at + tl.arange(0, BLOCK)
+    z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < vocabulary, other=float("-inf"))
+    return floored(z.to(tl.float32), floor)
+
+
+@triton.jit
+def floored(z, floor):
+    """-inf becomes a finite number that is as good as it, so that p * log p is 0; NaN stays."""
+    return tl.maximum(z, floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def absorb(z, top, total, weighted, scale, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Add a block of logits to each thread's running maximum, sum of 2^x and, if not None, sum of 2^x x."""
+    z = tl.reshape(z, (z.shape[0] // (THREADS * VECTOR), THREADS, VECTOR))  # the thread that loaded them is axis 1
+    higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+    shift = (top - higher) * scale
+    x = (z - higher[None, :, None]) * scale
+    e = tl.exp2(x)
+    shrink = tl.exp2(shift)
+    if weighted is not None:
+        weighted = shrink * (weighted + total * shift) + tl.sum(tl.sum(e * x, 2), 0)
+    return higher, shrink * total + tl.sum(tl.sum(e, 2), 0), weighted
+
+
+@triton.jit
+def _join(top, total, weighted, scale):
+    """All threads' sums as one: the row's maximum, log2 of its sum, and its entropy in nats."""
+    peak = tl.max(top, 0)
+    shift = (top - peak) * scale
+    shrink = tl.exp2(shift)
+    mass = tl.sum(shrink * total, 0)
+    mean = tl.sum(shrink * (weighted + total * shift), 0) / mass
+    return peak, tl.log2(mass), (tl.log2(mass) - mean) * LN2
+
+
+@triton.jit
+def _logp(row_ptr, target, stride, floor, peak, log_mass, scale):
+    chosen = floored(tl.load(row_ptr + target * stride).to(tl.float32), floor)
+    return ((chosen - peak) * scale - log_mass) * LN2
+
+
+@triton.jit
+def logps_kernel(
+    logits,
+    targets,
+    logps,
+    entropy,
+    peaks,
+    log_masses,
+    row_stride,
+    column_stride,
+    vocabulary,
+    inverse_temperature,
+    floor,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits + row * row_stride
+    scale = inverse_temperature * LOG2E
+    top = tl.full((THREADS,), floor, tl.float32)
+    total = tl.zeros((THREADS,), tl.float32)
+    weighted = tl.zeros((THREADS,), tl.float32)
+    for at in range(0, vocabulary, BLOCK):
+        z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR)
+    peak, log_mass, nats = _join(top, total, weighted, scale)
+    tl.store(logps + row, _logp(row_ptr, tl.load(targets + row), column_stride, floor, peak, log_mass, scale))
+    tl.store(entropy + row, nats)
+    tl.store(peaks + row, peak)
+    tl.store(log_masses + row, log_mass)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,
+    targets,
+    dlogps,
+    dentropy,
+    entropy,
+    peaks,
+    log_masses,
+    dlogits,
+    row_stride,
+    column_stride,
+    out_row_stride,
+    out_column_stride,
+    vocabulary,
+    inverse_temperature,
+    floor,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK
+    columns = at + tl.arange(0, BLOCK)
+    dlogp = tl.load(dlogps + row).to(tl.float32) * inverse_temperature
+    slope = 0.0
+    if dentropy is not None:
+        slope = tl.load(dentropy + row).to(tl.float32) * inverse_temperature
+    dz = tl.zeros((BLOCK,), tl.float32)
+    if (dlogp != 0) | (slope != 0):  # else the row is not even read
+        z = load_block(logits + row * row_stride, at, column_stride, vocabulary, floor, BLOCK)
+        x = (z - tl.load(peaks + row)) * (inverse_temperature * LOG2E) - tl.load(log_masses + row)
+        factor = dlogp
+        if dentropy is not None:  # d entropy / d z = -p (log p + entropy) / temperature
+            factor = dlogp + slope * (x * LN2 + tl.load(entropy + row))
+        dz = tl.where(columns == tl.load(targets + row), dlogp, 0.0) - factor * tl.exp2(x)
+    out = dlogits + row * out_row_stride + columns.to(tl.int64) * out_column_stride
+    tl.store(out, dz.to(dlogits.dtype.element_ty), mask=columns < vocabulary)
+
+
+@triton.jit
+def _elements(words, DTYPE: tl.constexpr):
+    """(n) int32 -> the fp32 values of the two half-precision numbers, or of the one fp32, in each word, in order."""
+    if tl.float32 == DTYPE:
+        z = words.to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        z = tl.reshape(tl.join(low, high), (2 * words.shape[0],))
+    return z
+
+
+@triton.jit
+def _push(z, columns, target, dlogp, peak, log_mass, scale, out_ptr, out_stride, vocabulary):
+    """Store dlogp * (onehot - p)."""
+    dz = tl.where(columns == target, dlogp, 0.0) - dlogp * tl.exp2((z - peak) * scale - log_mass)
+    out_ptr += columns.to(tl.int64) * out_stride
+    tl.store(out_ptr, dz.to(out_ptr.dtype.element_ty), mask=columns < vocabulary)
+
+
+@triton.jit
+def fused_kernel(
+    logits,
+    words,
+    targets,
+    logps,
+    entropy,
+    tokens,
+    dlogits,
+    row_stride,
+    column_stride,
+    out_row_stride,
+    out_column_stride,
+    vocabulary,
+    inverse_temperature,
+    floor,
+    old_logps,
+    ref_logps,
+    sampler_factor,
+    advantages,
+    completion_cu,
+    weights,
+    denominator,
+    n,
+    completions,
+    beta,
+    epsilon,
+    epsilon_high,
+    delta,
+    first,
+    CISPO: tl.constexpr,
+    PER_COMPLETION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Row i of logits is row `first + i` of n. The HELD leading elements, read as int32, stay in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    token = first + row
+    row_ptr = logits + row * row_stride
+    out_ptr = dlogits + row * out_row_stride
+    scale = inverse_temperature * LOG2E
+    DTYPE: tl.constexpr = logits.dtype.element_ty
+    WORDS: tl.constexpr = BLOCK * 4 // VECTOR
+
+    top = tl.full((THREADS,), floor, tl.float32)
+    total = tl.zeros((THREADS,), tl.float32)
+    weighted = tl.zeros((THREADS,), tl.float32)
+    held = ()
+    for piece in tl.static_range(HELD // BLOCK):
+        word = row * (row_stride * 4 // VECTOR) + piece * WORDS + tl.arange(0, WORDS)
+        held = held + (tl.load(words + word),)
+        z = floored(_elements(held[piece], DTYPE), floor)
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR)
+    for at in range(HELD, vocabulary, BLOCK):
+        z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR)
+    peak, log_mass, nats = _join(top, total, weighted, scale)
+
+    target = tl.load(targets + token)
+    logp = _logp(row_ptr, target, column_stride, floor, peak, log_mass, scale)
+    completion = completion_of(token, completion_cu, completions)
+    advantage, gain, kl_gain = completion_terms(
+        completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
+    )
+    log_ratio = tl.full((), 0.0, tl.float32)
+    ref_logp = None
+    if sampler_factor is not None:
+        gain *= tl.load(sampler_factor + token).to(tl.float32)
+    if old_logps is not None:
+        log_ratio = logp - tl.load(old_logps + token).to(tl.float32)
+    if ref_logps is not None:
+        ref_logp = tl.load(ref_logps + token).to(tl.float32)
+    loss, dpolicy, dkl, kl, clip_low, clip_high, ratio = token_objective(
+        logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO
+    )
+    tl.store(logps + token, logp)
+    tl.store(entropy + token, nats)
+    store_token(tokens, n, token, True, loss, kl, clip_low, clip_high, ratio)
+
+    dlogp = (dpolicy + dkl) * inverse_temperature
+    # Unpacked again from the words: a value that is 1 only where all is NaN keeps the compiler from holding the fp32
+    # elements, twice as many registers, over both walks.
+    opaque = (log_mass != log_mass).to(tl.int32)
+    for piece in tl.static_range(HELD // BLOCK):
+        columns = piece * BLOCK + tl.arange(0, BLOCK)
+        z = floored(_elements(held[piece] ^ opaque, DTYPE), floor)
+        _push(z, columns, target, dlogp, peak, log_mass, scale, out_ptr, out_column_stride, vocabulary)
+    for at in range(HELD, vocabulary, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        z = tl.zeros((BLOCK,), tl.float32) + floor
+        if dlogp != 0:  # else nothing is read again
+            z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+        _push(z, columns, target, dlogp, peak, log_mass, scale, out_ptr, out_column_stride, vocabulary)
+
+
+def _common(logits: Tensor, temperature: float) -> dict:
+    return {
+        "logits": logits,
+        "row_stride": logits.stride(0),
+        "column_stride": logits.stride(1),
+        "vocabulary": logits.shape[1],
+        "inverse_temperature": 1 / temperature,
+        "floor": LOGIT_FLOOR * min(temperature, 1.0),  # finite after the division, too
+    }
+
+
+def _tiles(config: RowConfig, itemsize: int) -> dict:
+    return {"BLOCK": config.block, "THREADS": 32 * config.num_warps, "VECTOR": 16 // itemsize}
+
+
+def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
+    config = row_config("logps", logits.shape[1], logits.itemsize)
+    arguments = {"targets": targets, "logps": logps, "entropy": entropy, "peaks": peaks, "log_masses": log_masses}
+    return Launch(
+        logps_kernel,
+        (logits.shape[0],),
+        _common(logits, temperature) | arguments,
+        _tiles(config, logits.itemsize),
+        config.num_warps,
+    )
+
+
+def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
+    config = row_config("gradient", logits.shape[1], logits.itemsize)
+    arguments = {
+        "targets": targets,
+        "dlogps": dlogps,
+        "dentropy": dentropy,
+        "entropy": entropy,
+        "peaks": peaks,
+        "log_masses": log_masses,
+        "dlogits": dlogits,
+        "out_row_stride": dlogits.stride(0),
+        "out_column_stride": dlogits.stride(1),
+    }
+    blocks = triton.cdiv(logits.shape[1], config.block)
+    return Launch(
+        gradient_kernel,
+        (logits.shape[0] * blocks,),
+        _common(logits, temperature) | arguments,
+        {"BLOCK": config.block},
+        config.num_warps,
+    )
+
+
+def fused_launch(
+    logits, targets, temperature, advantages, completion_cu, o, logps, entropy, tokens, dlogits, first=0
+) -> Launch:
+    """`logits` may be rows first, first + 1, ... of all that `targets`, `logps`, `entropy` and `tokens` stand for."""
+    config = row_config("fused", logits.shape[1], logits.itemsize)
+    arguments, constants = objective_arguments(targets.shape[0], advantages, completion_cu, o)
+    words = _as_words(logits) if 0 < config.held <= logits.shape[1] else None
+    arguments |= {
+        "words": words,
+        "targets": targets,
+        "logps": logps,
+        "entropy": entropy,
+        "tokens": tokens,
+        "dlogits": dlogits,
+        "out_row_stride": dlogits.stride(0),
+        "out_column_stride": dlogits.stride(1),
+        "first": first,
+    }
+    constants |= _tiles(config, logits.itemsize) | {"HELD": 0 if words is None else config.held}
+    return Launch(
+        fused_kernel, (logits.shape[0],), _common(logits, temperature) | arguments, constants, config.num_warps
+    )
+
+
+def _as_words(logits: Tensor) -> Tensor | None:
+    """The same storage as int32, or None where rows do not start on whole words or columns are apart."""
+    per_word = 4 // logits.itemsize
+    whole = logits.stride(1) == 1 and all(
+        x % per_word == 0 for x in (logits.shape[1], logits.stride(0), logits.storage_offset())
+    )
+    return logits.view(torch.int32) if whole else None

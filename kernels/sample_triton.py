@@ -1,0 +1,218 @@
+"""Triton kernel of sample_tokens without top-k and top-p: one read of the logits, or two where temperature is 0."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunks import LOGIT_FLOOR
+from .launch import Launch
+from .rows_triton import LN2, LOG2E, absorb, floored, load_block
+from .sample import FIRST_GROUP, GROUPS, MIX32, MIX64, ODD, UNIFORM_SCALE, WIDTH, first_key, fp32_inverse
+
+_C0, _C1 = (tl.constexpr(factor) for factor in MIX64)
+_D0, _D1 = (tl.constexpr(factor) for factor in MIX32)
+_ODD = tl.constexpr(ODD)
+_SCALE = tl.constexpr(UNIFORM_SCALE)
+_FIRST_GROUP = tl.constexpr(FIRST_GROUP)
+BANNED = 64  # forbidden ids that are looked at together
+
+
+@triton.jit
+def _row_key(first_key, prompt, completion, position):
+    """sample.row_keys, as its low and high 32 bits."""
+    key = (tl.full((), 0, tl.int64) + first_key).to(tl.uint64)
+    for counter in tl.static_range(3):
+        if counter == 0:
+            key ^= prompt.to(tl.uint64)
+        elif counter == 1:
+            key ^= completion.to(tl.uint64)
+        else:
+            key ^= position.to(tl.uint64)
+        key = (key ^ (key >> 30)) * tl.full((), _C0, tl.uint64)
+        key = (key ^ (key >> 27)) * tl.full((), _C1, tl.uint64)
+        key ^= key >> 31
+    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _uniform(low, high, counters):
+    """(n) int32 counters -> fp32 uniforms; see sample."""
+    x = counters.to(tl.uint32) * tl.full((), _ODD, tl.uint32) + low
+    x = (x ^ (x >> 16)) * tl.full((), _D0, tl.uint32)
+    x ^= high
+    x = (x ^ (x >> 15)) * tl.full((), _D1, tl.uint32)
+    x ^= x >> 16
+    return ((x & 0x7FFFFFFF).to(tl.float32) + 0.5) * _SCALE
+
+
+@triton.jit
+def _log1m(u):
+    """log(1 - u), with what the subtraction rounds off put back."""
+    w = 1 - u
+    return tl.log(w) + ((1 - w) - u) / w
+
+
+@triton.jit
+def _gumbel(low, high, counters):
+    return -tl.log(-_log1m(_uniform(low, high, counters)))
+
+
+@triton.jit
+def _gumbel64(low, high, counters):
+    return -tl.log(-_log1m(_uniform(low, high, counters).to(tl.float64)))
+
+
+@triton.jit
+def _without(z, columns, first, last, forbidden, n_forbidden):
+    """z, -inf at forbidden ids. Those outside [first, last), the range of columns, cost a comparison."""
+    if forbidden is not None:
+        for i in range(n_forbidden):
+            banned = tl.load(forbidden + i)
+            if (banned >= first) & (banned < last):
+                z = tl.where(columns == banned, float("-inf"), z)
+    return z
+
+
+@triton.jit
+def _exact_group(
+    row_ptr, group, stride, vocabulary, peak, inverse, floor, forbidden, n_forbidden, low, high,
+    PERIOD: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Perturbed log-mass of a group, its best perturbed entry and that entry's logit, in fp64."""
+    i = tl.arange(0, ENTRIES)
+    columns = i // WIDTH * PERIOD + group * WIDTH + i % WIDTH
+    z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+    raw = floored(z, floor)
+    x = (raw.to(tl.float64) - peak) * inverse
+    x = tl.where(columns < vocabulary, x, float("-inf"))
+    x = _without(x, columns, 0, vocabulary, forbidden, n_forbidden)
+    highest = tl.max(x, 0)
+    # A group without an allowed entry: no mass, and no NaN on the way.
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    log_mass = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
+    counter = tl.full((ENTRIES,), 0, tl.int32) + group + _FIRST_GROUP
+    score = log_mass + tl.max(_gumbel64(low, high, counter), 0)
+    best = tl.argmax(x + _gumbel64(low, high, columns), 0)
+    token = best // WIDTH * PERIOD + group * WIDTH + best % WIDTH
+    return score, token
+
+
+@triton.jit(do_not_specialize=["first_key", "n_forbidden"])
+def sample_kernel(
+    logits,
+    prompt_ids,
+    completion_ids,
+    positions,
+    forbidden,
+    tokens,
+    logps,
+    row_stride,
+    column_stride,
+    vocabulary,
+    inverse_temperature,
+    floor,
+    first_key,
+    n_forbidden,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BANNED: tl.constexpr,
+):
+    """A program owns a row, and its threads the groups."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits + row * row_stride
+    scale = inverse_temperature * LOG2E
+    top = tl.full((GROUPS,), floor, tl.float32)
+    total = tl.zeros((GROUPS,), tl.float32)
+    for at in range(0, vocabulary, BLOCK):
+        z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+        z = _without(z, at + tl.arange(0, BLOCK), at, at + BLOCK, forbidden, n_forbidden)
+        top, total, _ = absorb(z, top, total, None, scale, GROUPS, WIDTH)
+    peak = tl.max(top, 0)
+    log_masses = (top - peak) * scale + tl.log2(total)
+    # Over the whole vocabulary, forbidden ids included, for the log-probability.
+    mass = tl.sum(tl.exp2(log_masses), 0)
+    highest = peak
+    if forbidden is not None:
+        for at in range(0, n_forbidden, BANNED):
+            i = at + tl.arange(0, BANNED)
+            ids = tl.load(forbidden + i, mask=i < n_forbidden, other=0)
+            z = tl.load(row_ptr + ids * column_stride, mask=i < n_forbidden, other=float("-inf")).to(tl.float32)
+            z = floored(z, floor)
+            higher = tl.maximum(highest, tl.max(z, 0))
+            mass = mass * tl.exp2((highest - higher) * scale)
+            mass += tl.sum(tl.where(i < n_forbidden, tl.exp2((z - higher) * scale), 0.0), 0)
+            highest = higher
+
+    if GREEDY:
+        token = tl.full((), 0, tl.int32) + vocabulary
+        for at in range(0, vocabulary, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+            z = _without(z, columns, at, at + BLOCK, forbidden, n_forbidden)
+            token = tl.minimum(token, tl.min(tl.where(z == peak, columns, vocabulary), 0))
+    else:
+        low, high = _row_key(
+            first_key, tl.load(prompt_ids + row), tl.load(completion_ids + row), tl.load(positions + row)
+        )
+        group = tl.arange(0, GROUPS)
+        scores = log_masses * LN2 + _gumbel(low, high, group + _FIRST_GROUP)
+        best = tl.argmax(scores, 0)
+        second = tl.argmax(tl.where(group == best, float("-inf"), scores), 0)
+        peak64 = peak.to(tl.float64)
+        inverse64 = tl.full((), 0.0, tl.float64) + inverse_temperature
+        score, token = _exact_group(
+            row_ptr, best, column_stride, vocabulary, peak64, inverse64, floor, forbidden, n_forbidden, low, high,
+            GROUPS * WIDTH, WIDTH, ENTRIES,
+        )  # fmt: skip
+        other_score, other_token = _exact_group(
+            row_ptr, second, column_stride, vocabulary, peak64, inverse64, floor, forbidden, n_forbidden, low, high,
+            GROUPS * WIDTH, WIDTH, ENTRIES,
+        )  # fmt: skip
+        token = tl.where(other_score > score, other_token, token)
+    tl.store(tokens + row, token)
+    chosen = floored(tl.load(row_ptr + token.to(tl.int64) * column_stride).to(tl.float32), floor)
+    tl.store(logps + row, ((chosen - highest) * scale - tl.log2(mass)) * LN2)
+
+
+def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps) -> Launch:
+    vocabulary = logits.shape[1]
+    arguments = {
+        "logits": logits,
+        "prompt_ids": prompt_ids.contiguous(),
+        "completion_ids": completion_ids.contiguous(),
+        "positions": positions.contiguous(),
+        "forbidden": None if forbidden is None else forbidden.contiguous(),
+        "tokens": tokens,
+        "logps": logps,
+        "row_stride": logits.stride(0),
+        "column_stride": logits.stride(1),
+        "vocabulary": vocabulary,
+        "inverse_temperature": fp32_inverse(temperature),
+        "floor": LOGIT_FLOOR * min(temperature or 1.0, 1.0),
+        "first_key": first_key(seed),
+        "n_forbidden": 0 if forbidden is None else forbidden.shape[0],
+    }
+    period = GROUPS * WIDTH
+    constants = {
+        "GREEDY": temperature == 0,
+        "BLOCK": min(4 // logits.itemsize, triton.next_power_of_2(triton.cdiv(vocabulary, period))) * period,
+        "GROUPS": GROUPS,
+        "WIDTH": WIDTH,
+        "ENTRIES": triton.next_power_of_2(triton.cdiv(vocabulary, period)) * WIDTH,
+        "BANNED": BANNED,
+    }
+    return Launch(sample_kernel, (logits.shape[0],), arguments, constants, num_warps=GROUPS // 32)
+
+
+def sample_tokens_triton(
+    logits, seed, prompt_ids, completion_ids, positions, temperature: float, forbidden
+) -> tuple[Tensor, Tensor]:
+    """sample_tokens_torch on Triton, without its filters, for anything but fp64."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    logps = torch.empty(logits.shape[0], device=logits.device)
+    sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps).run()
+    return tokens, logps
