@@ -1,0 +1,26 @@
+"""Our doors under the names and signatures that other repositories call (DESIGN section 8).
+
+A module for each repository; none imports the repository, and `import boxgrpo.kernels` imports none of them. Options
+that a door cannot honour raise ValueError.
+"""
+
+from .liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
+from .trl import ChunkedLogProbFunction, selective_log_softmax, selective_log_softmax_and_entropy
+from .verl import compute_grpo_outcome_advantage, linear_cross_entropy, logprobs_from_logits
+from .vlm_r1 import format_reward_rec, iou_reward
+
+_ChunkedLogProbFunction = ChunkedLogProbFunction  # the name that trl.trainer.utils knows it by
+
+__all__ = [
+    "ChunkedLogProbFunction",
+    "LigerFusedLinearGRPOLoss",
+    "_ChunkedLogProbFunction",
+    "compute_grpo_outcome_advantage",
+    "format_reward_rec",
+    "iou_reward",
+    "linear_cross_entropy",
+    "logprobs_from_logits",
+    "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
+    "triton_grpo_loss",
+]

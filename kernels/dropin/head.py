@@ -1,0 +1,127 @@
+"""Scored rows that other packages know and our doors do not: heads with a bias or a soft cap, and skipped logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATS, check_head, check_tensor
+from ..chunks import HeadRows
+from ..logps import token_logps, token_logps_from_logits
+
+# Reported beside the logps, from the logits z (n, V) and targets (n); without a gradient.
+REPORTS = {
+    "log_sum_sq_probs": lambda z, targets: (2 * z.log_softmax(1)).logsumexp(1),
+    "mean_logits": lambda z, targets: z.mean(1),
+    "is_top1": lambda z, targets: z.argmax(1) == targets,
+}
+
+
+class LogitMap(NamedTuple):
+    """z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature."""
+
+    temperature: float = 1.0
+    softcap: float | None = None  # None: no tanh
+    scale: float = 1.0
+
+    def checked(self) -> "LogitMap":
+        """Refuse a temperature or a soft cap that is not above 0."""
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; a scored token needs one above 0.")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"the soft cap of the logits is {self.softcap}; it must be above 0. Pass None for none.")
+        return self
+
+    def __call__(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """(n, V) products and (V) or None -> (n, V), a new tensor."""
+        z = logits if bias is None else logits + bias
+        if self.softcap is not None:
+            return torch.tanh(z * (self.scale / self.softcap)) * (self.softcap / self.temperature)
+        return z * (self.scale / self.temperature)
+
+
+def head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    logit_map: LogitMap,
+    bias: Tensor | None = None,
+    entropy: bool = False,
+    reports: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """`token_logps` behind any head; a plain one goes to that door, another is swept here, in chunks of rows too.
+
+    Args:
+        hidden: (N, H) float; row n predicts targets[n].
+        weight: (V, H) of hidden's dtype. bias: (V) float.
+        targets: (N) int64.
+        entropy: also give "entropy".
+        reports: further names, out of `REPORTS`.
+
+    Returns:
+        "log_probs" (N) in nats, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias; with
+        `entropy` the same of "entropy" (N) in nats; each of `reports` (N), without a gradient.
+
+    Raises:
+        ValueError: shapes, dtypes, temperature or soft cap do not fit.
+    """
+    temperature, softcap, scale = logit_map.checked()
+    if bias is None and softcap is None and scale > 0 and not reports:
+        found = token_logps(hidden, weight, targets, temperature=temperature / scale, entropy=entropy)
+        return dict(zip(("log_probs", "entropy"), found if entropy else (found,), strict=False))
+    check_head(hidden, weight, targets, temperature)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), FLOATS)
+    names = ("log_probs", *(("entropy",) if entropy else ()), *reports)
+    return dict(zip(names, _Sweep.apply(hidden, weight, bias, targets, logit_map, entropy, reports), strict=True))
+
+
+class _Sweep(torch.autograd.Function):
+    """The logits of a chunk exist once in the forward and once in the backward: 8·N·V·H FLOP, as `token_logps`."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, reports):
+        rows, columns = HeadRows(hidden, weight, 1.0), []
+        for chunk in rows.chunks():
+            z, chosen = logit_map(rows.logits(chunk), bias), targets[chunk]
+            found = token_logps_from_logits(z, chosen, entropy=entropy)
+            columns.append([*(found if entropy else (found,)), *(REPORTS[name](z, chosen) for name in reports)])
+        outputs = [torch.cat(column) for column in zip(*columns, strict=True)]
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.logit_map, ctx.entropy, ctx.n_differentiable = logit_map, entropy, 1 + entropy
+        ctx.mark_non_differentiable(*outputs[ctx.n_differentiable :])
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        rows = HeadRows(hidden, weight, 1.0, want_hidden, want_weight)
+        dbias = rows.new(weight.shape[0]) if want_bias else None
+        upstream = upstream[: ctx.n_differentiable]
+        live = torch.stack(upstream).any(0)
+        for chunk in rows.chunks(live):
+            product = rows.logits(chunk).requires_grad_()
+            with torch.enable_grad():
+                z = ctx.logit_map(product, bias)
+                found = token_logps_from_logits(z, targets[chunk], entropy=ctx.entropy, inplace_backward=True)
+            (dproduct,) = torch.autograd.grad(found, product, tuple(given[chunk] for given in upstream))
+            if want_bias:
+                dbias += dproduct.sum(0)
+            rows.accept(chunk, dproduct, live[chunk])
+        gradients = zip(rows.gradients(hidden, weight), (want_hidden, want_weight), strict=True)
+        dhidden, dweight = (gradient if want else None for gradient, want in gradients)
+        return dhidden, dweight, dbias, None, None, None, None
+
+
+def logit_rows(logits: Tensor, live: Tensor | None = None) -> Tensor:
+    """(…, V) -> (N, V), a view where the strides allow it; rows whose `live` (…) is false get no gradient.
+
+    Not even that of a row that holds NaN, which a zero from upstream would not stop.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    if live is not None and rows.requires_grad:
+        rows.register_hook(lambda gradient: gradient.masked_fill_(~live.reshape(-1, 1), 0))
+    return rows

@@ -1,0 +1,356 @@
+"""What Liger 0.8.5 exports: `liger_kernel.transformers.grpo_loss.triton_grpo_loss` and, of `liger_kernel.chunked_loss`,
+`LigerFusedLinearGRPOLoss`. Its loss types sapo, luspo and vespo are refused.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks import FLOATS, check_tensor
+from ..fused import fused_grpo_loss
+from ..logps import token_logps_from_logits
+from ..loss import LOSS_TYPES
+from .head import LogitMap, head_logps, logit_rows
+
+
+class _Objective(NamedTuple):
+    """What the loss of a token is made of (DESIGN section 3), as both of Liger's signatures say it."""
+
+    beta: float
+    epsilon_low: float
+    epsilon_high: float
+    loss_type: str
+    max_completion_length: int | None
+    importance_sampling_level: str
+    delta: float | None
+    use_bias_correction_kl: bool
+
+    def checked(self) -> "_Objective":
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"loss_type is {self.loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
+            )
+        if self.importance_sampling_level not in ("token", "sequence"):
+            raise ValueError(
+                f"importance_sampling_level is {self.importance_sampling_level!r}; it is one of token, sequence."
+            )
+        if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
+            raise ValueError("importance_sampling_level is 'sequence'; 'cispo' takes 'token' only, as in Liger.")
+        if self.loss_type == "cispo" and self.delta is not None:
+            raise ValueError(f"delta is {self.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
+        if self.delta is not None and self.delta <= 1 + self.epsilon_high:
+            raise ValueError(
+                f"delta is {self.delta}; the bound of the unclipped ratio must exceed {1 + self.epsilon_high}, 1 plus "
+                "the upper epsilon. Raise delta."
+            )
+        return self
+
+    def denominator(self, mask: Tensor, num_items_in_batch) -> Tensor:
+        """What the sum over tokens is divided by, 0-dim fp32; for `grpo` the sum over the means of completions."""
+        if self.loss_type == "grpo":
+            return mask.new_tensor(mask.shape[0], dtype=torch.float32)
+        if self.loss_type == "dr_grpo":
+            return mask.new_tensor(mask.shape[0] * self.max_completion_length, dtype=torch.float32)
+        tokens = mask.sum(dtype=torch.float32)
+        if self.loss_type == "bnpo":
+            return tokens.clamp(min=1)
+        # Tokens of the step over all ranks, a rank's share of them. Counted here they are this call's own.
+        distributed = dist.is_available() and dist.is_initialized()
+        if num_items_in_batch is not None:
+            tokens = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=mask.device)
+        elif distributed:
+            dist.all_reduce(tokens)
+        return (tokens / (dist.get_world_size() if distributed else 1)).clamp(min=1)
+
+    def token_losses(
+        self, logps: Tensor, old: Tensor | None, ref: Tensor | None, factor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, differentiable in logps, KL and whether it is clipped, (B, L) each, 0 where `mask` is false.
+
+        In torch, over B·L numbers: the doors give no loss of a single token and no KL weighted by the ratio.
+        """
+        # What is not scored may be NaN.
+        logps, old, ref = (None if x is None else x.to(logps.dtype).masked_fill(~mask, 0) for x in (logps, old, ref))
+        advantages = advantages.to(logps.dtype).unsqueeze(1)
+        log_ratio = logps - (logps.detach() if old is None else old)
+        if self.importance_sampling_level == "sequence":
+            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            log_ratio = mean.expand_as(log_ratio)
+        ratio = log_ratio.exp()
+        if self.loss_type == "cispo":
+            loss = -ratio.detach().clamp(max=self.epsilon_high) * advantages * logps
+            clipped = (ratio > self.epsilon_high) & (advantages > 0)
+        else:
+            low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
+            bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
+            loss = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
+            clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
+        if factor is not None:
+            loss = loss * factor
+        kl = torch.zeros_like(loss)
+        if ref is not None and self.beta:
+            kl = torch.expm1(ref - logps) - (ref - logps)
+            kl = kl * ratio if self.use_bias_correction_kl else kl
+            loss = loss + self.beta * kl
+        return tuple(x.masked_fill(~mask, 0) for x in (loss, kl.detach(), clipped.to(logps.dtype)))
+
+    def reduced(self, losses: tuple[Tensor, ...], mask: Tensor, num_items_in_batch) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its metrics: mean KL, if there is a beta, and the clipped share of the tokens."""
+        loss, kl, clipped = losses
+        if self.loss_type == "grpo":
+            loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
+        tokens = mask.sum().clamp(min=1)
+        metrics = [kl.sum() / tokens] if self.beta else []
+        return loss.sum() / self.denominator(mask, num_items_in_batch), [*metrics, clipped.sum() / tokens]
+
+
+def triton_grpo_loss(
+    logits: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None = None,
+    temperature: float = 0.9,
+    beta: float = 0.04,
+    eps_low: float = 0.2,
+    eps_high: float = 0.4,
+    inplace: bool = True,
+    loss_type: str = "dapo",
+    max_completion_length: int | None = None,
+    importance_sampling_level: str = "token",
+    reduce: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vllm_is_ratio: Tensor | None = None,
+    delta: float | None = None,
+    use_bias_correction_kl: bool = False,
+    num_items_in_batch: Tensor | float | None = None,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
+    """GRPO from logits, by `token_logps_from_logits`: 6·N·V bytes of bf16 logits, as Liger's, and no copy of them.
+
+    Args:
+        logits: (B, L+1, V) float, the last row of each completion unread.
+        old_logp, ref_logp: (B, L) float, nats; old None: on-policy. ref is needed with a beta.
+        completion_ids: (B, L) int. completion_mask: (B, L), 0 where a token is not scored; None: all are.
+        advantages: (B) float.
+        temperature: above 0. beta, eps_low, eps_high: for `cispo` eps_high bounds the ratio itself.
+        inplace: the backward writes the gradient over the logits, which are gone after it.
+        loss_type: grpo, bnpo, dapo, dr_grpo or cispo; without `reduce` the first four are one.
+        max_completion_length: of `dr_grpo`; None: L.
+        reduce: give the loss and its metrics, not the tokens'.
+        vllm_is_ratio: (B, L), (B, 1) or (B) float, a factor of the policy term.
+        delta: upper bound of the unclipped ratio, above 1 + eps_high.
+        use_bias_correction_kl: weigh the KL by the ratio.
+        num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
+        sapo_…, vespo_…: of loss types that are refused; unread.
+
+    Returns:
+        loss, kl (None without a beta) and is_clipped (0 or 1), (B, L) fp32 (fp64 for fp64 logits), 0 where the mask is;
+        with `reduce` the loss (0-dim) and [mean kl, if there is a beta, clipped share]. Only a loss is differentiable,
+        once, in the logits.
+
+    Raises:
+        ValueError: a shape, a dtype or an option does not fit.
+    """
+    objective = _Objective(
+        beta,
+        eps_low,
+        eps_high,
+        loss_type,
+        completion_ids.shape[1] if max_completion_length is None else max_completion_length,
+        importance_sampling_level,
+        delta,
+        use_bias_correction_kl,
+    ).checked()
+    batch, length = completion_ids.shape
+    check_tensor("logits", logits, (batch, length + 1, None), FLOATS)
+    mask = _mask(completion_mask, completion_ids)
+    old, ref = _logps("old_logp", old_logp, mask), _logps("ref_logp", ref_logp, mask)
+    if beta and ref is None:
+        raise ValueError(f"ref_logp is None and beta is {beta}; the KL needs the reference's. Pass it, or beta=0.")
+    # Every row is swept, unread ones too: to leave some out would copy the logits.
+    live = torch.nn.functional.pad(mask, (0, 1))
+    targets = torch.nn.functional.pad(completion_ids.long().masked_fill(~mask, 0), (0, 1))
+    logps = token_logps_from_logits(
+        logit_rows(logits, live), targets.flatten(), temperature=temperature, inplace_backward=inplace
+    ).view_as(targets)[:, :-1]
+    factor = _factor(vllm_is_ratio, mask)
+    loss, kl, clipped = objective.token_losses(logps, old, ref, factor, advantages, mask)
+    if reduce:
+        return objective.reduced((loss, kl, clipped), mask, num_items_in_batch)
+    return loss, kl if beta else None, clipped
+
+
+class LigerFusedLinearGRPOLoss(torch.nn.Module):
+    """GRPO from hidden states and the head, by `fused_grpo_loss`: no logits, and no logit computed twice.
+
+    A bias and use_bias_correction_kl go by way of log-probabilities instead, 8·N·V·H FLOP in place of 6.
+
+    Args:
+        beta, epsilon_low, epsilon_high, delta: for `cispo` epsilon_high bounds the ratio itself.
+        use_ref_model: with False the references of a call are unread and the KL is 0.
+        loss_type: grpo, bnpo, dapo, dr_grpo or cispo.
+        max_completion_length: needed by `dr_grpo`.
+        temperature: above 0.
+        compiled, chunk_size: Liger's tuning; unread. sapo_…, vespo_…: of loss types that are refused; unread.
+
+    Raises:
+        ValueError: an option does not fit.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+    ):
+        super().__init__()
+        self.objective = _Objective(
+            beta,
+            epsilon_low,
+            epsilon_high,
+            loss_type,
+            max_completion_length,
+            importance_sampling_level,
+            delta,
+            use_bias_correction_kl,
+        ).checked()
+        if loss_type == "dr_grpo" and max_completion_length is None:
+            raise ValueError("max_completion_length is None; 'dr_grpo' divides by it. Pass it.")
+        self.use_ref_model, self.temperature = use_ref_model, temperature
+
+    def forward(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        vllm_is_ratio: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss and metrics of B completions of up to T tokens.
+
+        Args:
+            _input: (B, T, H) float, hidden states; row t predicts selected_token_ids[:, t].
+            lin_weight: (V, H) float. bias: (V) float.
+            selected_token_ids: (B, T) int. attention_mask: (B, T), 0 where a token is not scored.
+            advantages: (B) float.
+            ref_per_token_logps, old_per_token_logps: (B, T) float, nats; old None: on-policy.
+            ref_input, ref_weight, ref_bias: the reference's, for want of its logps.
+            vllm_is_ratio: (B, T), (B, 1) or (B) float >= 0, a factor of the policy term.
+            num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
+
+        Returns:
+            loss, 0-dim fp32 (fp64 for fp64 inputs), differentiable once in _input, lin_weight and bias; and
+            (mean kl, if there is a beta, clipped share).
+
+        Raises:
+            ValueError: a shape, a dtype or an option does not fit.
+        """
+        o = self.objective
+        mask = _mask(attention_mask, selected_token_ids)
+        check_tensor("_input", _input, (*mask.shape, None), FLOATS)
+        targets, weight = selected_token_ids.long()[mask], lin_weight.to(_input.dtype)
+        old = _logps("old_per_token_logps", old_per_token_logps, mask)
+        ref = None
+        if self.use_ref_model:
+            if ref_per_token_logps is None and ref_input is None:
+                raise ValueError(
+                    "use_ref_model is True; pass ref_per_token_logps or ref_input, or use_ref_model=False."
+                )
+            ref = _logps("ref_per_token_logps", ref_per_token_logps, mask)
+            if ref is None and o.beta:
+                ref = self._reference(ref_input, ref_weight, ref_bias, targets, mask)
+        factor = _factor(vllm_is_ratio, mask)
+        if bias is None and not (o.beta and o.use_bias_correction_kl):
+            loss, stats = fused_grpo_loss(
+                _input[mask],
+                weight,
+                targets,
+                advantages,
+                torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
+                temperature=self.temperature,
+                old_logps=None if old is None else old[mask],
+                ref_logps=ref[mask] if ref is not None and o.beta else None,
+                sampler_factor=None if factor is None else factor[mask],
+                denominator=o.denominator(mask, num_items_in_batch),
+                beta=o.beta,
+                epsilon=o.epsilon_low,
+                epsilon_high=o.epsilon_high,
+                delta=o.delta,
+                loss_type=o.loss_type,
+                importance_sampling_level=o.importance_sampling_level,
+            )
+            return loss, (*((stats.kl,) if o.beta else ()), stats.clip_region)
+        logps = self._scored(_input, weight, bias, targets, mask)
+        losses = o.token_losses(logps, old, ref, factor, advantages, mask)
+        loss, metrics = o.reduced(losses, mask, num_items_in_batch)
+        return loss, tuple(metrics)
+
+    def _scored(self, hidden, weight, bias, targets, mask) -> Tensor:
+        """(B, T), 0 where nothing is scored."""
+        logps = head_logps(hidden[mask], weight, targets, bias=bias, logit_map=LogitMap(self.temperature))["log_probs"]
+        return torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
+
+    @torch.no_grad()
+    def _reference(self, hidden, weight, bias, targets, mask) -> Tensor:
+        check_tensor("ref_input", hidden, (*mask.shape, None), FLOATS)
+        if weight is None:
+            raise ValueError("ref_weight is None; ref_input needs the reference's head. Pass it.")
+        return self._scored(hidden, weight.to(hidden.dtype), bias, targets, mask)
+
+
+def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
+    """(B, L) bool: the scored ones of `ids` (B, L)."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}; it must be the ids', {tuple(ids.shape)}.")
+    return mask != 0
+
+
+def _logps(name: str, logps: Tensor | None, mask: Tensor) -> Tensor | None:
+    if logps is not None:
+        check_tensor(name, logps, tuple(mask.shape), FLOATS)
+    return logps
+
+
+def _factor(ratio: Tensor | None, mask: Tensor) -> Tensor | None:
+    """vllm_is_ratio as (B, L), 0 where `mask` is false."""
+    if ratio is None:
+        return None
+    batch, length = mask.shape
+    if tuple(ratio.shape) not in ((batch,), (batch, 1), (batch, length)):
+        raise ValueError(
+            f"vllm_is_ratio has shape {tuple(ratio.shape)}; it must be ({batch}, {length}), ({batch}, 1) or ({batch})."
+        )
+    return (ratio.unsqueeze(1) if ratio.dim() == 1 else ratio).expand(batch, length).masked_fill(~mask, 0)

@@ -1,0 +1,118 @@
+"""What TRL 1.16 calls: `trl.trainer.utils._ChunkedLogProbFunction` and the two `selective_log_softmax`."""
+
+import torch
+from torch import Tensor
+
+from ..logps import token_logps_from_logits
+from .head import REPORTS, LogitMap, head_logps, logit_rows
+
+
+class ChunkedLogProbFunction:
+    """Stands in for the autograd function of that name: `trl.trainer.utils._ChunkedLogProbFunction = this`.
+
+    GRPOTrainer and RLOOTrainer call it for every log-probability that they train on or compare with.
+    """
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", *REPORTS),
+    ) -> tuple[Tensor | None, ...]:
+        """log softmax at `targets` of softcap · tanh(scale · (hidden @ weight.T + bias) / softcap) / temperature.
+
+        Without bias, soft cap and reports this is the door `token_logps`; else a sweep of as many FLOPs. Under autocast
+        the inputs are cast to its dtype, else weight to hidden's, as TRL does; the logits are fp32 either way.
+
+        Args:
+            hidden: (N, H) float. weight: (V, H) float. bias: (V) float. targets: (N) int64.
+            temperature: above 0.
+            chunk_size: TRL's columns at a time; read by nobody, for our chunks are whole rows.
+            final_logit_softcapping: above 0.
+            outputs: what else is wanted of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1"; "log_probs" is
+                always given.
+
+        Returns:
+            log_probs (N) in nats and entropy (N) in nats, differentiable once in hidden, weight and bias;
+            log_sum_sq_probs (N), log of the sum of p²; mean_logits (N), the mean of what softmax is taken of;
+            is_top1 (N) bool, whether the target is the first maximum. fp32 (fp64 for fp64 inputs); None if not wanted.
+
+        Raises:
+            ValueError: shapes, dtypes, temperature, soft cap or a name in `outputs` do not fit.
+        """
+        unknown = sorted(set(outputs) - {"log_probs", "entropy", *REPORTS})
+        if unknown:
+            raise ValueError(f"outputs holds {unknown[0]!r}; it may hold log_probs, entropy, {', '.join(REPORTS)}.")
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3 gathers the head for this call only; the backward reads it too
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        found = head_logps(
+            hidden.to(dtype),
+            weight.to(dtype),
+            targets,
+            bias=bias,
+            logit_map=LogitMap(temperature, final_logit_softcapping, logit_scale),
+            entropy="entropy" in outputs,
+            reports=tuple(name for name in REPORTS if name in outputs),
+        )
+        return tuple(found.get(name) for name in ("log_probs", "entropy", *REPORTS))
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """log softmax(logits / temperature) at `index`.
+
+    Args:
+        logits: (…, V) float.
+        index: (…) or (…, K) int, K ids of each row.
+        temperature: above 0.
+        row_mask: of index's shape; where it is 0 the result is 0 and has no gradient, whatever the logits and the id.
+
+    Returns:
+        Of index's shape, nats, fp32 (fp64 for fp64 logits), as TRL's Triton kernel; its CPU path returns logits' dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or temperature do not fit.
+    """
+    return _selected(logits, index, temperature, row_mask, entropy=False)[0]
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_log_softmax` and the entropy (…) of each row in nats, detached unless `entropy_requires_grad`."""
+    logps, entropy = _selected(logits, index, temperature, row_mask, entropy=True)
+    return logps, entropy if entropy_requires_grad else entropy.detach()
+
+
+def _selected(logits, index, temperature, row_mask, entropy) -> tuple[Tensor, Tensor | None]:
+    shape, several = logits.shape[:-1], index.dim() == logits.dim()
+    if (index.shape[:-1] if several else index.shape) != shape:
+        raise ValueError(f"index has shape {tuple(index.shape)}; it must be {tuple(shape)}, or that and (K).")
+    kept = torch.ones_like(index, dtype=torch.bool) if row_mask is None else row_mask != 0
+    if kept.shape != index.shape:
+        raise ValueError(f"row_mask has shape {tuple(kept.shape)}; it must be index's, {tuple(index.shape)}.")
+    live = kept.any(-1) if several else kept
+    rows, ids = logit_rows(logits, None if row_mask is None else live), index.long().masked_fill(~kept, 0)
+    # Of several ids the sweep takes the row's largest logit, and the ids stand off from it by their own.
+    top = rows.detach().argmax(1, keepdim=True) if several else None
+    targets = top.squeeze(1) if several else ids.flatten()
+    found = token_logps_from_logits(rows, targets, temperature=temperature, entropy=entropy)
+    logps, entropies = found if entropy else (found, None)
+    if several:
+        chosen, largest = (rows.gather(1, at).to(logps.dtype) for at in (ids.flatten(0, -2), top))
+        logps = logps.unsqueeze(1) + (chosen - largest) / temperature
+    logps = logps.view(index.shape).masked_fill(~kept, 0)
+    return logps, entropies.view(shape).masked_fill(~live, 0) if entropy else None

@@ -1,0 +1,115 @@
+"""What verl calls: `verl.utils.kernel.linear_cross_entropy`, `verl.utils.torch_functional.logprobs_from_logits` and
+`verl.trainer.ppo.core_algos.compute_grpo_outcome_advantage`.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ..advantages import group_advantages
+from ..checks import FLOATS, check_tensor
+from ..logps import token_logps, token_logps_from_logits
+
+REDUCTIONS = {"none": lambda logps: logps, "sum": torch.sum, "mean": torch.mean}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | None = 1.0,
+    reduction: str | None = "none",
+    dist_process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_logps` with its entropy: no logits.
+
+    Args:
+        hidden: (…, H) float, N rows in all. weight: (V, H) of hidden's dtype. labels: (…) int, N in all.
+        temperature: above 0; None: 1.
+        reduction: of the logps, "none", "sum" or "mean"; None: "none".
+        dist_process_group: of ranks that hold a share of the vocabulary each; one rank at most.
+
+    Returns:
+        logps (N), or 0-dim if reduced, and entropy (N), nats, fp32 (fp64 for fp64 inputs), differentiable once.
+
+    Raises:
+        ValueError: a vocabulary in shares, a reduction, shapes, dtypes or temperature that do not fit.
+    """
+    if dist_process_group is not None and (ranks := torch.distributed.get_world_size(dist_process_group)) > 1:
+        raise ValueError(
+            f"dist_process_group has {ranks} ranks; a head in shares of the vocabulary is not served. Gather it."
+        )
+    reduction = (reduction or "none").lower()
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it is one of {', '.join(REDUCTIONS)}.")
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten().long()
+    temperature = 1.0 if temperature is None else temperature
+    logps, entropy = token_logps(rows, weight, labels, temperature=temperature, entropy=True)
+    return REDUCTIONS[reduction](logps), entropy
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """`token_logps_from_logits`.
+
+    Args:
+        logits: (…, V) float. labels: (…) int.
+        inplace_backward: the backward writes the gradient over the logits, which are gone after it.
+
+    Returns:
+        (…) nats, fp32 (fp64 for fp64 logits), differentiable once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    logps = token_logps_from_logits(rows, labels.flatten().long(), inplace_backward=inplace_backward)
+    return logps.view(logits.shape[:-1])
+
+
+@torch.no_grad()
+def compute_grpo_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config=None,
+) -> tuple[Tensor, Tensor]:
+    """`group_advantages` of the rewards' sums, over groups of any sizes.
+
+    Args:
+        token_level_rewards: (n, T) float. response_mask: (n, T).
+        index: n hashable names of groups, as a numpy array, a tensor or a list.
+        epsilon: beside the std (ddof 1) in the divisor.
+        norm_adv_by_std_in_grpo: divide by std + epsilon; False: only subtract the mean.
+        config: unread, as in verl.
+
+    Returns:
+        The advantages (n, T), a response's one value at each of its tokens and 0 where the mask is, twice. A response
+        alone in its group has mean 0 and std 1, so that its reward stays; verl has it so. Equal rewards give exactly 0.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    n = len(index)
+    check_tensor("token_level_rewards", token_level_rewards, (n, None), FLOATS)
+    if response_mask.shape != token_level_rewards.shape:
+        shape = tuple(token_level_rewards.shape)
+        raise ValueError(f"response_mask has shape {tuple(response_mask.shape)}; it must be the rewards', {shape}.")
+    scores = token_level_rewards.sum(1)
+    members = defaultdict(list)
+    for row, group in enumerate(index.tolist() if hasattr(index, "tolist") else index):
+        members[group].append(row)
+    by_size = defaultdict(list)
+    for rows in members.values():
+        by_size[len(rows)].append(rows)
+    scale = "group" if norm_adv_by_std_in_grpo else "none"
+    advantages = scores / (1 + epsilon) if norm_adv_by_std_in_grpo else scores.clone()  # of groups of one
+    for size, groups in by_size.items():
+        if size > 1:
+            rows = torch.tensor(groups, device=scores.device)
+            found, _, _ = group_advantages(scores[rows], scores[rows], difficulty="none", scale=scale, eps=epsilon)
+            advantages[rows] = found.to(scores.dtype)
+    advantages = advantages.unsqueeze(1) * response_mask
+    return advantages, advantages

@@ -1,0 +1,393 @@
+"""boxgrpo.kernels.dropin's Liger signatures against liger-kernel itself and the formulas in fp64."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from boxgrpo.kernels import chunks, dropin
+
+liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+
+B, L, V, H = 3, 5, 37, 6
+TEMPERATURE = 0.7
+TOLERANCE = 4e-6  # of the largest true value, beside the error of the formulas in fp32
+OPTIONS = {
+    **{name: {"loss_type": name} for name in ("grpo", "bnpo", "dapo", "dr_grpo")},
+    "cispo": {"loss_type": "cispo", "eps_high": 1.1},
+    "no mask": {"completion_mask": None, "loss_type": "grpo"},
+    "on-policy": {"old": None},
+    "no reference": {"beta": 0.0, "ref": None},
+    "delta": {"delta": 1.5, "loss_type": "grpo"},
+    "ratio of tokens": {"vllm": (B, L), "loss_type": "grpo"},
+    "ratio of completions": {"vllm": (B, 1), "loss_type": "cispo", "eps_high": 1.1},
+    "ratio, flat": {"vllm": (B,), "loss_type": "bnpo"},
+    "kl by ratio": {"use_bias_correction_kl": True, "loss_type": "grpo"},
+    "items": {"num_items_in_batch": 29},
+    "items, cispo": {"num_items_in_batch": torch.tensor(29), "loss_type": "cispo", "eps_high": 1.1},
+    "sequence": {"importance_sampling_level": "sequence", "loss_type": "grpo", "eps_low": 0.05, "eps_high": 0.05},
+    "sequence, all": {
+        "importance_sampling_level": "sequence",
+        "delta": 1.3,
+        "vllm": (B, L),
+        "use_bias_correction_kl": True,
+    },
+}
+
+
+def make_case(options):
+    """Tensors and options of one call; ratios from 0.5 to 2, so that either bound and delta are met."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(shape, generator=g) for shape in ((B, L, H), (V, H), (V,)))
+    logits = torch.cat((hidden @ weight.T, torch.randn(B, 1, V, generator=g)), 1)
+    ids = torch.randint(V, (B, L), generator=g)
+    logps = (logits[:, :-1] / TEMPERATURE).log_softmax(2).gather(2, ids[..., None])[..., 0]
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 1, 0, 0, 0]])
+    options = {"beta": 0.04, "eps_low": 0.2, "eps_high": 0.25, "loss_type": "dapo", "completion_mask": mask} | options
+    order = torch.randperm(B * L, generator=g).view(B, L)
+    tensors = {
+        "logits": logits,
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "ids": ids,
+        "advantages": torch.tensor([1.3, -0.9, 0.4]),
+        "mask": torch.ones(B, L) if options["completion_mask"] is None else mask.float(),
+        "old": logps + torch.linspace(-0.7, 0.7, B * L)[order],
+        "ref": logps + 0.5 * torch.randn(B, L, generator=g),
+        "vllm": 2 * torch.rand(options.pop("vllm", ()), generator=g),
+        "upstream": torch.randn(B, L, generator=g),
+    }
+    for name in ("old", "ref"):
+        tensors[name] = options.pop(name, tensors[name])
+    tensors["vllm"] = tensors["vllm"] if tensors["vllm"].dim() else None
+    return tensors, options
+
+
+def dense(logps, tensors, options):
+    """Loss, kl, clipped of each token and the reduced loss, as the papers write them, in logps' dtype."""
+    o = {"importance_sampling_level": "token", "delta": None, "use_bias_correction_kl": False} | options
+    mask, advantage = tensors["mask"].to(logps.dtype), tensors["advantages"].to(logps.dtype)[:, None]
+    old = logps.detach() if tensors["old"] is None else tensors["old"].to(logps.dtype)
+    log_ratio = logps - old
+    if o["importance_sampling_level"] == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand(B, L)
+    ratio = log_ratio.exp()
+    if o["loss_type"] == "cispo":
+        loss = -torch.clamp(ratio, max=o["eps_high"]).detach() * advantage * logps
+        clipped = (ratio > o["eps_high"]) & (advantage > 0)
+    else:
+        low, high = 1 - o["eps_low"], 1 + o["eps_high"]
+        bounded = ratio if o["delta"] is None else torch.clamp(ratio, max=o["delta"])
+        loss = -torch.min(bounded * advantage, torch.clamp(ratio, low, high) * advantage)
+        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    if tensors["vllm"] is not None:
+        vllm = tensors["vllm"].to(logps.dtype)
+        loss = loss * (vllm[:, None] if vllm.dim() == 1 else vllm)
+    kl = torch.zeros_like(loss)
+    if o["beta"]:
+        gap = tensors["ref"].to(logps.dtype) - logps
+        kl = (gap.exp() - gap - 1) * (ratio if o["use_bias_correction_kl"] else 1)
+        loss = loss + o["beta"] * kl
+    loss, kl, clipped = loss * mask, kl * mask, clipped * mask
+    if o["loss_type"] == "grpo":
+        total = (loss.sum(1) / mask.sum(1)).mean()
+    elif o["loss_type"] == "dr_grpo":
+        total = loss.sum() / (B * L)
+    elif o["loss_type"] == "bnpo":
+        total = loss.sum() / mask.sum()
+    else:
+        total = loss.sum() / float(o.get("num_items_in_batch", mask.sum()))
+    return (loss, kl, clipped), total
+
+
+def check(ours, theirs, truth, eager):
+    """The error rule, value by value; and theirs is the same function."""
+    assert len(ours) == len(theirs) == len(truth) == len(eager)
+    for mine, their, true, fp32 in zip(ours, theirs, truth, eager, strict=True):
+        mine, their, true, fp32 = (None if x is None else x.detach() for x in (mine, their, true, fp32))
+        if true is None:
+            assert mine is None and their is None
+            continue
+        scale = max(float(true.abs().max()), 1e-3)
+        assert mine.shape == their.shape == true.shape and mine.dtype == their.dtype == torch.float32
+        torch.testing.assert_close(their.double(), true, rtol=1e-4, atol=1e-5 * scale)
+        errors = [float((x.double() - true).abs().max()) for x in (mine, fp32)]
+        assert errors[0] <= errors[1] + TOLERANCE * scale, errors
+
+
+# liger's kernel, in the interpreter: the variable is read when triton is imported, so it has a process of its own.
+SCRIPT = """
+import sys, torch
+from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+results = {}
+for key, (args, kwargs, upstream) in torch.load(sys.argv[1]).items():
+    logits = args[0].requires_grad_()
+    first, *rest = triton_grpo_loss(*args, inplace=False, **kwargs)
+    (gradient,) = torch.autograd.grad(first, logits, None if kwargs["reduce"] else upstream)
+    rest = rest[0] if kwargs["reduce"] else rest
+    results[key] = [None if x is None else x.detach() for x in (first, *rest, gradient)]
+torch.save(results, sys.argv[2])
+"""
+
+
+def triton_call(tensors, options, reduce):
+    names = ("logits", "old", "ref", "ids", "advantages")
+    kwargs = options | {"temperature": TEMPERATURE, "vllm_is_ratio": tensors["vllm"], "reduce": reduce}
+    return [tensors[name] for name in names], kwargs
+
+
+@pytest.fixture(scope="module")
+def triton_results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("liger")
+    calls = {}
+    for name, options in OPTIONS.items():
+        tensors, options = make_case(options)
+        for reduce in (False, True):
+            calls[name, reduce] = (*triton_call(tensors, options, reduce), tensors["upstream"])
+    torch.save(calls, folder / "calls")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, str(folder / "calls"), str(folder / "results")],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "results")
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_triton_grpo_loss(triton_results, name, reduce):
+    tensors, options = make_case(OPTIONS[name])
+
+    def formulas(dtype):
+        logits = tensors["logits"].to(dtype).requires_grad_()
+        logps = (logits[:, :-1] / TEMPERATURE).log_softmax(2).gather(2, tensors["ids"][..., None])[..., 0]
+        (loss, kl, clipped), total = dense(logps, tensors, options)
+        if reduce:
+            (gradient,) = torch.autograd.grad(total, logits)
+            tokens = tensors["mask"].sum()
+            values = [total, *([kl.sum() / tokens] if options["beta"] else []), clipped.sum() / tokens]
+        else:
+            (gradient,) = torch.autograd.grad(loss, logits, tensors["upstream"].to(dtype))
+            values = [loss, kl if options["beta"] else None, clipped]
+        return [*values, gradient]
+
+    for inplace in (False, True):
+        args, kwargs = triton_call(tensors, options, reduce)
+        args[0] = args[0].clone().requires_grad_()
+        logits = args[0] * 1
+        args[0] = logits
+        first, *rest = dropin.triton_grpo_loss(*args, inplace=inplace, **kwargs)
+        (gradient,) = torch.autograd.grad(first, logits, None if reduce else tensors["upstream"])
+        rest = rest[0] if reduce else rest
+        assert not any(x.requires_grad for x in rest if x is not None)
+        assert (gradient.data_ptr() == logits.data_ptr()) == inplace
+        check((first, *rest, gradient), triton_results[name, reduce], formulas(torch.float64), formulas(torch.float32))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "no mask"])
+def test_fused_linear_grpo_loss(name, biased):
+    """Both of our ways, the fused door and (with a bias, say) token_logps, against Liger's module."""
+    tensors, options = make_case(OPTIONS[name])
+    if biased:
+        tensors["old"] = None if tensors["old"] is None else tensors["old"] + 0.1
+
+    def values(logits_of, dtype):
+        inputs = [tensors[k].to(dtype).requires_grad_() for k in ("hidden", "weight", *(["bias"] if biased else []))]
+        total, metrics = logits_of(*inputs)
+        return [total, *metrics, *torch.autograd.grad(3 * total, inputs)]
+
+    def formulas(hidden, weight, bias=0):
+        logps = ((hidden @ weight.T + bias) / TEMPERATURE).log_softmax(2).gather(2, tensors["ids"][..., None])[..., 0]
+        (_, kl, clipped), total = dense(logps, tensors, options)
+        tokens = tensors["mask"].sum()
+        return total, [*([kl.sum() / tokens] if options["beta"] else []), clipped.sum() / tokens]
+
+    rest = dict(options)
+    call = {"vllm_is_ratio": tensors["vllm"], "num_items_in_batch": rest.pop("num_items_in_batch", None)}
+    mask, low, high = rest.pop("completion_mask"), rest.pop("eps_low"), rest.pop("eps_high")
+    rest |= {"epsilon_low": low, "epsilon_high": high, "temperature": TEMPERATURE, "max_completion_length": L}
+
+    def module(package):
+        loss = package.LigerFusedLinearGRPOLoss(**rest, compiled=False, use_ref_model=tensors["ref"] is not None)
+        order = tensors["ids"], mask, tensors["advantages"]
+        return lambda hidden, weight, bias=None: loss(
+            hidden, weight, *order, bias, tensors["ref"], tensors["old"], **call
+        )
+
+    check(
+        values(module(dropin), torch.float32),
+        values(module(liger), torch.float32),
+        values(formulas, torch.float64),
+        values(formulas, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_reference_is_scored_from_its_hidden_states(biased):
+    tensors, _ = make_case({})
+    g = torch.Generator().manual_seed(5)
+    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
+    ref = [torch.randn(shape, generator=g).requires_grad_() for shape in ((B, L, H), (V, H), (V,))][: 2 + biased]
+    results = [
+        package.LigerFusedLinearGRPOLoss(compiled=False)(*order, None, None, None, *ref) for package in (dropin, liger)
+    ]
+    torch.testing.assert_close(*results)
+    assert results[0][1][0] and not results[0][0].requires_grad
+    mixed = dropin.LigerFusedLinearGRPOLoss()(*order, None, None, None, ref[0].bfloat16(), *ref[1:])
+    torch.testing.assert_close(mixed, results[0], rtol=0.05, atol=0.01)
+
+
+def test_when_the_reference_is_unread():
+    """Without a reference model, where the KL is 0 and has no gradient, and without a beta."""
+    tensors, _ = make_case({})
+    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
+    nan = torch.full((B, L), torch.nan)
+    options = {"compiled": False, "use_ref_model": False}
+    results = [package.LigerFusedLinearGRPOLoss(**options)(*order, None, nan) for package in (dropin, liger)]
+    torch.testing.assert_close(*results)
+    assert results[0][1][0] == 0
+    loss, metrics = dropin.LigerFusedLinearGRPOLoss(beta=0.0)(*order, None, nan)
+    assert loss.isfinite() and len(metrics) == 1
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_nothing_scored(loss_type, biased):
+    """A loss of 0 that still has a gradient, of zeros."""
+    tensors, _ = make_case({})
+    hidden, mask = tensors["hidden"].requires_grad_(), torch.zeros(B, L)
+    order = tensors["weight"], tensors["ids"], mask, tensors["advantages"]
+    bias = tensors["bias"] if biased else None
+    loss, metrics = dropin.LigerFusedLinearGRPOLoss(loss_type=loss_type)(hidden, *order, bias, tensors["ref"])
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss == 0 and not any(metrics) and not gradient.any()
+    logits = tensors["logits"].requires_grad_()
+    loss, metrics = dropin.triton_grpo_loss(
+        logits, None, tensors["ref"], *order[1::2], mask, loss_type=loss_type, reduce=True, inplace=False
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 0 and not any(metrics) and not gradient.any()
+
+
+@pytest.mark.parametrize("items", [None, 40])
+def test_the_denominator_of_several_ranks(items, monkeypatch):
+    """dapo divides by the tokens of all ranks over their number, in Liger and here."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.add_(7))
+    tensors, _ = make_case({})
+    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
+    losses = [
+        package.LigerFusedLinearGRPOLoss(compiled=False, beta=0.0, use_ref_model=False)(
+            *order, old_per_token_logps=tensors["old"], num_items_in_batch=items
+        )[0]
+        for package in (dropin, liger)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_frozen_heads_and_half_precision(biased):
+    tensors, _ = make_case({})
+    hidden = tensors["hidden"].bfloat16().requires_grad_()
+    loss, (kl, clipped) = dropin.LigerFusedLinearGRPOLoss()(
+        hidden, tensors["weight"], tensors["ids"], tensors["mask"], tensors["advantages"],
+        tensors["bias"] if biased else None, tensors["ref"], tensors["old"],
+    )  # fmt: skip
+    loss.backward()
+    assert loss.dtype == kl.dtype == clipped.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
+    assert torch.equal(hidden.grad.any(2), tensors["mask"].bool() & hidden.grad.any(2))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_what_is_not_scored_may_be_anything(level):
+    """Padding may hold NaN, infinities and ids out of range: no loss and no gradient comes from it."""
+    tensors, options = make_case({"loss_type": "grpo", "importance_sampling_level": level, "vllm": (B, L)})
+    args, kwargs = triton_call(tensors, options, True)
+
+    def run(args):
+        logits = args[0].clone().requires_grad_()
+        loss, metrics = dropin.triton_grpo_loss(logits, *args[1:], inplace=False, **kwargs)
+        return loss, *metrics, *torch.autograd.grad(loss, logits)
+
+    want = run(args)
+    dead = tensors["mask"] == 0
+    args[0] = args[0].clone()
+    args[0][:, :-1][dead], args[0][:, -1] = torch.nan, torch.nan
+    kwargs["vllm_is_ratio"] = kwargs["vllm_is_ratio"].masked_fill(dead, torch.nan)
+    args[1], args[2], args[3] = (x.masked_fill(dead, y) for x, y in zip(args[1:4], (torch.nan, torch.inf, -100)))
+    for got, expected in zip(run(args), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_no_copy_of_the_logits_is_made(monkeypatch):
+    seen = []
+    forward = chunks.LogitRows.__init__
+    monkeypatch.setattr(
+        chunks.LogitRows,
+        "__init__",
+        lambda self, logits, *a, **k: seen.append(logits) or forward(self, logits, *a, **k),
+    )
+    tensors, options = make_case({})
+    args, kwargs = triton_call(tensors, options, True)
+    logits = args[0].requires_grad_() * 1
+    dropin.triton_grpo_loss(logits, *args[1:], **kwargs)[0].backward()
+    assert len(seen) == 2 and {x.data_ptr() for x in seen} == {logits.data_ptr()}
+
+
+def test_signatures():
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    pairs = [(dropin.triton_grpo_loss, triton_grpo_loss)]
+    modules = (dropin.LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss)
+    pairs += [[getattr(module, name) for module in modules] for name in ("__init__", "forward")]
+    for mine, their in pairs:
+        mine, their = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (mine, their)
+        )
+        assert mine == their
+
+
+def test_what_is_refused():
+    tensors, options = make_case({})
+    args, kwargs = triton_call(tensors, options, False)
+
+    def triton(*change, **more):
+        changed = [value if i != change[0] else change[1] for i, value in enumerate(args)] if change else args
+        return dropin.triton_grpo_loss(*changed, **kwargs | more)
+
+    fused = dropin.LigerFusedLinearGRPOLoss
+    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
+    refused = [
+        (f"loss_type is '{name}'; here it is one of grpo, bnpo, dapo, dr_grpo, cispo. Call liger_kernel's own", call)
+        for name in ("sapo", "luspo", "vespo")
+        for call in (lambda name=name: triton(loss_type=name), lambda name=name: fused(loss_type=name))
+    ]
+    for message, call in (
+        *refused,
+        ("importance_sampling_level is 'word'", lambda: triton(importance_sampling_level="word")),
+        ("'cispo' takes 'token' only", lambda: fused(loss_type="cispo", importance_sampling_level="sequence")),
+        ("'cispo' has no unclipped ratio", lambda: fused(loss_type="cispo", delta=2.0)),
+        ("delta is 1.25; the bound of the unclipped ratio must exceed 1.25", lambda: triton(delta=1.25)),
+        ("delta is 0.0; the bound", lambda: fused(delta=0.0)),
+        (r"logits has shape \(3, 5, 37\); it must be \(3, 6, any\)", lambda: triton(0, args[0][:, :-1])),
+        (r"old_logp has shape \(3, 4\)", lambda: triton(1, args[1][:, :-1])),
+        ("ref_logp is None and beta is 0.04", lambda: triton(2, None)),
+        (r"the mask has shape \(3, 4\)", lambda: triton(completion_mask=torch.ones(3, 4))),
+        (r"vllm_is_ratio has shape \(5,\); it must be \(3, 5\), \(3, 1\)", lambda: triton(vllm_is_ratio=torch.ones(5))),
+        ("max_completion_length is None; 'dr_grpo'", lambda: fused(loss_type="dr_grpo")),
+        ("pass ref_per_token_logps or ref_input", lambda: fused()(*order)),
+        ("ref_weight is None", lambda: fused()(*order, ref_input=tensors["hidden"])),
+        ("epsilon is 1.5", lambda: fused(epsilon_low=1.5, use_ref_model=False)(*order)),
+        (r"_input has shape \(3, 4, 6\)", lambda: fused(use_ref_model=False)(tensors["hidden"][:, 1:], *order[1:])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

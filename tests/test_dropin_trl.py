@@ -1,0 +1,398 @@
+"""boxgrpo.kernels.dropin's TRL signatures against TRL itself and the formulas in fp64; a GRPOTrainer runs on them."""
+
+import inspect
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from boxgrpo.kernels import chunks, dropin
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+utils = pytest.importorskip("trl.trainer.utils")
+
+N, V, H = 11, 29, 7
+TOLERANCE = 4e-6  # of the largest true value, beside the error of the formulas in fp32
+NAMES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+HEADS = {
+    "plain": {},
+    "scaled": {"scale": 0.5},
+    "negative": {"scale": -1.5},
+    "zero": {"scale": 0.0},
+    "capped": {"softcap": 3.0},
+    "biased": {"bias": True},
+    "all": {"bias": True, "softcap": 3.0, "scale": 1.5},
+}
+
+
+def make_head(bias=False, **_):
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=g) for shape in ((N, H), (V, H), (V,))]
+    return tensors if bias else [*tensors[:2], None], torch.randint(V, (N,), generator=g)
+
+
+def dense(inputs, targets, softcap=None, scale=1.0, temperature=1.0, **_):
+    hidden, weight, bias = inputs
+    z = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    logps = z.log_softmax(1)
+    chosen = logps.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(logps.exp() * logps).sum(1)
+    return chosen, entropy, logps.exp().square().sum(1).log(), z.mean(1), z.argmax(1) == targets
+
+
+def with_gradients(call, inputs, dtype, entropy=True):
+    """The outputs of call(inputs) and the gradients of an uneven sum of logps and entropy."""
+    inputs = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+    outputs = call(inputs)
+    total = (outputs[0] * torch.linspace(-1, 2, N, dtype=dtype).roll(3)).sum()
+    if entropy:
+        total = total + (outputs[1] * torch.linspace(2, -1, N, dtype=dtype)).sum()
+    gradients = torch.autograd.grad(total, [x for x in inputs if x is not None])
+    return [x.detach() for x in (*outputs, *gradients) if x is not None]
+
+
+def check(ours, theirs, truth, eager):
+    """The error rule, value by value; and theirs is the same function."""
+    for mine, their, true, fp32 in zip(ours, theirs, truth, eager, strict=True):
+        assert mine.shape == their.shape == true.shape and mine.dtype == their.dtype
+        if mine.dtype == torch.bool:
+            assert torch.equal(mine, true) and torch.equal(their, true)
+            continue
+        assert mine.dtype == torch.float32
+        scale = max(float(true.abs().max()), 1e-3)
+        torch.testing.assert_close(their.double(), true, rtol=1e-4, atol=1e-5 * scale)
+        errors = [float((x.double() - true).abs().max()) for x in (mine, fp32)]
+        assert errors[0] <= errors[1] + TOLERANCE * scale, errors
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+@pytest.mark.parametrize("outputs", ["default", ("log_probs", "entropy"), ("log_probs",)])
+@pytest.mark.parametrize("head", HEADS)
+def test_chunked_log_prob_function(head, outputs, chunk, monkeypatch):
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
+    options = {"temperature": 0.7, "softcap": None, "scale": 1.0} | HEADS[head]
+    inputs, targets = make_head(**options)
+    wanted = NAMES if outputs == "default" else outputs
+
+    def call(function):
+        rest = () if outputs == "default" else (outputs,)
+        order = targets, options["temperature"], 8, options["softcap"], options["scale"], *rest
+        found = {}
+
+        def run(inputs):
+            found["outputs"] = function(*inputs, *order)
+            return found["outputs"]
+
+        values = with_gradients(run, inputs, torch.float32, entropy="entropy" in wanted)
+        assert [x is not None for x in found["outputs"]] == [name in wanted for name in NAMES]
+        assert not any(x.requires_grad for x in found["outputs"][2:] if x is not None)
+        return values
+
+    def formulas(dtype):
+        def run(inputs):
+            found = dense(inputs, targets, **options)
+            return [x for x, name in zip(found, NAMES, strict=True) if name in wanted]
+
+        return with_gradients(run, inputs, dtype, entropy="entropy" in wanted)
+
+    check(
+        call(dropin.ChunkedLogProbFunction.apply),
+        call(utils._ChunkedLogProbFunction.apply),
+        formulas(torch.float64),
+        formulas(torch.float32),
+    )
+
+
+@pytest.mark.parametrize("head", ["plain", "all"])
+def test_only_the_wanted_gradients(head):
+    inputs, targets = make_head(**HEADS[head])
+    cap = HEADS[head].get("softcap")
+    hidden = inputs[0].requires_grad_()
+    logps, *_ = dropin.ChunkedLogProbFunction.apply(hidden, *inputs[1:], targets, 1.0, 8, cap)
+    assert torch.autograd.grad(logps.sum(), hidden)[0].any()
+    with torch.no_grad():
+        logps, *_ = dropin.ChunkedLogProbFunction.apply(hidden, *inputs[1:], targets, 1.0, 8, cap)
+    assert not logps.requires_grad
+
+
+@pytest.mark.parametrize("head", ["plain", "all"])
+def test_gradcheck(head):
+    options = {"softcap": None, "scale": 1.0} | HEADS[head]
+    inputs, targets = make_head(**options)
+    inputs = [x.double().requires_grad_() for x in inputs if x is not None]
+
+    def call(hidden, weight, bias=None):
+        order = targets, 0.7, 8, options["softcap"], options["scale"]
+        return dropin.ChunkedLogProbFunction.apply(hidden, weight, bias, *order)[:2]
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("head", ["plain", "all"])
+def test_dtypes_are_reconciled_as_trl_does(head):
+    """Under autocast both take its dtype; else the head takes that of the hidden states. Gradients keep their own."""
+    inputs, targets = make_head(**HEADS[head])
+    inputs = [None if x is None else x.requires_grad_() for x in inputs]
+    given = [x for x in inputs if x is not None]
+
+    def call(hidden, weight, *rest):
+        logps, *_ = dropin.ChunkedLogProbFunction.apply(hidden, weight, *rest, targets, 1.0, 8, None, 1.0, ())
+        return logps
+
+    half = [x if x is None else x.detach().bfloat16() for x in inputs]
+    want = call(*half[:2], inputs[2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call(*inputs)
+    mixed = call(half[0], *inputs[1:])
+    for logps in (inside, mixed):
+        assert torch.equal(logps, want) and logps.dtype == torch.float32
+    assert [x.dtype for x in torch.autograd.grad(inside.sum(), given)] == [torch.float32] * len(given)
+
+
+@pytest.mark.parametrize("head", ["plain", "all"])
+def test_no_rows(head):
+    """TRL scores no position of a micro-batch whose labels are all masked."""
+    inputs, targets = make_head(**HEADS[head])
+    weight = inputs[1].requires_grad_()
+    outputs = dropin.ChunkedLogProbFunction.apply(inputs[0][:0], weight, inputs[2], targets[:0], 1.0, 8)
+    assert [x.shape for x in outputs] == [(0,)] * 5
+    (outputs[0].sum() + outputs[1].sum()).backward()
+    assert weight.grad.shape == weight.shape and not weight.grad.any()
+
+
+def test_no_head_makes_the_logits():
+    """Forward and backward of a biased, capped head hold some chunks of logits at once, and no (N, V)."""
+    n, v, h = 1024, 32768, 4
+    hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
+    bias, targets = torch.randn(v, requires_grad=True), torch.arange(n)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        logps, entropy, *_ = dropin.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 8, 3.0)
+        (logps.sum() + entropy.sum()).backward()
+    assert weight.grad.any()
+    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 2 * 128 * v * 4
+
+
+@pytest.mark.parametrize("head", ["plain", "biased"])
+def test_a_head_that_zero_3_takes_away_after_the_call(head):
+    """DeepSpeed marks a partitioned parameter with ds_id, gathers it for the call, and empties it behind it."""
+    inputs, targets = make_head(**HEADS[head])
+    parameters = [torch.nn.Parameter(x.clone()) for x in inputs[1:] if x is not None]
+    for parameter in parameters:
+        parameter.ds_id = 0
+
+    def gradient(empty):
+        hidden = inputs[0].clone().requires_grad_()
+        weight, bias = (*parameters, None)[:2]
+        logps, *_ = dropin.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 8)
+        whole = [parameter.data for parameter in parameters]
+        if empty:
+            for parameter in parameters:
+                parameter.data = torch.empty(0)
+        (found,) = torch.autograd.grad(logps.sum(), hidden)
+        for parameter, data in zip(parameters, whole, strict=True):
+            parameter.data = data
+        return found
+
+    torch.testing.assert_close(gradient(empty=True), gradient(empty=False))
+
+
+SHAPES = {"rows": (N,), "batch": (2, N), "deep": (2, 3, 4)}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("several", [(), (1,), (3,)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selective_log_softmax(shape, several, masked):
+    shape = SHAPES[shape]
+    g = torch.Generator().manual_seed(0)
+    logits, index = torch.randn(*shape, V, generator=g), torch.randint(V, (*shape, *several), generator=g)
+    mask = torch.rand(index.shape, generator=g) < 0.6 if masked else None
+    upstream = torch.randn(index.shape, generator=g)
+
+    def values(call, dtype):
+        leaf = logits.to(dtype).requires_grad_()
+        logps = call(leaf)
+        return [logps.detach(), *torch.autograd.grad(logps, leaf, upstream.to(logps.dtype))]
+
+    def formulas(leaf):
+        logps = (leaf / 0.7).log_softmax(-1).gather(-1, index if several else index[..., None])
+        logps = logps.view(index.shape)
+        return logps if mask is None else logps.masked_fill(~mask, 0)
+
+    check(
+        values(lambda leaf: dropin.selective_log_softmax(leaf, index, 0.7, mask), torch.float32),
+        values(lambda leaf: utils.selective_log_softmax(leaf, index, 0.7, mask), torch.float32),
+        values(formulas, torch.float64),
+        values(formulas, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selective_log_softmax_and_entropy(shape, entropy_requires_grad, masked):
+    shape = SHAPES[shape]
+    g = torch.Generator().manual_seed(0)
+    logits, index = torch.randn(*shape, V, generator=g), torch.randint(V, shape, generator=g)
+    mask = (torch.rand(shape, generator=g) < 0.6).long() if masked else None
+
+    def values(call, dtype):
+        leaf = logits.to(dtype).requires_grad_()
+        logps, entropy = call(leaf)
+        assert entropy.requires_grad == entropy_requires_grad
+        (gradient,) = torch.autograd.grad((logps * logps.detach() + 2 * entropy).sum(), leaf)
+        return [logps.detach(), entropy.detach(), gradient]
+
+    def formulas(leaf):
+        logps = (leaf / 0.7).log_softmax(-1)
+        entropy = -(logps.exp() * logps).sum(-1)
+        logps = logps.gather(-1, index[..., None]).squeeze(-1)
+        kept = 1 if mask is None else mask.to(leaf.dtype)
+        return logps * kept, (entropy if entropy_requires_grad else entropy.detach()) * kept
+
+    order = index, entropy_requires_grad, 0.7, mask
+    check(
+        values(lambda leaf: dropin.selective_log_softmax_and_entropy(leaf, *order), torch.float32),
+        values(lambda leaf: utils.selective_log_softmax_and_entropy(leaf, *order), torch.float32),
+        values(formulas, torch.float64),
+        values(formulas, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("several", [(), (2,)])
+def test_a_masked_row_may_hold_anything(several):
+    """Its logits may be NaN and its id -100, as TRL's kernel has it: result and gradient are 0."""
+    g = torch.Generator().manual_seed(0)
+    logits, index = torch.randn(3, 4, V, generator=g), torch.randint(V, (3, 4, *several), generator=g)
+    mask = torch.ones_like(index)
+    logits[1, 2], index[1, 2], mask[1, 2] = torch.nan, -100, 0
+    logits.requires_grad_()
+    logps, entropy = dropin.selective_log_softmax_and_entropy(logits, index, row_mask=mask)
+    assert not logps[1, 2].any() and entropy[1, 2] == 0
+    (gradient,) = torch.autograd.grad(logps.sum() + entropy.sum(), logits)
+    assert gradient.isfinite().all() and not gradient[1, 2].any()
+
+
+def test_results_of_half_precision_are_fp32():
+    """As of TRL's Triton kernel. A logit of -inf is a probability of 0, also among several ids."""
+    logits = torch.randn(4, V, dtype=torch.bfloat16)
+    logits[:, 3] = -torch.inf
+    index = torch.tensor([[0, 3]] * 4)
+    logps = dropin.selective_log_softmax(logits, index, 0.7)
+    want = (logits.double() / 0.7).log_softmax(1).gather(1, index)
+    torch.testing.assert_close(logps, want.float())
+    assert dropin.selective_log_softmax(logits.requires_grad_(), index[:, 0].int()).dtype == torch.float32
+
+
+def test_signatures():
+    mine = inspect.signature(dropin._ChunkedLogProbFunction.apply).parameters.values()
+    _, *their = inspect.signature(utils._ChunkedLogProbFunction.forward).parameters.values()
+    pairs = [(mine, their)]
+    for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
+        pairs.append([inspect.signature(getattr(package, name)).parameters.values() for package in (dropin, utils)])
+    for pair in pairs:
+        mine, their = ([(p.name, p.kind, p.default) for p in parameters] for parameters in pair)
+        assert mine == their
+
+
+def test_what_is_refused():
+    (hidden, weight, bias), targets = make_head(bias=True)
+    head, select = dropin.ChunkedLogProbFunction.apply, dropin.selective_log_softmax
+    logits, index = torch.randn(3, 4, V), torch.zeros(3, 4, dtype=torch.int64)
+    for message, call in (
+        (
+            "outputs holds 'logits'; it may hold",
+            lambda: head(hidden, weight, None, targets, 1.0, 8, None, 1.0, ("logits",)),
+        ),
+        ("temperature is 0", lambda: head(hidden, weight, None, targets, 0, 8)),
+        ("temperature is 0", lambda: head(hidden, weight, bias, targets, 0, 8)),
+        ("the soft cap of the logits is 0", lambda: head(hidden, weight, None, targets, 1.0, 8, 0.0)),
+        (r"bias has shape \(28,\); it must be \(29\)", lambda: head(hidden, weight, bias[1:], targets, 1.0, 8)),
+        (r"weight has shape \(29, 7\); it must be", lambda: head(hidden[:, 1:], weight, bias, targets, 1.0, 8)),
+        (r"targets has shape \(10,\)", lambda: head(hidden, weight, bias, targets[1:], 1.0, 8)),
+        (r"index has shape \(3, 3\); it must be \(3, 4\)", lambda: select(logits, index[:, 1:])),
+        (r"row_mask has shape \(3, 3\); it must be", lambda: select(logits, index, row_mask=index[:, 1:])),
+        ("temperature is -1", lambda: select(logits, index, -1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class Ours:
+    """Counts our calls; with `sign` -1 the values are ours and their gradients are broken."""
+
+    def __init__(self, sign=1):
+        self.calls, self.sign = 0, sign
+
+    def apply(self, *args):
+        self.calls += 1
+        logps, *rest = dropin.ChunkedLogProbFunction.apply(*args)
+        return logps.detach() + self.sign * (logps - logps.detach()), *rest
+
+
+@pytest.fixture(scope="module")
+def train(newborn, tmp_path_factory):
+    """train(function): what three steps of a GRPOTrainer with images log, with TRL's own function or another."""
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import AutoTokenizer, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class ImageProcessor(Qwen2VLProcessor):
+        """Without the video processor, which needs torchvision."""
+
+        def __init__(self, image_processor, tokenizer):
+            super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+    processor = ImageProcessor(
+        Qwen2VLImageProcessorPil.from_pretrained(newborn), AutoTokenizer.from_pretrained(newborn)
+    )
+    images = [Image.new("RGB", (56, 56), color) for color in ("red", "blue", "green", "white")]
+    prompt = [{"role": "user", "content": "Where is it?"}]
+    data = Dataset.from_list([{"prompt": prompt, "image": image} for image in images])
+    seen = []
+
+    def run(function=None):
+        with pytest.MonkeyPatch.context() as patch:
+            if function is not None:
+                patch.setattr(utils, "_ChunkedLogProbFunction", function)
+            trainer = trl.GRPOTrainer(
+                str(newborn),
+                lambda completions, **_: [float(len(completion[0]["content"])) for completion in completions],
+                trl.GRPOConfig(
+                    output_dir=str(tmp_path_factory.mktemp("trl")),
+                    max_steps=3,
+                    num_iterations=2,  # the second step's ratios are not 1
+                    per_device_train_batch_size=4,
+                    num_generations=4,
+                    max_completion_length=8,
+                    beta=0.04,
+                    learning_rate=1e-3,
+                    logging_steps=1,
+                    report_to=[],
+                    save_strategy="no",
+                    use_cpu=True,
+                    bf16=False,
+                    disable_tqdm=True,
+                ),
+                train_dataset=data,
+                processing_class=processor,
+            )
+            trainer.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+            trainer.train()
+        assert seen
+        names = ("loss", "grad_norm", "kl", "entropy")
+        return torch.tensor([[step[name] for name in names] for step in trainer.state.log_history if "loss" in step])
+
+    return run
+
+
+def test_grpo_trainer_runs_on_ours(train):
+    """Losses, gradient norms, KL and entropy of three steps are its own; with our gradient broken they move."""
+    want, ours, broken = train(), Ours(), Ours(sign=-1)
+    got, moved = train(ours), train(broken)
+    assert want.shape == (3, 4) and ours.calls > 0 and broken.calls > 0
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moved[0, 2:], got[0, 2:])
+    assert (moved - want)[1:, 0].abs().max() > 0.05, (moved, want)

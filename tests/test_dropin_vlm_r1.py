@@ -1,0 +1,82 @@
+"""boxgrpo.kernels.dropin's reward functions, as the trainers of VLM-R1 and UniVG-R1 call them."""
+
+import inspect
+
+import pytest
+import torch
+
+from boxgrpo.kernels import dropin
+
+GOLD = [0, 0, 500, 500]
+ANSWERS = {  # text: (IoU, format) as a thinking answer, and as a bare box
+    "<think>Here.</think><answer>(0, 0), (500, 500)</answer>": ((1.0, 1.0), (1.0, 1.0)),
+    "<think>Here.</think>\n<answer>(0,0), (500, 250)</answer>": ((0.5, 1.0), (0.5, 1.0)),
+    "<think>Here.</think><answer> (250, 0), (500, 500) </answer>": ((0.5, 0.0), (0.5, 1.0)),
+    "<answer>(0, 0), (500, 500)</answer>": ((1.0, 0.0), (1.0, 1.0)),
+    "(0, 0), (500, 500)": ((0.0, 0.0), (1.0, 1.0)),
+    "<think>é, 框</think><answer>(600, 600), (900, 900)</answer>": ((0.0, 1.0), (0.0, 1.0)),
+    "<think>Here.</think><answer>(500, 500), (0, 0)</answer>": ((0.0, 1.0), (0.0, 1.0)),
+    "nothing": ((0.0, 0.0), (0.0, 0.0)),
+    "": ((0.0, 0.0), (0.0, 0.0)),
+    "\ud800<answer>(0, 0), (500, 500)</answer>": ((1.0, 0.0), (1.0, 1.0)),  # what no encoding writes
+}
+COMPLETIONS = [[{"role": "assistant", "content": text}] for text in ANSWERS]
+SOLUTION = [GOLD] * len(ANSWERS)
+COCO = [["dataset/coco/train2014/COCO_1.jpg"]] * len(ANSWERS)
+
+
+@pytest.mark.parametrize(
+    "columns, bare",
+    [
+        ({}, False),
+        ({"answer_format": "box"}, True),
+        ({"answer_format": ["box"] * len(ANSWERS)}, True),
+        ({"single_img_with_cot": False, "image_path": COCO}, True),
+        ({"single_img_with_cot": True, "image_path": COCO}, False),
+        ({"single_img_with_cot": False, "image_path": [["a.jpg", "b.jpg"], None] * (len(ANSWERS) // 2)}, False),
+        ({"prompts": COMPLETIONS, "image_path": COCO, "trainer_state": None}, False),
+    ],
+    ids=["default", "box", "each box", "COCO", "COCO with thinking", "other images", "other columns"],
+)
+def test_rewards(columns, bare):
+    want = [values[bare] for values in ANSWERS.values()]
+    accuracy = dropin.iou_reward(COMPLETIONS, SOLUTION, **columns)
+    form = dropin.format_reward_rec(COMPLETIONS, solution=SOLUTION, **columns)
+    assert list(zip(accuracy, form, strict=True)) == want
+    assert all(type(value) is float for value in [*accuracy, *form])
+
+
+def test_each_example_has_its_own_format():
+    paths = [COCO[0], ["other.jpg"]]
+    pair = [COMPLETIONS[4]] * 2
+    for columns in ({"single_img_with_cot": False, "image_path": paths}, {"answer_format": ["box", "think"]}):
+        assert dropin.iou_reward(pair, [GOLD] * 2, **columns) == [1.0, 0.0]
+        assert dropin.format_reward_rec(pair, **columns) == [1.0, 0.0]
+
+
+def test_boxes_in_any_container_and_none_at_all():
+    for solution in (torch.tensor(SOLUTION), [tuple(map(float, GOLD))] * len(ANSWERS)):
+        assert dropin.iou_reward(COMPLETIONS, solution)[0] == 1.0
+    assert dropin.iou_reward([], []) == [] and dropin.format_reward_rec([]) == []
+
+
+def test_what_is_refused():
+    one = COMPLETIONS[:1]
+    for message, call in (
+        ("solution holds no 1 boxes", lambda: dropin.iou_reward(one, ["<answer>[0, 0, 5, 5]</answer>"])),
+        ("solution holds no 1 boxes", lambda: dropin.iou_reward(one, [GOLD, GOLD])),
+        (
+            "answer_format is 'boxes'; it is 'think' or 'box'",
+            lambda: dropin.iou_reward(one, [GOLD], answer_format="boxes"),
+        ),
+        (r"answer_format has shape \(2,\)", lambda: dropin.format_reward_rec(one, answer_format=["box", "box"])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_signatures():
+    assert str(inspect.signature(dropin.iou_reward)).startswith(
+        "(completions: list[list[dict]], solution: list, **kwargs)"
+    )
+    assert str(inspect.signature(dropin.format_reward_rec)).startswith("(completions: list[list[dict]], **kwargs)")
