@@ -14,11 +14,12 @@ setup(
     python_requires=">=3.11",
     package_dir={
         "boxgrpo.kernels": "kernels",
+        "boxgrpo.kernels.dropin": "kernels/dropin",
         "boxgrpo.model": "model",
         "boxgrpo.trainer": "trainer",
         "boxgrpo.bench": "bench",
     },
-    packages=["boxgrpo.kernels", "boxgrpo.model", "boxgrpo.trainer", "boxgrpo.bench"],
+    packages=["boxgrpo.kernels", "boxgrpo.kernels.dropin", "boxgrpo.model", "boxgrpo.trainer", "boxgrpo.bench"],
     package_data={"boxgrpo.trainer": ["recipes/*.yaml"]},
     install_requires=[
         "torch>=2.11",
@@ -35,7 +36,14 @@ setup(
         "nvtx>=0.2.10",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "trl>=1.16",
+            "liger-kernel>=0.8",
+        ],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
         "deepspeed": ["deepspeed>=0.19"],
     },
