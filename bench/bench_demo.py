@@ -4,23 +4,15 @@ python bench/bench_demo.py     half an hour on two CPU cores; writes bench/resul
 """
 
 import json
-import os
-import platform
-import re
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
 from PIL import Image
 
+from boxgrpo.bench.machine import folder, machine
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.options import option, parse
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
@@ -31,33 +23,17 @@ class BenchDemoOptions:
     output_dir: str = option("out/seeds", "Folder for the runs.")
 
 
-def machine() -> dict[str, str]:
-    """What a figure must be read with."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"model name\s*: (.*)", listed)
-    revision = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    return {
-        "device": gpu or f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "revision": subprocess.run(revision, capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 STAGES = {"before": "sft", "after": "grpo", "continued_sft": "continued_sft"}
 
 
-def habits(folder: Path) -> dict[str, dict[str, float]]:
+def habits(run: Path) -> dict[str, dict[str, float]]:
     """Of each stage's held-out answers the share that leaves a margin, and Acc@0.5 of the rest.
 
     At level 0 the demo's exact boxes stand on quarters of the image; only a margin ends on an odd eighth.
     """
     found = {}
-    for stage, run_name in STAGES.items():
-        answers = json.loads((folder / f"eval_{run_name}/results.json").read_text())["answers"]
+    for stage, name in STAGES.items():
+        answers = json.loads((run / f"eval_{name}/results.json").read_text())["answers"]
         rest = [a["iou"] > 0.5 for a in answers if not any(v % 250 for v in a["box"] or ())]
         found[stage] = {"margin": 1 - len(rest) / len(answers), "rest_accuracy_at_0.5": sum(rest) / max(1, len(rest))}
     return found
@@ -92,24 +68,23 @@ def run(options: BenchDemoOptions) -> dict:
     described = machine()  # before hours pass and the tree moves on
     runs = []
     for seed in map(int, options.seeds.split(",")):
-        folder = Path(options.output_dir) / str(seed)
-        summary = demo.run(demo.DemoOptions(output_dir=str(folder), seed=seed, continued_sft=True))
-        runs.append(summary | {"habits": habits(folder)})
+        path = Path(options.output_dir) / str(seed)
+        summary = demo.run(demo.DemoOptions(output_dir=str(path), seed=seed, continued_sft=True))
+        runs.append(summary | {"habits": habits(path)})
     return {"machine": described, "runs": runs}
 
 
-def keep(result: dict, options: BenchDemoOptions, folder: Path) -> None:
+def keep(result: dict, options: BenchDemoOptions, into: Path) -> None:
     """What the README shows: the figures, and the first seed's pictures in a palette."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    (into / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     pictures = Image.open(f"{options.output_dir}/{result['runs'][0]['seed']}/pictures.png")
-    pictures.quantize(128).save(folder / "demo.png", optimize=True)
+    pictures.quantize(128).save(into / "demo.png", optimize=True)
 
 
 def main(args: list[str] | None = None) -> None:
     options = parse(BenchDemoOptions, args, prog="bench_demo.py")
     result = run(options)
-    keep(result, options, RESULTS / ("cuda" if torch.cuda.is_available() else "cpu"))
+    keep(result, options, folder())
     print("\n" + table(result))
 
 

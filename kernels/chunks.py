@@ -1,10 +1,10 @@
 """The vocabulary sweep under every head and logits door: rows in chunks, so that no (N, V) tensor of logits is made.
 
-A source yields fp32 (fp64 for fp64 inputs) rows of logits / temperature and takes back the gradient of those rows.
+A source gives fp32 (fp64 for fp64 inputs) rows of logits / temperature and takes back the gradient of those rows.
 `HeadRows` multiplies hidden states by the head; `LogitRows` reads logits that already exist.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ LOGIT_FLOOR = -1e30  # stands for a logit of -inf, so that p * log p is 0 and no
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, at_least: int) -> int:
-    """Rows of one chunk. On a CPU 2 MiB stay in the cache; `at_least` rows are worth leaving it, up to 64 MiB."""
+    """Rows of one chunk. On a CPU 2 MiB stay in the cache; `at_least` rows are worth leaving it, up to 56 MiB."""
     row = max(vocabulary, 1) * dtype.itemsize
     if device.type != "cpu":
         return max(512 * MIB // row, 1)
-    return max(min(max(2 * MIB // row, at_least), 64 * MIB // row), 1)
+    return max(min(max(2 * MIB // row, at_least), 56 * MIB // row), 1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -31,16 +31,20 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Two chunk-sized buffers, reused: fresh ones would be paged in anew for every chunk."""
+    """Rows in chunks, and a chunk in blocks that stay in a CPU's cache through all that is done to a logit."""
 
     def __init__(self, n: int, vocabulary: int, like: Tensor, temperature: float, at_least: int):
         self.n, self.temperature, self.dtype = n, temperature, accumulation_dtype(like)
-        self.step = chunk_rows(vocabulary, self.dtype, like.device, at_least=at_least)
+        chunks = -(-n // chunk_rows(vocabulary, self.dtype, like.device, at_least=at_least))
+        self.step = -(-n // max(chunks, 1)) or 1  # all but the last alike
         self.on_cpu = like.device.type == "cpu"
-        self.scratch = torch.empty(2, min(self.step, n), vocabulary, dtype=self.dtype, device=like.device)
+        self.block = min(self.step, chunk_rows(vocabulary, self.dtype, like.device, at_least=4))
+        # Buffers are made once: fresh ones would be paged in anew for every chunk.
+        self.chunk = torch.empty(min(self.step, n), vocabulary, dtype=self.dtype, device=like.device)
+        self.spare = torch.empty(min(self.block, n), vocabulary, dtype=self.dtype, device=like.device)
 
     def new(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.scratch.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.chunk.device)
 
     def chunks(self, live: Tensor | None = None) -> list:
         """Row selections that cover all rows, or only those where `live` (N) bool is set. At least one chunk."""
@@ -51,13 +55,16 @@ class _Rows:
                 return list(rows.split(self.step))
         return [slice(at, min(at + self.step, self.n)) for at in range(0, max(self.n, 1), self.step)]
 
-    def log_softmax(self, rows) -> Tensor:
+    def blocks(self, rows) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """Makes the logits of a chunk; (row selection, those logits) for each of its blocks."""
         logits = self.logits(rows)
-        return torch.log_softmax(logits, 1, out=self.scratch[1, : logits.shape[0]])
+        for at in range(0, max(logits.shape[0], 1), self.block):
+            end = min(at + self.block, logits.shape[0])
+            selected = slice(rows.start + at, rows.start + end) if isinstance(rows, slice) else rows[at:end]
+            yield selected, logits[at:end]
 
-    def room(self, rows, n: int) -> Tensor:
-        """(n, V) for the gradient of the n `rows`. Their logits are gone once it is written to."""
-        return self.scratch[0, :n]
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits, 1, out=self.spare[: logits.shape[0]])
 
 
 class HeadRows(_Rows):
@@ -74,16 +81,29 @@ class HeadRows(_Rows):
 
     def logits(self, rows) -> Tensor:
         hidden = self.hidden[rows]
-        logits = _product(hidden, self.weight.t(), self.scratch[0, : hidden.shape[0]])
+        logits = _product(hidden, self.weight.t(), self.chunk[: hidden.shape[0]])
         return logits if self.temperature == 1.0 else logits.mul_(1 / self.temperature)
 
-    def accept(self, rows, dlogits: Tensor, live: Tensor) -> None:
-        """Push dlogits (n, V) of `rows` through the head. Rows whose `live` (n) is zero carry no gradient: dropped."""
+    def room(self, rows, logits: Tensor) -> Tensor:
+        """Where the gradient of a block goes: in the place of its logits, until `accept` takes the whole chunk."""
+        return logits
+
+    def keep(self, rows, dlogits: Tensor) -> None:
+        pass
+
+    def accept(self, rows, live: Tensor, dlogits: Tensor | None = None) -> None:
+        """Push a chunk's dlogits (n, V), those in its place by default, through the head.
+
+        Rows whose `live` (n) is zero carry no gradient and are dropped first; dlogits is overwritten by that.
+        """
+        dlogits = self.chunk[: live.shape[0]] if dlogits is None else dlogits
         if self.on_cpu and isinstance(rows, slice):
             kept = live.nonzero().squeeze(1)
             if kept.numel() < live.numel():
-                dlogits = torch.index_select(dlogits, 0, kept, out=self.scratch[1, : kept.numel()])
-                rows = kept + rows.start
+                for to, at in enumerate(kept.tolist()):
+                    if to < at:
+                        dlogits[to] = dlogits[at]
+                dlogits, rows = dlogits[: kept.numel()], kept + rows.start
         dlogits = dlogits.to(self.weight.dtype)
         hidden = self.hidden[rows]
         if self.dhidden is not None:
@@ -114,7 +134,7 @@ class LogitRows(_Rows):
 
     def logits(self, rows) -> Tensor:
         source = self.source[rows]
-        logits = self.scratch[0, : source.shape[0]].copy_(source)
+        logits = self.chunk[: source.shape[0]].copy_(source)
         if self.temperature != 1.0:
             logits.mul_(1 / self.temperature)
         return logits.clamp_(min=LOGIT_FLOOR)
@@ -122,12 +142,15 @@ class LogitRows(_Rows):
     def chunks(self, live: Tensor | None = None) -> list:
         return super().chunks()  # every row of dlogits must be written, the zero ones too
 
-    def room(self, rows, n: int) -> Tensor:
-        return self.dlogits[rows] if self.dlogits.dtype == self.dtype else super().room(rows, n)
+    def room(self, rows, logits: Tensor) -> Tensor:
+        return self.dlogits[rows] if self.dlogits.dtype == self.dtype else logits
 
-    def accept(self, rows, dlogits: Tensor, live: Tensor) -> None:
+    def keep(self, rows, dlogits: Tensor) -> None:
         if dlogits.dtype != self.dlogits.dtype:
             self.dlogits[rows] = dlogits.to(self.dlogits.dtype)
+
+    def accept(self, rows, live: Tensor) -> None:
+        pass  # each block was kept
 
 
 def forward(
@@ -135,41 +158,46 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """logps (N) and entropy (N), or (0) if not asked for, in nats.
 
-    `gradient(rows, logps)` gives d loss / d logps of a chunk; then the chunk's gradient is pushed at once, from the
+    `gradient(rows, logps)` gives d loss / d logps of a block; then the block's gradient is made at once, from the
     probabilities at hand. It needs `entropy`.
     """
     assert entropy or gradient is None
     logps, entropies = source.new(source.n), source.new(source.n if entropy else 0)
-    for rows in source.chunks():
-        log_softmax = source.log_softmax(rows)
-        chosen = targets[rows].unsqueeze(1)
-        logps[rows] = log_softmax.gather(1, chosen).squeeze(1)
-        if not entropy:
-            continue
-        n = chosen.shape[0]
-        # Without a gradient to push, the source's own room is not ours: a later pass may read those logits again.
-        room = source.scratch[0, :n] if gradient is None else source.room(rows, n)
-        probabilities = torch.exp(log_softmax, out=room)
-        entropies[rows] = -log_softmax.mul_(probabilities).sum(1)
-        if gradient is not None:
-            dlogps = gradient(rows, logps[rows])
-            source.accept(rows, _softmax_gradient(source, probabilities, chosen, dlogps), dlogps)
+    for chunk in source.chunks():
+        pushed = []
+        for rows, logits in source.blocks(chunk):
+            log_softmax = source.log_softmax(logits)
+            chosen = targets[rows].unsqueeze(1)
+            logps[rows] = log_softmax.gather(1, chosen).squeeze(1)
+            if not entropy:
+                continue
+            # Without a gradient to push, the source's own room is not ours: a later pass may read those logits again.
+            room = logits if gradient is None else source.room(rows, logits)
+            probabilities = torch.exp(log_softmax, out=room)
+            entropies[rows] = -log_softmax.mul_(probabilities).sum(1)
+            if gradient is not None:
+                pushed.append(gradient(rows, logps[rows]))
+                source.keep(rows, _softmax_gradient(source, probabilities, chosen, pushed[-1]))
+        if pushed:
+            source.accept(chunk, torch.cat(pushed))
     return logps, entropies
 
 
 def backward(source: HeadRows | LogitRows, targets: Tensor, dlogps: Tensor, entropy=None, dentropy=None) -> None:
     """Compute the logits again and push d/dlogps (N) and, with `entropy` (N) of the forward, d/dentropy (N)."""
     live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
-    for rows in source.chunks(live):
-        log_softmax = source.log_softmax(rows)
-        probabilities = torch.exp(log_softmax, out=source.room(rows, log_softmax.shape[0]))
-        if dentropy is not None:  # d entropy / d z = -p (log p + entropy)
-            scale = (dentropy[rows] / source.temperature).unsqueeze(1)
-            log_softmax.add_(entropy[rows].unsqueeze(1)).mul_(probabilities).mul_(scale)
-        dlogits = _softmax_gradient(source, probabilities, targets[rows].unsqueeze(1), dlogps[rows])
-        if dentropy is not None:
-            dlogits.sub_(log_softmax)
-        source.accept(rows, dlogits, live[rows])
+    for chunk in source.chunks(live):
+        for rows, logits in source.blocks(chunk):
+            log_softmax = source.log_softmax(logits)
+            probabilities = torch.exp(log_softmax, out=source.room(rows, logits))
+            if dentropy is not None:  # d entropy / d z = -p (log p + entropy)
+                scale = (dentropy[rows] / source.temperature).unsqueeze(1)
+                log_softmax.add_(entropy[rows].unsqueeze(1)).mul_(probabilities).mul_(scale)
+            dlogits = _softmax_gradient(source, probabilities, targets[rows].unsqueeze(1), dlogps[rows])
+            if dentropy is not None:
+                dlogits.sub_(log_softmax)
+            source.keep(rows, dlogits)
+        source.accept(chunk, live[chunk])
 
 
 def _softmax_gradient(source, probabilities: Tensor, chosen: Tensor, dlogps: Tensor) -> Tensor:

@@ -260,8 +260,10 @@ def scale_saved_gradients(ctx, dloss: Tensor, n_inputs: int) -> tuple:
     """The autograd formula of an op that already holds the gradients of its first inputs: None where it has none."""
     if dloss is None:  # a graph that does not reach the loss
         return (None,) * n_inputs
+    # Read only where that neither waits for a device nor traces: a copy of dweight is most of a CPU's peak memory.
+    as_is = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss == 1
     gradients = [
-        gradient * dloss.to(gradient.dtype) if wanted else None
+        (gradient if as_is else gradient * dloss.to(gradient.dtype)) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
     ]
     return *gradients, *(None,) * (n_inputs - len(gradients))

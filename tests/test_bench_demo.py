@@ -2,7 +2,8 @@
 
 import json
 
-from boxgrpo.bench.bench_demo import RESULTS, table
+from boxgrpo.bench.bench_demo import table
+from boxgrpo.bench.machine import RESULTS
 
 
 def recorded():

@@ -170,7 +170,7 @@ def test_no_head_makes_the_logits():
         logps, entropy, *_ = dropin.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 8, 3.0)
         (logps.sum() + entropy.sum()).backward()
     assert weight.grad.any()
-    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 2 * 128 * v * 4
+    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 128 * v * 4
 
 
 @pytest.mark.parametrize("head", ["plain", "biased"])

@@ -128,7 +128,7 @@ def test_few_rows(case, n):
 
 @pytest.mark.parametrize("level", ["logps", "token", "sequence"])
 def test_the_head_never_makes_the_logits(level):
-    """Of a 1024 x 32768 head forward and backward allocate two 128-row chunks at once, and nothing larger."""
+    """Of a 1024 x 32768 head forward and backward allocate one 128-row chunk, and nothing larger."""
     n, v, h = 1024, 32768, 4
     hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
     targets = torch.arange(n)
@@ -141,12 +141,12 @@ def test_the_head_never_makes_the_logits(level):
             loss, _ = fused_grpo_loss(hidden, weight, targets, *rest, importance_sampling_level=level)
         loss.backward()
     assert weight.grad.any()
-    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 2 * 128 * v * 4
+    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 128 * v * 4
 
 
-@pytest.mark.parametrize("vocabulary, rows", [(300, 1747), (32_768, 128), (151_936, 110), (2**26, 1)])
+@pytest.mark.parametrize("vocabulary, rows", [(300, 1747), (32_768, 128), (151_936, 96), (2**26, 1)])
 def test_chunks_are_small_but_for_a_wide_vocabulary(vocabulary, rows):
-    """2 MiB of fp32 logits; 128 rows where that is more; never over 64 MiB, and never no row."""
+    """2 MiB of fp32 logits; 128 rows where that is more; never over 56 MiB, and never no row."""
     assert chunks.chunk_rows(vocabulary, torch.float32, torch.device("cpu"), at_least=128) == rows
 
 

@@ -110,7 +110,7 @@ class _Sweep(torch.autograd.Function):
             (dproduct,) = torch.autograd.grad(found, product, tuple(given[chunk] for given in upstream))
             if want_bias:
                 dbias += dproduct.sum(0)
-            rows.accept(chunk, dproduct, live[chunk])
+            rows.accept(chunk, live[chunk], dproduct)
         gradients = zip(rows.gradients(hidden, weight), (want_hidden, want_weight), strict=True)
         dhidden, dweight = (gradient if want else None for gradient, want in gradients)
         return dhidden, dweight, dbias, None, None, None, None

@@ -1,0 +1,212 @@
+"""Each kernel beside eager torch, torch.compile, Liger and TRL, and against the floor that the machine sets.
+
+    python bench/bench_kernels.py [--only NAME] [--json FILE|-]
+
+Writes bench/results/<device>/kernels.json. On a GPU the times are triton.testing.do_bench medians, inputs rotated past
+the L2; on a CPU pytest-benchmark takes them. The floor of an op is the larger of its least bytes over a copy's
+bandwidth and its least FLOP over a matrix product's rate, both measured in the same run. Peak memory is what a run
+needs beyond its inputs.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from boxgrpo.bench.cases import Case, cases
+from boxgrpo.bench.machine import folder, machine
+
+ROTATED_BYTES = 512 * 10**6  # inputs larger than any L2, in sets
+SEED = 0
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen(only: str | None) -> list[Case]:
+    return [case for case in cases(device()) if only is None or only in case.name]
+
+
+# -- times ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["boxgrpo", "eager", "compile", "liger", "trl", "one read"])
+@pytest.mark.parametrize("case", cases(torch.device("cpu")), ids=lambda case: case.name)
+def test_cpu(benchmark, case, implementation):
+    """Collected by `times_on_cpu`, not by the test suite."""
+    run = case.make(case, torch.device("cpu"), SEED).get(implementation)
+    if run is None:
+        pytest.skip(f"no {implementation} here")
+    run()  # compiles, pages in
+    benchmark.extra_info.update(case=case.name, implementation=implementation)
+    large = case.shape.get("V", 0) > 10_000
+    benchmark.pedantic(run, rounds=5 if large else 50, warmup_rounds=1 if large else 5)
+
+
+def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
+    """(case, implementation) -> seconds of each round, by pytest-benchmark."""
+    with tempfile.TemporaryDirectory() as path:
+        report = Path(path) / "report.json"
+        arguments = [__file__, "-q", "--import-mode=importlib", "-p", "no:cacheprovider", f"--benchmark-json={report}"]
+        with contextlib.redirect_stdout(sys.stderr):
+            failed = pytest.main([*arguments, *(["-k", re.sub(r"\W+", " and ", only)] if only else [])])
+        if failed:
+            raise SystemExit(f"pytest-benchmark ended with {failed}; see above.")
+        found = json.loads(report.read_text())["benchmarks"]
+    return {(b["extra_info"]["case"], b["extra_info"]["implementation"]): b["stats"]["data"] for b in found}
+
+
+def times_on_gpu(case: Case) -> dict[tuple[str, str], list[float]]:
+    """(case, implementation) -> seconds, do_bench's median over sets of inputs that no cache holds together."""
+    from triton.testing import do_bench
+
+    sets = [case.make(case, device(), SEED)]
+    inputs = torch.cuda.memory_allocated()
+    if 0 < inputs < ROTATED_BYTES:
+        sets += [case.make(case, device(), SEED + i) for i in range(1, min(ROTATED_BYTES // inputs + 1, 16))]
+    found = {}
+    for name in sets[0]:
+        turn = iter(range(10**9))
+        seconds = do_bench(lambda name=name, turn=turn: sets[next(turn) % len(sets)][name](), return_mode="all")
+        found[case.name, name] = [ms / 1000 for ms in seconds]
+    return found
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(case: Case, implementation: str) -> int | None:
+    """The most that a run holds beyond its inputs, gradients included. On a CPU resident memory, in a fresh process."""
+    if device().type == "cpu":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_peak_resident, (case.name, implementation))
+    run = case.make(case, device(), SEED)[implementation]
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_resident(name: str, implementation: str) -> int | None:
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not refs.exists():
+        return None
+    case = next(case for case in cases(torch.device("cpu")) if case.name == name)
+    run = case.make(case, torch.device("cpu"), SEED)[implementation]
+    if implementation == "compile":
+        run()  # the compiler's own memory is not the op's
+        gc.collect()
+    before = _resident(status.read_text(), "VmRSS")
+    refs.write_text("5")  # the high-water mark starts anew
+    run()
+    return _resident(status.read_text(), "VmHWM") - before
+
+
+def _resident(status: str, key: str) -> int:
+    return int(re.search(rf"{key}:\s*(\d+) kB", status)[1]) * 1024
+
+
+# -- floors ---------------------------------------------------------------------------------------------------------
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes a second of a copy, read and written, and FLOP a second of a product, in the benchmark's dtype."""
+    gpu = device().type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    size = 2**30 if gpu else 2**26
+    a, b = torch.randn(2, size // dtype.itemsize, device=device(), dtype=dtype)
+    side = 8192 if gpu else 2048
+    x, y = torch.randn(2, side, side, device=device(), dtype=dtype)
+    copy, product = (_median_seconds(f) for f in (lambda: b.copy_(a), lambda: x @ y))
+    return {"bytes_per_second": 2 * size / copy, "flop_per_second": 2 * side**3 / product}
+
+
+def _median_seconds(run) -> float:
+    if device().type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, return_mode="median") / 1000
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=1).median
+
+
+# -- report ---------------------------------------------------------------------------------------------------------
+
+
+def row(case: Case, implementation: str, seconds: list[float], limits: dict[str, float]) -> dict:
+    """One line of results/: times in ms, rates, and the share of the floor."""
+    median = statistics.median(seconds)
+    by_bytes = case.bytes_floor / limits["bytes_per_second"]
+    by_flop = case.flops_floor / limits["flop_per_second"]
+    peak = peak_bytes(case, implementation)
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "implementation": implementation,
+        "ms": round(1e3 * median, 4),
+        "spread_ms": [round(1e3 * x, 4) for x in (min(seconds), max(seconds))],
+        "gb_per_second": round(case.bytes_floor / median / 1e9, 1),
+        "tflop_per_second": round(case.flops_floor / median / 1e12, 3),
+        "floor_ms": round(1e3 * max(by_bytes, by_flop), 4),
+        "floor_is": "bytes" if by_bytes > by_flop else "flop",
+        "percent_of_floor": round(100 * max(by_bytes, by_flop) / median, 1),
+        "peak_mb": None if peak is None else round(peak / 1e6, 1),
+    }
+
+
+def run(only: str | None) -> dict:
+    limits, rows = ceilings(), []
+    on_cpu = times_on_cpu(only) if device().type == "cpu" else None
+    for case in chosen(only):
+        times = on_cpu if on_cpu is not None else times_on_gpu(case)
+        mine = {key: seconds for key, seconds in times.items() if key[0] == case.name}
+        rows += [row(case, name, seconds, limits) for (_, name), seconds in mine.items()]
+        torch.cuda.empty_cache()
+    return {"machine": machine(), "ceilings": limits, "rows": rows}
+
+
+def table(result: dict) -> str:
+    """Markdown: a line for each op, shape and implementation, with the ratio to ours."""
+    lines = ["| op | shape | by | ms | × ours | % of floor | peak MB |", "|---|---|---|---|---|---|---|"]
+    ours = {}
+    for r in result["rows"]:
+        shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
+        base = ours.setdefault((r["op"], shape), r["ms"])  # ours is the first of each case
+        peak = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
+        cells = (r["op"], shape, r["implementation"], f"{r['ms']:.4g}", f"{r['ms'] / base:.2f}")
+        lines.append(f"| {' | '.join(cells)} | {r['percent_of_floor']:.0f} | {peak} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="cases whose name holds this, as fused_grpo_loss")
+    parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
+    args = parser.parse_args()
+    result = run(args.only)
+    text = json.dumps(result, indent=1) + "\n"
+    if args.json == "-":
+        print(text, end="")
+    else:
+        Path(args.json or folder() / "kernels.json").write_text(text)
+        print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""What the kernel benchmark runs: each op on inputs of a shape, by our doors and by what people use in their place.
+
+A case makes its inputs anew for a seed and gives, by name, callables without arguments that run forward and backward
+and return what they made. Peers that are not installed, or do not run on the device, are left out.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from boxgrpo.kernels import (
+    fused_grpo_loss,
+    fused_grpo_loss_from_logits,
+    group_advantages,
+    sample_tokens,
+    token_logps,
+    token_logps_from_logits,
+)
+
+COMPLETION, GROUP = 256, 8  # tokens in a completion, completions of a prompt
+BETA, EPSILON = 0.04, 0.2
+QWEN_2B, QWEN_7B = 151_936, 152_064
+
+
+@dataclass(frozen=True)
+class Case:
+    """`bytes_floor` and `flops_floor`: the least that the op must move and compute, forward and backward."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    bytes_floor: float
+    flops_floor: float
+    make: Callable[["Case", torch.device, int], dict[str, Callable[[], object]]] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        sizes = " ".join(f"{key}={value}" for key, value in self.shape.items())
+        return f"{self.op} {sizes} {str(self.dtype).removeprefix('torch.')}"
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """The shapes of DESIGN section 5 on a GPU; on a CPU one that two cores can run."""
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    for n in (2048, 8192, 32768) if gpu else (512,):
+        logits = n * QWEN_2B * dtype.itemsize
+        yield Case("fused_grpo_loss_from_logits", {"N": n, "V": QWEN_2B}, dtype, 2 * logits, 0, _loss_from_logits)
+        yield Case("token_logps_from_logits", {"N": n, "V": QWEN_2B}, dtype, 3 * logits, 0, _logps_from_logits)
+    heads = [(n, QWEN_2B, 1536) for n in (2048, 8192, 32768)] + [(n, QWEN_7B, 3584) for n in (2048, 8192, 32768)]
+    for n, vocabulary, width in heads if gpu else [(512, QWEN_2B, 256)]:
+        shape, product = {"N": n, "V": vocabulary, "H": width}, 2.0 * n * vocabulary * width
+        once = (n + vocabulary) * width * dtype.itemsize  # hidden and weight; their gradients are as large
+        yield Case("fused_grpo_loss", shape, dtype, 2 * once, 3 * product, _loss_from_hidden)
+        yield Case("token_logps", shape, dtype, 2 * once, 4 * product, _logps_from_hidden)
+    for n in (128, 1024) if gpu else (128,):
+        yield Case("sample_tokens", {"n": n, "V": QWEN_2B}, dtype, n * QWEN_2B * dtype.itemsize, 0, _samples)
+    for groups in (16, 1024):
+        moved = 4 * (3 * groups * GROUP + 2 * groups)
+        yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, 0, _advantages)
+
+
+class _Rollout:
+    """Targets and what a loss is given for each token and completion."""
+
+    def __init__(self, n: int, vocabulary: int, device: torch.device, seed: int):
+        g = torch.Generator(device).manual_seed(seed)
+        self.length = min(COMPLETION, n)
+        self.completions = n // self.length
+        self.targets = torch.randint(vocabulary, (n,), device=device, generator=g)
+        self.advantages = torch.randn(self.completions, device=device, generator=g)
+        self.offsets = torch.arange(0, n + 1, self.length, device=device)
+        # Near the logps of logits that are standard normal, so that ratios are near 1.
+        expected = -torch.tensor(vocabulary, dtype=torch.float32).log() - 0.5
+        self.old, self.ref = expected.item() + 0.1 * torch.randn(2, n, device=device, generator=g)
+        self.options = {"old_logps": self.old, "ref_logps": self.ref, "beta": BETA, "epsilon": EPSILON}
+
+    def by_completion(self, x: Tensor) -> Tensor:
+        return x.view(self.completions, self.length)
+
+    def eager_loss(self, logps: Tensor) -> Tensor:
+        """GRPO as a user writes it (DESIGN section 3), mean over the means of completions."""
+        ratio, advantages = (logps - self.old).exp(), self.advantages.repeat_interleave(self.length)
+        policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
+        kl = (self.ref - logps).exp() - (self.ref - logps) - 1
+        return self.by_completion(policy + BETA * kl).mean()
+
+
+def _eager_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+
+
+def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of the scalar `run(*leaves)`."""
+
+    def step() -> tuple[Tensor, ...]:
+        loss = run(*leaves)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    return step
+
+
+def _loss_from_logits(case: Case, device, seed: int):
+    n, vocabulary = case.shape["N"], case.shape["V"]
+    r = _Rollout(n, vocabulary, device, seed)
+    logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
+
+    def ours(z, overwrite=False):
+        body = z[:] if overwrite else z  # a leaf may not be overwritten, a view of it may
+        return fused_grpo_loss_from_logits(
+            body, r.targets, r.advantages, r.offsets, overwrite_logits=overwrite, **r.options
+        )[0]
+
+    def eager(z):
+        return r.eager_loss(_eager_logps(z, r.targets))
+
+    found = {
+        "boxgrpo": _trained(ours, logits),
+        "eager": _trained(eager, logits),
+        "compile": _trained(torch.compile(eager), logits),
+    }
+    if device.type == "cuda" and (liger := _module("liger_kernel.transformers.grpo_loss")):
+        # Its logits are (B, L + 1, V) with an unread last row: the same number of rows that count.
+        room = _normal(device, seed, r.completions, r.length + 1, vocabulary, dtype=case.dtype)
+        old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
+
+        def theirs(z):
+            loss, _ = liger.triton_grpo_loss(
+                z, old, ref, ids, r.advantages, None, 1.0, BETA, EPSILON, EPSILON, False, "grpo", reduce=True
+            )
+            return loss
+
+        found["liger"] = _trained(theirs, room)
+    return found
+
+
+def _logps_from_logits(case: Case, device, seed: int):
+    n, vocabulary = case.shape["N"], case.shape["V"]
+    r = _Rollout(n, vocabulary, device, seed)
+    logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
+    upstream = torch.linspace(-1, 1, n, device=device)
+
+    def eager(z):
+        return (_eager_logps(z, r.targets) * upstream).sum()
+
+    return {
+        "boxgrpo": _trained(lambda z: (token_logps_from_logits(z, r.targets) * upstream).sum(), logits),
+        "eager": _trained(eager, logits),
+        "compile": _trained(torch.compile(eager), logits),
+    } | _trl_logps(logits, r, upstream, device)
+
+
+def _trl_logps(logits, r, upstream, device):
+    if device.type != "cuda" or not (trl := _module("trl.trainer.utils")):
+        return {}
+    return {"trl": _trained(lambda z: (trl.selective_log_softmax(z, r.targets) * upstream).sum(), logits)}
+
+
+def _loss_from_hidden(case: Case, device, seed: int):
+    n, vocabulary, width = (case.shape[key] for key in "NVH")
+    r = _Rollout(n, vocabulary, device, seed)
+    leaves = _head(case, device, seed)
+
+    def eager(hidden, weight):
+        return r.eager_loss(_eager_logps(hidden @ weight.T, r.targets))
+
+    def ours(hidden, weight):
+        return fused_grpo_loss(hidden, weight, r.targets, r.advantages, r.offsets, **r.options)[0]
+
+    found = {
+        "boxgrpo": _trained(ours, *leaves),
+        "eager": _trained(eager, *leaves),
+        "compile": _trained(torch.compile(eager), *leaves),
+    }
+    if trl := _module("trl.trainer.utils"):
+
+        def through_trl(hidden, weight):
+            logps = trl._ChunkedLogProbFunction.apply(
+                hidden, weight, None, r.targets, 1.0, trl._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
+            )[0]
+            return r.eager_loss(logps)
+
+        found["trl"] = _trained(through_trl, *leaves)
+    if liger := _module("liger_kernel.chunked_loss"):
+        module = liger.LigerFusedLinearGRPOLoss(
+            beta=BETA,
+            epsilon_low=EPSILON,
+            epsilon_high=EPSILON,
+            loss_type="grpo",
+            compiled=device.type == "cuda",
+            use_ref_model=True,
+        )
+        old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
+
+        def through_liger(hidden, weight):
+            rows = hidden.view(r.completions, r.length, width)
+            mask = torch.ones_like(ids)
+            return module(rows, weight, ids, mask, r.advantages, ref_per_token_logps=ref, old_per_token_logps=old)[0]
+
+        found["liger"] = _trained(through_liger, *leaves)
+    return found
+
+
+def _logps_from_hidden(case: Case, device, seed: int):
+    n, vocabulary = case.shape["N"], case.shape["V"]
+    r = _Rollout(n, vocabulary, device, seed)
+    leaves = _head(case, device, seed)
+    upstream = torch.linspace(-1, 1, n, device=device)
+
+    def eager(hidden, weight):
+        return (_eager_logps(hidden @ weight.T, r.targets) * upstream).sum()
+
+    found = {
+        "boxgrpo": _trained(lambda h, w: (token_logps(h, w, r.targets) * upstream).sum(), *leaves),
+        "eager": _trained(eager, *leaves),
+        "compile": _trained(torch.compile(eager), *leaves),
+    }
+    if trl := _module("trl.trainer.utils"):
+
+        def through_trl(hidden, weight):
+            logps = trl._ChunkedLogProbFunction.apply(
+                hidden, weight, None, r.targets, 1.0, trl._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
+            )[0]
+            return (logps * upstream).sum()
+
+        found["trl"] = _trained(through_trl, *leaves)
+    return found
+
+
+def _samples(case: Case, device, seed: int):
+    logits = _normal(device, seed, case.shape["n"], case.shape["V"], dtype=case.dtype).detach()
+    rows = torch.arange(case.shape["n"], device=device)
+    own = {"prompt_ids": rows // GROUP, "completion_ids": rows % GROUP, "positions": rows * 0}
+
+    def eager():
+        distribution = logits.float().log_softmax(1)
+        tokens = torch.multinomial(distribution.exp(), 1)
+        return tokens, distribution.gather(1, tokens)
+
+    return {
+        "boxgrpo": lambda: sample_tokens(logits, seed=seed, **own),
+        "one read": lambda: logits.amax(1),
+        "eager": eager,
+        "compile": torch.compile(eager),
+    }
+
+
+def _advantages(case: Case, device, seed: int):
+    g = torch.Generator(device).manual_seed(seed)
+    accuracy = torch.rand(case.shape["B"], case.shape["G"], device=device, generator=g)
+    rewards = 1 + accuracy
+
+    def eager():
+        advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+        miou = accuracy.mean(1)
+        return advantages, (1 - miou).exp(), miou
+
+    return {
+        "boxgrpo": lambda: group_advantages(rewards, accuracy),
+        "eager": eager,
+        "compile": torch.compile(eager),
+    }
+
+
+def _normal(device, seed: int, *shape: int, dtype) -> Tensor:
+    g = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, device=device, dtype=dtype, generator=g).requires_grad_()
+
+
+def _head(case: Case, device, seed: int) -> tuple[Tensor, Tensor]:
+    """Hidden states and a head whose logits are standard normal."""
+    width = case.shape["H"]
+    hidden = _normal(device, seed, case.shape["N"], width, dtype=case.dtype)
+    weight = _normal(device, seed + 1, case.shape["V"], width, dtype=case.dtype).detach().mul_(width**-0.5)
+    return hidden, weight.requires_grad_()
+
+
+def _module(name: str):
+    """The imported peer, or None where it is not installed."""
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        return None

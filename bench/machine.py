@@ -1,0 +1,44 @@
+"""The machine that a figure belongs to, and what it allows."""
+
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
+
+
+def machine() -> dict[str, str]:
+    """What a figure must be read with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*: (.*)", listed)
+    revision = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return {
+        "device": gpu or f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{name: version for name in PACKAGES if (version := _version(name))},
+        "revision": subprocess.run(revision, capture_output=True, text=True).stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def folder() -> Path:
+    """bench/results/<device>, made if need be."""
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
+    path = RESULTS / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
