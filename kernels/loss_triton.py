@@ -96,11 +96,8 @@ def store_token(tokens, n, token, mask, loss, kl, clip_low, clip_high, ratio):
 
 
 @triton.jit
-def _load_or_none(pointer, at, mask):
-    value = None
-    if pointer is not None:
-        value = tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
-    return value
+def _load(pointer, at, mask):
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -141,7 +138,7 @@ def grpo_kernel(
         total = tl.zeros((BLOCK,), tl.float32)
         for at in range(start, end, BLOCK):
             mask = at + lanes < end
-            total += _load_or_none(logps, at + lanes, mask) - _load_or_none(old_logps, at + lanes, mask)
+            total += _load(logps, at + lanes, mask) - _load(old_logps, at + lanes, mask)
         mean_log_ratio = tl.sum(total, 0) / length
     # A completion's ratio moves with each of its logps by 1/|o|; cispo's slope is on logps and stays where it is.
     mean_dpolicy = 0.0
@@ -151,7 +148,7 @@ def grpo_kernel(
             mask = at + lanes < end
             share = tl.where(mask, gain, 0.0)
             if sampler_factor is not None:
-                share *= _load_or_none(sampler_factor, at + lanes, mask)
+                share *= _load(sampler_factor, at + lanes, mask)
             log_ratio = tl.zeros((BLOCK,), tl.float32) + mean_log_ratio
             _, dpolicy, _, _, _, _, _ = token_objective(
                 log_ratio, log_ratio, None, advantage, share, 0.0, epsilon, epsilon_high, delta, CISPO
@@ -161,14 +158,16 @@ def grpo_kernel(
     for at in range(start, end, BLOCK):
         token = at + lanes
         mask = token < end
-        logp = _load_or_none(logps, token, mask)
+        logp = _load(logps, token, mask)
         share = tl.where(mask, gain, 0.0)
         if sampler_factor is not None:
-            share *= _load_or_none(sampler_factor, token, mask)
+            share *= _load(sampler_factor, token, mask)
         log_ratio = tl.zeros((BLOCK,), tl.float32) + mean_log_ratio
         if old_logps is not None and not SEQUENCE:
-            log_ratio = logp - _load_or_none(old_logps, token, mask)
-        ref_logp = _load_or_none(ref_logps, token, mask)
+            log_ratio = logp - _load(old_logps, token, mask)
+        ref_logp = None
+        if ref_logps is not None:
+            ref_logp = _load(ref_logps, token, mask)
         loss, dpolicy, dkl, kl, clip_low, clip_high, ratio = token_objective(
             logp, log_ratio, ref_logp, advantage, share, kl_gain, epsilon, epsilon_high, delta, CISPO
         )

@@ -24,11 +24,16 @@ LN2 = tl.constexpr(math.log(2))
 
 
 class RowConfig(NamedTuple):
-    """How a program walks its row. Held elements stay in registers between the two walks of the fused kernel."""
+    """How a program walks its row.
+
+    Of the fused kernel, which walks it twice: `held` elements stay in registers in between, and the blocks of the rest
+    are fetched `stages` - 1 ahead.
+    """
 
     block: int
     num_warps: int
     held: int = 0
+    stages: int = 1
 
 
 def row_config(kernel: str, vocabulary: int, itemsize: int) -> RowConfig:
@@ -36,9 +41,9 @@ def row_config(kernel: str, vocabulary: int, itemsize: int) -> RowConfig:
     if vocabulary < 32768:
         return RowConfig(block=2048 * 4 // max(itemsize, 2), num_warps=4)
     if kernel == "fused":
-        # 64 KB of a bf16 row of 304 stay in 16 of a thread's 64 registers. The second walk reads the other 240 again:
-        # 132 rows at once are 32 MB, half of them used up on average, in an L2 of 50.
-        return RowConfig(block=32768 // itemsize, num_warps=32, held=65536 // itemsize)
+        # One program fills a multiprocessor: 64 KB of a bf16 row of 304 in registers, 64 more on their way to shared
+        # memory. The second walk reads 240 KB again: of 132 rows at once 32 MB, half of them past, in an L2 of 50.
+        return RowConfig(block=32768 // itemsize, num_warps=32, held=65536 // itemsize, stages=3)
     return RowConfig(block=32768 // itemsize, num_warps=8)
 
 
@@ -56,15 +61,15 @@ def floored(z, floor):
 
 
 @triton.jit
-def absorb(z, top, total, weighted, scale, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """Add a block of logits to each thread's running maximum, sum of 2^x and, if not None, sum of 2^x x."""
+def absorb(z, top, total, weighted, scale, THREADS: tl.constexpr, VECTOR: tl.constexpr, ENTROPY: tl.constexpr):
+    """Add a block of logits to each thread's running maximum, sum of 2^x and, with ENTROPY, sum of 2^x x."""
     z = tl.reshape(z, (z.shape[0] // (THREADS * VECTOR), THREADS, VECTOR))  # the thread that loaded them is axis 1
     higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
     shift = (top - higher) * scale
     x = (z - higher[None, :, None]) * scale
     e = tl.exp2(x)
     shrink = tl.exp2(shift)
-    if weighted is not None:
+    if ENTROPY:
         weighted = shrink * (weighted + total * shift) + tl.sum(tl.sum(e * x, 2), 0)
     return higher, shrink * total + tl.sum(tl.sum(e, 2), 0), weighted
 
@@ -111,7 +116,7 @@ def logps_kernel(
     weighted = tl.zeros((THREADS,), tl.float32)
     for at in range(0, vocabulary, BLOCK):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR)
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
     peak, log_mass, nats = _join(top, total, weighted, scale)
     tl.store(logps + row, _logp(row_ptr, tl.load(targets + row), column_stride, floor, peak, log_mass, scale))
     tl.store(entropy + row, nats)
@@ -171,11 +176,16 @@ def _elements(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _push(z, columns, target, dlogp, peak, log_mass, scale, out_ptr, out_stride, vocabulary):
-    """Store dlogp * (onehot - p)."""
-    dz = tl.where(columns == target, dlogp, 0.0) - dlogp * tl.exp2((z - peak) * scale - log_mass)
-    out_ptr += columns.to(tl.int64) * out_stride
-    tl.store(out_ptr, dz.to(out_ptr.dtype.element_ty), mask=columns < vocabulary)
+def _slope(z, columns, target, dlogp, peak, log_mass, scale):
+    """dlogp * (onehot - p)."""
+    return tl.where(columns == target, dlogp, 0.0) - dlogp * tl.exp2((z - peak) * scale - log_mass)
+
+
+@triton.jit
+def _store(dz, columns, row_ptr, stride, vocabulary):
+    # Gradients are not read soon: they should not drive logits out of the L2.
+    row_ptr += columns.to(tl.int64) * stride
+    tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -214,6 +224,7 @@ def fused_kernel(
     HELD: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Row i of logits is row `first + i` of n. The HELD leading elements, read as int32, stay in registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -232,10 +243,10 @@ def fused_kernel(
         word = row * (row_stride * 4 // VECTOR) + piece * WORDS + tl.arange(0, WORDS)
         held = held + (tl.load(words + word),)
         z = floored(_elements(held[piece], DTYPE), floor)
-        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR)
-    for at in range(HELD, vocabulary, BLOCK):
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
+    for at in tl.range(HELD, vocabulary, BLOCK, num_stages=STAGES):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR)
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
     peak, log_mass, nats = _join(top, total, weighted, scale)
 
     target = tl.load(targets + token)
@@ -260,19 +271,26 @@ def fused_kernel(
     store_token(tokens, n, token, True, loss, kl, clip_low, clip_high, ratio)
 
     dlogp = (dpolicy + dkl) * inverse_temperature
-    # Unpacked again from the words: a value that is 1 only where all is NaN keeps the compiler from holding the fp32
-    # elements, twice as many registers, over both walks.
-    opaque = (log_mass != log_mass).to(tl.int32)
-    for piece in tl.static_range(HELD // BLOCK):
-        columns = piece * BLOCK + tl.arange(0, BLOCK)
-        z = floored(_elements(held[piece] ^ opaque, DTYPE), floor)
-        _push(z, columns, target, dlogp, peak, log_mass, scale, out_ptr, out_column_stride, vocabulary)
-    for at in range(HELD, vocabulary, BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        z = tl.zeros((BLOCK,), tl.float32) + floor
-        if dlogp != 0:  # else nothing is read again
+    blocks = tl.cdiv(vocabulary - HELD, BLOCK)
+    if dlogp == 0:  # nothing is read again
+        for at in range(0, vocabulary, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            _store(tl.zeros((BLOCK,), tl.float32), columns, out_ptr, out_column_stride, vocabulary)
+    else:
+        # Unpacked again from the words: a value that is 1 only where all is NaN keeps the compiler from holding the
+        # fp32 elements, twice as many registers, over both walks.
+        opaque = (log_mass != log_mass).to(tl.int32)
+        for piece in tl.static_range(HELD // BLOCK):
+            columns = piece * BLOCK + tl.arange(0, BLOCK)
+            z = floored(_elements(held[piece] ^ opaque, DTYPE), floor)
+            dz = _slope(z, columns, target, dlogp, peak, log_mass, scale)
+            _store(dz, columns, out_ptr, out_column_stride, vocabulary)
+        for i in tl.range(0, blocks, num_stages=STAGES):  # backwards: what was read last is still in the L2
+            at = HELD + (blocks - 1 - i) * BLOCK
+            columns = at + tl.arange(0, BLOCK)
             z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        _push(z, columns, target, dlogp, peak, log_mass, scale, out_ptr, out_column_stride, vocabulary)
+            dz = _slope(z, columns, target, dlogp, peak, log_mass, scale)
+            _store(dz, columns, out_ptr, out_column_stride, vocabulary)
 
 
 def _common(logits: Tensor, temperature: float) -> dict:
@@ -343,7 +361,10 @@ def fused_launch(
         "out_column_stride": dlogits.stride(1),
         "first": first,
     }
-    constants |= _tiles(config, logits.itemsize) | {"HELD": 0 if words is None else config.held}
+    constants |= _tiles(config, logits.itemsize) | {
+        "HELD": 0 if words is None else config.held,
+        "STAGES": config.stages,
+    }
     return Launch(
         fused_kernel, (logits.shape[0],), _common(logits, temperature) | arguments, constants, config.num_warps
     )

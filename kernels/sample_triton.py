@@ -130,7 +130,7 @@ def sample_kernel(
     for at in range(0, vocabulary, BLOCK):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
         z = _without(z, at + tl.arange(0, BLOCK), at, at + BLOCK, forbidden, n_forbidden)
-        top, total, _ = absorb(z, top, total, None, scale, GROUPS, WIDTH)
+        top, total, _ = absorb(z, top, total, total, scale, GROUPS, WIDTH, False)
     peak = tl.max(top, 0)
     log_masses = (top - peak) * scale + tl.log2(total)
     # Over the whole vocabulary, forbidden ids included, for the log-probability.
