@@ -18,7 +18,7 @@ def _tile(pointer, group, column, groups, size, group_stride, column_stride):
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32), mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def advantages_kernel(
     rewards,
     accuracy,

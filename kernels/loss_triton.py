@@ -100,7 +100,7 @@ def _load(pointer, at, mask):
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "completions"])
 def grpo_kernel(
     logps,
     old_logps,
@@ -177,7 +177,7 @@ def grpo_kernel(
         tl.store(dlogps + token, (dpolicy + dkl).to(dlogps.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
     """(5, n) of `store_token` -> loss () and GrpoStats' scalars (7), by one program, in one order."""
     lanes = tl.arange(0, BLOCK)

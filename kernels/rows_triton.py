@@ -188,7 +188,7 @@ def _store(dz, columns, row_ptr, stride, vocabulary):
     tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "completions", "first"])  # or another count would be another compilation
 def fused_kernel(
     logits,
     words,
@@ -240,7 +240,7 @@ def fused_kernel(
     weighted = tl.zeros((THREADS,), tl.float32)
     held = ()
     for piece in tl.static_range(HELD // BLOCK):
-        word = row * (row_stride * 4 // VECTOR) + piece * WORDS + tl.arange(0, WORDS)
+        word = row * row_stride * 4 // VECTOR + piece * WORDS + tl.arange(0, WORDS)
         held = held + (tl.load(words + word),)
         z = floored(_elements(held[piece], DTYPE), floor)
         top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
