@@ -2,8 +2,8 @@
 
     python bench/bench_kernels.py [--only NAME] [--json FILE|-]
 
-Writes bench/results/<device>/kernels.json. On a GPU the times are triton.testing.do_bench medians, inputs rotated past
-the L2; on a CPU pytest-benchmark takes them. The floor of an op is the larger of its least bytes over a copy's
+Writes bench/results/<device>/kernels.json. On a GPU the times are triton.testing.do_bench medians, each run with a
+cold L2; on a CPU pytest-benchmark takes them. The floor of an op is the larger of its least bytes over a copy's
 bandwidth and its least FLOP over a matrix product's rate, both measured in the same run. Peak memory is what a run
 needs beyond its inputs.
 """
@@ -25,7 +25,6 @@ import torch
 from boxgrpo.bench.cases import Case, cases
 from boxgrpo.bench.machine import folder, machine
 
-ROTATED_BYTES = 512 * 10**6  # inputs larger than any L2, in sets
 SEED = 0
 
 
@@ -67,19 +66,14 @@ def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
 
 
 def times_on_gpu(case: Case) -> dict[tuple[str, str], list[float]]:
-    """(case, implementation) -> seconds, do_bench's median over sets of inputs that no cache holds together."""
+    """(case, implementation) -> seconds by do_bench, which writes over the whole L2 before each run."""
     from triton.testing import do_bench
 
-    sets = [case.make(case, device(), SEED)]
-    inputs = torch.cuda.memory_allocated()
-    if 0 < inputs < ROTATED_BYTES:
-        sets += [case.make(case, device(), SEED + i) for i in range(1, min(ROTATED_BYTES // inputs + 1, 16))]
-    found = {}
-    for name in sets[0]:
-        turn = iter(range(10**9))
-        seconds = do_bench(lambda name=name, turn=turn: sets[next(turn) % len(sets)][name](), return_mode="all")
-        found[case.name, name] = [ms / 1000 for ms in seconds]
-    return found
+    implementations = case.make(case, device(), SEED)
+    return {
+        (case.name, name): [ms / 1000 for ms in do_bench(run, return_mode="all")]
+        for name, run in implementations.items()
+    }
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------

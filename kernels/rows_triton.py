@@ -51,7 +51,8 @@ def row_config(kernel: str, vocabulary: int, itemsize: int) -> RowConfig:
 def load_block(row_ptr, at, stride, vocabulary, floor, BLOCK: tl.constexpr):
     columns = at + tl.arange(0, BLOCK)
     z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < vocabulary, other=float("-inf"))
-    return floored(z.to(tl.float32), floor)
+    # Beyond the row nothing has mass, not even in a row of -inf.
+    return floored(z.to(tl.float32), tl.where(columns < vocabulary, floor, 2 * floor))
 
 
 @triton.jit

@@ -151,7 +151,7 @@ def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
     inside = (runs + torch.arange(WIDTH, device=mass.device)).flatten()  # a group's entries, from its first on
     entries = groups.unsqueeze(2) * WIDTH + inside  # (n, 2, entries)
     columns = entries.clamp(max=vocabulary - 1).flatten(1)
-    exact = logits.gather(1, columns).double().clamp_(min=LOGIT_FLOOR).sub_(peak).mul_(inverse)
+    exact = logits.gather(1, columns).to(scores.dtype).clamp_(min=LOGIT_FLOOR).double().sub_(peak).mul_(inverse)
     exact.masked_fill_(scores.gather(1, columns).isneginf() | (entries.flatten(1) != columns), float("-inf"))
     exact = exact.view(entries.shape)
     log_mass = exact.logsumexp(2) + gumbel(keys, (groups + FIRST_GROUP).int(), torch.float64)

@@ -15,7 +15,7 @@ _D0, _D1 = (tl.constexpr(factor) for factor in MIX32)
 _ODD = tl.constexpr(ODD)
 _SCALE = tl.constexpr(UNIFORM_SCALE)
 _FIRST_GROUP = tl.constexpr(FIRST_GROUP)
-BANNED = 64  # forbidden ids that are looked at together
+BANNED = 8  # groups with forbidden ids that are looked at together
 
 
 @triton.jit
@@ -64,14 +64,37 @@ def _gumbel64(low, high, counters):
 
 
 @triton.jit
-def _without(z, columns, first, last, forbidden, n_forbidden):
-    """z, -inf at forbidden ids. Those outside [first, last), the range of columns, cost a comparison."""
+def _without(z, columns, forbidden, n_forbidden):
+    """z, -inf at forbidden ids."""
     if forbidden is not None:
         for i in range(n_forbidden):
-            banned = tl.load(forbidden + i)
-            if (banned >= first) & (banned < last):
-                z = tl.where(columns == banned, float("-inf"), z)
+            z = tl.where(columns == tl.load(forbidden + i), float("-inf"), z)
     return z
+
+
+@triton.jit
+def _allowed_groups(
+    top, total, row_ptr, stride, vocabulary, scale, floor, forbidden, n_forbidden,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BANNED: tl.constexpr,
+):  # fmt: skip
+    """The groups' maxima and sums, those with forbidden ids computed anew without them: taking away would cancel."""
+    for at in range(0, n_forbidden, BANNED):
+        i = at + tl.arange(0, BANNED)
+        some = i < n_forbidden
+        group = (tl.load(forbidden + i, mask=some, other=0) // WIDTH % GROUPS).to(tl.int32)
+        entry = tl.arange(0, ENTRIES)
+        columns = (entry // WIDTH * (GROUPS * WIDTH) + entry % WIDTH)[None, :] + group[:, None] * WIDTH
+        mask = (columns < vocabulary) & some[:, None]
+        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=mask, other=float("-inf")).to(tl.float32)
+        z = tl.where(mask, floored(z, floor), float("-inf"))
+        z = _without(z, columns, forbidden, n_forbidden)
+        tops = tl.maximum(tl.max(z, 1), floor)
+        totals = tl.sum(tl.exp2((z - tops[:, None]) * scale), 1)
+        mine = (tl.arange(0, GROUPS)[:, None] == group[None, :]) & some[None, :]
+        found = tl.max(mine.to(tl.int32), 1) > 0
+        top = tl.where(found, tl.max(tl.where(mine, tops[None, :], float("-inf")), 1), top)
+        total = tl.where(found, tl.max(tl.where(mine, totals[None, :], 0.0), 1), total)
+    return top, total
 
 
 @triton.jit
@@ -86,7 +109,7 @@ def _exact_group(
     raw = floored(z, floor)
     x = (raw.to(tl.float64) - peak) * inverse
     x = tl.where(columns < vocabulary, x, float("-inf"))
-    x = _without(x, columns, 0, vocabulary, forbidden, n_forbidden)
+    x = _without(x, columns, forbidden, n_forbidden)
     highest = tl.max(x, 0)
     # A group without an allowed entry: no mass, and no NaN on the way.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -127,39 +150,32 @@ def sample_kernel(
     scale = inverse_temperature * LOG2E
     top = tl.full((GROUPS,), floor, tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
-    for at in range(0, vocabulary, BLOCK):
+    for at in tl.range(0, vocabulary, BLOCK, num_stages=3):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        z = _without(z, at + tl.arange(0, BLOCK), at, at + BLOCK, forbidden, n_forbidden)
         top, total, _ = absorb(z, top, total, total, scale, GROUPS, WIDTH, False)
-    peak = tl.max(top, 0)
-    log_masses = (top - peak) * scale + tl.log2(total)
     # Over the whole vocabulary, forbidden ids included, for the log-probability.
-    mass = tl.sum(tl.exp2(log_masses), 0)
-    highest = peak
+    peak = tl.max(top, 0)
+    log_mass = tl.log2(tl.sum(tl.exp2((top - peak) * scale) * total, 0))
     if forbidden is not None:
-        for at in range(0, n_forbidden, BANNED):
-            i = at + tl.arange(0, BANNED)
-            ids = tl.load(forbidden + i, mask=i < n_forbidden, other=0)
-            z = tl.load(row_ptr + ids * column_stride, mask=i < n_forbidden, other=float("-inf")).to(tl.float32)
-            z = floored(z, floor)
-            higher = tl.maximum(highest, tl.max(z, 0))
-            mass = mass * tl.exp2((highest - higher) * scale)
-            mass += tl.sum(tl.where(i < n_forbidden, tl.exp2((z - higher) * scale), 0.0), 0)
-            highest = higher
+        top, total = _allowed_groups(
+            top, total, row_ptr, column_stride, vocabulary, scale, floor, forbidden, n_forbidden,
+            GROUPS, WIDTH, ENTRIES, BANNED,
+        )  # fmt: skip
 
     if GREEDY:
+        highest = tl.max(tl.where(total > 0, top, float("-inf")), 0)
         token = tl.full((), 0, tl.int32) + vocabulary
         for at in range(0, vocabulary, BLOCK):
             columns = at + tl.arange(0, BLOCK)
             z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-            z = _without(z, columns, at, at + BLOCK, forbidden, n_forbidden)
-            token = tl.minimum(token, tl.min(tl.where(z == peak, columns, vocabulary), 0))
+            z = _without(z, columns, forbidden, n_forbidden)
+            token = tl.minimum(token, tl.min(tl.where(z == highest, columns, vocabulary), 0))
     else:
         low, high = _row_key(
             first_key, tl.load(prompt_ids + row), tl.load(completion_ids + row), tl.load(positions + row)
         )
         group = tl.arange(0, GROUPS)
-        scores = log_masses * LN2 + _gumbel(low, high, group + _FIRST_GROUP)
+        scores = ((top - peak) * scale + tl.log2(total)) * LN2 + _gumbel(low, high, group + _FIRST_GROUP)
         best = tl.argmax(scores, 0)
         second = tl.argmax(tl.where(group == best, float("-inf"), scores), 0)
         peak64 = peak.to(tl.float64)
@@ -175,7 +191,7 @@ def sample_kernel(
         token = tl.where(other_score > score, other_token, token)
     tl.store(tokens + row, token)
     chosen = floored(tl.load(row_ptr + token.to(tl.int64) * column_stride).to(tl.float32), floor)
-    tl.store(logps + row, ((chosen - highest) * scale - tl.log2(mass)) * LN2)
+    tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
 
 
 def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps) -> Launch:

@@ -319,6 +319,19 @@ def test_extreme_logits(vocabulary, temperature):
     assert gradients(loss, logits).isfinite().all() and stats.entropy.isfinite().all()
 
 
+@pytest.mark.parametrize("vocabulary", [300, 40_000])
+def test_a_row_of_minus_infinity_is_a_row_of_equals(vocabulary):
+    logits = torch.full((1, vocabulary), float("-inf"), device=DEVICE, requires_grad=True)
+    targets = torch.tensor([7], device=DEVICE)
+    logps, entropy = token_logps_from_logits(logits, targets, temperature=0.5, entropy=True, backend="triton")
+    torch.testing.assert_close(
+        torch.cat([logps, -entropy]).cpu(), torch.full((2,), -float(vocabulary)).abs().log().neg()
+    )
+    want = torch.full_like(logits, -2 / vocabulary)
+    want[0, 7] += 2
+    torch.testing.assert_close(gradients(logps.sum(), logits), want)
+
+
 def test_nan_is_not_hidden():
     """A NaN logit reaches logps, loss and gradient of its row and leaves the others alone; NaN rewards stay NaN."""
     case = make_case(6, 40_000, torch.float32, 1.0)
@@ -449,6 +462,7 @@ def test_samples_are_the_twins(vocabulary, dtype, n, temperature, banned):
     logits = (3 * torch.randn(n, vocabulary, generator=seeded(vocabulary))).to(DEVICE, dtype)
     logits[1] = 0
     logits[2, : vocabulary // 2] = float("-inf")
+    logits[3] = float("-inf")
     forbidden = None
     if banned is not None:
         forbidden = torch.tensor([i for i in banned if i < vocabulary], device=DEVICE)
