@@ -87,12 +87,6 @@ def _join(top, total, weighted, scale):
 
 
 @triton.jit
-def _logp(row_ptr, target, stride, floor, peak, log_mass, scale):
-    chosen = floored(tl.load(row_ptr + target * stride).to(tl.float32), floor)
-    return ((chosen - peak) * scale - log_mass) * LN2
-
-
-@triton.jit
 def logps_kernel(
     logits,
     targets,
@@ -119,7 +113,8 @@ def logps_kernel(
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
         top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
     peak, log_mass, nats = _join(top, total, weighted, scale)
-    tl.store(logps + row, _logp(row_ptr, tl.load(targets + row), column_stride, floor, peak, log_mass, scale))
+    chosen = floored(tl.load(row_ptr + tl.load(targets + row) * column_stride).to(tl.float32), floor)
+    tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
     tl.store(entropy + row, nats)
     tl.store(peaks + row, peak)
     tl.store(log_masses + row, log_mass)
@@ -236,6 +231,9 @@ def fused_kernel(
     DTYPE: tl.constexpr = logits.dtype.element_ty
     WORDS: tl.constexpr = BLOCK * 4 // VECTOR
 
+    # Read before the walks' one barrier: where dlogits are the logits, a faster warp may write over it after that.
+    target = tl.load(targets + token)
+    chosen = floored(tl.load(row_ptr + target * column_stride).to(tl.float32), floor)
     top = tl.full((THREADS,), floor, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
@@ -250,8 +248,7 @@ def fused_kernel(
         top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
     peak, log_mass, nats = _join(top, total, weighted, scale)
 
-    target = tl.load(targets + token)
-    logp = _logp(row_ptr, target, column_stride, floor, peak, log_mass, scale)
+    logp = ((chosen - peak) * scale - log_mass) * LN2
     completion = completion_of(token, completion_cu, completions)
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
