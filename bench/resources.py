@@ -24,7 +24,7 @@ from boxgrpo.kernels.advantages import DIFFICULTIES, SCALES
 from boxgrpo.kernels.advantages_triton import advantages_launch
 from boxgrpo.kernels.launch import Launch
 from boxgrpo.kernels.loss import LossOptions
-from boxgrpo.kernels.loss_triton import grpo_launches
+from boxgrpo.kernels.loss_triton import grpo_launches, scale_launch
 from boxgrpo.kernels.rows_triton import fused_launch, gradient_launch, logps_launch
 from boxgrpo.kernels.sample_triton import sample_launch
 
@@ -34,7 +34,7 @@ N, COMPLETIONS, GROUP = 8192, 128, 8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Logits and their gradients: as a model gives them, and as the head's chunks hold them.
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32))
-POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 class Resources(NamedTuple):
@@ -90,6 +90,8 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
     for vocabulary, (dtype, gradient) in itertools.product(VOCABULARIES, DTYPES):
         for name, launch in _row_launches(vocabulary, dtype, gradient, every_variant):
             yield f"{name} V={vocabulary} {_short(dtype)}->{_short(gradient)}", launch
+    for dtype in (BF16, FP32):
+        yield f"scale_kernel {_short(dtype)}", scale_launch(_empty(N, VOCABULARIES[0], dtype=dtype), _empty())
     for kind, o in _options(every_variant, levels=("token", "sequence")):
         for launch in grpo_launches(_empty(N), *_completions(), o, _empty(N), _empty(5, N), _empty(), _empty(7)):
             yield f"{launch.kernel.fn.__name__} {kind}", launch

@@ -8,6 +8,7 @@ frozen head, 8 for token_logps with its backward.
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .loss import LossOptions
 from .loss_triton import grpo_loss_triton, reduce_launch
@@ -35,6 +36,8 @@ def token_logps_from_logits_backward_triton(
     """dlogits (N, V): one read and one write; a row that nothing flows back to is not read."""
     dlogits = logits if overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
     _gradient(logits, targets, temperature, entropy, state, dlogps, dentropy, dlogits)
+    if overwrite:
+        increment_version(logits)  # autograd does not see a kernel's writes
     return dlogits
 
 
@@ -47,6 +50,8 @@ def fused_grpo_loss_from_logits_triton(
         dlogits = logits if overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
         out = _FusedResults(targets)
         fused_launch(logits, targets, temperature, advantages, completion_cu, o, *out.per_token, dlogits).run()
+        if overwrite:
+            increment_version(logits)  # autograd does not see a kernel's writes
         loss, stats = out.reduced()
         return loss, dlogits, out.logps, out.entropy, stats
     logps, nats, state = token_logps_from_logits_triton(logits, targets, temperature, True)

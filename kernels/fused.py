@@ -189,7 +189,7 @@ def _(logits, targets, advantages, completion_cu, temperature, grad, triton, *op
 
 def _save(n_gradients: int):
     def setup_context(ctx, inputs, output) -> None:
-        ctx.n_inputs = len(inputs)
+        ctx.n_inputs, ctx.triton = len(inputs), inputs[-len(LossOptions._fields) - 1]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # or the backward would be handed zeros of dweight's size
         ctx.save_for_backward(*output[1 : 1 + n_gradients])
@@ -198,7 +198,7 @@ def _save(n_gradients: int):
 
 
 def _backward(ctx, dloss, *_):
-    return scale_saved_gradients(ctx, dloss, ctx.n_inputs)
+    return scale_saved_gradients(ctx, dloss, ctx.n_inputs, in_place=ctx.triton)
 
 
 _head_op.register_autograd(_backward, setup_context=_save(2))
@@ -210,7 +210,7 @@ class _Overwriting(torch.autograd.Function):
     def forward(ctx, logits, *args):
         storage = logits.detach()  # shares the version counter: the writes below are seen by autograd
         loss, _, *rest = _logits(storage, *args, overwrite=True)
-        ctx.n_inputs = 1 + len(args)
+        ctx.n_inputs, ctx.triton = 1 + len(args), args[-len(LossOptions._fields) - 1]
         ctx.save_for_backward(storage)
         ctx.mark_non_differentiable(*rest)
         return loss, *rest
@@ -219,4 +219,6 @@ class _Overwriting(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *_):
         (dlogits,) = ctx.saved_tensors
+        if ctx.triton:
+            return scale_saved_gradients(ctx, dloss, ctx.n_inputs, in_place=True)
         return dlogits.mul_(dloss.to(dlogits.dtype)), *(None,) * (ctx.n_inputs - 1)

@@ -256,17 +256,34 @@ def _scalars(token: TokenObjective, n: int) -> Tensor:
     return torch.cat([means, torch.stack([token.ratio.amin(), token.ratio.mean(), token.ratio.amax()])])
 
 
-def scale_saved_gradients(ctx, dloss: Tensor, n_inputs: int) -> tuple:
-    """The autograd formula of an op that already holds the gradients of its first inputs: None where it has none."""
+def scale_saved_gradients(ctx, dloss: Tensor, n_inputs: int, in_place: bool = False) -> tuple:
+    """The autograd formula of an op that already holds the gradients of its first inputs: None where it has none.
+
+    A copy of them would be as large as the logits. A CPU looks whether dloss is 1 and hands them on as they are;
+    `in_place` a kernel looks, and writes only if not. Then a second backward through a retained graph raises.
+    """
     if dloss is None:  # a graph that does not reach the loss
         return (None,) * n_inputs
-    # Read only where that neither waits for a device nor traces: a copy of dweight is most of a CPU's peak memory.
-    as_is = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss == 1
+    eager = type(dloss) is Tensor  # and not a tracer
+    if in_place and eager:
+        from .loss_triton import scale_triton as scaled
+    elif eager and dloss.device.type == "cpu" and dloss == 1:
+        scaled = _as_it_is
+    else:
+        scaled = _scaled_copy
     gradients = [
-        (gradient if as_is else gradient * dloss.to(gradient.dtype)) if wanted else None
+        scaled(gradient, dloss) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
     ]
     return *gradients, *(None,) * (n_inputs - len(gradients))
+
+
+def _as_it_is(gradient: Tensor, dloss: Tensor) -> Tensor:
+    return gradient
+
+
+def _scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:
+    return gradient * dloss.to(gradient.dtype)
 
 
 def _grpo_loss(logps, advantages, completion_cu, triton, *options):

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .launch import Launch
 from .loss import LossOptions
@@ -67,7 +68,7 @@ def token_objective(
         policy = tl.minimum(bounded * advantage, clipped * advantage, propagate_nan=tl.PropagateNan.ALL)
         slope = tl.where(still, 0.0, ratio * advantage)
     loss = -gain * policy
-    kl = loss * 0
+    kl = tl.where(clip_low, 0.0, 0.0)
     dkl = kl
     if ref_logp is not None:
         gap = ref_logp - logp
@@ -172,7 +173,7 @@ def grpo_kernel(
             logp, log_ratio, ref_logp, advantage, share, kl_gain, epsilon, epsilon_high, delta, CISPO
         )
         if SEQUENCE and not CISPO:
-            dpolicy = dpolicy * 0 + mean_dpolicy
+            dpolicy = tl.zeros((BLOCK,), tl.float32) + mean_dpolicy
         store_token(tokens, n, token, mask, loss, kl, clip_low, clip_high, ratio)
         tl.store(dlogps + token, (dpolicy + dkl).to(dlogps.dtype.element_ty), mask=mask)
 
@@ -207,6 +208,30 @@ def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
     tl.store(scalars + 4, tl.min(least, 0))
     tl.store(scalars + 5, tl.sum(ratios, 0) / n)
     tl.store(scalars + 6, tl.max(most, 0))
+
+
+@triton.jit
+def scale_kernel(gradient, factor, size, BLOCK: tl.constexpr):
+    """gradient *= factor, which is read first: a factor of 1 touches nothing else."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32) * by
+        tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < size)
+
+
+def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
+    arguments = {"gradient": gradient, "factor": factor, "size": gradient.numel()}
+    return Launch(scale_kernel, (triton.cdiv(gradient.numel(), 16384),), arguments, {"BLOCK": 16384}, num_warps=8)
+
+
+def scale_triton(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor (0-dim) in gradient's own storage, which autograd is told of."""
+    if not gradient.is_contiguous():  # logits that were overwritten, in their own strides
+        return gradient.mul_(factor.to(gradient.dtype))
+    scale_launch(gradient, factor).run()
+    increment_version(gradient)
+    return gradient
 
 
 def objective_arguments(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> tuple[dict, dict]:
@@ -247,9 +272,11 @@ def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
 
 def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options) -> tuple[Tensor, ...]:
     """grpo_loss_torch on Triton, for anything but fp64."""
-    n, dlogps = logps.shape[0], torch.empty_like(logps, memory_format=torch.contiguous_format)
+    # Offsets that do not end at n, which nobody can look at on a device without waiting, leave NaN behind.
+    n = logps.shape[0]
+    dlogps = torch.full_like(logps, float("nan"), memory_format=torch.contiguous_format)
     loss, scalars = (torch.zeros(shape, device=logps.device) for shape in ((), 7))
-    tokens = torch.empty(5, n, device=logps.device)
+    tokens = torch.full((5, n), float("nan"), device=logps.device)
     for launch in grpo_launches(logps, advantages, completion_cu, LossOptions(*options), dlogps, tokens, loss, scalars):
         launch.run()
     return loss, dlogps, scalars

@@ -1,7 +1,7 @@
 """Triton kernels over rows of logits: log-probabilities and entropy, their gradient, and loss and gradient at once.
 
-A program owns a row and walks it in blocks. Each thread keeps its own running maximum, sum and weighted sum, so that
-nothing but the end of a walk synchronises; the last two are in base 2, where the hardware's exponential is.
+A program owns a row and walks it in blocks. Each thread keeps its own running maximum, sum and weighted sum, which meet
+at the end of the walk; the last two are in base 2, where the hardware's exponential is.
 
 The sums belong to x = (z - top) / temperature * log2 e, from the raw logit z and the row's raw maximum: the difference
 of two logits is exact, or nearly, where the difference of two quotients is not.
@@ -62,6 +62,13 @@ def floored(z, floor):
 
 
 @triton.jit
+def _target_logit(row_ptr, target, stride, vocabulary, floor):
+    """NaN where there is no such logit."""
+    inside = (target >= 0) & (target < vocabulary)
+    return floored(tl.load(row_ptr + target * stride, mask=inside, other=float("nan")).to(tl.float32), floor)
+
+
+@triton.jit
 def absorb(z, top, total, weighted, scale, THREADS: tl.constexpr, VECTOR: tl.constexpr, ENTROPY: tl.constexpr):
     """Add a block of logits to each thread's running maximum, sum of 2^x and, with ENTROPY, sum of 2^x x."""
     z = tl.reshape(z, (z.shape[0] // (THREADS * VECTOR), THREADS, VECTOR))  # the thread that loaded them is axis 1
@@ -113,7 +120,7 @@ def logps_kernel(
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
         top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
     peak, log_mass, nats = _join(top, total, weighted, scale)
-    chosen = floored(tl.load(row_ptr + tl.load(targets + row) * column_stride).to(tl.float32), floor)
+    chosen = _target_logit(row_ptr, tl.load(targets + row), column_stride, vocabulary, floor)
     tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
     tl.store(entropy + row, nats)
     tl.store(peaks + row, peak)
@@ -220,6 +227,7 @@ def fused_kernel(
     HELD: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    WORDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Row i of logits is row `first + i` of n. The HELD leading elements, read as int32, stay in registers."""
@@ -229,17 +237,16 @@ def fused_kernel(
     out_ptr = dlogits + row * out_row_stride
     scale = inverse_temperature * LOG2E
     DTYPE: tl.constexpr = logits.dtype.element_ty
-    WORDS: tl.constexpr = BLOCK * 4 // VECTOR
 
     # Read before the walks' one barrier: where dlogits are the logits, a faster warp may write over it after that.
     target = tl.load(targets + token)
-    chosen = floored(tl.load(row_ptr + target * column_stride).to(tl.float32), floor)
+    chosen = _target_logit(row_ptr, target, column_stride, vocabulary, floor)
     top = tl.full((THREADS,), floor, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
     held = ()
     for piece in tl.static_range(HELD // BLOCK):
-        word = row * row_stride * 4 // VECTOR + piece * WORDS + tl.arange(0, WORDS)
+        word = row * row_stride * WORDS // BLOCK + piece * WORDS + tl.arange(0, WORDS)
         held = held + (tl.load(words + word),)
         z = floored(_elements(held[piece], DTYPE), floor)
         top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
@@ -308,7 +315,13 @@ def _tiles(config: RowConfig, itemsize: int) -> dict:
 
 def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
     config = row_config("logps", logits.shape[1], logits.itemsize)
-    arguments = {"targets": targets, "logps": logps, "entropy": entropy, "peaks": peaks, "log_masses": log_masses}
+    arguments = {
+        "targets": targets.contiguous(),
+        "logps": logps,
+        "entropy": entropy,
+        "peaks": peaks,
+        "log_masses": log_masses,
+    }
     return Launch(
         logps_kernel,
         (logits.shape[0],),
@@ -321,7 +334,7 @@ def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses
 def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
     config = row_config("gradient", logits.shape[1], logits.itemsize)
     arguments = {
-        "targets": targets,
+        "targets": targets.contiguous(),
         "dlogps": dlogps,
         "dentropy": dentropy,
         "entropy": entropy,
@@ -350,7 +363,7 @@ def fused_launch(
     words = _as_words(logits) if 0 < config.held <= logits.shape[1] else None
     arguments |= {
         "words": words,
-        "targets": targets,
+        "targets": targets.contiguous(),
         "logps": logps,
         "entropy": entropy,
         "tokens": tokens,
@@ -359,8 +372,10 @@ def fused_launch(
         "out_column_stride": dlogits.stride(1),
         "first": first,
     }
-    constants |= _tiles(config, logits.itemsize) | {
+    # Elements of a thread lie together as the wider of its accesses, 16 bytes each, wants them.
+    constants |= _tiles(config, min(logits.itemsize, dlogits.itemsize)) | {
         "HELD": 0 if words is None else config.held,
+        "WORDS": config.block * logits.itemsize // 4,
         "STAGES": config.stages,
     }
     return Launch(

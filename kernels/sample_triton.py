@@ -15,7 +15,6 @@ _D0, _D1 = (tl.constexpr(factor) for factor in MIX32)
 _ODD = tl.constexpr(ODD)
 _SCALE = tl.constexpr(UNIFORM_SCALE)
 _FIRST_GROUP = tl.constexpr(FIRST_GROUP)
-BANNED = 8  # groups with forbidden ids that are looked at together
 
 
 @triton.jit
@@ -64,42 +63,17 @@ def _gumbel64(low, high, counters):
 
 
 @triton.jit
-def _without(z, columns, forbidden, n_forbidden):
-    """z, -inf at forbidden ids."""
+def _without(z, columns, vocabulary, forbidden, instead):
+    """z, or `instead` where `forbidden` (V) uint8 is set."""
     if forbidden is not None:
-        for i in range(n_forbidden):
-            z = tl.where(columns == tl.load(forbidden + i), float("-inf"), z)
+        banned = tl.load(forbidden + columns, mask=columns < vocabulary, other=0)
+        z = tl.where(banned != 0, instead, z)
     return z
 
 
 @triton.jit
-def _allowed_groups(
-    top, total, row_ptr, stride, vocabulary, scale, floor, forbidden, n_forbidden,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BANNED: tl.constexpr,
-):  # fmt: skip
-    """The groups' maxima and sums, those with forbidden ids computed anew without them: taking away would cancel."""
-    for at in range(0, n_forbidden, BANNED):
-        i = at + tl.arange(0, BANNED)
-        some = i < n_forbidden
-        group = (tl.load(forbidden + i, mask=some, other=0) // WIDTH % GROUPS).to(tl.int32)
-        entry = tl.arange(0, ENTRIES)
-        columns = (entry // WIDTH * (GROUPS * WIDTH) + entry % WIDTH)[None, :] + group[:, None] * WIDTH
-        mask = (columns < vocabulary) & some[:, None]
-        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=mask, other=float("-inf")).to(tl.float32)
-        z = tl.where(mask, floored(z, floor), float("-inf"))
-        z = _without(z, columns, forbidden, n_forbidden)
-        tops = tl.maximum(tl.max(z, 1), floor)
-        totals = tl.sum(tl.exp2((z - tops[:, None]) * scale), 1)
-        mine = (tl.arange(0, GROUPS)[:, None] == group[None, :]) & some[None, :]
-        found = tl.max(mine.to(tl.int32), 1) > 0
-        top = tl.where(found, tl.max(tl.where(mine, tops[None, :], float("-inf")), 1), top)
-        total = tl.where(found, tl.max(tl.where(mine, totals[None, :], 0.0), 1), total)
-    return top, total
-
-
-@triton.jit
 def _exact_group(
-    row_ptr, group, stride, vocabulary, peak, inverse, floor, forbidden, n_forbidden, low, high,
+    row_ptr, group, stride, vocabulary, peak, inverse, floor, forbidden, low, high,
     PERIOD: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Perturbed log-mass of a group, its best perturbed entry and that entry's logit, in fp64."""
@@ -109,7 +83,7 @@ def _exact_group(
     raw = floored(z, floor)
     x = (raw.to(tl.float64) - peak) * inverse
     x = tl.where(columns < vocabulary, x, float("-inf"))
-    x = _without(x, columns, forbidden, n_forbidden)
+    x = _without(x, columns, vocabulary, forbidden, float("-inf"))
     highest = tl.max(x, 0)
     # A group without an allowed entry: no mass, and no NaN on the way.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -121,12 +95,13 @@ def _exact_group(
     return score, token
 
 
-@triton.jit(do_not_specialize=["first_key", "n_forbidden"])
+@triton.jit(do_not_specialize=["first_key", "n_ids"])
 def sample_kernel(
     logits,
     prompt_ids,
     completion_ids,
     positions,
+    ids,
     forbidden,
     tokens,
     logps,
@@ -136,72 +111,81 @@ def sample_kernel(
     inverse_temperature,
     floor,
     first_key,
-    n_forbidden,
+    n_ids,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
-    BANNED: tl.constexpr,
 ):
     """A program owns a row, and its threads the groups."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits + row * row_stride
     scale = inverse_temperature * LOG2E
-    top = tl.full((GROUPS,), floor, tl.float32)
+    # What is forbidden, or beyond the row, lies below the floor of all that is allowed: no mass beside it, and no NaN.
+    top = tl.full((GROUPS,), 2 * floor, tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     for at in tl.range(0, vocabulary, BLOCK, num_stages=3):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+        z = _without(z, at + tl.arange(0, BLOCK), vocabulary, forbidden, 2 * floor)
         top, total, _ = absorb(z, top, total, total, scale, GROUPS, WIDTH, False)
-    # Over the whole vocabulary, forbidden ids included, for the log-probability.
     peak = tl.max(top, 0)
-    log_mass = tl.log2(tl.sum(tl.exp2((top - peak) * scale) * total, 0))
-    if forbidden is not None:
-        top, total = _allowed_groups(
-            top, total, row_ptr, column_stride, vocabulary, scale, floor, forbidden, n_forbidden,
-            GROUPS, WIDTH, ENTRIES, BANNED,
-        )  # fmt: skip
+    log_masses = (top - peak) * scale + tl.log2(total)
+    # The log-probability is over the whole vocabulary: what is forbidden comes back, which takes nothing away.
+    highest = peak
+    mass = tl.sum(tl.exp2(log_masses), 0)
+    if ids is not None:
+        for at in range(0, n_ids, GROUPS):
+            i = at + tl.arange(0, GROUPS)
+            column = tl.load(ids + i, mask=i < n_ids, other=0)
+            z = tl.load(row_ptr + column * column_stride, mask=i < n_ids, other=float("-inf")).to(tl.float32)
+            z = floored(z, tl.where(i < n_ids, floor, 2 * floor))
+            higher = tl.maximum(highest, tl.max(z, 0))
+            mass = mass * tl.exp2((highest - higher) * scale) + tl.sum(tl.exp2((z - higher) * scale), 0)
+            highest = higher
 
     if GREEDY:
-        highest = tl.max(tl.where(total > 0, top, float("-inf")), 0)
         token = tl.full((), 0, tl.int32) + vocabulary
         for at in range(0, vocabulary, BLOCK):
             columns = at + tl.arange(0, BLOCK)
             z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-            z = _without(z, columns, forbidden, n_forbidden)
-            token = tl.minimum(token, tl.min(tl.where(z == highest, columns, vocabulary), 0))
+            z = _without(z, columns, vocabulary, forbidden, float("-inf"))
+            token = tl.minimum(token, tl.min(tl.where(z == peak, columns, vocabulary), 0))
     else:
         low, high = _row_key(
             first_key, tl.load(prompt_ids + row), tl.load(completion_ids + row), tl.load(positions + row)
         )
         group = tl.arange(0, GROUPS)
-        scores = ((top - peak) * scale + tl.log2(total)) * LN2 + _gumbel(low, high, group + _FIRST_GROUP)
+        scores = log_masses * LN2 + _gumbel(low, high, group + _FIRST_GROUP)
         best = tl.argmax(scores, 0)
         second = tl.argmax(tl.where(group == best, float("-inf"), scores), 0)
         peak64 = peak.to(tl.float64)
         inverse64 = tl.full((), 0.0, tl.float64) + inverse_temperature
         score, token = _exact_group(
-            row_ptr, best, column_stride, vocabulary, peak64, inverse64, floor, forbidden, n_forbidden, low, high,
+            row_ptr, best, column_stride, vocabulary, peak64, inverse64, floor, forbidden, low, high,
             GROUPS * WIDTH, WIDTH, ENTRIES,
         )  # fmt: skip
         other_score, other_token = _exact_group(
-            row_ptr, second, column_stride, vocabulary, peak64, inverse64, floor, forbidden, n_forbidden, low, high,
+            row_ptr, second, column_stride, vocabulary, peak64, inverse64, floor, forbidden, low, high,
             GROUPS * WIDTH, WIDTH, ENTRIES,
         )  # fmt: skip
         token = tl.where(other_score > score, other_token, token)
+    token = tl.minimum(token, vocabulary - 1)  # of a row of NaN
     tl.store(tokens + row, token)
     chosen = floored(tl.load(row_ptr + token.to(tl.int64) * column_stride).to(tl.float32), floor)
-    tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
+    tl.store(logps + row, ((chosen - highest) * scale - tl.log2(mass)) * LN2)
 
 
 def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps) -> Launch:
     vocabulary = logits.shape[1]
+    ids = None if forbidden is None else forbidden.contiguous()
     arguments = {
         "logits": logits,
         "prompt_ids": prompt_ids.contiguous(),
         "completion_ids": completion_ids.contiguous(),
         "positions": positions.contiguous(),
-        "forbidden": None if forbidden is None else forbidden.contiguous(),
+        "ids": ids,
+        "forbidden": None if ids is None else torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, ids, 1),
         "tokens": tokens,
         "logps": logps,
         "row_stride": logits.stride(0),
@@ -210,7 +194,7 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
         "inverse_temperature": fp32_inverse(temperature),
         "floor": LOGIT_FLOOR * min(temperature or 1.0, 1.0),
         "first_key": first_key(seed),
-        "n_forbidden": 0 if forbidden is None else forbidden.shape[0],
+        "n_ids": 0 if ids is None else ids.shape[0],
     }
     period = GROUPS * WIDTH
     constants = {
@@ -219,7 +203,6 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
         "GROUPS": GROUPS,
         "WIDTH": WIDTH,
         "ENTRIES": triton.next_power_of_2(triton.cdiv(vocabulary, period)) * WIDTH,
-        "BANNED": BANNED,
     }
     return Launch(sample_kernel, (logits.shape[0],), arguments, constants, num_warps=GROUPS // 32)
 

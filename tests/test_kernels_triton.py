@@ -407,6 +407,55 @@ def test_offsets_beyond_two_to_the_31(vocabulary):
         torch.testing.assert_close(a, b)
 
 
+def test_arguments_need_not_be_contiguous():
+    case = make_case(6, 300, torch.float32, 1.0)
+    apart = {name: torch.stack([x, 3 * x + 1], -1)[..., 0] if x.dim() == 1 else x for name, x in case.items()}
+    results = []
+    for c in (case, apart):
+        logits, rest = c["logits"].detach().requires_grad_(), (c["advantages"], c["completion_cu"])
+        loss, stats = fused_grpo_loss_from_logits(logits, c["targets"], *rest, backend="triton", **options_of(c, {}))
+        logps = token_logps_from_logits(logits, c["targets"], backend="triton")
+        again, _ = grpo_loss(logps, *rest, backend="triton", **options_of(c, {}))
+        own = {name: torch.stack([x, -x], 1)[:, 0] if c is apart else x for name, x in counters(6).items()}
+        tokens, _ = sample_tokens(logits.detach(), seed=1, **own, backend="triton")
+        results.append((loss, stats.logps, gradients(loss, logits), again, gradients(logps.sum(), logits), tokens))
+    assert not apart["targets"].is_contiguous()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("door", ["inplace", "overwrite", "fused"])
+def test_what_a_kernel_overwrites_autograd_knows(door):
+    """A second backward, or another reader of overwritten logits, raises; it is never silently wrong."""
+    case = make_case(6, 300, torch.float32, 1.0)
+    rest = case["targets"], case["advantages"], case["completion_cu"]
+    leaf = case["logits"].requires_grad_()
+    logits = leaf * 1
+    reader = logits.square().sum()
+    if door == "inplace":
+        value = token_logps_from_logits(logits, rest[0], inplace_backward=True, backend="triton").sum()
+    else:
+        value, _ = fused_grpo_loss_from_logits(logits, *rest, overwrite_logits=door == "overwrite", backend="triton")
+    first = torch.autograd.grad(2 * value, leaf, retain_graph=True)[0]
+    assert first.any()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(value, leaf, retain_graph=True)
+    if door != "fused":
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            torch.autograd.grad(reader, leaf)
+
+
+def test_bad_indices_give_nan():
+    """Nobody can look at a device's targets and offsets without waiting for it: what they spoil is NaN, not memory."""
+    case = make_case(6, 300, torch.float32, 1.0)
+    case["targets"][1], case["targets"][4] = -1, 302
+    logps = token_logps_from_logits(case["logits"], case["targets"], backend="triton")
+    assert logps.isnan().tolist() == [i in (1, 4) for i in range(6)]
+    logps = torch.zeros(6, device=DEVICE, requires_grad=True)
+    loss, _ = grpo_loss(logps, torch.ones(1, device=DEVICE), torch.tensor([0, 4], device=DEVICE), backend="triton")
+    assert loss.isnan() and gradients(loss, logps).isnan().tolist() == [False] * 4 + [True] * 2
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("bounds", [[0], [0, 0, 0]])
 def test_no_tokens_give_zeros(bounds, level):
@@ -456,7 +505,7 @@ def counters(n):
     [(3, torch.float32, 20), (300, torch.float32, 40), (20_000, torch.bfloat16, 20), (151_936, torch.bfloat16, 8)],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 2.0])
-@pytest.mark.parametrize("banned", [None, [0, 2], [1, 299, 8192, 8193, 151_935]], ids=str)
+@pytest.mark.parametrize("banned", [None, [0, 2], [9, 10], [1, 299, 8192, 8193, 151_935]], ids=str)
 def test_samples_are_the_twins(vocabulary, dtype, n, temperature, banned):
     """The same token on the twin and in the kernel, its logp within fp32's rounding; ties go to the first."""
     logits = (3 * torch.randn(n, vocabulary, generator=seeded(vocabulary))).to(DEVICE, dtype)
@@ -482,6 +531,29 @@ def test_a_sample_does_not_depend_on_its_batch():
     alone = sample_tokens(logits[7:8], seed=3, **{k: v[7:8] for k, v in own.items()}, backend="triton")
     for a, b, c in zip(whole, shuffled, alone, strict=True):
         assert torch.equal(a[order], b) and torch.equal(a[7:8], c)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_most_of_the_vocabulary_may_be_forbidden(temperature):
+    """Padded ids by the thousand, whole groups of them; and a forbidden favourite far above the rest."""
+    logits = torch.randn(8, 20_000, generator=seeded()).to(DEVICE)
+    logits[:, 12_345] = 500
+    forbidden = torch.tensor([*range(64, 128), *range(9000, 20_000)], device=DEVICE)
+    options = {"seed": 5, "temperature": temperature, "forbidden": forbidden} | counters(8)
+    tokens, logps = sample_tokens(logits, **options, backend="triton")
+    want, want_logps = sample_tokens(logits, **options, backend="torch")
+    assert torch.equal(tokens, want) and not torch.isin(tokens, forbidden).any()
+    torch.testing.assert_close(logps, want_logps)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_no_numbers_still_draw_an_id(value, temperature):
+    logits = torch.full((2, 300), value, device=DEVICE)
+    logits[1] = 0
+    logits[1, 8] = value
+    tokens, logps = sample_tokens(logits, seed=1, temperature=temperature, **counters(2), backend="triton")
+    assert (tokens >= 0).all() and (tokens < 300).all() and logps.isnan().all()
 
 
 def test_filters_go_through_the_twin():
