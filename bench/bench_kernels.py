@@ -2,10 +2,10 @@
 
     python bench/bench_kernels.py [--only NAME] [--json FILE|-]
 
-Writes bench/results/<device>/kernels.json. On a GPU the times are triton.testing.do_bench medians, each run with a
-cold L2; on a CPU pytest-benchmark takes them. The floor of an op is the larger of its least bytes over a copy's
-bandwidth and its least FLOP over a matrix product's rate, both measured in the same run. Peak memory is what a run
-needs beyond its inputs.
+Writes bench/results/<device>/kernels.json, unless --only asks for a part. On a GPU the times are
+triton.testing.do_bench medians, each run with a cold L2; on a CPU pytest-benchmark takes them. The floor of an op is
+the larger of its least bytes over a copy's bandwidth and its least FLOP over a matrix product's rate, both measured in
+the same run. Peak memory is what a run needs beyond its inputs.
 """
 
 import argparse
@@ -172,6 +172,7 @@ def run(only: str | None) -> dict:
         mine = {key: seconds for key, seconds in times.items() if key[0] == case.name}
         rows += [row(case, name, seconds, limits) for (_, name), seconds in mine.items()]
         torch.cuda.empty_cache()
+        torch._dynamo.reset()
     return {"machine": machine(), "ceilings": limits, "rows": rows}
 
 
@@ -197,9 +198,10 @@ def main() -> None:
     text = json.dumps(result, indent=1) + "\n"
     if args.json == "-":
         print(text, end="")
-    else:
+        return
+    if args.json or args.only is None:  # a part does not take the place of the whole
         Path(args.json or folder() / "kernels.json").write_text(text)
-        print(table(result))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from boxgrpo.kernels import (
 
 COMPLETION, GROUP = 256, 8  # tokens in a completion, completions of a prompt
 BETA, EPSILON = 0.04, 0.2
-QWEN_2B, QWEN_7B = 151_936, 152_064
+QWEN_2B, QWEN_7B = 151_936, 152_064  # rows of the head
+TOKENS = 151_657  # that the tokenizer has
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class _Rollout:
         self.completions = n // self.length
         self.targets = torch.randint(vocabulary, (n,), device=device, generator=g)
         self.advantages = torch.randn(self.completions, device=device, generator=g)
-        self.offsets = torch.arange(0, n + 1, self.length, device=device)
+        self.offsets = torch.arange(0, n + 1, self.length, device=device, dtype=torch.int32)
         # Near the logps of logits that are standard normal, so that ratios are near 1.
         expected = -torch.tensor(vocabulary, dtype=torch.float32).log() - 0.5
         self.old, self.ref = expected.item() + 0.1 * torch.randn(2, n, device=device, generator=g)
@@ -92,6 +93,16 @@ def _eager_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
 
 
+def _compiled(run: Callable) -> Callable:
+    """For this shape alone: Dynamo would take the second shape for a reason to compile for all."""
+    return torch.compile(run, dynamic=False)
+
+
+def _through_trl(trl, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    size = trl._CHUNKED_LOGPROB_CHUNK_SIZE
+    return trl._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, size, None, 1.0, ("log_probs",))[0]
+
+
 def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of the scalar `run(*leaves)`."""
 
@@ -107,11 +118,8 @@ def _loss_from_logits(case: Case, device, seed: int):
     r = _Rollout(n, vocabulary, device, seed)
     logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
 
-    def ours(z, overwrite=False):
-        body = z[:] if overwrite else z  # a leaf may not be overwritten, a view of it may
-        return fused_grpo_loss_from_logits(
-            body, r.targets, r.advantages, r.offsets, overwrite_logits=overwrite, **r.options
-        )[0]
+    def ours(z):
+        return fused_grpo_loss_from_logits(z, r.targets, r.advantages, r.offsets, **r.options)[0]
 
     def eager(z):
         return r.eager_loss(_eager_logps(z, r.targets))
@@ -119,7 +127,7 @@ def _loss_from_logits(case: Case, device, seed: int):
     found = {
         "boxgrpo": _trained(ours, logits),
         "eager": _trained(eager, logits),
-        "compile": _trained(torch.compile(eager), logits),
+        "compile": _trained(_compiled(eager), logits),
     }
     if device.type == "cuda" and (liger := _module("liger_kernel.transformers.grpo_loss")):
         # Its logits are (B, L + 1, V) with an unread last row: the same number of rows that count.
@@ -148,7 +156,7 @@ def _logps_from_logits(case: Case, device, seed: int):
     return {
         "boxgrpo": _trained(lambda z: (token_logps_from_logits(z, r.targets) * upstream).sum(), logits),
         "eager": _trained(eager, logits),
-        "compile": _trained(torch.compile(eager), logits),
+        "compile": _trained(_compiled(eager), logits),
     } | _trl_logps(logits, r, upstream, device)
 
 
@@ -172,15 +180,12 @@ def _loss_from_hidden(case: Case, device, seed: int):
     found = {
         "boxgrpo": _trained(ours, *leaves),
         "eager": _trained(eager, *leaves),
-        "compile": _trained(torch.compile(eager), *leaves),
+        "compile": _trained(_compiled(eager), *leaves),
     }
     if trl := _module("trl.trainer.utils"):
 
         def through_trl(hidden, weight):
-            logps = trl._ChunkedLogProbFunction.apply(
-                hidden, weight, None, r.targets, 1.0, trl._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
-            )[0]
-            return r.eager_loss(logps)
+            return r.eager_loss(_through_trl(trl, hidden, weight, r.targets))
 
         found["trl"] = _trained(through_trl, *leaves)
     if liger := _module("liger_kernel.chunked_loss"):
@@ -215,15 +220,12 @@ def _logps_from_hidden(case: Case, device, seed: int):
     found = {
         "boxgrpo": _trained(lambda h, w: (token_logps(h, w, r.targets) * upstream).sum(), *leaves),
         "eager": _trained(eager, *leaves),
-        "compile": _trained(torch.compile(eager), *leaves),
+        "compile": _trained(_compiled(eager), *leaves),
     }
     if trl := _module("trl.trainer.utils"):
 
         def through_trl(hidden, weight):
-            logps = trl._ChunkedLogProbFunction.apply(
-                hidden, weight, None, r.targets, 1.0, trl._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
-            )[0]
-            return (logps * upstream).sum()
+            return (_through_trl(trl, hidden, weight, r.targets) * upstream).sum()
 
         found["trl"] = _trained(through_trl, *leaves)
     return found
@@ -233,17 +235,19 @@ def _samples(case: Case, device, seed: int):
     logits = _normal(device, seed, case.shape["n"], case.shape["V"], dtype=case.dtype).detach()
     rows = torch.arange(case.shape["n"], device=device)
     own = {"prompt_ids": rows // GROUP, "completion_ids": rows % GROUP, "positions": rows * 0}
+    # As a rollout does: 14 special tokens, and the head's rows beyond the last token.
+    forbidden = torch.arange(TOKENS - 14, case.shape["V"], device=device)
 
     def eager():
         distribution = logits.float().log_softmax(1)
-        tokens = torch.multinomial(distribution.exp(), 1)
+        tokens = torch.multinomial(distribution.exp().index_fill(1, forbidden, 0), 1)
         return tokens, distribution.gather(1, tokens)
 
     return {
-        "boxgrpo": lambda: sample_tokens(logits, seed=seed, **own),
+        "boxgrpo": lambda: sample_tokens(logits, seed=seed, forbidden=forbidden, **own),
         "one read": lambda: logits.amax(1),
         "eager": eager,
-        "compile": torch.compile(eager),
+        "compile": _compiled(eager),
     }
 
 
@@ -260,7 +264,7 @@ def _advantages(case: Case, device, seed: int):
     return {
         "boxgrpo": lambda: group_advantages(rewards, accuracy),
         "eager": eager,
-        "compile": torch.compile(eager),
+        "compile": _compiled(eager),
     }
 
 
