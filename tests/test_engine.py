@@ -116,7 +116,9 @@ def test_ranks_average_gradients_and_agree_on_weights_and_metrics(tmp_path):
     (tmp_path / "script.py").write_text(TWO_RANKS)
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(tmp_path / "script.py"), str(tmp_path)]
-    told = subprocess.run(command, check=True, timeout=200, capture_output=True, text=True).stderr
+    done = subprocess.run(command, timeout=200, capture_output=True, text=True)
+    told = done.stderr
+    assert done.returncode == 0, told
     assert [f"rank {rank} met a bad record" in told for rank in (0, 1)] == [True, True]  # nobody else saw it
     assert [f"rank {rank} read the file" in told for rank in (0, 1)] == [True, False]  # both did
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
