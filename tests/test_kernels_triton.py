@@ -514,7 +514,7 @@ def test_samples_are_the_twins(vocabulary, dtype, n, temperature, banned):
     logits[3] = float("-inf")
     forbidden = None
     if banned is not None:
-        forbidden = torch.tensor([i for i in banned if i < vocabulary], device=DEVICE)
+        forbidden = torch.tensor([i for i in banned if i < vocabulary], dtype=torch.int64, device=DEVICE)
     options = {"seed": 2**62 + 5, "temperature": temperature, "forbidden": forbidden} | counters(n)
     tokens, logps = sample_tokens(logits, **options, backend="triton")
     want, want_logps = sample_tokens(logits, **options, backend="torch")
