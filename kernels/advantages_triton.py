@@ -88,6 +88,7 @@ def advantages_kernel(
 
 
 def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou) -> Launch:
+    """(B, G) rewards and accuracy, results (B, G), (B), (B); any strides of the inputs."""
     groups, size = rewards.shape
     width = triton.next_power_of_2(size)
     rows = min(max(ELEMENTS // width, 1), triton.next_power_of_2(max(groups, 1)))

@@ -29,8 +29,10 @@ def fused_grpo_loss(
 ) -> tuple[Tensor, GrpoStats]:
     """grpo_loss(token_logps(hidden, weight, targets)), with the gradients made while each chunk of logits exists.
 
-    At the token level no logit is computed twice (6·N·V·H FLOP, 4 with a frozen head) and rows whose gradient is zero
-    leave before the second product; the sequence level needs all logps of a completion first and pays a second pass.
+    At the token level no logit is computed twice (6·N·V·H FLOP, 4 with a frozen head) and on a CPU rows without
+    gradient leave before the second product; on a GPU that would wait for the device, so a caller leaves them out. The
+    sequence level needs all logps of a completion first and pays a second pass. With Triton a second backward through a
+    retained graph raises: the first scales the gradients where they lie.
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].

@@ -221,6 +221,7 @@ def scale_kernel(gradient, factor, size, BLOCK: tl.constexpr):
 
 
 def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
+    """gradient, contiguous, times a 0-dim factor, in place."""
     arguments = {"gradient": gradient, "factor": factor, "size": gradient.numel()}
     return Launch(scale_kernel, (triton.cdiv(gradient.numel(), 16384),), arguments, {"BLOCK": 16384}, num_warps=8)
 
@@ -255,6 +256,7 @@ def objective_arguments(n: int, advantages: Tensor, completion_cu: Tensor, o: Lo
 
 
 def grpo_launches(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens, loss, scalars) -> list[Launch]:
+    """The objective of every completion, then the sums over tokens; see `grpo_loss_triton`."""
     n = logps.shape[0]
     arguments, constants = objective_arguments(n, advantages, completion_cu, o)
     arguments |= {"logps": logps.contiguous(), "dlogps": dlogps, "tokens": tokens}
@@ -264,6 +266,7 @@ def grpo_launches(logps, advantages, completion_cu, o: LossOptions, dlogps, toke
 
 
 def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
+    """tokens (5, N) of `store_token` -> loss (), scalars (7); nothing where N is 0."""
     n = tokens.shape[1]
     return Launch(
         reduce_kernel, (min(n, 1),), {"tokens": tokens, "loss": loss, "scalars": scalars, "n": n}, {"BLOCK": 2048}, 8

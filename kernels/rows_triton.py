@@ -314,6 +314,7 @@ def _tiles(config: RowConfig, itemsize: int) -> dict:
 
 
 def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
+    """logits (N, V), targets (N) -> the other four, (N) fp32 each: one read of the logits."""
     config = row_config("logps", logits.shape[1], logits.itemsize)
     arguments = {
         "targets": targets.contiguous(),
@@ -332,6 +333,7 @@ def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses
 
 
 def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
+    """Upstream (N), and what `logps_launch` left, -> dlogits (N, V); dentropy and entropy may be None."""
     config = row_config("gradient", logits.shape[1], logits.itemsize)
     arguments = {
         "targets": targets.contiguous(),

@@ -161,6 +161,7 @@ def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
 
 
 def is_filtered(vocabulary: int, temperature: float, top_k: int, top_p: float) -> bool:
+    """Whether top-k or top-p takes anything away."""
     return temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
 
 

@@ -177,6 +177,7 @@ def sample_kernel(
 
 
 def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps) -> Launch:
+    """logits (n, V), counters (n), forbidden (F) ids or None -> tokens (n) int64, logps (n) fp32."""
     vocabulary = logits.shape[1]
     ids = None if forbidden is None else forbidden.contiguous()
     arguments = {

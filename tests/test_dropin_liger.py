@@ -157,7 +157,7 @@ def triton_results(tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return torch.load(folder / "results")
+    return torch.load(folder / "results", weights_only=True)
 
 
 @pytest.mark.parametrize("reduce", [False, True])

@@ -133,7 +133,9 @@ def triton_grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
-    """GRPO from logits, by `token_logps_from_logits`: 6·N·V bytes of bf16 logits, as Liger's, and no copy of them.
+    """GRPO from logits, by `token_logps_from_logits`: no copy of the logits.
+
+    10·N·V bytes of bf16 logits where Liger moves 6: the gradients of unscored rows are set to zero once more.
 
     Args:
         logits: (B, L+1, V) float, the last row of each completion unread.
