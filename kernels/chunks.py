@@ -150,7 +150,10 @@ class LogitRows(_Rows):
             self.dlogits[rows] = dlogits.to(self.dlogits.dtype)
 
     def accept(self, rows, live: Tensor) -> None:
-        pass  # each block was kept
+        """Each block was kept; a row that nothing flows back to is 0, even one of NaN."""
+        dead = live == 0
+        if not self.on_cpu or dead.any():
+            self.dlogits[rows].masked_fill_(dead.unsqueeze(1), 0)
 
 
 def forward(

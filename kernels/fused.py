@@ -223,4 +223,4 @@ class _Overwriting(torch.autograd.Function):
         (dlogits,) = ctx.saved_tensors
         if ctx.triton:
             return scale_saved_gradients(ctx, dloss, ctx.n_inputs, in_place=True)
-        return dlogits.mul_(dloss.to(dlogits.dtype)), *(None,) * (ctx.n_inputs - 1)
+        return dlogits.mul_(dloss), *(None,) * (ctx.n_inputs - 1)

@@ -267,8 +267,8 @@ def scale_saved_gradients(ctx, dloss: Tensor, n_inputs: int, in_place: bool = Fa
     eager = type(dloss) is Tensor  # and not a tracer
     if in_place and eager:
         from .loss_triton import scale_triton as scaled
-    elif eager and dloss.device.type == "cpu" and dloss == 1:
-        scaled = _as_it_is
+    elif eager and dloss.device.type == "cpu":
+        scaled = _as_it_is if dloss == 1 else torch.mul
     else:
         scaled = _scaled_copy
     gradients = [
@@ -283,7 +283,8 @@ def _as_it_is(gradient: Tensor, dloss: Tensor) -> Tensor:
 
 
 def _scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:
-    return gradient * dloss.to(gradient.dtype)
+    # Off the CPU torch.mul would round dloss to the gradient's dtype, and a loss scale of 65536 to infinity.
+    return (gradient.to(dloss.dtype) * dloss).to(gradient.dtype)
 
 
 def _grpo_loss(logps, advantages, completion_cu, triton, *options):

@@ -211,25 +211,34 @@ def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(gradient, factor, size, BLOCK: tl.constexpr):
+def scale_kernel(gradient, factor, row_stride, column_stride, columns, BLOCK: tl.constexpr):
     """gradient *= factor, which is read first: a factor of 1 touches nothing else."""
     by = tl.load(factor).to(tl.float32)
     if by != 1:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32) * by
-        tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < size)
+        blocks = tl.cdiv(columns, BLOCK)
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = gradient + row * row_stride + column * column_stride
+        value = tl.load(at, mask=column < columns, other=0.0).to(tl.float32) * by
+        tl.store(at, value.to(gradient.dtype.element_ty), mask=column < columns)
 
 
 def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
-    """gradient, contiguous, times a 0-dim factor, in place."""
-    arguments = {"gradient": gradient, "factor": factor, "size": gradient.numel()}
-    return Launch(scale_kernel, (triton.cdiv(gradient.numel(), 16384),), arguments, {"BLOCK": 16384}, num_warps=8)
+    """gradient (N, K) times a 0-dim factor, in place and in its own strides."""
+    rows = gradient.view(1, gradient.numel()) if gradient.is_contiguous() else gradient
+    arguments = {
+        "gradient": rows,
+        "factor": factor,
+        "row_stride": rows.stride(0),
+        "column_stride": rows.stride(1),
+        "columns": rows.shape[1],
+    }
+    programs = rows.shape[0] * triton.cdiv(rows.shape[1], 16384)
+    return Launch(scale_kernel, (programs,), arguments, {"BLOCK": 16384}, num_warps=8)
 
 
 def scale_triton(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor (0-dim) in gradient's own storage, which autograd is told of."""
-    if not gradient.is_contiguous():  # logits that were overwritten, in their own strides
-        return gradient.mul_(factor.to(gradient.dtype))
+    """gradient (N, K) * factor (0-dim) in gradient's own storage, which autograd is told of."""
     scale_launch(gradient, factor).run()
     increment_version(gradient)
     return gradient

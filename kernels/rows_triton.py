@@ -305,7 +305,7 @@ def _common(logits: Tensor, temperature: float) -> dict:
         "column_stride": logits.stride(1),
         "vocabulary": logits.shape[1],
         "inverse_temperature": 1 / temperature,
-        "floor": LOGIT_FLOOR * min(temperature, 1.0),  # finite after the division, too
+        "floor": LOGIT_FLOOR * min(temperature, 1.0) ** 2,  # finite divided by the temperature, even twice
     }
 
 

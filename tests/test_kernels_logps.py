@@ -195,3 +195,14 @@ def test_compiles_without_a_graph_break(case, door):
     torch.testing.assert_close(got, want)
     sums = [logps.sum() + 2 * entropy.sum() for logps, entropy in (got, want)]
     torch.testing.assert_close(*(torch.autograd.grad(s, (hidden, weight)) for s in sums))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_that_nothing_flows_back_to_has_no_gradient(inplace):
+    """Not even one of NaN, which 0 from upstream would not stop."""
+    body = torch.randn(4, 9)
+    body[2] = float("nan")
+    body.requires_grad_()
+    logps = token_logps_from_logits(body * 1, torch.zeros(4, dtype=torch.int64), inplace_backward=inplace)
+    (found,) = torch.autograd.grad(logps[[0, 1, 3]].sum(), body)
+    assert found[2].eq(0).all() and found[[0, 1, 3]].isfinite().all() and found.any()

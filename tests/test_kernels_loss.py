@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import kernel_cases
 from boxgrpo.kernels import (
     LossOptions,
     chunks,
@@ -16,18 +17,7 @@ from boxgrpo.kernels import (
 N, V, H = 11, 13, 5
 CU = torch.tensor([0, 3, 3, 4, 11], dtype=torch.int32)  # one completion is empty
 TEMPERATURE = 0.7
-VARIANTS = {
-    "grpo": {},
-    "bnpo": {"loss_type": "bnpo"},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.3},
-    "dr_grpo": {"loss_type": "dr_grpo", "denominator": torch.tensor(48.0)},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
-    "delta": {"delta": 1.5, "beta": 0.0},
-    "global count": {"loss_type": "dapo", "denominator": torch.tensor(37.0)},
-    "sequence": {"importance_sampling_level": "sequence", "epsilon": 0.1},
-    "sequence delta": {"importance_sampling_level": "sequence", "delta": 1.25},
-    "sequence cispo": {"importance_sampling_level": "sequence", "loss_type": "cispo", "epsilon_high": 1.05},
-}
+VARIANTS = {k: v for k, v in kernel_cases.VARIANTS.items() if None not in v.values()}
 DOORS = ("logps", "head", "logits", "overwrite")
 
 
@@ -256,6 +246,22 @@ def test_half_precision_loses_only_the_rounding_of_inputs_and_gradients(case, do
     for a, b in zip(got, exact, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("door", ["head", "logits", "overwrite"])
+def test_a_loss_scale_beyond_fp16_scales(case, door):
+    """65536 is infinite in fp16; the gradients times it are not."""
+    half = {k: case[k].half() for k in ("hidden", "weight")}
+    options = {k: v.float() for k, v in options_of(case, denominator=torch.tensor(1000.0)).items()}
+    case = case | {"advantages": case["advantages"].float()}
+    results = []
+    for scale in (1, 65536):
+        leaves = [x.detach().requires_grad_() for x in half.values()]
+        loss, _ = run(door, case, options, *leaves)
+        results.append(gradients(scale * loss, *leaves))
+    for plain, scaled in zip(*results, strict=True):
+        assert scaled.isfinite().all() and scaled.any()
+        torch.testing.assert_close(scaled.float(), 65536 * plain.float(), rtol=2e-3, atol=0.01)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -114,14 +114,3 @@ class _Sweep(torch.autograd.Function):
         gradients = zip(rows.gradients(hidden, weight), (want_hidden, want_weight), strict=True)
         dhidden, dweight = (gradient if want else None for gradient, want in gradients)
         return dhidden, dweight, dbias, None, None, None, None
-
-
-def logit_rows(logits: Tensor, live: Tensor | None = None) -> Tensor:
-    """(…, V) -> (N, V), a view where the strides allow it; rows whose `live` (…) is false get no gradient.
-
-    Not even that of a row that holds NaN, which a zero from upstream would not stop.
-    """
-    rows = logits.reshape(-1, logits.shape[-1])
-    if live is not None and rows.requires_grad:
-        rows.register_hook(lambda gradient: gradient.masked_fill_(~live.reshape(-1, 1), 0))
-    return rows

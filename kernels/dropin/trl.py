@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..logps import token_logps_from_logits
-from .head import REPORTS, LogitMap, head_logps, logit_rows
+from .head import REPORTS, LogitMap, head_logps
 
 
 class ChunkedLogProbFunction:
@@ -105,7 +105,7 @@ def _selected(logits, index, temperature, row_mask, entropy) -> tuple[Tensor, Te
     if kept.shape != index.shape:
         raise ValueError(f"row_mask has shape {tuple(kept.shape)}; it must be index's, {tuple(index.shape)}.")
     live = kept.any(-1) if several else kept
-    rows, ids = logit_rows(logits, None if row_mask is None else live), index.long().masked_fill(~kept, 0)
+    rows, ids = logits.reshape(-1, logits.shape[-1]), index.long().masked_fill(~kept, 0)
     # Of several ids the sweep takes the row's largest logit, and the ids stand off from it by their own.
     top = rows.detach().argmax(1, keepdim=True) if several else None
     targets = top.squeeze(1) if several else ids.flatten()

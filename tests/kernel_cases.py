@@ -1,0 +1,121 @@
+"""Inputs, a plain torch baseline and the error rule of the Triton tests (`tests/test_triton_*.py`).
+
+On the CPU they run in Triton's interpreter, in a process of their own: `TRITON_INTERPRET=1 pytest tests/test_triton_*`,
+which `make test` does. Otherwise each of them is a `gpu` test.
+"""
+
+import pytest
+import torch
+
+from boxgrpo.kernels.checks import interpreting
+
+DEVICE = "cpu" if interpreting() else "cuda"
+LANE = [] if interpreting() else [pytest.mark.gpu]
+
+TOLERANCE = 4e-6  # of the largest value: 32 ulps of fp32, where eager may happen to round to the exact value
+VARIANTS = {
+    "grpo": {},
+    "bnpo": {"loss_type": "bnpo"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.3},
+    "dr_grpo": {"loss_type": "dr_grpo", "denominator": torch.tensor(48.0)},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "delta": {"delta": 1.5, "beta": 0.0},
+    "global count": {"loss_type": "dapo", "denominator": torch.tensor(37.0)},
+    "on policy": {"old_logps": None, "ref_logps": None, "weights": None, "sampler_factor": None},
+    "no reference": {"ref_logps": None},
+    "sequence": {"importance_sampling_level": "sequence", "epsilon": 0.1},
+    "sequence delta": {"importance_sampling_level": "sequence", "delta": 1.25},
+    "sequence cispo": {"importance_sampling_level": "sequence", "loss_type": "cispo", "epsilon_high": 1.05},
+    "sequence on policy": {"importance_sampling_level": "sequence", "old_logps": None},
+}
+# Rows, vocabulary, dtype, temperature: one row, odd widths on both sides of the launch table's edge, the 2B's and 7B's.
+SHAPES = [
+    (1, 13, torch.float32, 0.7),
+    (11, 257, torch.float32, 2.0),
+    (7, 8192, torch.bfloat16, 0.1),
+    (5, 32_769, torch.float32, 1.3),
+    (5, 32_771, torch.bfloat16, 1.0),
+    (6, 151_936, torch.bfloat16, 1.0),
+    (6, 152_064, torch.float32, 0.1),
+    (6, 151_936, torch.float16, 2.0),
+]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_case(n, vocabulary, dtype, temperature, spread=4.0, seed=0):
+    """Inputs on DEVICE; completions of unequal length, one of them empty, one with an advantage of 0."""
+    g = seeded(seed)
+    logits = (spread * torch.randn(n, vocabulary, generator=g)).to(dtype)
+    targets = torch.randint(vocabulary, (n,), generator=g)
+    targets[n // 2 :] = logits[n // 2 :].float().argmax(1)  # likely tokens, too
+    logps = (logits.double() / temperature).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    bounds = torch.tensor([0, n // 3, n // 3, n // 2, max(n - 1, n // 2), n], dtype=torch.int32)
+    case = {
+        "logits": logits,
+        "targets": targets,
+        "advantages": torch.tensor([1.3, -0.4, -0.9, -1.1, 0.0]),
+        "completion_cu": bounds,
+        "old_logps": (logps + torch.linspace(-0.7, 0.7, n)[torch.randperm(n, generator=g)]).float(),
+        "ref_logps": (logps + 0.5 * torch.randn(n, generator=g)).float(),
+        "weights": torch.tensor([0.5, 2.0, 1.5, 0.3, 1.0]),
+        "sampler_factor": torch.rand(n, generator=g) * 2,
+    }
+    return {name: tensor.to(DEVICE) for name, tensor in case.items()}
+
+
+def options_of(case, variant):
+    names = ("old_logps", "ref_logps", "weights", "sampler_factor")
+    options = {name: case[name] for name in names} | variant
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+
+
+def exact(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def eager(logits, targets, temperature):
+    """logps and entropy as a careful user writes them: in fp32, or fp64 for fp64 logits."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    distribution = (logits / temperature).log_softmax(1)
+    products = torch.where(distribution.isneginf(), 0, distribution.exp() * distribution)
+    return distribution.gather(1, targets[:, None]).squeeze(1), -products.sum(1)
+
+
+def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False):
+    """Each of ours no further from the truth than eager's, plus TOLERANCE of the largest value.
+
+    With `targets` (N) what is (N, V) also by parts: the targets' entries, and all others, `by_row` row by row. (A
+    loss's rows are not alike: where policy and KL nearly cancel, little is left that is not rounding.)
+    """
+    for i, (got, theirs, truth) in enumerate(zip(ours, eagers, truths, strict=True)):
+        assert got.isfinite().all(), i
+        parts = [tuple(x.flatten().unsqueeze(0) for x in (got, theirs, truth))]
+        if targets is not None and got.dim() == 2:
+            at = targets.unsqueeze(1)
+            parts.append(tuple(x.gather(1, at).T for x in (got, theirs, truth)))
+            others = (x.scatter(1, at, 0) for x in (got, theirs, truth))
+            parts.append(tuple(x if by_row else x.flatten().unsqueeze(0) for x in others))
+        for part, (got_rows, their_rows, true_rows) in enumerate(parts):
+            error, allowed = ((x.double() - true_rows).abs().amax(1) for x in (got_rows, their_rows))
+            scale = true_rows.abs().amax(1).clamp(min=1e-30)
+            if got.dtype in (torch.float16, torch.bfloat16):  # the interpreter truncates where hardware rounds
+                least = torch.finfo(got.dtype).smallest_normal
+                allowed = allowed + interpreting() * torch.finfo(got.dtype).eps * scale.clamp(min=least)
+            worst = (error - allowed - TOLERANCE * scale).argmax()
+            assert error[worst] <= allowed[worst] + TOLERANCE * scale[worst], (
+                f"value {i}, part {part}, row {worst}: error {error[worst]:.3g}, eager's {allowed[worst]:.3g}, "
+                f"largest {scale[worst]:.3g}"
+            )
+
+
+def gradients(value, leaf):
+    return torch.autograd.grad(value, leaf)[0]
+
+
+def counters(n):
+    """(n) counters, large ones among them."""
+    i = torch.arange(n, device=DEVICE)
+    return {"prompt_ids": i // 8 + 2**40, "completion_ids": i % 8, "positions": i * 3 % 1000}

@@ -1,0 +1,123 @@
+"""What every Triton door keeps: schemas, graphs, odd arguments, empty ones and bad ones."""
+
+import pytest
+import torch
+
+from boxgrpo.kernels import (
+    fused_grpo_loss,
+    fused_grpo_loss_from_logits,
+    group_advantages,
+    grpo_loss,
+    sample_tokens,
+    token_logps,
+    token_logps_from_logits,
+)
+from kernel_cases import DEVICE, LANE, counters, gradients, make_case, options_of, seeded
+
+pytestmark = LANE
+
+
+def test_arguments_need_not_be_contiguous():
+    case = make_case(6, 300, torch.float32, 1.0)
+    apart = {name: torch.stack([x, 3 * x + 1], -1)[..., 0] if x.dim() == 1 else x for name, x in case.items()}
+    results = []
+    for c in (case, apart):
+        logits, rest = c["logits"].detach().requires_grad_(), (c["advantages"], c["completion_cu"])
+        loss, stats = fused_grpo_loss_from_logits(logits, c["targets"], *rest, backend="triton", **options_of(c, {}))
+        logps = token_logps_from_logits(logits, c["targets"], backend="triton")
+        again, _ = grpo_loss(logps, *rest, backend="triton", **options_of(c, {}))
+        own = {name: torch.stack([x, -x], 1)[:, 0] if c is apart else x for name, x in counters(6).items()}
+        tokens, _ = sample_tokens(logits.detach(), seed=1, **own, backend="triton")
+        results.append((loss, stats.logps, gradients(loss, logits), again, gradients(logps.sum(), logits), tokens))
+    assert not apart["targets"].is_contiguous()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bad_indices_give_nan():
+    """Nobody can look at a device's targets and offsets without waiting for it: what they spoil is NaN, not memory."""
+    case = make_case(6, 300, torch.float32, 1.0)
+    case["targets"][1], case["targets"][4] = -1, 302
+    logps = token_logps_from_logits(case["logits"], case["targets"], backend="triton")
+    assert logps.isnan().tolist() == [i in (1, 4) for i in range(6)]
+    logps = torch.zeros(6, device=DEVICE, requires_grad=True)
+    loss, _ = grpo_loss(logps, torch.ones(1, device=DEVICE), torch.tensor([0, 4], device=DEVICE), backend="triton")
+    assert loss.isnan() and gradients(loss, logps).isnan().tolist() == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("bounds", [[0], [0, 0, 0]])
+def test_no_tokens_give_zeros(bounds, level):
+    cu, rest = torch.tensor(bounds, device=DEVICE), torch.ones(len(bounds) - 1, device=DEVICE)
+    logits = torch.empty(0, 50, device=DEVICE, requires_grad=True)
+    hidden, weight = (torch.empty(k, 4, device=DEVICE, requires_grad=True) for k in (0, 50))
+    targets = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    options = {"importance_sampling_level": level, "backend": "triton"}
+    for loss, stats in (
+        fused_grpo_loss_from_logits(logits, targets, rest, cu, **options),
+        fused_grpo_loss(hidden, weight, targets, rest, cu, **options),
+        grpo_loss(logits.sum(1), rest, cu, **options),
+    ):
+        loss.backward()
+        assert loss == 0 and all((x == 0).all() for x in stats)
+    assert not weight.grad.any()
+    tokens, logps = sample_tokens(logits.detach(), seed=1, **counters(0), backend="triton")
+    assert tokens.shape == logps.shape == (0,)
+
+
+def test_doors_pass_opcheck():
+    case = make_case(5, 40, torch.float32, 0.7)
+    ops, logits = torch.ops.boxgrpo, case["logits"].requires_grad_()
+    targets, rest = case["targets"], (case["advantages"], case["completion_cu"])
+    g = seeded()
+    hidden, weight = (torch.randn(k, 4, generator=g).to(DEVICE).requires_grad_() for k in (5, 40))
+    own = counters(5)
+    for entropy in (False, True):
+        torch.library.opcheck(ops.token_logps, (hidden, weight, targets, 0.7, entropy, True))
+        torch.library.opcheck(ops.token_logps_from_logits, (logits, targets, 0.7, entropy, True))
+    for level in ("token", "sequence"):
+        o = (*[None] * 5, 0.04, 0.2, 0.2, None, "grpo", level)
+        torch.library.opcheck(ops.fused_grpo_loss, (hidden, weight, targets, *rest, 0.7, True, True, True, *o))
+        torch.library.opcheck(ops.fused_grpo_loss_from_logits, (logits, targets, *rest, 0.7, True, True, *o))
+        torch.library.opcheck(ops.grpo_loss, (case["old_logps"].requires_grad_(), *rest, True, *o))
+    torch.library.opcheck(ops.sample_tokens, (logits.detach(), 4, *own.values(), 0.7, 0, 1.0, None, True))
+    rewards = torch.rand(2, 4, generator=g).to(DEVICE)
+    torch.library.opcheck(ops.group_advantages, (rewards, rewards, "exp", "group", 1e-4, True))
+
+
+def test_doors_compile_without_a_graph_break():
+    case = make_case(5, 40, torch.float32, 0.7)
+    g = seeded()
+    hidden, weight = (torch.randn(k, 4, generator=g).to(DEVICE).requires_grad_() for k in (5, 40))
+    own = counters(5)
+
+    def step(hidden, weight):
+        options = options_of(case, {}) | {"backend": "triton"}
+        logits, rest = hidden @ weight.T, (case["advantages"], case["completion_cu"])
+        tokens, _ = sample_tokens(logits.detach(), seed=3, **own, backend="triton")
+        logps, entropy = token_logps(hidden, weight, tokens, entropy=True, backend="triton")
+        again = token_logps_from_logits(logits, tokens, backend="triton")
+        advantages, _, _ = group_advantages(
+            logps[:4].view(2, 2).detach(), entropy[:4].view(2, 2).detach(), backend="triton"
+        )
+        losses = (
+            fused_grpo_loss(hidden, weight, tokens, *rest, **options)[0],
+            fused_grpo_loss_from_logits(logits, tokens, *rest, **options)[0],
+            grpo_loss(again, *rest, **options)[0],
+        )
+        return sum(losses) + logps.sum() + entropy.sum() + advantages.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = [f(hidden, weight) for f in (step, compiled)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(x, (hidden, weight)) for x in results))
+
+
+def test_fp64_stays_with_the_twin():
+    logits = torch.randn(3, 9, dtype=torch.float64, device=DEVICE)
+    targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="token_logps_from_logits got fp64, which only the torch twin"):
+        token_logps_from_logits(logits, targets, backend="triton")
+    assert token_logps_from_logits(logits, targets).dtype == torch.float64
+    with pytest.raises(ValueError, match="group_advantages got fp64"):
+        group_advantages(logits.float(), logits, backend="triton")
