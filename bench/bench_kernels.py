@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from boxgrpo.bench.cases import Case, cases
 from boxgrpo.bench.machine import folder, machine
 
 SEED = 0
+IMPLEMENTATIONS = ("boxgrpo", "boxgrpo, overwriting", "eager", "compile", "liger", "trl", "one read")
 
 
 def device() -> torch.device:
@@ -39,7 +41,7 @@ def chosen(only: str | None) -> list[Case]:
 # -- times ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["boxgrpo", "eager", "compile", "liger", "trl", "one read"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", cases(torch.device("cpu")), ids=lambda case: case.name)
 def test_cpu(benchmark, case, implementation):
     """Collected by `times_on_cpu`, not by the test suite."""
@@ -92,6 +94,19 @@ def peak_bytes(case: Case, implementation: str) -> int | None:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def host_seconds(case: Case, implementation: str) -> float | None:
+    """What a call costs the host of a GPU, which does not wait for it."""
+    if device().type == "cpu":
+        return None
+    run, calls = case.make(case, device(), SEED)[implementation], 20
+    run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
 
 
 def _peak_resident(name: str, implementation: str) -> int | None:
@@ -147,7 +162,7 @@ def row(case: Case, implementation: str, seconds: list[float], limits: dict[str,
     median = statistics.median(seconds)
     by_bytes = case.bytes_floor / limits["bytes_per_second"]
     by_flop = case.flops_floor / limits["flop_per_second"]
-    peak = peak_bytes(case, implementation)
+    peak, host = peak_bytes(case, implementation), host_seconds(case, implementation)
     return {
         "op": case.op,
         "shape": case.shape,
@@ -161,11 +176,14 @@ def row(case: Case, implementation: str, seconds: list[float], limits: dict[str,
         "floor_is": "bytes" if by_bytes > by_flop else "flop",
         "percent_of_floor": round(100 * max(by_bytes, by_flop) / median, 1),
         "peak_mb": None if peak is None else round(peak / 1e6, 1),
+        "host_ms": None if host is None else round(1e3 * host, 4),
     }
 
 
-def run(only: str | None) -> dict:
+def run(only: str | None, path: Path | None) -> dict:
+    """All rows, written to `path` after each case: what a run that is stopped has measured is not lost."""
     limits, rows = ceilings(), []
+    result = {"machine": machine(), "ceilings": limits, "rows": rows}
     on_cpu = times_on_cpu(only) if device().type == "cpu" else None
     for case in chosen(only):
         times = on_cpu if on_cpu is not None else times_on_gpu(case)
@@ -173,7 +191,9 @@ def run(only: str | None) -> dict:
         rows += [row(case, name, seconds, limits) for (_, name), seconds in mine.items()]
         torch.cuda.empty_cache()
         torch._dynamo.reset()
-    return {"machine": machine(), "ceilings": limits, "rows": rows}
+        if path is not None:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def table(result: dict) -> str:
@@ -194,14 +214,13 @@ def main() -> None:
     parser.add_argument("--only", help="cases whose name holds this, as fused_grpo_loss")
     parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
     args = parser.parse_args()
-    result = run(args.only)
-    text = json.dumps(result, indent=1) + "\n"
     if args.json == "-":
-        print(text, end="")
+        print(json.dumps(run(args.only, None), indent=1))
         return
-    if args.json or args.only is None:  # a part does not take the place of the whole
-        Path(args.json or folder() / "kernels.json").write_text(text)
-    print(table(result))
+    path = Path(args.json) if args.json else None
+    if path is None and args.only is None:  # a part does not take the place of the whole
+        path = folder() / "kernels.json"
+    print(table(run(args.only, path)))
 
 
 if __name__ == "__main__":

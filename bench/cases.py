@@ -6,6 +6,7 @@ and return what they made. Peers that are not installed, or do not run on the de
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from boxgrpo.kernels import (
     fused_grpo_loss,
     fused_grpo_loss_from_logits,
     group_advantages,
+    grpo_loss,
     sample_tokens,
     token_logps,
     token_logps_from_logits,
@@ -50,12 +52,21 @@ def cases(device: torch.device) -> Iterator[Case]:
         logits = n * QWEN_2B * dtype.itemsize
         yield Case("fused_grpo_loss_from_logits", {"N": n, "V": QWEN_2B}, dtype, 2 * logits, 0, _loss_from_logits)
         yield Case("token_logps_from_logits", {"N": n, "V": QWEN_2B}, dtype, 3 * logits, 0, _logps_from_logits)
+        if n <= 8192:
+            by_sequence = partial(_loss_from_logits, level="sequence")
+            shape = {"N": n, "V": QWEN_2B}
+            yield Case("fused_grpo_loss_from_logits, sequence level", shape, dtype, 3 * logits, 0, by_sequence)
     heads = [(n, QWEN_2B, 1536) for n in (2048, 8192, 32768)] + [(n, QWEN_7B, 3584) for n in (2048, 8192, 32768)]
     for n, vocabulary, width in heads if gpu else [(512, QWEN_2B, 256)]:
         shape, product = {"N": n, "V": vocabulary, "H": width}, 2.0 * n * vocabulary * width
         once = (n + vocabulary) * width * dtype.itemsize  # hidden and weight; their gradients are as large
         yield Case("fused_grpo_loss", shape, dtype, 2 * once, 3 * product, _loss_from_hidden)
         yield Case("token_logps", shape, dtype, 2 * once, 4 * product, _logps_from_hidden)
+        if n <= 8192:
+            frozen = partial(_loss_from_hidden, frozen=True)
+            yield Case("fused_grpo_loss, frozen head", shape, dtype, 2 * once, 2 * product, frozen)
+    for n in (8192, 262_144):  # three logps and an advantage read, a gradient and five terms written and summed
+        yield Case("grpo_loss", {"N": n}, torch.float32, 4 * 4 * n, 0, _loss_from_logps)
     for n in (128, 1024) if gpu else (128,):
         yield Case("sample_tokens", {"n": n, "V": QWEN_2B}, dtype, n * QWEN_2B * dtype.itemsize, 0, _samples)
     for groups in (16, 1024):
@@ -66,7 +77,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 class _Rollout:
     """Targets and what a loss is given for each token and completion."""
 
-    def __init__(self, n: int, vocabulary: int, device: torch.device, seed: int):
+    def __init__(self, n: int, vocabulary: int, device: torch.device, seed: int, level: str = "token"):
         g = torch.Generator(device).manual_seed(seed)
         self.length = min(COMPLETION, n)
         self.completions = n // self.length
@@ -76,14 +87,24 @@ class _Rollout:
         # Near the logps of logits that are standard normal, so that ratios are near 1.
         expected = -torch.tensor(vocabulary, dtype=torch.float32).log() - 0.5
         self.old, self.ref = expected.item() + 0.1 * torch.randn(2, n, device=device, generator=g)
-        self.options = {"old_logps": self.old, "ref_logps": self.ref, "beta": BETA, "epsilon": EPSILON}
+        self.level = level
+        self.options = {
+            "old_logps": self.old,
+            "ref_logps": self.ref,
+            "beta": BETA,
+            "epsilon": EPSILON,
+            "importance_sampling_level": level,
+        }
 
     def by_completion(self, x: Tensor) -> Tensor:
         return x.view(self.completions, self.length)
 
     def eager_loss(self, logps: Tensor) -> Tensor:
         """GRPO as a user writes it (DESIGN section 3), mean over the means of completions."""
-        ratio, advantages = (logps - self.old).exp(), self.advantages.repeat_interleave(self.length)
+        log_ratio, advantages = logps - self.old, self.advantages.repeat_interleave(self.length)
+        if self.level == "sequence":
+            log_ratio = self.by_completion(log_ratio).mean(1).repeat_interleave(self.length)
+        ratio = log_ratio.exp()
         policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
         kl = (self.ref - logps).exp() - (self.ref - logps) - 1
         return self.by_completion(policy + BETA * kl).mean()
@@ -104,28 +125,31 @@ def _through_trl(trl, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward of the scalar `run(*leaves)`."""
+    """Forward and backward of the scalar `run(*leaves)`; a frozen one gets no gradient."""
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
 
     def step() -> tuple[Tensor, ...]:
         loss = run(*leaves)
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
+        return loss.detach(), *torch.autograd.grad(loss, trained)
 
     return step
 
 
-def _loss_from_logits(case: Case, device, seed: int):
+def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
     n, vocabulary = case.shape["N"], case.shape["V"]
-    r = _Rollout(n, vocabulary, device, seed)
+    r = _Rollout(n, vocabulary, device, seed, level)
     logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
 
-    def ours(z):
-        return fused_grpo_loss_from_logits(z, r.targets, r.advantages, r.offsets, **r.options)[0]
+    def ours(z, **options):
+        return fused_grpo_loss_from_logits(z, r.targets, r.advantages, r.offsets, **r.options, **options)[0]
 
     def eager(z):
         return r.eager_loss(_eager_logps(z, r.targets))
 
     found = {
         "boxgrpo": _trained(ours, logits),
+        # On logits of its own: after the first run they are gradients, which take as long.
+        "boxgrpo, overwriting": _overwriting(ours, logits),
         "eager": _trained(eager, logits),
         "compile": _trained(_compiled(eager), logits),
     }
@@ -135,13 +159,21 @@ def _loss_from_logits(case: Case, device, seed: int):
         old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
 
         def theirs(z):
-            loss, _ = liger.triton_grpo_loss(
-                z, old, ref, ids, r.advantages, None, 1.0, BETA, EPSILON, EPSILON, False, "grpo", reduce=True
-            )
-            return loss
+            arguments = z, old, ref, ids, r.advantages, None, 1.0, BETA, EPSILON, EPSILON, False, "grpo"
+            return liger.triton_grpo_loss(*arguments, importance_sampling_level=level, reduce=True)[0]
 
         found["liger"] = _trained(theirs, room)
     return found
+
+
+def _overwriting(run, logits: Tensor):
+    body = logits.detach().clone().requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        loss = run(body[:], overwrite_logits=True)
+        return loss.detach(), *torch.autograd.grad(loss, [body])
+
+    return step
 
 
 def _logps_from_logits(case: Case, device, seed: int):
@@ -166,10 +198,22 @@ def _trl_logps(logits, r, upstream, device):
     return {"trl": _trained(lambda z: (trl.selective_log_softmax(z, r.targets) * upstream).sum(), logits)}
 
 
-def _loss_from_hidden(case: Case, device, seed: int):
+def _loss_from_logps(case: Case, device, seed: int):
+    n = case.shape["N"]
+    r = _Rollout(n, QWEN_2B, device, seed)
+    logps = (r.old + 0.1 * _normal(device, seed, n, dtype=case.dtype)).detach().requires_grad_()
+    return {
+        "boxgrpo": _trained(lambda x: grpo_loss(x, r.advantages, r.offsets, **r.options)[0], logps),
+        "eager": _trained(r.eager_loss, logps),
+        "compile": _trained(_compiled(r.eager_loss), logps),
+    }
+
+
+def _loss_from_hidden(case: Case, device, seed: int, frozen: bool = False):
     n, vocabulary, width = (case.shape[key] for key in "NVH")
     r = _Rollout(n, vocabulary, device, seed)
     leaves = _head(case, device, seed)
+    leaves[1].requires_grad_(not frozen)
 
     def eager(hidden, weight):
         return r.eager_loss(_eager_logps(hidden @ weight.T, r.targets))

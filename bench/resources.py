@@ -34,6 +34,8 @@ N, COMPLETIONS, GROUP = 8192, 128, 8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Logits and their gradients: as a model gives them, and as the head's chunks hold them.
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32))
+# How rows may lie: end to end; of an odd width; each ending in padding; columns apart; beyond int32's offsets.
+LAYOUTS = ("rows", "odd", "padded", "columns", "far")
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
@@ -90,8 +92,13 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
     for vocabulary, (dtype, gradient) in itertools.product(VOCABULARIES, DTYPES):
         for name, launch in _row_launches(vocabulary, dtype, gradient, every_variant):
             yield f"{name} V={vocabulary} {_short(dtype)}->{_short(gradient)}", launch
-    for dtype in (BF16, FP32):
-        yield f"scale_kernel {_short(dtype)}", scale_launch(_empty(N, VOCABULARIES[0], dtype=dtype), _empty())
+    if every_variant:
+        for vocabulary, layout in itertools.product(VOCABULARIES[1:], LAYOUTS[1:]):
+            for dtype, gradient in ((BF16, BF16), (FP16, FP16), (FP32, FP32)):
+                for name, launch in _row_launches(vocabulary, dtype, gradient, False, layout):
+                    yield f"{name} V={vocabulary} {_short(dtype)}->{_short(gradient)} {layout}", launch
+    for dtype, layout in itertools.product((BF16, FP32), ("rows", "padded", "columns")):
+        yield f"scale_kernel {_short(dtype)} {layout}", scale_launch(_rows(VOCABULARIES[0], dtype, layout), _empty())
     for kind, o in _options(every_variant, levels=("token", "sequence")):
         for launch in grpo_launches(_empty(N), *_completions(), o, _empty(N), _empty(5, N), _empty(), _empty(7)):
             yield f"{launch.kernel.fn.__name__} {kind}", launch
@@ -103,8 +110,16 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
         yield f"advantages_kernel {difficulty} {scale}", launch
 
 
-def _row_launches(vocabulary, dtype, gradient, every_variant) -> Iterator[tuple[str, Launch]]:
-    logits, dlogits = _empty(N, vocabulary, dtype=dtype), _empty(N, vocabulary, dtype=gradient)
+def _rows(vocabulary: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """(N, vocabulary) in one of LAYOUTS; of an odd width it is one narrower."""
+    if layout == "odd":
+        return _empty(N, vocabulary - 1, dtype=dtype)
+    strides = {"rows": (vocabulary, 1), "padded": (vocabulary + 1, 1), "columns": (1, N), "far": (2**31 + 16, 1)}
+    return torch.empty_strided((N, vocabulary), strides[layout], dtype=dtype, device="meta")
+
+
+def _row_launches(vocabulary, dtype, gradient, every_variant, layout="rows") -> Iterator[tuple[str, Launch]]:
+    logits, dlogits = (_rows(vocabulary, each, layout) for each in (dtype, gradient))
     targets = _empty(N, dtype=torch.int64)
     logps, entropy, peaks, masses = (_empty(N) for _ in range(4))
     if gradient in (dtype, BF16):  # read once: the gradient's dtype plays no part
