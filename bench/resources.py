@@ -24,7 +24,7 @@ from boxgrpo.kernels.advantages import DIFFICULTIES, SCALES
 from boxgrpo.kernels.advantages_triton import advantages_launch
 from boxgrpo.kernels.launch import Launch
 from boxgrpo.kernels.loss import LossOptions
-from boxgrpo.kernels.loss_triton import grpo_launches, scale_launch
+from boxgrpo.kernels.loss_triton import grpo_launches, scale_launch, terms_launch
 from boxgrpo.kernels.rows_triton import fused_launch, gradient_launch, logps_launch
 from boxgrpo.kernels.sample_triton import sample_launch
 
@@ -100,7 +100,9 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
     for dtype, layout in itertools.product((BF16, FP32), ("rows", "padded", "columns")):
         yield f"scale_kernel {_short(dtype)} {layout}", scale_launch(_rows(VOCABULARIES[0], dtype, layout), _empty())
     for kind, o in _options(every_variant, levels=("token", "sequence")):
-        for launch in grpo_launches(_empty(N), *_completions(), o, _empty(N), _empty(5, N), _empty(), _empty(7)):
+        over_tokens = terms_launch(_empty(3, N), *_completions(), o)
+        whole = grpo_launches(_empty(N), *_completions(), o, _empty(N), _empty(5, N), _empty(), _empty(7))
+        for launch in (over_tokens, *whole):
             yield f"{launch.kernel.fn.__name__} {kind}", launch
     variants = itertools.product(DIFFICULTIES, SCALES) if every_variant else (("exp", "group"), ("exp", "batch"))
     for difficulty, scale in variants:
@@ -134,7 +136,7 @@ def _row_launches(vocabulary, dtype, gradient, every_variant, layout="rows") -> 
         launch = gradient_launch(logits, targets, 0.7, logps, *upstream, peaks, masses, dlogits)
         yield f"gradient_kernel entropy={upstream[0] is not None}", launch
     for kind, o in _options(every_variant, levels=("token",)):
-        launch = fused_launch(logits, targets, 0.7, *_completions(), o, logps, entropy, _empty(5, N), dlogits)
+        launch = fused_launch(logits, targets, 0.7, _empty(3, N), o, logps, entropy, _empty(5, N), dlogits)
         yield f"fused_kernel {kind}", launch
 
 

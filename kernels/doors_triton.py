@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .loss import LossOptions
-from .loss_triton import grpo_loss_triton, reduce_launch
+from .loss_triton import grpo_loss_triton, reduce_launch, terms_triton
 from .rows_triton import fused_launch, gradient_launch, logps_launch
 
 # Together below 1 GB; at V = 152k 512 rows of logits and 2048 of their bf16 gradients.
@@ -48,8 +48,8 @@ def fused_grpo_loss_from_logits_triton(
     o = LossOptions(*options)
     if grad and o.importance_sampling_level == "token":
         dlogits = logits if overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        out = _FusedResults(targets)
-        fused_launch(logits, targets, temperature, advantages, completion_cu, o, *out.per_token, dlogits).run()
+        terms, out = terms_triton(targets.shape[0], advantages, completion_cu, o), _FusedResults(targets)
+        fused_launch(logits, targets, temperature, terms, o, *out.per_token, dlogits).run()
         if overwrite:
             increment_version(logits)  # autograd does not see a kernel's writes
         loss, stats = out.reduced()
@@ -92,12 +92,12 @@ def fused_grpo_loss_triton(
     """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unwanted gradient is (0)."""
     o = LossOptions(*options)
     if (grad_hidden or grad_weight) and o.importance_sampling_level == "token":
-        out = _FusedResults(targets)
+        terms, out = terms_triton(targets.shape[0], advantages, completion_cu, o), _FusedResults(targets)
         gradients = _HeadGradients(hidden, weight, grad_hidden, grad_weight)
         for rows, logits in _logit_chunks(hidden, weight):
             dlogits = gradients.room(rows)
-            rest = advantages, completion_cu, o, *out.per_token, dlogits
-            fused_launch(logits, targets, temperature, *rest, first=rows.start).run()
+            rest = o, *out.per_token, dlogits
+            fused_launch(logits, targets, temperature, terms, *rest, first=rows.start).run()
             gradients.filled(rows)
         loss, stats = out.reduced()
         return loss, *gradients.results(), out.logps, out.entropy, stats

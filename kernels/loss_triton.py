@@ -11,17 +11,11 @@ from .loss import LossOptions
 
 
 @triton.jit
-def completion_of(token, completion_cu, completions):
-    """The completion whose offsets enclose `token`, by bisection; empty ones enclose nothing."""
-    low = tl.full((), 0, tl.int32)
-    high = low + completions
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(completion_cu + middle) <= token:
-            low = middle
-        else:
-            high = middle
-    return low
+def tokens_of(completion, completion_cu, n):
+    """Where a completion's tokens start and end: never outside n, whatever the offsets."""
+    start = tl.maximum(tl.load(completion_cu + completion), 0).to(tl.int64)
+    end = tl.minimum(tl.load(completion_cu + completion + 1), n).to(tl.int64)
+    return start, end
 
 
 @triton.jit
@@ -42,6 +36,38 @@ def completion_terms(
     if weights is not None:
         gain *= tl.load(weights + completion).to(tl.float32)
     return tl.load(advantages + completion).to(tl.float32), gain, beta * share
+
+
+@triton.jit(do_not_specialize=["n", "completions"])
+def terms_kernel(
+    terms,
+    sampler_factor,
+    advantages,
+    completion_cu,
+    weights,
+    denominator,
+    n,
+    completions,
+    beta,
+    PER_COMPLETION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a completion and writes what its tokens share: (3, n) advantage, gain and KL gain."""
+    completion = tl.program_id(0)
+    advantage, gain, kl_gain = completion_terms(
+        completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
+    )
+    start, end = tokens_of(completion, completion_cu, n)
+    zeros = tl.zeros((BLOCK,), tl.float32)
+    for at in range(start, end, BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        mask = token < end
+        share = zeros + gain
+        if sampler_factor is not None:
+            share *= _load(sampler_factor, token, mask)
+        tl.store(terms + token, zeros + advantage, mask=mask)
+        tl.store(terms + n + token, share, mask=mask)
+        tl.store(terms + 2 * n + token, zeros + kl_gain, mask=mask)
 
 
 @triton.jit
@@ -129,8 +155,7 @@ def grpo_kernel(
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
     )
-    start = tl.load(completion_cu + completion).to(tl.int64)
-    end = tl.load(completion_cu + completion + 1).to(tl.int64)
+    start, end = tokens_of(completion, completion_cu, n)
     length = tl.maximum(end - start, 1).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     advantage += tl.zeros((BLOCK,), tl.float32)  # the interpreter cannot broadcast the scalar's comparisons
@@ -211,16 +236,17 @@ def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(gradient, factor, row_stride, column_stride, columns, BLOCK: tl.constexpr):
+def scale_kernel(gradient, factor, row_stride, column_stride, rows, columns, BLOCK: tl.constexpr):
     """gradient *= factor, which is read first: a factor of 1 touches nothing else."""
     by = tl.load(factor).to(tl.float32)
     if by != 1:
         blocks = tl.cdiv(columns, BLOCK)
-        row = (tl.program_id(0) // blocks).to(tl.int64)
-        column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        at = gradient + row * row_stride + column * column_stride
-        value = tl.load(at, mask=column < columns, other=0.0).to(tl.float32) * by
-        tl.store(at, value.to(gradient.dtype.element_ty), mask=column < columns)
+        for block in range(tl.program_id(0), rows * blocks, tl.num_programs(0)):
+            row = (block // blocks).to(tl.int64)
+            column = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            at = gradient + row * row_stride + column * column_stride
+            value = tl.load(at, mask=column < columns, other=0.0).to(tl.float32) * by
+            tl.store(at, value.to(gradient.dtype.element_ty), mask=column < columns)
 
 
 def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
@@ -231,10 +257,13 @@ def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
         "factor": factor,
         "row_stride": rows.stride(0),
         "column_stride": rows.stride(1),
+        "rows": rows.shape[0],
         "columns": rows.shape[1],
     }
-    programs = rows.shape[0] * triton.cdiv(rows.shape[1], 16384)
-    return Launch(scale_kernel, (programs,), arguments, {"BLOCK": 16384}, num_warps=8)
+    block = 4096
+    # No more programs than run at once: where the factor is 1 they have nothing to do but to start.
+    programs = min(rows.shape[0] * triton.cdiv(rows.shape[1], block), 1056)
+    return Launch(scale_kernel, (programs,), arguments, {"BLOCK": block}, num_warps=8)
 
 
 def scale_triton(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -244,32 +273,49 @@ def scale_triton(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-def objective_arguments(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> tuple[dict, dict]:
-    """Arguments and constants that the fused and the plain loss kernel share."""
-    per_token = {
-        name: None if tensor is None else tensor.contiguous()
-        for name, tensor in o._asdict().items()
-        if name in ("old_logps", "ref_logps", "sampler_factor", "weights", "denominator")
-    }
-    arguments = per_token | {
+def _contiguous(o: LossOptions, *names: str) -> dict[str, Tensor | None]:
+    return {name: None if (x := getattr(o, name)) is None else x.contiguous() for name in names}
+
+
+def objective_arguments(n: int, o: LossOptions) -> tuple[dict, dict]:
+    """Arguments and constants of `token_objective`."""
+    bounds = {"n": n, "epsilon": o.epsilon, "epsilon_high": o.epsilon_high, "delta": o.delta}
+    return _contiguous(o, "old_logps", "ref_logps") | bounds, {"CISPO": o.loss_type == "cispo"}
+
+
+def _completion_arguments(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> tuple[dict, dict]:
+    """Arguments and constants of `completion_terms`, and the factor of each token."""
+    arguments = _contiguous(o, "sampler_factor", "weights", "denominator") | {
         "advantages": advantages.contiguous(),
         "completion_cu": completion_cu.contiguous(),
         "n": n,
         "completions": completion_cu.shape[0] - 1,
         "beta": o.beta,
-        "epsilon": o.epsilon,
-        "epsilon_high": o.epsilon_high,
-        "delta": o.delta,
     }
-    return arguments, {"CISPO": o.loss_type == "cispo", "PER_COMPLETION": o.loss_type == "grpo"}
+    return arguments, {"PER_COMPLETION": o.loss_type == "grpo", "BLOCK": 512}
+
+
+def terms_launch(terms: Tensor, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Launch:
+    """-> terms (3, N): each token's advantage, share of the policy term and share of the KL."""
+    arguments, constants = _completion_arguments(terms.shape[1], advantages, completion_cu, o)
+    return Launch(terms_kernel, (completion_cu.shape[0] - 1,), arguments | {"terms": terms}, constants, num_warps=4)
+
+
+def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Tensor:
+    """(3, n) of `terms_launch`; NaN for tokens that no completion has."""
+    # Nobody can look at offsets on a device without waiting for it.
+    terms = torch.full((3, n), float("nan"), device=advantages.device)
+    terms_launch(terms, advantages, completion_cu, o).run()
+    return terms
 
 
 def grpo_launches(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens, loss, scalars) -> list[Launch]:
     """The objective of every completion, then the sums over tokens; see `grpo_loss_triton`."""
     n = logps.shape[0]
-    arguments, constants = objective_arguments(n, advantages, completion_cu, o)
-    arguments |= {"logps": logps.contiguous(), "dlogps": dlogps, "tokens": tokens}
-    constants |= {"SEQUENCE": o.importance_sampling_level == "sequence", "BLOCK": 512}
+    arguments, constants = _completion_arguments(n, advantages, completion_cu, o)
+    more, kind = objective_arguments(n, o)
+    arguments |= more | {"logps": logps.contiguous(), "dlogps": dlogps, "tokens": tokens}
+    constants |= kind | {"SEQUENCE": o.importance_sampling_level == "sequence"}
     per_completion = Launch(grpo_kernel, (completion_cu.shape[0] - 1,), arguments, constants, num_warps=4)
     return [per_completion, reduce_launch(tokens, loss, scalars)]
 
@@ -284,8 +330,7 @@ def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
 
 def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options) -> tuple[Tensor, ...]:
     """grpo_loss_torch on Triton, for anything but fp64."""
-    # Offsets that do not end at n, which nobody can look at on a device without waiting, leave NaN behind.
-    n = logps.shape[0]
+    n = logps.shape[0]  # tokens that no completion has stay NaN
     dlogps = torch.full_like(logps, float("nan"), memory_format=torch.contiguous_format)
     loss, scalars = (torch.zeros(shape, device=logps.device) for shape in ((), 7))
     tokens = torch.full((5, n), float("nan"), device=logps.device)

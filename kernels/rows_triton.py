@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chunks import LOGIT_FLOOR
 from .launch import Launch
-from .loss_triton import completion_of, completion_terms, objective_arguments, store_token, token_objective
+from .loss_triton import objective_arguments, store_token, token_objective
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -191,7 +191,7 @@ def _store(dz, columns, row_ptr, stride, vocabulary):
     tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["n", "completions", "first"])  # or another count would be another compilation
+@triton.jit(do_not_specialize=["n", "first"])  # or another count would be another compilation
 def fused_kernel(
     logits,
     words,
@@ -207,22 +207,15 @@ def fused_kernel(
     vocabulary,
     inverse_temperature,
     floor,
+    terms,
     old_logps,
     ref_logps,
-    sampler_factor,
-    advantages,
-    completion_cu,
-    weights,
-    denominator,
     n,
-    completions,
-    beta,
     epsilon,
     epsilon_high,
     delta,
     first,
     CISPO: tl.constexpr,
-    PER_COMPLETION: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     THREADS: tl.constexpr,
@@ -241,6 +234,14 @@ def fused_kernel(
     # Read before the walks' one barrier: where dlogits are the logits, a faster warp may write over it after that.
     target = tl.load(targets + token)
     chosen = _target_logit(row_ptr, target, column_stride, vocabulary, floor)
+    # And these, lest the second walk waits for them.
+    advantage, gain, kl_gain = tl.load(terms + token), tl.load(terms + n + token), tl.load(terms + 2 * n + token)
+    old_logp = None
+    ref_logp = None
+    if old_logps is not None:
+        old_logp = tl.load(old_logps + token).to(tl.float32)
+    if ref_logps is not None:
+        ref_logp = tl.load(ref_logps + token).to(tl.float32)
     top = tl.full((THREADS,), floor, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
@@ -256,18 +257,9 @@ def fused_kernel(
     peak, log_mass, nats = _join(top, total, weighted, scale)
 
     logp = ((chosen - peak) * scale - log_mass) * LN2
-    completion = completion_of(token, completion_cu, completions)
-    advantage, gain, kl_gain = completion_terms(
-        completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
-    )
     log_ratio = tl.full((), 0.0, tl.float32)
-    ref_logp = None
-    if sampler_factor is not None:
-        gain *= tl.load(sampler_factor + token).to(tl.float32)
-    if old_logps is not None:
-        log_ratio = logp - tl.load(old_logps + token).to(tl.float32)
-    if ref_logps is not None:
-        ref_logp = tl.load(ref_logps + token).to(tl.float32)
+    if old_logp is not None:
+        log_ratio = logp - old_logp
     loss, dpolicy, dkl, kl, clip_low, clip_high, ratio = token_objective(
         logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO
     )
@@ -356,16 +348,15 @@ def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, pea
     )
 
 
-def fused_launch(
-    logits, targets, temperature, advantages, completion_cu, o, logps, entropy, tokens, dlogits, first=0
-) -> Launch:
-    """`logits` may be rows first, first + 1, ... of all that `targets`, `logps`, `entropy` and `tokens` stand for."""
+def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens, dlogits, first=0) -> Launch:
+    """`logits` may be rows first, first + 1, ... of all that `targets`, `terms`, `logps` and `tokens` stand for."""
     config = row_config("fused", logits.shape[1], logits.itemsize)
-    arguments, constants = objective_arguments(targets.shape[0], advantages, completion_cu, o)
+    arguments, constants = objective_arguments(targets.shape[0], o)
     words = _as_words(logits) if 0 < config.held <= logits.shape[1] else None
     arguments |= {
         "words": words,
         "targets": targets.contiguous(),
+        "terms": terms,
         "logps": logps,
         "entropy": entropy,
         "tokens": tokens,

@@ -84,8 +84,8 @@ def eager(logits, targets, temperature):
     return distribution.gather(1, targets[:, None]).squeeze(1), -products.sum(1)
 
 
-def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False):
-    """Each of ours no further from the truth than eager's, plus TOLERANCE of the largest value.
+def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False, tolerance=TOLERANCE):
+    """Each of ours no further from the truth than eager's, plus `tolerance` of the largest value.
 
     With `targets` (N) what is (N, V) also by parts: the targets' entries, and all others, `by_row` row by row. (A
     loss's rows are not alike: where policy and KL nearly cancel, little is left that is not rounding.)
@@ -104,8 +104,8 @@ def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False):
             if got.dtype in (torch.float16, torch.bfloat16):  # the interpreter truncates where hardware rounds
                 least = torch.finfo(got.dtype).smallest_normal
                 allowed = allowed + interpreting() * torch.finfo(got.dtype).eps * scale.clamp(min=least)
-            worst = (error - allowed - TOLERANCE * scale).argmax()
-            assert error[worst] <= allowed[worst] + TOLERANCE * scale[worst], (
+            worst = (error - allowed - tolerance * scale).argmax()
+            assert error[worst] <= allowed[worst] + tolerance * scale[worst], (
                 f"value {i}, part {part}, row {worst}: error {error[worst]:.3g}, eager's {allowed[worst]:.3g}, "
                 f"largest {scale[worst]:.3g}"
             )

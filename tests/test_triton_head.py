@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import fused_grpo_loss, grpo_loss, token_logps
-from kernel_cases import DEVICE, LANE, VARIANTS, eager, exact, hold_to_the_rule, make_case, options_of, seeded
+from kernel_cases import DEVICE, LANE, TOLERANCE, VARIANTS, eager, exact, hold_to_the_rule, make_case, options_of, seeded
 
 pytestmark = LANE
 
@@ -58,6 +58,8 @@ def test_the_head(n, vocabulary, wanted, variant, monkeypatch):
         run(hidden, weight, ours, options, rest),
         run(hidden, weight, theirs, options, rest),
         run(hidden.double(), weight.double(), theirs, double, tuple(map(exact, rest))),
+        # dhidden sums over the vocabulary: at 152k a library's order of it moves the error by a third, run by run.
+        tolerance=TOLERANCE if vocabulary < 1000 else 2e-5,
     )
 
 
