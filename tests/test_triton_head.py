@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from boxgrpo.kernels import fused_grpo_loss, grpo_loss, token_logps
-from kernel_cases import DEVICE, LANE, TOLERANCE, VARIANTS, eager, exact, hold_to_the_rule, make_case, options_of, seeded
+from kernel_cases import (
+    DEVICE,
+    LANE,
+    TOLERANCE,
+    VARIANTS,
+    eager,
+    exact,
+    hold_to_the_rule,
+    make_case,
+    options_of,
+    seeded,
+)
 
 pytestmark = LANE
 
