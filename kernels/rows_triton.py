@@ -234,14 +234,6 @@ def fused_kernel(
     # Read before the walks' one barrier: where dlogits are the logits, a faster warp may write over it after that.
     target = tl.load(targets + token)
     chosen = _target_logit(row_ptr, target, column_stride, vocabulary, floor)
-    # And these, lest the second walk waits for them.
-    advantage, gain, kl_gain = tl.load(terms + token), tl.load(terms + n + token), tl.load(terms + 2 * n + token)
-    old_logp = None
-    ref_logp = None
-    if old_logps is not None:
-        old_logp = tl.load(old_logps + token).to(tl.float32)
-    if ref_logps is not None:
-        ref_logp = tl.load(ref_logps + token).to(tl.float32)
     top = tl.full((THREADS,), floor, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
@@ -254,6 +246,14 @@ def fused_kernel(
     for at in tl.range(HELD, vocabulary, BLOCK, num_stages=STAGES):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
         top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
+    # On their way while the threads' sums meet.
+    advantage, gain, kl_gain = tl.load(terms + token), tl.load(terms + n + token), tl.load(terms + 2 * n + token)
+    old_logp = None
+    ref_logp = None
+    if old_logps is not None:
+        old_logp = tl.load(old_logps + token).to(tl.float32)
+    if ref_logps is not None:
+        ref_logp = tl.load(ref_logps + token).to(tl.float32)
     peak, log_mass, nats = _join(top, total, weighted, scale)
 
     logp = ((chosen - peak) * scale - log_mass) * LN2
