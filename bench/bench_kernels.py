@@ -51,7 +51,7 @@ def test_cpu(benchmark, case, implementation):
     run()  # compiles, pages in
     benchmark.extra_info.update(case=case.name, implementation=implementation)
     large = case.shape.get("V", 0) > 10_000
-    benchmark.pedantic(run, rounds=5 if large else 50, warmup_rounds=1 if large else 5)
+    benchmark.pedantic(run, rounds=4 if large else 50, warmup_rounds=1 if large else 5)
 
 
 def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
@@ -100,7 +100,7 @@ def host_seconds(case: Case, implementation: str) -> float | None:
     """What a call costs the host of a GPU, which does not wait for it."""
     if device().type == "cpu":
         return None
-    run, calls = case.make(case, device(), SEED)[implementation], 20
+    run, calls = case.make(case, device(), SEED)[implementation], 3  # more could fill the launch queue and wait
     run()
     torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -64,8 +64,9 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield Case("token_logps", shape, dtype, 2 * once, 4 * product, _logps_from_hidden)
         if n <= 8192:
             frozen = partial(_loss_from_hidden, frozen=True)
-            yield Case("fused_grpo_loss, frozen head", shape, dtype, 2 * once, 2 * product, frozen)
-    for n in (8192, 262_144):  # three logps and an advantage read, a gradient and five terms written and summed
+            least = once + n * width * dtype.itemsize
+            yield Case("fused_grpo_loss, frozen head", shape, dtype, least, 2 * product, frozen)
+    for n in (8192, 262_144):  # three logps read, a gradient written
         yield Case("grpo_loss", {"N": n}, torch.float32, 4 * 4 * n, 0, _loss_from_logps)
     for n in (128, 1024) if gpu else (128,):
         yield Case("sample_tokens", {"n": n, "V": QWEN_2B}, dtype, n * QWEN_2B * dtype.itemsize, 0, _samples)

@@ -80,9 +80,9 @@ def advantages_kernel(
     elif DIFFICULTY == "power":
         phi = (1 - m) * (1 - m)
     elif DIFFICULTY == "log":
-        phi = -tl.log(tl.minimum(tl.maximum(m, least_miou), 1.0))
+        phi = -tl.log(tl.clamp(m, least_miou, 1.0, propagate_nan=tl.PropagateNan.ALL))
     else:
-        phi = m * 0 + 1
+        phi = tl.full((GROUPS,), 1.0, tl.float32)
     tl.store(miou + group, m, mask=group < groups)
     tl.store(weights + group, phi, mask=group < groups)
 

@@ -81,6 +81,15 @@ def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
     check_targets(targets, logits.shape[0], temperature)
 
 
+def check_writable(option: str, logits: Tensor) -> None:
+    """Refuse to write over logits of which several are one number in memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(
+            f"{option} is set and the logits {tuple(logits.shape)} are expanded, strides {logits.stride()}; what is "
+            "written over must lie apart. Pass logits.contiguous()."
+        )
+
+
 def check_targets(targets: Tensor, n: int, temperature: float) -> None:
     """Refuse targets that are not (n) int64, and a temperature that is not above 0."""
     check_tensor("targets", targets, (n,), (torch.int64,))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype, check_head, check_logits, use_triton
+from .checks import accumulation_dtype, check_head, check_logits, check_writable, use_triton
 from .chunks import HeadRows, LogitRows, backward, forward
 from .loss import (
     OPTIONS_SCHEMA,
@@ -11,6 +11,7 @@ from .loss import (
     LossOptions,
     grpo_loss_torch,
     scale_saved_gradients,
+    scaled_copy,
     token_objective,
     token_terms,
 )
@@ -90,6 +91,8 @@ def fused_grpo_loss_from_logits(
     """
     check_logits(logits, targets, temperature)
     options = LossOptions(**loss_options).checked(logits.shape[0], advantages, completion_cu)
+    if overwrite_logits:
+        check_writable("overwrite_logits", logits)
     triton = use_triton("fused_grpo_loss_from_logits", backend, logits)
     wanted = torch.is_grad_enabled() and logits.requires_grad
     op = _Overwriting.apply if overwrite_logits else torch.ops.boxgrpo.fused_grpo_loss_from_logits
@@ -223,4 +226,5 @@ class _Overwriting(torch.autograd.Function):
         (dlogits,) = ctx.saved_tensors
         if ctx.triton:
             return scale_saved_gradients(ctx, dloss, ctx.n_inputs, in_place=True)
-        return dlogits.mul_(dloss), *(None,) * (ctx.n_inputs - 1)
+        scaled = dlogits.mul_(dloss) if dloss.device.type == "cpu" else dlogits.copy_(scaled_copy(dlogits, dloss))
+        return scaled, *(None,) * (ctx.n_inputs - 1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype, check_head, check_logits, use_triton
+from .checks import accumulation_dtype, check_head, check_logits, check_writable, use_triton
 from .chunks import HeadRows, LogitRows, backward, forward
 
 
@@ -65,6 +65,8 @@ def token_logps_from_logits(
         ValueError: shapes, dtypes, temperature or backend do not fit.
     """
     check_logits(logits, targets, temperature)
+    if inplace_backward:
+        check_writable("inplace_backward", logits)
     triton = use_triton("token_logps_from_logits", backend, logits)
     op = _InplaceBackward.apply if inplace_backward else torch.ops.boxgrpo.token_logps_from_logits
     logps, entropies, _ = op(logits, targets, temperature, entropy, triton)

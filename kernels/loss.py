@@ -270,7 +270,7 @@ def scale_saved_gradients(ctx, dloss: Tensor, n_inputs: int, in_place: bool = Fa
     elif eager and dloss.device.type == "cpu":
         scaled = _as_it_is if dloss == 1 else torch.mul
     else:
-        scaled = _scaled_copy
+        scaled = scaled_copy
     gradients = [
         scaled(gradient, dloss) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
@@ -282,7 +282,8 @@ def _as_it_is(gradient: Tensor, dloss: Tensor) -> Tensor:
     return gradient
 
 
-def _scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:
+def scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """gradient * dloss (0-dim), in gradient's dtype."""
     # Off the CPU torch.mul would round dloss to the gradient's dtype, and a loss scale of 65536 to infinity.
     return (gradient.to(dloss.dtype) * dloss).to(gradient.dtype)
 

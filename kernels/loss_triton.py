@@ -9,13 +9,22 @@ from torch.autograd.graph import increment_version
 from .launch import Launch
 from .loss import LossOptions
 
+# Of the scaling, which mostly has nothing to do: no more than run at once, 8 on each of an H200's multiprocessors.
+SCALE_PROGRAMS = 8 * 132
+
 
 @triton.jit
-def tokens_of(completion, completion_cu, n):
-    """Where a completion's tokens start and end: never outside n, whatever the offsets."""
-    start = tl.maximum(tl.load(completion_cu + completion), 0).to(tl.int64)
-    end = tl.minimum(tl.load(completion_cu + completion + 1), n).to(tl.int64)
-    return start, end
+def tokens_of(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
+    """Where a completion's tokens start and end; none of any where the offsets do not rise from 0 to n."""
+    wrong = (tl.load(completion_cu) != 0) | (tl.load(completion_cu + completions) != n)
+    for at in range(0, completions, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        low = tl.load(completion_cu + i, mask=i < completions, other=0)
+        high = tl.load(completion_cu + i + 1, mask=i < completions, other=0)
+        wrong |= tl.max((high < low).to(tl.int32), 0) > 0
+    start = tl.load(completion_cu + completion).to(tl.int64)
+    end = tl.load(completion_cu + completion + 1).to(tl.int64)
+    return start, tl.where(wrong, start, end)
 
 
 @triton.jit
@@ -57,7 +66,7 @@ def terms_kernel(
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
     )
-    start, end = tokens_of(completion, completion_cu, n)
+    start, end = tokens_of(completion, completion_cu, completions, n, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32)
     for at in range(start, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
@@ -155,7 +164,7 @@ def grpo_kernel(
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
     )
-    start, end = tokens_of(completion, completion_cu, n)
+    start, end = tokens_of(completion, completion_cu, completions, n, BLOCK)
     length = tl.maximum(end - start, 1).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     advantage += tl.zeros((BLOCK,), tl.float32)  # the interpreter cannot broadcast the scalar's comparisons
@@ -261,8 +270,7 @@ def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
         "columns": rows.shape[1],
     }
     block = 4096
-    # No more programs than run at once: where the factor is 1 they have nothing to do but to start.
-    programs = min(rows.shape[0] * triton.cdiv(rows.shape[1], block), 1056)
+    programs = min(rows.shape[0] * triton.cdiv(rows.shape[1], block), SCALE_PROGRAMS)
     return Launch(scale_kernel, (programs,), arguments, {"BLOCK": block}, num_warps=8)
 
 
@@ -302,8 +310,7 @@ def terms_launch(terms: Tensor, advantages: Tensor, completion_cu: Tensor, o: Lo
 
 
 def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Tensor:
-    """(3, n) of `terms_launch`; NaN for tokens that no completion has."""
-    # Nobody can look at offsets on a device without waiting for it.
+    """(3, n) of `terms_launch`; NaN where the offsets are wrong, which a host cannot see without waiting."""
     terms = torch.full((3, n), float("nan"), device=advantages.device)
     terms_launch(terms, advantages, completion_cu, o).run()
     return terms
@@ -330,7 +337,7 @@ def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
 
 def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options) -> tuple[Tensor, ...]:
     """grpo_loss_torch on Triton, for anything but fp64."""
-    n = logps.shape[0]  # tokens that no completion has stay NaN
+    n = logps.shape[0]  # tokens stay NaN where the offsets are wrong
     dlogps = torch.full_like(logps, float("nan"), memory_format=torch.contiguous_format)
     loss, scalars = (torch.zeros(shape, device=logps.device) for shape in ((), 7))
     tokens = torch.full((5, n), float("nan"), device=logps.device)

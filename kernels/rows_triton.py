@@ -377,9 +377,11 @@ def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens,
 
 
 def _as_words(logits: Tensor) -> Tensor | None:
-    """The same storage as int32, or None where rows do not start on whole words or columns are apart."""
-    per_word = 4 // logits.itemsize
-    whole = logits.stride(1) == 1 and all(
-        x % per_word == 0 for x in (logits.shape[1], logits.stride(0), logits.storage_offset())
+    """The same storage as int32, or None where columns are apart or rows do not start at multiples of 16 bytes.
+
+    (Words loaded one at a time would not fit the registers.)
+    """
+    aligned = logits.stride(1) == 1 and all(
+        x * logits.itemsize % 16 == 0 for x in (logits.shape[1], logits.stride(0), logits.storage_offset())
     )
-    return logits.view(torch.int32) if whole else None
+    return logits.view(torch.int32) if aligned else None

@@ -110,11 +110,13 @@ def sample_tokens_torch(
     inverse = fp32_inverse(temperature)
     step = chunk_rows(vocabulary, dtype, logits.device, at_least=4)
     padded = -(-vocabulary // _stride(vocabulary)) * _stride(vocabulary)
+    if forbidden is not None:
+        repeated = owners_of(forbidden, vocabulary)[forbidden] != torch.arange(forbidden.shape[0], device=logits.device)
     masses = torch.zeros(min(step, n), padded, dtype=dtype, device=logits.device)
     for at in range(0, n, step):
         rows = slice(at, at + step)
         scores = logits[rows].to(dtype, copy=True).clamp_(min=LOGIT_FLOOR)
-        banned = None if forbidden is None else scores[:, forbidden]
+        banned = None if forbidden is None else scores[:, forbidden].masked_fill_(repeated, float("-inf"))
         if forbidden is not None:
             scores.index_fill_(1, forbidden, float("-inf"))
         peak = scores.amax(1, keepdim=True)
@@ -158,6 +160,15 @@ def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
     winner = log_mass.argmax(1).view(n, 1, 1).expand(-1, 1, entries.shape[2])
     exact, entries = exact.gather(1, winner).squeeze(1), entries.gather(1, winner).squeeze(1)
     return entries.gather(1, (exact + gumbel(keys, entries.int(), torch.float64)).argmax(1, keepdim=True))
+
+
+def owners_of(ids: Tensor, vocabulary: int) -> Tensor:
+    """(vocabulary) int32 that names, for each of `ids` (F), one of the places where it stands; the rest is undefined.
+
+    So that an id which stands twice counts once, and nobody waits for a device that looks for such ids.
+    """
+    places = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
+    return places.new_empty(vocabulary).index_copy_(0, ids, places)
 
 
 def is_filtered(vocabulary: int, temperature: float, top_k: int, top_p: float) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunks import LOGIT_FLOOR
 from .launch import Launch
 from .rows_triton import LN2, LOG2E, absorb, floored, load_block
-from .sample import FIRST_GROUP, GROUPS, MIX32, MIX64, ODD, UNIFORM_SCALE, WIDTH, first_key, fp32_inverse
+from .sample import FIRST_GROUP, GROUPS, MIX32, MIX64, ODD, UNIFORM_SCALE, WIDTH, first_key, fp32_inverse, owners_of
 
 _C0, _C1 = (tl.constexpr(factor) for factor in MIX64)
 _D0, _D1 = (tl.constexpr(factor) for factor in MIX32)
@@ -102,6 +102,7 @@ def sample_kernel(
     completion_ids,
     positions,
     ids,
+    owners,
     forbidden,
     tokens,
     logps,
@@ -138,8 +139,9 @@ def sample_kernel(
         for at in range(0, n_ids, GROUPS):
             i = at + tl.arange(0, GROUPS)
             column = tl.load(ids + i, mask=i < n_ids, other=0)
-            z = tl.load(row_ptr + column * column_stride, mask=i < n_ids, other=float("-inf")).to(tl.float32)
-            z = floored(z, tl.where(i < n_ids, floor, 2 * floor))
+            counts = (i < n_ids) & (tl.load(owners + column, mask=i < n_ids, other=-1) == i)
+            z = tl.load(row_ptr + column * column_stride, mask=counts, other=float("-inf")).to(tl.float32)
+            z = floored(z, tl.where(counts, floor, 2 * floor))
             higher = tl.maximum(highest, tl.max(z, 0))
             mass = mass * tl.exp2((highest - higher) * scale) + tl.sum(tl.exp2((z - higher) * scale), 0)
             highest = higher
@@ -186,6 +188,7 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
         "completion_ids": completion_ids.contiguous(),
         "positions": positions.contiguous(),
         "ids": ids,
+        "owners": None if ids is None else owners_of(ids, vocabulary),
         "forbidden": None if ids is None else torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, ids, 1),
         "tokens": tokens,
         "logps": logps,

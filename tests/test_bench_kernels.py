@@ -23,6 +23,14 @@ def test_the_fused_loss_is_no_slower_than_eager_in_a_quarter_of_its_memory():
     assert ours["ms"] <= eager["ms"] and ours["peak_mb"] <= eager["peak_mb"] / 4
 
 
+def test_every_case_was_measured():
+    """And on a tree that git knows."""
+    result = json.loads((RESULTS / "cpu/kernels.json").read_text())
+    measured = {(row["op"], *row["shape"].values()) for row in result["rows"] if row["implementation"] == "boxgrpo"}
+    assert measured == {(case.op, *case.shape.values()) for case in cases(torch.device("cpu"))}
+    assert not result["machine"]["revision"].endswith("dirty")
+
+
 def test_the_readme_shows_the_recorded_figures():
     readme = (RESULTS.parent.parent / "README.md").read_text()
     for label, key in (("ms", "ms"), ("MB beyond inputs", "peak_mb")):

@@ -34,15 +34,28 @@ def test_arguments_need_not_be_contiguous():
         torch.testing.assert_close(a, b)
 
 
-def test_bad_indices_give_nan():
-    """Nobody can look at a device's targets and offsets without waiting for it: what they spoil is NaN, not memory."""
+def test_bad_targets_give_nan():
+    """Nobody can look at a device's targets without waiting for it: what they spoil is NaN, not memory."""
     case = make_case(6, 300, torch.float32, 1.0)
     case["targets"][1], case["targets"][4] = -1, 302
     logps = token_logps_from_logits(case["logits"], case["targets"], backend="triton")
     assert logps.isnan().tolist() == [i in (1, 4) for i in range(6)]
-    logps = torch.zeros(6, device=DEVICE, requires_grad=True)
-    loss, _ = grpo_loss(logps, torch.ones(1, device=DEVICE), torch.tensor([0, 4], device=DEVICE), backend="triton")
-    assert loss.isnan() and gradients(loss, logps).isnan().tolist() == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("bounds", [[0, 4], [2, 6], [0, 9], [-2, 6], [0, 5, 3, 6], [0, 5, 3, 3, 6], [0, 6, 4]], ids=str)
+@pytest.mark.parametrize("door", ["logps", "logits", "head"])
+def test_bad_offsets_give_nan(door, bounds):
+    """Nor at its offsets."""
+    rest = torch.ones(len(bounds) - 1, device=DEVICE), torch.tensor(bounds, device=DEVICE)
+    targets = torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    rows, weight = (torch.randn(k, 4, generator=seeded()).to(DEVICE).requires_grad_() for k in (6, 9))
+    if door == "logps":
+        loss, _ = grpo_loss(rows.sum(1), *rest, backend="triton")
+    elif door == "logits":
+        loss, _ = fused_grpo_loss_from_logits(rows, targets, *rest, backend="triton")
+    else:
+        loss, _ = fused_grpo_loss(rows, weight, targets, *rest, backend="triton")
+    assert loss.isnan() and torch.autograd.grad(loss, rows)[0].isnan().all()
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

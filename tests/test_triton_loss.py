@@ -123,8 +123,12 @@ def test_nan_is_not_hidden():
     rows = gradients(loss, logits).isnan().any(1)
     assert loss.isnan() and rows.tolist() == stats.logps.isnan().tolist() == [i == 2 for i in range(6)]
     rewards = torch.tensor([[1.0, float("nan"), 1.0], [0.0, 1.0, 2.0]], device=DEVICE)
-    advantages, _, _ = group_advantages(rewards, rewards, backend="triton")
-    assert advantages.isnan().any(1).tolist() == [True, False]
+    for difficulty in ("exp", "power", "log", "none"):
+        ours = group_advantages(rewards, rewards, difficulty=difficulty, backend="triton")
+        twin = group_advantages(rewards, rewards, difficulty=difficulty, backend="torch")
+        assert ours[0].isnan().any(1).tolist() == [True, False]
+        for a, b in zip(ours, twin, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def test_rows_without_gradient_are_zero_and_not_read_again():
@@ -143,6 +147,44 @@ def test_rows_without_gradient_are_zero_and_not_read_again():
     upstream = torch.ones(6, device=DEVICE)
     upstream[3] = 0
     assert gradients((logps * upstream).sum(), body).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_expanded_logits_are_not_written_over(backend):
+    logits = torch.zeros(1, 9, device=DEVICE, requires_grad=True).expand(6, 9)
+    case = make_case(6, 9, torch.float32, 1.0)
+    rest = case["advantages"], case["completion_cu"]
+    with pytest.raises(ValueError, match=r"overwrite_logits is set and the logits \(6, 9\) are expanded"):
+        fused_grpo_loss_from_logits(logits, case["targets"], *rest, overwrite_logits=True, backend=backend)
+    with pytest.raises(ValueError, match=r"inplace_backward is set .* Pass logits.contiguous"):
+        token_logps_from_logits(logits, case["targets"], inplace_backward=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_nan_does_not_reach_a_row_without_gradient(backend):
+    """On policy and without a reference an advantage of 0 leaves nothing to flow back, whatever the logits are."""
+    case = make_case(6, 40_000, torch.float32, 1.0)
+    case["logits"][4] = float("nan")
+    case["advantages"][3:] = 0
+    logits, rest = case["logits"].requires_grad_(), (case["targets"], case["advantages"], case["completion_cu"])
+    loss, stats = fused_grpo_loss_from_logits(logits, *rest, backend=backend)
+    found = gradients(loss, logits)
+    assert stats.logps.isnan().tolist() == [i == 4 for i in range(6)]
+    assert found.isfinite().all() and found[:2].any() and not found[4].any()
+
+
+def test_a_loss_scale_reaches_every_element(monkeypatch):
+    """Far more blocks than programs, whole and strided: each program goes round several times."""
+    monkeypatch.setattr("boxgrpo.kernels.loss_triton.SCALE_PROGRAMS", 2)
+    case = make_case(6, 20_000, torch.float32, 1.0)
+    rest = case["targets"], case["advantages"], case["completion_cu"]
+    for logits in (case["logits"], case["logits"].t().contiguous().t()):
+        found = []
+        for scale in (1, 2):
+            leaf = logits.clone(memory_format=torch.preserve_format).requires_grad_()
+            loss, _ = fused_grpo_loss_from_logits(leaf * 1, *rest, overwrite_logits=True, backend="triton")
+            found.append(gradients(scale * loss, leaf))
+        assert torch.equal(2 * found[0], found[1])
 
 
 @pytest.mark.parametrize("door", ["inplace", "overwrite", "fused"])

@@ -93,3 +93,12 @@ def test_near_ties_are_settled_in_fp64(second):
     clear = margin.abs() > 1e-12
     assert clear.sum() > 0.9 * n
     assert torch.equal(tokens[clear], torch.where(margin > 0, 0, second)[clear])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_an_id_that_is_forbidden_twice_counts_once(backend):
+    forbidden = torch.tensor([2, 0, 2, 2], device=DEVICE)
+    options = {"seed": 1, "forbidden": forbidden, "backend": backend} | counters(40)
+    tokens, logps = sample_tokens(torch.zeros(40, 5, device=DEVICE), **options)
+    assert set(tokens.tolist()) == {1, 3, 4}
+    torch.testing.assert_close(logps, torch.full((40,), -5.0, device=DEVICE).neg().log().neg())

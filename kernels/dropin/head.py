@@ -1,4 +1,4 @@
-"""Scored rows that other packages know and our doors do not: heads with a bias or a soft cap, and skipped logits."""
+"""Scored rows that other packages know and our doors do not: heads with a bias or a soft cap."""
 
 from typing import NamedTuple
 
