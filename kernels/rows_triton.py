@@ -352,7 +352,7 @@ def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens,
     """`logits` may be rows first, first + 1, ... of all that `targets`, `terms`, `logps` and `tokens` stand for."""
     config = row_config("fused", logits.shape[1], logits.itemsize)
     if logits.stride(1) != 1:  # each element's own offset takes registers, too
-        config = config._replace(block=config.block // 2)
+        config = config._replace(block=max(config.block // 4, 512 * config.num_warps // logits.itemsize))
     arguments, constants = objective_arguments(targets.shape[0], o)
     words = _as_words(logits) if 0 < config.held <= logits.shape[1] else None
     arguments |= {
