@@ -1,8 +1,11 @@
 """Sampling from a shared prefill: greedy equals transformers', sampled log-probabilities equal the trainer's."""
 
+import copy
+
 import pytest
 import torch
 
+from boxgrpo.model.cache import DecodeCache
 from boxgrpo.model.generate import generate
 from boxgrpo.model.packing import Group, pack_groups
 
@@ -148,3 +151,56 @@ def test_refused(model, prompts):
         sample(model, prompts, [1, 2])
     with pytest.raises(ValueError, match="0 prompts and 0 prompt_ids"):
         sample(model, [])
+
+
+@pytest.fixture
+def dropped(monkeypatch):
+    """Whatever goes before is kept: the sizes (B, G) of the batches that rows were dropped to."""
+    sizes = []
+    keep = DecodeCache.keep
+
+    def watched(cache, prompts, completions):
+        sizes.append(tuple(completions.shape))
+        keep(cache, prompts, completions)
+
+    monkeypatch.setattr(DecodeCache, "keep", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_stragglers_do_not_carry_the_others(model, prompts, dropped, monkeypatch, static):
+    """Rows leave in steps, prompts with them; what the others sample stays the same to the token."""
+    monkeypatch.setattr("boxgrpo.model.generate.is_static", lambda device: static)
+    options = {"num_generations": 6, "temperature": 1.5, "eos_token_ids": tuple(range(30)), "max_completion_length": 40}
+    monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0)
+    whole = sample(model, prompts, **options)
+    assert not dropped
+    monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0.75)
+    found = sample(model, prompts, **options)
+    rows = [b * g for b, g in dropped]
+    assert len(rows) > 2 and rows == sorted(rows, reverse=True) and dropped[-1][0] < 3
+    assert torch.equal(found.lengths, whole.lengths)
+    for a, b, length in zip(found.logps, whole.logps, found.lengths.tolist(), strict=True):
+        torch.testing.assert_close(a[:length], b[:length], rtol=0, atol=1e-5)
+    assert [c.tolist() for c in found.completions()] == [c.tolist() for c in whole.completions()]
+
+
+def test_steps_that_are_all_alike_sample_the_same(model, prompts, monkeypatch):
+    """The masked, full-width attention that a CUDA graph can record, beside the one that grows."""
+    plain = sample(model, prompts, num_generations=4)
+    monkeypatch.setattr("boxgrpo.model.generate.is_static", lambda device: True)
+    static = sample(model, prompts, num_generations=4)
+    assert torch.equal(static.ids, plain.ids) and torch.equal(static.lengths, plain.lengths)
+    torch.testing.assert_close(static.logps, plain.logps, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_samples_what_a_plain_one_does(model, prompts, monkeypatch):
+    """The CUDA graph of a step, replayed, and recorded anew when rows have left."""
+    model = copy.deepcopy(model).to("cuda")
+    options = {"num_generations": 8, "temperature": 1.5, "eos_token_ids": tuple(range(8)), "max_completion_length": 80}
+    options["forbidden"] = VISION.to("cuda")
+    recorded = sample(model, prompts, **options)
+    monkeypatch.setattr("boxgrpo.model.generate.is_static", lambda device: False)
+    plain = sample(model, prompts, **options)
+    assert [c.tolist() for c in recorded.completions()] == [c.tolist() for c in plain.completions()]

@@ -55,7 +55,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         with span("data"):
             samples = next(batches)
         with span("rollout"):
-            embeds = embed_prompts(policy, [s.item for s in samples]) if o.freeze_vision else None
+            with span("vision"):
+                embeds = embed_prompts(policy, [s.item for s in samples]) if o.freeze_vision else None
             completions = sampler(policy, samples, embeds)
         with span("reward"):
             rewards = score(completions, samples, vocabulary, r.device)
@@ -75,9 +76,11 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             loss, stats = torch.zeros((), device=r.device), []
             with span("policy"):
                 for pack in packs:
-                    pack_loss, pack_stats = policy(pack, loss_head(o, pack, denominator))
-                    pack_loss = pack_loss / len(packs) if denominator is None else pack_loss
-                    engine.backward(pack_loss)
+                    with span("forward"):
+                        pack_loss, pack_stats = policy(pack, loss_head(o, pack, denominator))
+                        pack_loss = pack_loss / len(packs) if denominator is None else pack_loss
+                    with span("backward"):
+                        engine.backward(pack_loss)
                     loss += pack_loss.detach()
                     stats.append(pack_stats)
             with span("optimizer"):
@@ -129,9 +132,17 @@ def step_advantages(o, total, accuracy, r: Ranks):
 
 
 def make_packs(o, config, samples, completions, embeds, advantages, weights, device) -> list[PackedBatch]:
-    """Packs under the token budget, with their advantages. A group too long for one stands in several."""
+    """Packs under the token budget, with their advantages. A group too long for one stands in several.
+
+    Without KL a group of equal rewards has no gradient, and is left out. (Not with bnpo, a mean over each pack's own.)
+    """
+    no_gradient = [False] * len(completions)
+    if not o.beta and o.loss_type != "bnpo":
+        no_gradient = (advantages == 0).all(1).tolist()
     parts = []  # (sample, first completion, last completion)
     for i, group in enumerate(completions):
+        if no_gradient[i]:
+            continue
         prompt = len(samples[i].item.input_ids)
         start, cost = 0, prompt
         for g, completion in enumerate(group):

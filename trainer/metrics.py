@@ -62,7 +62,9 @@ def policy_metrics(stats, r: Ranks) -> dict[str, float]:
         "clip_ratio/high_mean": [s.clip_high for s in stats],
         "clip_ratio/region_mean": [s.clip_region for s in stats],
     }
-    table = torch.stack([torch.stack(values) for values in means.values()]).double().cpu()  # (5, packs)
+    table = torch.zeros(len(means), 0, dtype=torch.float64)  # of a step whose groups all had equal rewards
+    if stats:
+        table = torch.stack([torch.stack(values) for values in means.values()]).double().cpu()  # (5, packs)
     *sums, total = r.sum(*(table @ torch.tensor(tokens, dtype=torch.float64)).tolist(), sum(tokens))
     return {name: value / max(1, total) for name, value in zip(means, sums, strict=True)}
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, VocabularyBytes, grounding_rewards_from_ids
-from boxgrpo.model.generate import generate
+from boxgrpo.model.generate import prefill
 from boxgrpo.model.packing import Prompt
 from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
 from .processing import Processor
+from .spans import span
 from .vocabulary import token_bytes
 
 
@@ -75,21 +76,24 @@ class LocalRollout:
         completions: list[list[Tensor]] = []
         for start in range(0, len(samples), at_once):
             part = slice(start, start + at_once)
-            rollout = generate(
-                policy,
-                [s.item for s in samples[part]],
-                prompt_ids=[s.serial for s in samples[part]],
-                image_embeds=None if embeds is None else embeds[part],
-                eos_token_ids=self.vocabulary.eos_token_ids,
-                forbidden=self.vocabulary.forbidden,
-                num_generations=o.num_generations,
-                max_completion_length=o.max_completion_length,
-                temperature=o.temperature,
-                top_k=o.top_k,
-                top_p=o.top_p,
-                seed=o.seed,
-            )
-            flat = rollout.completions()
+            with span("prefill"):
+                decoding = prefill(
+                    policy,
+                    [s.item for s in samples[part]],
+                    prompt_ids=[s.serial for s in samples[part]],
+                    image_embeds=None if embeds is None else embeds[part],
+                    eos_token_ids=self.vocabulary.eos_token_ids,
+                    num_generations=o.num_generations,
+                    max_completion_length=o.max_completion_length,
+                )
+            with span("decode"):
+                flat = decoding.run(
+                    temperature=o.temperature,
+                    top_k=o.top_k,
+                    top_p=o.top_p,
+                    seed=o.seed,
+                    forbidden=self.vocabulary.forbidden,
+                ).completions()
             completions += [flat[i : i + o.num_generations] for i in range(0, len(flat), o.num_generations)]
         if self.file:
             for sample, group in zip(samples, completions, strict=True):
