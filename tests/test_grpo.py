@@ -1,5 +1,6 @@
 """The loops on a tiny model: they learn, they replay, two ranks equal one, and bad input costs only itself."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -269,3 +270,35 @@ def test_the_policy_keeps_a_frozen_tower_and_the_reference_shares_it(cold):
     assert not any(p.requires_grad for p in reference.parameters())
     assert all(p.requires_grad for p in policy.model.parameters())
     assert torch.equal(reference.head_weight, policy.head_weight)
+
+
+def test_groups_of_equal_rewards_cost_no_policy_pass(world, cold, monkeypatch):
+    """Without KL they have no gradient: leaving them out changes the packs, not the step, even if all are left out."""
+    stored = world / "equal.jsonl"
+    grpo.train(grpo_options(world, cold, "equal", rollout_file=str(stored), beta=0.0), Ranks())
+    groups = [json.loads(line) for line in stored.read_text().splitlines()]
+    groups[1]["ids"] = groups[1]["ids"][:1] * 4
+    for group in groups[4:]:  # the second step
+        group["ids"] = group["ids"][:1] * 4
+    stored.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    options = {"rollout": "replay", "rollout_file": str(stored), "beta": 0.0}
+    scored = []
+    loss = grpo.fused_grpo_loss
+
+    def watched(hidden, weight, targets, advantages, *args, **kwargs):
+        scored.append(len(advantages))
+        return loss(hidden, weight, targets, advantages, *args, **kwargs)
+
+    monkeypatch.setattr(grpo, "fused_grpo_loss", watched)
+    grpo.train(grpo_options(world, cold, "without", **options), Ranks())
+    assert sum(scored) % 4 == 0 and sum(scored) <= 12
+    scored.clear()
+    make_packs = grpo.make_packs
+    # A KL so small that it changes nothing keeps every group.
+    monkeypatch.setattr(grpo, "make_packs", lambda o, *rest: make_packs(dataclasses.replace(o, beta=1e-30), *rest))
+    grpo.train(grpo_options(world, cold, "with", **options), Ranks())
+    assert sum(scored) == 32
+    for a, b in zip(lines(world / "without"), lines(world / "with"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=1e-9)
+    assert lines(world / "without")[1]["grad_norm"] == 0
