@@ -25,7 +25,7 @@ seeds: $(STAMP)
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)
 	$(BIN)/pytest -q
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_triton_*.py tests/test_model_ops.py
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
