@@ -53,12 +53,14 @@ class DecodeCache:
         n, heads, d = q.shape
         kv_heads, repeat = k.shape[1], heads // k.shape[1]
         prompts = n // self.group
-        for room, x in zip(self.own[layer], (k, v), strict=True):
-            new = x.view(prompts, self.group, kv_heads, d).transpose(1, 2).unsqueeze(3)
-            room.index_copy_(3, self.at, new)
         own_k, own_v = self.own[layer]
-        if not self.static:
-            own_k, own_v = (x[..., : self.length + 1, :] for x in (own_k, own_v))
+        new_k, new_v = (x.view(prompts, self.group, kv_heads, d).transpose(1, 2) for x in (k, v))
+        if self.static:
+            own_k.index_copy_(3, self.at, new_k.unsqueeze(3))
+            own_v.index_copy_(3, self.at, new_v.unsqueeze(3))
+        else:
+            own_k[:, :, :, self.length], own_v[:, :, :, self.length] = new_k, new_v
+            own_k, own_v = own_k[..., : self.length + 1, :], own_v[..., : self.length + 1, :]
         prefix_k, prefix_v = self.prefix[layer]
         # (B, kv_heads, G, repeat, d): against the prompt, G·repeat queries are one product
         q = q.view(prompts, self.group, kv_heads, repeat, d).transpose(1, 2).float() * d**-0.5
