@@ -181,20 +181,44 @@ def pack_conversations(conversations: Sequence[Conversation], *, image_token_id:
     )
 
 
-def plan_packs(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of the items, longest first, laid into packs whose summed cost stays within `budget`.
+def decoder_flop(config, prompt: int, completions: Sequence[int] = ()) -> float:
+    """FLOP of a forward over a prompt of that many tokens, those of its images among them, and its completions.
 
-    First-fit decreasing. An item above the budget gets a pack of its own: refusing it is the caller's choice.
+    Linear layers and causal attention; `config` is the text config. The head is left out: it sees scored rows alone.
+    """
+    width, kv_width = config.hidden_size, config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    weights = 2 * width * (width + kv_width) + 3 * width * config.intermediate_size
+    tokens = prompt + sum(completions)
+    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
+    return config.num_hidden_layers * (2 * weights * tokens + 4 * width * pairs)
+
+
+def plan_packs(sizes: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:
+    """Indices of the items, laid into packs whose summed size stays within `budget`.
+
+    As few packs as first-fit decreasing needs; with `costs` as many, but of like cost. An item above the budget gets a
+    pack of its own: refusing it is the caller's choice.
     """
     packs: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         for pack, left in enumerate(room):
-            if costs[index] <= left:
+            if sizes[index] <= left:
                 packs[pack].append(index)
-                room[pack] -= costs[index]
+                room[pack] -= sizes[index]
                 break
         else:
             packs.append([index])
-            room.append(budget - costs[index])
-    return packs
+            room.append(budget - sizes[index])
+    return packs if costs is None else _balanced(packs, sizes, budget, costs)
+
+
+def _balanced(packs: list[list[int]], sizes, budget: int, costs) -> list[list[int]]:
+    """The costliest item first, each to the cheapest pack that has room; `packs` themselves where that does not fit."""
+    found: list[list[int]] = [[] for _ in packs]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        fitting = [p for p in found if not p or sum(sizes[i] for i in p) + sizes[index] <= budget]
+        if not fitting:
+            return packs
+        min(fitting, key=lambda p: sum(costs[i] for i in p)).append(index)
+    return found

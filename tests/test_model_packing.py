@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from boxgrpo.model.packing import Conversation, Group, Prompt, pack_conversations, pack_groups, plan_packs
+from boxgrpo.model.packing import Conversation, Group, Prompt, decoder_flop, pack_conversations, pack_groups, plan_packs
 
 IMAGE = 102  # <|image_pad|> of the fixtures
 
@@ -224,3 +224,27 @@ def test_plan_packs():
     assert len(packs) == 5, "33 units need four packs of 10, and the large one its own"
     assert plan_packs([], budget=10) == []
     assert plan_packs([2, 2, 2], budget=4) == [[0, 1], [2]], "equal costs keep their order, on every rank"
+
+
+def test_packs_of_like_cost():
+    """As many packs as without costs, none above the budget, and no pack twice as dear as another."""
+    sizes = [100, 60, 50, 40, 30, 10, 5, 5]
+    costs = [s**2 for s in sizes]
+    plain, balanced = plan_packs(sizes, 160), plan_packs(sizes, 160, costs)
+    assert len(balanced) == len(plain) == 2
+    assert sorted(i for pack in balanced for i in pack) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in pack) <= 160 for pack in balanced)
+    spread = [[sum(costs[i] for i in pack) for pack in plan] for plan in (plain, balanced)]
+    assert max(spread[1]) < max(spread[0]) and max(spread[1]) < 2 * min(spread[1])
+    tight = [6, 5, 5, 4]  # by cost the first two would share a pack with neither having room for the last
+    assert plan_packs(tight, 10, [1, 9, 8, 7]) == plan_packs(tight, 10)
+
+
+def test_decoder_flop(twins):
+    """Against torch's own count of a packed forward, attention over whole rectangles taken off."""
+    model = twins("tiny")[0]
+    config = model.config.text_config
+    layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
+    assert decoder_flop(config, 10) - 4 * 64 * 2 * 50 == 2 * 10 * 2 * layer
+    with_completions = decoder_flop(config, 10, [4, 2]) - decoder_flop(config, 16, ())
+    assert with_completions == 4 * 64 * 2 * ((50 + 4 * 12 + 2 * 11) - 128)

@@ -15,7 +15,7 @@ import torch
 
 from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.model.packing import Group, PackedBatch, pack_groups, plan_packs
+from boxgrpo.model.packing import Group, PackedBatch, decoder_flop, pack_groups, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_metrics, reward_metrics, run_metrics
@@ -139,20 +139,24 @@ def make_packs(o, config, samples, completions, embeds, advantages, weights, dev
     no_gradient = [False] * len(completions)
     if not o.beta and o.loss_type != "bnpo":
         no_gradient = (advantages == 0).all(1).tolist()
-    parts = []  # (sample, first completion, last completion)
+    parts = []  # (sample, first completion, last completion, tokens)
     for i, group in enumerate(completions):
         if no_gradient[i]:
             continue
         prompt = len(samples[i].item.input_ids)
-        start, cost = 0, prompt
+        start, size = 0, prompt
         for g, completion in enumerate(group):
-            if g > start and cost + len(completion) > o.tokens_per_pass:
-                parts.append((i, start, g, cost))
-                start, cost = g, prompt
-            cost += len(completion)
-        parts.append((i, start, len(group), cost))
+            if g > start and size + len(completion) > o.tokens_per_pass:
+                parts.append((i, start, g, size))
+                start, size = g, prompt
+            size += len(completion)
+        parts.append((i, start, len(group), size))
+    costs = [
+        decoder_flop(config.text_config, len(samples[i].item.input_ids), list(map(len, completions[i][a:b])))
+        for i, a, b, _ in parts
+    ]
     packs = []
-    for chosen in plan_packs([cost for *_, cost in parts], o.tokens_per_pass):
+    for chosen in plan_packs([size for *_, size in parts], o.tokens_per_pass, costs):
         inside = [parts[c] for c in chosen]
         batch = pack_groups(
             [

@@ -13,7 +13,7 @@ import torch
 
 from boxgrpo.kernels import token_logps
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.model.packing import pack_conversations, plan_packs
+from boxgrpo.model.packing import decoder_flop, pack_conversations, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import run_metrics
@@ -48,7 +48,9 @@ def train(options: SftOptions, r: Ranks) -> None:
         started = time.perf_counter()
         with span("data"):
             conversations = [s.item for s in next(batches)]
-            plan = plan_packs([len(c.input_ids) for c in conversations], o.tokens_per_pass)
+            sizes = [len(c.input_ids) for c in conversations]
+            costs = [decoder_flop(model.config.text_config, size) for size in sizes]
+            plan = plan_packs(sizes, o.tokens_per_pass, costs)
             packs = [
                 pack_conversations([conversations[i] for i in chosen], image_token_id=model.config.image_token_id).to(
                     r.device
