@@ -46,5 +46,6 @@ setup(
         ],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
         "deepspeed": ["deepspeed>=0.19"],
+        "vllm": ["vllm>=0.22"],
     },
 )

@@ -59,6 +59,7 @@ class PackedBatch:
     weights: Tensor | None = None  # (BG) fp32, difficulty weight
     old_logps: Tensor | None = None  # (N) fp32, nats at the sampling temperature
     ref_logps: Tensor | None = None  # (N) fp32
+    sampler_logps: Tensor | None = None  # (N) fp32, of the foreign sampler that drew the targets
 
     def to(self, device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fake_vllm
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.trainer import demo, grpo, sft
 from boxgrpo.trainer.evaluator import evaluate
@@ -154,8 +155,8 @@ def test_batch_scaled_advantages_use_the_rewards_of_all_ranks():
     assert miou.tolist() == [0.5, 0.5] and weights.tolist() == [1.0, 1.0]
 
 
-def test_the_loss_gets_every_option(world, cold, monkeypatch):
-    """What the flags say arrives at the kernel's door, and so do the pack's tensors."""
+def seen_by_the_loss(monkeypatch) -> list[tuple]:
+    """Arguments and options of every call of the loss from here on."""
     seen = []
 
     def door(*args, **options):
@@ -163,14 +164,70 @@ def test_the_loss_gets_every_option(world, cold, monkeypatch):
         return fused_grpo_loss(*args, **options)
 
     monkeypatch.setattr(grpo, "fused_grpo_loss", door)
+    return seen
+
+
+def test_the_loss_gets_every_option(world, cold, monkeypatch):
+    """What the flags say arrives at the kernel's door, and so do the pack's tensors."""
+    seen = seen_by_the_loss(monkeypatch)
     flags = {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.3}
     flags |= {"delta": 5.0, "beta": 0.02, "temperature": 0.9}
     grpo.train(grpo_options(world, cold, "door", max_steps=1, num_iterations=2, **flags), Ranks())
     (_, _, targets, advantages, completion_cu), options = seen[-1]
+    assert options["sampler_factor"] is None
     assert {name: options[name] for name in flags} == flags
     assert options["old_logps"].shape == options["ref_logps"].shape == targets.shape
     assert options["weights"].shape == advantages.shape == (len(completion_cu) - 1,)
     assert options["denominator"] > 0
+
+
+def test_vllm_with_the_policys_weights_repeats_the_local_run(world, cold, monkeypatch):
+    """Two rollouts, two optimizer steps on each, packs too small for the whole: a weight handed over wrongly, or a
+    log-probability at another token's place, and the second rollout or the factors are others."""
+    changes = {"num_iterations": 2, "tokens_per_pass": 150, "freeze_vision": False}
+    grpo.train(grpo_options(world, cold, "by_policy", **changes), Ranks())
+    engines = fake_vllm.install(monkeypatch, seed=42)
+    seen = seen_by_the_loss(monkeypatch)
+    grpo.train(grpo_options(world, cold, "by_vllm", rollout="vllm", **changes), Ranks())
+    local, theirs = lines(world / "by_policy"), lines(world / "by_vllm")
+    assert any(abs(m["loss"]) > 1e-3 for m in local) and len(engines[0].loaded) == len(local) == 2
+    for a, b in zip(local, theirs, strict=True):
+        assert a["reward"] == b["reward"] and a["completions/mean_length"] == b["completions/mean_length"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert b["sampling/sampling_logp_difference/max"] < 1e-4
+        for part in ("min", "mean", "max"):
+            assert b[f"sampling/importance_sampling_ratio/{part}"] == pytest.approx(1, abs=1e-4)
+        assert not any(name.startswith("sampling/") for name in a)
+    assert all(torch.allclose(o["sampler_factor"], torch.ones(()), atol=1e-4) for _, o in seen)
+
+
+def test_a_sampler_that_is_off_is_corrected_token_by_token(world, cold, monkeypatch):
+    packs = []
+    logps = grpo.logps
+
+    def spy(model, pack, temperature):
+        packs.append((pack, logps(model, pack, temperature)))
+        return packs[-1][1]
+
+    monkeypatch.setattr(grpo, "logps", spy)
+    fake_vllm.install(monkeypatch, seed=42, noise=0.1)
+    seen = seen_by_the_loss(monkeypatch)
+    flags = {"beta": 0.0, "max_steps": 1, "vllm_importance_sampling_clip_max": 1.5, "loss_type": "bnpo"}
+    grpo.train(grpo_options(world, cold, "off", rollout="vllm", **flags), Ranks())
+    (metrics,), ((_, options),), ((pack, old),) = lines(world / "off"), seen, packs
+    factor = (old - pack.sampler_logps).exp().clamp(max=1.5)
+    assert torch.equal(options["sampler_factor"], factor) and torch.equal(options["old_logps"], old)
+    assert factor.max() == 1.5 and factor.min() < 0.9
+    assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(float(factor.min()))
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(float(factor.mean()))
+    assert metrics["sampling/importance_sampling_ratio/max"] == 1.5
+    difference = (old - pack.sampler_logps).abs()
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(float(difference.mean()))
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(float(difference.max()))
+    # At ratio 1 the loss is the mean of -phi A factor over the tokens.
+    advantages = (pack.advantages * pack.weights).repeat_interleave(pack.completion_cu.diff())
+    assert metrics["loss"] == pytest.approx(-float((advantages * factor).mean()), abs=1e-6)
 
 
 def test_small_packs_do_not_change_the_step(world, cold):

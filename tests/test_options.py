@@ -88,6 +88,14 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         ({"rollout": "replay"}, "Give --rollout_file"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"rollout": "vlm"}, "rollout is 'vlm'; it must be one of local, vllm, replay"),
+        ({"rollout": "vllm", "rollout_file": "x.jsonl"}, "rollout_file is x.jsonl; vLLM's completions are not stored"),
+        ({"rollout": "vllm", "temperature": 0.9, "top_p": 0.9}, "temperature is 0.9 with top_k 0 and top_p 0.9"),
+        (
+            {"rollout": "vllm", "vllm_gpu_memory_utilization": 30.0},
+            "gpu_memory_utilization is 30.0; it is a share",
+        ),
+        ({"rollout": "vllm", "vllm_importance_sampling_clip_max": 0.5}, "clip_max is 0.5; below 1"),
         ({"num_iterations": 0}, "num_iterations is 0"),
         ({"logging_steps": 0}, "logging_steps is 0; it must be at least 1"),
     ],
@@ -95,6 +103,11 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, says):
     with pytest.raises(ValueError, match=says):
         validate_grpo(dataclasses.replace(GrpoOptions(), **change), world_size=4)
+
+
+@pytest.mark.parametrize("change", [{}, {"temperature": 0.9}, {"top_k": 5, "top_p": 0.9}])
+def test_what_vllm_can_sample_is_taken(change):
+    validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4)
 
 
 def test_an_sft_batch_divides_among_the_ranks():

@@ -97,6 +97,23 @@ def test_image_tokens_patches_and_grids_agree(demo, images):
     assert torch.equal(prompt.position_ids, expected)
 
 
+def test_the_images_of_a_prompt_make_the_same_patches_again(demo, tmp_path):
+    """Colours, three sizes, one of them scaled down and one up."""
+    paths = []
+    for size in ((112, 56), (400, 300), (28, 140), (20, 90)):
+        noise = Image.merge("RGB", [Image.effect_noise(size, 200) for _ in range(3)])
+        noise.save(path := tmp_path / f"{size[0]}.png")
+        paths.append(str(path))
+    prompt = demo.prompt(example(tuple(paths)))
+    images = demo.images_of(prompt)
+    assert [image.size for image in images[:3:2]] == [(112, 56), (28, 140)]
+    assert images[0].tobytes() == Image.open(paths[0]).tobytes()
+    again = demo.image_processor(images=images, return_tensors="pt")
+    assert torch.equal(again["image_grid_thw"], prompt.image_grid_thw)
+    assert torch.equal(again["pixel_values"], prompt.pixel_values)
+    assert demo.images_of(demo.prompt(example(()))) == []
+
+
 def test_ids_are_those_of_the_chat_template(processor, images):
     """The pieces encoded one by one are what Hugging Face makes of the whole text."""
     turns = ["Where is the cup?", ANSWER, " And  the 世界\n<|box_start|>(1,2),(3,4)<|box_end|>?", "Gone."]

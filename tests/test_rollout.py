@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.readers import Example
-from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, score
+from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, sampler_factor, score
 
 OPTIONS = GrpoOptions(num_generations=3, max_completion_length=12, temperature=1.2)
 
@@ -58,8 +60,9 @@ def as_lists(completions):
 @pytest.mark.parametrize("embedded", [False, True], ids=["tower in every round", "tower once"])
 def test_rounds_sample_what_one_round_does(model, samples, vocabulary, rounds, embedded):
     embeds = embed_prompts(model, [s.item for s in samples]) if embedded else None
-    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, embeds)
-    parts = LocalRollout(changed(gradient_accumulation_steps=rounds), vocabulary, 0)(model, samples, embeds)
+    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, embeds).completions
+    options = changed(gradient_accumulation_steps=rounds)
+    parts = LocalRollout(options, vocabulary, 0)(model, samples, embeds).completions
     assert as_lists(parts) == as_lists(whole)
     assert [len(group) for group in whole] == [3, 3, 3, 3]
     assert all(len({tuple(c) for c in group}) == 3 for group in as_lists(whole)), "siblings differ"
@@ -81,9 +84,8 @@ def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, 
     expected = {*tokenizer.convert_tokens_to_ids(vision), *range(len(tokenizer), rows)}
     assert set(vocabulary.forbidden.tolist()) == expected
     hot = changed(temperature=50.0, num_generations=100, max_completion_length=20)  # as good as uniform
-    drawn = {
-        t for group in LocalRollout(hot, vocabulary, 0)(model, samples[:1], None) for c in group for t in c.tolist()
-    }
+    completions = LocalRollout(hot, vocabulary, 0)(model, samples[:1], None).completions
+    drawn = {t for group in completions for c in group for t in c.tolist()}
     assert len(drawn) > 0.8 * rows and not drawn & expected
 
 
@@ -99,12 +101,13 @@ def test_the_reward_reads_every_id_the_head_can_give(vocabulary, model):
 
 def test_stored_completions_are_replayed_by_serial_number(model, samples, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "new/stored.jsonl"))
-    completions = LocalRollout(options, vocabulary, rank=0)(model, samples, None)
+    completions = LocalRollout(options, vocabulary, rank=0)(model, samples, None).completions
     stored = [json.loads(line) for line in (tmp_path / "new/stored.jsonl").read_text().splitlines()]
     assert [record["serial"] for record in stored] == [7, 3, 12, 5]
     assert [record["ids"] for record in stored] == as_lists(completions)
     replayed = ReplayRollout(options)(None, samples[::-1], None)
-    assert as_lists(replayed) == as_lists(completions)[::-1]
+    assert as_lists(replayed.completions) == as_lists(completions)[::-1]
+    assert replayed.logps is None
 
 
 def test_every_rank_stores_its_own(model, samples, vocabulary, tmp_path):
@@ -128,6 +131,14 @@ def test_a_replay_that_cannot_be_is_refused(samples, tmp_path):
         replay(None, samples, None)
     with pytest.raises(ValueError, match="holds 2 completions for sample 7; num_generations is 3"):
         replay(None, samples[:1], None)
+
+
+def test_the_correction_by_hand():
+    """Twice as likely to the policy, half as likely, three times and so capped, and not told by the sampler."""
+    sampler = torch.tensor([0.25, 0.5, 0.2, math.nan]).log()
+    pack = SimpleNamespace(old_logps=torch.tensor([0.5, 0.25, 0.6, 0.1]).log(), sampler_logps=sampler)
+    torch.testing.assert_close(sampler_factor(pack, cap=2.5), torch.tensor([2.0, 0.5, 2.5, 1.0]))
+    assert sampler_factor(SimpleNamespace(old_logps=sampler, sampler_logps=None), cap=2.5) is None
 
 
 def test_scores_by_hand(processor, vocabulary):

@@ -3,7 +3,7 @@
     torchrun trainer/grpo.py --model CHECKPOINT --data records.json      one process per GPU: --nproc_per_node 8
     torchrun trainer/grpo.py                                             the drawn demo, cold start included
 
-Left out, on purpose: a critic, a reward model, padding, logits, and any rollout that is not on-policy.
+Left out, on purpose: a critic, a reward model, padding, logits, and any rollout by older weights.
 """
 
 import copy
@@ -18,12 +18,19 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import Group, PackedBatch, decoder_flop, pack_groups, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
-from boxgrpo.trainer.metrics import completion_table, length_metrics, policy_metrics, reward_metrics, run_metrics
+from boxgrpo.trainer.metrics import (
+    completion_table,
+    length_metrics,
+    policy_metrics,
+    reward_metrics,
+    run_metrics,
+    sampling_metrics,
+)
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, score
+from boxgrpo.trainer.rollout import Vocabulary, embed_prompts, make_rollout, sampler_factor, score
 from boxgrpo.trainer.spans import span, take_seconds
 
 
@@ -41,7 +48,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     policy.model.gradient_checkpointing = o.gradient_checkpointing
     reference = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta else None
     vocabulary = Vocabulary.of(processor, policy.config, r.device)
-    sampler = ReplayRollout(o) if o.rollout == "replay" else LocalRollout(o, vocabulary, r.rank)
+    rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank)
     steps = total_steps(o, len(examples), o.prompts_per_step)
     engine = Engine(policy, o, r, steps * o.num_iterations)
     folder = claim_output_dir(o, r)
@@ -57,20 +64,21 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         with span("rollout"):
             with span("vision"):
                 embeds = embed_prompts(policy, [s.item for s in samples]) if o.freeze_vision else None
-            completions = sampler(policy, samples, embeds)
+            sampled = rollout(policy, samples, embeds)
+            completions = sampled.completions
         with span("reward"):
             rewards = score(completions, samples, vocabulary, r.device)
             accuracy = rewards.accuracy.view(len(samples), o.num_generations)  # (B, G), IoU in 0-1
             total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
             advantages, weights, miou = step_advantages(o, total, accuracy, r)
         with span("pack"):
-            packs = make_packs(o, policy.config, samples, completions, embeds, advantages, weights, r.device)
+            packs = make_packs(o, policy.config, samples, sampled, embeds, advantages, weights, r.device)
             counts = r.sum(sum(map(len, completions)), sum(len(c) for g in completions for c in g))
             denominator = loss_denominator(o, *counts, r)
         with span("reference"):
             if reference is not None:
                 packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
-            if o.num_iterations > 1:
+            if o.num_iterations > 1 or sampled.logps is not None:
                 packs = [dataclasses.replace(p, old_logps=logps(policy, p, o.temperature)) for p in packs]
         for _ in range(o.num_iterations):
             loss, stats = torch.zeros((), device=r.device), []
@@ -104,6 +112,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             metrics |= reward_metrics(total, accuracy, rewards.format, miou, weights)
             metrics |= length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids)
             metrics |= policy_metrics(stats, r)
+            metrics |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
             metrics |= take_seconds(step - logged)
             report.log(step, r.mean_metrics(metrics))
             logged = step
@@ -131,11 +140,12 @@ def step_advantages(o, total, accuracy, r: Ranks):
     return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))
 
 
-def make_packs(o, config, samples, completions, embeds, advantages, weights, device) -> list[PackedBatch]:
+def make_packs(o, config, samples, sampled, embeds, advantages, weights, device) -> list[PackedBatch]:
     """Packs under the token budget, with their advantages. A group too long for one stands in several.
 
     Without KL a group of equal rewards has no gradient, and is left out. (Not with bnpo, a mean over each pack's own.)
     """
+    completions = sampled.completions
     no_gradient = [False] * len(completions)
     if not o.beta and o.loss_type != "bnpo":
         no_gradient = (advantages == 0).all(1).tolist()
@@ -165,11 +175,15 @@ def make_packs(o, config, samples, completions, embeds, advantages, weights, dev
             ],
             image_token_id=config.image_token_id,
         ).to(device)
+        theirs = None
+        if sampled.logps is not None:
+            theirs = torch.cat([logps for i, a, b, _ in inside for logps in sampled.logps[i][a:b]]).to(device)
         packs.append(
             dataclasses.replace(
                 batch,
                 advantages=torch.cat([advantages[i, a:b] for i, a, b, _ in inside]),
                 weights=weights[batch.group_ids],
+                sampler_logps=theirs,
             )
         )
     return packs
@@ -192,7 +206,12 @@ def loss_head(o, pack: PackedBatch, denominator):
 
     def head(hidden, weight):
         options = loss_options(
-            o, old_logps=pack.old_logps, ref_logps=pack.ref_logps, weights=pack.weights, denominator=denominator
+            o,
+            old_logps=pack.old_logps,
+            ref_logps=pack.ref_logps,
+            weights=pack.weights,
+            sampler_factor=sampler_factor(pack, o.vllm_importance_sampling_clip_max),
+            denominator=denominator,
         )
         return fused_grpo_loss(
             hidden,

@@ -4,6 +4,7 @@ import torch
 
 from .ranks import Ranks
 from .reporter import peak_memory_gb
+from .rollout import sampler_factor, sampler_gap
 
 
 def run_metrics(r: Ranks, engine, loader, *, loss, grad_norm, tokens, num_tokens, seconds, skipped) -> dict[str, float]:
@@ -67,6 +68,22 @@ def policy_metrics(stats, r: Ranks) -> dict[str, float]:
         table = torch.stack([torch.stack(values) for values in means.values()]).double().cpu()  # (5, packs)
     *sums, total = r.sum(*(table @ torch.tensor(tokens, dtype=torch.float64)).tolist(), sum(tokens))
     return {name: value / max(1, total) for name, value in zip(means, sums, strict=True)}
+
+
+def sampling_metrics(packs, cap: float) -> dict[str, float]:
+    """How far a foreign sampler is from the policy that it had the weights of, over the rank's tokens."""
+    packs = [p for p in packs if p.sampler_logps is not None]
+    if not packs:
+        return {}
+    difference = torch.cat([sampler_gap(p).abs() for p in packs])
+    factor = torch.cat([sampler_factor(p, cap) for p in packs])
+    return {
+        "sampling/sampling_logp_difference/mean": float(difference.mean()),
+        "sampling/sampling_logp_difference/max": float(difference.max()),
+        "sampling/importance_sampling_ratio/min": float(factor.min()),
+        "sampling/importance_sampling_ratio/mean": float(factor.mean()),
+        "sampling/importance_sampling_ratio/max": float(factor.max()),
+    }
 
 
 def completion_table(processor, samples, completions, rewards) -> tuple[list[str], list[list[str]]]:

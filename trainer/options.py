@@ -86,8 +86,10 @@ class GrpoOptions(DataOptions):
     importance_sampling_level: str = option("token", "token, or sequence (GSPO).")
     scale_rewards: str = option("group", "Divide advantages by the std of the group, of the batch, or by none.")
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
-    rollout: str = option("local", "local: sample here; replay: completions stored by an earlier run.")
+    rollout: str = option("local", "local: sample here; vllm: with vLLM; replay: completions stored by an earlier run.")
     rollout_file: str = option("", "replay reads completions here; local writes them here when given.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU that vLLM may take while it samples.")
+    vllm_importance_sampling_clip_max: float = option(2.0, "Cap of exp(old - sampler), which corrects vLLM's samples.")
     log_completions: int = option(0, "Steps between two tables of sampled completions; 0: never.")
 
 
@@ -184,12 +186,35 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     loss_options(o, denominator=torch.ones(())).checked(0, nothing, torch.zeros(1, dtype=torch.int32))
     _one_of("scale_rewards", o.scale_rewards, ("group", "batch", "none"))
     _one_of("difficulty", o.difficulty, ("exp", "power", "log", "none"))
-    _one_of("rollout", o.rollout, ("local", "replay"))
+    _one_of("rollout", o.rollout, ("local", "vllm", "replay"))
     if o.rollout == "replay" and not o.rollout_file:
         raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
+    if o.rollout == "vllm":
+        _validate_vllm(o)
+
+
+def _validate_vllm(o: GrpoOptions) -> None:
+    if o.rollout_file:
+        raise ValueError(f"rollout_file is {o.rollout_file}; vLLM's completions are not stored. Leave it out.")
+    if o.temperature != 1 and (o.top_k or o.top_p < 1):
+        raise ValueError(
+            f"temperature is {o.temperature} with top_k {o.top_k} and top_p {o.top_p}; at another temperature than 1 "
+            "vLLM tells the log-probabilities among the tokens left, not among all. Use --temperature 1, or --top_k 0 "
+            "and --top_p 1."
+        )
+    if not 0 < o.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization is {o.vllm_gpu_memory_utilization}; it is a share, above 0 and at most 1. "
+            "Change --vllm_gpu_memory_utilization."
+        )
+    if o.vllm_importance_sampling_clip_max < 1:
+        raise ValueError(
+            f"vllm_importance_sampling_clip_max is {o.vllm_importance_sampling_clip_max}; below 1 it would scale down "
+            "samples that need no correction. Raise --vllm_importance_sampling_clip_max."
+        )
 
 
 def validate_sft(o: SftOptions, world_size: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
@@ -123,6 +124,19 @@ class Processor:
         return Conversation(
             *self._tensors(example, ids, pixel_values, grids), loss_mask=torch.tensor(learned, dtype=torch.bool)
         )
+
+    def images_of(self, prompt: Prompt) -> list[Image.Image]:
+        """A prompt's images in the very pixels that its patches hold, at the size they were scaled to."""
+        p, images, row = self.image_processor, [], 0
+        for _, height, width in prompt.image_grid_thw.tolist():  # in patches
+            patches = prompt.pixel_values[row : row + height * width].numpy()
+            row += height * width
+            m, side = p.merge_size, p.patch_size
+            blocks = patches.reshape(height // m, width // m, m, m, 3, p.temporal_patch_size, side, side)
+            pixels = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, 3)
+            values = (pixels * np.float32(p.image_std) + np.float32(p.image_mean)) / p.rescale_factor  # 0-255
+            images.append(Image.fromarray(values.round().astype(np.uint8)))
+        return images
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Text of completion ids, box marks kept, end of text and padding left out."""

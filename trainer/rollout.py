@@ -1,16 +1,20 @@
-"""Completions for a step's prompts: sampled by the policy, or replayed from a file."""
+"""Completions for a step's prompts: sampled by the policy or by vLLM, or replayed from a file.
+
+A rollout is called as rollout(policy, samples, embeds) and returns `Sampled`.
+"""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, VocabularyBytes, grounding_rewards_from_ids
 from boxgrpo.model.generate import prefill
-from boxgrpo.model.packing import Prompt
+from boxgrpo.model.packing import PackedBatch, Prompt
 from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
@@ -37,6 +41,34 @@ class Vocabulary:
         forbidden = torch.tensor([*processor.vision_ids, *unknown], device=device)
         eos = tuple(processor.eos_ids)
         return cls(eos, forbidden, VocabularyBytes.build(table, eos, device))
+
+
+class Sampled(NamedTuple):
+    """What a rollout gives for its samples."""
+
+    completions: list[list[Tensor]]  # G for each sample, (C_i) int64 on the CPU, end token included
+    logps: list[list[Tensor]] | None = None  # (C_i) fp32, nats, by a foreign sampler; None: the policy sampled
+
+
+def make_rollout(options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, examples, rank: int):
+    """The rollout that `options.rollout` names."""
+    if options.rollout == "replay":
+        return ReplayRollout(options)
+    if options.rollout == "vllm":
+        from .rollout_vllm import VllmRollout  # which imports from here
+
+        return VllmRollout(options, processor, vocabulary, policy, max(len(e.images) for e in examples))
+    return LocalRollout(options, vocabulary, rank)
+
+
+def sampler_gap(pack: PackedBatch) -> Tensor:
+    """old - sampler of the scored tokens, (N) fp32; 0 where the sampler could not tell its own (NaN)."""
+    return (pack.old_logps - pack.sampler_logps).masked_fill(pack.sampler_logps.isnan(), 0)
+
+
+def sampler_factor(pack: PackedBatch, cap: float) -> Tensor | None:
+    """min(exp(old - sampler), cap) of the scored tokens, (N) fp32; None where the policy itself sampled."""
+    return None if pack.sampler_logps is None else sampler_gap(pack).exp().clamp(max=cap)
 
 
 @torch.no_grad()
@@ -67,10 +99,7 @@ class LocalRollout:
                 )
             self.file = path.open("w")
 
-    def __call__(
-        self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None
-    ) -> list[list[Tensor]]:
-        """For each sample its G completions, (C_i) int64 on the CPU, end token included."""
+    def __call__(self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None) -> Sampled:
         o = self.options
         at_once = len(samples) // o.gradient_accumulation_steps
         completions: list[list[Tensor]] = []
@@ -99,7 +128,7 @@ class LocalRollout:
             for sample, group in zip(samples, completions, strict=True):
                 self.file.write(json.dumps({"serial": sample.serial, "ids": [c.tolist() for c in group]}) + "\n")
             self.file.flush()
-        return completions
+        return Sampled(completions)
 
 
 class ReplayRollout:
@@ -116,7 +145,7 @@ class ReplayRollout:
         ]  # every rank's
         self.stored = {(record := json.loads(line))["serial"]: record["ids"] for line in lines}
 
-    def __call__(self, policy, samples, embeds) -> list[list[Tensor]]:
+    def __call__(self, policy, samples, embeds) -> Sampled:
         missing = [s.serial for s in samples if s.serial not in self.stored]
         if missing:
             raise ValueError(
@@ -129,7 +158,7 @@ class ReplayRollout:
                     f"{self.path} holds {len(self.stored[s.serial])} completions for sample {s.serial}; "
                     f"num_generations is {self.num_generations}. Set --num_generations to what was stored."
                 )
-        return [[torch.tensor(ids) for ids in self.stored[s.serial]] for s in samples]
+        return Sampled([[torch.tensor(ids) for ids in self.stored[s.serial]] for s in samples])
 
 
 def score(
