@@ -2,9 +2,53 @@
 
 The folders stay top-level, the import names do not: a top-level package called `kernels` would shadow the Hugging Face
 distribution of that name, which transformers imports.
+
+The compiled box parser, `boxgrpo.kernels._C`, is optional: what cannot be compiled here is left out, and its torch twin
+serves. torch must be installed before (pip's --no-build-isolation).
 """
 
+import warnings
+
 from setuptools import setup
+
+try:
+    from torch import version
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:  # for the metadata alone, or no torch yet
+    BuildExtension = object
+    warnings.warn("No torch here: boxgrpo is installed without its compiled box parser.")
+
+# No contraction of a product and a sum: CPU and GPU round alike.
+CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-g0"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
+
+
+def candidates() -> list:
+    """The extensions to try, best first."""
+    name, sources = "boxgrpo.kernels._C", ["csrc/binding.cpp", "csrc/box_parser.cpp"]
+    depends = ["csrc/box_parser.h", "csrc/launch.h"]
+    found = [CppExtension(name, sources, extra_compile_args={"cxx": CXX_FLAGS}, depends=depends)]
+    if CUDA_HOME and version.cuda:
+        flags = {"cxx": [*CXX_FLAGS, "-DBOXGRPO_CUDA"], "nvcc": NVCC_FLAGS}
+        found.insert(0, CUDAExtension(name, [*sources, "csrc/box_parser.cu"], extra_compile_args=flags, depends=depends))
+    return found
+
+
+class BuildWhatCompiles(BuildExtension):
+    def run(self):
+        for extension in candidates():
+            vars(self.extensions[0]).update(vars(extension))  # which keeps what setuptools noted in it
+            try:
+                return super().run()
+            except Exception as error:  # no compiler, one that torch refuses, a CUDA of another version
+                warnings.warn(f"Could not compile {', '.join(extension.sources)}: {error}")
+        self.extensions = []
+        return None
+
+
+optional = {}
+if BuildExtension is not object:
+    optional = {"ext_modules": candidates()[:1], "cmdclass": {"build_ext": BuildWhatCompiles}}
 
 setup(
     name="boxgrpo",
@@ -47,4 +91,5 @@ setup(
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
         "deepspeed": ["deepspeed>=0.19"],
     },
+    **optional,
 )

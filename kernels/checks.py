@@ -20,13 +20,6 @@ def use_triton(door: str, backend: str, *tensors: Tensor) -> bool:
     return obstacle is None and (backend == "triton" or tensors[0].is_cuda)
 
 
-def check_backend(door: str, backend: str) -> None:
-    """For a door that has only its torch twin."""
-    _check_name(backend)
-    if backend == "triton":
-        raise ValueError(f"backend is 'triton' and {door} has no Triton implementation. Use backend='auto' or 'torch'.")
-
-
 def _check_name(backend: str) -> None:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}; it is one of 'auto', 'triton', 'torch'.")

@@ -22,7 +22,7 @@ BY_HAND = {
     "a point": ((10, 10, 10, 10), (10, 10, 10, 10), 0.0),
     "a line inside": ((2, 5, 8, 5), (0, 0, 10, 10), 0.0),
     "infinite": ((0, 0, math.inf, math.inf), (0, 0, math.inf, math.inf), 0.0),
-    "area beyond fp32": ((0, 0, 1e25, 1e25), (0, 0, 1e25, 1e25), 0.0),
+    "area beyond fp32": ((0, 0, 1e25, 1e25), (0, 0, 1e25, 2e25), 0.5),
     "not a number": ((0, 0, math.nan, 1), (0, 0, 1, 1), 0.0),
 }
 
