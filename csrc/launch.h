@@ -37,11 +37,12 @@ struct Rewards {
   int64_t n;
 
   BOXGRPO_HD void write(int64_t row, const BoxParser& parser) const {
+    float box[4];
     for (int k = 0; k < 4; ++k) {
-      boxes[4 * row + k] = parser.coordinate(k);
+      boxes[4 * row + k] = box[k] = parser.coordinate(k);
       spans[4 * row + k] = parser.span(k);
     }
-    accuracy[row] = iou_of(boxes + 4 * row, gold + 4 * row, false);
+    accuracy[row] = iou_of(box, gold + 4 * row, false);
     format[row] = parser.well_formed();
     found[row] = parser.found();
   }

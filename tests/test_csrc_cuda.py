@@ -1,0 +1,186 @@
+"""The CUDA half of csrc/: it compiles without spills, its kernels run here as coroutines, and on a GPU as they are."""
+
+import ctypes
+import pathlib
+import random
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from boxgrpo.bench.compile_cuda import CAPABILITIES, KERNELS, SOURCE, compile_cuda
+from boxgrpo.bench.fuzz_rewards import completions, packed, tokenized
+from boxgrpo.kernels import (
+    ANSWER_FORMATS,
+    GroundingRewards,
+    VocabularyBytes,
+    box_iou,
+    grounding_rewards,
+    grounding_rewards_from_ids,
+)
+
+HERE = pathlib.Path(__file__).resolve().parent
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+GOLD = torch.tensor([100.0, 200.0, 300.0, 400.0])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kernels_compile_without_spills(capability):
+    found = compile_cuda(SOURCE, capability)
+    assert found.keys() == set(KERNELS)
+    assert all(r.spilled == 0 and r.stack == 0 and 0 < r.registers <= 128 for r in found.values()), found
+
+
+@needs_nvcc
+def test_a_spill_is_seen(tmp_path):
+    """A kernel with more in flight than the registers it may have: the check above can fail."""
+    source = tmp_path / "greedy.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024) greedy(float* x) {\n  float kept[128];\n"
+        "#pragma unroll\n  for (int i = 0; i < 128; ++i) kept[i] = x[i * 1024 + threadIdx.x];\n  __syncthreads();\n"
+        "#pragma unroll\n  for (int i = 0; i < 128; ++i) x[(i * 7 % 128) * 1024 + threadIdx.x] = kept[i] * kept[127 - i];\n}\n"
+    )
+    (found,) = compile_cuda(source, 90).values()
+    assert found.spilled > 0
+
+
+def structure(name, *fields):
+    """A C struct of csrc/launch.h: pointers are written *name."""
+    kinds = {"*": ctypes.c_void_p, "?": ctypes.c_bool}
+    typed = [(field.lstrip("*?"), kinds.get(field[0], ctypes.c_int64)) for field in fields]
+    return type(name, (ctypes.Structure,), {"_fields_": typed})
+
+
+Texts = structure("Texts", "*bytes", "*offsets", "size")
+Tokens = structure(
+    "Tokens", "*ids", "width", "*lengths", "?wide", "*bytes", "*offsets", "*eos", "*marks", "size", "vocabulary"
+)
+Rewards = structure("Rewards", "*gold", "*formats", "*accuracy", "*format", "*boxes", "*found", "*spans", "n")
+Overlaps = structure("Overlaps", "*a", "*b", "*out", "n", "m", "?pairwise", "?generalized")
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """csrc/box_parser.cu, its threads coroutines on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    library = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    subprocess.run(["g++", *flags, str(HERE / "cuda_on_cpu.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(library)
+
+
+def emulated(run, source, gold, formats):
+    n = len(gold)
+    out = GroundingRewards(
+        torch.full((n,), torch.nan),
+        torch.full((n,), torch.nan),
+        torch.full((n, 4), torch.nan),
+        torch.ones(n, dtype=torch.bool),
+        torch.full((n, 4), -9, dtype=torch.int32),
+    )
+    rewards = Rewards(gold.data_ptr(), formats.data_ptr(), *(x.data_ptr() for x in out), n)
+    run(ctypes.byref(source), ctypes.byref(rewards))
+    return out
+
+
+def tokens(ids, lengths, table):
+    pointers = [x.data_ptr() for x in table]
+    wide = lengths.dtype == torch.int64
+    return Tokens(ids.data_ptr(), ids.shape[1], lengths.data_ptr(), wide, *pointers, len(table.data), len(table.eos))
+
+
+def cases(count, seed):
+    """Adversarial completions, some longer than a tile of the kernel, and one with a token longer than a tile."""
+    draw = random.Random(seed)
+    texts, names = completions(draw, count)
+    for i in range(0, count, 20):
+        texts[i] = draw.randbytes(draw.randrange(1900, 2100)).replace(b"<", b"-") + texts[i] + b" " * i + texts[i]
+    ids, lengths, table, heard = tokenized(draw, texts, names)
+    vocabulary = [table.data[i:j].numpy().tobytes() for i, j in zip(table.offsets, table.offsets[1:])]
+    long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
+    ids[0, :2], lengths[0], texts[0] = torch.tensor([len(vocabulary), len(vocabulary) + 1]), 2, long + b"wer>"
+    table = VocabularyBytes.build([*vocabulary, long, b"wer>"], [0], mark_ids=[1, 2])
+    codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
+    return texts, [texts[0], *heard[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
+
+
+def same(got, want):
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_kernels_agree_with_the_twin(emulator):
+    """A warp's gathering, tiles, windows and scans, in blocks that the last completions do not fill."""
+    texts, heard, ids, lengths, table, gold, codes = cases(303, seed=0)
+    assert ids.shape[1] > 256 and max(map(len, texts)) > 2048  # more than a turn of a warp, more than a tile
+    text, offsets = packed(texts)
+    want = grounding_rewards(text, offsets, gold, answer_format=codes, backend="torch")
+    got = emulated(emulator.texts_on_cuda, Texts(text.data_ptr(), offsets.data_ptr(), len(text)), gold, codes)
+    same(got, want)
+    want = grounding_rewards(*packed(heard), gold, answer_format=codes, backend="torch")
+    for length in (lengths, lengths.int()):
+        same(emulated(emulator.tokens_on_cuda, tokens(ids, length, table), gold, codes), want)
+    assert want.found.sum() > 50
+
+
+def test_lengths_beyond_the_ids_and_below_0(emulator):
+    table = VocabularyBytes.build([b"(1,2),(3,4)", b"x"], [])
+    ids, lengths = torch.tensor([[1, 0], [0, 1], [0, 1]]), torch.tensor([9, -9, 0])
+    codes = torch.ones(3, dtype=torch.uint8)
+    got = emulated(emulator.tokens_on_cuda, tokens(ids, lengths, table), GOLD.repeat(3, 1), codes)
+    same(got, grounding_rewards_from_ids(ids, lengths, table, GOLD.repeat(3, 1), answer_format=codes, backend="torch"))
+    assert got.found.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("generalized", [False, True])
+def test_overlaps_agree_with_the_twin(emulator, pairwise, generalized):
+    a, b = boxes(300, 0), boxes(70 if pairwise else 300, 1)
+    want = box_iou(a, b, pairwise=pairwise, generalized=generalized, backend="torch")
+    out = torch.full_like(want, torch.nan)
+    overlaps = Overlaps(a.data_ptr(), b.data_ptr(), out.data_ptr(), len(a), len(b), pairwise, generalized)
+    emulator.overlap_on_cuda(ctypes.byref(overlaps))
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
+
+
+def boxes(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(n, 2, generator=g) * 800
+    return torch.cat((corner, corner + torch.rand(n, 2, generator=g) * 400 - 20), 1)
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_twin_and_nothing_synchronises():
+    texts, heard, ids, lengths, table, gold, codes = cases(4000, seed=1)
+    on_gpu = [x.cuda() for x in (*packed(texts), ids, lengths, gold, codes)]
+    text, offsets, ids, lengths, gold_gpu, codes_gpu = on_gpu
+    table = table.to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        by_text = grounding_rewards(text, offsets, gold_gpu, answer_format=codes_gpu, backend="extension")
+        by_ids = grounding_rewards_from_ids(
+            ids, lengths, table, gold_gpu, answer_format=codes_gpu, backend="extension"
+        )
+        named = grounding_rewards(text, offsets, gold_gpu, answer_format="box", backend="extension")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, raw, form in ((by_text, texts, codes), (by_ids, heard, codes), (named, texts, "box")):
+        want = grounding_rewards(*packed(raw), gold, answer_format=form, backend="torch")
+        same(GroundingRewards(*(x.cpu() for x in got)), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("generalized", [False, True])
+def test_overlaps_on_a_gpu_agree_with_the_twin(pairwise, generalized):
+    a, b = boxes(3000, 0), boxes(3000, 1)
+    want = box_iou(a, b, pairwise=pairwise, generalized=generalized, backend="torch")
+    got = box_iou(a.cuda(), b.cuda(), pairwise=pairwise, generalized=generalized, backend="extension")
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-6)
