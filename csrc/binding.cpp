@@ -63,8 +63,7 @@ Results grounding_rewards(const Tensor& text, const Tensor& offsets, const Tenso
   return score(Texts{bytes.const_data_ptr<uint8_t>(), bounds.const_data_ptr<int64_t>(), bytes.numel()}, gold, formats);
 }
 
-Results grounding_rewards_from_ids(const Tensor& ids, const Tensor& lengths, const Tensor& data,
-                                   const Tensor& token_offsets, const Tensor& eos, const Tensor& marks,
+Results grounding_rewards_from_ids(const Tensor& ids, const Tensor& lengths, const Tensor& data, const Tensor& entries,
                                    const Tensor& gold, const Tensor& formats) {
   const auto device = gold.device();
   const int64_t n = gold.dim() ? gold.size(0) : 0, width = ids.dim() == 2 ? ids.size(1) : 0;
@@ -73,17 +72,18 @@ Results grounding_rewards_from_ids(const Tensor& ids, const Tensor& lengths, con
   check("ids", ids, at::kLong, {n, width}, device);
   check("lengths", lengths, wide ? at::kLong : at::kInt, {n}, device);
   check("data", data, at::kByte, {data.numel()}, device);
-  check("eos", eos, at::kBool, {eos.numel()}, device);
-  check("marks", marks, at::kBool, {eos.numel()}, device);
-  check("token_offsets", token_offsets, at::kLong, {eos.numel() + 1}, device);
+  check("entries", entries, at::kLong, {entries.numel()}, device);
   check("formats", formats, at::kByte, {n}, device);
-  const Tensor rows = ids.contiguous(), counts = lengths.contiguous(), bytes = data.contiguous();
-  const Tensor bounds = token_offsets.contiguous(), ends = eos.contiguous(), silent = marks.contiguous();
-  const Tokens tokens{rows.const_data_ptr<int64_t>(),   width,
-                      counts.const_data_ptr(),          wide,
-                      bytes.const_data_ptr<uint8_t>(),  bounds.const_data_ptr<int64_t>(),
-                      ends.const_data_ptr<bool>(),      silent.const_data_ptr<bool>(),
-                      bytes.numel(),                    ends.numel()};
+  const Tensor rows = ids.contiguous(), counts = lengths.contiguous();
+  const Tensor bytes = data.contiguous(), packed = entries.contiguous();
+  const Tokens tokens{rows.const_data_ptr<int64_t>(),
+                      width,
+                      counts.const_data_ptr(),
+                      wide,
+                      bytes.const_data_ptr<uint8_t>(),
+                      packed.const_data_ptr<int64_t>(),
+                      bytes.numel(),
+                      packed.numel()};
   return score(tokens, gold, formats);
 }
 
@@ -114,8 +114,8 @@ TORCH_LIBRARY(boxgrpo, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("grounding_rewards(Tensor text, Tensor offsets, Tensor gold, Tensor formats) -> " BOXGRPO_RESULTS, tags);
   m.def(
-      "grounding_rewards_from_ids(Tensor ids, Tensor lengths, Tensor data, Tensor token_offsets, Tensor eos, "
-      "Tensor marks, Tensor gold, Tensor formats) -> " BOXGRPO_RESULTS,
+      "grounding_rewards_from_ids(Tensor ids, Tensor lengths, Tensor data, Tensor entries, Tensor gold, "
+      "Tensor formats) -> " BOXGRPO_RESULTS,
       tags);
   m.def("box_iou(Tensor a, Tensor b, bool pairwise, bool generalized) -> Tensor", tags);
 }

@@ -7,9 +7,9 @@
 namespace boxgrpo {
 namespace {
 
-constexpr int64_t kGrain = 16;     // completions that are worth a thread
-constexpr int64_t kTile = 4096;    // bytes of tokens that are parsed at a time
-constexpr int64_t kShort = 16;     // bytes that one copy moves, needed or not
+constexpr int64_t kGrain = 16;   // completions that are worth a thread
+constexpr int64_t kRun = 16;     // tokens that are parsed at a time
+constexpr int64_t kCopied = 16;  // bytes that are copied of a short token, its own or not
 
 uint8_t checked_format(const Rewards& rewards, int64_t row) {
   const uint8_t format = rewards.formats[row];
@@ -18,37 +18,60 @@ uint8_t checked_format(const Rewards& rewards, int64_t row) {
   return format;
 }
 
+[[noreturn]] void refuse_id(int64_t id, int64_t vocabulary) {
+  TORCH_CHECK_INDEX(false, "ids holds ", id, "; the table covers 0 to ", vocabulary - 1,
+                    ". Build it for every id that the model can emit.");
+}
+
+Entry checked_entry(const Tokens& tokens, int64_t id) {
+  if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(tokens.vocabulary)) refuse_id(id, tokens.vocabulary);
+  return Entry(tokens.entries[id]);
+}
+
+const uint8_t* checked_bytes(const Tokens& tokens, const Entry& entry) {
+  const int64_t end = entry.start() + entry.size();
+  TORCH_CHECK_INDEX(end <= tokens.size, "a token of the table ends at ", end, ", outside its ", tokens.size,
+                    " bytes. Make it with VocabularyBytes.build.");
+  return tokens.bytes + entry.start();
+}
+
 void score_row(const Tokens& tokens, const Rewards& rewards, int64_t row) {
   const uint8_t format = checked_format(rewards, row);
   BoxParser parser(format);
-  uint8_t tile[kTile + kShort];
-  int64_t filled = 0;
-  const int64_t* ids = tokens.ids + row * tokens.width;
-  for (int64_t t = 0, length = tokens.length(row); t < length; ++t) {
-    const int64_t id = ids[t];
-    TORCH_CHECK_INDEX(0 <= id && id < tokens.vocabulary, "ids holds ", id, "; the table covers 0 to ",
-                      tokens.vocabulary - 1, ". Build it for every id that the model can emit.");
-    if (tokens.eos[id]) break;
-    if (tokens.marks[id] && format != kMarked) continue;
-    const int64_t start = tokens.offsets[id], size = tokens.offsets[id + 1] - start;
-    TORCH_CHECK_INDEX(0 <= start && 0 <= size && size <= tokens.size - start, "the table's offsets of id ", id,
-                      " leave its ", tokens.size, " bytes. Make it with VocabularyBytes.build.");
-    if (filled + size > kTile) {
-      parser.feed(tile, tile + filled);
-      filled = 0;
+  const int64_t last_start = tokens.size - kCopied;  // of what a copy of that size may read
+  const int64_t* id = tokens.ids + row * tokens.width;
+  const int64_t* end = id + tokens.length(row);
+  bool ended = false;
+  while (id < end && !ended) {
+    if (parser.is_outside()) {  // plain tokens are counted, not read
+      int64_t passed = 0;
+      Entry last(0);
+      for (; id < end; ++id) {
+        const Entry entry = checked_entry(tokens, *id);
+        if (entry.role() != Entry::kPlain) break;
+        passed += entry.size();
+        last = entry;
+      }
+      if (passed) parser.pass(passed, checked_bytes(tokens, last)[last.size() - 1]);
     }
-    const uint8_t* bytes = tokens.bytes + start;
-    if (size <= kShort && kShort <= tokens.size - start) {
-      memcpy(tile + filled, bytes, kShort);
-    } else if (size <= kTile) {
-      memcpy(tile + filled, bytes, size);
-    } else {
-      parser.feed(bytes, bytes + size);
-      continue;
+    uint8_t run[kRun * kCopied];
+    uint8_t* filled = run;
+    for (const int64_t* stop = end - id < kRun ? end : id + kRun; id < stop && !ended; ++id) {
+      const Entry entry = checked_entry(tokens, *id);
+      ended = entry.role() == Entry::kEos;
+      if (ended || entry.is_silent(format)) continue;
+      if (entry.size() <= kCopied && entry.start() <= last_start) {
+        memcpy(filled, tokens.bytes + entry.start(), kCopied);
+        filled += entry.size();
+        continue;
+      }
+      const uint8_t* bytes = checked_bytes(tokens, entry);
+      parser.feed(run, filled);
+      parser.feed(bytes, bytes + entry.size());
+      filled = run;
     }
-    filled += size;
+    parser.feed(run, filled);
   }
-  parser.feed(tile, tile + filled);
   rewards.write(row, parser);
 }
 

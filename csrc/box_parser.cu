@@ -66,11 +66,12 @@ __global__ void __launch_bounds__(32 * kWarps) score_tokens(Tokens tokens, Rewar
       if (t >= length) continue;
       const int64_t id = ids[t];
       assert(0 <= id && id < tokens.vocabulary && "ids holds what the table does not cover");
-      met_eos |= tokens.eos[id];
-      if (met_eos || (tokens.marks[id] && format != kMarked)) continue;
-      starts[k] = tokens.offsets[id];
-      sizes[k] = tokens.offsets[id + 1] - starts[k];
-      mine += sizes[k];
+      const Entry entry(tokens.entries[id]);
+      met_eos |= entry.role() == Entry::kEos;
+      if (met_eos || entry.is_silent(format)) continue;
+      starts[k] = entry.start();
+      sizes[k] = entry.size();
+      mine += entry.size();
     }
     ended = __ballot_sync(kAllLanes, met_eos);
     if (ended && lane > __ffs(ended) - 1) mine = 0;

@@ -7,6 +7,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__SSE2__) && !defined(__CUDACC__)
+#include <emmintrin.h>
+#endif
 
 #ifdef __CUDACC__
 #define BOXGRPO_HD __host__ __device__ __forceinline__
@@ -25,6 +28,14 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "find() takes a word's 
 
 // The first of two bytes in [p, end), else end; eight bytes at a time.
 BOXGRPO_HD const uint8_t* find(const uint8_t* p, const uint8_t* end, uint8_t one, uint8_t other) {
+#if defined(__SSE2__) && !defined(__CUDACC__)
+  const __m128i ones = _mm_set1_epi8(static_cast<char>(one)), others = _mm_set1_epi8(static_cast<char>(other));
+  for (; end - p >= 16; p += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const int hits = _mm_movemask_epi8(_mm_or_si128(_mm_cmpeq_epi8(bytes, ones), _mm_cmpeq_epi8(bytes, others)));
+    if (hits) return p + __builtin_ctz(hits);
+  }
+#endif
   constexpr uint64_t kOnes = 0x0101010101010101u, kTops = 0x8080808080808080u;
 #ifdef __CUDA_ARCH__
   for (; p != end && reinterpret_cast<uintptr_t>(p) % 8; ++p)  // a GPU loads words from multiples of 8 alone
@@ -55,19 +66,31 @@ BOXGRPO_HD const uint8_t* find(const uint8_t* p, const uint8_t* end, uint8_t one
 class BoxParser {
  public:
   BOXGRPO_HD explicit BoxParser(uint8_t format)
-      : format_(format), open_(format >= kList ? '[' : '('), searching_(format != kThink && format != kMarked) {}
+      : shape_(format < kList    ? "(9~,_9~),_(9~,_9~)"
+               : format == kList ? "[_9~,_9~,_9~,_9~_]"
+                                 : "[_9~.8:,_9~.8:,_9~.8:,_9~.8:_]"),
+        format_(format),
+        searching_(format != kThink && format != kMarked) {}
 
   BOXGRPO_HD void feed(const uint8_t* begin, const uint8_t* end) {
     if (begin == end) return;
     for (const uint8_t* p = begin; p != end; ++p) {
       if (place_ == kOutside) {
-        p = find(p, end, '<', searching_ ? open_ : '<');
+        p = find(p, end, '<', searching_ ? open() : '<');
         if (p == end) break;
       }
       step(*p, size_ + static_cast<uint32_t>(p - begin));
     }
     size_ += static_cast<uint32_t>(end - begin);
     last_ = end[-1];
+  }
+
+  // Outside of tags and boxes, bytes without '<', '(' and '[' may be passed without a look, but for their last one.
+  BOXGRPO_HD bool is_outside() const { return place_ == kOutside; }
+
+  BOXGRPO_HD void pass(int64_t bytes, uint8_t last) {
+    size_ += static_cast<uint32_t>(bytes);
+    last_ = last;
   }
 
   // Asked after the last piece.
@@ -112,14 +135,7 @@ class BoxParser {
     return byte == static_cast<uint8_t>(tags[at]) ? at + 1 : kNoTag;
   }
 
-  // A box in its format. 9 is a number's first digit, ~ its others; . may be a point, 8 is then the first decimal and
-  // : the others; _ is any white space; the rest stands for itself.
-  BOXGRPO_HD char shape(uint8_t at) const {
-    const char* shapes = format_ < kList    ? "(9~,_9~),_(9~,_9~)"
-                         : format_ == kList ? "[_9~,_9~,_9~,_9~_]"
-                                            : "[_9~.8:,_9~.8:,_9~.8:,_9~.8:_]";
-    return shapes[at];
-  }
+  BOXGRPO_HD uint8_t open() const { return static_cast<uint8_t>(shape_[0]); }
 
   BOXGRPO_HD static bool is_space(uint8_t byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
 
@@ -146,7 +162,7 @@ class BoxParser {
         break;
     }
     // What was under way has failed here, but no '(' or '[' before this one can still begin a box.
-    place_ = searching_ && byte == open_ ? kInBox : kOutside;
+    place_ = searching_ && byte == open() ? kInBox : kOutside;
     at_ = 1;
     exact_ = false;
   }
@@ -155,7 +171,7 @@ class BoxParser {
   BOXGRPO_HD bool step_in_box(uint8_t byte) {
     const uint32_t digit = byte - uint32_t{'0'};
     for (;; ++at_) {
-      const char want = shape(at_);
+      const char want = shape_[at_];
       switch (want) {
         case '9':
           if (digit > 9) return false;
@@ -188,7 +204,7 @@ class BoxParser {
           return true;
         default:
           if (byte != static_cast<uint8_t>(want)) return false;
-          if (shape(++at_) == 0) end_box();
+          if (shape_[++at_] == 0) end_box();
           return true;
       }
     }
@@ -265,8 +281,11 @@ class BoxParser {
     unit_ /= 10;  // 0 from the tenth on
   }
 
-  uint8_t format_, open_;
-  bool searching_;         // an open_ anywhere begins a box
+  // A box in its format. 9 is a number's first digit, ~ its others; . may be a point, 8 is then the first decimal and
+  // : the others; _ is any white space; the rest stands for itself.
+  const char* shape_;
+  uint8_t format_;
+  bool searching_;         // an open() anywhere begins a box
   bool exact_ = false;     // the box under way stands where the format wants it
   bool have_box_ = false;  // its numbers are kept
   Place place_ = kOutside, before_tag_ = kOutside;

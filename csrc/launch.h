@@ -11,14 +11,28 @@ struct Texts {
   int64_t size;
 };
 
+// A token, as kernels/vocabulary.py packs it: where its bytes start, how many there are, and its role.
+class Entry {
+ public:
+  enum Role { kPlain, kEos, kMark, kText };  // plain: BoxParser::pass may have it
+
+  BOXGRPO_HD explicit Entry(int64_t packed) : packed_(static_cast<uint64_t>(packed)) {}
+  BOXGRPO_HD int64_t start() const { return static_cast<int64_t>(packed_ >> 24); }
+  BOXGRPO_HD int64_t size() const { return static_cast<int64_t>(packed_ >> 2 & 0x3fffff); }
+  BOXGRPO_HD Role role() const { return static_cast<Role>(packed_ & 3); }
+  BOXGRPO_HD bool is_silent(uint8_t format) const { return role() == kMark && format != kMarked; }
+
+ private:
+  uint64_t packed_;
+};
+
 struct Tokens {
   const int64_t* ids;  // (n, width)
   int64_t width;
   const void* lengths;  // (n) int64, or int32 where wide_lengths is false
   bool wide_lengths;
   const uint8_t* bytes;    // (size), the vocabulary's
-  const int64_t* offsets;  // (vocabulary + 1)
-  const bool *eos, *marks;  // (vocabulary)
+  const int64_t* entries;  // (vocabulary)
   int64_t size, vocabulary;
 
   BOXGRPO_HD int64_t length(int64_t row) const {

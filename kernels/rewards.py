@@ -9,7 +9,7 @@ from torch import Tensor
 from . import extension
 from .boxes import box_iou_torch
 from .checks import INTS, check_tensor
-from .vocabulary import VocabularyBytes
+from .vocabulary import EOS, MARK, VocabularyBytes, unpacked
 
 FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
 ANSWER_FORMATS = {  # codes of an `answer_format` tensor
@@ -153,23 +153,16 @@ def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats
 
 
 def grounding_rewards_from_ids_torch(
-    ids: Tensor,
-    lengths: Tensor,
-    data: Tensor,
-    token_offsets: Tensor,
-    eos: Tensor,
-    marks: Tensor,
-    gold: Tensor,
-    formats: Tensor,
+    ids: Tensor, lengths: Tensor, data: Tensor, entries: Tensor, gold: Tensor, formats: Tensor
 ) -> tuple[Tensor, ...]:
     """Twin: writes the text out, then parses it."""
     n, width = ids.shape
+    starts, sizes, roles = unpacked(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
-    live &= eos[torch.where(live, ids, 0)].logical_and(live).cumsum(1) == 0
-    row = live.nonzero()[:, 0]
-    token = ids[live]
-    sizes = token_offsets.diff()[token].masked_fill(marks[token] & (formats[row] != FORMAT_MARKED), 0)
-    starts = token_offsets[token]
+    live &= ((roles == EOS)[torch.where(live, ids, 0)] & live).cumsum(1) == 0
+    row, token = live.nonzero()[:, 0], ids[live]
+    silent = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)
+    starts, sizes = starts[token], sizes[token].masked_fill(silent, 0)
     ends = sizes.cumsum(0)
     within = torch.arange(int(sizes.sum()), device=ids.device) - torch.repeat_interleave(ends - sizes, sizes)
     text = data[torch.repeat_interleave(starts, sizes) + within]
@@ -226,8 +219,7 @@ extension.register(
 )
 extension.register(
     "grounding_rewards_from_ids",
-    "(Tensor ids, Tensor lengths, Tensor data, Tensor token_offsets, Tensor eos, Tensor marks, Tensor gold, "
-    f"Tensor formats) -> {_RESULTS}",
+    f"(Tensor ids, Tensor lengths, Tensor data, Tensor entries, Tensor gold, Tensor formats) -> {_RESULTS}",
     grounding_rewards_from_ids_torch,
     _fake,
 )

@@ -1,19 +1,22 @@
 """The bytes of every token id, as tensors, so that text can be written where the ids are."""
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+PLAIN, EOS, MARK, TEXT = range(4)  # roles of a token; plain text begins neither a tag nor a box
+_SIZE_BITS, _ROLE_BITS = 22, 2
+_OPENING = re.compile(rb"[<(\[]")
+
 
 class VocabularyBytes(NamedTuple):
-    """Token id t has the bytes data[offsets[t] : offsets[t + 1]]; special tokens have none, but for the box marks."""
+    """What each token id stands for. Special tokens have no bytes, but for the box marks."""
 
     data: Tensor  # (total) uint8
-    offsets: Tensor  # (V+1) int64
-    eos: Tensor  # (V) bool
-    marks: Tensor  # (V) bool, tokens that are silent in every answer format but "marked"
+    entries: Tensor  # (V) int64, where in `data` a token starts, its size and its role in one word: see `unpacked`
 
     @classmethod
     def build(
@@ -30,25 +33,32 @@ class VocabularyBytes(NamedTuple):
             tokens: the bytes of every id the model can emit, in id order; b"" for special tokens other than the box
                 marks, and for the ids with which a model pads its vocabulary.
             eos_ids: ids that end a completion.
-            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them.
+            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them: read in the
+                answer format "marked", silent in the others.
 
         Raises:
-            ValueError: an EOS id or a mark's id lies outside the vocabulary.
+            ValueError: an EOS id or a mark's id lies outside the vocabulary, or a token has 4 MiB or more.
         """
-        eos = _flags("EOS", eos_ids, len(tokens))
-        marks = _flags("mark", mark_ids, len(tokens))
+        plain = [bool(token) and not _OPENING.search(token) for token in tokens]
+        roles = torch.tensor([PLAIN if is_plain else TEXT for is_plain in plain], dtype=torch.int64)
+        for role, kind, ids in ((MARK, "mark", mark_ids), (EOS, "EOS", eos_ids)):
+            for token_id in ids:
+                if not 0 <= token_id < len(tokens):
+                    raise ValueError(f"{kind} id {token_id} is outside the {len(tokens)} ids; pass bytes for every id.")
+                roles[token_id] = role
+        sizes = torch.tensor([len(token) for token in tokens], dtype=torch.int64)
+        if (sizes >= 1 << _SIZE_BITS).any():
+            raise ValueError(f"a token has {int(sizes.max())} bytes; less than 4 MiB is a token. Split it.")
+        starts = sizes.cumsum(0) - sizes
+        entries = ((starts << _SIZE_BITS | sizes) << _ROLE_BITS) | roles
         data = torch.frombuffer(bytearray(b"".join(tokens)) or bytearray(1), dtype=torch.uint8)
-        sizes = torch.tensor([0, *map(len, tokens)], dtype=torch.int64)
-        return cls(data, sizes.cumsum(0), eos, marks).to(device)
+        return cls(data, entries).to(device)
 
     def to(self, device: torch.device | str) -> Self:
         return VocabularyBytes(*(tensor.to(device) for tensor in self))
 
 
-def _flags(kind: str, ids: Iterable[int], vocabulary: int) -> Tensor:
-    flags = torch.zeros(vocabulary, dtype=torch.bool)
-    for token_id in ids:
-        if not 0 <= token_id < vocabulary:
-            raise ValueError(f"{kind} id {token_id} is outside the {vocabulary} ids; pass bytes for every id.")
-        flags[token_id] = True
-    return flags
+def unpacked(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, size and role of each entry: token t is data[start : start + size]."""
+    sizes = (entries >> _ROLE_BITS) & ((1 << _SIZE_BITS) - 1)
+    return entries >> (_SIZE_BITS + _ROLE_BITS), sizes, entries & ((1 << _ROLE_BITS) - 1)

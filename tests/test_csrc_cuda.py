@@ -19,6 +19,7 @@ from boxgrpo.kernels import (
     grounding_rewards,
     grounding_rewards_from_ids,
 )
+from boxgrpo.kernels.vocabulary import unpacked
 
 HERE = pathlib.Path(__file__).resolve().parent
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
@@ -54,9 +55,7 @@ def structure(name, *fields):
 
 
 Texts = structure("Texts", "*bytes", "*offsets", "size")
-Tokens = structure(
-    "Tokens", "*ids", "width", "*lengths", "?wide", "*bytes", "*offsets", "*eos", "*marks", "size", "vocabulary"
-)
+Tokens = structure("Tokens", "*ids", "width", "*lengths", "?wide", "*bytes", "*entries", "size", "vocabulary")
 Rewards = structure("Rewards", "*gold", "*formats", "*accuracy", "*format", "*boxes", "*found", "*spans", "n")
 Overlaps = structure("Overlaps", "*a", "*b", "*out", "n", "m", "?pairwise", "?generalized")
 
@@ -89,7 +88,7 @@ def emulated(run, source, gold, formats):
 def tokens(ids, lengths, table):
     pointers = [x.data_ptr() for x in table]
     wide = lengths.dtype == torch.int64
-    return Tokens(ids.data_ptr(), ids.shape[1], lengths.data_ptr(), wide, *pointers, len(table.data), len(table.eos))
+    return Tokens(ids.data_ptr(), ids.shape[1], lengths.data_ptr(), wide, *pointers, len(table.data), len(table.entries))
 
 
 def cases(count, seed):
@@ -99,10 +98,11 @@ def cases(count, seed):
     for i in range(0, count, 20):
         texts[i] = draw.randbytes(draw.randrange(1900, 2100)).replace(b"<", b"-") + texts[i] + b" " * i + texts[i]
     ids, lengths, table, heard = tokenized(draw, texts, names)
-    vocabulary = [table.data[i:j].numpy().tobytes() for i, j in zip(table.offsets, table.offsets[1:])]
+    vocabulary, data = len(table.entries), table.data.numpy().tobytes()
+    tokens = [data[start : start + size] for start, size, _ in zip(*(x.tolist() for x in unpacked(table.entries)))]
     long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
-    ids[0, :2], lengths[0], texts[0] = torch.tensor([len(vocabulary), len(vocabulary) + 1]), 2, long + b"wer>"
-    table = VocabularyBytes.build([*vocabulary, long, b"wer>"], [0], mark_ids=[1, 2])
+    ids[0, :2], lengths[0], texts[0] = torch.tensor([vocabulary, vocabulary + 1]), 2, long + b"wer>"
+    table = VocabularyBytes.build([*tokens, long, b"wer>"], [0], mark_ids=[1, 2])
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
     return texts, [texts[0], *heard[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
 

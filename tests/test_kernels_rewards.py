@@ -1,9 +1,12 @@
 """Format and accuracy rewards over a table of texts, from bytes and from token ids."""
 
+import re
+
 import pytest
 import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids
+from boxgrpo.kernels.vocabulary import EOS, PLAIN, unpacked
 
 GOLD = (100.0, 200.0, 300.0, 400.0)
 BOX = "(100, 200), (300, 400)"
@@ -117,11 +120,11 @@ def test_no_completions():
 
 
 PIECES = [b"<think>", b"a", b"</think>", b"<answer>", b"</answer>", b"(", b")", b", ", b"100", b"200", b"300", b"400"]
-EOS, IMAGE = len(PIECES), len(PIECES) + 1
+END, IMAGE = len(PIECES), len(PIECES) + 1
 
 
 def table_of_pieces():
-    return VocabularyBytes.build([*PIECES, b"", b"", b"\xc3", b"\xa9"], [EOS])
+    return VocabularyBytes.build([*PIECES, b"", b"", b"\xc3", b"\xa9"], [END])
 
 
 def ids_of(text: bytes):
@@ -137,14 +140,14 @@ def test_ids_give_what_their_text_gives():
     good = ids_of(GOOD.encode())
     rows = {
         "plain": (good, GOOD),
-        "ended by eos": ([*good, EOS], GOOD),
+        "ended by eos": ([*good, END], GOOD),
         "only the first eos counts, and nothing behind it": (
-            [*good[:4], EOS, *good[4:], EOS],
+            [*good[:4], END, *good[4:], END],
             "<think>a</think><answer>",
         ),
         "specials are silent": ([IMAGE, *good[:3], IMAGE, *good[3:], IMAGE], GOOD),
         "empty": ([], ""),
-        "only eos": ([EOS], ""),
+        "only eos": ([END], ""),
         "half a character": ([good[0], 14, 15, *good[2:]], GOOD.replace(">a<", ">é<")),
     }
     width = max(len(ids) for ids, _ in rows.values()) + 2
@@ -168,9 +171,11 @@ def test_the_real_merges_spell_a_table(shared):
     lines = (shared / "data/qwen2_tokenizer/merges.txt").read_text().splitlines()
     tokens = [bytes([i]) for i in range(256)] + [line.replace(" ", "").encode() for line in lines if " " in line]
     table = VocabularyBytes.build(tokens, [0, 5])
-    assert table.offsets.shape == (len(tokens) + 1,) and table.eos.sum() == 2
+    starts, sizes, roles = unpacked(table.entries)
+    assert roles.shape == (len(tokens),) and (roles == EOS).sum() == 2
+    assert all((not re.search(rb"[<(\[]", tokens[i])) == (roles[i] == PLAIN) for i in range(10, 20_000))
     for i in (0, 255, 256, len(tokens) - 1):
-        assert bytes(table.data[table.offsets[i] : table.offsets[i + 1]].tolist()) == tokens[i]
+        assert table.data[starts[i] : starts[i] + sizes[i]].tolist() == list(tokens[i])
 
 
 def test_what_is_refused():
