@@ -30,7 +30,8 @@ def candidates() -> list:
     found = [CppExtension(name, sources, extra_compile_args={"cxx": CXX_FLAGS}, depends=depends)]
     if CUDA_HOME and version.cuda:
         flags = {"cxx": [*CXX_FLAGS, "-DBOXGRPO_CUDA"], "nvcc": NVCC_FLAGS}
-        found.insert(0, CUDAExtension(name, [*sources, "csrc/box_parser.cu"], extra_compile_args=flags, depends=depends))
+        sources = [*sources, "csrc/box_parser.cu"]
+        found.insert(0, CUDAExtension(name, sources, extra_compile_args=flags, depends=depends))
     return found
 
 

@@ -1,6 +1,6 @@
 """What each CUDA kernel of csrc/ takes of a GPU, by nvcc: no GPU and no CUDA build of torch is needed.
 
-    python bench/compile_cuda.py
+python bench/compile_cuda.py
 """
 
 import re

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids
+from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 
 DRIVER = Path(__file__).resolve().parent.parent / "csrc/fuzz_box_parser.cpp"
 BATCH = 2000
@@ -38,9 +38,9 @@ BOXES = {
 NUMBERS = (b"0", b"7", b"007", b"42", b"999", b"1000", b"2147483647", b"2147483648", b"4294967296", b"99999999999")
 DECIMALS = (b"0.5", b"1.", b".5", b"0.123456789", b"0.9999999999", b"1.0000000001", b"12.5", b"0.1.2")
 SPACES = (b" ", b"\n", b"\t", b"\r", b"\v", b"\f", b"\x1c", b"\x85", b"\xa0", "\u00a0".encode(), "\u3000".encode())
-PUNCTUATION = (*(bytes([c]) for c in b"()[],.<>/|-+ "), b"), (", b"),(", b"\n", b"\0", b"<|", b"</", b"<<", b"((", b"[[")
+SIGNS = (*(bytes([c]) for c in b"()[],.<>/|-+ \n\0"), b"), (", b"),(", b"<|", b"</", b"<<", b"((", b"[[")
 WORDS = (b"a", b"It is here", b"think", b"answer>", b"box_", "é".encode(), "世界".encode(), "١٢".encode(), b"\xff\xfe")
-SOUP = (*TAGS * 4, *BOXES.values(), *NUMBERS, *DECIMALS, *SPACES, *PUNCTUATION * 2, *WORDS)
+SOUP = (*TAGS * 4, *BOXES.values(), *NUMBERS, *DECIMALS, *SPACES, *SIGNS * 2, *WORDS)
 
 
 def completions(draw: random.Random, count: int) -> tuple[list[bytes], list[str]]:
@@ -62,9 +62,7 @@ def _completion(draw: random.Random, name: str) -> bytes:
 
 
 def _well_formed(draw: random.Random, name: str) -> bytes:
-    numbers = [
-        draw.choice(NUMBERS) if draw.random() < 0.5 else str(draw.randrange(1200)).encode() for _ in range(4)
-    ]
+    numbers = [draw.choice(NUMBERS) if draw.random() < 0.5 else str(draw.randrange(1200)).encode() for _ in range(4)]
     if draw.random() < 0.03:
         numbers[draw.randrange(4)] = bytes(draw.choices(b"0123456789", k=draw.randrange(10, 400)))
     if name == "fractions":
@@ -102,11 +100,6 @@ def _mutated(draw: random.Random, text: bytes) -> bytes:
     return text.replace(draw.choice(TAGS), draw.choice(TAGS), 1)
 
 
-def packed(texts: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
-    text = torch.frombuffer(bytearray(b"".join(texts)) or bytearray(1), dtype=torch.uint8)
-    return text, torch.tensor([0, *map(len, texts)]).cumsum(0)
-
-
 def tokenized(draw: random.Random, texts: list[bytes], names: list[str]):
     """Ids, lengths and a vocabulary that spell the texts, cut anywhere; and the texts without what is silent."""
     tokens, rows, heard = [b"", *MARKS, b"<answer>(1, 2), (3, 4)</answer>"], [], []
@@ -140,8 +133,8 @@ def differential(seconds: float, seed: int) -> Counter:
             ids, lengths, table, texts = tokenized(draw, texts, names)
             got = grounding_rewards_from_ids(ids, lengths, table, gold, answer_format=codes, backend="extension")
         else:
-            got = grounding_rewards(*packed(texts), gold, answer_format=codes, backend="extension")
-        want = grounding_rewards(*packed(texts), gold, answer_format=codes, backend="torch")
+            got = grounding_rewards(*pack_texts(texts), gold, answer_format=codes, backend="extension")
+        want = grounding_rewards(*pack_texts(texts), gold, answer_format=codes, backend="torch")
         for field, a, b in zip(got._fields, got, want, strict=True):
             wrong = (a != b).view(BATCH, -1).any(1).nonzero().flatten().tolist()
             for i in wrong[:3]:
@@ -170,10 +163,8 @@ def sanitized(seconds: float, seed: int, program: Path) -> Counter:
         done = subprocess.run([program], input=cases, capture_output=True)
         if done.returncode:
             raise SystemExit(done.stderr.decode(errors="replace"))
-        got = np.frombuffer(done.stdout, layout)
-        want = grounding_rewards(
-            *packed(texts), torch.zeros(BATCH, 4), answer_format=torch.tensor(codes, dtype=torch.uint8), backend="torch"
-        )
+        got, formats = np.frombuffer(done.stdout, layout), torch.tensor(codes, dtype=torch.uint8)
+        want = grounding_rewards(*pack_texts(texts), torch.zeros(BATCH, 4), answer_format=formats, backend="torch")
         for field, theirs in (("box", "boxes"), ("spans", "spans"), ("found", "found"), ("format", "format")):
             wrong = np.flatnonzero((got[field] != getattr(want, theirs).numpy()).reshape(BATCH, -1).any(1))
             if len(wrong):
@@ -188,12 +179,8 @@ def guided(seconds: float, seed: int, folder: Path, program: Path) -> str:
     corpus.mkdir()
     for i, (text, name) in enumerate(zip(*completions(random.Random(seed), 200), strict=True)):
         (corpus / f"{i}").write_bytes(bytes([ANSWER_FORMATS[name]]) + text)
-    done = subprocess.run(
-        [program, corpus, f"-max_total_time={seconds:.0f}", f"-seed={seed + 1}", "-max_len=600", f"-artifact_prefix={folder}/"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    options = [f"-max_total_time={seconds:.0f}", f"-seed={seed + 1}", "-max_len=600", f"-artifact_prefix={folder}/"]
+    done = subprocess.run([program, corpus, *options], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     return [line for line in done.stderr.splitlines() if "cov:" in line][-1]

@@ -1,6 +1,8 @@
 """Format and accuracy rewards of answers that hold a box (DESIGN section 3, "Box answer")."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +46,13 @@ class GroundingRewards(NamedTuple):
     boxes: Tensor  # (n, 4) fp32, the box as written, times 1000 in "fractions"; 0 where none was found
     found: Tensor  # (n) bool, a box was found where the answer format looks for it
     spans: Tensor  # (n, 4) int32
+
+
+def pack_texts(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """n texts end to end, as `grounding_rewards` takes them: (M) uint8 and (n+1) int64 on the CPU."""
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, texts))])
+    joined = bytearray(b"".join(texts))
+    return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8), offsets
 
 
 def grounding_rewards(

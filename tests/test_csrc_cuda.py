@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from boxgrpo.bench.compile_cuda import CAPABILITIES, KERNELS, SOURCE, compile_cuda
-from boxgrpo.bench.fuzz_rewards import completions, packed, tokenized
+from boxgrpo.bench.fuzz_rewards import completions, tokenized
 from boxgrpo.kernels import (
     ANSWER_FORMATS,
     GroundingRewards,
@@ -18,6 +18,7 @@ from boxgrpo.kernels import (
     box_iou,
     grounding_rewards,
     grounding_rewards_from_ids,
+    pack_texts,
 )
 from boxgrpo.kernels.vocabulary import unpacked
 
@@ -41,7 +42,7 @@ def test_a_spill_is_seen(tmp_path):
     source.write_text(
         "__global__ void __launch_bounds__(1024) greedy(float* x) {\n  float kept[128];\n"
         "#pragma unroll\n  for (int i = 0; i < 128; ++i) kept[i] = x[i * 1024 + threadIdx.x];\n  __syncthreads();\n"
-        "#pragma unroll\n  for (int i = 0; i < 128; ++i) x[(i * 7 % 128) * 1024 + threadIdx.x] = kept[i] * kept[127 - i];\n}\n"
+        "#pragma unroll\n  for (int i = 0; i < 128; ++i) x[i * 1024 + threadIdx.x] = kept[127 - i] * kept[i / 2];\n}\n"
     )
     (found,) = compile_cuda(source, 90).values()
     assert found.spilled > 0
@@ -86,9 +87,8 @@ def emulated(run, source, gold, formats):
 
 
 def tokens(ids, lengths, table):
-    pointers = [x.data_ptr() for x in table]
-    wide = lengths.dtype == torch.int64
-    return Tokens(ids.data_ptr(), ids.shape[1], lengths.data_ptr(), wide, *pointers, len(table.data), len(table.entries))
+    wide, sizes = lengths.dtype == torch.int64, map(len, table)
+    return Tokens(ids.data_ptr(), ids.shape[1], lengths.data_ptr(), wide, *(x.data_ptr() for x in table), *sizes)
 
 
 def cases(count, seed):
@@ -116,11 +116,11 @@ def test_the_kernels_agree_with_the_twin(emulator):
     """A warp's gathering, tiles, windows and scans, in blocks that the last completions do not fill."""
     texts, heard, ids, lengths, table, gold, codes = cases(303, seed=0)
     assert ids.shape[1] > 256 and max(map(len, texts)) > 2048  # more than a turn of a warp, more than a tile
-    text, offsets = packed(texts)
+    text, offsets = pack_texts(texts)
     want = grounding_rewards(text, offsets, gold, answer_format=codes, backend="torch")
     got = emulated(emulator.texts_on_cuda, Texts(text.data_ptr(), offsets.data_ptr(), len(text)), gold, codes)
     same(got, want)
-    want = grounding_rewards(*packed(heard), gold, answer_format=codes, backend="torch")
+    want = grounding_rewards(*pack_texts(heard), gold, answer_format=codes, backend="torch")
     for length in (lengths, lengths.int()):
         same(emulated(emulator.tokens_on_cuda, tokens(ids, length, table), gold, codes), want)
     assert want.found.sum() > 50
@@ -158,21 +158,19 @@ def boxes(n, seed):
 @pytest.mark.gpu
 def test_a_gpu_agrees_with_the_twin_and_nothing_synchronises():
     texts, heard, ids, lengths, table, gold, codes = cases(4000, seed=1)
-    on_gpu = [x.cuda() for x in (*packed(texts), ids, lengths, gold, codes)]
+    on_gpu = [x.cuda() for x in (*pack_texts(texts), ids, lengths, gold, codes)]
     text, offsets, ids, lengths, gold_gpu, codes_gpu = on_gpu
     table = table.to("cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         by_text = grounding_rewards(text, offsets, gold_gpu, answer_format=codes_gpu, backend="extension")
-        by_ids = grounding_rewards_from_ids(
-            ids, lengths, table, gold_gpu, answer_format=codes_gpu, backend="extension"
-        )
+        by_ids = grounding_rewards_from_ids(ids, lengths, table, gold_gpu, answer_format=codes_gpu, backend="extension")
         named = grounding_rewards(text, offsets, gold_gpu, answer_format="box", backend="extension")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for got, raw, form in ((by_text, texts, codes), (by_ids, heard, codes), (named, texts, "box")):
-        want = grounding_rewards(*packed(raw), gold, answer_format=form, backend="torch")
+        want = grounding_rewards(*pack_texts(raw), gold, answer_format=form, backend="torch")
         same(GroundingRewards(*(x.cpu() for x in got)), want)
 
 
