@@ -168,6 +168,9 @@ def grounding_rewards_from_ids_torch(
     n, width = ids.shape
     starts, sizes, roles = unpacked(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
+    foreign = ids[live & ((ids < 0) | (ids >= len(entries)))]
+    if len(foreign):
+        raise IndexError(f"ids holds {foreign[0]}; the table covers 0 to {len(entries) - 1}. Build it for every id.")
     live &= ((roles == EOS)[torch.where(live, ids, 0)] & live).cumsum(1) == 0
     row, token = live.nonzero()[:, 0], ids[live]
     silent = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)

@@ -1,5 +1,6 @@
 """Format and accuracy rewards over a table of texts, from bytes and from token ids."""
 
+import itertools
 import re
 
 import pytest
@@ -86,7 +87,7 @@ TABLE = [
     ("list", "[100 , 200, 300, 400]", 0, None, 0.0),
     ("fractions", "[0.1, 0.2, 0.3, 0.4]", 1, EXACT, 1.0),
     ("fractions", "[0.100000000999,0.2,0.3,0.4]", 1, EXACT, 1.0),  # nine decimals count
-    ("fractions", "[0, 0.25, 1, 001.000]", 1, (0, 250, 1000, 1000), 1 / 25 * (3 / 4)),
+    ("fractions", "[0, 0.25, 1, 001.000]", 1, (0, 250, 1000, 1000), 30 / 760),
     ("fractions", "[0.1, 0.2, 0.3, 0.4", 0, None, 0.0),
     ("fractions", "[.1, 0.2, 0.3, 0.4]", 0, None, 0.0),
     ("fractions", "[1., 0.2, 0.3, 0.4]", 0, None, 0.0),
@@ -205,6 +206,20 @@ def test_box_marks_are_read_in_their_format_and_silent_in_the_others():
         assert got.found.tolist() == got.format.tolist() == found
     answer = torch.tensor([[4, 0, 1, 2, 3, 5]])
     assert grounding_rewards_from_ids(answer, torch.tensor([6]), table, gold(1)).format == 1
+
+
+@pytest.mark.parametrize("part", ["<think>", "</think>", "<answer>", "</answer>", "(100, 200)", "), (300", "400)"])
+def test_a_part_cut_into_tokens_in_every_way(part):
+    before, part, after = (piece.encode() for piece in (*GOOD.partition(part),))
+    rows = []
+    for cuts in itertools.product((False, True), repeat=len(part) - 1):
+        ends = [*(i for i, cut in enumerate(cuts, 1) if cut), len(part)]
+        rows.append([before, *(part[i:j] for i, j in zip([0, *ends], ends)), after])
+    tokens = sorted({token for row in rows for token in row})
+    ids = [torch.tensor([tokens.index(token) for token in row]) for row in rows]
+    lengths, ids = torch.tensor(list(map(len, ids))), torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    got = grounding_rewards_from_ids(ids, lengths, VocabularyBytes.build(tokens, []), gold(len(rows)))
+    assert len(rows) == 2 ** (len(part) - 1) and (got.format == 1).all() and (got.accuracy == 1).all()
 
 
 def test_longer_tokens_than_a_run_and_plain_ones_between():
