@@ -43,12 +43,12 @@ void score_row(const Tokens& tokens, const Rewards& rewards, int64_t row) {
   const int64_t* end = id + tokens.length(row);
   bool ended = false;
   while (id < end && !ended) {
-    if (parser.is_outside()) {  // plain tokens are counted, not read
+    if (parser.is_outside()) {  // most tokens are counted, not read
       int64_t passed = 0;
       Entry last(0);
       for (; id < end; ++id) {
         const Entry entry = checked_entry(tokens, *id);
-        if (entry.role() != Entry::kPlain) break;
+        if (!entry.may_pass(parser)) break;
         passed += entry.size();
         last = entry;
       }

@@ -78,6 +78,9 @@ class BoxParser {
       if (place_ == kOutside) {
         p = find(p, end, '<', searching_ ? open() : '<');
         if (p == end) break;
+      } else if (place_ == kInTag) {
+        p = walk(p, end);
+        if (p == end) break;
       }
       step(*p, size_ + static_cast<uint32_t>(p - begin));
     }
@@ -85,8 +88,10 @@ class BoxParser {
     last_ = end[-1];
   }
 
-  // Outside of tags and boxes, bytes without '<', '(' and '[' may be passed without a look, but for their last one.
+  // Outside of tags and boxes, bytes without '<' may be passed without a look, but for their last one; while a box is
+  // searched for, without '(' and '[', too.
   BOXGRPO_HD bool is_outside() const { return place_ == kOutside; }
+  BOXGRPO_HD bool is_searching() const { return searching_; }
 
   BOXGRPO_HD void pass(int64_t bytes, uint8_t last) {
     size_ += static_cast<uint32_t>(bytes);
@@ -133,6 +138,18 @@ class BoxParser {
       at = kBoxStart + 5;  // "<|box_" goes on to "end|>"
     }
     return byte == static_cast<uint8_t>(tags[at]) ? at + 1 : kNoTag;
+  }
+
+  // Inside a tag, as far as its bytes are there: to its '>', or to the one that breaks it. step() takes that one.
+  BOXGRPO_HD const uint8_t* walk(const uint8_t* p, const uint8_t* end) {
+    uint8_t at = at_;
+    for (; p != end && *p != '>'; ++p) {
+      const uint8_t next = next_in_tag(at, *p);
+      if (next == kNoTag) break;
+      at = next;
+    }
+    at_ = at;
+    return p;
   }
 
   BOXGRPO_HD uint8_t open() const { return static_cast<uint8_t>(shape_[0]); }

@@ -14,12 +14,15 @@ struct Texts {
 // A token, as kernels/vocabulary.py packs it: where its bytes start, how many there are, and its role.
 class Entry {
  public:
-  enum Role { kPlain, kEos, kMark, kText };  // plain: BoxParser::pass may have it
+  enum Role { kPlain, kBracket, kText, kEos, kMark };  // plain: without '<', '(' and '['; bracket: without '<'
 
   BOXGRPO_HD explicit Entry(int64_t packed) : packed_(static_cast<uint64_t>(packed)) {}
-  BOXGRPO_HD int64_t start() const { return static_cast<int64_t>(packed_ >> 24); }
-  BOXGRPO_HD int64_t size() const { return static_cast<int64_t>(packed_ >> 2 & 0x3fffff); }
-  BOXGRPO_HD Role role() const { return static_cast<Role>(packed_ & 3); }
+  BOXGRPO_HD int64_t start() const { return static_cast<int64_t>(packed_ >> 25); }
+  BOXGRPO_HD int64_t size() const { return static_cast<int64_t>(packed_ >> 3 & 0x3fffff); }
+  BOXGRPO_HD Role role() const { return static_cast<Role>(packed_ & 7); }
+  BOXGRPO_HD bool may_pass(const BoxParser& parser) const {
+    return role() == kPlain || (role() == kBracket && !parser.is_searching());
+  }
   BOXGRPO_HD bool is_silent(uint8_t format) const { return role() == kMark && format != kMarked; }
 
  private:

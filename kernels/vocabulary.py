@@ -1,15 +1,14 @@
 """The bytes of every token id, as tensors, so that text can be written where the ids are."""
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-PLAIN, EOS, MARK, TEXT = range(4)  # roles of a token; plain text begins neither a tag nor a box
-_SIZE_BITS, _ROLE_BITS = 22, 2
-_OPENING = re.compile(rb"[<(\[]")
+# Roles of a token. Text that begins neither a tag nor a box is plain; with a bracket it may begin a box.
+PLAIN, BRACKET, TEXT, EOS, MARK = range(5)
+_SIZE_BITS, _ROLE_BITS = 22, 3
 
 
 class VocabularyBytes(NamedTuple):
@@ -39,8 +38,7 @@ class VocabularyBytes(NamedTuple):
         Raises:
             ValueError: an EOS id or a mark's id lies outside the vocabulary, or a token has 4 MiB or more.
         """
-        plain = [bool(token) and not _OPENING.search(token) for token in tokens]
-        roles = torch.tensor([PLAIN if is_plain else TEXT for is_plain in plain], dtype=torch.int64)
+        roles = torch.tensor([_role(token) for token in tokens], dtype=torch.int64)
         for role, kind, ids in ((MARK, "mark", mark_ids), (EOS, "EOS", eos_ids)):
             for token_id in ids:
                 if not 0 <= token_id < len(tokens):
@@ -67,6 +65,12 @@ class VocabularyBytes(NamedTuple):
 
     def to(self, device: torch.device | str) -> Self:
         return VocabularyBytes(*(tensor.to(device) for tensor in self))
+
+
+def _role(token: bytes) -> int:
+    if not token or b"<" in token:
+        return TEXT
+    return BRACKET if b"(" in token or b"[" in token else PLAIN
 
 
 def unpacked(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from boxgrpo.kernels import (
     grounding_rewards_from_ids,
     pack_texts,
 )
-from boxgrpo.kernels.vocabulary import PLAIN, unpacked
+from boxgrpo.kernels.vocabulary import BRACKET, PLAIN, TEXT, unpacked
 
 GOLD = (100.0, 200.0, 300.0, 400.0)
 BOX = "(100, 200), (300, 400)"
@@ -250,7 +250,7 @@ def test_what_would_be_read_beyond_its_bounds_is_an_error(backend):
         with pytest.raises(ValueError, match=f"answer_format holds the code {code}; codes are 0 to 4"):
             code = torch.tensor([code], dtype=torch.uint8)
             grounding_rewards(*packed([GOOD]), gold(1), answer_format=code, **options)
-    foreign = VocabularyBytes(torch.zeros(3, dtype=torch.uint8), torch.tensor([7 << 2 | 3]))
+    foreign = VocabularyBytes(torch.zeros(3, dtype=torch.uint8), torch.tensor([7 << 3 | TEXT]))
     with pytest.raises(IndexError):
         grounding_rewards_from_ids(torch.zeros(1, 1).long(), torch.tensor([1]), foreign, gold(1), **options)
 
@@ -261,8 +261,9 @@ def test_the_real_merges_spell_a_table(shared):
     tokens = [bytes([i]) for i in range(256)] + [line.replace(" ", "").encode() for line in lines if " " in line]
     table = VocabularyBytes.build(tokens, [0, 5])
     assert table.offsets.shape == (len(tokens) + 1,) and table.eos.sum() == 2
-    plain = unpacked(table.entries)[2] == PLAIN
-    assert all((not re.search(rb"[<(\[]", tokens[i])) == plain[i] for i in range(6, 20_000))
+    roles = unpacked(table.entries)[2].tolist()
+    for i in range(6, 20_000):
+        assert roles[i] == (TEXT if b"<" in tokens[i] else BRACKET if re.search(rb"[(\[]", tokens[i]) else PLAIN)
     for i in (0, 255, 256, len(tokens) - 1):
         assert bytes(table.data[table.offsets[i] : table.offsets[i + 1]].tolist()) == tokens[i]
 

@@ -84,7 +84,7 @@ def test_a_tag_or_a_number_cut_in_every_way(tokens, table):
         b"<think>",
         b"It is",
         b"</think>",
-        b"\n",
+        b" \n",
         b"<answer>",
         b"(100, ",
         b"200), (",
