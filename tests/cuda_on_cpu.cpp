@@ -27,6 +27,7 @@ struct Thread {
 std::vector<Thread> threads;
 ucontext_t scheduler;
 std::function<void()> body;
+bool last_first = false;  // the order of the threads between two waits
 long slots[1024];  // what each thread shows to its warp
 
 void wait() { swapcontext(&threads[threadIdx.x].context, &scheduler); }
@@ -51,7 +52,8 @@ void launch(Kernel kernel, unsigned blocks, unsigned size, const Arguments&... a
     }
     for (bool going = true; going;) {
       going = false;
-      for (threadIdx.x = 0; threadIdx.x < size; ++threadIdx.x) {
+      for (unsigned turn = 0; turn < size; ++turn) {
+        threadIdx.x = last_first ? size - 1 - turn : turn;
         if (threads[threadIdx.x].ended) continue;
         going = true;
         swapcontext(&scheduler, &threads[threadIdx.x].context);
@@ -101,6 +103,7 @@ const char* cudaGetErrorString(cudaError_t) { return ""; }
 #include "../csrc/box_parser.cu"
 
 extern "C" {
+void run_last_thread_first(bool yes) { last_first = yes; }
 void texts_on_cuda(const boxgrpo::Texts* texts, const boxgrpo::Rewards* rewards) {
   boxgrpo::score_on_cuda(*texts, *rewards, nullptr);
 }

@@ -72,7 +72,19 @@ def emulator(tmp_path_factory):
     return ctypes.CDLL(library)
 
 
-def emulated(run, source, gold, formats):
+def emulated(emulator, name, source, gold, formats):
+    """What a kernel wrote with its threads run from the first to the last, and from the last to the first."""
+    run = getattr(emulator, name)
+    found = []
+    for last_first in (False, True):
+        emulator.run_last_thread_first(last_first)
+        found.append(outputs(run, source, gold, formats))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    return found[0]
+
+
+def outputs(run, source, gold, formats):
     n = len(gold)
     out = GroundingRewards(
         torch.full((n,), torch.nan),
@@ -92,7 +104,7 @@ def tokens(ids, lengths, table):
 
 
 def cases(count, seed):
-    """Adversarial completions, some longer than a tile of the kernel, and one with a token longer than a tile."""
+    """Adversarial completions, some longer than a tile of the kernel or with such a token."""
     draw = random.Random(seed)
     texts, names = completions(draw, count)
     for i in range(0, count, 20):
@@ -102,6 +114,7 @@ def cases(count, seed):
     tokens = [data[start : start + size] for start, size, _ in zip(*(x.tolist() for x in unpacked(table.entries)))]
     long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
     ids[0, :2], lengths[0], texts[0] = torch.tensor([vocabulary, vocabulary + 1]), 2, long + b"wer>"
+    ids[1], lengths[1], ids[1, 0], heard[1] = 3, ids.shape[1], 0, b""  # an end, and turns of answers behind it
     table = VocabularyBytes.build([*tokens, long, b"wer>"], [0], mark_ids=[1, 2])
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
     return texts, [texts[0], *heard[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
@@ -118,11 +131,11 @@ def test_the_kernels_agree_with_the_twin(emulator):
     assert ids.shape[1] > 256 and max(map(len, texts)) > 2048  # more than a turn of a warp, more than a tile
     text, offsets = pack_texts(texts)
     want = grounding_rewards(text, offsets, gold, answer_format=codes, backend="torch")
-    got = emulated(emulator.texts_on_cuda, Texts(text.data_ptr(), offsets.data_ptr(), len(text)), gold, codes)
+    got = emulated(emulator, "texts_on_cuda", Texts(text.data_ptr(), offsets.data_ptr(), len(text)), gold, codes)
     same(got, want)
     want = grounding_rewards(*pack_texts(heard), gold, answer_format=codes, backend="torch")
     for length in (lengths, lengths.int()):
-        same(emulated(emulator.tokens_on_cuda, tokens(ids, length, table), gold, codes), want)
+        same(emulated(emulator, "tokens_on_cuda", tokens(ids, length, table), gold, codes), want)
     assert want.found.sum() > 50
 
 
@@ -130,7 +143,7 @@ def test_lengths_beyond_the_ids_and_below_0(emulator):
     table = VocabularyBytes.build([b"(1,2),(3,4)", b"x"], [])
     ids, lengths = torch.tensor([[1, 0], [0, 1], [0, 1]]), torch.tensor([9, -9, 0])
     codes = torch.ones(3, dtype=torch.uint8)
-    got = emulated(emulator.tokens_on_cuda, tokens(ids, lengths, table), GOLD.repeat(3, 1), codes)
+    got = emulated(emulator, "tokens_on_cuda", tokens(ids, lengths, table), GOLD.repeat(3, 1), codes)
     same(got, grounding_rewards_from_ids(ids, lengths, table, GOLD.repeat(3, 1), answer_format=codes, backend="torch"))
     assert got.found.tolist() == [True, False, False]
 
