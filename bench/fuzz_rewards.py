@@ -102,7 +102,7 @@ def _mutated(draw: random.Random, text: bytes) -> bytes:
 
 def tokenized(draw: random.Random, texts: list[bytes], names: list[str]):
     """Ids, lengths and a vocabulary that spell the texts, cut anywhere; and the texts without what is silent."""
-    tokens, rows, heard = [b"", *MARKS, b"<answer>(1, 2), (3, 4)</answer>"], [], []
+    tokens, rows, heard = [b"[5, 6, 7, 8]", *MARKS, b"<answer>(1, 2), (3, 4)</answer>"], [], []  # an end is silent
     eos, after_eos = 0, 3
     for text, name in zip(texts, names, strict=True):
         row, kept = [], b""
