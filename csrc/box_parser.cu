@@ -1,7 +1,7 @@
 // The CUDA launchers: a warp to a completion. Its lanes gather the bytes into shared memory, and one of them parses.
 //
-// No torch header, so that nvcc compiles this file without a CUDA build of torch. Where LAUNCH is defined already, a test
-// runs the kernels on a CPU.
+// No torch header, so that nvcc compiles this file without a CUDA build of torch. Where LAUNCH is defined already, a
+// test runs the kernels on a CPU.
 #include <cassert>
 
 #include "launch.h"

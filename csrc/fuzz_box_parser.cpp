@@ -1,7 +1,8 @@
 // The parser against a plain matcher that looks at the whole text again and again, and against itself fed in pieces.
 //
-// With -fsanitize=fuzzer and -DBOXGRPO_LIBFUZZER this is a libFuzzer target; without, a program that reads cases (format,
-// size in 4 bytes, text) from standard input and writes what it found in each. bench/fuzz_rewards.py builds and runs both.
+// With -fsanitize=fuzzer and -DBOXGRPO_LIBFUZZER this is a libFuzzer target; without, a program that reads cases
+// (format, size in 4 bytes, text) from standard input and writes what it found in each. bench/fuzz_rewards.py builds and
+// runs both.
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>

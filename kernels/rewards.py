@@ -82,8 +82,9 @@ def grounding_rewards(
             tensors' device, else the twin with one warning.
 
     Returns:
-        `GroundingRewards`, on gold's device and without a synchronisation. Never an error and never NaN for any text: a
-        box that is inverted or degenerate has IoU 0, one that leaves the image its ordinary IoU.
+        `GroundingRewards`, on gold's device; there csrc/'s parser is one launch and does not synchronise. Never an
+        error and never NaN for any text: a box that is inverted or degenerate has IoU 0, one that leaves the image its
+        ordinary IoU.
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
