@@ -52,8 +52,7 @@ void score_row(const Tokens& tokens, const Rewards& rewards, int64_t row) {
         passed += entry.size();
         last = entry;
       }
-      const uint8_t* bytes = checked_bytes(tokens, last);
-      if (last.size()) parser.pass(passed, bytes[last.size() - 1]);
+      if (last.size()) parser.pass(passed, checked_bytes(tokens, last)[last.size() - 1]);
     }
     uint8_t run[kRun * kCopied];
     uint8_t* filled = run;
