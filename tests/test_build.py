@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import sysconfig
 import venv
 
 import pytest
+import setuptools
 import torch
 from torch.utils import cpp_extension
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
 USE = """
 import boxgrpo.kernels, pathlib, sys, warnings
@@ -28,16 +31,22 @@ print(extension.MISSING is None, [str(w.message)[:51] for w in caught])
 """
 
 
-def built_wheel(folder, **environment):
-    """A wheel of the files that git knows, or would take, by `pip wheel .`."""
+def source_of(folder):
+    """A copy of the files that git knows, or would take."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
     )
     for name in listed.stdout.splitlines():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
+    return folder / "source"
+
+
+def built_wheel(folder, **environment):
+    """What `pip wheel .` makes."""
+    source = source_of(folder)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(folder), "."]
-    subprocess.run(command, cwd=folder / "source", env=os.environ | environment, check=True)
+    subprocess.run(command, cwd=source, env=os.environ | environment, check=True)
     (wheel,) = folder.glob("boxgrpo-*.whl")
     return wheel
 
@@ -57,16 +66,82 @@ def used(folder, wheel):
     return done.stdout.strip()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+@slow
+@needs_compiler
 def test_a_wheel_serves_in_an_empty_venv(tmp_path):
     assert used(tmp_path, built_wheel(tmp_path)) == "True []"
 
 
+@slow
 def test_without_a_compiler_the_wheel_is_built_and_the_twin_serves(tmp_path):
     wheel = built_wheel(tmp_path, CXX="/bin/false", CC="/bin/false", PATH="/nowhere")
     assert used(tmp_path, wheel) == "False ['boxgrpo runs without its compiled box parser (canno']"
 
 
+# setup.py with a candidate before its own that no compiler takes.
+BEHIND_A_BROKEN_ONE = """
+import runpy, setuptools, sys
+setup = setuptools.setup
+
+def with_a_broken_one(**options):
+    names = options["cmdclass"]["build_ext"].run.__globals__
+    candidates = names["candidates"]
+
+    def more():
+        broken = candidates()[0]
+        broken.sources = ["broken.cpp"]
+        return [broken, *candidates()]
+
+    names["candidates"] = more
+    setup(**options)
+
+setuptools.setup = with_a_broken_one
+open("broken.cpp", "w").write("#error no compiler takes this\\n")
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@slow
+@needs_compiler
+@pytest.mark.parametrize("options", [["--inplace"], ["--build-lib", "built"]], ids=["inplace", "elsewhere"])
+def test_where_the_first_candidate_does_not_compile_the_next_one_is_built(tmp_path, options):
+    source = source_of(tmp_path)
+    command = [sys.executable, "-c", BEHIND_A_BROKEN_ONE, "build_ext", *options]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0 and "Could not compile broken.cpp" in done.stderr, done.stderr
+    (module,) = (source if options == ["--inplace"] else source / "built/boxgrpo").glob("kernels/_C*.so")
+    script = f"import torch; torch.ops.load_library({str(module)!r}); torch.ops.boxgrpo.box_iou"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def nvcc_flags(monkeypatch, gpus, **environment):
+    """What setup.py gives to nvcc under a CUDA build of torch."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    extension = runpy.run_path(str(ROOT / "setup.py"))["candidates"]()[0]
+    assert "csrc/box_parser.cu" in extension.sources
+    return extension.extra_compile_args["nvcc"]
+
+
+def test_architectures_are_named_where_no_gpu_is_in_sight(monkeypatch):
+    """torch looks for them on the GPUs it sees, and fails where there is none."""
+    flags = nvcc_flags(monkeypatch, gpus=0)
+    assert [f for f in flags if "arch" in f] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert cpp_extension._get_cuda_arch_flags(flags) == []
+    assert not any("arch" in flag for flag in nvcc_flags(monkeypatch, gpus=1))
+    assert not any("arch" in flag for flag in nvcc_flags(monkeypatch, gpus=0, TORCH_CUDA_ARCH_LIST="9.0"))
+
+
+@slow
 @pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("g++") is None, reason="no nvcc or no g++ here")
 def test_the_cuda_binding_compiles_and_links(tmp_path):
     """What setup.py builds for a CUDA torch, by hand: the binding needs none of its headers."""
