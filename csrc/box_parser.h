@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__SSE2__) && !defined(__CUDACC__)
+#if defined(__SSE2__) && !defined(__CUDACC__) && !defined(__CUDA_ARCH__)
 #include <emmintrin.h>
 #endif
 
@@ -28,7 +28,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "find() takes a word's 
 
 // The first of two bytes in [p, end), else end; eight bytes at a time.
 BOXGRPO_HD const uint8_t* find(const uint8_t* p, const uint8_t* end, uint8_t one, uint8_t other) {
-#if defined(__SSE2__) && !defined(__CUDACC__)
+#if defined(__SSE2__) && !defined(__CUDACC__) && !defined(__CUDA_ARCH__)
   const __m128i ones = _mm_set1_epi8(static_cast<char>(one)), others = _mm_set1_epi8(static_cast<char>(other));
   for (; end - p >= 16; p += 16) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -77,6 +77,8 @@ def emulator(tmp_path_factory):
         pytest.skip("no g++ here")
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    # A word that is not at a multiple of 8 ends a GPU's kernel, and here the process.
+    flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(["g++", *flags, str(HERE / "cuda_on_cpu.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(library)
 
