@@ -40,6 +40,7 @@ DECIMALS = (b"0.5", b"1.", b".5", b"0.123456789", b"0.9999999999", b"1.000000000
 SPACES = (b" ", b"\n", b"\t", b"\r", b"\v", b"\f", b"\x1c", b"\x85", b"\xa0", "\u00a0".encode(), "\u3000".encode())
 SIGNS = (*(bytes([c]) for c in b"()[],.<>/|-+ \n\0"), b"), (", b"),(", b"<|", b"</", b"<<", b"((", b"[[")
 WORDS = (b"a", b"It is here", b"think", b"answer>", b"box_", "é".encode(), "世界".encode(), "١٢".encode(), b"\xff\xfe")
+FOREIGN = (-100, -1, 1 << 40)  # no ids: what may stand behind an end
 SOUP = (*TAGS * 4, *BOXES.values(), *NUMBERS, *DECIMALS, *SPACES, *SIGNS * 2, *WORDS)
 
 
@@ -115,7 +116,7 @@ def tokenized(draw: random.Random, texts: list[bytes], names: list[str]):
             row += range(len(tokens), len(tokens) + len(cuts) + 1)
             tokens += [part[i:j] for i, j in zip([0, *cuts], [*cuts, len(part)], strict=True)]
             kept += part
-        rows.append([*row, eos, after_eos] if draw.random() < 0.5 else row)
+        rows.append([*row, eos, *draw.choices((after_eos, *FOREIGN), k=3)] if draw.random() < 0.5 else row)
         heard.append(kept)
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)

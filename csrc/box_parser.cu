@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(32 * kWarps) score_texts(Texts texts, Rewards 
   if (row >= rewards.n) return;
   const int64_t start = texts.offsets[row], end = texts.offsets[row + 1];
   assert(0 <= start && start <= end && end <= texts.size && "offsets fall, or leave the text");
+  assert(end - start <= INT32_MAX && "a completion has 2 GiB; spans are counted in int32");
   BoxParser parser(checked_format(rewards, row));
   for (int64_t from = start; from < end; from += kTile) {
     const int64_t size = end - from < kTile ? end - from : kTile;
@@ -58,23 +59,30 @@ __global__ void __launch_bounds__(32 * kWarps) score_tokens(Tokens tokens, Rewar
   unsigned ended = 0;  // lanes that met the end of the completion
   for (int64_t from = 0; from < length && !ended; from += 32 * kLaneTokens) {
     int64_t starts[kLaneTokens], sizes[kLaneTokens], mine = 0;
-    bool met_eos = false;
+    bool met_eos = false, is_foreign = false, is_outside = false;
 #pragma unroll
     for (int k = 0; k < kLaneTokens; ++k) {
       const int64_t t = from + lane * kLaneTokens + k;
       starts[k] = sizes[k] = 0;
       if (t >= length) continue;
       const int64_t id = ids[t];
-      assert(0 <= id && id < tokens.vocabulary && "ids holds what the table does not cover");
-      const Entry entry(tokens.entries[id]);
+      const bool is_known = 0 <= id && id < tokens.vocabulary;
+      const Entry entry(is_known ? tokens.entries[id] : 0);  // 0 says nothing
       met_eos |= entry.role() == Entry::kEos;
       if (met_eos || entry.is_silent(format)) continue;
+      is_foreign |= !is_known;
+      is_outside |= entry.start() + entry.size() > tokens.size;
       starts[k] = entry.start();
       sizes[k] = entry.size();
       mine += entry.size();
     }
     ended = __ballot_sync(kAllLanes, met_eos);
-    if (ended && lane > __ffs(ended) - 1) mine = 0;
+    if (ended && lane > __ffs(ended) - 1) {  // behind the completion's end, where anything may stand
+      mine = 0;
+      is_foreign = is_outside = false;
+    }
+    assert(!is_foreign && "ids holds what the table does not cover");
+    assert(!is_outside && "a token of the table leaves its bytes");
     int64_t behind = mine;  // bytes up to and with this lane's
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {

@@ -41,7 +41,7 @@ struct Tokens {
   BOXGRPO_HD int64_t length(int64_t row) const {
     const int64_t length =
         wide_lengths ? static_cast<const int64_t*>(lengths)[row] : static_cast<const int32_t*>(lengths)[row];
-    return length < width ? length : width;
+    return length < 0 ? 0 : length < width ? length : width;  // a pointer moved below 0 could wrap
   }
 };
 

@@ -88,7 +88,7 @@ def grounding_rewards(
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
-        IndexError: offsets that fall or leave the text. On a GPU a device-side assertion instead.
+        IndexError: offsets that fall or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
     """
     op = extension.chosen("grounding_rewards", backend, gold)
     check_tensor("text", text, (None,), (torch.uint8,))
@@ -112,9 +112,10 @@ def grounding_rewards_from_ids(
     Special tokens are silent, but for the box marks in the answer format "marked".
 
     Args:
-        ids: (n, C) int64; what stands at `lengths` and behind it is not read.
-        lengths: (n) int32 or int64, tokens of each completion.
-        table: the vocabulary's bytes; it must cover every id before `lengths`.
+        ids: (n, C) int64. What stands at `lengths`, or behind the first EOS, does not count and may be any number.
+        lengths: (n) int32 or int64, tokens of each completion; below 0 is 0, above C is C.
+        table: the vocabulary's bytes; it must cover every id that counts. A completion's text is shorter than 2 GiB,
+            which is not checked.
         gold, answer_format, backend: as in `grounding_rewards`.
 
     Returns:
@@ -122,7 +123,7 @@ def grounding_rewards_from_ids(
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
-        IndexError: an id outside the table. On a GPU a device-side assertion instead.
+        IndexError: an id that counts is outside the table. On a GPU a device-side assertion.
     """
     op = extension.chosen("grounding_rewards_from_ids", backend, gold)
     check_tensor("ids", ids, (None, None), (torch.int64,))
@@ -149,7 +150,8 @@ def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats
     if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(raw):
         raise IndexError(f"offsets must not fall and must stay inside the {len(raw)} bytes of the text.")
     if unknown := set(codes) - set(ANSWER_FORMATS.values()):
-        raise ValueError(f"answer_format holds the code {unknown.pop()}; codes are 0 to 4, see ANSWER_FORMATS.")
+        last = max(ANSWER_FORMATS.values())
+        raise ValueError(f"answer_format holds the code {unknown.pop()}; codes are 0 to {last}, see ANSWER_FORMATS.")
     parsed = [_parse(raw[start:end], code) for start, end, code in zip(bounds, bounds[1:], codes, strict=False)]
     boxes, found, well_formed, spans = zip(*parsed, strict=True) if parsed else ((), (), (), ())
     boxes = torch.tensor(boxes, dtype=torch.float32, device=gold.device).view(-1, 4)
@@ -169,10 +171,11 @@ def grounding_rewards_from_ids_torch(
     n, width = ids.shape
     starts, sizes, roles = unpacked(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
-    foreign = ids[live & ((ids < 0) | (ids >= len(entries)))]
+    known = live & (ids >= 0) & (ids < len(entries))
+    live &= ((roles == EOS)[torch.where(known, ids, 0)] & known).cumsum(1) == 0
+    foreign = ids[live & ~known]
     if len(foreign):
         raise IndexError(f"ids holds {foreign[0]}; the table covers 0 to {len(entries) - 1}. Build it for every id.")
-    live &= ((roles == EOS)[torch.where(live, ids, 0)] & live).cumsum(1) == 0
     row, token = live.nonzero()[:, 0], ids[live]
     silent = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)
     starts, sizes = starts[token], sizes[token].masked_fill(silent, 0)

@@ -1,6 +1,7 @@
 // csrc/box_parser.cu on a CPU: each thread of a block is a coroutine that gives way where a warp waits.
 //
-// The threads of a warp meet the same waits in the same order, so one turn of all of them is one wait of each.
+// The threads of a warp meet the same waits in the same order, so one turn of all of them is one wait of each. What a
+// kernel asserts and does not hold ends the launch, as on a GPU, and is told by failed_assertion().
 #include <ucontext.h>
 
 #include <functional>
@@ -11,6 +12,7 @@
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(threads)
+#define __assert_fail emulated_assert_fail  // what <cassert> calls
 
 namespace {
 
@@ -28,6 +30,7 @@ std::vector<Thread> threads;
 ucontext_t scheduler;
 std::function<void()> body;
 bool last_first = false;  // the order of the threads between two waits
+const char* failed = nullptr;  // an assertion
 long slots[1024];  // what each thread shows to its warp
 
 void wait() { swapcontext(&threads[threadIdx.x].context, &scheduler); }
@@ -41,7 +44,8 @@ template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, unsigned blocks, unsigned size, const Arguments&... arguments) {
   blockDim.x = size;
   body = [&] { kernel(arguments...); };
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+  failed = nullptr;
+  for (blockIdx.x = 0; blockIdx.x < blocks && !failed; ++blockIdx.x) {
     threads = std::vector<Thread>(size);
     for (Thread& thread : threads) {
       getcontext(&thread.context);
@@ -50,9 +54,9 @@ void launch(Kernel kernel, unsigned blocks, unsigned size, const Arguments&... a
       thread.context.uc_link = &scheduler;
       makecontext(&thread.context, start, 0);
     }
-    for (bool going = true; going;) {
+    for (bool going = true; going && !failed;) {
       going = false;
-      for (unsigned turn = 0; turn < size; ++turn) {
+      for (unsigned turn = 0; turn < size && !failed; ++turn) {
         threadIdx.x = last_first ? size - 1 - turn : turn;
         if (threads[threadIdx.x].ended) continue;
         going = true;
@@ -99,10 +103,17 @@ const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 }  // namespace
 
+extern "C" [[noreturn]] void emulated_assert_fail(const char* assertion, const char*, unsigned, const char*) noexcept {
+  failed = assertion;
+  setcontext(&scheduler);
+  __builtin_unreachable();
+}
+
 #define LAUNCH(kernel, blocks, threads, stream, ...) ((void)stream, launch(kernel, blocks, threads, __VA_ARGS__))
 #include "../csrc/box_parser.cu"
 
 extern "C" {
+const char* failed_assertion() { return failed; }
 void run_last_thread_first(bool yes) { last_first = yes; }
 void texts_on_cuda(const boxgrpo::Texts* texts, const boxgrpo::Rewards* rewards) {
   boxgrpo::score_on_cuda(*texts, *rewards, nullptr);

@@ -76,11 +76,13 @@ def emulator(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-UNDEBUG"]
     # A word that is not at a multiple of 8 ends a GPU's kernel, and here the process.
     flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(["g++", *flags, str(HERE / "cuda_on_cpu.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(library)
+    loaded = ctypes.CDLL(library)
+    loaded.failed_assertion.restype = ctypes.c_char_p
+    return loaded
 
 
 def emulated(emulator, name, source, gold, formats):
@@ -90,6 +92,7 @@ def emulated(emulator, name, source, gold, formats):
     for last_first in (False, True):
         emulator.run_last_thread_first(last_first)
         found.append(outputs(run, source, gold, formats))
+        assert emulator.failed_assertion() is None
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
     return found[0]
@@ -125,7 +128,11 @@ def cases(count, seed):
     tokens = [data[start : start + size] for start, size, _ in zip(*(x.tolist() for x in unpacked(table.entries)))]
     long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
     ids[0, :2], lengths[0], texts[0] = torch.tensor([vocabulary, vocabulary + 1]), 2, long + b"wer>"
-    ids[1], lengths[1], ids[1, 0], heard[1] = 3, ids.shape[1], 0, b""  # an end, and turns of answers behind it
+    # An end, and turns of answers behind it; then an end, and behind it no ids, of the same lane and of others.
+    ids[1], lengths[1], ids[1, 0], heard[1] = 3, ids.shape[1], 0, b""
+    ids[2], lengths[2], ids[2, 0], heard[2] = -100, ids.shape[1], 0, b""
+    ids[3], lengths[3], ids[3, 40], heard[3] = 3, ids.shape[1], 0, tokens[3] * 40
+    ids[3, 41::2] = vocabulary + 2
     table = VocabularyBytes.build([*tokens, long, b"wer>"], [0], mark_ids=[1, 2])
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
     return texts, [texts[0], *heard[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
@@ -152,11 +159,54 @@ def test_the_kernels_agree_with_the_twin(emulator):
 
 def test_lengths_beyond_the_ids_and_below_0(emulator):
     table = VocabularyBytes.build([b"(1,2),(3,4)", b"x"], [])
-    ids, lengths = torch.tensor([[1, 0], [0, 1], [0, 1]]), torch.tensor([9, -9, 0])
-    codes = torch.ones(3, dtype=torch.uint8)
-    got = emulated(emulator, "tokens_on_cuda", tokens(ids, lengths, table), GOLD.repeat(3, 1), codes)
-    same(got, grounding_rewards_from_ids(ids, lengths, table, GOLD.repeat(3, 1), answer_format=codes, backend="torch"))
-    assert got.found.tolist() == [True, False, False]
+    ids, lengths = torch.tensor([[1, 0]] * 5), torch.tensor([9, -9, 0, -(1 << 60), 1 << 60])
+    codes, gold = torch.ones(5, dtype=torch.uint8), GOLD.repeat(5, 1)
+    got = emulated(emulator, "tokens_on_cuda", tokens(ids, lengths, table), gold, codes)
+    same(got, grounding_rewards_from_ids(ids, lengths, table, gold, answer_format=codes, backend="torch"))
+    assert got.found.tolist() == [True, False, False, False, True]
+
+
+def refused(emulator, name, source, n=1):
+    """What a kernel asserts of its input and does not find."""
+    outputs(getattr(emulator, name), source, GOLD.repeat(n, 1), torch.ones(n, dtype=torch.uint8))
+    return (emulator.failed_assertion() or b"").decode()
+
+
+@pytest.mark.parametrize("foreign", [-100, -1, 3, 1 << 40])
+def test_an_id_outside_the_table_is_refused_before_an_end_alone(emulator, foreign):
+    """Wherever in a turn of the warp, and in a later one, they stand."""
+    table, width = VocabularyBytes.build([b"a<", b"b", b"</s>"], [2]), 600
+    length = torch.tensor([width])
+    for place, end in ((0, 1), (3, 5), (6, 100), (200, 255), (255, 256), (300, 599), (599, None), (0, None)):
+        ids = torch.zeros(1, width, dtype=torch.int64)
+        ids[0, place] = foreign
+        if end is not None:
+            ids[0, end] = 2
+        assert "ids holds what the table does not cover" in refused(
+            emulator, "tokens_on_cuda", tokens(ids, length, table)
+        )
+        ids[0, place], ids[0, place:] = 0, foreign
+        ids[0, place] = 2
+        assert not refused(emulator, "tokens_on_cuda", tokens(ids, length, table))
+
+
+def test_a_table_that_leaves_its_bytes_is_refused(emulator):
+    """As on a CPU; a table that `build` makes holds what its entries say."""
+    entries = VocabularyBytes.build([b"(1,2),(3,4)", b"xy"], []).entries
+    ids, length = torch.tensor([[0, 1]]), torch.tensor([2])
+    for size, wrong in ((13, ""), (12, "a token of the table leaves its bytes"), (5, "leaves its bytes")):
+        table = VocabularyBytes(torch.zeros(size, dtype=torch.uint8), entries)
+        found = refused(emulator, "tokens_on_cuda", tokens(ids, length, table))
+        assert wrong in found and bool(wrong) == bool(found)
+
+
+def test_a_text_of_2_gib_is_refused(emulator):
+    """Before a byte of it is read: there are none here."""
+    for size, wrong in ((1 << 31, "counted in int32"), ((1 << 31) + 5, "counted in int32")):
+        offsets = torch.tensor([0, size])
+        assert wrong in refused(emulator, "texts_on_cuda", Texts(None, offsets.data_ptr(), size))
+    offsets = torch.tensor([0, 9])
+    assert "leave the text" in refused(emulator, "texts_on_cuda", Texts(None, offsets.data_ptr(), 8))
 
 
 @pytest.mark.parametrize("pairwise", [False, True])

@@ -171,7 +171,8 @@ def ids_of(text: bytes):
     return ids
 
 
-def test_ids_give_what_their_text_gives():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_ids_give_what_their_text_gives(backend):
     good = ids_of(GOOD.encode())
     rows = {
         "plain": (good, GOOD),
@@ -183,17 +184,27 @@ def test_ids_give_what_their_text_gives():
         "specials are silent": ([IMAGE, *good[:3], IMAGE, *good[3:], IMAGE], GOOD),
         "empty": ([], ""),
         "only eos": ([END], ""),
+        "what stands behind an eos may be no id": ([*good, END, -100, *good, 1 << 40], GOOD),
         "half a character": ([good[0], 14, 15, *good[2:]], GOOD.replace(">a<", ">é<")),
     }
     width = max(len(ids) for ids, _ in rows.values()) + 2
     # Padding is never looked up: here it is no id at all.
     ids = torch.tensor([ids + [-100] * (width - len(ids)) for ids, _ in rows.values()])
     lengths = torch.tensor([len(ids) for ids, _ in rows.values()], dtype=torch.int32)
-    got = grounding_rewards_from_ids(ids, lengths, table_of_pieces(), gold(len(rows)))
+    got = grounding_rewards_from_ids(ids, lengths, table_of_pieces(), gold(len(rows)), backend=backend)
     want = grounding_rewards(*packed([text for _, text in rows.values()]), gold(len(rows)))
     for name, a, b in zip(got._fields, got, want, strict=True):
         assert torch.equal(a, b), name
-    assert got.format.tolist() == [1, 1, 0, 1, 0, 0, 1]
+    assert got.format.tolist() == [1, 1, 0, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_lengths_below_0_and_beyond_the_ids(backend):
+    """Also so far that a pointer moved by them wraps."""
+    ids = torch.tensor([ids_of(GOOD.encode())] * 6)
+    lengths = torch.tensor([-1, -(1 << 60), -(1 << 62), -(1 << 63), 1 << 60, (1 << 63) - 1])
+    got = grounding_rewards_from_ids(ids, lengths, table_of_pieces(), gold(6), backend=backend)
+    assert got.format.tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_box_marks_are_read_in_their_format_and_silent_in_the_others():
@@ -239,8 +250,8 @@ def test_longer_tokens_than_a_run_and_plain_ones_between():
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_what_would_be_read_beyond_its_bounds_is_an_error(backend):
     options = {"backend": backend}
-    for ids in ([99], [-1], [0, 16]):
-        with pytest.raises(IndexError):
+    for ids in ([99], [-1], [0, 16], [99, END], [-100, END]):
+        with pytest.raises(IndexError, match="the table covers 0 to"):
             ids = torch.tensor([ids])
             grounding_rewards_from_ids(ids, torch.tensor([2]), table_of_pieces(), gold(1), **options)
     for offsets in ([0, 6], [-1, 5], [3, 1]):
