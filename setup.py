@@ -31,7 +31,7 @@ ARCHITECTURES = [
 def candidates() -> list:
     """The extensions to try, best first."""
     name, sources = "boxgrpo.kernels._C", ["csrc/binding.cpp", "csrc/box_parser.cpp"]
-    depends = ["csrc/box_parser.h", "csrc/launch.h"]
+    depends = ["csrc/box_parser.h", "csrc/launch.h", "csrc/token_row.h"]
     found = [CppExtension(name, sources, extra_compile_args={"cxx": CXX_FLAGS}, depends=depends)]
     if CUDA_HOME and version.cuda:
         chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda.device_count()

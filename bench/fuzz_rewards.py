@@ -1,13 +1,14 @@
 """The compiled box parser against Python's `re`, on completions made to tell them apart.
 
-    python bench/fuzz_rewards.py [--seconds 60] [--seed 0]
+    python bench/fuzz_rewards.py [--seconds 60] [--seed 0] [--json FILE]
 
 Three runs of so many seconds: the operators, from text and from token ids that cut it anywhere; the parser's header
 under AddressSanitizer and UndefinedBehaviorSanitizer, by g++; and libFuzzer on it, by clang. A run whose compiler is
-missing is left out by name. Any difference ends the program with the texts that show it.
+missing is left out by name. Any difference ends the program with the texts that show it, and the seed.
 """
 
 import argparse
+import json
 import random
 import re
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from boxgrpo.bench.machine import machine
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 
 DRIVER = Path(__file__).resolve().parent.parent / "csrc/fuzz_box_parser.cpp"
@@ -163,19 +165,22 @@ def sanitized(seconds: float, seed: int, program: Path) -> Counter:
         cases = b"".join(struct.pack("<BI", c, len(text)) + text for c, text in zip(codes, texts, strict=True))
         done = subprocess.run([program], input=cases, capture_output=True)
         if done.returncode:
-            raise SystemExit(done.stderr.decode(errors="replace"))
+            raise SystemExit(
+                f"{done.stderr.decode(errors='replace')}\n{program} ends with {done.returncode}; seed {seed}."
+            )
         got, formats = np.frombuffer(done.stdout, layout), torch.tensor(codes, dtype=torch.uint8)
         want = grounding_rewards(*pack_texts(texts), torch.zeros(BATCH, 4), answer_format=formats, backend="torch")
         for field, theirs in (("box", "boxes"), ("spans", "spans"), ("found", "found"), ("format", "format")):
             wrong = np.flatnonzero((got[field] != getattr(want, theirs).numpy()).reshape(BATCH, -1).any(1))
             if len(wrong):
-                raise SystemExit(f"{names[wrong[0]]} {texts[wrong[0]]!r}: {field} is {got[field][wrong[0]]}.")
+                case = f"{names[wrong[0]]} {texts[wrong[0]]!r}"
+                raise SystemExit(f"{case}: {field} is {got[field][wrong[0]]}; seed {seed}.")
         counts["cases"] += BATCH
     return counts
 
 
-def guided(seconds: float, seed: int, folder: Path, program: Path) -> str:
-    """libFuzzer from the texts of one batch on; its last line of statistics."""
+def guided(seconds: float, seed: int, folder: Path, program: Path) -> dict[str, int]:
+    """libFuzzer from the texts of one batch on; how many cases it tried, and how many edges of the program they met."""
     corpus = folder / "corpus"
     corpus.mkdir()
     for i, (text, name) in enumerate(zip(*completions(random.Random(seed), 200), strict=True)):
@@ -183,37 +188,45 @@ def guided(seconds: float, seed: int, folder: Path, program: Path) -> str:
     options = [f"-max_total_time={seconds:.0f}", f"-seed={seed + 1}", "-max_len=600", f"-artifact_prefix={folder}/"]
     done = subprocess.run([program, corpus, *options], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
-    return [line for line in done.stderr.splitlines() if "cov:" in line][-1]
+        raise SystemExit(f"{done.stderr[-4000:]}\nlibFuzzer ends with {done.returncode}; seed {seed}.")
+    cases, coverage = re.findall(r"#(\d+)\s.* cov: (\d+)", done.stderr)[-1]
+    return {"cases": int(cases), "coverage": int(coverage)}
 
 
-def runs(seconds: float, seed: int) -> Iterator[str]:
+def runs(seconds: float, seed: int) -> Iterator[dict]:
+    """A row for each run that found nothing: its counts, or why it was skipped."""
     start = time.monotonic()
     counts = differential(seconds, seed)
-    yield f"operators: {dict(counts)}, no difference, {time.monotonic() - start:.0f} s"
+    yield {"run": "operators", **counts, "seconds": round(time.monotonic() - start)}
     for name, compiler, flags in (
         ("sanitizers", "g++", ["-fsanitize=address,undefined"]),
         ("libFuzzer", "clang++", ["-fsanitize=fuzzer,address,undefined", "-DBOXGRPO_LIBFUZZER"]),
     ):
         if shutil.which(compiler) is None:
-            yield f"{name}: skipped, no {compiler} here"
+            yield {"run": name, "skipped": f"no {compiler} here"}
             continue
         with tempfile.TemporaryDirectory() as path:
             program, start = compiled(Path(path), compiler, *flags), time.monotonic()
             if name == "libFuzzer":
                 found = guided(seconds, seed, Path(path), program)
             else:
-                found = f"{dict(sanitized(seconds, seed, program))}, no difference and no report"
-            yield f"{name}: {found}, {time.monotonic() - start:.0f} s"
+                found = sanitized(seconds, seed, program)
+            yield {"run": name, **found, "seconds": round(time.monotonic() - start)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="for each of the three runs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the counts there")
     args = parser.parse_args()
-    for line in runs(args.seconds, args.seed):
-        print(line, flush=True)
+    rows = []
+    for row in runs(args.seconds, args.seed):
+        rows.append(row)
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    if args.json:
+        found = {"machine": machine(), "seed": args.seed, "rows": rows}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

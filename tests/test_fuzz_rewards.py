@@ -24,15 +24,39 @@ def test_the_operators_agree_with_re():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_the_sanitizers_are_silent(tmp_path):
-    """Against `re`, a plain matcher, and itself fed byte by byte and in two pieces."""
+    """Against `re`, a plain matcher, and itself fed byte by byte, in two pieces and as token ids."""
     program = compiled(tmp_path, "g++", "-fsanitize=address,undefined")
     assert sanitized(9, SEED, program)["cases"] >= fuzz_rewards.BATCH
+
+
+BROKEN = {  # what the texts, the matcher and the pieces do not show: the reading of token ids
+    "a copy from one byte too near the end": ("token_row.h", "tokens.size - kCopied;", "tokens.size - kCopied + 1;"),
+    "a run of two tokens too many": ("token_row.h", "end - id < kRun ?", "end - id < kRun + 2 ?"),
+    "ids behind an end": ("token_row.h", "id < stop && !ended;", "id < stop;"),
+    "a length that wraps": ("launch.h", "length < 0 ? 0 : ", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_sanitizers_see(tmp_path, monkeypatch, fault):
+    name, right, wrong = BROKEN[fault]
+    for path in fuzz_rewards.DRIVER.parent.glob("*.*"):
+        shutil.copy(path, tmp_path)
+    source = (tmp_path / name).read_text()
+    assert right in source
+    (tmp_path / name).write_text(source.replace(right, wrong))
+    monkeypatch.setattr(fuzz_rewards, "DRIVER", tmp_path / fuzz_rewards.DRIVER.name)
+    with pytest.raises(SystemExit, match=f"seed {SEED}"):
+        sanitized(60, SEED, compiled(tmp_path, "g++", "-fsanitize=address,undefined"))
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here")
 def test_libfuzzer_finds_nothing(tmp_path):
     program = compiled(tmp_path, "clang++", "-fsanitize=fuzzer,address,undefined", "-DBOXGRPO_LIBFUZZER")
-    assert "cov:" in guided(5, SEED, tmp_path, program)
+    found = guided(5, SEED, tmp_path, program)
+    assert found["cases"] > 1000 and found["coverage"] > 100
 
 
 def test_the_cases_are_what_they_should_be():
@@ -73,5 +97,12 @@ def test_a_difference_ends_the_run(monkeypatch):
         return got._replace(format=torch.where(last, 0.0, got.format))
 
     monkeypatch.setattr(fuzz_rewards, "grounding_rewards", forgetful)
-    with pytest.raises(SystemExit, match="differ in format"):
+    with pytest.raises(SystemExit, match=f"differ in format; seed {SEED}"):
         differential(10, SEED)
+
+
+def test_a_program_that_fails_names_the_seed(tmp_path):
+    with pytest.raises(SystemExit, match="seed 77"):
+        sanitized(10, 77, shutil.which("false"))
+    with pytest.raises(SystemExit, match="seed 77"):
+        guided(10, 77, tmp_path, shutil.which("false"))
