@@ -1,6 +1,8 @@
 """The compiled operators of csrc/, and the torch twins that stand in for them where they were not built."""
 
 import functools
+import importlib
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -8,11 +10,13 @@ import torch
 from torch import Tensor
 
 try:
-    from . import _C  # noqa: F401  its loading registers them
-
+    importlib.import_module("._C", __package__)  # its loading registers them
     MISSING = None
 except ImportError as error:
     MISSING = str(error)
+
+# Without the option pip builds where no torch is, and leaves the parser out again.
+REMEDY = "With a compiler (for a GPU, nvcc and a CUDA build of torch), run `pip install --no-build-isolation` again"
 
 _COMPILED: set[tuple[str, str]] = set()  # (op, device type)
 
@@ -20,8 +24,8 @@ _COMPILED: set[tuple[str, str]] = set()  # (op, device type)
 def register(name: str, schema: str, twin: Callable, fake: Callable) -> None:
     """Register the op boxgrpo::`name`, and boxgrpo::`name`_torch, which is the twin on any device.
 
-    The first is csrc/'s where that was built for the tensors' device, else the twin with a warning, once. `schema` is
-    csrc/binding.cpp's, without the name.
+    The first is csrc/'s where that was built for the tensors' device, else the twin with a warning, once; where csrc/
+    was built, for a CPU and for CUDA alone. `schema` is csrc/binding.cpp's, without the name.
     """
     op = f"boxgrpo::{name}"
 
@@ -57,7 +61,7 @@ def chosen(name: str, backend: str, tensor: Tensor) -> Callable:
     if backend == "extension" and (name, tensor.device.type) not in _COMPILED:
         raise ValueError(
             f"backend is 'extension' and csrc/ was not compiled for {tensor.device.type.upper()} tensors"
-            f"{f' ({MISSING})' if MISSING else ''}. Install boxgrpo again with a compiler, or use backend='auto'."
+            f"{f' ({MISSING})' if MISSING else ''}. {REMEDY}, or use backend='auto'."
         )
     return getattr(torch.ops.boxgrpo, f"{name}_torch" if backend == "torch" else name)
 
@@ -65,9 +69,12 @@ def chosen(name: str, backend: str, tensor: Tensor) -> Callable:
 @functools.cache
 def _warn_once() -> None:
     reason = MISSING or "it has no CUDA part"
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(("boxgrpo.kernels.", "torch.")):
+        frame, depth = frame.f_back, depth + 1  # to whoever called the door
     warnings.warn(
         f"boxgrpo runs without its compiled box parser ({reason}): Python's re reads the answers, a hundred times "
-        "slower. With a compiler (for a GPU, nvcc and a CUDA build of torch), install boxgrpo again.",
+        f"slower. {REMEDY}.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=depth,
     )

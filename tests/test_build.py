@@ -75,7 +75,17 @@ def test_a_wheel_serves_in_an_empty_venv(tmp_path):
 @slow
 def test_without_a_compiler_the_wheel_is_built_and_the_twin_serves(tmp_path):
     wheel = built_wheel(tmp_path, CXX="/bin/false", CC="/bin/false", PATH="/nowhere")
-    assert used(tmp_path, wheel) == "False ['boxgrpo runs without its compiled box parser (canno']"
+    assert used(tmp_path, wheel) == "False ['boxgrpo runs without its compiled box parser (No mo']"
+
+
+@slow
+def test_without_torch_the_wheel_is_built_and_the_twin_serves(tmp_path):
+    """As in pip's own build environment, where the wheel's dependencies are not."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/torch.py").write_text("raise ImportError('no torch here')\n")
+    wheel = built_wheel(tmp_path, PYTHONPATH=str(tmp_path / "hidden"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert used(tmp_path, wheel) == "False ['boxgrpo runs without its compiled box parser (No mo']"
 
 
 # setup.py with a candidate before its own that no compiler takes.
