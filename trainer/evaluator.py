@@ -86,7 +86,7 @@ def graded(examples: Sequence[Example], texts: Sequence[str], rewards: Grounding
 
 
 def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str | None = None) -> list[dict]:
-    """`graded` answers that were made elsewhere, one text an example.
+    """`graded` answers that were made elsewhere, one text an example. No command calls this.
 
     Another model's boxes are read as `answer_format`, one of ANSWER_FORMATS; None: as each example asks.
     """
