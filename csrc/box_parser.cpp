@@ -48,7 +48,7 @@ void score_on_cpu(const Texts& texts, const Rewards& rewards) {
 void score_on_cpu(const Tokens& tokens, const Rewards& rewards) {
   at::parallel_for(0, rewards.n, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
-      rewards.write(row, parsed_row<Refuse>(tokens, row, checked_format(rewards, row)));
+      score_row<Refuse>(tokens, rewards, row, checked_format(rewards, row));
   });
 }
 

@@ -139,17 +139,6 @@ Found matched(Text text, int format) {
 
 // -- the parser ------------------------------------------------------------------------------------------------------
 
-Found found_by(const boxgrpo::BoxParser& parser) {
-  Found result;
-  for (int k = 0; k < 4; ++k) {
-    result.box[k] = parser.coordinate(k);
-    result.spans[k] = parser.span(k);
-  }
-  result.found = parser.found();
-  result.well_formed = parser.well_formed();
-  return result;
-}
-
 // Each piece lies in memory of its own, so that a sanitizer sees a byte read beside it.
 Found parsed(Text text, int format, const std::vector<size_t>& cuts) {
   boxgrpo::BoxParser parser(static_cast<uint8_t>(format));
@@ -160,7 +149,14 @@ Found parsed(Text text, int format, const std::vector<size_t>& cuts) {
     parser.feed(piece.get(), piece.get() + size);
     start += size;
   }
-  return found_by(parser);
+  Found result;
+  for (int k = 0; k < 4; ++k) {
+    result.box[k] = parser.coordinate(k);
+    result.spans[k] = parser.span(k);
+  }
+  result.found = parser.found();
+  result.well_formed = parser.well_formed();
+  return result;
 }
 
 void require_same(const Found& a, const Found& b, Text text, const char* what) {
@@ -219,9 +215,21 @@ Found parsed_ids(Text text, int format) {
   const std::vector<int64_t> table(entries);
   const int64_t size = static_cast<int64_t>(bytes.size()), vocabulary = static_cast<int64_t>(table.size());
   const boxgrpo::Tokens tokens{ids.data(), width, lengths, true, bytes.data(), table.data(), size, vocabulary};
-  const uint8_t code = static_cast<uint8_t>(format);
-  require_same(found_by(boxgrpo::parsed_row<Refuse>(tokens, 0, code)), Found{}, text, "a length below 0");
-  return found_by(boxgrpo::parsed_row<Refuse>(tokens, 1, code));
+  const float gold[8] = {};
+  float accuracy[2], forms[2], boxes[8];
+  bool is_found[2];
+  int32_t spans[8];
+  const boxgrpo::Rewards rewards{gold, nullptr, accuracy, forms, boxes, is_found, spans, 2};
+  Found results[2];
+  for (int k = 0; k < 2; ++k) {
+    boxgrpo::score_row<Refuse>(tokens, rewards, k, static_cast<uint8_t>(format));
+    memcpy(results[k].box, boxes + 4 * k, sizeof(results[k].box));
+    memcpy(results[k].spans, spans + 4 * k, sizeof(results[k].spans));
+    results[k].found = is_found[k];
+    results[k].well_formed = forms[k] == 1;
+  }
+  require_same(results[0], Found{}, text, "a length below 0");
+  return results[1];
 }
 
 Found checked(Text text, int format) {

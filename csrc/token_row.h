@@ -21,10 +21,10 @@ const uint8_t* checked_bytes(const Tokens& tokens, const Entry& entry) {
   return tokens.bytes + entry.start();
 }
 
-// The parser behind a completion's last token. What it must not read goes to Refuse::id(id, vocabulary) or to
-// Refuse::bytes(a token's end, size), which do not return.
+// What must not be read goes to Refuse::id(id, vocabulary) or to Refuse::bytes(a token's end, size), which do not
+// return. The parser stays in here, where its fields can stay in registers.
 template <typename Refuse>
-BoxParser parsed_row(const Tokens& tokens, int64_t row, uint8_t format) {
+void score_row(const Tokens& tokens, const Rewards& rewards, int64_t row, uint8_t format) {
   BoxParser parser(format);
   const int64_t last_start = tokens.size - kCopied;  // of what a copy of that size may read
   const int64_t* id = tokens.ids + row * tokens.width;
@@ -60,7 +60,7 @@ BoxParser parsed_row(const Tokens& tokens, int64_t row, uint8_t format) {
     }
     parser.feed(run, filled);
   }
-  return parser;
+  rewards.write(row, parser);
 }
 
 }  // namespace boxgrpo
