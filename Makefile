@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds test test-slow test-gpu lint format clean
+.PHONY: install demo seeds test test-slow test-gpu fuzz lint format clean
 
 install: $(STAMP)
 
 # torch first: with it in place, nothing below pulls in another build of it.
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
@@ -33,6 +33,11 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -m gpu
 
+# The compiled box parser against Python's re, under the sanitizers and with libFuzzer, SECONDS each.
+SECONDS ?= 60
+fuzz: $(STAMP)
+	$(BIN)/python bench/fuzz_rewards.py --seconds $(SECONDS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +47,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) out build dist *.egg-info kernels/_C*.so

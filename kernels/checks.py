@@ -20,13 +20,6 @@ def use_triton(door: str, backend: str, *tensors: Tensor) -> bool:
     return obstacle is None and (backend == "triton" or tensors[0].is_cuda)
 
 
-def check_backend(door: str, backend: str) -> None:
-    """For a door that has only its torch twin."""
-    _check_name(backend)
-    if backend == "triton":
-        raise ValueError(f"backend is 'triton' and {door} has no Triton implementation. Use backend='auto' or 'torch'.")
-
-
 def _check_name(backend: str) -> None:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}; it is one of 'auto', 'triton', 'torch'.")
@@ -57,9 +50,9 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype
     """Refuse a tensor of another shape (None: any length) or dtype."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch tensor.")
-    fits = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
+    fits = len(tensor.shape) == len(shape)
+    for have, want in zip(tensor.shape, shape, strict=False):
+        fits = fits and (want is None or have == want)
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({wanted}).")

@@ -1,20 +1,35 @@
 """Format and accuracy rewards of answers that hold a box (DESIGN section 3, "Box answer")."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import extension
 from .boxes import box_iou_torch
-from .checks import INTS, check_backend, check_tensor
-from .vocabulary import VocabularyBytes
+from .checks import INTS, check_tensor
+from .vocabulary import EOS, MARK, VocabularyBytes, unpacked
 
-FORMAT_THINK, FORMAT_BOX = 0, 1
-ANSWER_FORMATS = {"think": FORMAT_THINK, "box": FORMAT_BOX}  # codes of an `answer_format` tensor
+FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
+ANSWER_FORMATS = {  # codes of an `answer_format` tensor
+    "think": FORMAT_THINK,
+    "box": FORMAT_BOX,
+    "marked": FORMAT_MARKED,
+    "list": FORMAT_LIST,
+    "fractions": FORMAT_FRACTIONS,
+}
 COORDINATE_LIMIT = 2**31 - 1  # larger numbers saturate here
 
 _BOX = rb"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
+_BARE = {  # formats whose box counts wherever it stands
+    FORMAT_BOX: _BOX,
+    FORMAT_MARKED: rb"<\|box_start\|>" + _BOX + rb"<\|box_end\|>",
+    FORMAT_LIST: rb"\[\s*" + rb",\s*".join([rb"(\d+)"] * 4) + rb"\s*\]",
+    FORMAT_FRACTIONS: rb"\[\s*" + rb",\s*".join([rb"(\d+(?:\.\d+)?)"] * 4) + rb"\s*\]",
+}
 _DOTALL_ASCII = re.DOTALL | re.ASCII
 
 
@@ -28,34 +43,59 @@ class GroundingRewards(NamedTuple):
 
     accuracy: Tensor  # (n) fp32, IoU with gold, 0-1
     format: Tensor  # (n) fp32, 0 or 1
-    boxes: Tensor  # (n, 4) fp32, the box as written, 0 where none was found
+    boxes: Tensor  # (n, 4) fp32, the box as written, times 1000 in "fractions"; 0 where none was found
     found: Tensor  # (n) bool, a box was found where the answer format looks for it
     spans: Tensor  # (n, 4) int32
+
+
+def pack_texts(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """n texts end to end, as `grounding_rewards` takes them: (M) uint8 and (n+1) int64 on the CPU."""
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, texts))])
+    joined = bytearray(b"".join(texts))
+    return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8), offsets
 
 
 def grounding_rewards(
     text: Tensor, offsets: Tensor, gold: Tensor, *, answer_format: str | Tensor = "think", backend: str = "auto"
 ) -> GroundingRewards:
-    """Score n answers against their gold boxes.
+    """Score n answers against their gold boxes, in one pass over their bytes.
+
+    The answer formats, and what each takes for the box; digits and white space are ASCII, and numbers larger than
+    COORDINATE_LIMIT count as that:
+
+    - "think": `<think>…</think>` and, after white space at most, `<answer>(x1, y1), (x2, y2)</answer>` at the end,
+      where one newline may follow, has format 1. The box is the first one inside the first `<answer>…</answer>`.
+    - "box": the first `(x1, y1), (x2, y2)` of the text.
+    - "marked": the first `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, as Qwen2-VL writes it.
+    - "list": the first `[x1, y1, x2, y2]`, white space allowed inside the brackets and behind the commas.
+    - "fractions": such a list of decimals in parts of the image, digits with or without a point and digits behind it
+      (`0.25`, `1`; no `.5`, `-0.1` or `1e-3`). Nine decimals count. The box is on the 0-1000 scale.
+
+    In all but "think" format is 1 where a box was found.
 
     Args:
         text: (M) uint8, the completions' UTF-8 bytes end to end.
-        offsets: (n+1) int64, where each completion starts in `text`, and M.
+        offsets: (n+1) int64, where each completion starts in `text`, and M. A completion is shorter than 2 GiB.
         gold: (n, 4) fp32, x1 y1 x2 y2 on the 0-1000 scale.
-        answer_format: "think" or "box" for all, or (n) uint8 codes, see ANSWER_FORMATS.
+        answer_format: the name of one for all, or (n) uint8 codes, see ANSWER_FORMATS.
+        backend: "extension" is csrc/'s parser, "torch" the twin, "auto" the parser where it was compiled for the
+            tensors' device, else the twin with one warning.
 
     Returns:
-        `GroundingRewards`. Never an error and never NaN for any text: a box that is inverted or degenerate has IoU 0.
+        `GroundingRewards`, on gold's device; there csrc/'s parser is one launch and does not synchronise. Never an
+        error and never NaN for any text: a box that is inverted or degenerate has IoU 0, one that leaves the image its
+        ordinary IoU.
 
     Raises:
-        ValueError: shapes, dtypes, answer_format or backend do not fit.
+        ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
+        IndexError: offsets that fall or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
     """
-    check_backend("grounding_rewards", backend)
+    op = extension.chosen("grounding_rewards", backend, gold)
     check_tensor("text", text, (None,), (torch.uint8,))
     check_tensor("gold", gold, (None, 4), (torch.float32,))
     check_tensor("offsets", offsets, (gold.shape[0] + 1,), (torch.int64,))
     formats = _formats(answer_format, gold)
-    return GroundingRewards(*torch.ops.boxgrpo.grounding_rewards(text, offsets, gold, formats))
+    return GroundingRewards(*op(text, offsets, gold, formats))
 
 
 def grounding_rewards_from_ids(
@@ -69,25 +109,28 @@ def grounding_rewards_from_ids(
 ) -> GroundingRewards:
     """`grounding_rewards` of token ids: a completion's text is its tokens' bytes up to the first EOS.
 
+    Special tokens are silent, but for the box marks in the answer format "marked".
+
     Args:
-        ids: (n, C) int64; what stands at `lengths` and behind it is not read.
-        lengths: (n) int32 or int64, tokens of each completion.
-        table: the vocabulary's bytes; it must cover every id before `lengths`.
+        ids: (n, C) int64. What stands at `lengths`, or behind the first EOS, does not count and may be any number.
+        lengths: (n) int32 or int64, tokens of each completion; below 0 is 0, above C is C.
+        table: the vocabulary's bytes; it must cover every id that counts. A completion's text is shorter than 2 GiB,
+            which is not checked.
         gold, answer_format, backend: as in `grounding_rewards`.
 
     Returns:
         `GroundingRewards`; spans are in bytes of the text, not in tokens.
 
     Raises:
-        ValueError: shapes, dtypes, answer_format or backend do not fit.
+        ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
+        IndexError: an id that counts is outside the table. On a GPU a device-side assertion.
     """
-    check_backend("grounding_rewards_from_ids", backend)
+    op = extension.chosen("grounding_rewards_from_ids", backend, gold)
     check_tensor("ids", ids, (None, None), (torch.int64,))
     check_tensor("lengths", lengths, (ids.shape[0],), INTS)
     check_tensor("gold", gold, (ids.shape[0], 4), (torch.float32,))
     formats = _formats(answer_format, gold)
-    op = torch.ops.boxgrpo.grounding_rewards_from_ids
-    return GroundingRewards(*op(ids, lengths, table.data, table.offsets, table.eos, gold, formats))
+    return GroundingRewards(*op(ids, lengths, *table, gold, formats))
 
 
 def _formats(answer_format: str | Tensor, gold: Tensor) -> Tensor:
@@ -96,17 +139,20 @@ def _formats(answer_format: str | Tensor, gold: Tensor) -> Tensor:
         check_tensor("answer_format", answer_format, (n,), (torch.uint8,))
         return answer_format
     if answer_format not in ANSWER_FORMATS:
-        raise ValueError(f"answer_format is {answer_format!r}; it is 'think', 'box' or a (n) uint8 tensor.")
+        names = ", ".join(map(repr, ANSWER_FORMATS))
+        raise ValueError(f"answer_format is {answer_format!r}; it is one of {names}, or a (n) uint8 tensor.")
     return torch.full((n,), ANSWER_FORMATS[answer_format], dtype=torch.uint8, device=gold.device)
 
 
 def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats: Tensor) -> tuple[Tensor, ...]:
     """Twin: Python's `re` on the CPU. (M), (n+1), (n, 4), (n) -> the fields of `GroundingRewards`."""
-    raw, bounds = text.cpu().numpy().tobytes(), offsets.tolist()
-    parsed = [
-        _parse(raw[start:end], answer_format)
-        for start, end, answer_format in zip(bounds, bounds[1:], formats.tolist(), strict=False)
-    ]
+    raw, bounds, codes = text.cpu().numpy().tobytes(), offsets.tolist(), formats.tolist()
+    if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(raw):
+        raise IndexError(f"offsets must not fall and must stay inside the {len(raw)} bytes of the text.")
+    if unknown := set(codes) - set(ANSWER_FORMATS.values()):
+        last = max(ANSWER_FORMATS.values())
+        raise ValueError(f"answer_format holds the code {unknown.pop()}; codes are 0 to {last}, see ANSWER_FORMATS.")
+    parsed = [_parse(raw[start:end], code) for start, end, code in zip(bounds, bounds[1:], codes, strict=False)]
     boxes, found, well_formed, spans = zip(*parsed, strict=True) if parsed else ((), (), (), ())
     boxes = torch.tensor(boxes, dtype=torch.float32, device=gold.device).view(-1, 4)
     return (
@@ -119,34 +165,41 @@ def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats
 
 
 def grounding_rewards_from_ids_torch(
-    ids: Tensor, lengths: Tensor, data: Tensor, token_offsets: Tensor, eos: Tensor, gold: Tensor, formats: Tensor
+    ids: Tensor, lengths: Tensor, data: Tensor, entries: Tensor, gold: Tensor, formats: Tensor
 ) -> tuple[Tensor, ...]:
     """Twin: writes the text out, then parses it."""
     n, width = ids.shape
+    starts, sizes, roles = unpacked(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
-    live &= eos[torch.where(live, ids, 0)].logical_and(live).cumsum(1) == 0
-    token = ids[live]
-    starts, sizes = token_offsets[token], token_offsets.diff()[token]
+    known = live & (ids >= 0) & (ids < len(entries))
+    live &= ((roles == EOS)[torch.where(known, ids, 0)] & known).cumsum(1) == 0
+    foreign = ids[live & ~known]
+    if len(foreign):
+        raise IndexError(f"ids holds {foreign[0]}; the table covers 0 to {len(entries) - 1}. Build it for every id.")
+    row, token = live.nonzero()[:, 0], ids[live]
+    silent = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)
+    starts, sizes = starts[token], sizes[token].masked_fill(silent, 0)
     ends = sizes.cumsum(0)
     within = torch.arange(int(sizes.sum()), device=ids.device) - torch.repeat_interleave(ends - sizes, sizes)
     text = data[torch.repeat_interleave(starts, sizes) + within]
     row_sizes = torch.zeros(n + 1, dtype=torch.int64, device=ids.device)
-    row_sizes.index_add_(0, live.nonzero()[:, 0] + 1, sizes)
+    row_sizes.index_add_(0, row + 1, sizes)
     return grounding_rewards_torch(text, row_sizes.cumsum(0), gold, formats)
 
 
-def _parse(text: bytes, answer_format: int) -> tuple[list[int], bool, bool, list[int]]:
+def _parse(text: bytes, answer_format: int) -> tuple[list[float], bool, bool, list[int]]:
     """Box, whether there is one, whether the format is right, spans."""
     think = re.search(rb"<think>(.*?)</think>", text, _DOTALL_ASCII)
     answer = re.search(rb"<answer>(.*?)</answer>", text, _DOTALL_ASCII)
     spans = [*(think.span(1) if think else (-1, -1)), *(answer.span(1) if answer else (-1, -1))]
-    if answer_format == FORMAT_BOX:
-        box = re.search(_BOX, text, _DOTALL_ASCII)
-        well_formed = box is not None
-    else:
+    if answer_format == FORMAT_THINK:
         box = re.search(_BOX, answer[1], _DOTALL_ASCII) if answer else None
         well_formed = bool(re.search(rb"<think>.*?</think>\s*<answer>" + _BOX + rb"</answer>$", text, _DOTALL_ASCII))
-    return [_saturated(digits) for digits in box.groups()] if box else [0] * 4, box is not None, well_formed, spans
+    else:
+        box = re.search(_BARE[answer_format], text, _DOTALL_ASCII)
+        well_formed = box is not None
+    number = _thousandths if answer_format == FORMAT_FRACTIONS else _saturated
+    return [number(digits) for digits in box.groups()] if box else [0] * 4, box is not None, well_formed, spans
 
 
 def _saturated(digits: bytes) -> int:
@@ -155,33 +208,14 @@ def _saturated(digits: bytes) -> int:
     return COORDINATE_LIMIT if len(digits) > 10 else min(int(digits or b"0"), COORDINATE_LIMIT)
 
 
-_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_text_op = torch.library.custom_op(
-    "boxgrpo::grounding_rewards",
-    grounding_rewards_torch,
-    mutates_args=(),
-    schema=f"(Tensor text, Tensor offsets, Tensor gold, Tensor formats) -> {_RESULTS}",
-)
-_ids_op = torch.library.custom_op(
-    "boxgrpo::grounding_rewards_from_ids",
-    grounding_rewards_from_ids_torch,
-    mutates_args=(),
-    schema="(Tensor ids, Tensor lengths, Tensor data, Tensor token_offsets, Tensor eos, Tensor gold, Tensor formats) "
-    f"-> {_RESULTS}",
-)
+def _thousandths(decimal: bytes) -> float:
+    whole, _, decimals = decimal.partition(b".")
+    billionths = _saturated(whole) * 10**9 + int(decimals[:9].ljust(9, b"0"))
+    return min(float(billionths) / 1e6, COORDINATE_LIMIT)
 
 
-@_text_op.register_fake
-def _(text, offsets, gold, formats):
-    return _fake(gold)
-
-
-@_ids_op.register_fake
-def _(ids, lengths, data, token_offsets, eos, gold, formats):
-    return _fake(gold)
-
-
-def _fake(gold: Tensor) -> tuple[Tensor, ...]:
+def _fake(*args: Tensor) -> tuple[Tensor, ...]:
+    gold = args[-2]
     n = gold.shape[0]
     return (
         gold.new_empty(n),
@@ -190,3 +224,18 @@ def _fake(gold: Tensor) -> tuple[Tensor, ...]:
         gold.new_empty(n, dtype=torch.bool),
         gold.new_empty(n, 4, dtype=torch.int32),
     )
+
+
+_RESULTS = "(Tensor accuracy, Tensor format, Tensor boxes, Tensor found, Tensor spans)"
+extension.register(
+    "grounding_rewards",
+    f"(Tensor text, Tensor offsets, Tensor gold, Tensor formats) -> {_RESULTS}",
+    grounding_rewards_torch,
+    _fake,
+)
+extension.register(
+    "grounding_rewards_from_ids",
+    f"(Tensor ids, Tensor lengths, Tensor data, Tensor entries, Tensor gold, Tensor formats) -> {_RESULTS}",
+    grounding_rewards_from_ids_torch,
+    _fake,
+)

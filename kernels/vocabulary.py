@@ -6,34 +6,74 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+# Roles of a token. Text that begins neither a tag nor a box is plain; with a bracket it may begin a box.
+PLAIN, BRACKET, TEXT, EOS, MARK = range(5)
+_SIZE_BITS, _ROLE_BITS = 22, 3
+
 
 class VocabularyBytes(NamedTuple):
-    """Token id t has the bytes data[offsets[t] : offsets[t + 1]]; special tokens have none."""
+    """What each token id stands for. Special tokens have no bytes, but for the box marks."""
 
     data: Tensor  # (total) uint8
-    offsets: Tensor  # (V+1) int64
-    eos: Tensor  # (V) bool
+    entries: Tensor  # (V) int64, where in `data` a token starts, its size and its role in one word: see `unpacked`
 
     @classmethod
-    def build(cls, tokens: list[bytes], eos_ids: Iterable[int], device: torch.device | str = "cpu") -> Self:
+    def build(
+        cls,
+        tokens: list[bytes],
+        eos_ids: Iterable[int],
+        device: torch.device | str = "cpu",
+        *,
+        mark_ids: Iterable[int] = (),
+    ) -> Self:
         """Pack the vocabulary.
 
         Args:
-            tokens: the bytes of every id the model can emit, in id order; b"" for special tokens and for the ids with
-                which a model pads its vocabulary.
+            tokens: the bytes of every id the model can emit, in id order; b"" for special tokens other than the box
+                marks, and for the ids with which a model pads its vocabulary.
             eos_ids: ids that end a completion.
+            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them: read in the
+                answer format "marked", silent in the others.
 
         Raises:
-            ValueError: an EOS id lies outside the vocabulary.
+            ValueError: an EOS id or a mark's id lies outside the vocabulary, or a token has 4 MiB or more.
         """
-        eos = torch.zeros(len(tokens), dtype=torch.bool)
-        for token_id in eos_ids:
-            if not 0 <= token_id < len(tokens):
-                raise ValueError(f"EOS id {token_id} is outside the {len(tokens)} ids; pass bytes for every id.")
-            eos[token_id] = True
+        roles = torch.tensor([_role(token) for token in tokens], dtype=torch.int64)
+        for role, kind, ids in ((MARK, "mark", mark_ids), (EOS, "EOS", eos_ids)):
+            for token_id in ids:
+                if not 0 <= token_id < len(tokens):
+                    raise ValueError(f"{kind} id {token_id} is outside the {len(tokens)} ids; pass bytes for every id.")
+                roles[token_id] = role
+        sizes = torch.tensor([len(token) for token in tokens], dtype=torch.int64)
+        if (sizes >= 1 << _SIZE_BITS).any():
+            raise ValueError(f"a token has {int(sizes.max())} bytes; less than 4 MiB is a token. Split it.")
+        starts = sizes.cumsum(0) - sizes
+        entries = ((starts << _SIZE_BITS | sizes) << _ROLE_BITS) | roles
         data = torch.frombuffer(bytearray(b"".join(tokens)) or bytearray(1), dtype=torch.uint8)
-        sizes = torch.tensor([0, *map(len, tokens)], dtype=torch.int64)
-        return cls(data, sizes.cumsum(0), eos).to(device)
+        return cls(data, entries).to(device)
+
+    @property
+    def offsets(self) -> Tensor:
+        """(V+1) int64: token id t has the bytes data[offsets[t] : offsets[t + 1]]."""
+        sizes = unpacked(self.entries)[1]
+        return torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+
+    @property
+    def eos(self) -> Tensor:
+        """(V) bool, ids that end a completion."""
+        return unpacked(self.entries)[2] == EOS
 
     def to(self, device: torch.device | str) -> Self:
         return VocabularyBytes(*(tensor.to(device) for tensor in self))
+
+
+def _role(token: bytes) -> int:
+    if not token or b"<" in token:
+        return TEXT
+    return BRACKET if b"(" in token or b"[" in token else PLAIN
+
+
+def unpacked(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, size and role of each entry: token t is data[start : start + size]."""
+    sizes = (entries >> _ROLE_BITS) & ((1 << _SIZE_BITS) - 1)
+    return entries >> (_SIZE_BITS + _ROLE_BITS), sizes, entries & ((1 << _ROLE_BITS) - 1)

@@ -79,6 +79,23 @@ def test_only_the_answer_counts(answered, iou):
     assert graded["iou"] == iou
 
 
+@pytest.mark.parametrize(
+    ("answer_format", "answered"),
+    [
+        ("marked", "<|object_ref_start|>it<|object_ref_end|><|box_start|>(200,200),(600,600)<|box_end|>"),
+        ("list", "The box is [200, 200, 600, 600]."),
+        ("fractions", "[0.2, 0.200, 0.6, 0.6]"),
+        ("box", "(200,200),(600,600)"),
+    ],
+)
+def test_another_models_boxes_are_read_as_it_writes_them(answer_format, answered):
+    example = dataclasses.replace(WHOLE, gold=GOLD)
+    (graded,) = grade_texts([example], [answered], answer_format=answer_format)
+    assert (graded["iou"], graded["format"], graded["box"]) == (1.0, 1.0, list(GOLD))
+    (graded,) = grade_texts([example], [answered])  # as the example asks: thinking, and an answer in tags
+    assert (graded["iou"], graded["format"], graded["box"]) == (0.0, 0.0, None)
+
+
 def test_an_iou_of_exactly_a_half_is_not_above_it():
     (graded,) = grade_texts([WHOLE], [text((0, 0, 500, 1000))])
     summary = summarize([graded])

@@ -1,6 +1,8 @@
 """box_iou against boxes worked out by hand."""
 
 import math
+import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ BY_HAND = {
     "a point": ((10, 10, 10, 10), (10, 10, 10, 10), 0.0),
     "a line inside": ((2, 5, 8, 5), (0, 0, 10, 10), 0.0),
     "infinite": ((0, 0, math.inf, math.inf), (0, 0, math.inf, math.inf), 0.0),
-    "area beyond fp32": ((0, 0, 1e25, 1e25), (0, 0, 1e25, 1e25), 0.0),
+    "area beyond fp32": ((0, 0, 1e25, 1e25), (0, 0, 1e25, 2e25), 0.5),
     "not a number": ((0, 0, math.nan, 1), (0, 0, 1, 1), 0.0),
 }
 
@@ -44,8 +46,65 @@ def test_never_above_one_and_close_to_fp64():
         iou, exact = box_iou(boxes, other), box_iou(boxes.double(), other.double())
         assert iou.dtype == torch.float32 and exact.dtype == torch.float64
         assert iou.min() >= 0 and iou.max() <= 1
-        wide = size.amin(1) > 30  # slivers lose digits to their own width
-        assert (iou - exact)[wide].abs().max() < 1e-5
+        assert (iou - exact).abs().max() < 1e-6
+
+
+def corners(box):
+    """(left, top), (right, bottom) in exact numbers."""
+    return [[Fraction(value) for value in pair] for pair in (box[:2], box[2:])]
+
+
+def generalized_by_hand(a, b):
+    """GIoU by its definition, in fractions."""
+    (a1, a2), (b1, b2) = corners(a), corners(b)
+    meet = [max(0, min(p, q) - max(r, s)) for r, s, p, q in zip(a1, b1, a2, b2)]
+    hull = [max(p, q) - min(r, s) for r, s, p, q in zip(a1, b1, a2, b2)]
+    sizes = [[q - p for p, q in zip(*box)] for box in ((a1, a2), (b1, b2))]
+    overlap, around = meet[0] * meet[1], hull[0] * hull[1]
+    union = sum(w * h for w, h in sizes) - overlap
+    return float(overlap / union - (around - union) / around)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_generalized_is_its_definition(backend):
+    draw = random.Random(0)
+
+    def box():
+        x1, y1 = draw.uniform(-100, 900), draw.uniform(-100, 900)
+        return torch.tensor([x1, y1, x1 + draw.expovariate(0.01), y1 + draw.expovariate(0.01)]).tolist()
+
+    pairs = [(box(), box()) for _ in range(500)]
+    a, b = (torch.tensor(boxes) for boxes in zip(*pairs))
+    got = box_iou(a, b, generalized=True, backend=backend)
+    assert got.tolist() == pytest.approx([generalized_by_hand(x, y) for x, y in pairs], abs=1e-6)
+    assert box_iou(a, a, generalized=True, backend=backend).tolist() == [1.0] * 500
+    improper = torch.tensor([[5.0, 5, 1, 9], [1, 1, 1, 9], [0, 0, math.inf, 1], [math.nan, 0, 1, 1]])
+    assert box_iou(improper, a[:4], generalized=True, backend=backend).tolist() == [-1.0] * 4
+    far = torch.tensor([[0.0, 0, 1, 1], [1e30, 1e30, 2e30, 2e30]])
+    assert -1 <= box_iou(far[:1], far[1:], generalized=True, backend=backend).item() < -0.7
+
+
+@pytest.mark.parametrize("generalized", [False, True])
+def test_pairwise_is_every_pair_in_turn(generalized):
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(7, 4, generator=g) + torch.tensor([0, 0, 0.5, 0.5]), torch.rand(5, 4, generator=g)
+    want = [[box_iou(x[None], y[None], generalized=generalized).item() for y in b] for x in a]
+    for backend in ("auto", "torch"):
+        got = box_iou(a, b, pairwise=True, generalized=generalized, backend=backend)
+        torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=1e-7)
+    assert box_iou(a, b[:0], pairwise=True).shape == (7, 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_no_box_of_any_bits_gives_nan_or_leaves_0_to_1(backend):
+    """Two million coordinates of random bits: subnormal, infinite, not a number, near the ends of fp32."""
+    bits = torch.randint(-(2**31), 2**31, (500_000, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    boxes = bits.int().view(torch.float32)
+    ordered = torch.cat((torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])), 1)
+    for a, b in ((boxes, boxes.flip(0)), (ordered, ordered), (ordered, ordered.roll(1, 0))):
+        iou, giou = (box_iou(a, b, generalized=generalized, backend=backend) for generalized in (False, True))
+        assert iou.min() >= 0 and iou.max() <= 1
+        assert giou.min() >= -1 and (giou <= iou).all()
 
 
 def test_dtypes_and_empty():

@@ -23,4 +23,4 @@ def test_example(i, monkeypatch, capsys):
 
 
 def test_an_example_for_each_repository():
-    assert len(EXAMPLES) == 5 and sum("boxgrpo.kernels.dropin" in example for example in EXAMPLES) == 4
+    assert len(EXAMPLES) == 6 and sum("boxgrpo.kernels.dropin" in example for example in EXAMPLES) == 4

@@ -3,7 +3,14 @@
 import pytest
 from transformers import AutoTokenizer
 
-from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer, token_bytes
+from boxgrpo.trainer.vocabulary import (
+    BOX_MARKS,
+    SPECIAL_TOKENS,
+    box_mark_ids,
+    demo_tokenizer,
+    qwen2_tokenizer,
+    token_bytes,
+)
 
 MIXED = "Où est 这只猫 🦊?\n\n  (125, 250)\t½ ﬁ\u0000"
 COMPLETION = "<think>The red circle is at the top left.</think><answer>(125, 250), (500, 750)</answer>"
@@ -95,7 +102,9 @@ def test_token_bytes_spell_the_text(tokenizer):
     table = token_bytes(tokenizer)
     assert len(table) == len(tokenizer)
     assert b"".join(table[i] for i in tokenizer.encode(COMPLETION + MIXED)).decode() == COMPLETION + MIXED
-    assert all(table[i] == b"" for i in tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+    for name, i in zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True):
+        assert table[i] == (name.encode() if name in BOX_MARKS else b"")
+    assert [tokenizer.convert_ids_to_tokens(i) for i in box_mark_ids(tokenizer)] == list(BOX_MARKS)
     assert all(table[i] for i in range(len(table) - len(SPECIAL_TOKENS)))
     padded = token_bytes(tokenizer, vocab_size=len(table) + 3)
     assert padded == table + [b""] * 3

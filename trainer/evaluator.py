@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, grounding_rewards
+from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import generate
 from boxgrpo.trainer.common import chosen_dtype, read_usable
@@ -85,16 +85,17 @@ def graded(examples: Sequence[Example], texts: Sequence[str], rewards: Grounding
     ]
 
 
-def grade_texts(examples: Sequence[Example], texts: Sequence[str]) -> list[dict]:
-    """`graded` answers that were made elsewhere, one text an example."""
+def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str | None = None) -> list[dict]:
+    """`graded` answers that were made elsewhere, one text an example. No command calls this.
+
+    Another model's boxes are read as `answer_format`, one of ANSWER_FORMATS; None: as each example asks.
+    """
     if len(texts) != len(examples):
         raise ValueError(f"{len(texts)} answers for {len(examples)} usable records; there must be one each, in order.")
-    raw = [text.encode() for text in texts]
-    offsets = torch.tensor([0, *map(len, raw)]).cumsum(0)
-    text = torch.frombuffer(bytearray(b"".join(raw)) or bytearray(1), dtype=torch.uint8)
+    text, offsets = pack_texts([text.encode() for text in texts])
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float32)
     codes = torch.tensor([ANSWER_FORMATS[e.answer_format] for e in examples], dtype=torch.uint8)
-    return graded(examples, texts, grounding_rewards(text, offsets, gold, answer_format=codes))
+    return graded(examples, texts, grounding_rewards(text, offsets, gold, answer_format=answer_format or codes))
 
 
 def summarize(answers: Sequence[dict]) -> dict:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from boxgrpo.kernels import grounding_rewards, pack_texts
+
 logger = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_ANSWER_BOX = re.compile(
-    r"<answer>(?:(?!</answer>).)*?\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\).*?</answer>", re.ASCII | re.DOTALL
-)
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,8 @@ def _parse_chat(record: dict, scale: float) -> dict:
         turns.append((expected, _text(text, "answer" if index % 2 else "question")))
     if len(turns) % 2:
         raise _Refused("no_answer", f"the last of {len(turns)} turns is the user's; a chat must end with an answer.")
-    box = _ANSWER_BOX.search(turns[1][1])
-    gold = _box([float(value) for value in box.groups()], 1.0) if box else None
+    read = grounding_rewards(*pack_texts([turns[1][1].encode()]), torch.zeros(1, 4))
+    gold = _box(read.boxes[0].tolist(), 1.0) if read.found else None
     return {"question": turns[0][1], "turns": tuple(turns), "gold": gold}
 
 

@@ -20,7 +20,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 from .loader import Sample
 from .processing import Processor
 from .spans import span
-from .vocabulary import token_bytes
+from .vocabulary import box_mark_ids, token_bytes
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Vocabulary:
         table = token_bytes(processor.tokenizer, rows)
         unknown = range(len(processor.tokenizer), rows)
         forbidden = torch.tensor([*processor.vision_ids, *unknown], device=device)
-        eos = tuple(processor.eos_ids)
-        return cls(eos, forbidden, VocabularyBytes.build(table, eos, device))
+        eos, marks = tuple(processor.eos_ids), box_mark_ids(processor.tokenizer)
+        return cls(eos, forbidden, VocabularyBytes.build(table, eos, device, mark_ids=marks))
 
 
 class Sampled(NamedTuple):

@@ -27,6 +27,8 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+BOX_MARKS = ("<|box_start|>", "<|box_end|>")
+
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 # Gives what Qwen2-VL's template gives for text and images. A message's content is a string or a list of parts.
@@ -115,7 +117,7 @@ def demo_tokenizer(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[bytes]:
-    """The bytes that each id stands for, for the kernels' `VocabularyBytes`; special tokens are empty.
+    """The bytes of each id, for the kernels' `VocabularyBytes`; special tokens are empty, but for the box marks.
 
     Args:
         tokenizer: a byte-level tokenizer.
@@ -126,13 +128,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = Non
     added = tokenizer.added_tokens_decoder
     table = []
     for index, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        if index in special:
+        if index in special and piece not in BOX_MARKS:
             table.append(b"")
         elif index in added:  # stands for its own text, not for byte-level characters
             table.append(piece.encode())
         else:
             table.append(bytes(byte_of[character] for character in piece))
     return table + [b""] * ((vocab_size or 0) - len(table))
+
+
+def box_mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of `<|box_start|>` and `<|box_end|>`, if the tokenizer has them."""
+    return [index for index, token in tokenizer.added_tokens_decoder.items() if token.content in BOX_MARKS]
 
 
 def _finish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -1,10 +1,8 @@
 """The reward functions of VLM-R1 as UniVG-R1 has them: an answer's box and its format (DESIGN section 3)."""
 
-import itertools
-
 import torch
 
-from ..rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards
+from ..rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
 
 COCO = "dataset/coco/train2014/COCO"  # in the path of a single-image example, which UniVG-R1 asks for no thinking
 
@@ -42,14 +40,12 @@ def format_reward_rec(completions: list[list[dict]], **kwargs) -> list[float]:
 
 def _rewards(completions, gold: torch.Tensor, columns: dict) -> GroundingRewards:
     texts = [completion[0]["content"].encode(errors="replace") for completion in completions]
-    offsets = torch.tensor([0, *itertools.accumulate(map(len, texts))])
-    text = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8) if any(texts) else gold.new_empty(0).byte()
     names = _answer_formats(len(texts), **columns)
     for name in names:
         if name not in ANSWER_FORMATS:
             raise ValueError(f"answer_format is {name!r}; it is 'think' or 'box', for all or one for each.")
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
-    return grounding_rewards(text, offsets, gold, answer_format=codes)
+    return grounding_rewards(*pack_texts(texts), gold, answer_format=codes)
 
 
 def _answer_formats(n: int, answer_format=None, single_img_with_cot=True, image_path=None, **_) -> list[str]:
