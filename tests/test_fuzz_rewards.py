@@ -1,5 +1,6 @@
 """Half a minute of `make fuzz`: the compiled parser against Python's `re`, and its header under the sanitizers."""
 
+import json
 import random
 import re
 import shutil
@@ -9,6 +10,7 @@ import torch
 
 from boxgrpo.bench import fuzz_rewards
 from boxgrpo.bench.fuzz_rewards import MARKS, TAGS, compiled, completions, differential, guided, sanitized
+from boxgrpo.bench.machine import RESULTS
 from boxgrpo.kernels import ANSWER_FORMATS, extension, grounding_rewards, pack_texts
 
 SEED = random.SystemRandom().randrange(2**32)  # a failure names it
@@ -31,7 +33,7 @@ def test_the_sanitizers_are_silent(tmp_path):
 
 BROKEN = {  # what the texts, the matcher and the pieces do not show: the reading of token ids
     "a copy from one byte too near the end": ("token_row.h", "tokens.size - kCopied;", "tokens.size - kCopied + 1;"),
-    "a run of two tokens too many": ("token_row.h", "end - id < kRun ?", "end - id < kRun + 2 ?"),
+    "a run of too many tokens": ("token_row.h", "end : id + kRun", "end : id + 2 * kRun"),
     "ids behind an end": ("token_row.h", "id < stop && !ended;", "id < stop;"),
     "a length that wraps": ("launch.h", "length < 0 ? 0 : ", ""),
 }
@@ -49,7 +51,7 @@ def test_the_sanitizers_see(tmp_path, monkeypatch, fault):
     (tmp_path / name).write_text(source.replace(right, wrong))
     monkeypatch.setattr(fuzz_rewards, "DRIVER", tmp_path / fuzz_rewards.DRIVER.name)
     with pytest.raises(SystemExit, match=f"seed {SEED}"):
-        sanitized(60, SEED, compiled(tmp_path, "g++", "-fsanitize=address,undefined"))
+        sanitized(200, SEED, compiled(tmp_path, "g++", "-fsanitize=address,undefined"))
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here")
@@ -106,3 +108,12 @@ def test_a_program_that_fails_names_the_seed(tmp_path):
         sanitized(10, 77, shutil.which("false"))
     with pytest.raises(SystemExit, match="seed 77"):
         guided(10, 77, tmp_path, shutil.which("false"))
+
+
+def test_the_recorded_run_is_long_and_has_nothing_to_report():
+    """bench/results/cpu/fuzz.json: how many cases, of which seed, at which revision."""
+    found = json.loads((RESULTS / "cpu/fuzz.json").read_text())
+    assert found["machine"]["revision"] and isinstance(found["seed"], int)
+    cases = {row["run"]: row["cases"] for row in found["rows"]}
+    assert cases.keys() == {"operators", "sanitizers", "libFuzzer"}
+    assert sum(cases.values()) >= 2_000_000 and min(cases.values()) >= 100_000
