@@ -252,7 +252,7 @@ def test_two_ranks_equal_one_on_stored_completions(world, cold):
     for a, b in zip(one, both, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
         assert a["reward"] == pytest.approx(b["reward"])
-        assert a["kl"] == pytest.approx(b["kl"], abs=1e-5)
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-4)  # far above 1 at this rate: its last digits are rounding
     assert any(abs(m["loss"]) > 1e-3 for m in one)  # there was something to agree on
 
 
@@ -262,8 +262,7 @@ def test_two_ranks_of_sft_equal_one(world):
     sft.train(SftOptions(**values, output_dir=str(world / "sft_one")), Ranks())
     on_two_ranks("sft.py", SftOptions(**values, output_dir=str(world / "sft_two")))
     losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_one", "sft_two")]
-    # Adam's first steps take the sign of gradients that are nothing but rounding: 1e-5 is not always held.
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_an_output_folder_with_another_run_is_refused(world, cold):

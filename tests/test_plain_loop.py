@@ -69,7 +69,7 @@ def plain_losses(o) -> list[float]:
     losses = []
     for _ in range(o.max_steps):
         samples = next(batches)
-        completions = replay(None, samples, None)
+        completions = replay(None, samples, None).completions
         rewards = score(completions, samples, vocabulary, "cpu")
         total = 0.0
         for i, (sample, group) in enumerate(zip(samples, completions, strict=True)):
