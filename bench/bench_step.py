@@ -32,7 +32,7 @@ from boxgrpo.bench.step_sides import Side, run_side
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.trainer.vocabulary import qwen2_tokenizer
 
-WARMUP = 2
+WARMUP = 1
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
 RENAMED = {"rollout": "decode", "policy": "policy_forward"}  # what is left of them without the phases inside
@@ -78,7 +78,8 @@ def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
     """Seconds of each phase of the median step, which they add up to, and its floor."""
     seconds = dict.fromkeys(PHASES, 0.0)
     for name, value in side.steps[side.seconds.index(statistics.median_low(side.seconds))].items():
-        seconds[RENAMED.get(name, name)] += value
+        name = RENAMED.get(name, name)
+        seconds[name] = seconds.get(name, 0.0) + value
     if not seconds["prefill"] or not seconds["backward"]:
         raise ValueError("no prefill or no backward pass was seen; the loop's parts have other names now.")
     return {name: {"seconds": round(value, 4)} | least.get(name, {}) for name, value in seconds.items()}
@@ -173,6 +174,7 @@ def run(args) -> tuple[dict, bool]:
         for case in cases:
             at = Path(scratch) / case.model
             prepare(case, at, tokenizer)
+            torch.cuda.empty_cache()  # the sides have the device to themselves
             sides = {name: fresh(name, case, at, args.steps) for name in ("ours", *args.peers)}
             result["rows"].append(row(case, sides, at, result["ceilings"]))
             print(steps_table(result), file=sys.stderr)
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
     parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
     parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each side")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side")
     parser.add_argument("--growth", action="store_true", help="also our step against each of its sizes")
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
     parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")

@@ -124,9 +124,10 @@ def prepare(case: StepCase, folder: Path, tokenizer: PreTrainedTokenizerBase) ->
     if not (folder / "model").exists():
         config = make_config(MODELS[case.model], tokenizer)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with device:
+        with torch.device("meta"):
             model = Qwen2VL(config).to(getattr(torch, case.dtype))
-        save_model(model.init_weights(torch.Generator(device).manual_seed(0)), folder / "model")
+        model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0))
+        save_model(model, folder / "model")
         o = GrpoOptions()
         images = Qwen2VLImageProcessorPil()
         Processor(tokenizer, images, min_pixels=o.min_pixels, max_pixels=o.max_pixels).save_pretrained(folder / "model")

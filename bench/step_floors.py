@@ -31,7 +31,8 @@ def limits() -> dict[str, float]:
     found = ceilings()
     n = 2**28 if device().type == "cuda" else 2**24
     a, b = torch.randn(2, n, device=device())
-    return found | {"bytes_per_second": max(found["bytes_per_second"], 12 * n / median_seconds(lambda: b.add_(a)))}
+    moved = 12 * n / median_seconds(lambda: b.add_(a))
+    return found | {"bytes_per_second": max(found["bytes_per_second"], moved)}
 
 
 def work(config, case: StepCase, prompt_tokens: float, trained: int) -> dict[str, tuple[float, float]]:

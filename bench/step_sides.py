@@ -217,11 +217,13 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
 
     if not torch.cuda.is_available():
         keep_freed_memory()  # as our loop does
+    # A group in one batch; all groups are generated together, whatever the batches.
+    settings = {"per_device_train_batch_size": case.generations, "gradient_accumulation_steps": case.prompts} | TRL
     clock, memory = Clock(), Memory()
     model_folder = str(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     processor = ImageProcessor(Qwen2VLImageProcessorPil.from_pretrained(model_folder), tokenizer)
-    ours = Processor.from_pretrained(model_folder, min_pixels=1, max_pixels=1)  # for the ids not to be sampled
+    never = Processor.from_pretrained(model_folder, min_pixels=1, max_pixels=1)  # knows the ids not to be sampled
     model = Qwen2VLForConditionalGeneration.from_pretrained(
         model_folder, dtype=getattr(torch, case.dtype), attn_implementation=ATTENTION
     )
@@ -244,11 +246,9 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
         config = GRPOConfig(
             output_dir=out,
             max_steps=warmup + steps,
-            per_device_train_batch_size=case.generations,
-            gradient_accumulation_steps=case.prompts,
             num_generations=case.generations,
             max_completion_length=case.tokens,
-            generation_kwargs={"suppress_tokens": [*ours.vision_ids, *ours.eos_ids]},
+            generation_kwargs={"suppress_tokens": [*never.vision_ids, *never.eos_ids]},
             beta=BETA,
             loss_type="grpo",
             learning_rate=LEARNING_RATE,
@@ -258,7 +258,7 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             bf16=case.dtype == "bfloat16",
-            **TRL,
+            **settings,
         )
         trainer = GRPOTrainer(
             model, reward, config, train_dataset=data, processing_class=processor, callbacks=[StepEnds()]
@@ -271,7 +271,7 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
     completions = len(logged) * case.prompts * case.generations
     tokens = logged[-1]["num_tokens"] / completions - case.tokens
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    settings = TRL | {"attn_implementation": ATTENTION, "per_device_train_batch_size": case.generations}
+    settings["attn_implementation"] = ATTENTION
     return Side(clock.counted(warmup - 1), peak, tokens, trained, torch.get_num_threads(), settings)
 
 
