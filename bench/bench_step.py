@@ -164,12 +164,15 @@ def merges(path: str | None) -> Path:
     return found
 
 
-def run(args) -> tuple[dict, bool]:
-    """The result, and whether it is the whole of it."""
-    gpu = torch.cuda.is_available()
-    cases, described = chosen(args, gpu), machine()
-    tokenizer = qwen2_tokenizer(merges(args.merges))
+def run(args, cases: list[StepCase], path: Path | None) -> dict:
+    """Everything that was asked for, written to `path` after each row: what a run that is stopped has is not lost."""
+    described, tokenizer = machine(), qwen2_tokenizer(merges(args.merges))
     result = {"machine": described, "ceilings": limits(), "rows": []}
+
+    def keep() -> None:
+        if path is not None:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:
             at = Path(scratch) / case.model
@@ -177,10 +180,11 @@ def run(args) -> tuple[dict, bool]:
             torch.cuda.empty_cache()  # the sides have the device to themselves
             sides = {name: fresh(name, case, at, args.steps) for name in ("ours", *args.peers)}
             result["rows"].append(row(case, sides, at, result["ceilings"]))
-            print(steps_table(result), file=sys.stderr)
+            keep()
         if args.growth:
             result["growth"] = growth(cases[0], Path(scratch) / cases[0].model, tokenizer, args.steps)
-    return result, cases == step_cases(gpu) and bool(args.peers) and args.growth
+            keep()
+    return result
 
 
 def main() -> None:
@@ -194,16 +198,17 @@ def main() -> None:
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
     parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
     args = parser.parse_args()
-    result, whole = run(args)
+    gpu = torch.cuda.is_available()
+    cases = chosen(args, gpu)
     if args.json == "-":
+        result = run(args, cases, None)
         rows = result.pop("rows")
         print(json.dumps(result | (rows[0] if len(rows) == 1 else {"rows": rows}), indent=1))
         return
     path = Path(args.json) if args.json else None
-    if path is None and whole:  # a part does not take the place of the whole
+    if path is None and cases == step_cases(gpu) and args.peers and args.growth:  # a part does not replace the whole
         path = folder() / "step.json"
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    result = run(args, cases, path)
     print(steps_table(result), *(phases_table(r) for r in result["rows"] if "phases" in r), sep="\n\n")
     if args.growth:
         print("\n" + growth_table(result["growth"]))
