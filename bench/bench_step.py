@@ -167,7 +167,8 @@ def merges(path: str | None) -> Path:
 def run(args, cases: list[StepCase], path: Path | None) -> dict:
     """Everything that was asked for, written to `path` after each row: what a run that is stopped has is not lost."""
     described, tokenizer = machine(), qwen2_tokenizer(merges(args.merges))
-    result = {"machine": described, "ceilings": limits(), "rows": []}
+    load = round(os.getloadavg()[0], 2)  # of the minute before: what else the machine had to do
+    result = {"machine": described, "load_before": load, "steps": args.steps, "ceilings": limits(), "rows": []}
 
     def keep() -> None:
         if path is not None:
