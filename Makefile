@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds test test-slow test-gpu fuzz lint format clean
+.PHONY: install demo seeds bench test test-slow test-gpu fuzz lint format clean
 
 install: $(STAMP)
 
@@ -21,6 +21,11 @@ demo: $(STAMP)
 # The README's three runs, each beside continued SFT for the same seconds.
 seeds: $(STAMP)
 	$(BIN)/python bench/bench_demo.py
+
+# Kernels and a whole step beside their peers.
+bench: $(STAMP)
+	$(BIN)/python bench/bench_kernels.py
+	$(BIN)/python bench/bench_step.py --peers trl --growth
 
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)

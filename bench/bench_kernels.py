@@ -139,11 +139,11 @@ def ceilings() -> dict[str, float]:
     a, b = torch.randn(2, size // dtype.itemsize, device=device(), dtype=dtype)
     side = 8192 if gpu else 2048
     x, y = torch.randn(2, side, side, device=device(), dtype=dtype)
-    copy, product = (_median_seconds(f) for f in (lambda: b.copy_(a), lambda: x @ y))
+    copy, product = (median_seconds(f) for f in (lambda: b.copy_(a), lambda: x @ y))
     return {"bytes_per_second": 2 * size / copy, "flop_per_second": 2 * side**3 / product}
 
 
-def _median_seconds(run) -> float:
+def median_seconds(run) -> float:
     if device().type == "cuda":
         from triton.testing import do_bench
 

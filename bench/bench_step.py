@@ -1,0 +1,222 @@
+"""A whole GRPO step beside TRL's `GRPOTrainer`, phase by phase beside what the machine allows, and how it grows.
+
+    python bench/bench_step.py --peers trl --growth                 writes bench/results/<device>/step.json
+    python bench/bench_step.py --peers trl --images 4 --json -      one row, printed as JSON
+
+On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the published sizes of the 2B and the 7B in
+bf16; weights are random. Each side runs in a fresh process, a few steps are not counted, and a step's seconds are the
+median of the others, from one step's begin to the next's, data and logging included. The phases are those of that very
+step. Peak memory is what is held above the loaded model: reference, gradients, moments and activations. On a GPU every
+phase waits for the device, on which the step itself then loses a little. The vocabulary is made from Qwen2's merges.txt
+(--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.step_cases import MODELS, StepCase, prepare, step_cases
+from boxgrpo.bench.step_floors import floors, limits, work
+from boxgrpo.bench.step_sides import Side, run_side
+from boxgrpo.model.checkpoint import read_config
+from boxgrpo.trainer.vocabulary import qwen2_tokenizer
+
+WARMUP = 1
+PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
+PHASES += ("optimizer", "other")
+RENAMED = {"rollout": "decode", "policy": "policy_forward"}  # what is left of them without the phases inside
+GROWTH = {"images": (1, 2, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64, 128), "prompts": (1, 2, 4)}
+
+
+def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
+    """`run_side` in a process of its own, which may start workers."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run_side, side, case, at, steps, WARMUP).result()
+
+
+def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[str, float]) -> dict:
+    """One line of results/. Of a side that had no room there is the error, and no ratio."""
+    found = asdict(case) | {"case": case.name}
+    for name, side in sides.items():
+        if isinstance(side, str):
+            found[f"{name}_error"] = side
+            continue
+        seconds = side.seconds
+        found[f"{name}_s"] = round(statistics.median_low(seconds), 3)
+        found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
+        found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
+        found[f"{name}_settings"] = side.settings | {"threads": side.threads}
+    ours, trl = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", "trl"))
+    if ours and trl:
+        if (ours.prompt_tokens, ours.trained) != (trl.prompt_tokens, trl.trained):
+            raise ValueError(
+                f"the sides differ: prompts of {ours.prompt_tokens} and {trl.prompt_tokens} tokens, {ours.trained} and "
+                f"{trl.trained} trained parameters; they must do the same work."
+            )
+        found["ratio"] = round(found["trl_s"] / found["ours_s"], 2)
+        if ours.peak_bytes and trl.peak_bytes:
+            found["peak_memory_ratio"] = round(ours.peak_bytes / trl.peak_bytes, 3)
+    if ours:
+        found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
+        counted = work(read_config(at / "model"), case, ours.prompt_tokens, ours.trained)
+        found["phases"] = phases(ours, floors(counted, measured))
+    return found
+
+
+def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
+    """Seconds of each phase of the median step, which they add up to, and its floor."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for name, value in side.steps[side.seconds.index(statistics.median_low(side.seconds))].items():
+        name = RENAMED.get(name, name)
+        seconds[name] = seconds.get(name, 0.0) + value
+    if not seconds["prefill"] or not seconds["backward"]:
+        raise ValueError("no prefill or no backward pass was seen; the loop's parts have other names now.")
+    return {name: {"seconds": round(value, 4)} | least.get(name, {}) for name, value in seconds.items()}
+
+
+def growth(base: StepCase, at: Path, tokenizer, steps: int) -> dict[str, dict]:
+    """Our step's seconds against each size, the others as in `base`, with a straight line through them."""
+
+    def seconds(case: StepCase) -> float:
+        prepare(case, at, tokenizer)
+        return round(statistics.median_low(fresh("ours", case, at, steps).seconds), 3)
+
+    found = {}
+    for size, values in GROWTH.items():
+        taken = [seconds(replace(base, **{size: value})) for value in values]
+        found[size] = {"values": values, "seconds": taken} | line(values, taken)
+    # Where prompts dominate: six images of the default max_pixels, and short answers.
+    case = replace(base, images=6, side=(448, 896), tokens=8)
+    taken = [seconds(replace(case, generations=g)) for g in (8, 16)]
+    found["doubled_group"] = {"case": case.name, "seconds": taken, "ratio": round(taken[1] / taken[0], 3)}
+    return found
+
+
+def line(values, seconds) -> dict[str, float]:
+    """Least squares: seconds = fixed + each · value, and the farthest that a measurement lies off it."""
+    each, fixed = np.polyfit(values, seconds, 1)
+    off = max(abs(fixed + each * v - s) / s for v, s in zip(values, seconds, strict=True))
+    return {"fixed_s": round(fixed, 4), "each_s": round(each, 5), "misfit_percent": round(100 * off, 1)}
+
+
+def steps_table(result: dict) -> str:
+    """Markdown: a line for each row."""
+    lines = [
+        "| images | prompts | boxgrpo, s | TRL, s | ratio | boxgrpo, MB | TRL, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        seconds = [f"{r[key]:.2f}" if key in r else "-" for key in ("ours_s", "trl_s")]
+        ratio = f"{r['ratio']:.1f}" if "ratio" in r else "-"
+        peaks = [str(r.get(key) or "-") for key in ("ours_peak_mb", "trl_peak_mb")]
+        lines.append("| " + " | ".join([str(r["images"]), str(r["prompts"]), *seconds, ratio, *peaks]) + " |")
+    return "\n".join(lines)
+
+
+def phases_table(r: dict) -> str:
+    """Markdown: where a row's step goes, in ms."""
+    lines = ["| phase | ms | floor, ms | set by |", "|---|---|---|---|"]
+    for name, p in r["phases"].items():
+        floor = f"{1e3 * p['floor_s']:.0f}" if "floor_s" in p else ""
+        lines.append(f"| {name.replace('_', ' ')} | {1e3 * p['seconds']:.0f} | {floor} | {p.get('floor_is', '')} |")
+    least = sum(p.get("floor_s", 0) for p in r["phases"].values())
+    return "\n".join([*lines, f"| step | {1e3 * r['ours_s']:.0f} | {1e3 * least:.0f} | |"])
+
+
+def growth_table(grown: dict) -> str:
+    """Markdown: what each more of a size costs."""
+    lines = ["| size | values | seconds | each more, ms | misfit |", "|---|---|---|---|---|"]
+    for size in GROWTH:
+        g = grown[size]
+        values, seconds = (", ".join(map(str, g[key])) for key in ("values", "seconds"))
+        lines.append(f"| {size} | {values} | {seconds} | {1e3 * g['each_s']:.1f} | {g['misfit_percent']:.0f} % |")
+    twice = grown["doubled_group"]
+    return "\n".join([*lines, "", f"Twice the completions, {twice['case']}: x {twice['ratio']}"])
+
+
+def chosen(args, gpu: bool) -> list[StepCase]:
+    """All rows, or the one that the flags ask for."""
+    given = {key: getattr(args, key) for key in ("model", "images", "prompts") if getattr(args, key) is not None}
+    if not given:
+        return step_cases(gpu)
+    case = replace(step_cases(gpu)[0], **given)
+    if case.model in ("2B", "7B") and not gpu:
+        raise ValueError(f"model is {case.model}; it is measured on a GPU, and none is here. Drop --model.")
+    return [case]
+
+
+def merges(path: str | None) -> Path:
+    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[2] / "shared")
+    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
+    if not found.is_file():
+        raise ValueError(f"there is no {found}; the real vocabulary needs a Qwen2 model's. Name it with --merges.")
+    return found
+
+
+def run(args, cases: list[StepCase], path: Path | None) -> dict:
+    """Everything that was asked for, written to `path` after each row: what a run that is stopped has is not lost."""
+    described, tokenizer = machine(), qwen2_tokenizer(merges(args.merges))
+    load = round(os.getloadavg()[0], 2)  # of the minute before: what else the machine had to do
+    result = {"machine": described, "load_before": load, "steps": args.steps, "ceilings": limits(), "rows": []}
+
+    def keep() -> None:
+        if path is not None:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in cases:
+            at = Path(scratch) / case.model
+            prepare(case, at, tokenizer)
+            torch.cuda.empty_cache()  # the sides have the device to themselves
+            sides = {name: fresh(name, case, at, args.steps) for name in ("ours", *args.peers)}
+            result["rows"].append(row(case, sides, at, result["ceilings"]))
+            keep()
+        if args.growth:
+            result["growth"] = growth(cases[0], Path(scratch) / cases[0].model, tokenizer, args.steps)
+            keep()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who runs the same step")
+    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
+    parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
+    parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side")
+    parser.add_argument("--growth", action="store_true", help="also our step against each of its sizes")
+    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
+    parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    cases = chosen(args, gpu)
+    if args.json == "-":
+        result = run(args, cases, None)
+        rows = result.pop("rows")
+        print(json.dumps(result | (rows[0] if len(rows) == 1 else {"rows": rows}), indent=1))
+        return
+    path = Path(args.json) if args.json else None
+    if path is None and cases == step_cases(gpu) and args.peers and args.growth:  # a part does not replace the whole
+        path = folder() / "step.json"
+    result = run(args, cases, path)
+    print(steps_table(result), *(phases_table(r) for r in result["rows"] if "phases" in r), sep="\n\n")
+    if args.growth:
+        print("\n" + growth_table(result["growth"]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_step.py: {error}")

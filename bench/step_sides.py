@@ -1,0 +1,287 @@
+"""The two sides of the step benchmark, each to be run in a process of its own: our loop, and TRL's GRPOTrainer.
+
+Both load the same checkpoint, read the same records and images, keep the vision tower frozen, sample without vision
+tokens and ends, so that every completion has its full length, and are paid alike: the rule's rewards, and a stand-in
+without which random weights would earn nothing and every advantage would be zero.
+"""
+
+import contextlib
+import gc
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from boxgrpo.bench.step_cases import StepCase
+from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
+from boxgrpo.model.qwen2vl import Qwen2VL
+from boxgrpo.trainer import grpo
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
+from boxgrpo.trainer.ranks import keep_freed_memory, ranks
+from boxgrpo.trainer.readers import read_examples
+
+BETA, LEARNING_RATE = 0.04, 1e-6
+# What was fastest on two cores among what was tried.
+OURS = {"dataloader_num_workers": 0}
+TRL = {"gradient_checkpointing": False, "dataloader_num_workers": 0}
+ATTENTION = "sdpa"
+
+
+@dataclass
+class Side:
+    """What one side took."""
+
+    steps: list[dict[str, float]]  # seconds by phase, each phase without those inside it; they add up to the step
+    peak_bytes: int | None  # the most above the loaded model
+    prompt_tokens: float  # of a prompt, on average
+    trained: int  # parameters
+    threads: int
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> list[float]:
+        return [sum(step.values()) for step in self.steps]
+
+
+class Clock:
+    """Seconds by phase and step. A phase's seconds are without those of the phases inside it."""
+
+    def __init__(self):
+        self.steps: list[dict[str, float]] = []
+        self.inside = ["other"]
+        self.last = self.now()
+
+    @staticmethod
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else a phase would be what its launches cost the host
+        return time.perf_counter()
+
+    def charge(self) -> None:
+        """Give what has passed to the phase that runs."""
+        now = self.now()
+        if self.steps:
+            self.steps[-1][self.inside[-1]] += now - self.last
+        self.last = now
+
+    def begin_step(self) -> None:
+        self.charge()
+        self.steps.append(defaultdict(float))
+
+    @contextlib.contextmanager
+    def span(self, name: str):
+        if name == "data":
+            self.begin_step()
+        self.charge()
+        self.inside.append(name)
+        try:
+            yield
+        finally:
+            self.charge()
+            self.inside.pop()
+
+    def timed(self, name: str, function, only_inside: str | None = None):
+        """`function` as a phase; with `only_inside` only while that phase runs."""
+
+        def run(*args, **kwargs):
+            if only_inside not in (None, self.inside[-1]):
+                return function(*args, **kwargs)
+            with self.span(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    def counted(self, warmup: int) -> list[dict[str, float]]:
+        """Whole steps after the first `warmup`; the last one ends with the run and is none."""
+        return [dict(step) for step in self.steps[warmup:-1]]
+
+
+class Memory:
+    """The most memory since the model was loaded: resident on a CPU, allocated on a GPU."""
+
+    def __init__(self):
+        self.base: int | None = None
+
+    def start(self, model) -> None:
+        for p in model.parameters():
+            p.sum()  # a mapped file's pages count from here on
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+        elif (refs := Path("/proc/self/clear_refs")).exists():
+            refs.write_text("5")  # the high-water mark starts anew
+            self.base = _resident("VmRSS")
+
+    def peak(self) -> int | None:
+        if self.base is None:
+            return None
+        most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+        return most - self.base
+
+
+def _resident(key: str) -> int:
+    return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def stand_in(ids) -> float:
+    """Share of even ids, 0-1: some spread within each group."""
+    return sum(int(i) % 2 == 0 for i in ids) / len(ids)
+
+
+def ours(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
+    """`grpo.train` as it is, with spans around the parts of its stages."""
+    clock, memory, seen = Clock(), Memory(), {}
+
+    def load_model(*args, **kwargs):
+        model = load(*args, **kwargs)
+        memory.start(model)
+        seen["model"] = model
+        return model
+
+    def vocabulary(processor, config, device):
+        found = of(processor, config, device)
+        ends = torch.tensor(found.eos_token_ids, device=found.forbidden.device)
+        return replace(found, forbidden=torch.cat((found.forbidden, ends)))
+
+    def score(completions, *args):
+        rewards = rule(completions, *args)
+        shares = [stand_in(c.tolist()) for group in completions for c in group]
+        return rewards._replace(accuracy=rewards.accuracy + rewards.accuracy.new_tensor(shares))
+
+    load, of, rule = grpo.load_model, grpo.Vocabulary.of, grpo.score
+    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as patches, ranks() as r:
+        patched = {
+            (grpo, "span"): clock.span,
+            (grpo, "load_model"): load_model,
+            (grpo, "score"): score,
+            (grpo, "save_checkpoint"): lambda *_: None,  # no part of a step
+            (grpo, "embed_prompts"): clock.timed("vision", grpo.embed_prompts),
+            (grpo.Vocabulary, "of"): staticmethod(vocabulary),
+            (grpo.Engine, "backward"): clock.timed("backward", grpo.Engine.backward),
+            (Qwen2VL, "hidden"): clock.timed("prefill", Qwen2VL.hidden, only_inside="rollout"),
+        }
+        for (owner, name), value in patched.items():
+            patches.enter_context(mock.patch.object(owner, name, value))
+        options = GrpoOptions(
+            model=str(folder / "model"),
+            data=str(folder / "records.json"),
+            output_dir=out,
+            dtype=case.dtype,
+            max_steps=warmup + steps + 1,
+            prompts_per_step=case.prompts,
+            num_generations=case.generations,
+            max_completion_length=case.tokens,
+            beta=BETA,
+            learning_rate=LEARNING_RATE,
+            **OURS,
+        )
+        grpo.train(options, r)
+        peak = memory.peak()
+        logged = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    for line in logged:
+        assert line["completions/min_length"] == case.tokens and line["grad_norm"] > 0, line
+    tokens = logged[-1]["num_tokens"] / len(logged) / case.prompts - case.generations * case.tokens
+    trained = sum(p.numel() for p in seen["model"].parameters() if p.requires_grad)
+    return Side(clock.counted(warmup), peak, tokens, trained, torch.get_num_threads(), dict(OURS))
+
+
+def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
+    """TRL's `GRPOTrainer` with transformers' generate, a group's completions in one batch."""
+    from datasets import Dataset, Image, List
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainerCallback
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from trl import GRPOConfig, GRPOTrainer
+
+    class ImageProcessor(Qwen2VLProcessor):
+        """Without the video processor, which needs torchvision."""
+
+        def __init__(self, image_processor, tokenizer):
+            super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+    class StepEnds(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock.begin_step()
+
+    def reward(completions, completion_ids, solution, **_):
+        rule = zip(iou_reward(completions, solution), format_reward_rec(completions), strict=True)
+        return [iou + well + stand_in(ids) for (iou, well), ids in zip(rule, completion_ids, strict=True)]
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as our loop does
+    # A group in one batch; all groups are generated together, whatever the batches.
+    settings = {"per_device_train_batch_size": case.generations, "gradient_accumulation_steps": case.prompts} | TRL
+    clock, memory = Clock(), Memory()
+    model_folder = str(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    processor = ImageProcessor(Qwen2VLImageProcessorPil.from_pretrained(model_folder), tokenizer)
+    never = Processor.from_pretrained(model_folder, min_pixels=1, max_pixels=1)  # knows the ids not to be sampled
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        model_folder, dtype=getattr(torch, case.dtype), attn_implementation=ATTENTION
+    )
+    model.model.visual.requires_grad_(False)
+    if torch.cuda.is_available():
+        model.cuda()
+    memory.start(model)
+    examples, _ = read_examples(folder / "records.json")
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": e.question + THINK_SUFFIX}],
+                "images": list(e.images),
+                "solution": list(e.gold),
+            }
+            for e in examples
+        ]
+    ).cast_column("images", List(Image()))
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out,
+            max_steps=warmup + steps,
+            num_generations=case.generations,
+            max_completion_length=case.tokens,
+            generation_kwargs={"suppress_tokens": [*never.vision_ids, *never.eos_ids]},
+            beta=BETA,
+            loss_type="grpo",
+            learning_rate=LEARNING_RATE,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=case.dtype == "bfloat16",
+            **settings,
+        )
+        trainer = GRPOTrainer(
+            model, reward, config, train_dataset=data, processing_class=processor, callbacks=[StepEnds()]
+        )
+        trainer.train()
+        peak = memory.peak()
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    for line in logged:
+        assert line["completions/min_length"] == case.tokens and line["grad_norm"] > 0, line
+    completions = len(logged) * case.prompts * case.generations
+    tokens = logged[-1]["num_tokens"] / completions - case.tokens
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    settings["attn_implementation"] = ATTENTION
+    return Side(clock.counted(warmup - 1), peak, tokens, trained, torch.get_num_threads(), settings)
+
+
+SIDES = {"ours": ours, "trl": trl}
+
+
+def run_side(name: str, case: StepCase, folder: Path, steps: int, warmup: int) -> Side | str:
+    """One side; where the device's memory is too small for it, the error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            return SIDES[name](case, folder, steps, warmup)
+        except torch.OutOfMemoryError as error:
+            return f"out of memory: {error}"

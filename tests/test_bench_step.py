@@ -1,0 +1,116 @@
+"""The step benchmark: its machinery at a tiny size, its counted floors, its figures on a CPU and the README's copy."""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from boxgrpo.bench.bench_step import chosen, fresh, line, phases_table, row, steps_table
+from boxgrpo.bench.step_cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
+from boxgrpo.bench.step_floors import work
+from boxgrpo.bench.step_sides import Clock
+from boxgrpo.model.attention import PackedAttention
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.model.qwen2vl import Qwen2VL
+from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
+from boxgrpo.trainer.readers import read_examples
+from boxgrpo.trainer.vocabulary import demo_tokenizer
+
+TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
+MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo_tokenizer([QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step")
+    prepare(TINY, folder, tokenizer)
+    return folder
+
+
+def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
+    pytest.importorskip("trl", reason="trl is not installed")
+    with ThreadPoolExecutor() as pool:
+        started = {name: pool.submit(fresh, name, TINY, tiny, 1) for name in ("ours", "trl")}
+        sides = {name: side.result() for name, side in started.items()}
+    found = row(TINY, sides, tiny, MEASURED)  # refuses prompts of other lengths, or other weights
+    assert found["ratio"] == pytest.approx(found["trl_s"] / found["ours_s"], abs=0.01)
+    assert found["ours_peak_mb"] > 0 and found["trl_peak_mb"] > 0
+    spent = {name: phase["seconds"] for name, phase in found["phases"].items()}
+    assert sum(spent.values()) == pytest.approx(found["ours_s"], abs=2e-3)
+    assert min(spent.values()) > 0 and spent["other"] < 0.5 * found["ours_s"]
+    assert len(steps_table({"rows": [found]}).splitlines()) == 3
+    assert len(phases_table(found).splitlines()) == 3 + len(spent)
+
+
+def test_a_side_without_room_is_told(tiny):
+    found = row(TINY, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
+    assert found["ours_error"].startswith("out of memory") and "ratio" not in found and "phases" not in found
+    assert steps_table({"rows": [found]}).endswith("| 2 | 2 | - | - | - | - | - |")
+
+
+def test_a_phase_is_without_those_inside_it(monkeypatch):
+    clock = Clock()
+    ticks = iter(range(100))
+    monkeypatch.setattr(clock, "now", lambda: next(ticks))
+    inner = clock.timed("prefill", lambda: None, only_inside="rollout")
+    for _ in range(3):
+        with clock.span("data"):
+            inner()  # not inside the rollout
+        with clock.span("rollout"):
+            inner()
+    assert [set(step) for step in clock.counted(warmup=1)] == [{"data", "rollout", "prefill", "other"}]
+    (step,) = clock.counted(warmup=1)
+    assert step["prefill"] == 1 and step["rollout"] == 2 and step["data"] == 1
+
+
+def test_the_counted_products_are_those_of_the_model(tiny):
+    """As torch counts them when attention is plain products, which give a causal one its full square."""
+    model, case = load_model(tiny / "model"), replace(TINY, prompts=1)
+    examples, _ = read_examples(tiny / "records.json")
+    prompt = Processor.from_pretrained(tiny / "model", min_pixels=1, max_pixels=10**6).prompt(examples[0])
+    tokens = len(prompt.input_ids)
+    counted = work(model.config, case, tokens, 1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        embeds = model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+    assert counted["vision"][0] == seen.get_total_flops()
+
+    text = model.config.text_config
+    upper = 4 * text.hidden_size * text.num_hidden_layers * tokens * (tokens - 1) / 2
+    batch = pack_groups([Group(prompt, (), 0, embeds)], image_token_id=model.config.image_token_id)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        model.hidden(batch, PackedAttention(batch))
+    assert counted["prefill"][0] + upper == seen.get_total_flops()
+
+
+def test_the_published_models_have_their_published_sizes(tokenizer):
+    for name, size in (("44M", 44_169_984), ("2B", 2_208_985_600), ("7B", 8_291_375_616)):
+        with torch.device("meta"):
+            model = Qwen2VL(make_config(MODELS[name], tokenizer))
+        assert sum(p.numel() for p in model.parameters()) == size
+
+
+def test_which_rows_are_asked_for():
+    def flags(**given):
+        return argparse.Namespace(**{"model": None, "images": None, "prompts": None} | given)
+
+    assert chosen(flags(), gpu=False) == step_cases(False)
+    assert chosen(flags(images=6), gpu=False) == [StepCase(images=6)]
+    assert {case.model for case in chosen(flags(), gpu=True)} == {"2B", "7B"}
+    assert chosen(flags(model="7B", images=1), gpu=True)[0].patches == 4 * 401_408 // 28**2
+    with pytest.raises(ValueError, match="model is 2B; it is measured on a GPU"):
+        chosen(flags(model="2B"), gpu=False)
+
+
+def test_a_straight_line_fits():
+    assert line([1, 2, 4], [0.75, 1.0, 1.5]) == {"fixed_s": 0.5, "each_s": 0.25, "misfit_percent": 0.0}
+    assert line([1, 2, 3], [1.0, 1.3, 1.0])["misfit_percent"] == pytest.approx(15.4)
