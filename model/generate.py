@@ -38,6 +38,13 @@ class Rollout:
         return [row[:count] for row, count in zip(ids, self.lengths.tolist(), strict=True)]
 
 
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (n, H) @ weight.T, (V, H): on a CPU few rows are up to four times as fast the other way round."""
+    if hidden.device.type == "cpu" and len(hidden) <= 32:
+        return (weight @ hidden.T).T.contiguous()
+    return hidden @ weight.T
+
+
 @dataclass
 class Rows:
     """The n completions that decode together, prompt-major; (n) int64 but for `going`."""
@@ -69,7 +76,7 @@ class Decoding:
         """The next token of every row, from its hidden state."""
         rows, results, at = self.rows, self.results, self.cache.at.expand_as(self.tokens)
         counters = {"prompt_ids": rows.serial, "completion_ids": rows.completion, "positions": at}
-        tokens, logps = sample_tokens(self.hidden @ self.model.head_weight.T, **counters, **options)
+        tokens, logps = sample_tokens(head_logits(self.hidden, self.model.head_weight), **counters, **options)
         self.tokens.copy_(tokens)
         results.ids.index_put_((rows.place, at), tokens)
         results.logps.index_put_((rows.place, at), logps)
