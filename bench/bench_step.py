@@ -82,7 +82,7 @@ def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
         seconds[name] = seconds.get(name, 0.0) + value
     if not seconds["prefill"] or not seconds["backward"]:
         raise ValueError("no prefill or no backward pass was seen; the loop's parts have other names now.")
-    return {name: {"seconds": round(value, 4)} | least.get(name, {}) for name, value in seconds.items()}
+    return {name: {"seconds": round(value, 6)} | least.get(name, {}) for name, value in seconds.items()}
 
 
 def growth(base: StepCase, at: Path, tokenizer, steps: int) -> dict[str, dict]:
