@@ -35,7 +35,8 @@ from boxgrpo.trainer.vocabulary import qwen2_tokenizer
 WARMUP = 1
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
-RENAMED = {"rollout": "decode", "policy": "policy_forward"}  # what is left of them without the phases inside
+# What is left of a stage without the phases inside.
+RENAMED = {"rollout": "decode", "policy": "policy_forward", "forward": "policy_forward"}
 GROWTH = {"images": (1, 2, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64, 128), "prompts": (1, 2, 4)}
 
 
