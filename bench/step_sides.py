@@ -21,8 +21,7 @@ import torch
 
 from boxgrpo.bench.step_cases import StepCase
 from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
-from boxgrpo.model.qwen2vl import Qwen2VL
-from boxgrpo.trainer import grpo
+from boxgrpo.trainer import grpo, rollout
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
 from boxgrpo.trainer.ranks import keep_freed_memory, ranks
@@ -88,17 +87,6 @@ class Clock:
             self.charge()
             self.inside.pop()
 
-    def timed(self, name: str, function, only_inside: str | None = None):
-        """`function` as a phase; with `only_inside` only while that phase runs."""
-
-        def run(*args, **kwargs):
-            if only_inside not in (None, self.inside[-1]):
-                return function(*args, **kwargs)
-            with self.span(name):
-                return function(*args, **kwargs)
-
-        return run
-
     def counted(self, warmup: int) -> list[dict[str, float]]:
         """Whole steps after the first `warmup`; the last one ends with the run and is none."""
         return [dict(step) for step in self.steps[warmup:-1]]
@@ -138,7 +126,7 @@ def stand_in(ids) -> float:
 
 
 def ours(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
-    """`grpo.train` as it is, with spans around the parts of its stages."""
+    """`grpo.train` as it is, its spans on this clock."""
     clock, memory, seen = Clock(), Memory(), {}
 
     def load_model(*args, **kwargs):
@@ -161,13 +149,11 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as patches, ranks() as r:
         patched = {
             (grpo, "span"): clock.span,
+            (rollout, "span"): clock.span,
             (grpo, "load_model"): load_model,
             (grpo, "score"): score,
             (grpo, "save_checkpoint"): lambda *_: None,  # no part of a step
-            (grpo, "embed_prompts"): clock.timed("vision", grpo.embed_prompts),
             (grpo.Vocabulary, "of"): staticmethod(vocabulary),
-            (grpo.Engine, "backward"): clock.timed("backward", grpo.Engine.backward),
-            (Qwen2VL, "hidden"): clock.timed("prefill", Qwen2VL.hidden, only_inside="rollout"),
         }
         for (owner, name), value in patched.items():
             patches.enter_context(mock.patch.object(owner, name, value))
