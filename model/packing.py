@@ -32,6 +32,23 @@ class Group:
     completions: Sequence[Tensor]  # each (C_i) int64
     group_id: int = 0
     image_embeds: Tensor | None = None  # (p / 4, H): the tower's output, when it is at hand
+    advantages: Tensor | None = None  # (G) fp32
+    weight: Tensor | None = None  # 0-dim fp32, difficulty weight
+    sampler_logps: Sequence[Tensor] | None = None  # each (C_i) fp32, of the foreign sampler that drew them
+
+    def to(self, device) -> "Group":
+        """The same group with its own tensors on `device`; the prompt's stay on the CPU, where packs are made."""
+        own = {name: getattr(self, name) for name in ("image_embeds", "advantages", "weight")}
+        return replace(self, **{name: value.to(device) for name, value in own.items() if value is not None})
+
+    def part(self, start: int, stop: int) -> "Group":
+        """The same prompt with some of its completions."""
+        return replace(
+            self,
+            completions=self.completions[start:stop],
+            advantages=None if self.advantages is None else self.advantages[start:stop],
+            sampler_logps=None if self.sampler_logps is None else self.sampler_logps[start:stop],
+        )
 
 
 @dataclass
@@ -117,7 +134,10 @@ def _pack(
 
 
 def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
-    """Pack prompts with their completions; every completion token is scored. No groups: an empty batch."""
+    """Pack prompts with their completions; every completion token is scored. No groups: an empty batch.
+
+    Advantages, weights and the sampler's log-probabilities come along where the groups, all of them, have them.
+    """
     segments, positions, parents = [], [], []
     predict_from, group_ids, lengths = [], [], []
     row = 0
@@ -142,6 +162,9 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
             lengths.append(count)
             row += count
     embeds = [g.image_embeds for g in groups if g.image_embeds is not None]
+    advantages = [g.advantages for g in groups if g.advantages is not None]
+    weights = [g.weight.expand(len(g.completions)) for g in groups if g.weight is not None]
+    sampler_logps = [logps for g in groups for logps in g.sampler_logps or ()]
     none = torch.empty(0, dtype=torch.int64)
     return _pack(
         segments,
@@ -150,6 +173,9 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
         [g.prompt for g in groups],
         image_token_id,
         torch.cat(embeds) if embeds else None,
+        advantages=torch.cat(advantages) if advantages else None,
+        weights=torch.cat(weights) if weights else None,
+        sampler_logps=torch.cat(sampler_logps) if sampler_logps else None,
         predict_from=_cat(predict_from, none),
         targets=_cat([c for g in groups for c in g.completions], none),
         completion_cu=_offsets(lengths),
@@ -182,16 +208,31 @@ def pack_conversations(conversations: Sequence[Conversation], *, image_token_id:
     )
 
 
-def decoder_flop(config, prompt: int, completions: Sequence[int] = ()) -> float:
+def forward_flop(config, prompt: int, completions: Sequence[int], scored: int, grids: Tensor | None = None) -> float:
     """FLOP of a forward over a prompt of that many tokens, those of its images among them, and its completions.
 
-    Linear layers and causal attention; `config` is the text config. The head is left out: it sees scored rows alone.
+    Linear layers, causal attention, and the head over its scored rows. Backward costs twice as much in each of them, so
+    shares of a step's work are shares of this.
+
+    Args:
+        config: Qwen2VLConfig.
+        grids: (I, 3) int64, patches of the images when the tower runs too; attention in it is within each image.
     """
-    width, kv_width = config.hidden_size, config.hidden_size * config.num_key_value_heads // config.num_attention_heads
-    weights = 2 * width * (width + kv_width) + 3 * width * config.intermediate_size
-    tokens = prompt + sum(completions)
+    text, vision = config.text_config, config.vision_config
+    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
     pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
-    return config.num_hidden_layers * (2 * weights * tokens + 4 * width * pairs)
+    flop = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+    flop += 2 * scored * text.vocab_size * width
+    if grids is None:
+        return flop
+    patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
+    merged = vision.embed_dim * vision.spatial_merge_size**2
+    merger = (merged**2 + merged * width) / vision.spatial_merge_size**2
+    linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
+    return flop + float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
 
 
 def plan_packs(sizes: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:

@@ -350,9 +350,9 @@ def test_groups_of_equal_rewards_cost_no_policy_pass(world, cold, monkeypatch):
     grpo.train(grpo_options(world, cold, "without", **options), Ranks())
     assert sum(scored) % 4 == 0 and sum(scored) <= 12
     scored.clear()
-    make_packs = grpo.make_packs
+    of = grpo.trained_groups
     # A KL so small that it changes nothing keeps every group.
-    monkeypatch.setattr(grpo, "make_packs", lambda o, *rest: make_packs(dataclasses.replace(o, beta=1e-30), *rest))
+    monkeypatch.setattr(grpo, "trained_groups", lambda o, *rest: of(dataclasses.replace(o, beta=1e-30), *rest))
     grpo.train(grpo_options(world, cold, "with", **options), Ranks())
     assert sum(scored) == 32
     for a, b in zip(lines(world / "without"), lines(world / "with"), strict=True):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.model.packing import Conversation, Group, Prompt, decoder_flop, pack_conversations, pack_groups, plan_packs
+from boxgrpo.model.packing import Conversation, Group, Prompt, forward_flop, pack_conversations, pack_groups, plan_packs
 
 IMAGE = 102  # <|image_pad|> of the fixtures
 
@@ -240,11 +242,18 @@ def test_packs_of_like_cost():
     assert plan_packs(tight, 10, [1, 9, 8, 7]) == plan_packs(tight, 10)
 
 
-def test_decoder_flop(twins):
-    """Against torch's own count of a packed forward, attention over whole rectangles taken off."""
+def test_forward_flop_is_what_torch_counts(twins, make_prompt):
+    """Tower, decoder and head; torch counts causal attention as the full square that plain products compute."""
     model = twins("tiny")[0]
-    config = model.config.text_config
-    layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
-    assert decoder_flop(config, 10) - 4 * 64 * 2 * 50 == 2 * 10 * 2 * layer
-    with_completions = decoder_flop(config, 10, [4, 2]) - decoder_flop(config, 16, ())
-    assert with_completions == 4 * 64 * 2 * ((50 + 4 * 12 + 2 * 11) - 128)
+    prompt = make_prompt([(1, 4, 8), (1, 6, 4)], seed=1)
+    length, width, layers = len(prompt.input_ids), 64, model.config.text_config.num_hidden_layers
+    pack = pack_groups([Group(prompt, [torch.tensor([5, 6, 7])])], image_token_id=IMAGE)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        model(pack, lambda h, w: h @ w.T)
+    masked = 4 * width * layers * (length * length / 2 + 3 * 3 / 2)
+    counted = forward_flop(model.config, length, [3], 3, prompt.image_grid_thw)
+    assert counted + masked == seen.get_total_flops()
+    without_images = forward_flop(model.config, length, [3], 3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+    assert counted - without_images == seen.get_total_flops()

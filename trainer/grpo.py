@@ -15,7 +15,7 @@ import torch
 
 from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.model.packing import Group, PackedBatch, decoder_flop, pack_groups, plan_packs
+from boxgrpo.model.packing import PackedBatch
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import (
@@ -27,6 +27,7 @@ from boxgrpo.trainer.metrics import (
     sampling_metrics,
 )
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
+from boxgrpo.trainer.packs import even_out, group_flop, make_packs, trained_groups
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
@@ -72,7 +73,10 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
             advantages, weights, miou = step_advantages(o, total, accuracy, r)
         with span("pack"):
-            packs = make_packs(o, policy.config, samples, sampled, embeds, advantages, weights, r.device)
+            groups = trained_groups(o, samples, sampled, embeds, advantages, weights)
+            if o.loss_type != "bnpo":  # its mean is over a rank's own tokens
+                groups = even_out(groups, [group_flop(policy.config, g) for g in groups], r)
+            packs = make_packs(o, policy.config, groups, r.device)
             counts = r.sum(sum(map(len, completions)), sum(len(c) for g in completions for c in g))
             denominator = loss_denominator(o, *counts, r)
         with span("reference"):
@@ -138,55 +142,6 @@ def step_advantages(o, total, accuracy, r: Ranks):
     whole = [torch.cat(part).to(total.device) for part in zip(*everyone, strict=True)]
     mine = slice(r.rank * len(total), (r.rank + 1) * len(total))
     return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))
-
-
-def make_packs(o, config, samples, sampled, embeds, advantages, weights, device) -> list[PackedBatch]:
-    """Packs under the token budget, with their advantages. A group too long for one stands in several.
-
-    Without KL a group of equal rewards has no gradient, and is left out. (Not with bnpo, a mean over each pack's own.)
-    """
-    completions = sampled.completions
-    no_gradient = [False] * len(completions)
-    if not o.beta and o.loss_type != "bnpo":
-        no_gradient = (advantages == 0).all(1).tolist()
-    parts = []  # (sample, first completion, last completion, tokens)
-    for i, group in enumerate(completions):
-        if no_gradient[i]:
-            continue
-        prompt = len(samples[i].item.input_ids)
-        start, size = 0, prompt
-        for g, completion in enumerate(group):
-            if g > start and size + len(completion) > o.tokens_per_pass:
-                parts.append((i, start, g, size))
-                start, size = g, prompt
-            size += len(completion)
-        parts.append((i, start, len(group), size))
-    costs = [
-        decoder_flop(config.text_config, len(samples[i].item.input_ids), list(map(len, completions[i][a:b])))
-        for i, a, b, _ in parts
-    ]
-    packs = []
-    for chosen in plan_packs([size for *_, size in parts], o.tokens_per_pass, costs):
-        inside = [parts[c] for c in chosen]
-        batch = pack_groups(
-            [
-                Group(samples[i].item, completions[i][a:b], i, None if embeds is None else embeds[i])
-                for i, a, b, _ in inside
-            ],
-            image_token_id=config.image_token_id,
-        ).to(device)
-        theirs = None
-        if sampled.logps is not None:
-            theirs = torch.cat([logps for i, a, b, _ in inside for logps in sampled.logps[i][a:b]]).to(device)
-        packs.append(
-            dataclasses.replace(
-                batch,
-                advantages=torch.cat([advantages[i, a:b] for i, a, b, _ in inside]),
-                weights=weights[batch.group_ids],
-                sampler_logps=theirs,
-            )
-        )
-    return packs
 
 
 def loss_denominator(o, completions: float, tokens: float, r: Ranks):

@@ -39,6 +39,18 @@ class Ranks:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def hand_over(self, value, source: int, target: int):
+        """The picklable `value` of rank `source` on rank `target`; None elsewhere.
+
+        Every rank calls it, in the same order: two ranks that wait for each other would do so for ever.
+        """
+        received = [value]
+        if self.rank == source:
+            dist.send_object_list(received, dst=target, device=self.device)
+        elif self.rank == target:
+            dist.recv_object_list(received, src=source, device=self.device)
+        return received[0] if self.rank == target else None
+
     def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Mean over the ranks that have the key, in one collective whatever keys each rank holds.
 

@@ -13,11 +13,12 @@ import torch
 
 from boxgrpo.kernels import token_logps
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.model.packing import decoder_flop, pack_conversations, plan_packs
+from boxgrpo.model.packing import Conversation, Group, PackedBatch, forward_flop, pack_conversations, plan_packs
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
+from boxgrpo.trainer.packs import even_out
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
@@ -47,16 +48,7 @@ def train(options: SftOptions, r: Ranks) -> None:
     for step in range(1, steps + 1):
         started = time.perf_counter()
         with span("data"):
-            conversations = [s.item for s in next(batches)]
-            sizes = [len(c.input_ids) for c in conversations]
-            costs = [decoder_flop(model.config.text_config, size) for size in sizes]
-            plan = plan_packs(sizes, o.tokens_per_pass, costs)
-            packs = [
-                pack_conversations([conversations[i] for i in chosen], image_token_id=model.config.image_token_id).to(
-                    r.device
-                )
-                for chosen in plan
-            ]
+            packs = make_packs(o, model.config, [s.item for s in next(batches)], r)
             scored = r.sum(sum(len(p.targets) for p in packs))[0]
         loss = torch.zeros((), device=r.device)
         with span("policy"):
@@ -90,6 +82,19 @@ def train(options: SftOptions, r: Ranks) -> None:
             save_checkpoint(model, processor, folder / f"checkpoint-{step}", r)
     save_checkpoint(model, processor, folder, r)
     report.close()
+
+
+def make_packs(o, config, conversations: list[Conversation], r: Ranks) -> list[PackedBatch]:
+    """This rank's share of the ranks' conversations, by cost, in packs within `tokens_per_pass` and of like cost."""
+
+    def flop(c: Conversation) -> float:
+        return forward_flop(config, len(c.input_ids), (), int(c.loss_mask.sum()), c.image_grid_thw)
+
+    groups = even_out([Group(c, ()) for c in conversations], [flop(c) for c in conversations], r)
+    mine = [g.prompt for g in groups]
+    plan = plan_packs([len(c.input_ids) for c in mine], o.tokens_per_pass, [flop(c) for c in mine])
+    image = config.image_token_id
+    return [pack_conversations([mine[i] for i in chosen], image_token_id=image).to(r.device) for chosen in plan]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,0 +1,104 @@
+"""From a step's groups to its packs: which have a gradient, which rank trains them, which share a forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from boxgrpo.model.packing import Group, PackedBatch, forward_flop, pack_groups, plan_packs
+
+from .loader import Sample
+from .ranks import Ranks
+from .rollout import Sampled
+
+WORTH_MOVING = 0.05  # of the ranks' mean work: a smaller difference costs less than the exchange
+
+
+def trained_groups(
+    o, samples: Sequence[Sample], sampled: Sampled, embeds: Sequence[Tensor | None] | None, advantages, weights
+) -> list[Group]:
+    """The groups that have a gradient, with their advantages (G each) and weights.
+
+    Without KL one of equal rewards has none, and is left out. (Not with bnpo, a mean over each pack's own.)
+    """
+    has_gradient = [True] * len(samples)
+    if not o.beta and o.loss_type != "bnpo":
+        has_gradient = (advantages != 0).any(1).tolist()
+    return [
+        Group(
+            sample.item if embeds is None else replace(sample.item, pixel_values=None),  # they have been seen
+            sampled.completions[i],
+            i,
+            image_embeds=None if embeds is None else embeds[i],
+            advantages=advantages[i],
+            weight=weights[i],
+            sampler_logps=None if sampled.logps is None else sampled.logps[i],
+        )
+        for i, sample in enumerate(samples)
+        if has_gradient[i]
+    ]
+
+
+def group_flop(config, group: Group) -> float:
+    """What a forward of the group costs; its images count where the tower has to run for them."""
+    lengths = [len(c) for c in group.completions]
+    grids = group.prompt.image_grid_thw if group.image_embeds is None else None
+    return forward_flop(config, len(group.prompt.input_ids), lengths, sum(lengths), grids)
+
+
+def make_packs(o, config, groups: Sequence[Group], device) -> list[PackedBatch]:
+    """Packs within `tokens_per_pass` and of like cost. A group too long for one stands in several."""
+    parts: list[Group] = []
+    for group in groups:
+        start, size = 0, len(group.prompt.input_ids)
+        for g, completion in enumerate(group.completions):
+            if g > start and size + len(completion) > o.tokens_per_pass:
+                parts.append(group.part(start, g))
+                start, size = g, len(group.prompt.input_ids)
+            size += len(completion)
+        parts.append(group.part(start, len(group.completions)))
+    sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
+    plan = plan_packs(sizes, o.tokens_per_pass, [group_flop(config, p) for p in parts])
+    return [pack_groups([parts[i] for i in chosen], image_token_id=config.image_token_id).to(device) for chosen in plan]
+
+
+class Move(NamedTuple):
+    """Item `index` of rank `source` is trained by rank `target`."""
+
+    source: int
+    index: int
+    target: int
+
+
+def plan_moves(costs: Sequence[Sequence[float]]) -> list[Move]:
+    """Moves that even out the ranks' sums of `costs`, one list a rank; the same on every rank that has the same costs.
+
+    Again and again the costliest rank gives the cheapest one the item that brings the two closest to each other.
+    """
+    owner = {(rank, i): rank for rank, items in enumerate(costs) for i in range(len(items))}
+    load = [sum(items) for items in costs]
+    least = WORTH_MOVING * sum(load) / len(load)
+    while True:
+        heavy, light = load.index(max(load)), load.index(min(load))
+        gap = load[heavy] - load[light]
+        # Afterwards the pair is |gap - 2 cost| apart.
+        after = {(r, i): abs(gap - 2 * costs[r][i]) for (r, i), at in owner.items() if at == heavy}
+        best = min(after, key=after.__getitem__, default=None)
+        if best is None or gap - after[best] <= 2 * least:
+            return [Move(rank, i, at) for (rank, i), at in owner.items() if at != rank]
+        owner[best] = light
+        load[heavy] -= costs[best[0]][best[1]]
+        load[light] += costs[best[0]][best[1]]
+
+
+def even_out(groups: Sequence[Group], costs: Sequence[float], r: Ranks) -> list[Group]:
+    """What this rank trains after an exchange: its groups without those it gave away, then those it was given."""
+    if r.world_size == 1:
+        return list(groups)
+    moves = plan_moves(r.gather(list(costs)))
+    # From CPU to CPU: a tensor of cuda:0 would come back on cuda:0, whatever the receiver's device.
+    given = [r.hand_over(groups[m.index].to("cpu") if m.source == r.rank else None, m.source, m.target) for m in moves]
+    gone = {m.index for m in moves if m.source == r.rank}
+    kept = [group for i, group in enumerate(groups) if i not in gone]
+    return kept + [group.to(r.device) for group, m in zip(given, moves, strict=True) if m.target == r.rank]
