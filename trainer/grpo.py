@@ -16,6 +16,7 @@ import torch
 from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import PackedBatch
+from boxgrpo.trainer.ahead import Ahead
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import (
@@ -31,7 +32,7 @@ from boxgrpo.trainer.packs import even_out, group_flop, make_packs, trained_grou
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.rollout import Vocabulary, embed_prompts, make_rollout, sampler_factor, score
+from boxgrpo.trainer.rollout import Vocabulary, make_rollout, sampler_factor, score
 from boxgrpo.trainer.spans import span, take_seconds
 
 
@@ -54,17 +55,17 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     engine = Engine(policy, o, r, steps * o.num_iterations)
     folder = claim_output_dir(o, r)
     loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r)
-    batches = iter(loader)
+    images = Ahead(loader, policy, frozen=o.freeze_vision)
     report = Reporter(folder, r, steps, "grpo")
     tokens_seen = logged = 0
 
     for step in range(1, steps + 1):
         started = time.perf_counter()
         with span("data"):
-            samples = next(batches)
+            samples = images.samples()
         with span("rollout"):
             with span("vision"):
-                embeds = embed_prompts(policy, [s.item for s in samples]) if o.freeze_vision else None
+                embeds = images.embeds()
             sampled = rollout(policy, samples, embeds)
             completions = sampled.completions
         with span("reward"):
@@ -105,7 +106,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             metrics = run_metrics(
                 r,
                 engine,
-                loader,
+                images,
                 loss=loss,
                 grad_norm=grad_norm,
                 tokens=tokens,

@@ -89,10 +89,14 @@ class Loader:
         self.faults: dict[str, str] = {}
         self._slots = _Slots(examples, prepare, seed, shuffle)
 
+    def __len__(self) -> int:
+        """Examples, of which a step takes some again and again."""
+        return len(self._slots.examples)
+
     @property
     def epoch(self) -> float:
         """Passes over the data so far, by all ranks."""
-        return self.position / len(self._slots.examples)
+        return self.position / len(self)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         """Steps from `position` on: lists of samples."""
