@@ -1,5 +1,7 @@
 """Keys and values for decoding: a prompt's stand once for all its completions; each completion adds only its own."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,8 +21,36 @@ class Prefill(PackedAttention):
         return super().__call__(layer, q, k, v)
 
 
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    """q (a, b, r, d) on k (a, b, p, d): (a, b, r, p) fp32, also of half precision, without a copy of k on a GPU."""
+    if q.is_cuda and q.dtype != torch.float32:
+        product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return product.unflatten(0, q.shape[:2])
+    return q.float() @ k.float().transpose(-1, -2)
+
+
+class Part(NamedTuple):
+    """Attention to some of the keys, to be merged with that to the others; all fp32."""
+
+    mixed: Tensor  # (..., d): values weighted by exp(score - top)
+    total: Tensor  # (..., 1): sum of these weights
+    top: Tensor  # (..., 1): largest score
+
+    @classmethod
+    def of(cls, scores: Tensor, v: Tensor) -> "Part":
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp_()
+        return cls((weights.to(v.dtype) @ v).float(), weights.sum(-1, keepdim=True), top)
+
+    def merged(self, other: "Part") -> Tensor:
+        """Attention to the keys of both: (..., d)."""
+        top = torch.maximum(self.top, other.top)
+        mine, theirs = (self.top - top).exp(), (other.top - top).exp()
+        return (mine * self.mixed + theirs * other.mixed) / (mine * self.total + theirs * other.total)
+
+
 class DecodeCache:
-    """Keys and values of B prompts, each shared by G completions, and of up to C own tokens of each completion.
+    """Keys and values of B prompts, each shared by its completions, and of up to C own tokens of n completions.
 
     `static` attention runs over all of the room for own tokens, masked, and knows its place from a number on the
     device alone: every step is the same launches, which a CUDA graph can record. Else it runs over what is there.
@@ -29,19 +59,26 @@ class DecodeCache:
     def __init__(self, prefill: Prefill, num_generations: int, max_new_tokens: int, *, static: bool):
         batch = prefill.batch
         self.prompt_lengths = batch.cu_seqlens.diff().cpu()  # (B)
-        self.group, self.static = num_generations, static
+        prompts = len(self.prompt_lengths)
+        self.owner = torch.arange(prompts).repeat_interleave(num_generations)  # (n), each completion's prompt
+        self.group, self.static = num_generations, static  # the most completions of a prompt
+        self.slots: Tensor | None = None  # (n), places in a grid of B x group, where that is not full
         self.length = 0  # own tokens so far
         self.at = torch.zeros(1, dtype=torch.int64, device=batch.cu_seqlens.device)  # the same, on the device
         lengths = self.prompt_lengths.tolist()
+        _, heads, d = prefill.kv[0][0].shape
+        shape = (len(self.owner), heads, max_new_tokens, d)
 
         def padded(x):  # (T, kv_heads, d) -> (B, kv_heads, P, d)
             return pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2).contiguous()
 
-        self.prefix = [(padded(k), padded(v)) for k, v in prefill.kv]
+        self.prefix, self.own = [], []
+        for layer, (k, v) in enumerate(prefill.kv):
+            self.prefix.append((padded(k), padded(v)))
+            self.own.append((k.new_zeros(shape), v.new_zeros(shape)))
+            prefill.kv[layer] = None  # its last use: two copies of one layer, never of all
+            del k, v
         self.bias = self._bias()
-        _, heads, d = prefill.kv[0][0].shape
-        shape = (len(lengths), heads, num_generations, max_new_tokens, d)
-        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefill.kv]
 
     def _bias(self) -> Tensor:
         """(B, 1, 1, P) fp32: what a query's score against each of a prompt's places is raised by, 0 or -inf."""
@@ -49,46 +86,63 @@ class DecodeCache:
         return torch.zeros(inside.shape).masked_fill_(~inside, float("-inf"))[:, None, None].to(self.at.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token per completion: q (n, heads, d), k and v (n, kv_heads, d) -> (n, heads, d)."""
+        """One token per completion: q (n, heads, d), k and v (n, kv_heads, d) -> (n, heads, d).
+
+        Scores are fp32, as flash attention keeps them in training: rounded to bf16 they would move the ratio.
+        """
         n, heads, d = q.shape
-        kv_heads, repeat = k.shape[1], heads // k.shape[1]
-        prompts = n // self.group
-        own_k, own_v = self.own[layer]
-        new_k, new_v = (x.view(prompts, self.group, kv_heads, d).transpose(1, 2) for x in (k, v))
-        if self.static:
-            own_k.index_copy_(3, self.at, new_k.unsqueeze(3))
-            own_v.index_copy_(3, self.at, new_v.unsqueeze(3))
-        else:
-            own_k[:, :, :, self.length], own_v[:, :, :, self.length] = new_k, new_v
-            own_k, own_v = own_k[..., : self.length + 1, :], own_v[..., : self.length + 1, :]
+        q = q.view(n, k.shape[1], -1, d)  # (n, kv_heads, repeat, d)
+        on_prefix, on_own = self._on_prefix(layer, q), self._on_own(layer, q, k, v)
+        return on_prefix.merged(on_own).to(v.dtype).reshape(n, heads, d)
+
+    def _on_prefix(self, layer: int, q: Tensor) -> Part:
+        """All completions of a prompt are one product: B, kv_heads, group * repeat."""
         prefix_k, prefix_v = self.prefix[layer]
-        # (B, kv_heads, G, repeat, d): against the prompt, G·repeat queries are one product
-        q = q.view(prompts, self.group, kv_heads, repeat, d).transpose(1, 2).float() * d**-0.5
-        stacked = q.reshape(prompts, kv_heads, self.group * repeat, d)
-        # Scores in fp32, as flash attention keeps them in training: rounded to bf16 they would move the ratio.
-        on_prefix = stacked @ prefix_k.transpose(-1, -2).float() + self.bias
-        on_own = q @ own_k.transpose(-1, -2).float()
+        kv_heads, repeat, d = q.shape[1:]
+        prompts = len(prefix_k)
+        grid = (
+            q if self.slots is None else q.new_zeros(prompts * self.group, *q.shape[1:]).index_copy_(0, self.slots, q)
+        )
+        stacked = grid.view(prompts, self.group, kv_heads, repeat, d).transpose(1, 2).flatten(2, 3)
+        found = Part.of(scores_of(stacked, prefix_k) * d**-0.5 + self.bias, prefix_v)
+
+        def per_completion(x: Tensor) -> Tensor:
+            x = x.unflatten(2, (self.group, repeat)).transpose(1, 2).flatten(0, 1)
+            return x if self.slots is None else x[self.slots]
+
+        return Part(*map(per_completion, found))
+
+    def _on_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Part:
+        """With the new token's key and value in place."""
+        own_k, own_v = self.own[layer]
         if self.static:
-            places = torch.arange(on_own.shape[-1], device=q.device)
-            on_own = on_own.masked_fill(places > self.at, float("-inf"))
-        scores = torch.cat((on_prefix.view(*q.shape[:-1], -1), on_own), dim=-1)
-        p_prefix, p_own = scores.softmax(-1).to(v.dtype).split([prefix_k.shape[2], own_k.shape[3]], dim=-1)
-        mixed = (p_prefix.reshape(*stacked.shape[:-1], -1) @ prefix_v).view(q.shape) + p_own @ own_v
-        return mixed.transpose(1, 2).reshape(n, heads, d)
+            own_k.index_copy_(2, self.at, k.unsqueeze(2))
+            own_v.index_copy_(2, self.at, v.unsqueeze(2))
+        else:
+            own_k[:, :, self.length], own_v[:, :, self.length] = k, v
+            own_k, own_v = own_k[:, :, : self.length + 1], own_v[:, :, : self.length + 1]
+        scores = scores_of(q, own_k) * q.shape[-1] ** -0.5
+        if self.static:
+            places = torch.arange(scores.shape[-1], device=q.device)
+            scores = scores.masked_fill(places > self.at, float("-inf"))
+        return Part.of(scores, own_v)
 
     def advance(self) -> None:
         """The step's keys and values are in all layers."""
         self.length += 1
         self.at += 1
 
-    def keep(self, prompts: Tensor, completions: Tensor) -> None:
-        """Go on with `completions` (B', G') of `prompts` (B'), both int64 on the CPU."""
+    def keep(self, kept: Tensor) -> None:
+        """Go on with the completions `kept` (n') int64, rising, on the CPU, and with their prompts."""
         device = self.at.device
-        self.prompt_lengths, self.group = self.prompt_lengths[prompts], completions.shape[1]
+        prompts, self.owner, counts = self.owner[kept].unique(return_inverse=True, return_counts=True)
+        self.group = int(counts.max())
+        place = torch.arange(len(kept)) - (counts.cumsum(0) - counts)[self.owner]  # among the prompt's own
+        full = len(kept) == len(prompts) * self.group
+        self.slots = None if full else (self.owner * self.group + place).to(device)
+        self.prompt_lengths = self.prompt_lengths[prompts]
         longest = int(self.prompt_lengths.max())
         self.bias = self._bias()
-        prompts, completions = prompts.to(device), completions.to(device)
+        prompts, kept = prompts.to(device), kept.to(device)
         self.prefix = [tuple(x[prompts, :, :longest].contiguous() for x in pair) for pair in self.prefix]
-        # An index before and behind a slice puts the indexed axes first: (B', G', kv_heads, C, d).
-        rows = prompts[:, None], slice(None), completions
-        self.own = [tuple(x[rows].transpose(1, 2).contiguous() for x in pair) for pair in self.own]
+        self.own = [tuple(x[kept] for x in pair) for pair in self.own]
