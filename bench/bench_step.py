@@ -4,10 +4,10 @@
     python bench/bench_step.py --peers trl --images 4 --json -      one row, printed as JSON
 
 On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the published sizes of the 2B and the 7B in
-bf16; weights are random. Each side runs in a fresh process, a few steps are not counted, and a step's seconds are the
+bf16; weights are random. Each side runs in a fresh process, the first step is not counted, and a step's seconds are the
 median of the others, from one step's begin to the next's, data and logging included. The phases are those of that very
-step. Peak memory is what is held above the loaded model: reference, gradients, moments and activations. On a GPU every
-phase waits for the device, on which the step itself then loses a little. The vocabulary is made from Qwen2's merges.txt
+step; on a GPU, where they overlap, of a second run in which each waits for the device. Peak memory is what is held
+above the loaded model: reference, gradients, moments and activations. The vocabulary is made from Qwen2's merges.txt
 (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared).
 """
 
@@ -50,6 +50,8 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
     """One line of results/. Of a side that had no room there is the error, and no ratio."""
     found = asdict(case) | {"case": case.name}
     for name, side in sides.items():
+        if name == "ours_by_phase":
+            continue
         if isinstance(side, str):
             found[f"{name}_error"] = side
             continue
@@ -71,7 +73,9 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
     if ours:
         found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
         counted = work(read_config(at / "model"), case, ours.prompt_tokens, ours.trained)
-        found["phases"] = phases(ours, floors(counted, measured))
+        by_phase = sides.get("ours_by_phase", ours)
+        if isinstance(by_phase, Side):
+            found["phases"] = phases(by_phase, floors(counted, measured))
     return found
 
 
@@ -91,7 +95,10 @@ def growth(base: StepCase, at: Path, tokenizer, steps: int) -> dict[str, dict]:
 
     def seconds(case: StepCase) -> float:
         prepare(case, at, tokenizer)
-        return round(statistics.median_low(fresh("ours", case, at, steps).seconds), 3)
+        side = fresh("ours", case, at, steps)
+        if isinstance(side, str):
+            raise ValueError(f"{case.name}: {side}")
+        return round(statistics.median_low(side.seconds), 3)
 
     found = {}
     for size, values in GROWTH.items():
@@ -114,14 +121,16 @@ def line(values, seconds) -> dict[str, float]:
 def steps_table(result: dict) -> str:
     """Markdown: a line for each row."""
     lines = [
-        "| images | prompts | boxgrpo, s | TRL, s | ratio | boxgrpo, MB | TRL, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| model | images | prompts | boxgrpo, s | TRL, s | ratio | boxgrpo, MB | TRL, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
         seconds = [f"{r[key]:.2f}" if key in r else "-" for key in ("ours_s", "trl_s")]
         ratio = f"{r['ratio']:.1f}" if "ratio" in r else "-"
         peaks = [str(r.get(key) or "-") for key in ("ours_peak_mb", "trl_peak_mb")]
-        lines.append("| " + " | ".join([str(r["images"]), str(r["prompts"]), *seconds, ratio, *peaks]) + " |")
+        lines.append(
+            "| " + " | ".join([r["model"], str(r["images"]), str(r["prompts"]), *seconds, ratio, *peaks]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -180,7 +189,9 @@ def run(args, cases: list[StepCase], path: Path | None) -> dict:
             at = Path(scratch) / case.model
             prepare(case, at, tokenizer)
             torch.cuda.empty_cache()  # the sides have the device to themselves
-            sides = {name: fresh(name, case, at, args.steps) for name in ("ours", *args.peers)}
+            # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
+            names = ("ours", *(["ours_by_phase"] if torch.cuda.is_available() else []), *args.peers)
+            sides = {name: fresh(name, case, at, args.steps) for name in names}
             result["rows"].append(row(case, sides, at, result["ceilings"]))
             keep()
         if args.growth:
@@ -211,7 +222,8 @@ def main() -> None:
     if path is None and cases == step_cases(gpu) and args.peers and args.growth:  # a part does not replace the whole
         path = folder() / "step.json"
     result = run(args, cases, path)
-    print(steps_table(result), *(phases_table(r) for r in result["rows"] if "phases" in r), sep="\n\n")
+    told = [f"{r['case']}:\n\n{phases_table(r)}" for r in result["rows"] if "phases" in r]
+    print(steps_table(result), *told, sep="\n\n")
     if args.growth:
         print("\n" + growth_table(result["growth"]))
 

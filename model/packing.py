@@ -35,6 +35,7 @@ class Group:
     advantages: Tensor | None = None  # (G) fp32
     weight: Tensor | None = None  # 0-dim fp32, difficulty weight
     sampler_logps: Sequence[Tensor] | None = None  # each (C_i) fp32, of the foreign sampler that drew them
+    source: str = ""  # the record that the prompt was made of
 
     def to(self, device) -> "Group":
         """The same group with its own tensors on `device`; the prompt's stay on the CPU, where packs are made."""
@@ -208,31 +209,30 @@ def pack_conversations(conversations: Sequence[Conversation], *, image_token_id:
     )
 
 
-def forward_flop(config, prompt: int, completions: Sequence[int], scored: int, grids: Tensor | None = None) -> float:
-    """FLOP of a forward over a prompt of that many tokens, those of its images among them, and its completions.
+def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
+    """FLOP of decoder and head over a prompt of that many tokens, those of its images among them, and its completions.
 
     Linear layers, causal attention, and the head over its scored rows. Backward costs twice as much in each of them, so
-    shares of a step's work are shares of this.
-
-    Args:
-        config: Qwen2VLConfig.
-        grids: (I, 3) int64, patches of the images when the tower runs too; attention in it is within each image.
+    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
     """
-    text, vision = config.text_config, config.vision_config
+    text = config.text_config
     width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
     pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
-    flop = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
-    flop += 2 * scored * text.vocab_size * width
-    if grids is None:
-        return flop
+    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+    return layers + 2 * scored * text.vocab_size * width
+
+
+def tower_flop(config, grids: Tensor) -> float:
+    """FLOP of the vision tower over images of these patches (I, 3); attention is within each image."""
+    vision = config.vision_config
     patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
     merged = vision.embed_dim * vision.spatial_merge_size**2
-    merger = (merged**2 + merged * width) / vision.spatial_merge_size**2
+    merger = (merged**2 + merged * config.text_config.hidden_size) / vision.spatial_merge_size**2
     linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
-    return flop + float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
+    return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
 
 
 def plan_packs(sizes: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:

@@ -55,13 +55,13 @@ def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
 def test_a_side_without_room_is_told(tiny):
     found = row(TINY, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
     assert found["ours_error"].startswith("out of memory") and "ratio" not in found and "phases" not in found
-    assert steps_table({"rows": [found]}).endswith("| 2 | 2 | - | - | - | - | - |")
+    assert steps_table({"rows": [found]}).endswith("| tiny | 2 | 2 | - | - | - | - | - |")
 
 
 def test_a_phase_is_without_those_inside_it(monkeypatch):
     clock = Clock()
     ticks = iter(range(100))
-    monkeypatch.setattr(clock, "now", lambda: next(ticks))
+    monkeypatch.setattr(clock, "now", lambda wait: next(ticks))
     for _ in range(3):
         with clock.span("data"):
             pass

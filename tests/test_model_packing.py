@@ -5,7 +5,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.model.packing import Conversation, Group, Prompt, forward_flop, pack_conversations, pack_groups, plan_packs
+from boxgrpo.model.packing import (
+    Conversation,
+    Group,
+    Prompt,
+    forward_flop,
+    pack_conversations,
+    pack_groups,
+    plan_packs,
+    tower_flop,
+)
 
 IMAGE = 102  # <|image_pad|> of the fixtures
 
@@ -251,9 +260,8 @@ def test_forward_flop_is_what_torch_counts(twins, make_prompt):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model(pack, lambda h, w: h @ w.T)
     masked = 4 * width * layers * (length * length / 2 + 3 * 3 / 2)
-    counted = forward_flop(model.config, length, [3], 3, prompt.image_grid_thw)
-    assert counted + masked == seen.get_total_flops()
-    without_images = forward_flop(model.config, length, [3], 3)
+    tower = tower_flop(model.config, prompt.image_grid_thw)
+    assert forward_flop(model.config, length, [3], 3) + tower + masked == seen.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
-    assert counted - without_images == seen.get_total_flops()
+    assert tower == seen.get_total_flops()

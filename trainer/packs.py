@@ -1,17 +1,21 @@
 """From a step's groups to its packs: which have a gradient, which rank trains them, which share a forward pass."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from boxgrpo.model.packing import Group, PackedBatch, forward_flop, pack_groups, plan_packs
+from boxgrpo.model.packing import Group, PackedBatch, forward_flop, pack_groups, plan_packs, tower_flop
 
 from .loader import Sample
 from .ranks import Ranks
 from .rollout import Sampled
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 WORTH_MOVING = 0.05  # of the ranks' mean work: a smaller difference costs less than the exchange
 
 
@@ -34,6 +38,7 @@ def trained_groups(
             advantages=advantages[i],
             weight=weights[i],
             sampler_logps=None if sampled.logps is None else sampled.logps[i],
+            source=sample.example.source,
         )
         for i, sample in enumerate(samples)
         if has_gradient[i]
@@ -41,26 +46,58 @@ def trained_groups(
 
 
 def group_flop(config, group: Group) -> float:
-    """What a forward of the group costs; its images count where the tower has to run for them."""
+    """What a forward of the group costs; its images count where the tower is trained, and runs in each pack."""
     lengths = [len(c) for c in group.completions]
-    grids = group.prompt.image_grid_thw if group.image_embeds is None else None
-    return forward_flop(config, len(group.prompt.input_ids), lengths, sum(lengths), grids)
+    flop = forward_flop(config, len(group.prompt.input_ids), lengths, sum(lengths))
+    return flop + (tower_flop(config, group.prompt.image_grid_thw) if group.image_embeds is None else 0.0)
 
 
-def make_packs(o, config, groups: Sequence[Group], device) -> list[PackedBatch]:
-    """Packs within `tokens_per_pass` and of like cost. A group too long for one stands in several."""
+def make_packs(config, groups: Sequence[Group], budget: int, device) -> list[PackedBatch]:
+    """Packs of at most `budget` tokens and of like cost. A group too long for one stands in several."""
     parts: list[Group] = []
     for group in groups:
         start, size = 0, len(group.prompt.input_ids)
         for g, completion in enumerate(group.completions):
-            if g > start and size + len(completion) > o.tokens_per_pass:
+            if g > start and size + len(completion) > budget:
                 parts.append(group.part(start, g))
                 start, size = g, len(group.prompt.input_ids)
             size += len(completion)
         parts.append(group.part(start, len(group.completions)))
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
-    plan = plan_packs(sizes, o.tokens_per_pass, [group_flop(config, p) for p in parts])
+    plan = plan_packs(sizes, budget, [group_flop(config, p) for p in parts])
     return [pack_groups([parts[i] for i in chosen], image_token_id=config.image_token_id).to(device) for chosen in plan]
+
+
+def in_packs_that_fit(
+    config, groups: Sequence[Group], budget: int, engine, device, run: Callable[[list[PackedBatch]], T]
+) -> T:
+    """run(packs): where memory runs out, again from the start with packs of half the size.
+
+    What `run` has added to the gradients by then is forgotten. A group of which a single completion does not fit is
+    left out, and named. Under an engine whose ranks meet in every layer, none can start over alone: the error stands.
+    """
+    groups = list(groups)
+    while True:
+        packs = make_packs(config, groups, budget, device)
+        try:
+            return run(packs)
+        except torch.OutOfMemoryError as error:
+            if engine.lockstep:
+                raise ValueError(
+                    f"memory ran out in a pack of {max(len(p.input_ids) for p in packs)} tokens ({error}). Lower "
+                    "--tokens_per_pass, or set --gradient_checkpointing true."
+                ) from error
+        # Out of the block above, whose traceback held on to what filled the memory.
+        engine.clear()
+        torch.cuda.empty_cache()
+        largest = max(packs, key=lambda pack: len(pack.input_ids))
+        if len(largest.completion_cu) > 2:
+            budget = len(largest.input_ids) // 2
+            log.warning("memory ran out in a pack of %d tokens; again with %d", len(largest.input_ids), budget)
+        else:
+            longest = max(groups, key=lambda g: len(g.prompt.input_ids) + max(map(len, g.completions)))
+            groups = [g for g in groups if g is not longest]
+            log.warning("left out %s: one of its completions alone runs out of memory", longest.source)
 
 
 class Move(NamedTuple):

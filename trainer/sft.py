@@ -6,6 +6,7 @@ The loss is the mean negative log-probability of the assistant's tokens, all tur
 Left out, on purpose: padding, truncation (a conversation over --cutoff_len is skipped and named), logits.
 """
 
+import functools
 import sys
 import time
 
@@ -13,9 +14,19 @@ import torch
 
 from boxgrpo.kernels import token_logps
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.model.packing import Conversation, Group, PackedBatch, forward_flop, pack_conversations, plan_packs
-from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
+from boxgrpo.model.packing import (
+    Conversation,
+    Group,
+    PackedBatch,
+    forward_flop,
+    pack_conversations,
+    plan_packs,
+    tower_flop,
+)
+from boxgrpo.trainer.checkpoints import Checkpoints, Progress
+from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
 from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
 from boxgrpo.trainer.packs import even_out
@@ -33,22 +44,27 @@ def train(options: SftOptions, r: Ranks) -> None:
         o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.cutoff_len
     )
     examples, faults = read_usable(o, needs="turns")
-    check_output_dir(o, r)
+    checkpoints = Checkpoints(o, r)
+    found = checkpoints.find()
+    check_output_dir(o, r, found)
     model = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     model.freeze_vision(o.freeze_vision)
     model.model.gradient_checkpointing = o.gradient_checkpointing
     steps = total_steps(o, len(examples), o.train_batch_size)
     engine = Engine(model, o, r, steps)
-    folder = claim_output_dir(o, r)
-    loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r)
+    progress = checkpoints.load(found, engine) if found else Progress()
+    folder = claim_output_dir(o, r, found, progress.metrics_bytes)
+    loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r, progress)
     batches = iter(loader)
-    report = Reporter(folder, r, steps, "sft")
-    tokens_seen = logged = 0
+    report = Reporter(folder, r, steps, "sft", start=progress.step)
+    logged = progress.step
+    write_model = functools.partial(save_pretrained, model, processor)
 
-    for step in range(1, steps + 1):
+    for step in range(progress.step + 1, steps + 1):
         started = time.perf_counter()
         with span("data"):
-            packs = make_packs(o, model.config, [s.item for s in next(batches)], r)
+            samples = next(batches)
+            packs = make_packs(o, model.config, shared_out(o, model.config, samples, r), r.device)
             scored = r.sum(sum(len(p.targets) for p in packs))[0]
         loss = torch.zeros((), device=r.device)
         with span("policy"):
@@ -58,47 +74,56 @@ def train(options: SftOptions, r: Ranks) -> None:
                 engine.backward(pack_loss)
                 loss += pack_loss.detach()
         with span("optimizer"):
-            grad_norm = engine.step()
+            grad_norm, updated = engine.step(loss)
 
-        tokens = int(*r.sum(sum(len(p.input_ids) for p in packs)))  # of all ranks
-        tokens_seen += tokens
+        tokens, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), r.stop_asked)  # of all ranks
+        progress.step, progress.position, progress.faults = step, loader.position, loader.faults
+        progress.num_tokens += int(tokens)
+        progress.skipped_steps += not updated
         report.advance(loss=float(loss))  # waits for the device: the clock below then shows the whole step
         if step % o.logging_steps == 0 or step == steps:
             metrics = run_metrics(
                 r,
                 engine,
-                loader,
+                progress,
                 loss=loss,
                 grad_norm=grad_norm,
                 tokens=tokens,
-                num_tokens=tokens_seen,
+                epoch=loader.epoch,
                 seconds=time.perf_counter() - started,
-                skipped=len(faults),
+                unusable=len(faults),
             )
             metrics |= take_seconds(step - logged)
             report.log(step, r.mean_metrics(metrics))
             logged = step
-        if o.save_steps and step % o.save_steps == 0 and step < steps:
-            save_checkpoint(model, processor, folder / f"checkpoint-{step}", r)
-    save_checkpoint(model, processor, folder, r)
+        progress.metrics_bytes = report.bytes_written
+        checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
+    save_result(model, processor, folder, r)
     report.close()
 
 
-def make_packs(o, config, conversations: list[Conversation], r: Ranks) -> list[PackedBatch]:
-    """This rank's share of the ranks' conversations, by cost, in packs within `tokens_per_pass` and of like cost."""
+def conversation_flop(o, config, c: Conversation) -> float:
+    """A third of forward and backward; a frozen tower has no backward, which elsewhere is twice the forward."""
+    decoder = forward_flop(config, len(c.input_ids), (), int(c.loss_mask.sum()))
+    return decoder + tower_flop(config, c.image_grid_thw) / (3 if o.freeze_vision else 1)
 
-    def flop(c: Conversation) -> float:
-        return forward_flop(config, len(c.input_ids), (), int(c.loss_mask.sum()), c.image_grid_thw)
 
-    groups = even_out([Group(c, ()) for c in conversations], [flop(c) for c in conversations], r)
-    mine = [g.prompt for g in groups]
-    plan = plan_packs([len(c.input_ids) for c in mine], o.tokens_per_pass, [flop(c) for c in mine])
+def shared_out(o, config, samples: list[Sample], r: Ranks) -> list[Conversation]:
+    """This rank's part of all ranks' conversations, as costly as the others'."""
+    groups = [Group(s.item, (), source=s.example.source) for s in samples]
+    return [g.prompt for g in even_out(groups, [conversation_flop(o, config, g.prompt) for g in groups], r)]
+
+
+def make_packs(o, config, conversations: list[Conversation], device) -> list[PackedBatch]:
+    """Packs within `tokens_per_pass` and of like cost."""
+    sizes = [len(c.input_ids) for c in conversations]
+    plan = plan_packs(sizes, o.tokens_per_pass, [conversation_flop(o, config, c) for c in conversations])
     image = config.image_token_id
-    return [pack_conversations([mine[i] for i in chosen], image_token_id=image).to(r.device) for chosen in plan]
+    return [pack_conversations([conversations[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
 
 
 def main(args: list[str] | None = None) -> None:
-    with ranks() as r:
+    with ranks() as r, r.noting_sigterm():
         train(parse(SftOptions, args, prog="sft.py"), r)
 
 
