@@ -2,75 +2,37 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fake_vllm
+import runs
 from boxgrpo.kernels import fused_grpo_loss
-from boxgrpo.trainer import demo, grpo, sft
+from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.evaluator import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.ranks import Ranks
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+from runs import ROOT, finish, lines, start
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A small drawn world and a newborn model for it: the folder of the demo's own making."""
-    root = tmp_path_factory.mktemp("demo")
-    options = demo.DemoOptions(output_dir=str(root), level=0, cold_start=32, train=48, held_out=8)
-    demo.draw_world(options)
-    demo.newborn(options)
-    return root
+    return runs.make_world(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
 def cold(world):
     """The newborn after a few steps of SFT: enough to write boxes now and then."""
-    options = SftOptions(
-        model=str(world / "newborn"),
-        data=str(world / "world/cold_start.json"),
-        output_dir=str(world / "sft"),
-        max_steps=40,
-        train_batch_size=16,
-        learning_rate=3e-3,
-        freeze_vision=False,
-        dataloader_num_workers=0,
-    )
-    sft.train(options, Ranks())
     return world / "sft"
 
 
 def grpo_options(world, cold, name, **changes) -> GrpoOptions:
-    values = {
-        "model": str(cold),
-        "data": str(world / "world/train.json"),
-        "output_dir": str(world / name),
-        "max_steps": 2,
-        "prompts_per_step": 4,
-        "num_generations": 4,
-        "max_completion_length": 32,
-        "learning_rate": 1e-3,
-        "dataloader_num_workers": 0,
-    }
-    return GrpoOptions(**values | changes)
+    return runs.grpo_options(world, name, **{"model": str(cold)} | changes)
 
 
 def on_two_ranks(script, options):
-    flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "")]
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(ROOT / "trainer" / script), *flags], check=True, env=environment, timeout=300)
+    finish(start(ROOT / "trainer" / script, options))
 
 
 def test_sft_learns_and_says_so(world, cold):

@@ -1,9 +1,7 @@
 """From groups to packs: who trains what, and that nothing is lost, doubled or mixed up on the way."""
 
+import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +9,10 @@ import torch
 
 from boxgrpo.model.packing import Group, Prompt
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.packs import even_out, make_packs, plan_moves, trained_groups
+from boxgrpo.trainer.packs import even_out, in_packs_that_fit, make_packs, plan_moves, trained_groups
 from boxgrpo.trainer.ranks import Ranks
 from boxgrpo.trainer.rollout import Sampled
+from runs import finish, start
 
 
 def prompt(length: int) -> Prompt:
@@ -91,16 +90,13 @@ with ranks() as r:
 def test_groups_arrive_whole(tmp_path):
     """Rank 1 has six groups, the others one each: afterwards three each, with every tensor that belongs to them."""
     (tmp_path / "script.py").write_text(THREE_RANKS)
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "3"]
-    done = subprocess.run([*torchrun, str(tmp_path / "script.py")], timeout=100, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(finish(start(tmp_path / "script.py", SimpleNamespace(), ranks=3)).strip().splitlines()[-1])
     assert sorted(n for rank in found for n in rank) == [0, 10, 11, 12, 13, 14, 15, 20]
     assert sorted(map(len, found)) == [2, 3, 3]
 
 
 def scored_groups(options, advantages, **more):
-    samples = [SimpleNamespace(item=prompt(5)), SimpleNamespace(item=prompt(8))]
+    samples = [SimpleNamespace(item=prompt(n), example=SimpleNamespace(source=f"{n} tokens")) for n in (5, 8)]
     completions = [[torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.tensor([5, 6]), torch.tensor([7, 8])]]
     weights = torch.tensor([0.5, 2.0])
     return trained_groups(options, samples, Sampled(completions, **more), None, torch.tensor(advantages), weights)
@@ -112,12 +108,12 @@ def test_a_groups_parts_keep_what_is_theirs(twins):
     logps = [[torch.tensor([-1.0, -2, -3]), torch.tensor([-4.0])], [torch.tensor([-5.0, -6]), torch.tensor([-7.0, -8])]]
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]], logps=logps)
     found = {}
-    packs = make_packs(GrpoOptions(tokens_per_pass=10), config, groups, "cpu")
+    packs = make_packs(config, groups, 10, "cpu")
     for pack in packs:
         assert len(pack.input_ids) <= 10
-        for i, (start, stop) in enumerate(zip(pack.completion_cu, pack.completion_cu[1:], strict=False)):
-            ids = tuple(pack.targets[start:stop].tolist())
-            found[ids] = (float(pack.advantages[i]), float(pack.weights[i]), pack.sampler_logps[start:stop].tolist())
+        for i, (first, last) in enumerate(itertools.pairwise(pack.completion_cu)):
+            ids = tuple(pack.targets[first:last].tolist())
+            found[ids] = (float(pack.advantages[i]), float(pack.weights[i]), pack.sampler_logps[first:last].tolist())
     assert len(packs) == 3
     assert found == {
         (1, 2, 3): (1.0, 0.5, [-1, -2, -3]),
@@ -133,3 +129,50 @@ def test_a_groups_parts_keep_what_is_theirs(twins):
 def test_groups_without_gradient_are_left_out(changes, kept):
     groups = scored_groups(GrpoOptions(**changes), [[0.0, 0.0], [1.0, -1.0]])
     assert [g.group_id for g in groups] == kept
+
+
+class Room:
+    """Stands for memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
+
+    lockstep = False
+
+    def __init__(self, tokens: int):
+        self.tokens, self.gradients, self.tries = tokens, [], 0
+
+    def clear(self) -> None:
+        self.gradients.clear()
+
+    def run(self, packs):
+        self.tries += 1
+        for pack in packs:
+            if len(pack.input_ids) > self.tokens:
+                raise torch.OutOfMemoryError("no room")
+            self.gradients += pack.targets.tolist()
+        return len(packs)
+
+
+def test_packs_shrink_until_they_fit(twins, caplog):
+    """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is forgotten."""
+    config, room = twins("tiny")[0].config, Room(tokens=10)
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    assert in_packs_that_fit(config, groups, 100, room, "cpu", room.run) == 3
+    assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert room.tries == 2 and "memory ran out in a pack of 21 tokens; again with 10" in caplog.text
+
+
+def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
+    config, room = twins("tiny")[0].config, Room(tokens=8)
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    in_packs_that_fit(config, groups, 100, room, "cpu", room.run)
+    assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
+    assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
+    room.tokens = 3
+    assert in_packs_that_fit(config, groups, 100, room, "cpu", room.run) == 0, "and where none fits, no pack is left"
+
+
+def test_ranks_that_meet_in_every_layer_do_not_start_over_alone(twins):
+    room = Room(tokens=10)
+    room.lockstep = True
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    with pytest.raises(ValueError, match="memory ran out in a pack of 21 tokens .no room.. Lower --tokens_per_pass"):
+        in_packs_that_fit(twins("tiny")[0].config, groups, 100, room, "cpu", room.run)

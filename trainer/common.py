@@ -8,6 +8,7 @@ import torch
 from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.qwen2vl import Qwen2VL
 
+from .checkpoints import Progress
 from .loader import Loader
 from .options import DataOptions
 from .processing import Processor
@@ -66,8 +67,11 @@ def total_steps(options: DataOptions, examples: int, per_step: int) -> int:
     return options.max_steps if options.max_steps > 0 else max(1, round(options.num_train_epochs * examples / per_step))
 
 
-def make_loader(examples, prepare, per_rank: int, options: DataOptions, r: Ranks) -> Loader:
-    return Loader(
+def make_loader(
+    examples, prepare, per_rank: int, options: DataOptions, r: Ranks, progress: Progress | None = None
+) -> Loader:
+    """The stream of prepared examples, from where `progress` stands."""
+    loader = Loader(
         examples,
         prepare,
         batch_size=per_rank,
@@ -75,12 +79,20 @@ def make_loader(examples, prepare, per_rank: int, options: DataOptions, r: Ranks
         workers=options.dataloader_num_workers,
         rank=r.rank,
         world_size=r.world_size,
+        start=progress.position if progress else 0,
     )
+    loader.faults |= progress.faults if progress else {}
+    return loader
 
 
-def save_checkpoint(model: Qwen2VL, processor: Processor, folder: Path, r: Ranks) -> None:
+def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
     """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them."""
+    save_model(model, folder)
+    processor.save_pretrained(folder)
+
+
+def save_result(model: Qwen2VL, processor: Processor, folder: Path, r: Ranks) -> None:
+    """`save_pretrained` on rank 0, with the others waiting."""
     if r.is_main:
-        save_model(model, folder)
-        processor.save_pretrained(folder)
+        save_pretrained(model, processor, folder)
     r.barrier()

@@ -8,6 +8,7 @@ Left out, on purpose: a critic, a reward model, padding, logits, and any rollout
 
 import copy
 import dataclasses
+import functools
 import sys
 import time
 
@@ -17,7 +18,8 @@ from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import PackedBatch
 from boxgrpo.trainer.ahead import Ahead
-from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_checkpoint, total_steps
+from boxgrpo.trainer.checkpoints import Checkpoints, Progress
+from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
 from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.metrics import (
     completion_table,
@@ -28,7 +30,7 @@ from boxgrpo.trainer.metrics import (
     sampling_metrics,
 )
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
-from boxgrpo.trainer.packs import even_out, group_flop, make_packs, trained_groups
+from boxgrpo.trainer.packs import even_out, group_flop, in_packs_that_fit, trained_groups
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
@@ -44,22 +46,35 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.max_prompt_length
     )
     examples, faults = read_usable(o, needs="gold")
-    check_output_dir(o, r)
+    checkpoints = Checkpoints(o, r)
+    found = checkpoints.find()
+    check_output_dir(o, r, found)
     policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     policy.freeze_vision(o.freeze_vision)
     policy.model.gradient_checkpointing = o.gradient_checkpointing
     reference = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta else None
     vocabulary = Vocabulary.of(processor, policy.config, r.device)
-    rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank)
     steps = total_steps(o, len(examples), o.prompts_per_step)
     engine = Engine(policy, o, r, steps * o.num_iterations)
-    folder = claim_output_dir(o, r)
-    loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r)
+    progress = checkpoints.load(found, engine) if found else Progress()
+    rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank, progress.rollout_bytes)
+    folder = claim_output_dir(o, r, found, progress.metrics_bytes)
+    loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r, progress)
     images = Ahead(loader, policy, frozen=o.freeze_vision)
-    report = Reporter(folder, r, steps, "grpo")
-    tokens_seen = logged = 0
+    report = Reporter(folder, r, steps, "grpo", start=progress.step)
+    logged = progress.step
+    write_model = functools.partial(save_pretrained, policy, processor)
 
-    for step in range(1, steps + 1):
+    def first_pass(packs: list[PackedBatch]):
+        """Gradients at the rollout's weights; the packs then hold what further iterations compare with."""
+        with span("reference"):
+            if reference is not None:
+                packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
+            if o.num_iterations > 1 or sampled.logps is not None:
+                packs = [dataclasses.replace(p, old_logps=logps(policy, p, o.temperature)) for p in packs]
+        return packs, *accumulate(o, policy, engine, packs, denominator)
+
+    for step in range(progress.step + 1, steps + 1):
         started = time.perf_counter()
         with span("data"):
             samples = images.samples()
@@ -67,6 +82,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             with span("vision"):
                 embeds = images.embeds()
             sampled = rollout(policy, samples, embeds)
+            samples, embeds = sampled.of(samples), sampled.of(embeds)
             completions = sampled.completions
         with span("reward"):
             rewards = score(completions, samples, vocabulary, r.device)
@@ -77,42 +93,36 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             groups = trained_groups(o, samples, sampled, embeds, advantages, weights)
             if o.loss_type != "bnpo":  # its mean is over a rank's own tokens
                 groups = even_out(groups, [group_flop(policy.config, g) for g in groups], r)
-            packs = make_packs(o, policy.config, groups, r.device)
             counts = r.sum(sum(map(len, completions)), sum(len(c) for g in completions for c in g))
             denominator = loss_denominator(o, *counts, r)
-        with span("reference"):
-            if reference is not None:
-                packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
-            if o.num_iterations > 1 or sampled.logps is not None:
-                packs = [dataclasses.replace(p, old_logps=logps(policy, p, o.temperature)) for p in packs]
-        for _ in range(o.num_iterations):
-            loss, stats = torch.zeros((), device=r.device), []
-            with span("policy"):
-                for pack in packs:
-                    with span("forward"):
-                        pack_loss, pack_stats = policy(pack, loss_head(o, pack, denominator))
-                        pack_loss = pack_loss / len(packs) if denominator is None else pack_loss
-                    with span("backward"):
-                        engine.backward(pack_loss)
-                    loss += pack_loss.detach()
-                    stats.append(pack_stats)
+        skipped = 0
+        for iteration in range(o.num_iterations):
+            if iteration == 0:
+                packs, loss, stats = in_packs_that_fit(
+                    policy.config, groups, o.tokens_per_pass, engine, r.device, first_pass
+                )
+            else:
+                loss, stats = accumulate(o, policy, engine, packs, denominator)
             with span("optimizer"):
-                grad_norm = engine.step()
+                grad_norm, updated = engine.step(loss)
+            skipped += not updated
 
-        tokens = int(*r.sum(sum(len(p.input_ids) for p in packs)))  # of all ranks
-        tokens_seen += tokens
+        tokens, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), r.stop_asked)  # of all ranks
+        progress.step, progress.position, progress.faults = step, images.position, images.faults
+        progress.num_tokens += int(tokens)
+        progress.skipped_steps += skipped
         report.advance(reward=float(total.mean()), iou=float(accuracy.mean()))
         if step % o.logging_steps == 0 or step == steps:
             metrics = run_metrics(
                 r,
                 engine,
-                images,
+                progress,
                 loss=loss,
                 grad_norm=grad_norm,
                 tokens=tokens,
-                num_tokens=tokens_seen,
+                epoch=images.epoch,
                 seconds=time.perf_counter() - started,
-                skipped=len(faults),
+                unusable=len(faults),
             )
             metrics |= reward_metrics(total, accuracy, rewards.format, miou, weights)
             metrics |= length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids)
@@ -123,9 +133,9 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             logged = step
         if o.log_completions and step % o.log_completions == 0:
             report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
-        if o.save_steps and step % o.save_steps == 0 and step < steps:
-            save_checkpoint(policy, processor, folder / f"checkpoint-{step}", r)
-    save_checkpoint(policy, processor, folder, r)
+        progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.stored
+        checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
+    save_result(policy, processor, folder, r)
     report.close()
 
 
@@ -135,13 +145,29 @@ def frozen_copy(policy, *, share_vision: bool):
     return copy.deepcopy(policy, memo).requires_grad_(False)
 
 
+def accumulate(o, policy, engine, packs: list[PackedBatch], denominator):
+    """Add the packs' gradients up; the loss (0-dim, this rank's) and each pack's statistics."""
+    loss, stats = torch.zeros((), device=policy.device), []
+    with span("policy"):
+        for pack in packs:
+            with span("forward"):
+                pack_loss, pack_stats = policy(pack, loss_head(o, pack, denominator))
+                pack_loss = pack_loss / len(packs) if denominator is None else pack_loss
+            with span("backward"):
+                engine.backward(pack_loss)
+            loss += pack_loss.detach()
+            stats.append(pack_stats)
+    return loss, stats
+
+
 def step_advantages(o, total, accuracy, r: Ranks):
     """This rank's advantages (B, G), weights (B) and mean IoUs (B); `batch` scales by the std over all ranks."""
     if o.scale_rewards != "batch" or r.world_size == 1:
         return group_advantages(total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards)
     everyone = r.gather((total.cpu(), accuracy.cpu()))
     whole = [torch.cat(part).to(total.device) for part in zip(*everyone, strict=True)]
-    mine = slice(r.rank * len(total), (r.rank + 1) * len(total))
+    before = sum(len(theirs) for theirs, _ in everyone[: r.rank])
+    mine = slice(before, before + len(total))
     return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))
 
 
@@ -200,7 +226,7 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
 
 def main(args: list[str] | None = None) -> None:
     options = parse(GrpoOptions, args, prog="grpo.py")
-    with ranks() as r:
+    with ranks() as r, r.noting_sigterm():
         if not options.model and not options.data:
             options = demo_options(args, r)
         train(options, r)

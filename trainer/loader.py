@@ -121,7 +121,7 @@ class Loader:
             worker_init_fn=_end_with_parent,
             prefetch_factor=max(2, -(-self.batch_size // self.workers)),  # a whole step is prepared while one is used
         )
-        with _ctrl_c_waits():
+        with _ctrl_c_waits(), _sigterm_blocked():
             arriving = iter(loader)
         while True:
             with _ctrl_c_waits():
@@ -191,6 +191,19 @@ def _ctrl_c_waits():
         signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
+
+
+@contextlib.contextmanager
+def _sigterm_blocked():
+    """Processes started in the block never see a SIGTERM, which a launcher sends to all of a run's processes.
+
+    The run still finishes its step and saves, for which its loader has to live; it ends the workers itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(_worker: int) -> None:

@@ -7,16 +7,19 @@ from .reporter import peak_memory_gb
 from .rollout import sampler_factor, sampler_gap
 
 
-def run_metrics(r: Ranks, engine, loader, *, loss, grad_norm, tokens, num_tokens, seconds, skipped) -> dict[str, float]:
-    """What both loops tell of a step: `tokens` and `seconds` are the step's, `num_tokens` the run's."""
+def run_metrics(
+    r: Ranks, engine, progress, *, loss, grad_norm, tokens, epoch, seconds, unusable: int
+) -> dict[str, float]:
+    """What both loops tell of a step: `tokens` and `seconds` are the step's, `progress` the run's."""
     return {
         "loss": float(loss),
         "grad_norm": float(grad_norm),
         "learning_rate": engine.learning_rate,
-        "epoch": loader.epoch,
-        "num_tokens": num_tokens,
+        "epoch": epoch,
+        "num_tokens": progress.num_tokens,
+        "skipped_steps": progress.skipped_steps,
         "step_time": seconds,
-        "data/skipped": skipped + len(set().union(*r.gather(set(loader.faults)))),
+        "data/skipped": unusable + len(set().union(*r.gather(set(progress.faults)))),
         "perf/tokens_per_second": tokens / seconds,
         "perf/peak_memory_gb": peak_memory_gb(r.device),
     }
@@ -24,6 +27,8 @@ def run_metrics(r: Ranks, engine, loader, *, loss, grad_norm, tokens, num_tokens
 
 def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:
     """Rewards over the rank's completions, and how hard its groups were (paper Figure 3)."""
+    if not len(total):
+        return {}
     spread = total.std(dim=1)
     return {
         "reward": float(total.mean()),
@@ -44,6 +49,8 @@ def length_metrics(completions, limit: int, eos: tuple[int, ...]) -> dict[str, f
     """Tokens per completion, and the share that never reached its end token."""
     flat = [c for group in completions for c in group]
     lengths = [len(c) for c in flat]
+    if not lengths:
+        return {}
     clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
     return {
         "completions/mean_length": sum(lengths) / len(lengths),

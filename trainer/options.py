@@ -41,12 +41,18 @@ class DataOptions(InputOptions):
     num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
     freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
-    gradient_checkpointing: bool = option(False, "Recompute each layer in the backward pass: less memory, more time.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute the decoder's layers in the backward pass: less memory, more time."
+    )
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     adam_beta2: float = option(0.999, "AdamW's decay of squared gradients.")
     logging_steps: int = option(1, "Steps between two lines of metrics.")
-    save_steps: int = option(0, "Steps between two checkpoints; 0: only the last.")
+    save_steps: int = option(0, "Steps between two checkpoints to go on from; 0: none, only the weights at the end.")
+    save_total_limit: int = option(0, "Checkpoints to keep, the newest; 0: all.")
+    resume: str = option("", "Go on from a checkpoint: its folder, or auto for the newest whole one, if there is any.")
+    timeout: float = option(1800.0, "Seconds that ranks wait for each other; one that is gone is missed in a tenth.")
+    max_skipped: int = option(100, "Stop after more steps than this without an update, for NaN or infinity.")
 
 
 @dataclass
@@ -192,6 +198,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
+    _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
     if o.rollout == "vllm":
         _validate_vllm(o)
 
@@ -225,12 +232,19 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
             f"Use a multiple of {world_size}."
         )
     _at_least_one(o, "cutoff_len", "tokens_per_pass", "logging_steps")
+    _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
 
 
 def _at_least_one(o: DataOptions, *names: str) -> None:
     for name in names:
         if getattr(o, name) < 1:
             raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
+
+
+def _at_least_zero(o: DataOptions, *names: str) -> None:
+    for name in names:
+        if getattr(o, name) < 0:
+            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 0. Raise --{name}.")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,12 +3,18 @@
 import ctypes
 import logging
 import os
+import signal
 import statistics
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from .watch import Watch
+
+SILENCE = 0.1  # of the timeout
 
 
 class Ranks:
@@ -18,6 +24,7 @@ class Ranks:
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
+        self.stop_asked = False  # by a launcher's SIGTERM
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +73,20 @@ class Ranks:
             for k in keys
         }
 
+    @contextmanager
+    def noting_sigterm(self):
+        """Within the block a first SIGTERM only sets `stop_asked`; a second one ends the process."""
+
+        def note(*_) -> None:
+            self.stop_asked = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -82,8 +103,13 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def ranks():
-    """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere; leave it in the end."""
+def ranks(timeout: float = 1800.0):
+    """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere; leave it in the end.
+
+    Args:
+        timeout: seconds after which a collective that not all ranks have joined is an error. A rank without a sign of
+            life is missed after a tenth of that, and ends the others.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -98,9 +124,14 @@ def ranks():
     if world_size == 1:
         yield Ranks(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    watch = Watch(dist.get_rank(), world_size, SILENCE * timeout).start()
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # a gloo peer that leaves while another still reads from it aborts that one
+    except dist.DistError:  # another rank is gone, or gave up; the watch knows which
+        watch.wait_for_the_dead()
+        raise
     finally:
+        watch.stop()
         dist.destroy_process_group()

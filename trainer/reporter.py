@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import math
+import os
 import re
 import resource
 import shutil
@@ -22,16 +24,21 @@ OPTIONS = "options.yaml"
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would steer the terminal
 
 
-def check_output_dir(options, ranks) -> Path:
+def check_output_dir(options, ranks, found: Path | None = None) -> Path:
     """The run's folder; on every rank an error when it holds another run, or a checkpoint.
+
+    Args:
+        found: the checkpoint that the run goes on from.
 
     Raises:
         ValueError: it does, and --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
-    held = (folder / METRICS, *folder.glob("*.safetensors*"))
+    held = [*folder.glob("*.safetensors*"), *folder.glob("checkpoint-*/manifest.json"), folder / METRICS]
+    if options.resume == "auto":  # killed before its first checkpoint, a run leaves lines, and begins anew
+        held = list(folder.glob("*.safetensors*"))
     taken = ranks.gather(any(path.is_file() and path.stat().st_size for path in held))[0]
-    if taken and not options.overwrite_output_dir:
+    if taken and not options.overwrite_output_dir and not goes_on_in(folder, found):
         raise ValueError(
             f"output_dir {folder} already holds a run. "
             "Name another with --output_dir, or give --overwrite_output_dir true."
@@ -39,27 +46,44 @@ def check_output_dir(options, ranks) -> Path:
     return folder
 
 
-def claim_output_dir(options, ranks) -> Path:
-    """`check_output_dir`, then an earlier run's metrics make room and the options are written."""
-    folder = check_output_dir(options, ranks)
+def goes_on_in(folder: Path, found: Path | None) -> bool:
+    """Whether the run's own earlier part lies in `folder`."""
+    return found is not None and found.resolve().parent == folder.resolve()
+
+
+def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
+    """`check_output_dir`, then the options are written, and an earlier run's metrics and checkpoints make room.
+
+    A run that goes on keeps its first `metrics_bytes`, those from before its checkpoint.
+    """
+    folder = check_output_dir(options, ranks, found)
     ranks.barrier()  # every rank has looked before anything is written
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        if goes_on_in(folder, found) and (folder / METRICS).exists():
+            os.truncate(folder / METRICS, metrics_bytes)
+        else:
+            (folder / METRICS).unlink(missing_ok=True)
+            for stale in (folder / "tensorboard", *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.part")):
+                shutil.rmtree(stale, ignore_errors=True)
         (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))
     return folder
 
 
 class Reporter:
-    """Writes on rank 0; elsewhere every call is nothing."""
+    """Writes on rank 0; elsewhere every call is nothing. `start`: steps that were taken before."""
 
-    def __init__(self, folder: Path, ranks, total_steps: int, title: str):
+    def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
         self.active = ranks.is_main
         if self.active:
-            self.file = (folder / METRICS).open("a", encoding="utf-8")
-            self.board = SummaryWriter(folder / "tensorboard")
-            self.bar = tqdm(total=total_steps, desc=title, dynamic_ncols=True, mininterval=1.0)
+            self.file = (folder / METRICS).open("ab")
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+            self.bar = tqdm(total=total_steps, initial=start, desc=title, dynamic_ncols=True, mininterval=1.0)
+
+    @property
+    def bytes_written(self) -> int:
+        """Length of the metrics file."""
+        return self.file.tell() if self.active else 0
 
     def advance(self, **shown: float) -> None:
         if self.active:
@@ -69,7 +93,8 @@ class Reporter:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        self.file.write(json.dumps({"step": step, **known}).encode() + b"\n")
         self.file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)

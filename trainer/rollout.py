@@ -1,10 +1,13 @@
 """Completions for a step's prompts: sampled by the policy or by vLLM, or replayed from a file.
 
-A rollout is called as rollout(policy, samples, embeds) and returns `Sampled`.
+A rollout is called as rollout(policy, samples, embeds) and returns `Sampled`. Its `stored` says, for a checkpoint, how
+many bytes it has written to which file.
 """
 
 import json
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +24,9 @@ from .loader import Sample
 from .processing import Processor
 from .spans import span
 from .vocabulary import box_mark_ids, token_bytes
+
+log = logging.getLogger(__name__)
+NOTHING: dict[str, int] = {}
 
 
 @dataclass
@@ -48,17 +54,24 @@ class Sampled(NamedTuple):
 
     completions: list[list[Tensor]]  # G for each sample, (C_i) int64 on the CPU, end token included
     logps: list[list[Tensor]] | None = None  # (C_i) fp32, nats, by a foreign sampler; None: the policy sampled
+    kept: list[int] | None = None  # the samples that these are of; None: all
+
+    def of(self, values: Sequence | None) -> Sequence | None:
+        """Those of `values`, one for each sample asked for, that have completions."""
+        return values if values is None or self.kept is None else [values[i] for i in self.kept]
 
 
-def make_rollout(options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, examples, rank: int):
-    """The rollout that `options.rollout` names."""
+def make_rollout(
+    options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, examples, rank: int, stored: dict[str, int]
+):
+    """The rollout that `options.rollout` names; `stored` are the bytes of its file that a resumed run keeps."""
     if options.rollout == "replay":
         return ReplayRollout(options)
     if options.rollout == "vllm":
         from .rollout_vllm import VllmRollout  # which imports from here
 
         return VllmRollout(options, processor, vocabulary, policy, max(len(e.images) for e in examples))
-    return LocalRollout(options, vocabulary, rank)
+    return LocalRollout(options, vocabulary, rank, stored)
 
 
 def sampler_gap(pack: PackedBatch) -> Tensor:
@@ -85,54 +98,85 @@ def embed_prompts(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Tensor | No
 class LocalRollout:
     """Samples with the policy itself. With `rollout_file` it also keeps what it sampled, for a later replay."""
 
-    def __init__(self, options, vocabulary: Vocabulary, rank: int):
+    def __init__(self, options, vocabulary: Vocabulary, rank: int, stored: dict[str, int] | None = None):
         self.options = options
         self.vocabulary = vocabulary
+        self.rounds = options.gradient_accumulation_steps
         self.file = None
         if options.rollout_file:
             path = Path(options.rollout_file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
-            if path.exists():
+            if path.exists() and path.name in (stored or {}):
+                os.truncate(path, stored[path.name])
+            elif path.exists() and options.resume != "auto":
                 raise ValueError(
                     f"rollout_file {path} is already there. Read it with --rollout replay, or name another to store in."
                 )
-            self.file = path.open("w")
+            else:
+                path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            self.file = path.open("ab")
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Bytes in this rank's file, by its name."""
+        return {Path(self.file.name).name: self.file.tell()} if self.file else {}
 
     def __call__(self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None) -> Sampled:
-        o = self.options
-        at_once = len(samples) // o.gradient_accumulation_steps
-        completions: list[list[Tensor]] = []
-        for start in range(0, len(samples), at_once):
-            part = slice(start, start + at_once)
-            with span("prefill"):
-                decoding = prefill(
-                    policy,
-                    [s.item for s in samples[part]],
-                    prompt_ids=[s.serial for s in samples[part]],
-                    image_embeds=None if embeds is None else embeds[part],
-                    eos_token_ids=self.vocabulary.eos_token_ids,
-                    num_generations=o.num_generations,
-                    max_completion_length=o.max_completion_length,
-                )
-            with span("decode"):
-                flat = decoding.run(
-                    temperature=o.temperature,
-                    top_k=o.top_k,
-                    top_p=o.top_p,
-                    seed=o.seed,
-                    forbidden=self.vocabulary.forbidden,
-                ).completions()
-            completions += [flat[i : i + o.num_generations] for i in range(0, len(flat), o.num_generations)]
+        groups: dict[int, list[Tensor]] = {}
+        start = 0
+        while start < len(samples):
+            at_once = max(1, len(samples) // self.rounds)
+            part = range(len(samples))[start : start + at_once]
+            try:
+                sampled = self._sample(policy, [samples[i] for i in part], embeds and [embeds[i] for i in part])
+            except torch.OutOfMemoryError:
+                sampled = None  # and out of this block, whose traceback holds on to what filled the memory
+            if sampled is None:
+                torch.cuda.empty_cache()
+                if at_once > 1:
+                    self.rounds *= 2
+                    log.warning("memory ran out while sampling; from here on in %d rounds a step", self.rounds)
+                    continue
+                log.warning("left out %s: sampling it alone runs out of memory", samples[start].example.source)
+            else:
+                groups |= zip(part, sampled, strict=True)
+            start += at_once
         if self.file:
-            for sample, group in zip(samples, completions, strict=True):
-                self.file.write(json.dumps({"serial": sample.serial, "ids": [c.tolist() for c in group]}) + "\n")
+            for i, group in groups.items():
+                line = json.dumps({"serial": samples[i].serial, "ids": [c.tolist() for c in group]})
+                self.file.write(line.encode() + b"\n")
             self.file.flush()
-        return Sampled(completions)
+        return Sampled(list(groups.values()), kept=None if len(groups) == len(samples) else list(groups))
+
+    def _sample(self, policy: Qwen2VL, samples: Sequence[Sample], embeds) -> list[list[Tensor]]:
+        """G completions for each sample, all of them at once."""
+        o = self.options
+        with span("prefill"):
+            decoding = prefill(
+                policy,
+                [s.item for s in samples],
+                prompt_ids=[s.serial for s in samples],
+                image_embeds=embeds,
+                eos_token_ids=self.vocabulary.eos_token_ids,
+                num_generations=o.num_generations,
+                max_completion_length=o.max_completion_length,
+            )
+        with span("decode"):
+            flat = decoding.run(
+                temperature=o.temperature,
+                top_k=o.top_k,
+                top_p=o.top_p,
+                seed=o.seed,
+                forbidden=self.vocabulary.forbidden,
+            ).completions()
+        return [flat[i : i + o.num_generations] for i in range(0, len(flat), o.num_generations)]
 
 
 class ReplayRollout:
     """Completions stored by an earlier run, found by the sample's serial number: for exact comparisons."""
+
+    stored: Mapping[str, int] = NOTHING
 
     def __init__(self, options):
         self.path = options.rollout_file

@@ -6,7 +6,7 @@ KV cache given up. It wakes with the policy's weights of that step.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
 from .processing import Processor
-from .rollout import Sampled, Vocabulary
+from .rollout import NOTHING, Sampled, Vocabulary
 from .spans import span
 
 NEVER = -100.0  # the lowest bias that vLLM documents: e^-100 of a token's odds
@@ -40,6 +40,8 @@ class VllmRollout:
     Raises:
         ValueError: no vllm to import, or not started by torchrun.
     """
+
+    stored: Mapping[str, int] = NOTHING
 
     def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
         try:

@@ -1,0 +1,112 @@
+"""Small runs of the loops for several test files: a drawn world, a cold start, options, launches under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from boxgrpo.trainer import demo, sft
+from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
+
+
+def make_world(root: Path) -> Path:
+    """A small drawn world, a newborn model for it, and `sft/`: enough of a cold start to write boxes now and then."""
+    options = demo.DemoOptions(output_dir=str(root), level=0, cold_start=32, train=48, held_out=8)
+    demo.draw_world(options)
+    demo.newborn(options)
+    cold = SftOptions(
+        model=str(root / "newborn"),
+        data=str(root / "world/cold_start.json"),
+        output_dir=str(root / "sft"),
+        max_steps=40,
+        train_batch_size=16,
+        learning_rate=3e-3,
+        freeze_vision=False,
+        dataloader_num_workers=0,
+    )
+    sft.train(cold, Ranks())
+    return root
+
+
+def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:
+    """A run of two steps into `world / name`."""
+    values = {
+        "model": str(world / "sft"),
+        "data": str(world / "world/train.json"),
+        "output_dir": str(world / name),
+        "max_steps": 2,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 32,
+        "learning_rate": 1e-3,
+        "dataloader_num_workers": 0,
+    }
+    return GrpoOptions(**values | changes)
+
+
+def lines(folder) -> list[dict]:
+    """The run's metrics so far, a step each; a line that is still being written is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def told(folder) -> list[dict]:
+    """`lines` without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in lines(folder)]
+
+
+def start(script, options, ranks: int = 2, **environment) -> subprocess.Popen:
+    """`torchrun script` with the options as flags, in a process group of its own, one thread a rank."""
+    flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "")]
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.Popen(
+        [*command, str(script), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def members(run: subprocess.Popen) -> list[int]:
+    """All processes below the launcher, which gives each rank a session of its own."""
+    found, parents = [], {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    row = [run.pid]
+    while row:
+        found += row
+        row = [pid for pid, parent in parents.items() if parent in row]
+    return found
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL for the launcher and all below it, as when the machine goes down; returns when they are gone."""
+    pids = members(run)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.communicate()
+
+
+def finish(run: subprocess.Popen, timeout: float = 200) -> str:
+    """What the run told; an error when it fails, and no process is left behind when it hangs."""
+    try:
+        out, _ = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(run)
+        raise
+    assert run.returncode == 0, out
+    return out

@@ -1,0 +1,195 @@
+"""Checkpoints: whole or not there, wherever writing is cut off; what is not whole is seen; nothing whole is lost."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from boxgrpo.trainer.checkpoints import MANIFEST, Checkpoints, Progress, fault, random_states, set_random_states
+from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.ranks import Ranks
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 400), nn.Linear(400, 1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two layers: `run.save(step)`, `run.update()`, `run.checkpoints(...)` of its folder."""
+
+    def checkpoints(**changes) -> Checkpoints:
+        return Checkpoints(GrpoOptions(**{"output_dir": str(tmp_path), "resume": "auto"} | changes), Ranks())
+
+    model = network()
+    engine = Engine(model, GrpoOptions(learning_rate=0.1), Ranks(), 10)
+
+    def update() -> None:
+        loss = model(torch.ones(1, 3)).sum()
+        engine.backward(loss)
+        engine.step(loss)
+
+    def save(step: int, **changes):
+        write_model = lambda folder: (folder / "config.json").write_text("{}")  # noqa: E731
+        return checkpoints(**changes).save(Progress(step=step, position=10 * step), engine, write_model)
+
+    update()
+    return SimpleNamespace(
+        folder=tmp_path, save=save, update=update, checkpoints=checkpoints, engine=engine, model=model
+    )
+
+
+def test_a_run_goes_on_where_it_was(run):
+    run.save(1)
+    run.update()
+    folder = run.save(2)
+    expected = {name: p.clone() for name, p in run.model.named_parameters()}
+    other = network()
+    engine = Engine(other, GrpoOptions(learning_rate=0.1), Ranks(), 10)
+    progress = run.checkpoints().load(run.checkpoints().find(), engine)
+    assert (progress.step, progress.position) == (2, 20) and run.checkpoints().find() == folder
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
+    assert engine.learning_rate == run.engine.learning_rate < 0.1
+    for model, e in ((run.model, run.engine), (other, engine)):  # the same moments make the same next update
+        loss = model(torch.full((1, 3), 2.0)).sum()
+        e.backward(loss)
+        e.step(loss)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), other.parameters(), strict=True))
+
+
+def test_random_states_come_back():
+    states = json.loads(json.dumps(random_states()))
+    first = random.random(), np.random.rand(), float(torch.rand(()))
+    set_random_states(states)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == first
+
+
+def in_a_child(call) -> int:
+    """Run `call` in a fork of this process; its exit status. (No tensor work there: torch's threads are not forked.)"""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            call()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run):
+    """The process ends before its first, its second, ... its last touch of a file; limits and leftovers included."""
+    first = run.save(1)
+    before = {p.name for p in run.folder.iterdir()}
+
+    def killed_at(moment: int):
+        touches = iter(range(moment + 1))
+
+        def audit(event: str, args) -> None:
+            touched = event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+            if touched and str(run.folder) in str(args[0]) and next(touches) == moment:
+                os._exit(9)
+
+        sys.addaudithook(audit)
+        run.save(2, save_total_limit=1)
+
+    ends = []
+    for moment in range(200):
+        ends.append(in_a_child(lambda moment=moment: killed_at(moment)))
+        found = run.checkpoints().find()
+        assert found is not None and found.name in ("checkpoint-1", "checkpoint-2") and fault(found) is None, moment
+        if found.name == "checkpoint-2":
+            break
+        assert found == first
+    assert set(ends) == {9} and len(ends) > 20  # cut off that often, and in the end after the rename
+    assert before == {"checkpoint-1"}
+    run.save(3, save_total_limit=1)
+    assert run.checkpoints().find().name == "checkpoint-3"
+    assert [p.name for p in run.folder.iterdir() if p.name != ".checkpoint-2.part"] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "outside"])
+def test_what_is_not_whole_is_passed_over_and_named(run, damage, caplog):
+    first, second = run.save(1), run.save(2)
+    weights = second / "trainer/rank0.safetensors"
+    if damage == "truncate":
+        os.truncate(weights, 100)
+    elif damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif damage == "delete":
+        (second / "config.json").unlink()
+    elif damage == "manifest":
+        (second / MANIFEST).write_text("{")
+    else:
+        manifest = json.loads((second / MANIFEST).read_text())
+        manifest["files"]["../checkpoint-1/config.json"] = manifest["files"]["config.json"]
+        (second / MANIFEST).write_text(json.dumps(manifest))
+    assert run.checkpoints().find() == first
+    assert "checkpoint-2 is not whole" in caplog.text
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        run.checkpoints(resume=str(second)).find()
+    assert run.checkpoints(resume=str(first)).find() == first
+
+
+def test_no_checkpoint_is_no_error_for_auto_alone(run):
+    assert run.checkpoints().find() is None
+    with pytest.raises(ValueError, match="not a whole checkpoint .no manifest"):
+        run.checkpoints(resume=str(run.folder / "checkpoint-7")).find()
+
+
+def test_the_limit_keeps_the_newest(run):
+    for step in (2, 10, 9, 11):
+        run.save(step, save_total_limit=2)
+    assert {p.name for p in run.folder.iterdir()} == {"checkpoint-10", "checkpoint-11"}
+
+
+def test_a_full_disk_is_an_error_and_the_earlier_checkpoint_stays_good(run):
+    first = run.save(1)
+    told = run.folder / "told"
+
+    def without_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond: writing fails
+        with pytest.raises(ValueError) as raised:
+            run.save(2)
+        told.write_text(str(raised.value))
+
+    assert in_a_child(without_room) == 0
+    message = told.read_text()
+    assert "checkpoint-2 cannot be written (rank 0: " in message and f"{first} stays good" in message
+    assert run.checkpoints().find() == first
+    assert not list(run.folder.glob(".checkpoint*")) and not (run.folder / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"prompts_per_step": 8}, {"data": "other.json"}])
+def test_another_run_does_not_go_on_from_here(run, changes):
+    run.save(1)
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"was made with {name} .* --{name}"):
+        run.checkpoints(**changes).find()
+
+
+def test_other_changes_are_told(run, caplog):
+    run.save(1)
+    assert run.checkpoints(learning_rate=0.5).find() is not None
+    assert "learning_rate 0.5; the checkpoint was made with 1e-06" in caplog.text
+
+
+def test_a_step_that_is_not_due_saves_nothing_and_too_many_skipped_ones_end_the_run(run):
+    checkpoints = run.checkpoints(save_steps=5, max_skipped=2)
+    checkpoints.after_step(Progress(step=4), 8, run.engine, None, stop=False)
+    assert checkpoints.find() is None
+    with pytest.raises(ValueError, match="3 of 6 steps had a loss or a gradient that is NaN.*max_skipped is 2"):
+        checkpoints.after_step(Progress(step=6, skipped_steps=3), 8, run.engine, None, stop=False)

@@ -1,0 +1,93 @@
+"""Signs of life: a rank that dies or stands still is named by the others, which then end instead of waiting for it."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+BEATS = 6  # of each rank, within the time that it may be silent
+
+
+class Watch:
+    """A thread beside each rank that writes a sign of life into torchrun's store, and looks for the others'.
+
+    It beats however long the main thread computes or waits: what it misses is a process that was killed, stopped, or
+    whose machine or network is gone. A collective that hangs between living ranks ends by the process group's timeout.
+
+    Args:
+        silence: seconds without a sign after which a rank counts as gone.
+        end: called with the message; ends this process. os._exit by default, for the main thread may wait for ever.
+    """
+
+    def __init__(self, rank: int, world_size: int, silence: float, end: Callable[[str], None] | None = None):
+        self.rank, self.silence = rank, silence
+        self.others = [other for other in range(world_size) if other != rank]
+        self.end = end or _exit
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of this thread's own: the process group's may be waiting in the main thread.
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=silence), wait_for_workers=False)
+        self.store = dist.PrefixStore(f"boxgrpo/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.over = threading.Event()
+        self.seen: dict[int, tuple[bytes, float]] = {}
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> "Watch":
+        """Every rank has said where it is when this returns."""
+        self.store.set(f"{self.rank}/place", f"pid {os.getpid()} on {socket.gethostname()}")
+        self.store.set(str(self.rank), "0")
+        self.store.wait([f"{other}/place" for other in self.others] + [str(other) for other in self.others])
+        self.thread.start()
+        return self
+
+    def stop(self) -> None:
+        """This rank has finished, and is not missed."""
+        self.over.set()
+        self.thread.join(self.silence)
+        self.store.set(str(self.rank), "finished")
+
+    def wait_for_the_dead(self) -> None:
+        """Until a rank is missed, and this process ends, or the time for it has passed.
+
+        For a collective that has failed: the other rank may have died, or have ended with an error of its own.
+        """
+        self.thread.join(2 * self.silence)
+
+    def _run(self) -> None:
+        beat = 0
+        while not self.over.wait(self.silence / BEATS):
+            beat += 1
+            try:
+                self.store.set(str(self.rank), str(beat))
+                gone = self.gone()
+            except RuntimeError as error:  # DistNetworkError and its like
+                self.end(f"rank {self.rank}: the store at {os.environ['MASTER_ADDR']} cannot be reached ({error}).")
+                return
+            if gone and not self.over.is_set():
+                places = ", ".join(f"rank {r} ({self.store.get(f'{r}/place').decode()})" for r in gone)
+                self.end(
+                    f"rank {self.rank}: no sign of life from {places} for {self.silence:.0f} s. This rank ends too; "
+                    "start again with --resume auto."
+                )
+                return
+
+    def gone(self) -> list[int]:
+        """The ranks without a new sign for too long."""
+        now = time.monotonic()
+        found = []
+        for other, sign in zip(self.others, self.store.multi_get([str(r) for r in self.others]), strict=True):
+            last, since = self.seen.get(other, (None, now))
+            if sign != last:
+                self.seen[other] = sign, now
+            elif sign != b"finished" and now - since > self.silence:
+                found.append(other)
+        return found
+
+
+def _exit(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
