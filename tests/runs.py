@@ -75,15 +75,15 @@ def start(script, options, ranks: int = 2, **environment) -> subprocess.Popen:
     )
 
 
-def members(run: subprocess.Popen) -> list[int]:
-    """All processes below the launcher, which gives each rank a session of its own."""
+def descendants(pid: int) -> list[int]:
+    """The process and all below it. (torchrun gives each rank a session of its own: no group holds them.)"""
     found, parents = [], {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
-    row = [run.pid]
+    row = [pid]
     while row:
         found += row
         row = [pid for pid, parent in parents.items() if parent in row]
@@ -92,8 +92,7 @@ def members(run: subprocess.Popen) -> list[int]:
 
 def kill(run: subprocess.Popen) -> None:
     """SIGKILL for the launcher and all below it, as when the machine goes down; returns when they are gone."""
-    pids = members(run)
-    for pid in pids:
+    for pid in descendants(run.pid):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

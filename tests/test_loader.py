@@ -17,6 +17,7 @@ from boxgrpo.trainer.loader import Loader, _ctrl_c_waits
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.readers import Example
 from boxgrpo.trainer.vocabulary import demo_tokenizer
+from runs import descendants
 
 
 def examples(n, **changes):
@@ -177,3 +178,16 @@ def test_ctrl_c_waits_until_a_queue_has_been_left():
         signal.raise_signal(signal.SIGINT)
         finished.append(True)
     assert finished and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_workers_outlive_a_sigterm(pictured):
+    """A launcher sends it to every process of a run, which still wants to finish its step and save."""
+    prepared, prepare = pictured
+    steps = iter(Loader(prepared, prepare, batch_size=4, seed=0, workers=2))
+    next(steps)
+    below = [pid for pid in descendants(os.getpid()) if pid != os.getpid()]
+    assert len(below) >= 3  # the workers and their server
+    for pid in below:
+        os.kill(pid, signal.SIGTERM)
+    for _ in range(8):
+        assert len(next(steps)) == 4

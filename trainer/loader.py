@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
@@ -199,6 +200,7 @@ def _sigterm_blocked():
 
     The run still finishes its step and saves, for which its loader has to live; it ends the workers itself.
     """
+    resource_tracker.ensure_running()  # which unblocks SIGTERM when it has to start
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield

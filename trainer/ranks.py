@@ -75,11 +75,10 @@ class Ranks:
 
     @contextmanager
     def noting_sigterm(self):
-        """Within the block a first SIGTERM only sets `stop_asked`; a second one ends the process."""
+        """Within the block SIGTERM only sets `stop_asked`. (torchrun may send two, and SIGKILL when it gets late.)"""
 
         def note(*_) -> None:
             self.stop_asked = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
         before = signal.signal(signal.SIGTERM, note)
         try:
