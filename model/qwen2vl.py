@@ -50,7 +50,8 @@ class Qwen2VL(nn.Module):
         x = self.model.embed_tokens(batch.input_ids)
         images = batch.image_embeds
         # A trained tower runs without images too: engines that shard parameters meet in every module of every pack.
-        if images is None and (len(batch.image_rows) or next(self.visual.parameters()).requires_grad):
+        trained = self.visual is not None and next(self.visual.parameters()).requires_grad
+        if images is None and (len(batch.image_rows) or trained):
             images = self.visual(batch.pixel_values, batch.image_grid_thw)
         if images is not None:
             x = x.index_copy(0, batch.image_rows, images.to(x.dtype))

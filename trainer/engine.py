@@ -5,6 +5,7 @@ would win little where a step is mostly sampling, and without it ranks may run d
 """
 
 import functools
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,72 @@ from transformers import get_scheduler
 
 BUCKET_BYTES = 64 << 20
 DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to zero
+
+
+def make_engine(model: nn.Module, options, ranks, total_steps: int):
+    """The engine that `options.engine` names. All have `model` to call, `backward`, `step`, `clear`, `save`, `load`,
+    `gathered_weights`, `learning_rate` and `lockstep`."""
+    if options.engine == "deepspeed":
+        from .engine_deepspeed import DeepSpeedEngine  # which imports from here
+
+        return DeepSpeedEngine(model, options, ranks, total_steps)
+    return Engine(model, options, ranks, total_steps)
+
+
+def make_optimizer(parameters, options) -> torch.optim.Optimizer:
+    """AdamW as `options.optimizer` names it.
+
+    Raises:
+        ValueError: it is not installed, or another package has its name.
+    """
+    rate, betas, decay = options.learning_rate, (0.9, options.adam_beta2), options.weight_decay
+    if options.optimizer == "cpu_adam":
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        except ImportError as error:
+            raise ValueError(
+                f"optimizer is 'cpu_adam' and importing DeepSpeed fails: {error}. Install it (pip install deepspeed), "
+                "or use --optimizer adamw."
+            ) from error
+        return DeepSpeedCPUAdam(parameters, lr=rate, betas=betas, weight_decay=decay, adamw_mode=True)
+    if options.optimizer == "apex":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError as error:
+            raise ValueError(
+                f"optimizer is 'apex' and apex.optimizers.FusedAdam cannot be imported: {error}. NVIDIA's is built "
+                "from github.com/NVIDIA/apex; the index has another project of that name. Use --optimizer adamw."
+            ) from error
+        return FusedAdam(parameters, lr=rate, betas=betas, weight_decay=decay, adam_w_mode=True)
+    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=True)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, options, total_steps: int):
+    """The learning rate by optimizer step, of transformers."""
+    shape = None
+    if options.lr_scheduler_type == "warmup_stable_decay":
+        shape = {"num_decay_steps": round(DECAY_RATIO * total_steps)}
+    return get_scheduler(
+        options.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(options.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=shape,
+    )
+
+
+def place_of(schedule) -> Tensor:
+    """(2) fp64: steps so far, and their rate."""
+    return torch.tensor([schedule.last_epoch, schedule.get_last_lr()[0]], dtype=torch.float64)
+
+
+def return_to(schedule, place: Tensor) -> None:
+    """Go on from `place_of` another run's schedule."""
+    steps, rate = place.tolist()
+    here = {"last_epoch": int(steps), "_step_count": int(steps) + 1, "_last_lr": [rate]}
+    schedule.load_state_dict(schedule.state_dict() | here)
+    for group in schedule.optimizer.param_groups:
+        group["lr"] = rate
 
 
 class Engine:
@@ -40,40 +107,34 @@ class Engine:
         for p, master in zip(self.parameters, self.masters, strict=True):
             if p is not master:
                 p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
-        self.optimizer = torch.optim.AdamW(
-            self.masters,
-            lr=options.learning_rate,
-            betas=(0.9, options.adam_beta2),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        shape = None
-        if options.lr_scheduler_type == "warmup_stable_decay":
-            shape = {"num_decay_steps": round(DECAY_RATIO * total_steps)}
-        self.schedule = get_scheduler(
-            options.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=round(options.warmup_ratio * total_steps),
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=shape,
-        )
+        self.optimizer = make_optimizer(self.masters, options)
+        self.schedule = make_schedule(self.optimizer, options, total_steps)
 
     @property
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """A model to call that is never trained."""
+        return model
+
+    @contextmanager
+    def gathered_weights(self):
+        """Within the block every rank has all weights: here they always have."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
-        loss.backward()
+        told(loss).backward()
 
     def clear(self) -> None:
         """Forget the gradients accumulated so far."""
         self.optimizer.zero_grad()
 
-    def step(self, loss: Tensor) -> tuple[Tensor, bool]:
+    def step(self) -> tuple[Tensor, bool]:
         """Average over ranks, clip, update, clear.
 
-        Where the `loss` or a gradient of any rank is NaN or infinite, no rank updates; the schedule goes on.
+        Where a loss or a gradient of any rank is NaN or infinite, no rank updates; the schedule goes on.
 
         Returns:
             The gradient's norm before clipping, a 0-dim tensor, and whether there was an update; alike on every rank.
@@ -81,7 +142,6 @@ class Engine:
         for master in self.masters:
             if master.grad is None:  # a step whose packs had no use for it, on this rank at least
                 master.grad = torch.zeros_like(master)
-        self.masters[0].grad.view(-1)[0] += 0 * loss.detach()  # NaN when the loss is not finite; the average tells all
         if self.ranks.world_size > 1:
             self._average_gradients()
         grad_norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm or float("inf"))
@@ -100,7 +160,7 @@ class Engine:
         """Trained weights in fp32, moments and the schedule's place: the same on every rank, written by rank 0."""
         if not self.ranks.is_main:
             return
-        tensors = {"schedule": torch.tensor([self.schedule.last_epoch, self.learning_rate], dtype=torch.float64)}
+        tensors = {"schedule": place_of(self.schedule)}
         for name, master in zip(self.names, self.masters, strict=True):
             tensors[f"{name}/weight"] = master.detach()
             tensors |= {f"{name}/{key}": value for key, value in self.optimizer.state[master].items()}
@@ -116,11 +176,7 @@ class Engine:
             moments = {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in tensors}
             if moments:
                 self.optimizer.state[master] = {k: v.to(master.device) for k, v in moments.items()}
-        place, rate = tensors["schedule"].tolist()
-        here = {"last_epoch": int(place), "_step_count": int(place) + 1, "_last_lr": [rate]}
-        self.schedule.load_state_dict(self.schedule.state_dict() | here)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        return_to(self.schedule, tensors["schedule"])
 
     def _average_gradients(self) -> None:
         bucket: list[torch.Tensor] = []
@@ -134,6 +190,11 @@ class Engine:
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(part.view_as(g))
             bucket = []
+
+
+def told(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite its gradients are NaN, even if they would not be, and the average tells all."""
+    return loss * (1 + 0 * loss.detach())
 
 
 def _move_gradient(master: nn.Parameter, p: nn.Parameter) -> None:

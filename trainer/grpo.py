@@ -20,7 +20,7 @@ from boxgrpo.model.packing import PackedBatch
 from boxgrpo.trainer.ahead import Ahead
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
-from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.engine import make_engine
 from boxgrpo.trainer.metrics import (
     completion_table,
     length_metrics,
@@ -55,7 +55,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     reference = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta else None
     vocabulary = Vocabulary.of(processor, policy.config, r.device)
     steps = total_steps(o, len(examples), o.prompts_per_step)
-    engine = Engine(policy, o, r, steps * o.num_iterations)
+    engine = make_engine(policy, o, r, steps * o.num_iterations)
+    reference = engine.frozen(reference) if reference else None
     progress = checkpoints.load(found, engine) if found else Progress()
     rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank, progress.rollout_bytes)
     folder = claim_output_dir(o, r, found, progress.metrics_bytes)
@@ -71,14 +72,14 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             if reference is not None:
                 packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
             if o.num_iterations > 1 or sampled.logps is not None:
-                packs = [dataclasses.replace(p, old_logps=logps(policy, p, o.temperature)) for p in packs]
-        return packs, *accumulate(o, policy, engine, packs, denominator)
+                packs = [dataclasses.replace(p, old_logps=logps(engine.model, p, o.temperature)) for p in packs]
+        return packs, *accumulate(o, engine, packs, denominator)
 
     for step in range(progress.step + 1, steps + 1):
         started = time.perf_counter()
         with span("data"):
             samples = images.samples()
-        with span("rollout"):
+        with span("rollout"), engine.gathered_weights():
             with span("vision"):
                 embeds = images.embeds()
             sampled = rollout(policy, samples, embeds)
@@ -102,9 +103,9 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                     policy.config, groups, o.tokens_per_pass, engine, r.device, first_pass
                 )
             else:
-                loss, stats = accumulate(o, policy, engine, packs, denominator)
+                loss, stats = accumulate(o, engine, packs, denominator)
             with span("optimizer"):
-                grad_norm, updated = engine.step(loss)
+                grad_norm, updated = engine.step()
             skipped += not updated
 
         tokens, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), r.stop_asked)  # of all ranks
@@ -140,23 +141,24 @@ def train(options: GrpoOptions, r: Ranks) -> None:
 
 
 def frozen_copy(policy, *, share_vision: bool):
-    """The reference. With a frozen tower only the decoder is copied: the tower is the same module."""
-    memo = {id(policy.visual): policy.visual} if share_vision else {}
+    """The reference. With a frozen tower it has none: the embeddings come with the packs."""
+    memo = {id(policy.visual): None} if share_vision else {}
     return copy.deepcopy(policy, memo).requires_grad_(False)
 
 
-def accumulate(o, policy, engine, packs: list[PackedBatch], denominator):
+def accumulate(o, engine, packs: list[PackedBatch], denominator):
     """Add the packs' gradients up; the loss (0-dim, this rank's) and each pack's statistics."""
-    loss, stats = torch.zeros((), device=policy.device), []
+    loss, stats = torch.zeros((), device=engine.ranks.device), []
     with span("policy"):
         for pack in packs:
             with span("forward"):
-                pack_loss, pack_stats = policy(pack, loss_head(o, pack, denominator))
-                pack_loss = pack_loss / len(packs) if denominator is None else pack_loss
+                pack_loss, pack_stats = engine.model(pack, loss_head(o, pack, denominator))
+                pack_loss = pack_loss / sum(len(p.targets) > 0 for p in packs) if denominator is None else pack_loss
             with span("backward"):
                 engine.backward(pack_loss)
             loss += pack_loss.detach()
-            stats.append(pack_stats)
+            if len(pack.targets):  # else it only keeps other ranks company
+                stats.append(pack_stats)
     return loss, stats
 
 

@@ -47,6 +47,10 @@ class DataOptions(InputOptions):
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     adam_beta2: float = option(0.999, "AdamW's decay of squared gradients.")
+    engine: str = option("ddp", "ddp: every rank holds everything; deepspeed: ZeRO shares it out.")
+    zero_stage: int = option(2, "What DeepSpeed shares out: 1 optimizer state, 2 gradients too, 3 weights too.")
+    offload_optimizer: bool = option(False, "DeepSpeed keeps optimizer state and fp32 weights in host memory.")
+    optimizer: str = option("adamw", "adamw: torch's fused one; cpu_adam: DeepSpeed's; apex: NVIDIA's FusedAdam.")
     logging_steps: int = option(1, "Steps between two lines of metrics.")
     save_steps: int = option(0, "Steps between two checkpoints to go on from; 0: none, only the weights at the end.")
     save_total_limit: int = option(0, "Checkpoints to keep, the newest; 0: all.")
@@ -178,6 +182,15 @@ def loss_options(o: GrpoOptions, **tensors) -> LossOptions:
     )
 
 
+def _validate_engine(o: DataOptions) -> None:
+    _one_of("engine", o.engine, ("ddp", "deepspeed"))
+    _one_of("optimizer", o.optimizer, ("adamw", "cpu_adam", "apex"))
+    if o.zero_stage not in (1, 2, 3):
+        raise ValueError(f"zero_stage is {o.zero_stage}; DeepSpeed has 1, 2 and 3. Change --zero_stage.")
+    if o.offload_optimizer and o.engine != "deepspeed":
+        raise ValueError(f"offload_optimizer is true with engine {o.engine!r}; add --engine deepspeed.")
+
+
 def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     if o.num_generations < 2:
@@ -199,6 +212,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
     _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
+    _validate_engine(o)
     if o.rollout == "vllm":
         _validate_vllm(o)
 
@@ -233,6 +247,7 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
         )
     _at_least_one(o, "cutoff_len", "tokens_per_pass", "logging_steps")
     _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
+    _validate_engine(o)
 
 
 def _at_least_one(o: DataOptions, *names: str) -> None:

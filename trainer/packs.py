@@ -79,6 +79,10 @@ def in_packs_that_fit(
     groups = list(groups)
     while True:
         packs = make_packs(config, groups, budget, device)
+        if engine.lockstep:
+            nothing = pack_groups([], image_token_id=config.image_token_id)
+            nothing = replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)
+            packs += [nothing] * (max(engine.ranks.gather(len(packs))) - len(packs))
         try:
             return run(packs)
         except torch.OutOfMemoryError as error:

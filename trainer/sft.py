@@ -25,7 +25,7 @@ from boxgrpo.model.packing import (
 )
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
-from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.engine import make_engine
 from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
@@ -51,7 +51,7 @@ def train(options: SftOptions, r: Ranks) -> None:
     model.freeze_vision(o.freeze_vision)
     model.model.gradient_checkpointing = o.gradient_checkpointing
     steps = total_steps(o, len(examples), o.train_batch_size)
-    engine = Engine(model, o, r, steps)
+    engine = make_engine(model, o, r, steps)
     progress = checkpoints.load(found, engine) if found else Progress()
     folder = claim_output_dir(o, r, found, progress.metrics_bytes)
     loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r, progress)
@@ -64,17 +64,17 @@ def train(options: SftOptions, r: Ranks) -> None:
         started = time.perf_counter()
         with span("data"):
             samples = next(batches)
-            packs = make_packs(o, model.config, shared_out(o, model.config, samples, r), r.device)
+            packs = make_packs(o, model.config, shared_out(o, model.config, samples, r), engine)
             scored = r.sum(sum(len(p.targets) for p in packs))[0]
         loss = torch.zeros((), device=r.device)
         with span("policy"):
             for pack in packs:
-                logps = model(pack, lambda h, w, pack=pack: token_logps(h, w, pack.targets))  # (N)
+                logps = engine.model(pack, lambda h, w, pack=pack: token_logps(h, w, pack.targets))  # (N)
                 pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
                 engine.backward(pack_loss)
                 loss += pack_loss.detach()
         with span("optimizer"):
-            grad_norm, updated = engine.step(loss)
+            grad_norm, updated = engine.step()
 
         tokens, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), r.stop_asked)  # of all ranks
         progress.step, progress.position, progress.faults = step, loader.position, loader.faults
@@ -114,11 +114,13 @@ def shared_out(o, config, samples: list[Sample], r: Ranks) -> list[Conversation]
     return [g.prompt for g in even_out(groups, [conversation_flop(o, config, g.prompt) for g in groups], r)]
 
 
-def make_packs(o, config, conversations: list[Conversation], device) -> list[PackedBatch]:
-    """Packs within `tokens_per_pass` and of like cost."""
+def make_packs(o, config, conversations: list[Conversation], engine) -> list[PackedBatch]:
+    """Packs within `tokens_per_pass` and of like cost; where ranks must run as many as each other, empty ones too."""
     sizes = [len(c.input_ids) for c in conversations]
     plan = plan_packs(sizes, o.tokens_per_pass, [conversation_flop(o, config, c) for c in conversations])
-    image = config.image_token_id
+    if engine.lockstep:
+        plan += [[]] * (max(engine.ranks.gather(len(plan))) - len(plan))
+    image, device = config.image_token_id, engine.ranks.device
     return [pack_conversations([conversations[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
 
 

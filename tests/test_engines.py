@@ -1,0 +1,135 @@
+"""Two ranks under every engine train as one rank does, and go on from their checkpoints to the bit."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from boxgrpo.trainer import grpo
+from boxgrpo.trainer.engine import make_engine, make_optimizer
+from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.ranks import Ranks
+from runs import ROOT, finish, grpo_options, lines, start, told
+
+GRPO = ROOT / "trainer/grpo.py"
+STEPS = {"max_steps": 5, "rollout": "replay"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return runs.make_world(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def one(world):
+    """One rank's run of five steps, its completions stored for all others."""
+    options = grpo_options(world, "one", **STEPS | {"rollout": "local"}, rollout_file=str(world / "stored"))
+    grpo.train(options, Ranks())
+    return world / "one"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_under_deepspeed_equal_one(world, one, stage):
+    """Packs of unequal number on the ranks, a checkpoint on the way, and the same end from there."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    changes = STEPS | {"engine": "deepspeed", "zero_stage": stage, "rollout_file": str(world / "stored")}
+    changes |= {"tokens_per_pass": 200, "save_steps": 3}
+    folder = world / f"zero{stage}"
+    finish(start(GRPO, grpo_options(world, folder.name, **changes)))
+    for a, b in zip(lines(one), lines(folder), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert any(abs(m["loss"]) > 1e-3 for m in lines(one))
+    ours, alone = (load_file(f / "model.safetensors") for f in (folder, one))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-4, msg=name)
+    again = world / f"again{stage}"
+    options = grpo_options(world, again.name, **changes, resume=str(folder / "checkpoint-3"))
+    finish(start(GRPO, options))
+    assert told(again) == told(folder)[3:]
+    end = load_file(again / "model.safetensors")
+    assert all(torch.equal(end[name], tensor) for name, tensor in ours.items())
+
+
+def test_sharded_weights_sample_and_learn_as_whole_ones(world):
+    """ZeRO-3 with its own rollout, and SFT with a trained tower: weights come together and part again."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    shared = {"engine": "deepspeed", "zero_stage": 3}
+    finish(start(GRPO, grpo_options(world, "whole", max_steps=2)))
+    finish(start(GRPO, grpo_options(world, "sharded", max_steps=2, **shared)))
+    for a, b in zip(lines(world / "whole"), lines(world / "sharded"), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"])
+        assert a["completions/mean_length"] == b["completions/mean_length"]
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 3}
+    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
+    finish(start(ROOT / "trainer/sft.py", SftOptions(**values, output_dir=str(world / "sft_whole"))))
+    finish(start(ROOT / "trainer/sft.py", SftOptions(**values, **shared, output_dir=str(world / "sft_sharded"))))
+    losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_whole", "sft_sharded")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_another_number_of_ranks_is_refused_by_name(world):
+    """DeepSpeed's parts belong to as many ranks as there were."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    options = grpo_options(world, "two", max_steps=1, save_steps=1, engine="deepspeed", zero_stage=2)
+    finish(start(GRPO, options))
+    options.resume, options.max_steps = "auto", 2
+    with pytest.raises(ValueError, match="holds the optimizer in 2 parts, this run has 1 ranks"):
+        grpo.train(options, Ranks())
+
+
+def test_deepspeed_skips_what_is_not_finite(world, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    script = tmp_path / "script.py"
+    script.write_text(SKIPS)
+    finish(start(script, grpo_options(world, "skips", max_steps=1)))
+
+
+SKIPS = """
+import torch
+from torch import nn
+from boxgrpo.trainer.engine import make_engine
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.ranks import ranks
+
+with ranks() as r:
+    for stage in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        options = GrpoOptions(learning_rate=0.1, engine="deepspeed", zero_stage=stage)
+        engine = make_engine(model, options, r, 10)
+        for bad in (float("nan"), float("inf"), None):
+            before = model.weight.clone()
+            loss = engine.model(torch.ones(1, 3)).sum()
+            engine.backward(loss + bad if bad and r.rank == 1 else loss)
+            norm, updated = engine.step()
+            assert updated == (bad is None) and torch.equal(before, model.weight) != updated, (stage, bad)
+            assert bool(norm.isfinite()) == updated
+"""
+
+
+def test_an_optimizer_that_is_not_there_is_refused(monkeypatch):
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # the other project of that name
+    with pytest.raises(ValueError, match="apex.optimizers.FusedAdam cannot be imported.*another project of that name"):
+        make_optimizer(weights, GrpoOptions(optimizer="apex"))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match="optimizer is 'cpu_adam' and importing DeepSpeed fails.*--optimizer adamw"):
+        make_optimizer(weights, GrpoOptions(optimizer="cpu_adam"))
+    with pytest.raises(ValueError, match="engine is 'deepspeed' and importing it fails.*--engine ddp"):
+        make_engine(torch.nn.Linear(1, 1), GrpoOptions(engine="deepspeed"), Ranks(), 1)
+
+
+def test_apex_is_called_as_it_wants_to_be(monkeypatch):
+    """NVIDIA's FusedAdam takes `adam_w_mode`; it needs a GPU, so here its arguments are looked at."""
+    given = {}
+    apex, optimizers = ModuleType("apex"), ModuleType("apex.optimizers")
+    optimizers.FusedAdam = lambda parameters, **options: given.update(options)
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    make_optimizer([torch.nn.Parameter(torch.zeros(2))], GrpoOptions(optimizer="apex", weight_decay=0.1))
+    assert given == {"lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.1, "adam_w_mode": True}
