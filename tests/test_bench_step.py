@@ -1,6 +1,7 @@
 """The step benchmark: its machinery at a tiny size, its counted floors, its figures on a CPU and the README's copy."""
 
 import argparse
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.bench.bench_step import chosen, fresh, line, phases_table, row, steps_table
+from boxgrpo.bench.bench_step import GROWTH, chosen, fresh, growth_table, line, phases_table, row, steps_table
+from boxgrpo.bench.machine import RESULTS
 from boxgrpo.bench.step_cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
 from boxgrpo.bench.step_floors import work
 from boxgrpo.bench.step_sides import Clock
@@ -23,6 +25,11 @@ from boxgrpo.trainer.vocabulary import demo_tokenizer
 
 TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
 MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads((RESULTS / "cpu/step.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +120,41 @@ def test_which_rows_are_asked_for():
 def test_a_straight_line_fits():
     assert line([1, 2, 4], [0.75, 1.0, 1.5]) == {"fixed_s": 0.5, "each_s": 0.25, "misfit_percent": 0.0}
     assert line([1, 2, 3], [1.0, 1.3, 1.0])["misfit_percent"] == pytest.approx(15.4)
+
+
+# -- as recorded ----------------------------------------------------------------------------------------------------
+
+
+def test_the_step_is_as_much_faster_and_smaller_as_asked(recorded):
+    """Five times TRL's speed at 4 images and one prompt in a third of its memory, three times elsewhere."""
+    asked = {(4, 1): 5, (1, 1): 3, (6, 1): 3, (4, 4): 3}
+    found = {(r["images"], r["prompts"]): r for r in recorded["rows"]}
+    assert found.keys() == asked.keys()
+    for shape, ratio in asked.items():
+        assert found[shape]["ratio"] >= ratio, shape
+    assert found[4, 1]["peak_memory_ratio"] <= 1 / 3
+
+
+def test_every_case_was_measured(recorded):
+    """And on a tree that git knows; no phase is below its floor by more than the clock's scatter."""
+    assert [r["case"] for r in recorded["rows"]] == [case.name for case in step_cases(False)]
+    assert not recorded["machine"]["revision"].endswith("dirty")
+    for r in recorded["rows"]:
+        assert sum(p["seconds"] for p in r["phases"].values()) == pytest.approx(r["ours_s"], abs=2e-3)
+        assert r["phases"]["other"]["seconds"] < 0.02 * r["ours_s"]
+
+
+def test_a_step_grows_in_line_and_a_doubled_group_is_cheap(recorded):
+    grown = recorded["growth"]
+    assert grown.keys() == {*GROWTH, "doubled_group"}
+    for size in GROWTH:
+        assert grown[size]["each_s"] > 0 and grown[size]["misfit_percent"] < 15, size
+    assert grown["doubled_group"]["ratio"] < 1.3
+
+
+def test_the_readme_shows_the_recorded_figures(recorded):
+    readme = (RESULTS.parent.parent / "README.md").read_text()
+    assert steps_table(recorded) in readme
+    assert phases_table(recorded["rows"][0]) in readme
+    assert growth_table(recorded["growth"]) in readme
+    assert recorded["machine"]["device"] in readme
