@@ -61,10 +61,10 @@ def told(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in lines(folder)]
 
 
-def start(script, options, ranks: int = 2, **environment) -> subprocess.Popen:
+def start(script, options, ranks: int = 2, launch=("--standalone",), **environment) -> subprocess.Popen:
     """`torchrun script` with the options as flags, in a process group of its own, one thread a rank."""
     flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "")]
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
+    command = [str(Path(sys.executable).with_name("torchrun")), *launch, "--nproc_per_node", str(ranks)]
     return subprocess.Popen(
         [*command, str(script), *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,

@@ -125,12 +125,15 @@ def ranks(timeout: float = 1800.0):
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     watch = Watch(dist.get_rank(), world_size, SILENCE * timeout).start()
+    failed = None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # a gloo peer that leaves while another still reads from it aborts that one
-    except dist.DistError:  # another rank is gone, or gave up; the watch knows which
-        watch.wait_for_the_dead()
+    except Exception as error:
+        failed = error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # another rank's doing: the watch knows which
+            watch.wait_for_the_dead()
         raise
     finally:
-        watch.stop()
+        watch.stop(failed)
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 BEATS = 6  # of each rank, within the time that it may be silent
+FINISHED, FAILED = "finished", "failed "
 
 
 class Watch:
@@ -33,7 +34,7 @@ class Watch:
         store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=silence), wait_for_workers=False)
         self.store = dist.PrefixStore(f"boxgrpo/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.over = threading.Event()
-        self.seen: dict[int, tuple[bytes, float]] = {}
+        self.seen: dict[int, tuple[str, float]] = {}
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> "Watch":
@@ -44,17 +45,14 @@ class Watch:
         self.thread.start()
         return self
 
-    def stop(self) -> None:
-        """This rank has finished, and is not missed."""
+    def stop(self, error: BaseException | None = None) -> None:
+        """This rank has finished, and is not missed; or it has failed, and the others end at their next beat."""
         self.over.set()
         self.thread.join(self.silence)
-        self.store.set(str(self.rank), "finished")
+        self.store.set(str(self.rank), f"{FAILED}{type(error).__name__}: {error}" if error else FINISHED)
 
     def wait_for_the_dead(self) -> None:
-        """Until a rank is missed, and this process ends, or the time for it has passed.
-
-        For a collective that has failed: the other rank may have died, or have ended with an error of its own.
-        """
+        """After a collective that has failed: until the rank is missed and this process ends, or the time is over."""
         self.thread.join(2 * self.silence)
 
     def _run(self) -> None:
@@ -68,23 +66,23 @@ class Watch:
                 self.end(f"rank {self.rank}: the store at {os.environ['MASTER_ADDR']} cannot be reached ({error}).")
                 return
             if gone and not self.over.is_set():
-                places = ", ".join(f"rank {r} ({self.store.get(f'{r}/place').decode()})" for r in gone)
-                self.end(
-                    f"rank {self.rank}: no sign of life from {places} for {self.silence:.0f} s. This rank ends too; "
-                    "start again with --resume auto."
-                )
+                told = ", ".join(f"rank {r} ({self.store.get(f'{r}/place').decode()}) {why}" for r, why in gone.items())
+                self.end(f"rank {self.rank}: {told}. This rank ends too; start again with --resume auto.")
                 return
 
-    def gone(self) -> list[int]:
-        """The ranks without a new sign for too long."""
+    def gone(self) -> dict[int, str]:
+        """The ranks that failed, or gave no new sign for too long, and which of the two."""
         now = time.monotonic()
-        found = []
+        found = {}
         for other, sign in zip(self.others, self.store.multi_get([str(r) for r in self.others]), strict=True):
+            sign = sign.decode()
             last, since = self.seen.get(other, (None, now))
-            if sign != last:
+            if sign.startswith(FAILED):
+                found[other] = f"has failed with {sign.removeprefix(FAILED)}"
+            elif sign != last:
                 self.seen[other] = sign, now
-            elif sign != b"finished" and now - since > self.silence:
-                found.append(other)
+            elif sign != FINISHED and now - since > self.silence:
+                found[other] = f"gave no sign of life for {self.silence:.0f} s"
         return found
 
 
