@@ -187,7 +187,8 @@ class Checkpoints:
             os.rename(aside, target)
             _to_disk(self.root)
 
-        self._together(begin if self.r.is_main else _nothing, target, aside)
+        with engine.gathered_weights():
+            self._together(begin if self.r.is_main else _nothing, target, aside)
         self._together(own, target, aside)
         self._together(finish if self.r.is_main else _nothing, target, aside)
         if self.r.is_main:

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO behind the same few names as `Engine`. Schedule, packs and checkpoints stay ours."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,11 @@ def import_deepspeed():
             f"engine is 'deepspeed' and importing it fails: {error}. Install it (pip install deepspeed), "
             "or use --engine ddp."
         ) from error
+    # Its shared-memory collectives for CPUs are compiled at first use, under a lock that a killed run leaves behind for
+    # all later ones to wait for. gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls torch's collectives by their older names, and each call would be told.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     return deepspeed
 
 

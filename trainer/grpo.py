@@ -136,7 +136,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
         progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.stored
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
-    save_result(policy, processor, folder, r)
+    with engine.gathered_weights():
+        save_result(policy, processor, folder, r)
     report.close()
 
 

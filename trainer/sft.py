@@ -98,7 +98,8 @@ def train(options: SftOptions, r: Ranks) -> None:
             logged = step
         progress.metrics_bytes = report.bytes_written
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
-    save_result(model, processor, folder, r)
+    with engine.gathered_weights():
+        save_result(model, processor, folder, r)
     report.close()
 
 
