@@ -21,6 +21,7 @@ from boxgrpo.trainer.ahead import Ahead
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
 from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.lora import add_adapters, without_adapters
 from boxgrpo.trainer.metrics import (
     completion_table,
     length_metrics,
@@ -52,7 +53,11 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     policy.freeze_vision(o.freeze_vision)
     policy.model.gradient_checkpointing = o.gradient_checkpointing
-    reference = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta else None
+    reference = None
+    if o.lora_rank:
+        add_adapters(policy, o)
+    if o.beta:
+        reference = policy if o.lora_rank else frozen_copy(policy, share_vision=o.freeze_vision)
     vocabulary = Vocabulary.of(processor, policy.config, r.device)
     steps = total_steps(o, len(examples), o.prompts_per_step)
     engine = Engine(policy, o, r, steps * o.num_iterations)
@@ -69,7 +74,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         """Gradients at the rollout's weights; the packs then hold what further iterations compare with."""
         with span("reference"):
             if reference is not None:
-                packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
+                with without_adapters(reference):
+                    packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
             if o.num_iterations > 1 or sampled.logps is not None:
                 packs = [dataclasses.replace(p, old_logps=logps(policy, p, o.temperature)) for p in packs]
         return packs, *accumulate(o, policy, engine, packs, denominator)
