@@ -53,9 +53,9 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     policy.freeze_vision(o.freeze_vision)
     policy.model.gradient_checkpointing = o.gradient_checkpointing
-    reference = None
     if o.lora_rank:
         add_adapters(policy, o)
+    reference = None
     if o.beta:
         reference = policy if o.lora_rank else frozen_copy(policy, share_vision=o.freeze_vision)
     vocabulary = Vocabulary.of(processor, policy.config, r.device)

@@ -82,8 +82,10 @@ def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter, if there is one, as `PeftModel.from_pretrained(Qwen2VLForConditionalGeneration, folder)` reads
-    it: under transformers' names of today, which nest the decoder."""
+    """Write the adapter, if there is one, for `PeftModel.from_pretrained(base, folder)`, in fp32.
+
+    `base` is transformers' model: the adapter goes by its names, which nest the decoder.
+    """
     tensors = {
         "base_model.model.model.language_model." + name.removeprefix("model.").replace(".default", ""): p.detach().cpu()
         for name, p in model.named_parameters()

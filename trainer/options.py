@@ -42,7 +42,7 @@ class DataOptions(InputOptions):
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
     freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
     lora_rank: int = option(0, "Train adapters of this rank on the decoder's linear layers; 0: its weights themselves.")
-    lora_alpha: int = option(0, "Adapters count lora_alpha / lora_rank times; 0: twice.")
+    lora_alpha: int = option(0, "What adapters add is scaled by lora_alpha / lora_rank; 0: by 2.")
     gradient_checkpointing: bool = option(
         False, "Recompute the decoder's layers in the backward pass: less memory, more time."
     )
@@ -247,7 +247,7 @@ def _validate_lora(o: DataOptions) -> None:
             "Use --freeze_vision true, or --lora_rank 0."
         )
     if o.lora_alpha and not o.lora_rank:
-        raise ValueError(f"lora_alpha is {o.lora_alpha} and lora_rank 0; nothing is there to count. Give --lora_rank.")
+        raise ValueError(f"lora_alpha is {o.lora_alpha} and lora_rank 0; there is nothing to scale. Give --lora_rank.")
 
 
 def _at_least_one(o: DataOptions, *names: str) -> None:
