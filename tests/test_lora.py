@@ -19,6 +19,7 @@ from boxgrpo.trainer.common import save_pretrained
 from boxgrpo.trainer.lora import add_adapters, merged_weights, without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
 from boxgrpo.trainer.ranks import Ranks
+from boxgrpo.trainer.reporter import claim_output_dir
 from runs import ROOT, finish, lines, start, told
 
 PARTS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
@@ -200,6 +201,14 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(world):
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert same(*(load_file(world / run / file) for run in ("whole", "resumed")))
         assert not same(*(load_file(folder / file) for folder in (half, world / "whole")))
+    with pytest.raises(ValueError, match="made with lora_alpha 4, this run has 8"):
+        grpo.train(lora_options(world, "other", **options | {"lora_alpha": 8}, resume=str(half)), Ranks())
+
+
+def test_a_new_run_keeps_no_adapter_of_an_earlier_one(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    claim_output_dir(GrpoOptions(output_dir=str(tmp_path)), Ranks())
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_two_ranks_equal_one_on_stored_completions(world):
