@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -88,11 +89,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def save_model(model: Qwen2VL, folder, *, max_shard_size: str | int = "5GB", dtype: torch.dtype | None = None) -> None:
-    """Write config.json and the weights under the published names, which `from_pretrained` and vLLM read."""
+def save_model(
+    model: Qwen2VL,
+    folder,
+    *,
+    max_shard_size: str | int = "5GB",
+    dtype: torch.dtype | None = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
+    """Write config.json and the weights under the published names, which `from_pretrained` and vLLM read.
+
+    Args:
+        weights: published names and tensors to write in place of the model's own.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in model.state_dict().items()}
+    weights = model.state_dict().items() if weights is None else weights
+    state = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weights}
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
         # Aside, then renamed: a kill leaves the old file or the new one.

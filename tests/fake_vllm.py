@@ -60,11 +60,13 @@ class LLM:
         self.events.append("load_weights")
         parameters = dict(self.model.named_parameters())
         g = torch.Generator().manual_seed(0)
-        for name, tensor in weights:
+        loaded = set()
+        for name, tensor in weights:  # an iterable, as in vLLM: gone through once
+            loaded.add(name)
             parameters[name].copy_(tensor)  # an unknown name is a KeyError, as in vLLM
             if self.noise and tensor.ndim > 1:
                 parameters[name] += self.noise * tensor.std() * torch.randn(tensor.shape, generator=g)
-        self.loaded.append({name for name, _ in weights})
+        self.loaded.append(loaded)
 
     def generate(self, prompts, sampling_params, use_tqdm):
         assert self.awake == {"weights", "kv_cache"}

@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer"
 PROGRESS = "progress.json"
 # What a place in the data, the frozen weights or the optimizer's state have no meaning without.
-FIXED = ("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size", "engine", "zero_stage", "lora_rank")
+FIXED = tuple("model data schema seed prompts_per_step train_batch_size engine zero_stage lora_rank lora_alpha".split())
 
 
 @dataclass

@@ -10,6 +10,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .checkpoints import Progress
 from .loader import Loader
+from .lora import merged_weights, save_adapter
 from .options import DataOptions
 from .processing import Processor
 from .ranks import Ranks
@@ -86,8 +87,12 @@ def make_loader(
 
 
 def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
-    """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them."""
-    save_model(model, folder)
+    """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them.
+
+    Adapters are merged into the weights, and stand in `adapter/` as PEFT reads them.
+    """
+    save_model(model, folder, weights=merged_weights(model))
+    save_adapter(model, folder / "adapter")
     processor.save_pretrained(folder)
 
 

@@ -21,6 +21,7 @@ from boxgrpo.trainer.ahead import Ahead
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
 from boxgrpo.trainer.engine import make_engine
+from boxgrpo.trainer.lora import add_adapters, without_adapters
 from boxgrpo.trainer.metrics import (
     completion_table,
     length_metrics,
@@ -52,11 +53,13 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     policy.freeze_vision(o.freeze_vision)
     policy.model.gradient_checkpointing = o.gradient_checkpointing
-    reference = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta else None
+    if o.lora_rank:
+        add_adapters(policy, o)
+    copied = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta and not o.lora_rank else None
     vocabulary = Vocabulary.of(processor, policy.config, r.device)
     steps = total_steps(o, len(examples), o.prompts_per_step)
     engine = make_engine(policy, o, r, steps * o.num_iterations)
-    reference = engine.frozen(reference) if reference else None
+    reference = engine.frozen(copied) if copied else engine.model if o.beta else None
     progress = checkpoints.load(found, engine) if found else Progress()
     rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank, progress.rollout_bytes)
     folder = claim_output_dir(o, r, found, progress.metrics_bytes)
@@ -70,7 +73,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         """Gradients at the rollout's weights; the packs then hold what further iterations compare with."""
         with span("reference"):
             if reference is not None:
-                packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
+                with without_adapters(reference):
+                    packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
             if o.num_iterations > 1 or sampled.logps is not None:
                 packs = [dataclasses.replace(p, old_logps=logps(engine.model, p, o.temperature)) for p in packs]
         return packs, *accumulate(o, engine, packs, denominator)
@@ -134,7 +138,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             logged = step
         if o.log_completions and step % o.log_completions == 0:
             report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
-        progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.stored
+        progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.written
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
     with engine.gathered_weights():
         save_result(policy, processor, folder, r)

@@ -41,6 +41,8 @@ class DataOptions(InputOptions):
     num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
     freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
+    lora_rank: int = option(0, "Train adapters of this rank on the decoder's linear layers; 0: its weights themselves.")
+    lora_alpha: int = option(0, "What adapters add is scaled by lora_alpha / lora_rank; 0: by 2.")
     gradient_checkpointing: bool = option(
         False, "Recompute the decoder's layers in the backward pass: less memory, more time."
     )
@@ -213,6 +215,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
     _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
     _validate_engine(o)
+    _validate_lora(o)
     if o.rollout == "vllm":
         _validate_vllm(o)
 
@@ -248,6 +251,18 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
     _at_least_one(o, "cutoff_len", "tokens_per_pass", "logging_steps")
     _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
     _validate_engine(o)
+    _validate_lora(o)
+
+
+def _validate_lora(o: DataOptions) -> None:
+    _at_least_zero(o, "lora_rank", "lora_alpha")
+    if o.lora_rank and not o.freeze_vision:
+        raise ValueError(
+            f"freeze_vision is False and lora_rank {o.lora_rank}; adapters train the decoder alone. "
+            "Use --freeze_vision true, or --lora_rank 0."
+        )
+    if o.lora_alpha and not o.lora_rank:
+        raise ValueError(f"lora_alpha is {o.lora_alpha} and lora_rank 0; there is nothing to scale. Give --lora_rank.")
 
 
 def _at_least_one(o: DataOptions, *names: str) -> None:

@@ -64,8 +64,9 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
             os.truncate(folder / METRICS, metrics_bytes)
         else:
             (folder / METRICS).unlink(missing_ok=True)
-            for stale in (folder / "tensorboard", *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.part")):
-                shutil.rmtree(stale, ignore_errors=True)
+            for pattern in ("tensorboard", "adapter", "checkpoint-*", ".checkpoint-*.part"):
+                for stale in sorted(folder.glob(pattern)):
+                    shutil.rmtree(stale, ignore_errors=True)
         (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))
     return folder
 

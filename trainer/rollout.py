@@ -1,6 +1,6 @@
 """Completions for a step's prompts: sampled by the policy or by vLLM, or replayed from a file.
 
-A rollout is called as rollout(policy, samples, embeds) and returns `Sampled`. Its `stored` says, for a checkpoint, how
+A rollout is called as rollout(policy, samples, embeds) and returns `Sampled`. Its `written` says, for a checkpoint, how
 many bytes it has written to which file.
 """
 
@@ -118,7 +118,7 @@ class LocalRollout:
             self.file = path.open("ab")
 
     @property
-    def stored(self) -> dict[str, int]:
+    def written(self) -> dict[str, int]:
         """Bytes in this rank's file, by its name."""
         return {Path(self.file.name).name: self.file.tell()} if self.file else {}
 
@@ -176,7 +176,7 @@ class LocalRollout:
 class ReplayRollout:
     """Completions stored by an earlier run, found by the sample's serial number: for exact comparisons."""
 
-    stored: Mapping[str, int] = NOTHING
+    written: Mapping[str, int] = NOTHING
 
     def __init__(self, options):
         self.path = options.rollout_file

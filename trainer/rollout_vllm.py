@@ -15,6 +15,7 @@ from boxgrpo.model.packing import Prompt
 from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
+from .lora import merged_weights
 from .processing import Processor
 from .rollout import NOTHING, Sampled, Vocabulary
 from .spans import span
@@ -41,7 +42,7 @@ class VllmRollout:
         ValueError: no vllm to import, or not started by torchrun.
     """
 
-    stored: Mapping[str, int] = NOTHING
+    written: Mapping[str, int] = NOTHING
 
     def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
         try:
@@ -92,8 +93,7 @@ class VllmRollout:
         """Wake the engine with the policy's weights. What was computed with the former ones is forgotten."""
         torch.cuda.empty_cache()  # blocks that the trainer holds and does not use; the engine maps its memory anew
         self.llm.wake_up(tags=["weights"])
-        trained = [(name, p.detach()) for name, p in policy.named_parameters() if p.requires_grad]
-        self.llm.apply_model(lambda model: model.load_weights(trained))
+        self.llm.apply_model(lambda model: model.load_weights(merged_weights(policy, trained=True)))
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_encoder_cache()  # embeddings are kept under their image, whatever the tower's weights

@@ -27,6 +27,7 @@ from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
 from boxgrpo.trainer.engine import make_engine
 from boxgrpo.trainer.loader import Sample
+from boxgrpo.trainer.lora import add_adapters
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
 from boxgrpo.trainer.packs import even_out
@@ -50,6 +51,8 @@ def train(options: SftOptions, r: Ranks) -> None:
     model = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
     model.freeze_vision(o.freeze_vision)
     model.model.gradient_checkpointing = o.gradient_checkpointing
+    if o.lora_rank:
+        add_adapters(model, o)
     steps = total_steps(o, len(examples), o.train_batch_size)
     engine = make_engine(model, o, r, steps)
     progress = checkpoints.load(found, engine) if found else Progress()
