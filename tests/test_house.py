@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "trainer", "bench")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-COMMANDS = ("grpo", "sft", "evaluator", "demo")
+COMMANDS = ("grpo", "sft", "evaluator", "demo", "memory")
 
 # What a package must not import. csrc <- kernels <- model <- trainer; nobody looks at bench and tests.
 FORBIDDEN = {
