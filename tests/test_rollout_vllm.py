@@ -60,7 +60,7 @@ def start(options, processor, policy, samples, monkeypatch):
         o = dataclasses.replace(options, **changes)
         engines = fake_vllm.install(monkeypatch, seed=o.seed, noise=noise)
         vocabulary = Vocabulary.of(processor, policy.config, "cpu")
-        rollout = make_rollout(o, processor, vocabulary, policy, [s.example for s in samples], 0)
+        rollout = make_rollout(o, processor, vocabulary, policy, [s.example for s in samples], 0, {})
         return rollout, engines[0]
 
     return make
