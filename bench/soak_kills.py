@@ -53,7 +53,7 @@ def strike(run: subprocess.Popen, path: Path, planned: Kill) -> bool:
         return False
     kill(run)
     planned.struck, planned.alive = True, round(time.monotonic() - began, 2)
-    planned.logged, planned.left = logged(path), left(path)
+    planned.logged, planned.left = logged(path), left(path, launched)
     return True
 
 
@@ -100,9 +100,10 @@ def logged(path: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def left(path: Path) -> str:
-    """What a kill leaves behind of checkpoints."""
+def left(path: Path, launched: int) -> str:
+    """What a kill leaves behind of checkpoints: the newest, and what this launch (ns of the clock) left torn."""
     whole = [number(f) for f in path.glob("checkpoint-*") if (f / "manifest.json").exists()]
     torn = [f.name for f in path.glob("checkpoint-*") if not (f / "manifest.json").exists()]
-    parts = [f"{f.name} with {sum(p.is_file() for p in f.rglob('*'))} files" for f in path.glob(".checkpoint-*.part")]
-    return ", ".join([f"checkpoint-{max(whole)}" if whole else "no checkpoint", *parts, *(f"{t} torn" for t in torn)])
+    parts = [f for f in path.glob(".checkpoint-*.part") if touched(f) > launched]
+    told = [f"{f.name} with {sum(p.is_file() for p in f.rglob('*'))} files" for f in parts]
+    return ", ".join([f"checkpoint-{max(whole)}" if whole else "no checkpoint", *told, *(f"{t} torn" for t in torn)])
