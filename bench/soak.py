@@ -145,8 +145,8 @@ def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
 
 
 def part_b(o: SoakOptions, root: Path, draw: random.Random) -> dict:
-    known = {"start": 8.0, "step": 0.5, "save": 0.2}
-    kills = plan(draw, max(1, o.kills // 5), o.steps, SAVE_STEPS["B"], known)
+    about = {"start": 8.0, "step": 0.3, "save": 0.1}
+    kills = plan(draw, max(1, o.kills // 5), o.steps, SAVE_STEPS["B"], about)
     seconds = run_to_the_end(o, root, "B", o.steps, kills, faults=True)
     struck = sum(k.struck for k in kills)
     return {

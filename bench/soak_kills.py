@@ -40,14 +40,14 @@ def strike(run: subprocess.Popen, path: Path, planned: Kill) -> bool:
     waits: dict[str, list[Callable[[], bool]]] = {
         "starting": [],
         "any": [claimed, lambda: logged(path) >= planned.step],
-        "saving": [claimed, saving],
+        "saving": [claimed, lambda: logged(path) >= planned.step - 1, saving],
         "end": [claimed, (path / "model.safetensors").exists],
     }
     for condition in waits[planned.aim]:
         while not condition():
             if run.poll() is not None:
                 return False
-            time.sleep(0.001 if planned.aim != "any" else 0.01)
+            time.sleep(0.001 if condition is saving else 0.01)
     time.sleep(planned.delay)
     if run.poll() is not None:
         return False
