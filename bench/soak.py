@@ -73,7 +73,10 @@ def prepare(o: SoakOptions) -> Path:
 
 
 def launch(o: SoakOptions, root: Path, name: str, steps: int, *, faults: bool) -> subprocess.Popen:
-    """torchrun, told into `root / name`.log; a run that was killed goes on."""
+    """torchrun, told into `root / name`.log; a run that was killed goes on.
+
+    What DeepSpeed compiles is kept apart: a kill while it does leaves a lock that all later builds wait for.
+    """
     part, target = name[0], root / name
     script = ["bench/soak_worker.py", f"--soak_seed={o.seed}"] if faults else ["trainer/grpo.py"]
     flags = [f"--config={demo.RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--seed={o.seed}"]
@@ -85,7 +88,7 @@ def launch(o: SoakOptions, root: Path, name: str, steps: int, *, faults: bool) -
     with target.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
             [*command, str(ROOT / script[0]), *script[1:], *flags],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(root.resolve() / "extensions")},
             start_new_session=True,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -134,7 +137,7 @@ def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
         "demands": [
             demand(
                 f"struck by {o.kills} kills",
-                f"{len(struck)}, {len(torn)} left a torn checkpoint",
+                f"{len(struck)}, {torn} while saving",
                 len(struck) >= o.kills,
             ),
             demand("no step lost", f"{len(lost)} of {steps}", not lost),

@@ -11,6 +11,8 @@ from pathlib import Path
 from .launches import kill
 from .soak_verdicts import read_lines
 
+LONGEST_START = 15.0  # seconds; the first launch under DeepSpeed also compiles
+
 
 @dataclass
 class Kill:
@@ -80,7 +82,8 @@ def timing(path: Path, seconds: float) -> dict[str, float]:
     took = [line["step_time"] for line in read_lines(path / "metrics.jsonl")]
     newest = max(path.glob("checkpoint-*"), key=number)
     written = [file.stat().st_mtime for file in newest.rglob("*") if file.is_file()]
-    return {"start": seconds - sum(took), "step": statistics.median(took), "save": max(written) - min(written)}
+    start = min(LONGEST_START, seconds - sum(took))
+    return {"start": start, "step": statistics.median(took), "save": max(written) - min(written)}
 
 
 def touched(path: Path) -> int:
