@@ -49,7 +49,7 @@ class SoakOptions:
     engine: str = option("", "The loop's --engine; empty: its default.")
     zero_stage: int = option(0, "The loop's --zero_stage; 0: its default.")
     cold_start_steps: int = option(300, "SFT steps before.")
-    train: int = option(1000, "Scenes to train on.")
+    train: int = option(1000, "Scenes to train on, and as many for the cold start.")
     output_dir: str = option("out/soak", "Folder for world and runs.")
     json: str = option("", "Where to write the results; empty: bench/results/<device>/soak.json.")
 
@@ -58,7 +58,7 @@ def prepare(o: SoakOptions) -> Path:
     """World and cold start, made when they are not there; then some of the training images are made unreadable."""
     root = Path(o.output_dir)
     small = demo.DemoOptions(
-        output_dir=str(root), seed=o.seed, cold_start=1000, train=o.train, held_out=8, processes=RANKS
+        output_dir=str(root), seed=o.seed, cold_start=o.train, train=o.train, held_out=8, processes=RANKS
     )
     world = demo.draw_world(small)
     if not (root / "sft/model.safetensors").exists():
@@ -135,11 +135,7 @@ def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
         "kills": [asdict(k) for k in kills],
         "differences": unlike,
         "demands": [
-            demand(
-                f"struck by {o.kills} kills",
-                f"{len(struck)}, {torn} while saving",
-                len(struck) >= o.kills,
-            ),
+            demand(f"struck by {o.kills} kills", f"{len(struck)}, {torn} while saving", len(struck) >= o.kills),
             demand("no step lost", f"{len(lost)} of {steps}", not lost),
             demand("to the bit as never killed", f"{len(unlike)} differences", not unlike),
             demand(f"{KEPT} checkpoints kept", _checkpoints(root / "A-killed"), _clean(root / "A-killed")),
