@@ -68,7 +68,8 @@ def plan(draw: random.Random, count: int, steps: int, every: int, timing: dict[s
     """
     last = steps - every  # later ones might come too late
     saves = list(range(every, last + 1, every))
-    found = [Kill("saving", at, draw.uniform(0, 1.2 * timing["save"])) for at in draw.sample(saves, count // 3)]
+    save = timing["save"]  # to find all the processes takes time too: some of these kills go out at once
+    found = [Kill("saving", at, max(0.0, draw.uniform(-save / 2, save))) for at in draw.sample(saves, count // 3)]
     found += [Kill("starting", draw.randint(0, last), draw.uniform(0, timing["start"])) for _ in range(count // 10)]
     ends = 1 if count > 1 else 0
     for _ in range(count - len(found) - ends):
