@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds bench test test-slow test-gpu fuzz lint format clean
+.PHONY: install demo seeds bench test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ test-gpu: $(STAMP)
 SECONDS ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python bench/fuzz_rewards.py --seconds $(SECONDS)
+
+# Runs that are killed, fed corrupt images and made NaN: a quarter of an hour; SOAK passes flags on.
+soak: $(STAMP)
+	$(BIN)/python bench/soak.py $(SOAK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from boxgrpo.bench.launches import kill
 from boxgrpo.trainer import demo, sft
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.ranks import Ranks
@@ -73,31 +73,6 @@ def start(script, options, ranks: int = 2, launch=("--standalone",), **environme
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def descendants(pid: int) -> list[int]:
-    """The process and all below it. (torchrun gives each rank a session of its own: no group holds them.)"""
-    found, parents = [], {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    row = [pid]
-    while row:
-        found += row
-        row = [pid for pid, parent in parents.items() if parent in row]
-    return found
-
-
-def kill(run: subprocess.Popen) -> None:
-    """SIGKILL for the launcher and all below it, as when the machine goes down; returns when they are gone."""
-    for pid in descendants(run.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    run.communicate()
 
 
 def finish(run: subprocess.Popen, timeout: float = 200) -> str:

@@ -115,7 +115,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run):
     assert before == {"checkpoint-1"}
     run.save(3, save_total_limit=1)
     assert run.checkpoints().find().name == "checkpoint-3"
-    assert [p.name for p in run.folder.iterdir() if p.name != ".checkpoint-2.part"] == ["checkpoint-3"]
+    assert [p.name for p in run.folder.iterdir()] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "outside"])
@@ -153,6 +153,20 @@ def test_the_limit_keeps_the_newest(run):
     for step in (2, 10, 9, 11):
         run.save(step, save_total_limit=2)
     assert {p.name for p in run.folder.iterdir()} == {"checkpoint-10", "checkpoint-11"}
+
+
+def test_a_later_one_that_is_not_whole_does_not_push_out_the_one_just_written(run):
+    """A run that has passed over a damaged checkpoint-12 saves checkpoint-10, and keeps it."""
+    (run.save(12) / MANIFEST).unlink()
+    assert run.save(9, save_total_limit=1) == run.checkpoints().find()
+    assert run.save(10, save_total_limit=1) == run.checkpoints().find()
+    assert {p.name for p in run.folder.iterdir()} == {"checkpoint-10", "checkpoint-12"}
+
+
+def test_what_an_earlier_kill_left_half_written_goes(run):
+    (run.folder / ".checkpoint-7.part/trainer").mkdir(parents=True)
+    run.save(8)
+    assert {p.name for p in run.folder.iterdir()} == {"checkpoint-8"}
 
 
 def test_a_full_disk_is_an_error_and_the_earlier_checkpoint_stays_good(run):

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from boxgrpo.bench.launches import descendants
 from boxgrpo.trainer.loader import Loader, _ctrl_c_waits
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.readers import Example
 from boxgrpo.trainer.vocabulary import demo_tokenizer
-from runs import descendants
 
 
 def examples(n, **changes):

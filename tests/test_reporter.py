@@ -87,6 +87,31 @@ def test_overwriting_starts_the_metrics_anew(tmp_path):
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
 
 
+def test_going_back_is_refused_while_later_checkpoints_are_there(tmp_path):
+    """Killed before it is as far again, the run would go on from what it had left behind."""
+    for step in (4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/manifest.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("four\nten\n")
+    before, found = contents(tmp_path), tmp_path / "checkpoint-4"
+    options = GrpoOptions(output_dir=str(tmp_path), resume=str(found))
+    with pytest.raises(ValueError, match=r"also holds checkpoint-10\. .*--overwrite_output_dir true"):
+        claim_output_dir(options, Ranks(), found, metrics_bytes=5)
+    assert contents(tmp_path) == before
+    options.overwrite_output_dir = True
+    claim_output_dir(options, Ranks(), found, metrics_bytes=5)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "metrics.jsonl", "options.yaml"}
+    assert (tmp_path / "metrics.jsonl").read_text() == "four\n"
+
+
+def test_going_on_without_metrics_keeps_the_checkpoints(tmp_path):
+    """Of a user who has moved metrics.jsonl away."""
+    found = tmp_path / "checkpoint-4"
+    found.mkdir()
+    claim_output_dir(GrpoOptions(output_dir=str(tmp_path), resume="auto"), Ranks(), found, metrics_bytes=5)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "options.yaml"}
+
+
 def test_rewards_by_hand():
     accuracy = torch.tensor([[1.0, 0.8], [0.3, 0.3], [0.2, 0.0]])
     form = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import runs
+from boxgrpo.bench.launches import kill
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.options import SftOptions
 from boxgrpo.trainer.ranks import Ranks
-from runs import ROOT, finish, grpo_options, kill, lines, start, told
+from runs import ROOT, finish, grpo_options, lines, start, told
 
 GRPO = ROOT / "trainer/grpo.py"
 

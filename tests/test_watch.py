@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from boxgrpo.bench.launches import kill
 from boxgrpo.trainer.watch import Watch
-from runs import kill, start
+from runs import start
 
 STEPS = """
 import os, sys, time

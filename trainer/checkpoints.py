@@ -192,7 +192,7 @@ class Checkpoints:
         self._together(own, target, aside)
         self._together(finish if self.r.is_main else _nothing, target, aside)
         if self.r.is_main:
-            self._prune()
+            self._prune(progress.step)
         return target
 
     def _together(self, write: Callable[[], None], target: Path, aside: Path) -> None:
@@ -218,10 +218,16 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         return [f for f in self.root.glob("checkpoint-*") if f.is_dir() and re.fullmatch(r"checkpoint-\d+", f.name)]
 
-    def _prune(self) -> None:
-        """Remove the oldest beyond `save_total_limit`; the one just written is whole, and stays."""
+    def _prune(self, step: int) -> None:
+        """Remove the oldest beyond `save_total_limit`, and what a kill left half written; `step`'s is whole, and stays.
+
+        Later ones are none of its business: they were not whole when this run went on from before them.
+        """
+        for part in self.root.glob(".checkpoint-*.part"):
+            shutil.rmtree(part, ignore_errors=True)
         limit = self.options.save_total_limit
-        for old in sorted(self._folders(), key=_step)[: -limit if limit else 0]:
+        kept = sorted((f for f in self._folders() if _step(f) <= step), key=_step)
+        for old in kept[: -limit if limit else 0]:
             # A kill in the middle leaves a folder without its manifest: not whole, and seen to be.
             (old / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)

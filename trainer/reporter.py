@@ -43,12 +43,30 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
             f"output_dir {folder} already holds a run. "
             "Name another with --output_dir, or give --overwrite_output_dir true."
         )
+    later = ranks.gather(later_checkpoints(folder, found, options.resume))[0]
+    if later and not options.overwrite_output_dir:
+        raise ValueError(
+            f"resume is {found}, but {folder} also holds {', '.join(path.name for path in later)}. "
+            "Give --overwrite_output_dir true to remove what is later, or name another --output_dir."
+        )
     return folder
 
 
 def goes_on_in(folder: Path, found: Path | None) -> bool:
     """Whether the run's own earlier part lies in `folder`."""
     return found is not None and found.resolve().parent == folder.resolve()
+
+
+def later_checkpoints(folder: Path, found: Path | None, resume: str) -> list[Path]:
+    """Those of the run's own folder that a named `found` goes back before; --resume auto would take them for its own.
+
+    (What lies later than the one that auto has found is not whole.)
+    """
+    if resume == "auto" or not goes_on_in(folder, found):
+        return []
+    steps = {path.name: int(n[1]) for path in folder.iterdir() if (n := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    here = steps.get(found.name, max(steps.values(), default=0))  # one under another name says nothing of its step
+    return [folder / name for name in sorted(steps, key=steps.get) if steps[name] > here]
 
 
 def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
@@ -60,8 +78,11 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
     ranks.barrier()  # every rank has looked before anything is written
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        if goes_on_in(folder, found) and (folder / METRICS).exists():
-            os.truncate(folder / METRICS, metrics_bytes)
+        if goes_on_in(folder, found):
+            for later in later_checkpoints(folder, found, options.resume):
+                shutil.rmtree(later)
+            if (folder / METRICS).exists():
+                os.truncate(folder / METRICS, metrics_bytes)
         else:
             (folder / METRICS).unlink(missing_ok=True)
             for pattern in ("tensorboard", "adapter", "checkpoint-*", ".checkpoint-*.part"):
