@@ -59,7 +59,7 @@ def test_two_ranks_under_deepspeed_equal_one(world, one, tmp_path, stage, lora_r
     for a, b in zip(lines(one), lines(folder), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    assert any(abs(m["loss"]) > 1e-4 for m in lines(one))
+    assert all(m["grad_norm"] > 1e-3 for m in lines(one))  # there was something to agree on
     ours, alone = (load_file(f / "model.safetensors") for f in (folder, one))
     for name, tensor in alone.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-4, msg=name)
@@ -135,7 +135,8 @@ def test_an_optimizer_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # the other project of that name
     with pytest.raises(ValueError, match="apex.optimizers.FusedAdam cannot be imported.*another project of that name"):
         make_optimizer(weights, GrpoOptions(optimizer="apex"))
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name in ("deepspeed", "deepspeed.ops.adam"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="optimizer is 'cpu_adam' and importing DeepSpeed fails.*--optimizer adamw"):
         make_optimizer(weights, GrpoOptions(optimizer="cpu_adam"))
     with pytest.raises(ValueError, match="engine is 'deepspeed' and importing it fails.*--engine ddp"):
