@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from boxgrpo.kernels import group_advantages
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.processing import Processor
@@ -68,6 +70,48 @@ def test_rounds_sample_what_one_round_does(model, samples, vocabulary, rounds, e
     assert all(len({tuple(c) for c in group}) == 3 for group in as_lists(whole)), "siblings differ"
 
 
+def with_room_for(monkeypatch, prompts: int, never: int | None = None) -> list[int]:
+    """Prefill fails above so many prompts, and always for serial number `never`; returns the sizes it was asked for."""
+    asked = []
+
+    def limited(policy, group, *, prompt_ids, **options):
+        asked.append(len(group))
+        if len(group) > prompts or never in prompt_ids:
+            raise torch.OutOfMemoryError("no room")
+        return prefill(policy, group, prompt_ids=prompt_ids, **options)
+
+    monkeypatch.setattr("boxgrpo.trainer.rollout.prefill", limited)
+    return asked
+
+
+def test_where_memory_runs_out_there_are_more_rounds(model, samples, vocabulary, monkeypatch, caplog):
+    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, None)
+    asked = with_room_for(monkeypatch, prompts=2)
+    rollout = LocalRollout(OPTIONS, vocabulary, 0)
+    found = rollout(model, samples, None)
+    assert as_lists(found.completions) == as_lists(whole.completions) and found.kept is None
+    assert asked == [4, 2, 2] and "from here on in 2 rounds a step" in caplog.text
+    asked.clear()
+    rollout(model, samples, None)
+    assert asked == [2, 2], "the next step knows"
+
+
+def test_a_sample_that_never_fits_is_left_out_and_named(model, samples, vocabulary, monkeypatch, caplog):
+    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, None)
+    with_room_for(monkeypatch, prompts=4, never=samples[2].serial)
+    found = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, None)
+    assert found.kept == [0, 1, 3] and found.of(samples) == [samples[0], samples[1], samples[3]]
+    assert as_lists(found.completions) == as_lists([whole.completions[i] for i in found.kept])
+    assert f"left out {samples[2].example.source}: sampling it alone runs out of memory" in caplog.text
+
+
+def test_a_rank_without_samples_has_rewards_and_advantages_of_none(vocabulary):
+    rewards = score([], [], vocabulary, "cpu")
+    assert rewards.accuracy.shape == (0,) and rewards.boxes.shape == (0, 4)
+    advantages, weights, miou = group_advantages(rewards.accuracy.view(0, 3), rewards.format.view(0, 3))
+    assert advantages.shape == (0, 3) and weights.shape == miou.shape == (0,)
+
+
 def test_embeddings_are_each_prompts_own(model, samples):
     embeds = embed_prompts(model, [s.item for s in samples])
     assert embeds[0].shape == (0, 64)
@@ -75,6 +119,23 @@ def test_embeddings_are_each_prompts_own(model, samples):
         alone = model.embed_images(sample.item.pixel_values, sample.item.image_grid_thw)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
     assert embed_prompts(model, [samples[0].item]) == [None]
+
+
+def test_the_tower_takes_as_many_prompts_as_fit(model, samples, monkeypatch):
+    whole = embed_prompts(model, [s.item for s in samples])
+    patches = []
+
+    def limited(pixels, grids):
+        patches.append(len(pixels))
+        if len(pixels) > len(samples[3].item.pixel_values):
+            raise torch.OutOfMemoryError("no room")
+        return type(model).embed_images(model, pixels, grids)
+
+    monkeypatch.setattr(model, "embed_images", limited)
+    found = embed_prompts(model, [s.item for s in samples])
+    assert len(patches) > 3
+    for a, b in zip(found[1:], whole[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, samples, vocabulary, processor):

@@ -17,6 +17,9 @@ class Ahead:
     On a GPU the tower sees the next step's images on a stream of its own while this step decodes, which leaves the
     matrix units nearly idle. A CPU has nothing idle: there the images are seen when they are asked for.
 
+    Args:
+        early: whether to look ahead; None: on a GPU. Not where the tower's weights are gathered for a while only.
+
     Attributes:
         position: the loader's, without the samples that are looked at ahead: where to go on after a restart.
     """

@@ -20,7 +20,7 @@ DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to 
 
 def make_engine(model: nn.Module, options, ranks, total_steps: int):
     """The engine that `options.engine` names. All have `model` to call, `backward`, `step`, `clear`, `save`, `load`,
-    `gathered_weights`, `learning_rate` and `lockstep`."""
+    `gathered_weights`, `frozen`, `learning_rate`, `lockstep` and `shards_weights`."""
     if options.engine == "deepspeed":
         from .engine_deepspeed import DeepSpeedEngine  # which imports from here
 
@@ -91,6 +91,7 @@ class Engine:
     """
 
     lockstep = False  # ranks meet in `step` alone: each may run as many packs as it likes
+    shards_weights = False
 
     def __init__(self, model: nn.Module, options, ranks, total_steps: int):
         self.model = model

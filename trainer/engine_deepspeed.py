@@ -20,6 +20,7 @@ class DeepSpeedEngine:
     Attributes:
         lockstep: from stage 2 on ranks meet in each backward pass, at stage 3 in each layer: they must run the same
             number of packs, empty ones if need be.
+        shards_weights: at stage 3 no rank holds them all but within `gathered_weights`.
 
     Raises:
         ValueError: DeepSpeed cannot be imported.
@@ -28,7 +29,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, options, ranks: Ranks, total_steps: int):
         deepspeed = import_deepspeed()
         self.deepspeed, self.stage, self.ranks, self.module = deepspeed, options.zero_stage, ranks, model
-        self.lockstep = self.stage > 1
+        self.lockstep, self.shards_weights = self.stage > 1, self.stage == 3
         if not dist.is_initialized():  # DeepSpeed wants a group, of one rank too
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

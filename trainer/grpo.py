@@ -64,7 +64,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank, progress.rollout_bytes)
     folder = claim_output_dir(o, r, found, progress.metrics_bytes)
     loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r, progress)
-    images = Ahead(loader, policy, frozen=o.freeze_vision)
+    images = Ahead(loader, policy, frozen=o.freeze_vision, early=False if engine.shards_weights else None)
     report = Reporter(folder, r, steps, "grpo", start=progress.step)
     logged = progress.step
     write_model = functools.partial(save_pretrained, policy, processor)

@@ -86,11 +86,20 @@ def sampler_factor(pack: PackedBatch, cap: float) -> Tensor | None:
 
 @torch.no_grad()
 def embed_prompts(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-    """The frozen tower's output for each prompt, (p / 4, H), all images in one pass."""
+    """The frozen tower's output for each prompt, (p / 4, H), all images in one pass, or in as many as memory asks."""
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     if not pixels:
         return [None] * len(prompts)
-    embeds = model.embed_images(torch.cat(pixels), torch.cat([p.image_grid_thw for p in prompts]))
+    embeds = None
+    try:
+        embeds = model.embed_images(torch.cat(pixels), torch.cat([p.image_grid_thw for p in prompts]))
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    if embeds is None:
+        torch.cuda.empty_cache()
+        half = len(prompts) // 2
+        return embed_prompts(model, prompts[:half]) + embed_prompts(model, prompts[half:])
     merge = model.config.vision_config.spatial_merge_size**2
     return list(embeds.split([0 if p.pixel_values is None else len(p.pixel_values) // merge for p in prompts]))
 
@@ -211,10 +220,12 @@ def score(
     """Rewards of all completions, prompt-major (n = B·G), computed from ids on `device`."""
     flat = [c for group in completions for c in group]
     owners = [s.example for s, group in zip(samples, completions, strict=True) for _ in group]
+    nothing = torch.zeros(0, 1, dtype=torch.int64)  # of a rank whose samples were all left out
+    ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True) if flat else nothing
     return grounding_rewards_from_ids(
-        torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).to(device),
-        torch.tensor([len(c) for c in flat], device=device),
+        ids.to(device),
+        torch.tensor([len(c) for c in flat], dtype=torch.int64, device=device),
         vocabulary.bytes,
-        torch.tensor([e.gold for e in owners], dtype=torch.float32, device=device),
+        torch.tensor([e.gold for e in owners], dtype=torch.float32, device=device).view(-1, 4),
         answer_format=torch.tensor([ANSWER_FORMATS[e.answer_format] for e in owners], dtype=torch.uint8, device=device),
     )
