@@ -155,12 +155,12 @@ def test_ddp_holds_what_is_counted(dtype):
         loss = loss_of(policy, batch)
         engine.backward(loss)
         if not engine.optimizer.state:
-            engine.step(loss)
+            engine.step()
     grads = [p.grad for p in (*policy.parameters(), *engine.masters) if p.grad is not None]
     moments = [t for state in engine.optimizer.state.values() for t in state.values()]
     held = storages([*policy.parameters(), *reference.parameters(), *engine.masters, *grads, *moments])
     c, size, ddp = count(policy), dtype.itemsize, engines(1)[0]
-    counted = sum(state_bytes(c, ddp, 1, size, size).values()) + reference_bytes(c, ddp, 1, size, 0.04)
+    counted = sum(state_bytes(c, ddp, 1, size).values()) + reference_bytes(c, ddp, 1, size, 0.04)
     assert sum(held.values()) == counted
     per_parameter = {torch.float32: 4 + 4 + 8, torch.bfloat16: 2 + 4 + 4 + 8}[dtype]
     assert counted == per_parameter * c.trained + size * (c.frozen + c.decoder) + 4 * c.tensors
@@ -191,19 +191,20 @@ def test_the_published_models_have_their_published_sizes():
 
 
 def test_zero_shares_what_its_stage_shares():
-    c, bf16 = count(trained(read("7B"), device="meta")), (2, 2)
-    states = {e.name: state_bytes(c, e, 8, *bf16) for e in engines(16)}
+    c = count(trained(read("7B"), device="meta"))
+    states = {e.name: state_bytes(c, e, 8, 2) for e in engines(16)}
     one, two, three = (states[f"zero {stage}"] for stage in (1, 2, 3))
     share = c.trained / 8
     for state in (one, two, three):
         assert state["masters"] + state["moments"] == pytest.approx(12 * share)
-    assert one["gradients"] == 2 * c.trained and three["gradients"] == pytest.approx(2 * share)
+    assert one["gradients"] == 2 * c.trained  # bf16; from stage 2 on sums in fp32
+    assert two["gradients"] == three["gradients"] == pytest.approx(4 * share)
     assert one["weights"] == two["weights"] == 2 * (c.trained + c.frozen)
     assert three["weights"] == pytest.approx((c.trained + c.frozen) / 4, rel=0.001)
-    assert state_bytes(c, engines(16)[5], 8, 2, 4)["gradients"] == pytest.approx(4 * share)  # zero 3, fp32 sums
     for stage in (1, 2, 3):
         offloaded = states[f"zero {stage}, offload"]
-        assert offloaded["masters"] == offloaded["moments"] == 0 and offloaded["host"] == pytest.approx(18 * share)
+        assert offloaded["masters"] == offloaded["moments"] == 0
+        assert offloaded["host"] == pytest.approx({1: 18, 2: 18, 3: 20}[stage] * share)
         assert offloaded["gradients"] <= states[f"zero {stage}"]["gradients"]
 
 

@@ -68,27 +68,26 @@ def count(model: Qwen2VL, lora_rank: int = 0) -> Counts:
     )
 
 
-def state_bytes(c: Counts, engine: Engine, gpus: int, size: int, accum: int) -> dict[str, int]:
+def state_bytes(c: Counts, engine: Engine, gpus: int, size: int) -> dict[str, int]:
     """Bytes that stay through a step: weights, gradients, masters and moments on the GPU; all that is on the host.
 
     Source: `trainer/engine.py`; DeepSpeed's `runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_optimizer.py`.
 
     Args:
         size: bytes of a weight.
-        accum: bytes of a gradient that DeepSpeed adds up, by its `grad_accum_dtype`.
     """
     whole, trained = size * (c.trained + c.frozen), math.ceil(c.trained / gpus)
     if engine.stage == 0:
         masters = FP32 * c.trained if size < FP32 else 0
         moments = 2 * FP32 * c.trained + FP32 * c.tensors  # torch keeps the number of steps tensor by tensor
         return {"weights": whole, "gradients": FP32 * c.trained, "masters": masters, "moments": moments, "host": 0}
-    # Stage 2 keeps bf16 gradients twice, the sum so far and the pack's own; an fp32 sum takes the pack's as they come.
-    gradients = {1: accum * c.trained, 2: max(FP32, 2 * size) * trained, 3: accum * trained}[engine.stage]
+    # From stage 2 on `trainer/engine_deepspeed.py` asks for sums in fp32.
+    gradients = size * c.trained if engine.stage == 1 else FP32 * trained
     weights = size * (math.ceil((c.trained + c.frozen) / gpus) + c.small) if engine.stage == 3 else whole
     masters = 0 if engine.stage == 3 and size == FP32 else FP32 * trained
     moments, host = 2 * FP32 * trained, 0
     if engine.offload:
-        host = masters + moments + FP32 * trained + (accum if engine.stage == 3 else size) * trained
+        host = masters + moments + FP32 * trained + (FP32 if engine.stage == 3 else size) * trained
         masters = moments = 0
         # Stage 1 adds up on the GPU all the same; 2 hands over tensor by tensor, 3 bucket by bucket.
         gradients = {1: gradients, 2: size * c.largest, 3: 0}[engine.stage]

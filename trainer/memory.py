@@ -51,7 +51,6 @@ class MemoryOptions:
     engine: str = option("", "Only the engines whose name in the table begins like this; empty: all.")
     gpus: int = option(8, "GPUs that share the step.")
     dtype: str = option("bfloat16", "Of weights and activations: bfloat16 or float32.")
-    grad_accum_dtype: str = option("bfloat16", "DeepSpeed's, of gradients added up: bfloat16 or float32.")
     lora_rank: int = option(16, "Rank of the LoRA rows, on all matrices of the decoder's layers.")
     prompt_tokens: int = option(2198, "Tokens of every prompt: four images of 512 each and 150 of text.")
     prompts_per_step: int = option(GrpoOptions.prompts_per_step, "Prompts per optimizer step, over all GPUs.")
@@ -97,10 +96,10 @@ def memory(model: Qwen2VL, engine: Engine, o: MemoryOptions) -> dict[str, int]:
 
     `*_checkpointed` are with gradient checkpointing. There the loss and a recomputed layer come one after the other.
     """
-    config, size, accum = model.config, getattr(torch, o.dtype).itemsize, getattr(torch, o.grad_accum_dtype).itemsize
+    config, size = model.config, getattr(torch, o.dtype).itemsize
     rank, prompts = o.lora_rank if engine.lora else 0, math.ceil(o.prompts_per_step / o.gpus)
     c, pack = count(model, rank), largest_pack(o, prompts)
-    found = state_bytes(c, engine, o.gpus, size, accum)
+    found = state_bytes(c, engine, o.gpus, size)
     found["state"] = sum(found[name] for name in ("weights", "gradients", "masters", "moments"))
     found["reference"] = reference_bytes(c, engine, o.gpus, size, o.beta)
     completions = prompts * o.num_generations
@@ -140,9 +139,8 @@ def check(o: MemoryOptions) -> None:
     for name in ("gpus", "lora_rank", "prompts_per_step", "prompt_tokens", "num_generations", "max_completion_length"):
         if getattr(o, name) < 1:
             raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
-    for name in ("dtype", "grad_accum_dtype"):
-        if getattr(o, name) not in ("bfloat16", "float32"):
-            raise ValueError(f"{name} is {getattr(o, name)!r}; it must be bfloat16 or float32. Change --{name}.")
+    if o.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is {o.dtype!r}; it must be bfloat16 or float32. Change --dtype.")
     names = [e.name for e in engines(o.lora_rank)]
     if not any(name.startswith(o.engine) for name in names):
         raise ValueError(f"engine is {o.engine!r}; it must begin one of: {'; '.join(names)}. Change --engine.")
