@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from boxgrpo.trainer.checkpoints import MANIFEST, Checkpoints, Progress, fault, random_states, set_random_states
-from boxgrpo.trainer.engine import Engine
+from boxgrpo.trainer.engine import Engine, optimizer_state, set_optimizer_state
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.ranks import Ranks
+from boxgrpo.trainer.reporter import cut
 
 
 def network():
@@ -207,3 +208,53 @@ def test_a_step_that_is_not_due_saves_nothing_and_too_many_skipped_ones_end_the_
     assert checkpoints.find() is None
     with pytest.raises(ValueError, match="3 of 6 steps had a loss or a gradient that is NaN.*max_skipped is 2"):
         checkpoints.after_step(Progress(step=6, skipped_steps=3), 8, run.engine, None, stop=False)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):
+    """A disk that cannot be read for a moment would cost all of them."""
+    folder = run.save(1)
+    os.truncate(folder / "config.json", 1)
+    with pytest.raises(ValueError, match="none of the checkpoints in .* is whole.*--overwrite_output_dir"):
+        run.checkpoints().find()
+    assert run.checkpoints(overwrite_output_dir=True).find() is None
+    (folder / MANIFEST).write_text('{"files": []}')
+    assert fault(folder).startswith("no manifest")
+
+
+def test_a_file_that_is_shorter_than_at_the_checkpoint_is_not_filled_up(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"12345678")
+    cut(tmp_path / "metrics.jsonl", 5)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"12345"
+    with pytest.raises(ValueError, match="has 5 bytes, and had 6 at the checkpoint"):
+        cut(tmp_path / "metrics.jsonl", 6)
+
+
+class CountsInItsGroup(torch.optim.SGD):
+    """As apex's FusedAdam does, by whose name it goes."""
+
+
+CountsInItsGroup.__name__ = "FusedAdam"
+
+
+class CountsInPython(torch.optim.SGD):
+    """As DeepSpeed's CPU Adam does."""
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, CountsInItsGroup, CountsInPython])
+def test_steps_are_counted_where_the_optimizer_looks(kind):
+    """Without its count a resumed Adam would correct its moments as if they were new."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = kind([weight], lr=0.1)
+    moments = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.full((2,), 2.0)}
+    optimizer.state[weight] = dict(moments)
+    if kind is CountsInItsGroup:
+        optimizer.param_groups[0]["step"] = 7
+    else:
+        optimizer.state[weight]["step"] = torch.tensor(7.0) if kind is torch.optim.AdamW else 7
+    saved = optimizer_state(optimizer, weight)
+    assert all(isinstance(value, torch.Tensor) for value in saved.values())
+    other = kind([weight], lr=0.1)
+    set_optimizer_state(other, weight, saved)
+    step = other.param_groups[0]["step"] if kind is CountsInItsGroup else other.state[weight]["step"]
+    assert step == 7 and isinstance(step, torch.Tensor if kind is torch.optim.AdamW else int)
+    assert all(torch.equal(other.state[weight][name], value) for name, value in moments.items())

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.common import total_steps
 from boxgrpo.trainer.options import (
     EvalOptions,
@@ -121,3 +122,16 @@ def test_the_recipes_are_valid(pytestconfig):
     assert {p.name for p in recipes.glob("*.yaml")} >= {"demo_sft.yaml", "demo_grpo.yaml"}
     for path in recipes.glob("*.yaml"):
         read_yaml(SftOptions if "sft" in path.name else GrpoOptions, path)
+
+
+@pytest.mark.parametrize("loop", [grpo, sft])
+def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def ranks(timeout):
+        raise Reached(timeout)
+
+    monkeypatch.setattr(loop, "ranks", ranks)
+    with pytest.raises(Reached, match="33"):
+        loop.main(["--model=m", "--data=d", "--timeout=33"])

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from .ranks import Ranks
+from .reporter import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer"
 PROGRESS = "progress.json"
 # What a place in the data, the frozen weights or the optimizer's state have no meaning without.
-FIXED = tuple("model data schema seed prompts_per_step train_batch_size engine zero_stage lora_rank lora_alpha".split())
+FIXED = (
+    *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
+    *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
+)
 
 
 @dataclass
@@ -78,6 +82,11 @@ class Checkpoints:
                 else:
                     found = folder
                     break
+            if found is None and self._folders() and not self.options.overwrite_output_dir:
+                error = (
+                    f"none of the checkpoints in {self.root} is whole: see the warnings above. Name one with --resume, "
+                    "give another --output_dir, or begin anew with --overwrite_output_dir true."
+                )
         elif self.r.is_main and resume:
             if reason := fault(Path(resume)):
                 error = f"resume is {resume}; it is not a whole checkpoint ({reason}). Use --resume auto, or another."
@@ -178,14 +187,18 @@ class Checkpoints:
             (aside / TRAINER / PROGRESS).write_text(json.dumps(written, indent=1))
 
         def own() -> None:
+            for name in progress.rollout_bytes:
+                to_disk(Path(self.options.rollout_file).parent / name)
             engine.save(aside / TRAINER)
             (aside / TRAINER / f"rng-rank{self.r.rank}.json").write_text(json.dumps(random_states()))
 
         def finish() -> None:
+            if (self.root / METRICS).exists():
+                to_disk(self.root / METRICS)
             seal(aside)
             shutil.rmtree(target, ignore_errors=True)  # one that was not whole
             os.rename(aside, target)
-            _to_disk(self.root)
+            to_disk(self.root)
 
         with engine.gathered_weights():
             self._together(begin if self.r.is_main else _nothing, target, aside)
@@ -249,25 +262,26 @@ def seal(folder: Path) -> None:
     """Write the manifest of everything in `folder`, when all of it is on the disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _to_disk(path)
+        to_disk(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _to_disk(folder / MANIFEST)
+    to_disk(folder / MANIFEST)
 
 
 def fault(folder: Path) -> str | None:
     """What is missing or other than the manifest says; None for a whole checkpoint."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        listed = [(folder / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no manifest: {error}"
-    for name, expected in files.items():
-        path = folder / name
+    for path, size, checksum in listed:
+        name = path.relative_to(folder)
         if not path.resolve().is_relative_to(folder.resolve()):
             return f"{name} lies outside it"
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or has another size"
-        if _sha256(path) != expected["sha256"]:
+        if _sha256(path) != checksum:
             return f"{name} has another checksum"
     return None if f"{TRAINER}/{PROGRESS}" in files else f"no {PROGRESS}"
 
@@ -277,7 +291,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until what was written is there after a loss of power, too."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 BUCKET_BYTES = 64 << 20
+STATE = ("step", "exp_avg", "exp_avg_sq")
 DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to zero
 
 
@@ -68,6 +69,28 @@ def make_schedule(optimizer: torch.optim.Optimizer, options, total_steps: int):
         num_training_steps=total_steps,
         scheduler_specific_kwargs=shape,
     )
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Moments and step count of a parameter as tensors; empty before the first step."""
+    state = {key: torch.as_tensor(value) for key, value in optimizer.state[parameter].items() if key in STATE}
+    group = optimizer.param_groups[0]
+    if state and "step" in group:  # apex counts there, once for all
+        state["step"] = torch.as_tensor(group["step"])
+    return state
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Tensor | None]) -> None:
+    """What `optimizer_state` gave, where each optimizer keeps it: torch's fused AdamW counts on the parameter's device,
+    DeepSpeed's in a Python number, apex in its group."""
+    found = {key: value.to(parameter.device) for key, value in saved.items() if value is not None}
+    if not found:
+        return
+    if type(optimizer).__name__ == "FusedAdam":
+        optimizer.param_groups[0]["step"] = int(found.pop("step"))
+    elif not isinstance(optimizer, torch.optim.AdamW):
+        found["step"] = int(found["step"])
+    optimizer.state[parameter] = found
 
 
 def place_of(schedule) -> Tensor:
@@ -164,7 +187,7 @@ class Engine:
         tensors = {"schedule": place_of(self.schedule)}
         for name, master in zip(self.names, self.masters, strict=True):
             tensors[f"{name}/weight"] = master.detach()
-            tensors |= {f"{name}/{key}": value for key, value in self.optimizer.state[master].items()}
+            tensors |= {f"{name}/{key}": value for key, value in optimizer_state(self.optimizer, master).items()}
         save_file(tensors, folder / "rank0.safetensors")
 
     @torch.no_grad()
@@ -174,9 +197,7 @@ class Engine:
         for name, p, master in zip(self.names, self.parameters, self.masters, strict=True):
             master.copy_(tensors[f"{name}/weight"])
             p.copy_(master)
-            moments = {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in tensors}
-            if moments:
-                self.optimizer.state[master] = {k: v.to(master.device) for k, v in moments.items()}
+            set_optimizer_state(self.optimizer, master, {k: tensors.get(f"{name}/{k}") for k in STATE})
         return_to(self.schedule, tensors["schedule"])
 
     def _average_gradients(self) -> None:

@@ -10,7 +10,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .engine import make_optimizer, make_schedule, place_of, return_to, told
+from .engine import (
+    STATE,
+    make_optimizer,
+    make_schedule,
+    optimizer_state,
+    place_of,
+    return_to,
+    set_optimizer_state,
+    told,
+)
 from .ranks import Ranks
 
 
@@ -105,7 +114,7 @@ class DeepSpeedEngine:
         tensors = {"schedule": place_of(self.schedule)}
         for i, partition in enumerate(self._partitions()):
             tensors[f"{i}/weight"] = partition.detach()
-            tensors |= {f"{i}/{key}": torch.as_tensor(value) for key, value in self.inner.state[partition].items()}
+            tensors |= {f"{i}/{key}": value for key, value in optimizer_state(self.inner, partition).items()}
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / self._file())
 
     @torch.no_grad()
@@ -114,13 +123,7 @@ class DeepSpeedEngine:
         tensors = load_file(folder / self._file())
         for i, partition in enumerate(self._partitions()):
             partition.data.copy_(tensors[f"{i}/weight"])
-            state = self.inner.state[partition]
-            for key in ("exp_avg", "exp_avg_sq"):
-                if f"{i}/{key}" in tensors:
-                    state[key] = tensors[f"{i}/{key}"].to(partition.device)
-            if f"{i}/step" in tensors:  # DeepSpeed's own Adam counts in Python
-                count = tensors[f"{i}/step"]
-                state["step"] = int(count) if isinstance(state.get("step"), int) else count
+            set_optimizer_state(self.inner, partition, {k: tensors.get(f"{i}/{k}") for k in STATE})
         self._to_the_model()
         return_to(self.schedule, tensors["schedule"])
 

@@ -233,7 +233,7 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
 
 def main(args: list[str] | None = None) -> None:
     options = parse(GrpoOptions, args, prog="grpo.py")
-    with ranks() as r, r.noting_sigterm():
+    with ranks(options.timeout) as r, r.noting_sigterm():
         if not options.model and not options.data:
             options = demo_options(args, r)
         train(options, r)

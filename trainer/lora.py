@@ -19,6 +19,7 @@ def add_adapters(model: Qwen2VL, options) -> None:
 
     A is drawn from `options.seed`, B is zero: the model is what it was. Adapters are fp32, as by PEFT's and TRL's
     default; in a bf16 model a layer's input is cast to fp32 for them, and the sum with its own result back to bf16.
+    (DeepSpeed, which keeps fp32 copies of its own, makes them bf16 with the rest.)
 
     Raises:
         ValueError: no peft to import.

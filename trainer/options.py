@@ -187,6 +187,8 @@ def loss_options(o: GrpoOptions, **tensors) -> LossOptions:
 def _validate_engine(o: DataOptions) -> None:
     _one_of("engine", o.engine, ("ddp", "deepspeed"))
     _one_of("optimizer", o.optimizer, ("adamw", "cpu_adam", "apex"))
+    if o.timeout <= 0:
+        raise ValueError(f"timeout is {o.timeout:g}; it must be above 0 seconds. Raise --timeout.")
     if o.zero_stage not in (1, 2, 3):
         raise ValueError(f"zero_stage is {o.zero_stage}; DeepSpeed has 1, 2 and 3. Change --zero_stage.")
     if o.offload_optimizer and o.engine != "deepspeed":

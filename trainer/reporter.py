@@ -82,7 +82,7 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
             for later in later_checkpoints(folder, found, options.resume):
                 shutil.rmtree(later)
             if (folder / METRICS).exists():
-                os.truncate(folder / METRICS, metrics_bytes)
+                cut(folder / METRICS, metrics_bytes)
         else:
             (folder / METRICS).unlink(missing_ok=True)
             for pattern in ("tensorboard", "adapter", "checkpoint-*", ".checkpoint-*.part"):
@@ -90,6 +90,20 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
                     shutil.rmtree(stale, ignore_errors=True)
         (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))
     return folder
+
+
+def cut(path: Path, size: int) -> None:
+    """Keep the file's first `size` bytes, those from before a checkpoint.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if path.stat().st_size < size:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, and had {size} at the checkpoint; it was cut or replaced. "
+            "Restore it, or move it away."
+        )
+    os.truncate(path, size)
 
 
 class Reporter:

@@ -6,7 +6,6 @@ many bytes it has written to which file.
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
 from .processing import Processor
+from .reporter import cut
 from .spans import span
 from .vocabulary import box_mark_ids, token_bytes
 
@@ -117,7 +117,7 @@ class LocalRollout:
             path.parent.mkdir(parents=True, exist_ok=True)
             path = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
             if path.exists() and path.name in (stored or {}):
-                os.truncate(path, stored[path.name])
+                cut(path, stored[path.name])
             elif path.exists() and options.resume != "auto":
                 raise ValueError(
                     f"rollout_file {path} is already there. Read it with --rollout replay, or name another to store in."

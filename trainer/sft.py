@@ -129,8 +129,9 @@ def make_packs(o, config, conversations: list[Conversation], engine) -> list[Pac
 
 
 def main(args: list[str] | None = None) -> None:
-    with ranks() as r, r.noting_sigterm():
-        train(parse(SftOptions, args, prog="sft.py"), r)
+    options = parse(SftOptions, args, prog="sft.py")
+    with ranks(options.timeout) as r, r.noting_sigterm():
+        train(options, r)
 
 
 if __name__ == "__main__":
