@@ -9,6 +9,7 @@ import torch
 import fake_vllm
 import runs
 from boxgrpo.kernels import fused_grpo_loss
+from boxgrpo.model.qwen2vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.evaluator import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
@@ -321,3 +322,24 @@ def test_groups_of_equal_rewards_cost_no_policy_pass(world, cold, monkeypatch):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=1e-9)
     assert lines(world / "without")[1]["grad_norm"] == 0
+
+
+def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
+    """The model refuses packs above 150 tokens: SFT starts over with smaller ones, and learns the same."""
+    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 3}
+    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
+    sft.train(SftOptions(**values, output_dir=str(world / "roomy")), Ranks())
+    forward, sizes = Qwen2VL.forward, []
+
+    def limited(model, batch, head=None):
+        sizes.append(len(batch.input_ids))
+        if len(batch.input_ids) > 150:
+            raise torch.OutOfMemoryError("no room")
+        return forward(model, batch, head)
+
+    monkeypatch.setattr(Qwen2VL, "forward", limited)
+    sft.train(SftOptions(**values, output_dir=str(world / "narrow")), Ranks())
+    assert max(sizes) > 300
+    roomy, narrow = (lines(world / name) for name in ("roomy", "narrow"))
+    assert [m["loss"] for m in narrow] == pytest.approx([m["loss"] for m in roomy], abs=1e-5)
+    assert [m["grad_norm"] for m in narrow] == pytest.approx([m["grad_norm"] for m in roomy], rel=1e-3)

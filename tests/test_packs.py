@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_groups_parts_keep_what_is_theirs(twins):
     logps = [[torch.tensor([-1.0, -2, -3]), torch.tensor([-4.0])], [torch.tensor([-5.0, -6]), torch.tensor([-7.0, -8])]]
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]], logps=logps)
     found = {}
-    packs = make_packs(config, groups, 10, "cpu")
+    packs = make_packs(config, Room(0), groups, 10)
     for pack in packs:
         assert len(pack.input_ids) <= 10
         for i, (first, last) in enumerate(itertools.pairwise(pack.completion_cu)):
@@ -135,6 +136,7 @@ class Room:
     """Stands for memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
 
     lockstep = False
+    ranks = Ranks()
 
     def __init__(self, tokens: int):
         self.tokens, self.gradients, self.tries = tokens, [], 0
@@ -155,7 +157,7 @@ def test_packs_shrink_until_they_fit(twins, caplog):
     """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is forgotten."""
     config, room = twins("tiny")[0].config, Room(tokens=10)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    assert in_packs_that_fit(config, groups, 100, room, "cpu", room.run) == 3
+    assert in_packs_that_fit(groups, 100, room, partial(make_packs, config, room), room.run) == 3
     assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert room.tries == 2 and "memory ran out in a pack of 21 tokens; again with 10" in caplog.text
 
@@ -163,11 +165,13 @@ def test_packs_shrink_until_they_fit(twins, caplog):
 def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
     config, room = twins("tiny")[0].config, Room(tokens=8)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    in_packs_that_fit(config, groups, 100, room, "cpu", room.run)
+    in_packs_that_fit(groups, 100, room, partial(make_packs, config, room), room.run)
     assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
     assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
     room.tokens = 3
-    assert in_packs_that_fit(config, groups, 100, room, "cpu", room.run) == 0, "and where none fits, no pack is left"
+    assert in_packs_that_fit(groups, 100, room, partial(make_packs, config, room), room.run) == 0, (
+        "and where none fits, no pack is left"
+    )
 
 
 def test_ranks_that_meet_in_every_layer_do_not_start_over_alone(twins):
@@ -175,4 +179,4 @@ def test_ranks_that_meet_in_every_layer_do_not_start_over_alone(twins):
     room.lockstep = True
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
     with pytest.raises(ValueError, match="memory ran out in a pack of 21 tokens .no room.. Lower --tokens_per_pass"):
-        in_packs_that_fit(twins("tiny")[0].config, groups, 100, room, "cpu", room.run)
+        in_packs_that_fit(groups, 100, room, partial(make_packs, twins("tiny")[0].config, room), room.run)

@@ -31,7 +31,7 @@ from boxgrpo.trainer.metrics import (
     sampling_metrics,
 )
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
-from boxgrpo.trainer.packs import even_out, group_flop, in_packs_that_fit, trained_groups
+from boxgrpo.trainer.packs import even_out, group_flop, in_packs_that_fit, make_packs, trained_groups
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
@@ -103,9 +103,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         skipped = 0
         for iteration in range(o.num_iterations):
             if iteration == 0:
-                packs, loss, stats = in_packs_that_fit(
-                    policy.config, groups, o.tokens_per_pass, engine, r.device, first_pass
-                )
+                make = functools.partial(make_packs, policy.config, engine)
+                packs, loss, stats = in_packs_that_fit(groups, o.tokens_per_pass, engine, make, first_pass)
             else:
                 loss, stats = accumulate(o, engine, packs, denominator)
             with span("optimizer"):

@@ -52,8 +52,11 @@ def group_flop(config, group: Group) -> float:
     return flop + (tower_flop(config, group.prompt.image_grid_thw) if group.image_embeds is None else 0.0)
 
 
-def make_packs(config, groups: Sequence[Group], budget: int, device) -> list[PackedBatch]:
-    """Packs of at most `budget` tokens and of like cost. A group too long for one stands in several."""
+def make_packs(config, engine, groups: Sequence[Group], budget: int) -> list[PackedBatch]:
+    """Packs of at most `budget` tokens and of like cost. A group too long for one stands in several.
+
+    Where ranks must run as many as each other, empty ones too.
+    """
     parts: list[Group] = []
     for group in groups:
         start, size = 0, len(group.prompt.input_ids)
@@ -65,24 +68,30 @@ def make_packs(config, groups: Sequence[Group], budget: int, device) -> list[Pac
         parts.append(group.part(start, len(group.completions)))
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
     plan = plan_packs(sizes, budget, [group_flop(config, p) for p in parts])
-    return [pack_groups([parts[i] for i in chosen], image_token_id=config.image_token_id).to(device) for chosen in plan]
+    device, image = engine.ranks.device, config.image_token_id
+    packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
+    if engine.lockstep:
+        nothing = pack_groups([], image_token_id=image)
+        nothing = replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)
+        packs += [nothing] * (max(engine.ranks.gather(len(packs))) - len(packs))
+    return packs
 
 
 def in_packs_that_fit(
-    config, groups: Sequence[Group], budget: int, engine, device, run: Callable[[list[PackedBatch]], T]
+    groups: Sequence[Group],
+    budget: int,
+    engine,
+    make: Callable[[Sequence[Group], int], list[PackedBatch]],
+    run: Callable[[list[PackedBatch]], T],
 ) -> T:
-    """run(packs): where memory runs out, again from the start with packs of half the size.
+    """run(make(groups, budget)): where memory runs out, again from the start with packs of half the size.
 
     What `run` has added to the gradients by then is forgotten. A group of which a single completion does not fit is
-    left out, and named. Under an engine whose ranks meet in every layer, none can start over alone: the error stands.
+    left out, and named. Under an engine whose ranks meet in every pack, none can start over alone: the error stands.
     """
     groups = list(groups)
     while True:
-        packs = make_packs(config, groups, budget, device)
-        if engine.lockstep:
-            nothing = pack_groups([], image_token_id=config.image_token_id)
-            nothing = replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)
-            packs += [nothing] * (max(engine.ranks.gather(len(packs))) - len(packs))
+        packs = make(groups, budget)
         try:
             return run(packs)
         except torch.OutOfMemoryError as error:
@@ -99,7 +108,7 @@ def in_packs_that_fit(
             budget = len(largest.input_ids) // 2
             log.warning("memory ran out in a pack of %d tokens; again with %d", len(largest.input_ids), budget)
         else:
-            longest = max(groups, key=lambda g: len(g.prompt.input_ids) + max(map(len, g.completions)))
+            longest = max(groups, key=lambda g: len(g.prompt.input_ids) + max(map(len, g.completions), default=0))
             groups = [g for g in groups if g is not longest]
             log.warning("left out %s: one of its completions alone runs out of memory", longest.source)
 

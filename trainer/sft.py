@@ -9,6 +9,7 @@ Left out, on purpose: padding, truncation (a conversation over --cutoff_len is s
 import functools
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -30,7 +31,7 @@ from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.lora import add_adapters
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
-from boxgrpo.trainer.packs import even_out
+from boxgrpo.trainer.packs import even_out, in_packs_that_fit
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
@@ -63,19 +64,26 @@ def train(options: SftOptions, r: Ranks) -> None:
     logged = progress.step
     write_model = functools.partial(save_pretrained, model, processor)
 
+    make = functools.partial(make_packs, o, model.config, engine)
+
+    def accumulate(packs: list[PackedBatch]):
+        """Add the packs' gradients up; the packs and the loss (0-dim, this rank's)."""
+        loss = torch.zeros((), device=r.device)
+        for pack in packs:
+            logps = engine.model(pack, lambda h, w, pack=pack: token_logps(h, w, pack.targets))  # (N)
+            pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
+            engine.backward(pack_loss)
+            loss += pack_loss.detach()
+        return packs, loss
+
     for step in range(progress.step + 1, steps + 1):
         started = time.perf_counter()
         with span("data"):
             samples = next(batches)
-            packs = make_packs(o, model.config, shared_out(o, model.config, samples, r), engine)
-            scored = r.sum(sum(len(p.targets) for p in packs))[0]
-        loss = torch.zeros((), device=r.device)
+            groups = shared_out(o, model.config, samples, r)
+            scored = r.sum(sum(int(s.item.loss_mask[1:].sum()) for s in samples))[0]
         with span("policy"):
-            for pack in packs:
-                logps = engine.model(pack, lambda h, w, pack=pack: token_logps(h, w, pack.targets))  # (N)
-                pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
-                engine.backward(pack_loss)
-                loss += pack_loss.detach()
+            packs, loss = in_packs_that_fit(groups, o.tokens_per_pass, engine, make, accumulate)
         with span("optimizer"):
             grad_norm, updated = engine.step()
 
@@ -112,16 +120,17 @@ def conversation_flop(o, config, c: Conversation) -> float:
     return decoder + tower_flop(config, c.image_grid_thw) / (3 if o.freeze_vision else 1)
 
 
-def shared_out(o, config, samples: list[Sample], r: Ranks) -> list[Conversation]:
+def shared_out(o, config, samples: list[Sample], r: Ranks) -> list[Group]:
     """This rank's part of all ranks' conversations, as costly as the others'."""
     groups = [Group(s.item, (), source=s.example.source) for s in samples]
-    return [g.prompt for g in even_out(groups, [conversation_flop(o, config, g.prompt) for g in groups], r)]
+    return even_out(groups, [conversation_flop(o, config, g.prompt) for g in groups], r)
 
 
-def make_packs(o, config, conversations: list[Conversation], engine) -> list[PackedBatch]:
-    """Packs within `tokens_per_pass` and of like cost; where ranks must run as many as each other, empty ones too."""
+def make_packs(o, config, engine, groups: Sequence[Group], budget: int) -> list[PackedBatch]:
+    """Packs of at most `budget` tokens and of like cost; where ranks must run as many as each other, empty ones too."""
+    conversations = [g.prompt for g in groups]
     sizes = [len(c.input_ids) for c in conversations]
-    plan = plan_packs(sizes, o.tokens_per_pass, [conversation_flop(o, config, c) for c in conversations])
+    plan = plan_packs(sizes, budget, [conversation_flop(o, config, c) for c in conversations])
     if engine.lockstep:
         plan += [[]] * (max(engine.ranks.gather(len(plan))) - len(plan))
     image, device = config.image_token_id, engine.ranks.device
