@@ -39,11 +39,11 @@ def kill(run: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def resident_kb(pid: int) -> int:
-    """Resident memory of a process; 0 when it is gone."""
+def resident_kb(pid: int, kind: str = "VmRSS") -> int:
+    """Resident memory of a process, or the part of it that belongs to no file (RssAnon); 0 when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
+    sizes = [line.split()[1] for line in status.splitlines() if line.startswith(f"{kind}:")]
     return int(sizes[0]) if sizes else 0

@@ -72,12 +72,16 @@ def growth(sizes: list[float]) -> float:
 
 
 def memory(path: Path) -> dict[str, dict]:
-    """Of each rank and its loader: MB after a fifth, two fifths, ... of the steps, and growth."""
+    """Of each rank, what no file holds of it, and its loader: MB after a fifth, two fifths, ..., and growth.
+
+    Pages of libraries come and go as the kernel likes: resident memory may shrink for reasons of its own.
+    """
     found = {}
     for diary in sorted(path.glob("diary.rank*")):
         lines = read_lines(diary)
         rank = diary.name.split(".")[1]
-        for name, key in ((rank, "rss_kb"), (f"{rank} loader", "loader_kb")):
+        kinds = {rank: "rss_kb", f"{rank} anonymous": "anonymous_kb", f"{rank} loader": "loader_kb"}
+        for name, key in kinds.items():
             sizes = [line[key] / 1e3 for line in lines]
             part = max(1, len(sizes) // 5)
             fifths = [round(statistics.fmean(sizes[i : i + part]), 1) for i in range(0, 5 * part, part)]

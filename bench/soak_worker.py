@@ -40,7 +40,8 @@ def disturb(seed: int) -> None:
             super().advance(**shown)
             self.step += 1
             me, *others = descendants(os.getpid())
-            line = {"step": self.step, "rss_kb": resident_kb(me), "loader_kb": sum(map(resident_kb, others))}
+            line = {"step": self.step, "rss_kb": resident_kb(me), "anonymous_kb": resident_kb(me, "RssAnon")}
+            line["loader_kb"] = sum(map(resident_kb, others))
             with self.path.open("a") as file:
                 file.write(json.dumps(line | {"nan": self.nan}) + "\n")
             self.nan = False
