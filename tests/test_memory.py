@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from boxgrpo.trainer.options import GrpoOptions, parse
 from boxgrpo.trainer.packs import make_packs
 from boxgrpo.trainer.ranks import Ranks
 
+ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False)  # an engine of one rank
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -129,7 +131,7 @@ def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, mon
         assert count(trained(config, device="meta"), rank).trained == count(model).trained
     model.model.gradient_checkpointing = checkpointing
     lengths = [options.max_completion_length] * options.num_generations
-    (batch,) = make_packs(config, groups([(options.prompt_tokens, lengths)] * 2), options.tokens_per_pass, "cpu")
+    (batch,) = make_packs(config, ALONE, groups([(options.prompt_tokens, lengths)] * 2), options.tokens_per_pass)
     pack = largest_pack(options, prompts=2)
     assert pack == (len(batch.input_ids), len(batch.kv_index), len(batch.targets), 0, False)
     counted = activation_bytes(config, pack, 2, checkpointing=checkpointing, head_trained=not lora, lora_rank=rank)
@@ -138,7 +140,7 @@ def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, mon
 
 def test_a_group_above_the_budget_stands_in_several_packs():
     o = MemoryOptions(tokens_per_pass=3000, prompt_tokens=2000, max_completion_length=300, num_generations=8)
-    packs = make_packs(tiny_config(160, SPECIAL_IDS), groups([(2000, [300] * 8)]), 3000, "cpu")
+    packs = make_packs(tiny_config(160, SPECIAL_IDS), ALONE, groups([(2000, [300] * 8)]), 3000)
     largest = max(packs, key=lambda p: len(p.input_ids))
     assert largest_pack(o, 1)[:3] == (len(largest.input_ids), len(largest.kv_index), len(largest.targets))
 

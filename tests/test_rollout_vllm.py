@@ -189,7 +189,15 @@ def test_an_answer_that_does_not_fit_is_refused(start, samples, policy, monkeypa
 
 
 def test_without_vllm_or_torchrun_the_error_names_the_remedy(options, processor, policy, samples, monkeypatch):
-    arguments = (options, processor, Vocabulary.of(processor, policy.config, "cpu"), policy, [samples[0].example], 0)
+    arguments = (
+        options,
+        processor,
+        Vocabulary.of(processor, policy.config, "cpu"),
+        policy,
+        [samples[0].example],
+        0,
+        {},
+    )
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="importing it fails.*pip install 'vllm.*--rollout local"):
         make_rollout(*arguments)
