@@ -63,8 +63,7 @@ class DecodeCache:
         self.owner = torch.arange(prompts).repeat_interleave(num_generations)  # (n), each completion's prompt
         self.group, self.static = num_generations, static  # the most completions of a prompt
         self.slots: Tensor | None = None  # (n), places in a grid of B x group, where that is not full
-        self.length = 0  # own tokens so far
-        self.at = torch.zeros(1, dtype=torch.int64, device=batch.cu_seqlens.device)  # the same, on the device
+        self.at = torch.zeros(1, dtype=torch.int64, device=batch.cu_seqlens.device)  # own tokens so far
         lengths = self.prompt_lengths.tolist()
         _, heads, d = prefill.kv[0][0].shape
         shape = (len(self.owner), heads, max_new_tokens, d)
@@ -119,8 +118,9 @@ class DecodeCache:
             own_k.index_copy_(2, self.at, k.unsqueeze(2))
             own_v.index_copy_(2, self.at, v.unsqueeze(2))
         else:
-            own_k[:, :, self.length], own_v[:, :, self.length] = k, v
-            own_k, own_v = own_k[:, :, : self.length + 1], own_v[:, :, : self.length + 1]
+            at = int(self.at)
+            own_k[:, :, at], own_v[:, :, at] = k, v
+            own_k, own_v = own_k[:, :, : at + 1], own_v[:, :, : at + 1]
         scores = scores_of(q, own_k) * q.shape[-1] ** -0.5
         if self.static:
             places = torch.arange(scores.shape[-1], device=q.device)
@@ -129,7 +129,6 @@ class DecodeCache:
 
     def advance(self) -> None:
         """The step's keys and values are in all layers."""
-        self.length += 1
         self.at += 1
 
     def keep(self, kept: Tensor) -> None:

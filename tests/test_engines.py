@@ -104,7 +104,7 @@ def test_deepspeed_skips_what_is_not_finite(world, tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     script = tmp_path / "script.py"
     script.write_text(SKIPS)
-    finish(start(script, grpo_options(world, "skips", max_steps=1)))
+    assert finish(start(script, grpo_options(world, "skips", max_steps=1))).count("skipped 2 of 3") == 2
 
 
 SKIPS = """
@@ -119,7 +119,7 @@ with ranks() as r:
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
         options = GrpoOptions(learning_rate=0.1, engine="deepspeed", zero_stage=stage)
-        engine = make_engine(model, options, r, 10)
+        engine, skipped = make_engine(model, options, r, 10), 0
         for bad in (float("nan"), float("inf"), None):
             before = model.weight.clone()
             loss = engine.model(torch.ones(1, 3)).sum()
@@ -127,6 +127,9 @@ with ranks() as r:
             norm, updated = engine.step()
             assert updated == (bad is None) and torch.equal(before, model.weight) != updated, (stage, bad)
             assert bool(norm.isfinite()) == updated
+            skipped += not updated
+        if r.is_main:
+            print(f"skipped {skipped} of 3", flush=True)
 """
 
 

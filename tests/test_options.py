@@ -108,7 +108,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, say
 
 @pytest.mark.parametrize("change", [{}, {"temperature": 0.9}, {"top_k": 5, "top_p": 0.9}])
 def test_what_vllm_can_sample_is_taken(change):
-    validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4)
+    assert validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4) is None
 
 
 def test_an_sft_batch_divides_among_the_ranks():

@@ -160,6 +160,19 @@ def test_the_reward_reads_every_id_the_head_can_give(vocabulary, model):
     assert len(vocabulary.bytes.offsets) == model.config.text_config.vocab_size + 1
 
 
+def test_a_restart_begins_its_own_file_anew_and_no_other(vocabulary, tmp_path):
+    """--resume auto, killed before the first checkpoint: the run's options tell whose completions these are."""
+    path = tmp_path / "stored.jsonl"
+    path.write_text("another run's\n")
+    options = changed(rollout_file=str(path), resume="auto", output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="is already there"):
+        LocalRollout(options, vocabulary, rank=0)
+    assert path.read_text() == "another run's\n"
+    (tmp_path / "options.yaml").write_text(f"rollout_file: {path}\n")
+    LocalRollout(options, vocabulary, rank=0)
+    assert path.read_text() == ""
+
+
 def test_stored_completions_are_replayed_by_serial_number(model, samples, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "new/stored.jsonl"))
     completions = LocalRollout(options, vocabulary, rank=0)(model, samples, None).completions

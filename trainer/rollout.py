@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, VocabularyBytes, grounding_rewards_from_ids
@@ -21,7 +22,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
 from .processing import Processor
-from .reporter import cut
+from .reporter import OPTIONS, cut
 from .spans import span
 from .vocabulary import box_mark_ids, token_bytes
 
@@ -118,7 +119,7 @@ class LocalRollout:
             path = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
             if path.exists() and path.name in (stored or {}):
                 cut(path, stored[path.name])
-            elif path.exists() and options.resume != "auto":
+            elif path.exists() and path.stat().st_size and not _begun_by(options):
                 raise ValueError(
                     f"rollout_file {path} is already there. Read it with --rollout replay, or name another to store in."
                 )
@@ -180,6 +181,14 @@ class LocalRollout:
                 forbidden=self.vocabulary.forbidden,
             ).completions()
         return [flat[i : i + o.num_generations] for i in range(0, len(flat), o.num_generations)]
+
+
+def _begun_by(options) -> bool:
+    """Whether a run into the same folder, killed before its first checkpoint, began the file that this one is to."""
+    earlier = Path(options.output_dir) / OPTIONS
+    if options.resume != "auto" or not earlier.exists():
+        return False
+    return yaml.safe_load(earlier.read_text()).get("rollout_file") == options.rollout_file
 
 
 class ReplayRollout:
