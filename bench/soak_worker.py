@@ -6,6 +6,7 @@ The loop itself knows nothing of this: what it calls is replaced from outside.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -28,7 +29,11 @@ def disturb(seed: int) -> None:
     loss, diaries = grpo.fused_grpo_loss, []
 
     class Diary(grpo.Reporter):
-        """A line a step, on every rank: its memory, that of its loader, and whether its loss was made NaN."""
+        """A line a step, on every rank: its memory, that of its loader, and whether its loss was made NaN.
+
+        What is free goes back to the system first: protobuf, which TensorBoard writes with, gives it back on rank 0
+        whenever it likes, and that rank would seem to shrink.
+        """
 
         def __init__(self, folder, ranks, total_steps: int, title: str, start: int = 0):
             super().__init__(folder, ranks, total_steps, title, start=start)
@@ -39,6 +44,8 @@ def disturb(seed: int) -> None:
         def advance(self, **shown: float) -> None:
             super().advance(**shown)
             self.step += 1
+            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+                trim(0)
             me, *others = descendants(os.getpid())
             line = {"step": self.step, "rss_kb": resident_kb(me), "anonymous_kb": resident_kb(me, "RssAnon")}
             line["loader_kb"] = sum(map(resident_kb, others))
