@@ -1,6 +1,6 @@
 """Sampling: every prompt is prefilled once, then all G·B completions decode together; those that have ended leave."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -127,17 +127,20 @@ class Decoding:
         self.graph, self.steps = None, 0
 
     @torch.no_grad()
-    def run(self, **options) -> Rollout:
-        """Decode until every completion has ended or is full; `options` are those of `sample_tokens`."""
+    def run(self, *, anywhere: Callable[[bool], bool] = bool, **options) -> Rollout:
+        """Decode until every completion has ended or is full; `options` are those of `sample_tokens`.
+
+        anywhere(going here) -> going on any rank: for ranks that share out the weights, and meet in every layer.
+        """
         self.sample(**options)
         on_cpu = self.hidden.device.type == "cpu"
         for t in range(1, self.results.ids.shape[1]):
             # Asking costs a synchronisation: every 16 tokens is enough on a GPU.
             if on_cpu or t % 16 == 0:
                 going = self.rows.going.cpu()
-                if not going.any():
+                if not anywhere(bool(going.any())):
                     return self.results.shortened(t)
-                if going.sum() <= DROP_AT * len(going):
+                if 0 < going.sum() <= DROP_AT * len(going):
                     self.drop(going)
             self.step(**options)
         return self.results
@@ -153,8 +156,12 @@ def prefill(
     image_embeds: Sequence[Tensor | None] | None = None,
     num_generations: int = 1,
     max_completion_length: int = 256,
+    static: bool = True,
 ) -> Decoding:
-    """Take every prompt through the model once, ready to decode its completions; arguments as in `generate`."""
+    """Take every prompt through the model once, ready to decode its completions; arguments as in `generate`.
+
+    `static` false: no CUDA graph, for a model whose layers do more than launch kernels.
+    """
     if not prompts or len(prompts) != len(prompt_ids):
         raise ValueError(
             f"{len(prompts)} prompts and {len(prompt_ids)} prompt_ids; generate takes at least one prompt and a serial "
@@ -165,7 +172,7 @@ def prefill(
     batch = pack_groups(groups, image_token_id=model.config.image_token_id).to(device)
     attend = Prefill(batch)
     hidden = model.hidden(batch, attend)[(batch.cu_seqlens[1:] - 1).long()]  # (B, H), of the prompts' last tokens
-    cache = DecodeCache(attend, num_generations, max_completion_length, static=is_static(device))
+    cache = DecodeCache(attend, num_generations, max_completion_length, static=static and is_static(device))
 
     def per_completion(values):
         return torch.as_tensor(values, dtype=torch.int64, device=device).repeat_interleave(num_generations)

@@ -1,6 +1,7 @@
 """Qwen2-VL on packed tokens: vision tower, decoder and head, under the published checkpoints' names."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +32,22 @@ class Qwen2VL(nn.Module):
     def device(self) -> torch.device:
         return self.head_weight.device
 
-    def forward(self, batch: PackedBatch, head: Callable | None = None):
+    def forward(
+        self, batch: PackedBatch | None = None, head: Callable | None = None, *, work: Callable[[], Any] | None = None
+    ):
         """Hidden states of the rows that predict the scored tokens, or what `head` makes of them.
 
         Args:
             batch: on the model's device; without `image_embeds` the tower runs here, with gradient if it has any.
             head: called as head(hidden (N, H), weight (V, H)) inside this forward, so that engines which shard
                 parameters have the head's weight gathered.
+            work: called instead of all that, with the head's weight gathered: sampling with sharded parameters.
 
         Returns:
-            (N, H), or the head's result.
+            (N, H), or the result of `head` or `work`.
         """
+        if work is not None:
+            return work()
         hidden = self.hidden(batch, PackedAttention(batch)).index_select(0, batch.predict_from)
         return hidden if head is None else head(hidden, self.head_weight)
 
@@ -58,9 +64,9 @@ class Qwen2VL(nn.Module):
         return self.model(x, batch.position_ids, attend)
 
     @torch.no_grad()
-    def embed_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+    def embed_images(self, pixel_values: Tensor | None, image_grid_thw: Tensor) -> Tensor:
         """(P / 4, H) without gradient, for a frozen tower: once a prompt, for rollout, reference and policy."""
-        return self.visual(pixel_values.to(self.device), image_grid_thw)
+        return self.visual(None if pixel_values is None else pixel_values.to(self.device), image_grid_thw)
 
     def freeze_vision(self, frozen: bool = True) -> None:
         """Freeze or free all of `visual`, merger included."""

@@ -1,5 +1,6 @@
 """Two ranks under every engine train as one rank does, and go on from their checkpoints to the bit."""
 
+import json
 import sys
 from types import ModuleType
 
@@ -90,6 +91,42 @@ def test_sharded_weights_sample_and_learn_as_whole_ones(world):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_weights_stay_sharded_while_sampling(world):
+    """Ranks then meet in every layer of every token; their completions end at tokens of their own all the same."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    shared = {"max_steps": 2, "max_completion_length": 48, "temperature": 0.7, "gradient_accumulation_steps": 2}
+    layered = {"engine": "deepspeed", "zero_stage": 3, "ds3_gather_for_generation": False}
+    for name, changes in (("gathered", {}), ("layered", layered)):
+        file = str(world / name / "samples")
+        finish(start(GRPO, grpo_options(world, name, **shared, **changes, rollout_file=file)))
+    longest = []
+    for rank in ("", ".rank1"):
+        ours, whole = ((world / name / f"samples{rank}").read_text() for name in ("layered", "gathered"))
+        assert ours == whole
+        longest.append([max(map(len, json.loads(line)["ids"])) for line in ours.splitlines()])
+    assert longest[0] != longest[1], "no rank had to wait for the other"
+    for a, b in zip(lines(world / "gathered"), lines(world / "layered"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+def test_bf16_under_deepspeed_learns_as_without(world):
+    """fp32 master weights under both: updates of 1e-4 would be lost in bf16."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    changes = {"dtype": "bfloat16", "max_steps": 3, "learning_rate": 1e-4}
+    grpo.train(grpo_options(world, "bf16", **changes, rollout_file=str(world / "bf16_stored")), Ranks())
+    changes |= {"rollout": "replay", "rollout_file": str(world / "bf16_stored")}
+    finish(start(GRPO, grpo_options(world, "bf16_zero", **changes, engine="deepspeed", zero_stage=2)))
+    for a, b in zip(lines(world / "bf16"), lines(world / "bf16_zero"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.1)
+    before = load_file(world / "sft/model.safetensors")
+    ours, alone = (load_file(world / name / "model.safetensors") for name in ("bf16_zero", "bf16"))
+    moved = {n: (alone[n].float() - before[n]).norm() for n in alone if alone[n].ndim == 2 and n in before}
+    for name in sorted(moved, key=moved.get)[-5:]:
+        apart = (ours[name].float() - alone[name].float()).norm()
+        assert apart < 0.5 * moved[name], name
+
+
 def test_another_number_of_ranks_is_refused_by_name(world):
     """DeepSpeed's parts belong to as many ranks as there were."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -104,7 +141,7 @@ def test_deepspeed_skips_what_is_not_finite(world, tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     script = tmp_path / "script.py"
     script.write_text(SKIPS)
-    assert finish(start(script, grpo_options(world, "skips", max_steps=1))).count("skipped 2 of 3") == 2
+    assert finish(start(script, grpo_options(world, "skips", max_steps=1))).count("skipped 2 of 3") == 3
 
 
 SKIPS = """
@@ -114,18 +151,33 @@ from boxgrpo.trainer.engine import make_engine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.ranks import ranks
 
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.head_weight = self.linear.weight
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def weights(engine, model):
+    with engine.gathered_weights():
+        return model.linear.weight.detach().clone()
+
+
 with ranks() as r:
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         torch.manual_seed(0)
-        model = nn.Linear(3, 1)
+        model = Head()
         options = GrpoOptions(learning_rate=0.1, engine="deepspeed", zero_stage=stage)
         engine, skipped = make_engine(model, options, r, 10), 0
         for bad in (float("nan"), float("inf"), None):
-            before = model.weight.clone()
+            before = weights(engine, model)
             loss = engine.model(torch.ones(1, 3)).sum()
             engine.backward(loss + bad if bad and r.rank == 1 else loss)
             norm, updated = engine.step()
-            assert updated == (bad is None) and torch.equal(before, model.weight) != updated, (stage, bad)
+            assert updated == (bad is None) and torch.equal(before, weights(engine, model)) != updated, (stage, bad)
             assert bool(norm.isfinite()) == updated
             skipped += not updated
         if r.is_main:

@@ -219,7 +219,7 @@ def test_the_total_is_of_the_phase_that_needs_most():
     assert found["total_checkpointed"] == resident + found["cache"] + found["gathered"] > resident + found["step"]
     assert found["gathered"] == 2 * 8_291_375_616
     assert memory(model, zero3, MemoryOptions(beta=0.0))["reference"] == 0
-    layers = memory(model, zero3, MemoryOptions(gather_at_rollout=False))
+    layers = memory(model, zero3, MemoryOptions(ds3_gather_for_generation=False))
     assert layers["gathered"] == 2 * 1_050_000_000
 
 

@@ -44,15 +44,20 @@ def same_end(one, other) -> None:
         assert (one / f"samples{rank}").read_bytes() == (other / f"samples{rank}").read_bytes()
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(world):
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_a_killed_run_ends_as_if_it_had_not_been(world, tmp_path, engine):
     """Two ranks; SIGKILL for every process three times: before the first checkpoint, at some moment, while saving."""
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     steps = {"max_steps": 12, "save_steps": 3, "save_total_limit": 2, "resume": "auto", "num_iterations": 2}
-    undisturbed = grpo_options(world, "undisturbed", **steps, rollout_file=str(world / "undisturbed/samples"))
-    (world / "undisturbed").mkdir()
+    steps |= {"engine": engine, "zero_stage": 2}
+
+    def run_into(folder):
+        return grpo_options(world, "", **steps, output_dir=str(folder), rollout_file=str(folder / "samples"))
+
+    folder = tmp_path / "killed"
+    undisturbed, killed = run_into(tmp_path / "undisturbed"), run_into(folder)
     finish(start(GRPO, undisturbed))
-    killed = grpo_options(world, "killed", **steps, rollout_file=str(world / "killed/samples"))
-    folder = world / "killed"
-    folder.mkdir()
 
     def at_step(n):
         return lambda: len(lines(folder)) >= n
@@ -64,7 +69,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world):
         assert not (folder / "model.safetensors").exists()
     finish(start(GRPO, killed))
     assert [line["step"] for line in lines(folder)] == list(range(1, 13))
-    same_end(world / "undisturbed", folder)
+    same_end(tmp_path / "undisturbed", folder)
     assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
 
 

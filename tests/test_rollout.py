@@ -15,6 +15,7 @@ from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.ranks import Ranks
 from boxgrpo.trainer.readers import Example
 from boxgrpo.trainer.rollout import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, sampler_factor, score
 
@@ -62,9 +63,9 @@ def as_lists(completions):
 @pytest.mark.parametrize("embedded", [False, True], ids=["tower in every round", "tower once"])
 def test_rounds_sample_what_one_round_does(model, samples, vocabulary, rounds, embedded):
     embeds = embed_prompts(model, [s.item for s in samples]) if embedded else None
-    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, embeds).completions
+    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, embeds).completions
     options = changed(gradient_accumulation_steps=rounds)
-    parts = LocalRollout(options, vocabulary, 0)(model, samples, embeds).completions
+    parts = LocalRollout(options, vocabulary, Ranks())(model, samples, embeds).completions
     assert as_lists(parts) == as_lists(whole)
     assert [len(group) for group in whole] == [3, 3, 3, 3]
     assert all(len({tuple(c) for c in group}) == 3 for group in as_lists(whole)), "siblings differ"
@@ -85,9 +86,9 @@ def with_room_for(monkeypatch, prompts: int, never: int | None = None) -> list[i
 
 
 def test_where_memory_runs_out_there_are_more_rounds(model, samples, vocabulary, monkeypatch, caplog):
-    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, None)
+    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, None)
     asked = with_room_for(monkeypatch, prompts=2)
-    rollout = LocalRollout(OPTIONS, vocabulary, 0)
+    rollout = LocalRollout(OPTIONS, vocabulary, Ranks())
     found = rollout(model, samples, None)
     assert as_lists(found.completions) == as_lists(whole.completions) and found.kept is None
     assert asked == [4, 2, 2] and "from here on in 2 rounds a step" in caplog.text
@@ -97,9 +98,9 @@ def test_where_memory_runs_out_there_are_more_rounds(model, samples, vocabulary,
 
 
 def test_a_sample_that_never_fits_is_left_out_and_named(model, samples, vocabulary, monkeypatch, caplog):
-    whole = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, None)
+    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, None)
     with_room_for(monkeypatch, prompts=4, never=samples[2].serial)
-    found = LocalRollout(OPTIONS, vocabulary, 0)(model, samples, None)
+    found = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, None)
     assert found.kept == [0, 1, 3] and found.of(samples) == [samples[0], samples[1], samples[3]]
     assert as_lists(found.completions) == as_lists([whole.completions[i] for i in found.kept])
     assert f"left out {samples[2].example.source}: sampling it alone runs out of memory" in caplog.text
@@ -114,7 +115,7 @@ def test_a_rank_without_samples_has_rewards_and_advantages_of_none(vocabulary):
 
 def test_embeddings_are_each_prompts_own(model, samples):
     embeds = embed_prompts(model, [s.item for s in samples])
-    assert embeds[0].shape == (0, 64)
+    assert embeds[0] is None, "a prompt without images"
     for sample, found in list(zip(samples, embeds))[1:]:
         alone = model.embed_images(sample.item.pixel_values, sample.item.image_grid_thw)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
@@ -134,8 +135,20 @@ def test_the_tower_takes_as_many_prompts_as_fit(model, samples, monkeypatch):
     monkeypatch.setattr(model, "embed_images", limited)
     found = embed_prompts(model, [s.item for s in samples])
     assert len(patches) > 3
+    assert found[0] is None
     for a, b in zip(found[1:], whole[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_images_that_never_fit_have_no_embedding(model, samples, monkeypatch):
+    def none(pixels, grids):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model, "embed_images", none)
+    assert [None if e is None else tuple(e.shape) for e in embed_prompts(model, [s.item for s in samples[:2]])] == [
+        None,
+        (0, model.config.text_config.hidden_size),
+    ]
 
 
 def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, samples, vocabulary, processor):
@@ -145,7 +158,7 @@ def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, 
     expected = {*tokenizer.convert_tokens_to_ids(vision), *range(len(tokenizer), rows)}
     assert set(vocabulary.forbidden.tolist()) == expected
     hot = changed(temperature=50.0, num_generations=100, max_completion_length=20)  # as good as uniform
-    completions = LocalRollout(hot, vocabulary, 0)(model, samples[:1], None).completions
+    completions = LocalRollout(hot, vocabulary, Ranks())(model, samples[:1], None).completions
     drawn = {t for group in completions for c in group for t in c.tolist()}
     assert len(drawn) > 0.8 * rows and not drawn & expected
 
@@ -166,16 +179,16 @@ def test_a_restart_begins_its_own_file_anew_and_no_other(vocabulary, tmp_path):
     path.write_text("another run's\n")
     options = changed(rollout_file=str(path), resume="auto", output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="is already there"):
-        LocalRollout(options, vocabulary, rank=0)
+        LocalRollout(options, vocabulary, Ranks())
     assert path.read_text() == "another run's\n"
     (tmp_path / "options.yaml").write_text(f"rollout_file: {path}\n")
-    LocalRollout(options, vocabulary, rank=0)
+    LocalRollout(options, vocabulary, Ranks())
     assert path.read_text() == ""
 
 
 def test_stored_completions_are_replayed_by_serial_number(model, samples, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "new/stored.jsonl"))
-    completions = LocalRollout(options, vocabulary, rank=0)(model, samples, None).completions
+    completions = LocalRollout(options, vocabulary, Ranks())(model, samples, None).completions
     stored = [json.loads(line) for line in (tmp_path / "new/stored.jsonl").read_text().splitlines()]
     assert [record["serial"] for record in stored] == [7, 3, 12, 5]
     assert [record["ids"] for record in stored] == as_lists(completions)
@@ -187,12 +200,12 @@ def test_stored_completions_are_replayed_by_serial_number(model, samples, vocabu
 def test_every_rank_stores_its_own(model, samples, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "stored.jsonl"))
     for rank in (0, 1):
-        LocalRollout(options, vocabulary, rank)(model, samples[rank : rank + 1], None)
+        LocalRollout(options, vocabulary, Ranks(rank, 2))(model, samples[rank : rank + 1], None)
     first, second = tmp_path / "stored.jsonl", tmp_path / "stored.jsonl.rank1"
     assert [json.loads(p.read_text())["serial"] for p in (first, second)] == [7, 3]
     assert ReplayRollout(options).stored.keys() == {7, 3}  # a replay reads them all
     with pytest.raises(ValueError, match="already there"):
-        LocalRollout(options, vocabulary, 0)
+        LocalRollout(options, vocabulary, Ranks())
 
 
 def test_a_replay_that_cannot_be_is_refused(samples, tmp_path):

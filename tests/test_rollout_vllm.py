@@ -15,6 +15,7 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.ranks import Ranks
 from boxgrpo.trainer.readers import Example
 from boxgrpo.trainer.rollout import LocalRollout, Sampled, Vocabulary, make_rollout
 from boxgrpo.trainer.rollout_vllm import request_seed
@@ -60,7 +61,7 @@ def start(options, processor, policy, samples, monkeypatch):
         o = dataclasses.replace(options, **changes)
         engines = fake_vllm.install(monkeypatch, seed=o.seed, noise=noise)
         vocabulary = Vocabulary.of(processor, policy.config, "cpu")
-        rollout = make_rollout(o, processor, vocabulary, policy, [s.example for s in samples], 0, {})
+        rollout = make_rollout(o, processor, vocabulary, policy, [s.example for s in samples], Ranks(), {})
         return rollout, engines[0]
 
     return make
@@ -155,7 +156,7 @@ def test_completions_are_those_of_the_weights_at_hand(start, samples, policy, pr
         policy.model.norm.weight *= 3
     rollout, _ = start()
     sampled = rollout(policy, samples, None)
-    local = LocalRollout(options, Vocabulary.of(processor, policy.config, "cpu"), 0)(policy, samples, None)
+    local = LocalRollout(options, Vocabulary.of(processor, policy.config, "cpu"), Ranks())(policy, samples, None)
     assert isinstance(sampled, Sampled) and local.logps is None
     for theirs, ours, logps in zip(sampled.completions, local.completions, sampled.logps, strict=True):
         assert [c.tolist() for c in theirs] == [c.tolist() for c in ours]
@@ -195,7 +196,7 @@ def test_without_vllm_or_torchrun_the_error_names_the_remedy(options, processor,
         Vocabulary.of(processor, policy.config, "cpu"),
         policy,
         [samples[0].example],
-        0,
+        Ranks(),
         {},
     )
     monkeypatch.setitem(sys.modules, "vllm", None)

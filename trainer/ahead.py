@@ -1,6 +1,7 @@
 """A step's samples and their image embeddings, which a GPU computes one step ahead."""
 
 import contextlib
+import logging
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Loader, Sample
 from .rollout import embed_prompts
+
+log = logging.getLogger(__name__)
 
 
 class Ahead:
@@ -19,13 +22,16 @@ class Ahead:
 
     Args:
         early: whether to look ahead; None: on a GPU. Not where the tower's weights are gathered for a while only.
+        sharded: whether ranks meet in the tower's layers.
 
     Attributes:
         position: the loader's, without the samples that are looked at ahead: where to go on after a restart.
     """
 
-    def __init__(self, loader: Loader, policy: Qwen2VL, *, frozen: bool, early: bool | None = None):
-        self.loader, self.policy, self.frozen = loader, policy, frozen
+    def __init__(
+        self, loader: Loader, policy: Qwen2VL, *, frozen: bool, early: bool | None = None, sharded: bool = False
+    ):
+        self.loader, self.policy, self.frozen, self.sharded = loader, policy, frozen, sharded
         self.early = frozen and (policy.device.type == "cuda" if early is None else early)
         self.stream = torch.cuda.Stream(policy.device) if policy.device.type == "cuda" else None
         self.batches = iter(loader)
@@ -49,8 +55,11 @@ class Ahead:
         samples, _, self.position = self.current
         return samples
 
-    def embeds(self) -> list[Tensor | None] | None:
-        """(p / 4, H) for each of the samples last given; None with a trained tower, which runs in every pack."""
+    def embedded(self) -> tuple[list[Sample], list[Tensor | None] | None]:
+        """The samples last given, and (p / 4, H) for each; None with a trained tower, which runs in every pack.
+
+        A sample whose images do not fit into memory is left out, and named.
+        """
         samples, embeds, _ = self.current
         if self.frozen and embeds is None:
             embeds = self._embed(samples)
@@ -62,7 +71,12 @@ class Ahead:
                     if tensor is not None:
                         tensor.record_stream(here)
             self.next = self._start()
-        return embeds
+        if embeds is None:
+            return samples, None
+        fit = [embed is None or len(embed) > 0 for embed in embeds]
+        for sample in (s for s, fits in zip(samples, fit, strict=True) if not fits):
+            log.warning("left out %s: its images alone run out of memory", sample.example.source)
+        return [s for s, fits in zip(samples, fit) if fits], [e for e, fits in zip(embeds, fit) if fits]
 
     def _start(self):
         samples = next(self.batches)
@@ -72,4 +86,4 @@ class Ahead:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # the first time, for the weights
         with torch.cuda.stream(self.stream) if self.early and self.stream else contextlib.nullcontext():
-            return embed_prompts(self.policy, [s.item for s in samples])
+            return embed_prompts(self.policy, [s.item for s in samples], sharded=self.sharded)

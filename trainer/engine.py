@@ -132,6 +132,9 @@ class Engine:
             if p is not master:
                 p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
         self.optimizer = make_optimizer(self.masters, options)
+        for master in self.masters:  # now, not at the first update: the first packs that fit are then of a size to stay
+            moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            set_optimizer_state(self.optimizer, master, {"step": torch.zeros(()), **moments})
         self.schedule = make_schedule(self.optimizer, options, total_steps)
 
     @property

@@ -6,6 +6,7 @@
 Left out, on purpose: a critic, a reward model, padding, logits, and any rollout by older weights.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -61,10 +62,12 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     engine = make_engine(policy, o, r, steps * o.num_iterations)
     reference = engine.frozen(copied) if copied else engine.model if o.beta else None
     progress = checkpoints.load(found, engine) if found else Progress()
-    rollout = make_rollout(o, processor, vocabulary, policy, examples, r.rank, progress.rollout_bytes)
+    sharded = engine.shards_weights and not o.ds3_gather_for_generation
+    rollout = make_rollout(o, processor, vocabulary, policy, examples, r, progress.rollout_bytes, sharded)
     folder = claim_output_dir(o, r, found, progress.metrics_bytes)
     loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r, progress)
-    images = Ahead(loader, policy, frozen=o.freeze_vision, early=False if engine.shards_weights else None)
+    early = False if engine.shards_weights else None
+    images = Ahead(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
     report = Reporter(folder, r, steps, "grpo", start=progress.step)
     logged = progress.step
     write_model = functools.partial(save_pretrained, policy, processor)
@@ -83,9 +86,9 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         started = time.perf_counter()
         with span("data"):
             samples = images.samples()
-        with span("rollout"), engine.gathered_weights():
+        with span("rollout"), contextlib.nullcontext() if sharded else engine.gathered_weights():
             with span("vision"):
-                embeds = images.embeds()
+                samples, embeds = images.embedded()
             sampled = rollout(policy, samples, embeds)
             samples, embeds = sampled.of(samples), sampled.of(embeds)
             completions = sampled.completions

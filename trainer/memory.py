@@ -2,7 +2,7 @@
 
     python -P -m boxgrpo.trainer.memory        2B and 7B on 8 GPUs, a Markdown table
     python -P -m boxgrpo.trainer.memory --model 72B --gpus 64 --prompts_per_step 64 --engine 'zero 3' \\
-        --gather_at_rollout false --gigabits 400
+        --ds3_gather_for_generation false --gigabits 400
 
 The tower is frozen, attention is a varlen call, liger-kernel (which keeps less) is absent. GB are 10^9 bytes. Left out:
 the CUDA context, NCCL's buffers, the allocator's fragments, images, the tower's forward and a prefill's widest layer.
@@ -58,7 +58,7 @@ class MemoryOptions:
     max_completion_length: int = option(GrpoOptions.max_completion_length, "Tokens of every completion.")
     tokens_per_pass: int = option(GrpoOptions.tokens_per_pass, "Token budget of one packed pass.")
     beta: float = option(GrpoOptions.beta, "Weight of the KL; 0 keeps no reference.")
-    gather_at_rollout: bool = option(True, "ZeRO-3 samples with all weights gathered; false: layer by layer.")
+    ds3_gather_for_generation: bool = option(True, "ZeRO-3 samples with all weights gathered; false: layer by layer.")
     gigabits: float = option(0.0, "Gigabits a second that reach each GPU, for the traffic of ZeRO-3; 0: left out.")
     json: str = option("", "- writes bytes as JSON to standard output; empty: the table.")
 
@@ -106,7 +106,7 @@ def memory(model: Qwen2VL, engine: Engine, o: MemoryOptions) -> dict[str, int]:
     found["cache"] = cache_bytes(config, prompts, o.prompt_tokens, completions, o.max_completion_length, size)
     found["gathered"] = 0
     if engine.stage == 3:
-        found["gathered"] = size * (c.trained + c.frozen) if o.gather_at_rollout else live_bytes(c, size)
+        found["gathered"] = size * (c.trained + c.frozen) if o.ds3_gather_for_generation else live_bytes(c, size)
     found["step"] = step_bytes(c, engine, o.gpus, size)
     loss = loss_bytes(config, pack, size, head_trained=c.head_trained)
     layer = layer_bytes(config.text_config, pack, size, rank)

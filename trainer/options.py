@@ -100,6 +100,9 @@ class GrpoOptions(DataOptions):
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
     rollout: str = option("local", "local: sample here; vllm: with vLLM; replay: completions stored by an earlier run.")
     rollout_file: str = option("", "replay reads completions here; local writes them here when given.")
+    ds3_gather_for_generation: bool = option(
+        True, "ZeRO-3 samples with all weights on every rank; false: layer by layer, for every token anew."
+    )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU that vLLM may take while it samples.")
     vllm_importance_sampling_clip_max: float = option(2.0, "Cap of exp(old - sampler), which corrects vLLM's samples.")
     log_completions: int = option(0, "Steps between two tables of sampled completions; 0: never.")
@@ -223,6 +226,11 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
 
 
 def _validate_vllm(o: GrpoOptions) -> None:
+    if not o.ds3_gather_for_generation:
+        raise ValueError(
+            "ds3_gather_for_generation is False with rollout 'vllm', which is given whole weights. Leave it true, or "
+            "use --rollout local."
+        )
     if o.rollout_file:
         raise ValueError(f"rollout_file is {o.rollout_file}; vLLM's completions are not stored. Leave it out.")
     if o.temperature != 1 and (o.top_k or o.top_p < 1):

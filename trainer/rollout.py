@@ -4,6 +4,7 @@ A rollout is called as rollout(policy, samples, embeds) and returns `Sampled`. I
 many bytes it has written to which file.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .loader import Sample
 from .processing import Processor
+from .ranks import Ranks
 from .reporter import OPTIONS, cut
 from .spans import span
 from .vocabulary import box_mark_ids, token_bytes
@@ -63,7 +65,14 @@ class Sampled(NamedTuple):
 
 
 def make_rollout(
-    options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, examples, rank: int, stored: dict[str, int]
+    options,
+    processor: Processor,
+    vocabulary: Vocabulary,
+    policy: Qwen2VL,
+    examples,
+    ranks: Ranks,
+    stored: dict[str, int],
+    sharded: bool = False,
 ):
     """The rollout that `options.rollout` names; `stored` are the bytes of its file that a resumed run keeps."""
     if options.rollout == "replay":
@@ -72,7 +81,7 @@ def make_rollout(
         from .rollout_vllm import VllmRollout  # which imports from here
 
         return VllmRollout(options, processor, vocabulary, policy, max(len(e.images) for e in examples))
-    return LocalRollout(options, vocabulary, rank, stored)
+    return LocalRollout(options, vocabulary, ranks, stored, sharded=sharded)
 
 
 def sampler_gap(pack: PackedBatch) -> Tensor:
@@ -86,37 +95,58 @@ def sampler_factor(pack: PackedBatch, cap: float) -> Tensor | None:
 
 
 @torch.no_grad()
-def embed_prompts(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-    """The frozen tower's output for each prompt, (p / 4, H), all images in one pass, or in as many as memory asks."""
+def embed_prompts(model: Qwen2VL, prompts: Sequence[Prompt], *, sharded: bool = False) -> list[Tensor | None]:
+    """The frozen tower's output for each prompt, (p / 4, H), all images in one pass, or in as many as memory asks.
+
+    Where a prompt's images do not fit even alone, theirs has no rows. With `sharded` weights all ranks meet in the
+    tower: then it runs without images too, and an error of memory stands.
+    """
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    if not pixels:
+    if not pixels and not sharded:
         return [None] * len(prompts)
     embeds = None
     try:
-        embeds = model.embed_images(torch.cat(pixels), torch.cat([p.image_grid_thw for p in prompts]))
+        embeds = model.embed_images(
+            torch.cat(pixels) if pixels else None, torch.cat([p.image_grid_thw for p in prompts])
+        )
     except torch.OutOfMemoryError:
-        if len(prompts) == 1:
+        if sharded:
             raise
     if embeds is None:
         torch.cuda.empty_cache()
+        if len(prompts) == 1:
+            return [model.head_weight.new_empty(0, model.head_weight.shape[1])]
         half = len(prompts) // 2
         return embed_prompts(model, prompts[:half]) + embed_prompts(model, prompts[half:])
     merge = model.config.vision_config.spatial_merge_size**2
-    return list(embeds.split([0 if p.pixel_values is None else len(p.pixel_values) // merge for p in prompts]))
+    parts = embeds.split([0 if p.pixel_values is None else len(p.pixel_values) // merge for p in prompts])
+    return [None if p.pixel_values is None else part for p, part in zip(prompts, parts, strict=True)]
 
 
 class LocalRollout:
-    """Samples with the policy itself. With `rollout_file` it also keeps what it sampled, for a later replay."""
+    """Samples with the policy itself. With `rollout_file` it also keeps what it sampled, for a later replay.
 
-    def __init__(self, options, vocabulary: Vocabulary, rank: int, stored: dict[str, int] | None = None):
+    `sharded`: no rank has all weights. Then they meet in every layer, and none ends a round before the others.
+    """
+
+    def __init__(
+        self,
+        options,
+        vocabulary: Vocabulary,
+        ranks: Ranks,
+        stored: dict[str, int] | None = None,
+        *,
+        sharded: bool = False,
+    ):
         self.options = options
         self.vocabulary = vocabulary
+        self.ranks, self.sharded = ranks, sharded
         self.rounds = options.gradient_accumulation_steps
         self.file = None
         if options.rollout_file:
             path = Path(options.rollout_file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
+            path = path if ranks.is_main else path.with_name(f"{path.name}.rank{ranks.rank}")
             if path.exists() and path.name in (stored or {}):
                 cut(path, stored[path.name])
             elif path.exists() and path.stat().st_size and not _begun_by(options):
@@ -138,9 +168,18 @@ class LocalRollout:
         while start < len(samples):
             at_once = max(1, len(samples) // self.rounds)
             part = range(len(samples))[start : start + at_once]
+            chosen = [samples[i] for i in part], embeds and [embeds[i] for i in part]
             try:
-                sampled = self._sample(policy, [samples[i] for i in part], embeds and [embeds[i] for i in part])
-            except torch.OutOfMemoryError:
+                if self.sharded:
+                    sampled = policy(work=functools.partial(self._sample, policy, *chosen))
+                else:
+                    sampled = self._sample(policy, *chosen)
+            except torch.OutOfMemoryError as error:
+                if self.sharded:
+                    raise ValueError(
+                        f"memory ran out while {len(chosen[0])} prompts were sampled ({error}). Raise "
+                        "--gradient_accumulation_steps, or lower --max_completion_length."
+                    ) from error
                 sampled = None  # and out of this block, whose traceback holds on to what filled the memory
             if sampled is None:
                 torch.cuda.empty_cache()
@@ -159,6 +198,10 @@ class LocalRollout:
             self.file.flush()
         return Sampled(list(groups.values()), kept=None if len(groups) == len(samples) else list(groups))
 
+    def _going_anywhere(self, going: bool) -> bool:
+        return self.ranks.sum(going)[0] > 0
+
+    @torch.no_grad()
     def _sample(self, policy: Qwen2VL, samples: Sequence[Sample], embeds) -> list[list[Tensor]]:
         """G completions for each sample, all of them at once."""
         o = self.options
@@ -171,6 +214,7 @@ class LocalRollout:
                 eos_token_ids=self.vocabulary.eos_token_ids,
                 num_generations=o.num_generations,
                 max_completion_length=o.max_completion_length,
+                static=not self.sharded,
             )
         with span("decode"):
             flat = decoding.run(
@@ -179,6 +223,7 @@ class LocalRollout:
                 top_p=o.top_p,
                 seed=o.seed,
                 forbidden=self.vocabulary.forbidden,
+                anywhere=self._going_anywhere if self.sharded else bool,
             ).completions()
         return [flat[i : i + o.num_generations] for i in range(0, len(flat), o.num_generations)]
 
