@@ -185,6 +185,50 @@ with ranks() as r:
 """
 
 
+MEMORY = """
+import logging
+import torch
+from boxgrpo.trainer import grpo
+
+calls = 0
+loss = grpo.fused_grpo_loss
+
+def short_of_memory(*args, **options):
+    global calls
+    calls += 1
+    if calls == 2 and torch.distributed.get_rank() == 1:
+        raise torch.OutOfMemoryError("no room")
+    return loss(*args, **options)
+
+grpo.fused_grpo_loss = short_of_memory
+grpo.main()
+"""
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(2, False), (2, True), pytest.param(1, False, marks=pytest.mark.slow)])
+def test_memory_that_runs_out_on_one_rank_changes_no_step(world, one, tmp_path, stage, offload):
+    """In its second pack, the first of which has left gradients: these are forgotten, and all packs are taken again."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(MEMORY)
+    changes = {"max_steps": 5, "rollout": "replay", "rollout_file": str(world / "stored"), "tokens_per_pass": 200}
+    changes |= {"engine": "deepspeed", "zero_stage": stage, "offload_optimizer": offload}
+    told = finish(start(script, grpo_options(world, "", **changes, output_dir=str(folder))))
+    assert "WARNING memory ran out in a pack of" in told
+    for a, b in zip(lines(one[0]), lines(folder), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    (tmp_path / "script.py").write_text(MEMORY)
+    options = grpo_options(world, "no memory", tokens_per_pass=200, engine="deepspeed", zero_stage=3, timeout=60)
+    run = start(tmp_path / "script.py", options)
+    told, _ = run.communicate(timeout=100)
+    assert run.returncode and "memory ran out (no room), and at --zero_stage 3 no rank can start over alone" in told
+
+
 def test_an_optimizer_that_is_not_there_is_refused(monkeypatch):
     weights = [torch.nn.Parameter(torch.zeros(2))]
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # the other project of that name

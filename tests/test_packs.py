@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from boxgrpo.model.packing import Group, Prompt
+from boxgrpo.trainer.engine import MemoryElsewhere
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.packs import even_out, in_packs_that_fit, make_packs, plan_moves, trained_groups
 from boxgrpo.trainer.ranks import Ranks
@@ -135,13 +136,14 @@ def test_groups_without_gradient_are_left_out(changes, kept):
 class Room:
     """Stands for memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
 
-    lockstep = False
+    lockstep = False  # of the engine that it also stands for
     ranks = Ranks()
 
     def __init__(self, tokens: int):
         self.tokens, self.gradients, self.tries = tokens, [], 0
 
-    def clear(self) -> None:
+    def start_over(self, error) -> None:
+        assert error.__traceback__ is None, "it would hold on to the activations"
         self.gradients.clear()
 
     def run(self, packs):
@@ -174,9 +176,16 @@ def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
     )
 
 
-def test_ranks_that_meet_in_every_layer_do_not_start_over_alone(twins):
-    room = Room(tokens=10)
-    room.lockstep = True
+def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog):
+    """Memory lasted here."""
+    room, packed = Room(tokens=100), []
+
+    def run(packs):
+        packed.append([len(p.input_ids) for p in packs])
+        if len(packed) == 1:
+            raise MemoryElsewhere("on another rank")
+        return room.run(packs)
+
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    with pytest.raises(ValueError, match="memory ran out in a pack of 21 tokens .no room.. Lower --tokens_per_pass"):
-        in_packs_that_fit(groups, 100, room, partial(make_packs, twins("tiny")[0].config, room), room.run)
+    assert in_packs_that_fit(groups, 100, room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
+    assert packed == [[21], [21]] and caplog.text == ""

@@ -19,9 +19,13 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to zero
 
 
+class MemoryElsewhere(torch.OutOfMemoryError):
+    """Memory ran out on another rank, and this one starts the step over with it."""
+
+
 def make_engine(model: nn.Module, options, ranks, total_steps: int):
-    """The engine that `options.engine` names. All have `model` to call, `backward`, `step`, `clear`, `save`, `load`,
-    `gathered_weights`, `frozen`, `learning_rate`, `lockstep` and `shards_weights`."""
+    """The engine that `options.engine` names. All have `model` to call, `backward`, `step`, `start_over`, `save`,
+    `load`, `gathered_weights`, `frozen`, `learning_rate`, `lockstep` and `shards_weights`."""
     if options.engine == "deepspeed":
         from .engine_deepspeed import DeepSpeedEngine  # which imports from here
 
@@ -154,8 +158,8 @@ class Engine:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
         told(loss).backward()
 
-    def clear(self) -> None:
-        """Forget the gradients accumulated so far."""
+    def start_over(self, error: torch.OutOfMemoryError) -> None:
+        """Forget the gradients accumulated so far, after memory ran out."""
         self.optimizer.zero_grad()
 
     def step(self) -> tuple[Tensor, bool]:

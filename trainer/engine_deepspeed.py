@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .engine import (
     STATE,
+    MemoryElsewhere,
     make_optimizer,
     make_schedule,
     optimizer_state,
@@ -28,7 +29,8 @@ class DeepSpeedEngine:
 
     Attributes:
         lockstep: from stage 2 on ranks meet in each backward pass, at stage 3 in each layer: they must run the same
-            number of packs, empty ones if need be.
+            number of packs, empty ones if need be. At stage 2 they ask each other before each backward pass whether
+            memory has lasted, so that all start over where it has not.
         shards_weights: at stage 3 no rank holds them all but within `gathered_weights`.
 
     Raises:
@@ -63,11 +65,38 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
-        self.model.backward(told(loss), scale_wrt_gas=False)
+        if self.stage == 2 and self.ranks.sum(0)[0]:
+            raise MemoryElsewhere("on another rank")
+        try:
+            self.model.backward(told(loss), scale_wrt_gas=False)
+        except torch.OutOfMemoryError as error:
+            if self.stage == 1:
+                raise
+            raise ValueError(
+                f"memory ran out in a backward pass ({error}), where other ranks wait for this one. Lower "
+                "--tokens_per_pass, or set --gradient_checkpointing true."
+            ) from error
 
-    def clear(self) -> None:
-        """Forget the gradients accumulated so far."""
-        self.optimizer.zero_grad()
+    def start_over(self, error: torch.OutOfMemoryError) -> None:
+        """Forget the gradients accumulated so far, after memory ran out; at stage 2 on every rank.
+
+        Raises:
+            ValueError: at stage 3, where the others wait for this rank in the middle of a layer.
+        """
+        if self.stage == 3:
+            raise ValueError(
+                f"memory ran out ({error}), and at --zero_stage 3 no rank can start over alone. Lower "
+                "--tokens_per_pass, or set --gradient_checkpointing true."
+            ) from error
+        if self.stage == 2 and not isinstance(error, MemoryElsewhere):
+            self.ranks.sum(1)  # what the others ask before their backward pass
+        zero = self.optimizer
+        zero.zero_grad()
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+        for sums in (zero.averaged_gradients, zero.all_grad_tensors):
+            sums.update(dict.fromkeys(sums))
+        zero.micro_step_id = -1
 
     def step(self) -> tuple[Tensor, bool]:
         """Average over ranks, clip, update, clear.

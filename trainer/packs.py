@@ -10,6 +10,7 @@ from torch import Tensor
 
 from boxgrpo.model.packing import Group, PackedBatch, forward_flop, pack_groups, plan_packs, tower_flop
 
+from .engine import MemoryElsewhere
 from .loader import Sample
 from .ranks import Ranks
 from .rollout import Sampled
@@ -87,7 +88,10 @@ def in_packs_that_fit(
     """run(make(groups, budget)): where memory runs out, again from the start with packs of half the size.
 
     What `run` has added to the gradients by then is forgotten. A group of which a single completion does not fit is
-    left out, and named. Under an engine whose ranks meet in every pack, none can start over alone: the error stands.
+    left out, and named.
+
+    Raises:
+        ValueError: the engine's ranks meet where memory ran out: none can start over alone.
     """
     groups = list(groups)
     while True:
@@ -95,14 +99,12 @@ def in_packs_that_fit(
         try:
             return run(packs)
         except torch.OutOfMemoryError as error:
-            if engine.lockstep:
-                raise ValueError(
-                    f"memory ran out in a pack of {max(len(p.input_ids) for p in packs)} tokens ({error}). Lower "
-                    "--tokens_per_pass, or set --gradient_checkpointing true."
-                ) from error
-        # Out of the block above, whose traceback held on to what filled the memory.
-        engine.clear()
+            here = not isinstance(error, MemoryElsewhere)
+            failure = error.with_traceback(None)  # which would hold on to what filled the memory
+        engine.start_over(failure)
         torch.cuda.empty_cache()
+        if not here:
+            continue
         largest = max(packs, key=lambda pack: len(pack.input_ids))
         if len(largest.completion_cu) > 2:
             budget = len(largest.input_ids) // 2

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from .watch import Watch
 
 SILENCE = 0.1  # of the timeout
+OWN = ("loader", "ahead", "rollout", "packs")  # what befalls one rank, and only that rank can tell
 
 
 class Ranks:
@@ -118,7 +119,8 @@ def ranks(timeout: float = 1800.0):
         keep_freed_memory()
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # each fault is named once
     logging.getLogger("boxgrpo").setLevel(level)
-    logging.getLogger("boxgrpo.trainer.loader").setLevel(logging.WARNING)  # only the rank that meets a bad record knows
+    for name in OWN:
+        logging.getLogger(f"boxgrpo.trainer.{name}").setLevel(logging.WARNING)
     logging.basicConfig(format="%(levelname)s %(message)s")
     if world_size == 1:
         yield Ranks(device=device)
