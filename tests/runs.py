@@ -52,8 +52,11 @@ def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:
 
 def lines(folder) -> list[dict]:
     """The run's metrics so far, a step each; a line that is still being written is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    try:
+        text = (Path(folder) / "metrics.jsonl").read_text()
+    except FileNotFoundError:  # not begun, or beginning anew
+        return []
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def told(folder) -> list[dict]:
