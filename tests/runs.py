@@ -66,7 +66,8 @@ def told(folder) -> list[dict]:
 
 def start(script, options, ranks: int = 2, launch=("--standalone",), **environment) -> subprocess.Popen:
     """`torchrun script` with the options as flags, in a process group of its own, one thread a rank."""
-    flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "")]
+    lists = [flag for k, v in vars(options).items() if isinstance(v, list) and v for flag in (f"--{k}", *v)]
+    flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "") and not isinstance(v, list)] + lists
     command = [str(Path(sys.executable).with_name("torchrun")), *launch, "--nproc_per_node", str(ranks)]
     return subprocess.Popen(
         [*command, str(script), *flags],

@@ -173,7 +173,7 @@ def test_what_cannot_be_evaluated_is_refused_by_name(shared, tmp_path):
 def test_chats_without_a_box_are_no_benchmark(tmp_path):
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
     (tmp_path / "chat.json").write_text(json.dumps([{"images": ["a.png"], "messages": turns}]))
-    options = SimpleNamespace(data=str(tmp_path / "chat.json"), schema="auto", image_root="")
+    options = SimpleNamespace(data=[str(tmp_path / "chat.json")], schema="auto", image_root="")
     with pytest.raises(ValueError, match=r"0 of 1 records can be used; they need the gold box.*chat\.json#0.*--data"):
         read_usable(options, needs="gold")
     assert len(read_usable(options, needs="turns")[0]) == 1

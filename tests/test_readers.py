@@ -115,7 +115,7 @@ def test_unknown_schemas_are_refused_with_the_known_ones(write):
 def test_auto_says_what_it_chose_and_why(write, caplog):
     caplog.set_level(logging.INFO)
     read_examples(write([GOOD]))
-    assert "schema univg_stage2, because record 0 has images, question and answer" in caplog.text
+    assert "schema univg_stage2, because 1 of 1 records have images, question and answer" in caplog.text
     read_examples(write([GOOD | {"need_format": True}]))
     assert "schema mig_bench, because" in caplog.text
     read_examples(write([CHAT]))

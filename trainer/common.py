@@ -1,6 +1,8 @@
 """What the two loops and the evaluator do alike."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from .lora import merged_weights, save_adapter
 from .options import DataOptions
 from .processing import Processor
 from .ranks import Ranks
-from .readers import Example, Fault, read_examples
+from .readers import GOLD, TURNS, Examples, Fault, read_examples
 
 log = logging.getLogger(__name__)
 
@@ -31,33 +33,53 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
     return choices[name]
 
 
-def read_usable(options, *, needs: str) -> tuple[list[Example], list[Fault]]:
+def sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
+    """Path, count and label of each `path` or `path#count`. The label is the file's name where that tells it apart.
+
+    Raises:
+        ValueError: there is no such file, or nothing to take from it.
+    """
+    found = []
+    for source in data:
+        path, _, count = source.rpartition("#")
+        path, count = (path, int(count)) if count.isdigit() and path and not Path(source).is_file() else (source, None)
+        if not Path(path).is_file():
+            raise ValueError(f"data is {source}; there is no such file. Correct --data.")
+        if count == 0:
+            raise ValueError(f"data is {source}; at least 1 record is to be taken. Correct --data.")
+        found.append((Path(path), count))
+    names = Counter(path.name for path, _ in found)
+    return [(path, count, path.name if names[path.name] == 1 else str(path)) for path, count in found]
+
+
+def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
     """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
 
-    Every fault is named in the log.
+    Of a source with a count so many are taken, drawn by the seed. Every fault is named in the log.
 
     Raises:
         ValueError: no data named, no such file, or no record left.
     """
     if not options.data:
         raise ValueError("no data. Name a JSON or JSONL file with --data.")
-    if not Path(options.data).is_file():
-        raise ValueError(f"data is {options.data}; there is no such file. Correct --data.")
-    kind = {"gold": "gold box", "turns": "assistant's answer"}[needs]
-    examples, faults = read_examples(options.data, schema=options.schema, image_root=options.image_root or None)
-    usable = [e for e in examples if getattr(e, needs)]
-    faults += [
-        Fault(e.source, f"no_{needs}", f"{e.source}: the record has no {kind}.")
-        for e in examples
-        if not getattr(e, needs)
-    ]
+    kind, bit = {"gold": ("gold box", GOLD), "turns": ("assistant's answer", TURNS)}[needs]
+    usable, faults = None, []
+    for number, (path, count, label) in enumerate(sources(options.data)):
+        good, refused = read_examples(path, schema=options.schema, image_root=options.image_root or None, label=label)
+        good, without = good.having(bit)
+        faults += refused
+        faults += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
+        if count and count > len(good):
+            log.warning("%s: %d records are asked for and %d can be used; all are taken", label, count, len(good))
+        good = good.drawn(count, getattr(options, "seed", 0) + number) if count else good
+        usable = good if usable is None else usable + good
     for fault in faults[:20]:
         log.warning("skipped %s", fault.message)
     if more := [fault.source for fault in faults[20:]]:
         log.warning("skipped %d more: %s", len(more), ", ".join(more))
     if not usable:
         raise ValueError(
-            f"{options.data}: 0 of {len(faults)} records can be used; they need the {kind}. The first: "
+            f"{', '.join(options.data)}: 0 of {len(faults)} records can be used; they need the {kind}. The first: "
             f"{faults[0].message} Pass other records with --data."
         )
     return usable, faults

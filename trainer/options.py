@@ -11,6 +11,8 @@ from transformers import HfArgumentParser
 
 from boxgrpo.kernels import LossOptions
 
+from .schemas import SCHEMAS
+
 
 def option(default, help: str):
     """A field with its flag's help."""
@@ -22,13 +24,20 @@ class InputOptions:
     """What every command reads."""
 
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
-    data: str = option("", "JSON or JSONL file of records.")
-    schema: str = option("auto", "Form of the records: auto, univg_stage1, univg_stage2, mig_bench.")
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSON or JSONL files of records; file.json#7000 takes 7000 of them, drawn by the seed."},
+    )
+    schema: str = option("auto", f"Form of the records: auto, {', '.join(SCHEMAS)}.")
     image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
     min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
     max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
     dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead of the step; 0: none.")
+
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            self.data = [self.data] if self.data else []
 
 
 @dataclass
@@ -164,7 +173,9 @@ def read_yaml(kind: type, path: str | Path) -> dict:
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise ValueError(f"{path}: unknown option {name!r}; {hint}")
         default = known[name].default
-        if isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
+        if known[name].default_factory is list:
+            values[name] = _strings(f"{path}: {name}", value)
+        elif isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
             try:
                 values[name] = float(value)  # YAML reads 1e-6 as a string
             except ValueError:
@@ -172,6 +183,13 @@ def read_yaml(kind: type, path: str | Path) -> dict:
         elif default is not None and type(value) is not type(default):
             raise ValueError(f"{path}: {name} is {value!r}; it must be of type {type(default).__name__}.")
     return values
+
+
+def _strings(what: str, value) -> list[str]:
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{what} is {value!r}; it must be a text or a list of texts.")
+    return value
 
 
 def loss_options(o: GrpoOptions, **tensors) -> LossOptions:

@@ -1,7 +1,7 @@
 """Examples become token ids, patches and positions (DESIGN section 3, Qwen2-VL's chat format)."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,13 +9,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.packing import Conversation, Prompt
 from boxgrpo.model.rope import mrope_position_ids
 
-from .images import load_image
+from .images import MIN_SIDE, load_image
 from .readers import Example, plain_text
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
 
@@ -108,6 +108,21 @@ class Processor:
         pixel_values, grids = self._images(example)
         ids, _ = self._tokens(example, grids, self._turns(example)[:1])
         return Prompt(*self._tensors(example, ids, pixel_values, grids))
+
+    def prompt_tokens(self, example: Example, sizes: Sequence[tuple[int, int]]) -> int:
+        """Length of the example's `prompt` with images of these (width, height) in pixels; none is opened."""
+        p, grids = self.image_processor, []
+        for width, height in sizes:
+            enlarged = max(1.0, MIN_SIDE / min(width, height))  # as load_image does
+            height, width = smart_resize(
+                max(MIN_SIDE, round(height * enlarged)),
+                max(MIN_SIDE, round(width * enlarged)),
+                factor=p.patch_size * p.merge_size,
+                min_pixels=p.size["shortest_edge"],
+                max_pixels=p.size["longest_edge"],
+            )
+            grids.append([1, height // p.patch_size, width // p.patch_size])
+        return len(self._tokens(example, torch.tensor(grids).view(-1, 3), self._turns(example)[:1])[0])
 
     def conversation(self, example: Example) -> Conversation:
         """Every turn of an example. Learned are the texts of its answers and the `<|im_end|>` that closes each.

@@ -24,6 +24,7 @@ from boxgrpo.model.qwen2vl import Qwen2VL
 from .loader import Sample
 from .processing import Processor
 from .ranks import Ranks
+from .readers import most_images
 from .reporter import OPTIONS, cut
 from .spans import span
 from .vocabulary import box_mark_ids, token_bytes
@@ -80,7 +81,7 @@ def make_rollout(
     if options.rollout == "vllm":
         from .rollout_vllm import VllmRollout  # which imports from here
 
-        return VllmRollout(options, processor, vocabulary, policy, max(len(e.images) for e in examples))
+        return VllmRollout(options, processor, vocabulary, policy, most_images(examples))
     return LocalRollout(options, vocabulary, ranks, stored, sharded=sharded)
 
 

@@ -1,0 +1,138 @@
+"""A file of MGrounding-630k's size: scanned once, opened from then on, in what time and memory.
+
+    python bench/bench_data.py [--records 630000] [--json PATH]
+
+The records are written in MGrounding's form (several turns, marked boxes, two to six images, about 1.1 KB each) as one
+JSON array. Each reading is a process of its own, whose anonymous memory is watched. Wanted: a scan within 30 s, opening
+within 1 s, 500 MB. Results go to bench/results/<device>/data.json; the exit status is 1 when a demand is not met.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from boxgrpo.bench.launches import resident_kb
+from boxgrpo.bench.machine import folder, machine
+from boxgrpo.trainer.options import option, parse
+
+WANTED = {"scan_s": 30.0, "open_s": 1.0, "memory_mb": 500.0}
+WORDS = "the a object in image that is near left right of which shows same different and person holding with".split()
+READ = """
+import json, sys, time
+started = time.perf_counter()
+from boxgrpo.trainer.loader import Loader
+from boxgrpo.trainer.readers import read_examples
+imported = time.perf_counter()
+examples, faults = read_examples(sys.argv[1], schema="auto")
+opened = time.perf_counter()
+loader = Loader(examples, lambda example: example.id, batch_size=100, seed=1, workers=0, start=len(examples) // 2)
+ids = [sample.item for sample in next(iter(loader))]
+print(json.dumps({"import_s": imported - started, "open_s": opened - imported, "records": len(examples),
+                  "faulty": len(faults), "hundred_s": time.perf_counter() - opened, "ids": ids}))
+"""
+
+
+@dataclass
+class DataBenchOptions:
+    """Scan and open a generated file of records."""
+
+    records: int = option(630_000, "Records to write.")
+    repeats: int = option(3, "Readings of each kind.")
+    json: str = option("", "Where to write the results; empty: bench/results/<device>/data.json.")
+
+
+def write_records(path: Path, count: int) -> None:
+    """The file, a JSON array on one line; one record in ten thousand has an inverted box."""
+    draw = random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(draw.choices(WORDS, k=n))
+
+    def box(inverted: bool = False) -> str:
+        x1, x2 = sorted(draw.sample(range(1001), 2), reverse=inverted)
+        y1, y2 = sorted(draw.sample(range(1001), 2))
+        return f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+
+    with path.open("w") as file:
+        for i in range(count):
+            turns = []
+            for turn in range(draw.randint(1, 3)):
+                turns.append({"from": "human", "value": words(draw.randint(25, 45))})
+                answer = f"{words(draw.randint(8, 25))} {box(inverted=turn == 0 and i % 10_000 == 7)}"
+                turns.append({"from": "gpt", "value": answer})
+            images = [f"mgrounding/part_{i % 97:03d}/{i:07d}_{k}.jpg" for k in range(draw.randint(2, 6))]
+            record = {"id": f"mg_{i:07d}", "images": images, "conversations": turns, "type": words(1)}
+            file.write("[" if i == 0 else ", ")
+            file.write(json.dumps(record))
+        file.write("]\n")
+
+
+def read(path: Path, cache: str) -> dict:
+    """One reading in a process of its own; with the most anonymous memory it had, MB."""
+    environment = os.environ | {"BOXGRPO_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", READ, str(path)]
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while run.poll() is None:
+            peak = max(peak, resident_kb(run.pid, "RssAnon"))
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    out, _ = run.communicate()
+    watcher.join()
+    if run.returncode:
+        raise ValueError(f"reading {path} failed with status {run.returncode}; see above.")
+    return json.loads(out) | {"memory_mb": peak / 1e3}
+
+
+def measure(o: DataBenchOptions) -> dict:
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "records.json"
+        write_records(path, o.records)
+        size = path.stat().st_size
+        readings = {"scan": [], "open": []}
+        for k in range(o.repeats):
+            cache = f"{place}/cache{k}"
+            readings["scan"].append(read(path, cache))  # nothing is kept yet
+            readings["open"].append(read(path, cache))
+    ids = {json.dumps(r.pop("ids")) for kind in readings.values() for r in kind}
+    scan, opened = ([r["open_s"] for r in readings[kind]] for kind in ("scan", "open"))
+    found = {
+        "megabytes": round(size / 1e6),
+        "scan_s": statistics.median(scan),
+        "open_s": statistics.median(opened),
+        "memory_mb": max(r["memory_mb"] for kind in readings.values() for r in kind),
+        "same_order": len(ids) == 1,
+    }
+    met = {name: found[name] <= most for name, most in WANTED.items()}
+    return {"machine": machine(), "options": asdict(o), **found, "met": met, "readings": readings}
+
+
+def main(args: list[str] | None = None) -> None:
+    o = parse(DataBenchOptions, args, prog="bench_data.py")
+    result = measure(o)
+    (Path(o.json) if o.json else folder() / "data.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['options']['records']} records, {result['megabytes']} MB, {result['machine']['device']}")
+    for name, most in WANTED.items():
+        print(f"{name:<12}{result[name]:>9.2f}   at most {most:g}   {'met' if result['met'][name] else 'NOT MET'}")
+    if not all(result["met"].values()) or not result["same_order"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_data.py: {error}")

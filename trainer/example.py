@@ -1,0 +1,120 @@
+"""What a record is read into, and the rules that its texts, paths and boxes must keep."""
+
+import functools
+import os
+from dataclasses import dataclass
+
+from PIL import Image
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about some images, and what is known of its answer."""
+
+    id: str
+    task: str
+    images: tuple[str, ...]  # paths, resolved
+    question: str
+    gold: Box | None  # 0-1000 on the target image; needed for GRPO and evaluation
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text), user and assistant in turn; empty: no answer text
+    answer_format: str = "think"  # or "box": no thinking asked for
+    target_image: int = 0  # index of the image that the box lies in
+    source: str = ""  # "file.json#12": record 12, counted from 0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record that was refused: which one, the rule it breaks, and the value that breaks it."""
+
+    source: str
+    reason: str  # a short code to count by, such as "box_inverted"
+    message: str
+
+
+class Refused(Exception):
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file's images are, and how its boxes are scaled."""
+
+    root: str  # folder of the images, absolute
+    bounded: bool  # whether paths must stay in it
+    scale: float = 1.0  # what brings the file's boxes to 0-1000
+
+    def path(self, image: object) -> str:
+        if not isinstance(image, str) or not image or "\0" in image:
+            raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
+        # Lexical on purpose: a link inside the root was put there by its owner, a ".." by whoever wrote the record.
+        full = os.path.abspath(os.path.join(self.root, image))
+        if self.bounded and os.path.commonpath([self.root, full]) != self.root:
+            raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {self.root}. Correct it.")
+        return full
+
+
+def plain_text(text: str) -> str:
+    """Text without `<image>` marks: all images stand before the question (DESIGN section 3)."""
+    return text.replace("<image>", "").strip()
+
+
+def text_of(value: object, name: str) -> str:
+    if not isinstance(value, str) or not plain_text(value):
+        raise Refused(f"no_{name}", f"{name} is {value!r:.80}; text is needed.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
+        raise Refused("bad_text", f"{name} holds half a character ({error}). Write the text again.") from error
+    return value
+
+
+def is_numbers(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)
+    )
+
+
+def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str = "answer") -> Box:
+    """The box in 0-1000, `scales` of x and y applied, or the rule of a gold box that it breaks."""
+    if box is None or box == []:
+        raise Refused("no_gold_box", f"{what} is {box!r}; a gold box [x1, y1, x2, y2] is needed.")
+    if not isinstance(box, list) or len(box) != 4:
+        raise Refused("box_length", f"{what} is {box!r:.80}; a box is a list of 4 numbers.")
+    if not is_numbers(box):
+        raise Refused("box_not_numbers", f"{what} is {box!r:.80}; a box is made of numbers.")
+    x1, y1, x2, y2 = scaled = tuple(round(value * scales[i % 2], 3) for i, value in enumerate(box))
+    if min(scaled) < 0 or max(scaled) > 1000:
+        limits = " x ".join(f"{1000 / scale:g}" for scale in dict.fromkeys(scales))
+        raise Refused("box_outside", f"box {box} leaves the image, 0 to {limits}. Correct it.")
+    if x1 >= x2 or y1 >= y2:
+        raise Refused("box_inverted", f"box {box} is inverted or empty; x1 < x2 and y1 < y2 must hold. Correct it.")
+    return scaled
+
+
+@functools.lru_cache(maxsize=4096)
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height by the file's header, upright as the image will be shown; no pixel is decoded."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except FileNotFoundError as error:
+        raise Refused("missing_image", f"the box is in pixels and there is no image at {path}. Fetch it.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refused(
+            "image_unreadable", f"the box is in pixels and the size of {path} cannot be read ({error}). Fetch it again."
+        ) from error
+    return (height, width) if turned else (width, height)
+
+
+def pixel_box(box: object, path: str, what: str, record: dict | None = None) -> Box:
+    """A box in pixels of the image at `path`, whose size the record may tell."""
+    size = [(record or {}).get(key) for key in ("width", "height")]
+    width, height = size if is_numbers(size) and min(size) > 0 else image_size(path)
+    return checked_box(box, (1000 / width, 1000 / height), what)
