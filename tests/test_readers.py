@@ -2,10 +2,16 @@
 
 import json
 import logging
+import os
+import pickle
+from types import SimpleNamespace
 
 import pytest
 
-from boxgrpo.trainer.readers import plain_text, read_examples
+from boxgrpo.trainer import readers
+from boxgrpo.trainer.common import read_usable
+from boxgrpo.trainer.readers import most_images, plain_text, read_examples
+from boxgrpo.trainer.records import scan
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Where is it?", "answer": [100, 200, 300, 400]}
 CHAT = {
@@ -225,3 +231,85 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "data.json").write_bytes(b"[\xff\xfe]")
     with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
         read_examples(tmp_path / "data.json")
+
+
+def of_sources(data, seed=0):
+    return SimpleNamespace(data=data, schema="auto", image_root="", seed=seed)
+
+
+def test_sources_are_mixed_by_count_and_seed(write, caplog):
+    """As the paper mixes its stages: so many of each, drawn by the seed, under names that tell them apart."""
+    a = write([GOOD | {"id": f"a{i}"} for i in range(50)], "a.json")
+    b = write([GOOD | {"id": f"b{i}"} for i in range(20)], "b.json")
+    mixed, faults = read_usable(of_sources([f"{a}#7", f"{b}#3"]), needs="gold")
+    ids = [e.id for e in mixed]
+    assert len(ids) == len(set(ids)) == 10 and [i[0] for i in ids] == ["a"] * 7 + ["b"] * 3 and not faults
+    assert (
+        [e.source.split("#")[0] for e in mixed]
+        == ["a.json"] * 7 + ["b.json"] * 3
+        == [s.split("#")[0] for s in mixed.sources]
+    )
+    again, other = (read_usable(of_sources([f"{a}#7", f"{b}#3"], seed), needs="gold")[0] for seed in (0, 1))
+    assert [e.id for e in again] == ids != [e.id for e in other]
+    whole, _ = read_usable(of_sources([str(a), f"{b}#99"]), needs="gold")
+    assert len(whole) == 70 and "b.json: 99 records are asked for and 20 can be used; all are taken" in caplog.text
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.json").write_text(json.dumps([GOOD]))
+    examples, _ = read_usable(of_sources([str(tmp_path / f / "train.json") for f in "xy"]), needs="gold")
+    assert len({e.source for e in examples}) == 2 and examples[0].images != examples[1].images
+
+
+@pytest.mark.parametrize(("source", "message"), [("#0", "at least 1"), ("#x", "no such file"), ("x", "no such file")])
+def test_a_source_that_cannot_be_is_refused(write, source, message):
+    with pytest.raises(ValueError, match=message):
+        read_usable(of_sources([f"{write([GOOD])}{source}"]), needs="gold")
+
+
+def test_examples_are_read_when_they_are_asked_for_in_other_processes_too(write):
+    path = write([GOOD | {"id": i, "images": ["a.png"] * (i + 1)} for i in range(5)])
+    examples, _ = read_examples(path)
+    assert examples.most_images == 5 == most_images(list(examples))
+    again = pickle.loads(pickle.dumps(examples[1:4]))
+    assert [e.id for e in again] == ["1", "2", "3"] and len(pickle.dumps(examples)) < 3000
+    assert again[-1] == examples[3] and examples.sources == [e.source for e in examples]
+
+
+def test_records_without_what_is_needed_are_named(write):
+    silent = CHAT | {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "Nowhere."}]}
+    examples, faults = read_usable(of_sources([str(write([CHAT, silent]))]), needs="gold")
+    assert len(examples) == 1 and [(f.source, f.reason) for f in faults] == [("data.json#1", "no_gold")]
+
+
+def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
+    """Until it changes, or another schema or root is asked for. A cache that is no cache is made anew."""
+    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
+    scans = []
+    monkeypatch.setattr(readers, "scan", lambda path: scans.append(path) or scan(path))
+    path = write([GOOD, GOOD | {"images": []}, GOOD | {"id": "third"}])
+
+    def look(**options):
+        examples, faults = read_examples(path, **options)
+        assert [e.id for e in examples] == ["data-0", "third"] and [f.source for f in faults] == ["data.json#1"]
+        return len(scans)
+
+    caplog.set_level(logging.INFO)
+    assert [look(), look()] == [1, 1] and caplog.text.count("schema univg_stage2, because 3 of 3") == 2
+    assert [look(image_root=tmp_path), look(schema="univg_stage2"), look()] == [2, 3, 3]
+    os.utime(path, ns=(1, 1))
+    assert [look(), look()] == [4, 4]
+    for kept in (tmp_path / "cache/scans").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert [look(), look()] == [5, 5] and "the data is scanned again" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(write, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "file"))
+    examples, _ = read_examples(write([GOOD]))
+    assert len(examples) == 1 and "cannot be kept" in caplog.text

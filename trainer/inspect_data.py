@@ -124,6 +124,7 @@ def _pictures(examples: Iterable[Example]) -> Iterator[Image.Image]:
                 target_image=example.target_image,
                 question=example.question,
                 reasoning="",
+                answered=False,
                 title=f"{example.task}  {example.source}",
             )
 

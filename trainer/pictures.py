@@ -33,13 +33,15 @@ def annotate(
     question: str,
     reasoning: str,
     title: str | None = None,
+    answered: bool = True,
 ) -> Image.Image:
     """Draws the images side by side with the gold box (green) and the predicted box (red) on the target image.
 
     Boxes are x1, y1, x2, y2 on the 0-1000 scale of `images[target_image]` (counted from 0); None draws none. A
     predicted box that is inverted or leaves the image is drawn as far as it can be seen, and gets the IoU it deserves.
     Underneath stand the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
-    show as boxes. Returns an RGB image. Raises ValueError for a target image that is not there.
+    show as boxes. `answered` false: nobody was asked, so no box is missed. Returns an RGB image. Raises ValueError for
+    a target image that is not there.
     """
     if not 0 <= target_image < len(images):
         raise ValueError(f"target_image is {target_image} of {len(images)} images; count from 0 to the last one.")
@@ -78,7 +80,7 @@ def annotate(
             pen.rectangle([x, legend + 4, x + 12, legend + 14], outline=colour, width=3)
             pen.text((x + 18, legend), name, INK, regular)
             x += 34 + round(regular.getlength(name))
-    if gold is not None:
+    if gold is not None and answered:
         found = "no box found"
         if predicted is not None:
             one, other = (torch.tensor([box], dtype=torch.float64) for box in (gold, predicted))

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import tempfile
+import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -232,7 +233,7 @@ class _Kept:
                 if about.pop("key") != self.key:
                     return None
                 return _Scanned(**about, table=arrays["table"], spans=arrays["spans"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             logger.warning("%s cannot be used (%s); the data is scanned again", self.path, error)
             return None
 

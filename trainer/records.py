@@ -100,14 +100,15 @@ def _array(file) -> Iterator[Row]:
             while True:
                 try:
                     value, end = decode(text.text, text.at)
-                    # A number at the very end of what is there may go on.
-                    if end < len(text.text) or not text.more():
-                        break
                 except json.JSONDecodeError as error:
                     # Cut off, or broken? What is cut off breaks at the end, or in a string that does not.
                     cut = error.pos > len(text.text) - 16 or "Unterminated" in error.msg
-                    if not cut or len(text.text) - text.at > LONGEST or not text.more():
+                    if not cut or text.ended or len(text.text) - text.at > LONGEST:
                         raise text.located(error) from None
+                else:
+                    if end + 3 < len(text.text) or text.ended:  # else it may be a number that goes on: 1e+
+                        break
+                text.more()
             start = text.byte
             text.advance(end)
             yield Row(start, text.byte, value)
@@ -124,18 +125,19 @@ class _Text:
 
     def __init__(self, file):
         file.seek(0)
-        self.file, self.text, self.at, self.byte, self.line = file, "", 0, 0, 1
+        self.file, self.text, self.at, self.byte, self.ended = file, "", 0, 0, False
         self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.more()
+        while not self.text and not self.ended:  # a piece may end within the first character
+            self.more()
         if self.text.startswith("\ufeff"):
             self.advance(1)
 
-    def more(self) -> bool:
-        """Take another chunk; False at the end of the file."""
+    def more(self) -> None:
+        """Take another piece, if there is one."""
         raw = self.file.read(CHUNK)
-        self.text = self.text[self.at :] + self.decoder.decode(raw, final=not raw)
+        self.ended = not raw
+        self.text = self.text[self.at :] + self.decoder.decode(raw, final=self.ended)
         self.at = 0
-        return bool(raw)
 
     def advance(self, end: int) -> None:
         passed = end - self.at
@@ -151,8 +153,9 @@ class _Text:
             self.advance(end)
             if end < len(self.text):
                 return self.text[end]
-            if not self.more():
+            if self.ended:
                 return ""
+            self.more()
 
     def skip(self, mark: str) -> None:
         if self.peek() != mark:
