@@ -43,9 +43,10 @@ SECONDS ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python bench/fuzz_rewards.py --seconds $(SECONDS)
 
-# Runs that are killed, fed corrupt images and made NaN: a quarter of an hour; SOAK passes flags on.
+# Runs that are killed, fed corrupt images and made NaN, then ZeRO-2 killed: twenty minutes; SOAK passes flags on.
 soak: $(STAMP)
 	$(BIN)/python bench/soak.py $(SOAK)
+	$(BIN)/python bench/soak.py --parts A --engine deepspeed --zero_stage 2 --output_dir out/soak_zero2 $(SOAK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ class SoakOptions:
     cold_start_steps: int = option(300, "SFT steps before.")
     train: int = option(1000, "Scenes to train on, and as many for the cold start.")
     output_dir: str = option("out/soak", "Folder for world and runs.")
-    json: str = option("", "Where to write the results; empty: bench/results/<device>/soak.json.")
+    json: str = option("", "Where to write the results; empty: bench/results/<device>/soak.json, or soak_zero2.json.")
 
 
 def prepare(o: SoakOptions) -> Path:
@@ -218,10 +218,11 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of A, B and C. Correct --parts.")
     result = {"machine": machine(), "options": asdict(o), "parts": {}}
     root = prepare(o)
+    path = Path(o.json) if o.json else folder() / (f"soak_zero{o.zero_stage}.json" if o.zero_stage else "soak.json")
     for name in sorted(names):
         print(f"\npart {name} ...", flush=True)
         result["parts"][name] = PARTS[name](o, root, random.Random(f"{o.seed} {name}"))
-        (Path(o.json) if o.json else folder() / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print("\n" + table(result))
     if not all(d["met"] for found in result["parts"].values() for d in found["demands"]):
         sys.exit(1)

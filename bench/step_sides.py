@@ -138,8 +138,8 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
     """`grpo.train` as it is, its spans on this clock."""
     clock, memory, seen = Clock(waits=waits), Memory(), {}
 
-    def load_model(*args, **kwargs):
-        model = load(*args, **kwargs)
+    def loaded_model(*args):
+        model = load(*args)
         memory.start(model)
         seen["model"] = model
         return model
@@ -154,14 +154,14 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
         shares = [stand_in(c.tolist()) for group in completions for c in group]
         return rewards._replace(accuracy=rewards.accuracy + rewards.accuracy.new_tensor(shares))
 
-    load, of, rule = grpo.load_model, grpo.Vocabulary.of, grpo.score
+    load, of, rule = grpo.loaded_model, grpo.Vocabulary.of, grpo.score
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as patches, ranks() as r:
         patched = {
             (grpo, "span"): clock.span,
             (rollout, "span"): clock.span,
-            (grpo, "load_model"): load_model,
+            (grpo, "loaded_model"): loaded_model,
             (grpo, "score"): score,
-            (grpo, "save_result"): lambda *_: None,  # no part of a step
+            (grpo, "save_pretrained"): lambda *_: None,  # no part of a step
             (grpo.Vocabulary, "of"): staticmethod(vocabulary),
         }
         for (owner, name), value in patched.items():

@@ -1,5 +1,6 @@
 """Sampling: every prompt is prefilled once, then all G·B completions decode together; those that have ended leave."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -113,8 +114,14 @@ class Decoding:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.graph.capture_begin(capture_error_mode="thread_local")
-            self.advance()
-            self.sample(**options)
+            try:
+                self.advance()
+                self.sample(**options)
+            except BaseException:  # such as a lack of memory, from which the rollout goes on: the capture must not
+                with contextlib.suppress(RuntimeError):
+                    self.graph.capture_end()
+                self.graph = None
+                raise
             self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 

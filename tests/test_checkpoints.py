@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from boxgrpo.trainer.checkpoints import MANIFEST, Checkpoints, Progress, fault, random_states, set_random_states
+from boxgrpo.trainer.checkpoints import (
+    MANIFEST,
+    Checkpoints,
+    Progress,
+    fault,
+    random_states,
+    revision,
+    set_random_states,
+)
 from boxgrpo.trainer.engine import Engine, optimizer_state, set_optimizer_state
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.ranks import Ranks
@@ -51,14 +59,19 @@ def run(tmp_path):
 
 
 def test_a_run_goes_on_where_it_was(run):
+    """Weights, moments, schedule, place in the data, random states; and it is written which code and options it was."""
     run.save(1)
     run.update()
     folder = run.save(2)
     expected = {name: p.clone() for name, p in run.model.named_parameters()}
+    drawn = random.random(), np.random.rand(), float(torch.rand(()))
     other = network()
     engine = Engine(other, GrpoOptions(learning_rate=0.1), Ranks(), 10)
     progress = run.checkpoints().load(run.checkpoints().find(), engine)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == drawn
     assert (progress.step, progress.position) == (2, 20) and run.checkpoints().find() == folder
+    written = json.loads((folder / "trainer/progress.json").read_text())
+    assert written["revision"] == revision() != "" and written["options"]["learning_rate"] == 1e-6
     assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
     assert engine.learning_rate == run.engine.learning_rate < 0.1
     for model, e in ((run.model, run.engine), (other, engine)):  # the same moments make the same next update
@@ -196,6 +209,40 @@ def test_another_run_does_not_go_on_from_here(run, changes):
         run.checkpoints(**changes).find()
 
 
+def test_it_is_the_content_of_model_and_data_that_counts_not_where_they_are(run, tmp_path):
+    """Weights that were trained again, or records that were edited, make another run of it; a moved folder does not."""
+    for folder in ("here", "moved"):
+        (tmp_path / folder / "model").mkdir(parents=True)
+        (tmp_path / folder / "model/model.safetensors").write_bytes(b"weights" * 1000)
+        (tmp_path / folder / "data.json").write_text("[1, 2]")
+
+    def of(folder):
+        return {"model": str(tmp_path / folder / "model"), "data": [str(tmp_path / folder / "data.json")]}
+
+    run.save(1, **of("here"))
+    assert run.checkpoints(**of("here")).find() == run.checkpoints(**of("moved")).find() is not None
+    (tmp_path / "moved/data.json").write_text("[1, 3]")
+    with pytest.raises(ValueError, match="was made with data .*here/data.json"):
+        run.checkpoints(**of("moved")).find()
+    (tmp_path / "here/model/model.safetensors").write_bytes(b"weights" * 999 + b"other  ")
+    with pytest.raises(ValueError, match="--model .* whose files have changed since"):
+        run.checkpoints(**of("here")).find()
+
+
+def test_an_error_of_any_kind_while_writing_is_told_and_the_result_too(run):
+    """The tokenizer's own is a bare Exception."""
+
+    def no_room(folder):
+        raise Exception("No space left on device")
+
+    first = run.save(1)
+    with pytest.raises(ValueError, match="checkpoint-2 cannot be written .rank 0: Exception: No space left on device"):
+        run.checkpoints().save(Progress(step=2), run.engine, no_room)
+    assert run.checkpoints().find() == first and not list(run.folder.glob(".checkpoint*"))
+    with pytest.raises(ValueError, match="cannot be written .*No space left.*stays good"):
+        run.checkpoints().save_result(run.folder, run.engine, no_room)
+
+
 def test_other_changes_are_told(run, caplog):
     run.save(1)
     assert run.checkpoints(learning_rate=0.5).find() is not None
@@ -206,7 +253,7 @@ def test_a_step_that_is_not_due_saves_nothing_and_too_many_skipped_ones_end_the_
     checkpoints = run.checkpoints(save_steps=5, max_skipped=2)
     checkpoints.after_step(Progress(step=4), 8, run.engine, None, stop=False)
     assert checkpoints.find() is None
-    with pytest.raises(ValueError, match="3 of 6 steps had a loss or a gradient that is NaN.*max_skipped is 2"):
+    with pytest.raises(ValueError, match="3 updates in 6 steps had a loss or a gradient that is NaN.*max_skipped is 2"):
         checkpoints.after_step(Progress(step=6, skipped_steps=3), 8, run.engine, None, stop=False)
 
 

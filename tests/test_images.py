@@ -1,5 +1,7 @@
 """Pictures arrive upright, opaque and in 8-bit RGB; what cannot is refused with its path."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,11 +30,21 @@ def test_missing_image(tmp_path):
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
+def test_what_no_photo_is_made_of_is_not_opened(tmp_path):
+    """Decoding EPS starts another program; a pipe is waited for."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match=r"a\.eps cannot be opened as an image"):
+        load_image(tmp_path / "a.eps")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="no regular file"):
+        load_image(tmp_path / "pipe.png")
+
+
 def test_not_an_image(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"page\.jpg cannot be opened as an image"):
         load_image(tmp_path / "page.jpg")
-    with pytest.raises(ValueError, match="cannot be opened as an image"):
+    with pytest.raises(ValueError, match="no regular file"):
         load_image(tmp_path)  # a folder
 
 

@@ -152,7 +152,7 @@ def test_what_is_saved_says_what_the_adapted_model_says(base, pack, make_prompt,
 def test_grpo_trains_adapters_against_the_model_without_them(world, monkeypatch):
     """No copy is made for the reference: its log-probabilities are the starting model's, to the bit, at every step."""
     seen, ends = [], []
-    logps, save_result = grpo.logps, grpo.save_result
+    logps, save_pretrained = grpo.logps, grpo.save_pretrained
 
     def watched(model, pack, temperature):
         seen.append((pack, logps(model, pack, temperature)))
@@ -160,7 +160,7 @@ def test_grpo_trains_adapters_against_the_model_without_them(world, monkeypatch)
 
     monkeypatch.setattr(grpo, "frozen_copy", None)
     monkeypatch.setattr(grpo, "logps", watched)
-    monkeypatch.setattr(grpo, "save_result", lambda model, *rest: (ends.append(model), save_result(model, *rest)))
+    monkeypatch.setattr(grpo, "save_pretrained", lambda model, *to: ends.append(model) or save_pretrained(model, *to))
     options = lora_options(world, "against")
     grpo.train(options, Ranks())
     start = load_model(options.model)
@@ -207,17 +207,19 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(world):
 
 def test_a_new_run_keeps_no_adapter_of_an_earlier_one(tmp_path):
     (tmp_path / "adapter").mkdir()
-    claim_output_dir(GrpoOptions(output_dir=str(tmp_path)), Ranks())
+    with pytest.raises(ValueError, match="already holds a run"):
+        claim_output_dir(GrpoOptions(output_dir=str(tmp_path)), Ranks())
+    claim_output_dir(GrpoOptions(output_dir=str(tmp_path), overwrite_output_dir=True), Ranks())
     assert not (tmp_path / "adapter").exists()
 
 
 def test_two_ranks_equal_one_on_stored_completions(world):
-    changes = {"max_steps": 4, "num_iterations": 2, "rollout_file": str(world / "stored.jsonl")}
+    changes = {"max_steps": 5, "num_iterations": 2, "rollout_file": str(world / "stored.jsonl")}
     grpo.train(lora_options(world, "one", **changes), Ranks())
     finish(start(ROOT / "trainer/grpo.py", lora_options(world, "two", **changes, rollout="replay")))
     one, two = lines(world / "one"), lines(world / "two")
     assert [m["loss"] for m in one] == pytest.approx([m["loss"] for m in two], abs=1e-5)
-    assert len(one) == 4 and any(abs(m["loss"]) > 1e-3 for m in one)  # there was something to agree on
+    assert len(one) == 5 and any(abs(m["loss"]) > 1e-3 for m in one)  # there was something to agree on
 
 
 def test_vllm_gets_merged_weights_and_repeats_the_local_run(world, monkeypatch):

@@ -33,7 +33,7 @@ from boxgrpo.trainer.options import GrpoOptions, parse
 from boxgrpo.trainer.packs import make_packs
 from boxgrpo.trainer.ranks import Ranks
 
-ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False)  # an engine of one rank
+ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, least_packs=0)  # an engine of one rank
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from boxgrpo.model.packing import Group, Prompt
+from boxgrpo.model.packing import Group, Prompt, pack_groups
 from boxgrpo.trainer.engine import MemoryElsewhere
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.packs import even_out, in_packs_that_fit, make_packs, plan_moves, trained_groups
+from boxgrpo.trainer.packs import Budget, even_out, in_packs_that_fit, make_packs, plan_moves, trained_groups
 from boxgrpo.trainer.ranks import Ranks
 from boxgrpo.trainer.rollout import Sampled
 from runs import finish, start
@@ -136,7 +136,7 @@ def test_groups_without_gradient_are_left_out(changes, kept):
 class Room:
     """Stands for memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
 
-    lockstep = False  # of the engine that it also stands for
+    lockstep, least_packs = False, 0  # of the engine that it also stands for
     ranks = Ranks()
 
     def __init__(self, tokens: int):
@@ -159,21 +159,38 @@ def test_packs_shrink_until_they_fit(twins, caplog):
     """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is forgotten."""
     config, room = twins("tiny")[0].config, Room(tokens=10)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    assert in_packs_that_fit(groups, 100, room, partial(make_packs, config, room), room.run) == 3
+    budget = Budget(100)
+    assert in_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
     assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert room.tries == 2 and "memory ran out in a pack of 21 tokens; again with 10" in caplog.text
+    assert in_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert room.tries == 3, "the next step knows"
 
 
 def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
     config, room = twins("tiny")[0].config, Room(tokens=8)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    in_packs_that_fit(groups, 100, room, partial(make_packs, config, room), room.run)
+    in_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run)
     assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
     assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
     room.tokens = 3
-    assert in_packs_that_fit(groups, 100, room, partial(make_packs, config, room), room.run) == 0, (
+    assert in_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run) == 0, (
         "and where none fits, no pack is left"
     )
+
+
+def test_where_nothing_is_left_to_make_smaller_the_run_ends(twins):
+    """An empty pack, in step with other ranks' full ones, or the packs' own tensors."""
+    room = Room(tokens=-1)
+    with pytest.raises(ValueError, match="memory ran out .no room. with 0 groups and 1 packs.*--prompts_per_step"):
+        in_packs_that_fit([], Budget(100), room, lambda groups, tokens: [pack_groups([], image_token_id=0)], room.run)
+
+    def no_room(groups, tokens):
+        raise torch.OutOfMemoryError("no room")
+
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    with pytest.raises(ValueError, match="with 2 groups and 0 packs"):
+        in_packs_that_fit(groups, Budget(100), room, no_room, room.run)
 
 
 def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog):
@@ -187,5 +204,5 @@ def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog
         return room.run(packs)
 
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    assert in_packs_that_fit(groups, 100, room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
+    assert in_packs_that_fit(groups, Budget(100), room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
     assert packed == [[21], [21]] and caplog.text == ""

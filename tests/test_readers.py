@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -305,6 +306,36 @@ def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
     for kept in (tmp_path / "cache/scans").iterdir():
         kept.write_bytes(kept.read_bytes()[:100])
     assert [look(), look()] == [5, 5] and "the data is scanned again" in caplog.text
+
+
+DIGITS = "9" * 5000  # more than Python converts
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps(GOOD).replace("100", DIGITS),
+        json.dumps(GOOD | {"question": f"Find it in image-{DIGITS}"}),
+        json.dumps(GOOD | {"question": "what " * 20_000 + "in image-1"}),
+        "[" * 100_000,
+        '{"images": "\udcff"}',
+    ],
+    ids=["a number of 5000 digits", "an image of 5000 digits", "a long question", "nesting", "half a character"],
+)
+def test_no_record_ends_a_run_or_stalls_it(tmp_path, line):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n", errors="surrogateescape")
+    started = time.monotonic()
+    examples, faults = read_examples(path)
+    assert {"data.jsonl#0", "data.jsonl#2"} <= set(examples.sources) and len(examples) + len(faults) == 3
+    assert time.monotonic() - started < 2
+
+
+def test_a_number_without_end_in_an_array_is_its_records_fault(write):
+    path = write([GOOD, GOOD])
+    path.write_text(path.read_text().replace("[100", f"[{DIGITS}", 1))
+    examples, (fault,) = read_examples(path)
+    assert len(examples) == 1 and fault.source == "data.json#0"
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(write, tmp_path, monkeypatch, caplog):

@@ -57,10 +57,14 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "left",
-    ["metrics.jsonl", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+    [
+        *("metrics.jsonl", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        *("checkpoint-1000/trainer_state.json", "adapter/adapter_config.json", "tensorboard/events"),
+    ],
 )
 def test_another_runs_folder_is_refused_and_stays_as_it_is(tmp_path, left):
-    """A downloaded checkpoint too, in one file or in shards: saving would overwrite it."""
+    """A downloaded checkpoint too, in one file or in shards, and another trainer's: they would be overwritten."""
+    (tmp_path / left).parent.mkdir(exist_ok=True)
     (tmp_path / left).write_text('{"step": 1}\n')
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"output_dir {tmp_path} already holds a run\. .*--overwrite_output_dir true"):

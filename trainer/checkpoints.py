@@ -18,17 +18,15 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from .ranks import Ranks
+from .ranks import STOPPED, Ranks
 from .reporter import METRICS
 
 log = logging.getLogger(__name__)
@@ -41,6 +39,7 @@ FIXED = (
     *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
+CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # of a model's folder
 
 
 @dataclass
@@ -66,6 +65,7 @@ class Checkpoints:
     def __init__(self, options, r: Ranks):
         self.options, self.r = options, r
         self.root = Path(options.output_dir)
+        self.contents = {name: fingerprint(getattr(options, name)) for name in ("model", "data")} if r.is_main else {}
 
     def find(self) -> Path | None:
         """The folder that `--resume` asks for: the newest whole one for "auto", else the one that is named.
@@ -103,6 +103,18 @@ class Checkpoints:
         written = json.loads((folder / TRAINER / PROGRESS).read_text())
         now = dataclasses.asdict(self.options)
         changed = {k: (v, now.get(k)) for k, v in written["options"].items() if k in now and v != now[k]}
+        contents = written.get("contents", {})
+        for name, content in self.r.gather(self.contents)[0].items():
+            if contents.get(name, content) == content:
+                if name in contents:  # the same files, wherever they are now
+                    changed.pop(name, None)
+            elif name not in changed:
+                raise ValueError(
+                    f"{folder} was made with --{name} {written['options'][name]}, whose files have changed since; the "
+                    "run cannot go on with others. Put them back, or start anew without --resume."
+                )
+        if now["engine"] == "ddp":
+            changed.pop("zero_stage", None)
         for name in [n for n in FIXED if n in changed]:
             was, given = changed[name]
             raise ValueError(
@@ -145,15 +157,15 @@ class Checkpoints:
         o = self.options
         if progress.skipped_steps > o.max_skipped:
             raise ValueError(
-                f"{progress.skipped_steps} of {progress.step} steps had a loss or a gradient that is NaN or infinite; "
-                f"max_skipped is {o.max_skipped}. Lower --learning_rate, or go on from an earlier checkpoint with "
-                "--resume."
+                f"{progress.skipped_steps} updates in {progress.step} steps had a loss or a gradient that is NaN or "
+                f"infinite; max_skipped is {o.max_skipped}. Lower --learning_rate, or go on from an earlier checkpoint "
+                "with --resume."
             )
         if stop or (o.save_steps and (progress.step % o.save_steps == 0 or progress.step == steps)):
             saved = self.save(progress, engine, write_model)
         if stop:
             log.warning("asked to stop: saved %s; --resume auto goes on from there", saved)
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(STOPPED)
 
     def save(self, progress: Progress, engine, write_model: Callable[[Path], None]) -> Path:
         """Write `checkpoint-<step>`; every rank calls it. Afterwards the oldest beyond `save_total_limit` are removed.
@@ -180,6 +192,7 @@ class Checkpoints:
             written = {
                 "progress": dataclasses.asdict(merged),
                 "options": dataclasses.asdict(self.options),
+                "contents": self.contents,
                 "world_size": self.r.world_size,
                 "revision": revision(),
                 "torch": torch.__version__,
@@ -208,17 +221,27 @@ class Checkpoints:
             self._prune(progress.step)
         return target
 
-    def _together(self, write: Callable[[], None], target: Path, aside: Path) -> None:
+    def save_result(self, folder: Path, engine, write_model: Callable[[Path], None]) -> None:
+        """The run's weights, config and tokenizer; every rank calls it.
+
+        Raises:
+            ValueError: on every rank, when they cannot be written.
+        """
+        with engine.gathered_weights():
+            self._together((lambda: write_model(folder)) if self.r.is_main else _nothing, folder)
+
+    def _together(self, write: Callable[[], None], target: Path, aside: Path | None = None) -> None:
         """Let every rank write; where one cannot, all of them stop."""
         error = None
         try:
             write()
-        except (OSError, SafetensorError) as failed:
-            error = f"rank {self.r.rank}: {failed}"
+        except Exception as failed:  # a full disk is an OSError, a SafetensorError, or the tokenizer's bare Exception
+            log.debug("writing %s failed", target, exc_info=True)
+            error = f"rank {self.r.rank}: {type(failed).__name__}: {failed}"
         errors = [e for e in self.r.gather(error) if e]
         if not errors:
             return
-        if self.r.is_main:
+        if self.r.is_main and aside:
             shutil.rmtree(aside, ignore_errors=True)
         good = max((f for f in self._folders() if (f / MANIFEST).exists()), key=_step, default=None)
         raise ValueError(
@@ -246,6 +269,29 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def fingerprint(paths: str | Sequence[str]) -> str:
+    """Of data files, or of a model's folder: names, lengths, and the first and last MiB of each file's content.
+
+    Weights that were trained again differ everywhere, and hashing all of a large model would take minutes.
+    """
+    digest = hashlib.sha256()
+    for given in [paths] if isinstance(paths, str) else paths:
+        path = Path(given)
+        if not path.exists():
+            name, _, count = given.rpartition("#")
+            path = Path(name) if name and count.isdigit() else path
+            digest.update(f"{count} of ".encode())
+        files = sorted(f for f in path.glob("*") if f.suffix in CONTENT) if path.is_dir() else [path]
+        for file in filter(Path.is_file, files):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(1 << 20))
+                content.seek(max(0, size - (1 << 20)))
+                digest.update(content.read())
+    return digest.hexdigest()
+
+
 def _nothing() -> None:
     pass
 
@@ -263,9 +309,11 @@ def seal(folder: Path) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         to_disk(path)
+        to_disk(path.parent)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
     to_disk(folder / MANIFEST)
+    to_disk(folder)
 
 
 def fault(folder: Path) -> str | None:
@@ -281,8 +329,11 @@ def fault(folder: Path) -> str | None:
             return f"{name} lies outside it"
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or has another size"
-        if _sha256(path) != checksum:
-            return f"{name} has another checksum"
+        try:
+            if _sha256(path) != checksum:
+                return f"{name} has another checksum"
+        except OSError as error:  # a block that cannot be read
+            return f"{name}: {error}"
     return None if f"{TRAINER}/{PROGRESS}" in files else f"no {PROGRESS}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.model.checkpoint import save_model
+from boxgrpo.model.checkpoint import load_model, save_model
 from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .checkpoints import Progress
@@ -50,6 +50,13 @@ def sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
         found.append((Path(path), count))
     names = Counter(path.name for path, _ in found)
     return [(path, count, path.name if names[path.name] == 1 else str(path)) for path, count in found]
+
+
+def loaded_model(options, r: Ranks) -> Qwen2VL:
+    """`options.model`. For ZeRO-3 on the host: its engine moves it on, a model at a time, and shares it out."""
+    sharded = options.engine == "deepspeed" and options.zero_stage == 3
+    device = torch.device("cpu") if sharded else r.device
+    return load_model(options.model, dtype=chosen_dtype(options.dtype, r.device), device=device)
 
 
 def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
@@ -116,10 +123,3 @@ def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
     save_model(model, folder, weights=merged_weights(model))
     save_adapter(model, folder / "adapter")
     processor.save_pretrained(folder)
-
-
-def save_result(model: Qwen2VL, processor: Processor, folder: Path, r: Ranks) -> None:
-    """`save_pretrained` on rank 0, with the others waiting."""
-    if r.is_main:
-        save_pretrained(model, processor, folder)
-    r.barrier()

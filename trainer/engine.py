@@ -6,6 +6,7 @@ would win little where a step is mostly sampling, and without it ranks may run d
 
 import functools
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ class MemoryElsewhere(torch.OutOfMemoryError):
 
 def make_engine(model: nn.Module, options, ranks, total_steps: int):
     """The engine that `options.engine` names. All have `model` to call, `backward`, `step`, `start_over`, `save`,
-    `load`, `gathered_weights`, `frozen`, `learning_rate`, `lockstep` and `shards_weights`."""
+    `load`, `gathered_weights`, `frozen`, `learning_rate`, `lockstep`, `least_packs` and `shards_weights`."""
     if options.engine == "deepspeed":
         from .engine_deepspeed import DeepSpeedEngine  # which imports from here
 
@@ -48,14 +49,21 @@ def make_optimizer(parameters, options) -> torch.optim.Optimizer:
                 f"optimizer is 'cpu_adam' and importing DeepSpeed fails: {error}. Install it (pip install deepspeed), "
                 "or use --optimizer adamw."
             ) from error
+        parameters = list(parameters)
+        if any(p.is_cuda for p in parameters) and not options.offload_optimizer:
+            raise ValueError(
+                "optimizer is 'cpu_adam' and the weights are on a GPU; it updates what lies in host memory. Add "
+                "--engine deepspeed --offload_optimizer true, or use --optimizer adamw."
+            )
         return DeepSpeedCPUAdam(parameters, lr=rate, betas=betas, weight_decay=decay, adamw_mode=True)
     if options.optimizer == "apex":
         try:
             from apex.optimizers import FusedAdam
         except ImportError as error:
+            other = "what is installed as apex is another project of that name" if find_spec("apex") else "no apex here"
             raise ValueError(
-                f"optimizer is 'apex' and apex.optimizers.FusedAdam cannot be imported: {error}. NVIDIA's is built "
-                "from github.com/NVIDIA/apex; the index has another project of that name. Use --optimizer adamw."
+                f"optimizer is 'apex' and apex.optimizers.FusedAdam cannot be imported ({error}): {other}. NVIDIA's is "
+                "built from github.com/NVIDIA/apex. Use --optimizer adamw."
             ) from error
         return FusedAdam(parameters, lr=rate, betas=betas, weight_decay=decay, adam_w_mode=True)
     return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=True)
@@ -118,6 +126,7 @@ class Engine:
     """
 
     lockstep = False  # ranks meet in `step` alone: each may run as many packs as it likes
+    least_packs = 0  # before a step
     shards_weights = False
 
     def __init__(self, model: nn.Module, options, ranks, total_steps: int):

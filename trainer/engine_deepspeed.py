@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO behind the same few names as `Engine`. Schedule, packs and checkpoints stay ours."""
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -31,17 +32,21 @@ class DeepSpeedEngine:
         lockstep: from stage 2 on ranks meet in each backward pass, at stage 3 in each layer: they must run the same
             number of packs, empty ones if need be. At stage 2 they ask each other before each backward pass whether
             memory has lasted, so that all start over where it has not.
+        least_packs: DeepSpeed's step fails where there was no backward pass.
         shards_weights: at stage 3 no rank holds them all but within `gathered_weights`.
 
     Raises:
         ValueError: DeepSpeed cannot be imported.
     """
 
+    least_packs = 1
+
     def __init__(self, model: nn.Module, options, ranks: Ranks, total_steps: int):
         deepspeed = import_deepspeed()
         self.deepspeed, self.stage, self.ranks, self.module = deepspeed, options.zero_stage, ranks, model
         self.lockstep, self.shards_weights = self.stage > 1, self.stage == 3
         if not dist.is_initialized():  # DeepSpeed wants a group, of one rank too
+            os.environ.setdefault("LOCAL_RANK", "0")
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -90,6 +95,10 @@ class DeepSpeedEngine:
             ) from error
         if self.stage == 2 and not isinstance(error, MemoryElsewhere):
             self.ranks.sum(1)  # what the others ask before their backward pass
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop all that stages 1 and 2 have summed up since the last update; zero_grad alone leaves the sums."""
         zero = self.optimizer
         zero.zero_grad()
         if zero.cpu_offload:
@@ -108,6 +117,8 @@ class DeepSpeedEngine:
         """
         self.model.step()
         updated = not self.optimizer.overflow
+        if not updated and self.stage < 3:
+            self._forget()  # with offload in bf16 DeepSpeed keeps the sum that is not finite, for every later step
         self.schedule.step()
         norm = torch.as_tensor(self.model.get_global_grad_norm() if updated else float("nan"))
         return norm, updated

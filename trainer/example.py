@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from .images import FORMATS
+
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 
 
@@ -101,7 +103,7 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
 def image_size(path: str) -> tuple[int, int]:
     """Width and height by the file's header, upright as the image will be shown; no pixel is decoded."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except FileNotFoundError as error:

@@ -16,11 +16,10 @@ import time
 import torch
 
 from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
-from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import PackedBatch
 from boxgrpo.trainer.ahead import Ahead
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
-from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
+from boxgrpo.trainer.common import loaded_model, make_loader, read_usable, save_pretrained, total_steps
 from boxgrpo.trainer.engine import make_engine
 from boxgrpo.trainer.lora import add_adapters, without_adapters
 from boxgrpo.trainer.metrics import (
@@ -32,9 +31,17 @@ from boxgrpo.trainer.metrics import (
     sampling_metrics,
 )
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
-from boxgrpo.trainer.packs import even_out, group_flop, in_packs_that_fit, make_packs, trained_groups
+from boxgrpo.trainer.packs import (
+    Budget,
+    even_out,
+    group_flop,
+    in_packs_that_fit,
+    make_packs,
+    naming_the_remedy,
+    trained_groups,
+)
 from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.ranks import Ranks, ranks
+from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.rollout import Vocabulary, make_rollout, sampler_factor, score
 from boxgrpo.trainer.spans import span, take_seconds
@@ -51,7 +58,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     checkpoints = Checkpoints(o, r)
     found = checkpoints.find()
     check_output_dir(o, r, found)
-    policy = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
+    policy = loaded_model(o, r)
     policy.freeze_vision(o.freeze_vision)
     policy.model.gradient_checkpointing = o.gradient_checkpointing
     if o.lora_rank:
@@ -69,7 +76,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
     early = False if engine.shards_weights else None
     images = Ahead(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
     report = Reporter(folder, r, steps, "grpo", start=progress.step)
-    logged = progress.step
+    logged, budget = progress.step, Budget(o.tokens_per_pass)
     write_model = functools.partial(save_pretrained, policy, processor)
 
     def first_pass(packs: list[PackedBatch]):
@@ -107,9 +114,10 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         for iteration in range(o.num_iterations):
             if iteration == 0:
                 make = functools.partial(make_packs, policy.config, engine)
-                packs, loss, stats = in_packs_that_fit(groups, o.tokens_per_pass, engine, make, first_pass)
+                packs, loss, stats = in_packs_that_fit(groups, budget, engine, make, first_pass)
             else:
-                loss, stats = accumulate(o, engine, packs, denominator)
+                with naming_the_remedy():
+                    loss, stats = accumulate(o, engine, packs, denominator)
             with span("optimizer"):
                 grad_norm, updated = engine.step()
             skipped += not updated
@@ -142,8 +150,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
         progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.written
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
-    with engine.gathered_weights():
-        save_result(policy, processor, folder, r)
+    checkpoints.save_result(folder, engine, write_model)
     report.close()
 
 
@@ -160,7 +167,8 @@ def accumulate(o, engine, packs: list[PackedBatch], denominator):
         for pack in packs:
             with span("forward"):
                 pack_loss, pack_stats = engine.model(pack, loss_head(o, pack, denominator))
-                pack_loss = pack_loss / sum(len(p.targets) > 0 for p in packs) if denominator is None else pack_loss
+                if denominator is None:
+                    pack_loss = pack_loss / max(1, sum(len(p.targets) > 0 for p in packs))
             with span("backward"):
                 engine.backward(pack_loss)
             loss += pack_loss.detach()
@@ -242,7 +250,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"grpo.py: {error}")
+    run_as_script(main, "grpo.py")

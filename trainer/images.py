@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MIN_SIDE = 28  # pixels: one vision token is 28 x 28
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # EPS, for one, would start another program
 MAX_ASPECT_RATIO = 200  # the limit of Qwen2-VL's smart_resize
 
 
@@ -16,15 +17,17 @@ def load_image(path: str | os.PathLike, *, max_image_pixels: int = 64_000_000) -
     relative to the image, so they stay true. Of an animation the first frame is taken.
 
     Args:
-        path: an image file of any kind that Pillow reads.
+        path: an image file of one of `FORMATS`.
         max_image_pixels: largest width x height to decode; the file's header tells before any pixel is.
 
     Raises:
         ValueError: no file, no image, truncated, too many pixels, longer than 200 times its width, or a mode without a
             defined white (32-bit integers and floats). Names the path and the remedy.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file. Replace it or drop the record.")
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
     except FileNotFoundError as error:
         raise ValueError(f"There is no image at {path}. Check the record's path and --image_root.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -45,8 +48,6 @@ def load_image(path: str | os.PathLike, *, max_image_pixels: int = 64_000_000) -
             )
         try:
             image = _rgb(ImageOps.exif_transpose(image))
-        except MemoryError:
-            raise
         except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, IndexError ...
             raise ValueError(f"{path} cannot be decoded ({error}). Fetch it again or drop the record.") from error
     if min(image.size) < MIN_SIDE:

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -71,32 +72,46 @@ def make_packs(config, engine, groups: Sequence[Group], budget: int) -> list[Pac
     plan = plan_packs(sizes, budget, [group_flop(config, p) for p in parts])
     device, image = engine.ranks.device, config.image_token_id
     packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
-    if engine.lockstep:
+    if missing := missing_packs(engine, len(packs)):
         nothing = pack_groups([], image_token_id=image)
-        nothing = replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)
-        packs += [nothing] * (max(engine.ranks.gather(len(packs))) - len(packs))
+        packs += [replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)] * missing
     return packs
+
+
+def missing_packs(engine, count: int) -> int:
+    """Empty packs that this rank runs beside `count` others, to keep step with the other ranks."""
+    most = max(engine.ranks.gather(count)) if engine.lockstep else count
+    return max(most, engine.least_packs) - count
+
+
+@dataclass
+class Budget:
+    """Tokens of the largest pack that a run makes: fewer once memory has run out."""
+
+    tokens: int
 
 
 def in_packs_that_fit(
     groups: Sequence[Group],
-    budget: int,
+    budget: Budget,
     engine,
     make: Callable[[Sequence[Group], int], list[PackedBatch]],
     run: Callable[[list[PackedBatch]], T],
 ) -> T:
-    """run(make(groups, budget)): where memory runs out, again from the start with packs of half the size.
+    """run(make(groups, tokens)): where memory runs out, again from the start with packs of half the size.
 
-    What `run` has added to the gradients by then is forgotten. A group of which a single completion does not fit is
-    left out, and named.
+    The next step knows. What `run` has added to the gradients by then is forgotten. A group of which a single
+    completion does not fit is left out, and named.
 
     Raises:
-        ValueError: the engine's ranks meet where memory ran out: none can start over alone.
+        ValueError: the engine's ranks meet where memory ran out, so that none can start over alone; or nothing is left
+            to make smaller.
     """
     groups = list(groups)
     while True:
-        packs = make(groups, budget)
+        packs = []
         try:
+            packs = make(groups, budget.tokens)
             return run(packs)
         except torch.OutOfMemoryError as error:
             here = not isinstance(error, MemoryElsewhere)
@@ -105,14 +120,28 @@ def in_packs_that_fit(
         torch.cuda.empty_cache()
         if not here:
             continue
+        if not packs or not groups:
+            raise ValueError(
+                f"memory ran out ({failure}) with {len(groups)} groups and {len(packs)} packs of them. Lower "
+                "--prompts_per_step, or --max_completion_length."
+            ) from failure
         largest = max(packs, key=lambda pack: len(pack.input_ids))
         if len(largest.completion_cu) > 2:
-            budget = len(largest.input_ids) // 2
-            log.warning("memory ran out in a pack of %d tokens; again with %d", len(largest.input_ids), budget)
+            budget.tokens = len(largest.input_ids) // 2
+            log.warning("memory ran out in a pack of %d tokens; again with %d", len(largest.input_ids), budget.tokens)
         else:
             longest = max(groups, key=lambda g: len(g.prompt.input_ids) + max(map(len, g.completions), default=0))
             groups = [g for g in groups if g is not longest]
             log.warning("left out %s: one of its completions alone runs out of memory", longest.source)
+
+
+@contextmanager
+def naming_the_remedy():
+    """For packs that fitted in the iteration before: they are not made anew, and a lack of memory ends the run."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"memory ran out in a later iteration ({error}). Lower --tokens_per_pass.") from error
 
 
 class Move(NamedTuple):

@@ -168,10 +168,10 @@ class Processor:
         """(p, 1176) fp32 patches, or None without images, and (I, 3) int64 patches per image."""
         if not example.images:
             return None, torch.zeros(0, 3, dtype=torch.int64)
-        images = [load_image(path) for path in example.images]
-        features = self.image_processor(images=images, return_tensors="np")
-        pixel_values = features["pixel_values"].astype(np.float32, copy=False)
-        return torch.from_numpy(pixel_values), torch.from_numpy(features["image_grid_thw"])
+        # One after the other: of many large ones, only one is there in full.
+        features = [self.image_processor(images=[load_image(path)], return_tensors="np") for path in example.images]
+        pixel_values = np.concatenate([f["pixel_values"] for f in features]).astype(np.float32, copy=False)
+        return torch.from_numpy(pixel_values), torch.from_numpy(np.concatenate([f["image_grid_thw"] for f in features]))
 
     def _tokens(
         self, example: Example, grids: Tensor, turns: tuple[tuple[str, str], ...]

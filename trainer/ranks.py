@@ -6,6 +6,7 @@ import os
 import signal
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from .watch import Watch
 
 SILENCE = 0.1  # of the timeout
+STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher asked to stop
 OWN = ("loader", "ahead", "rollout", "packs")  # what befalls one rank, and only that rank can tell
 
 
@@ -104,7 +106,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def ranks(timeout: float = 1800.0):
-    """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere; leave it in the end.
+    """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere.
 
     Args:
         timeout: seconds after which a collective that not all ranks have joined is an error. A rank without a sign of
@@ -131,6 +133,10 @@ def ranks(timeout: float = 1800.0):
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # a gloo peer that leaves while another still reads from it aborts that one
+    except SystemExit as left:
+        if left.code == STOPPED:  # which all ranks do after the same step
+            dist.barrier()
+        raise
     except Exception as error:
         failed = error
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # another rank's doing: the watch knows which
@@ -138,4 +144,26 @@ def ranks(timeout: float = 1800.0):
         raise
     finally:
         watch.stop(failed)
-        dist.destroy_process_group()
+
+
+def run_as_script(main: Callable[[], None], name: str) -> None:
+    """main(), its errors told in a line; one of several ranks then ends without taking the interpreter down.
+
+    There threads of gloo and DeepSpeed have aborted ranks whose work was done.
+    """
+    status = 0
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        status = 1
+        print(f"{name}: {error}", file=sys.stderr)
+    except SystemExit as left:
+        if left.code and not isinstance(left.code, int):
+            print(left.code, file=sys.stderr)
+        status = left.code if isinstance(left.code, int) else bool(left.code)
+    if not dist.is_initialized():
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -180,6 +180,11 @@ def _looked_through(path: Path, schema: str, root: str, bounded: bool) -> _Scann
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
             continue
+        except Exception as error:  # a record is anybody's, and no rule foresees everything: it must not end a run
+            faults.append(
+                (number, "unreadable", f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it.")
+            )
+            continue
         has = GOLD * (example.gold is not None) + TURNS * bool(example.turns)
         good.extend((number, min(len(example.images), 2**15 - 1), has))
         spans.extend((row.start, row.stop))

@@ -82,7 +82,7 @@ def _lines(file) -> Iterator[Row]:
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             try:
                 yield Row(start, stop, json.loads(line.decode("utf-8-sig")))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5000 digits
                 yield Row(start, stop, None, str(error))
         start = stop
 
@@ -91,7 +91,7 @@ def _array(file) -> Iterator[Row]:
     """Elements of the file's array, decoded chunk by chunk."""
     text = _Text(file)
     text.skip("[")
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(parse_int=_integer).raw_decode
     if text.peek() == "]":
         text.skip("]")
     else:
@@ -118,6 +118,11 @@ def _array(file) -> Iterator[Row]:
             text.skip(",")
     if text.peek():
         raise text.located(json.JSONDecodeError("Extra data", text.text, text.at))
+
+
+def _integer(digits: str) -> float:
+    """An int, or what no check lets pass: Python converts no more than some thousand digits."""
+    return int(digits) if len(digits) < 1000 else float("inf")
 
 
 class _Text:

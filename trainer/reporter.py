@@ -34,10 +34,10 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
         ValueError: it does, and --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
-    held = [*folder.glob("*.safetensors*"), *folder.glob("checkpoint-*/manifest.json"), folder / METRICS]
-    if options.resume == "auto":  # killed before its first checkpoint, a run leaves lines, and begins anew
-        held = list(folder.glob("*.safetensors*"))
-    taken = ranks.gather(any(path.is_file() and path.stat().st_size for path in held))[0]
+    held = [*folder.glob("[!.]*.safetensors*"), folder / "adapter"]
+    if options.resume != "auto":  # killed before its first checkpoint, a run leaves lines, and begins anew
+        held += [*folder.glob("checkpoint-*"), folder / "tensorboard", folder / METRICS]
+    taken = ranks.gather(any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held))[0]
     if taken and not options.overwrite_output_dir and not goes_on_in(folder, found):
         raise ValueError(
             f"output_dir {folder} already holds a run. "
@@ -85,7 +85,7 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
                 cut(folder / METRICS, metrics_bytes)
         else:
             (folder / METRICS).unlink(missing_ok=True)
-            for pattern in ("tensorboard", "adapter", "checkpoint-*", ".checkpoint-*.part"):
+            for pattern in ("tensorboard", "adapter", "checkpoint-[0-9]*", ".checkpoint-*.part"):
                 for stale in sorted(folder.glob(pattern)):
                     shutil.rmtree(stale, ignore_errors=True)
         (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))

@@ -147,6 +147,9 @@ class LocalRollout:
         if options.rollout_file:
             path = Path(options.rollout_file)
             path.parent.mkdir(parents=True, exist_ok=True)
+            for other in path.parent.glob(f"{path.name}.rank*") if ranks.is_main else ():
+                if int(other.name.rpartition(".rank")[2]) >= ranks.world_size:
+                    raise ValueError(f"{other} is of a run with more ranks, and a replay would read it. Remove it.")
             path = path if ranks.is_main else path.with_name(f"{path.name}.rank{ranks.rank}")
             if path.exists() and path.name in (stored or {}):
                 cut(path, stored[path.name])

@@ -25,7 +25,7 @@ ON_VIDEO = (
 )
 DESCRIBED = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_MARKED = re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)")
+_MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 _ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
-_MENTION = rf"(?:image[- ]?(\d+)|(\d+)(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
+_MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
 _STATED = re.compile(rf"\bit is in the {_MENTION}", re.IGNORECASE)
 _SOUGHT = re.compile(
     rf"\b(?:locat|ground|find|identif|recogni|which|what|where)[^.?!]*?\b(?:in|on|of) (?:the )?{_MENTION}",
@@ -276,6 +276,7 @@ def target_image(record: dict, question: str, images: int) -> int:
         if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < images:
             raise Refused("bad_target_image", f"target_image is {target!r}; it must be 0 to {images - 1}.")
         return target
+    question = question[:2000]  # the patterns take quadratic time, and questions are anybody's
     stated = _STATED.findall(str(record.get("additional_info", "")))
     mentions = stated or _MENTIONED.findall(question)
     if not mentions:

@@ -7,14 +7,12 @@ Left out, on purpose: padding, truncation (a conversation over --cutoff_len is s
 """
 
 import functools
-import sys
 import time
 from collections.abc import Sequence
 
 import torch
 
 from boxgrpo.kernels import token_logps
-from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.packing import (
     Conversation,
     Group,
@@ -25,15 +23,15 @@ from boxgrpo.model.packing import (
     tower_flop,
 )
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
-from boxgrpo.trainer.common import chosen_dtype, make_loader, read_usable, save_pretrained, save_result, total_steps
+from boxgrpo.trainer.common import loaded_model, make_loader, read_usable, save_pretrained, total_steps
 from boxgrpo.trainer.engine import make_engine
 from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.lora import add_adapters
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
-from boxgrpo.trainer.packs import even_out, in_packs_that_fit
+from boxgrpo.trainer.packs import Budget, even_out, in_packs_that_fit, missing_packs
 from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.ranks import Ranks, ranks
+from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.spans import span, take_seconds
 
@@ -49,7 +47,7 @@ def train(options: SftOptions, r: Ranks) -> None:
     checkpoints = Checkpoints(o, r)
     found = checkpoints.find()
     check_output_dir(o, r, found)
-    model = load_model(o.model, dtype=chosen_dtype(o.dtype, r.device), device=r.device)
+    model = loaded_model(o, r)
     model.freeze_vision(o.freeze_vision)
     model.model.gradient_checkpointing = o.gradient_checkpointing
     if o.lora_rank:
@@ -61,7 +59,7 @@ def train(options: SftOptions, r: Ranks) -> None:
     loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r, progress)
     batches = iter(loader)
     report = Reporter(folder, r, steps, "sft", start=progress.step)
-    logged = progress.step
+    logged, budget = progress.step, Budget(o.tokens_per_pass)
     write_model = functools.partial(save_pretrained, model, processor)
 
     make = functools.partial(make_packs, o, model.config, engine)
@@ -83,7 +81,7 @@ def train(options: SftOptions, r: Ranks) -> None:
             groups = shared_out(o, model.config, samples, r)
             scored = r.sum(sum(int(s.item.loss_mask[1:].sum()) for s in samples))[0]
         with span("policy"):
-            packs, loss = in_packs_that_fit(groups, o.tokens_per_pass, engine, make, accumulate)
+            packs, loss = in_packs_that_fit(groups, budget, engine, make, accumulate)
         with span("optimizer"):
             grad_norm, updated = engine.step()
 
@@ -109,8 +107,7 @@ def train(options: SftOptions, r: Ranks) -> None:
             logged = step
         progress.metrics_bytes = report.bytes_written
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
-    with engine.gathered_weights():
-        save_result(model, processor, folder, r)
+    checkpoints.save_result(folder, engine, write_model)
     report.close()
 
 
@@ -131,8 +128,7 @@ def make_packs(o, config, engine, groups: Sequence[Group], budget: int) -> list[
     conversations = [g.prompt for g in groups]
     sizes = [len(c.input_ids) for c in conversations]
     plan = plan_packs(sizes, budget, [conversation_flop(o, config, c) for c in conversations])
-    if engine.lockstep:
-        plan += [[]] * (max(engine.ranks.gather(len(plan))) - len(plan))
+    plan += [[]] * missing_packs(engine, len(plan))
     image, device = config.image_token_id, engine.ranks.device
     return [pack_conversations([conversations[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
 
@@ -144,7 +140,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"sft.py: {error}")
+    run_as_script(main, "sft.py")

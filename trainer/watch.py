@@ -56,17 +56,20 @@ class Watch:
         self.thread.join(2 * self.silence)
 
     def _run(self) -> None:
-        beat = 0
+        beat, last = 0, time.monotonic()
         while not self.over.wait(self.silence / BEATS):
-            beat += 1
+            beat, before, last = beat + 1, last, time.monotonic()
+            if last - before > self.silence / 2:  # this process stood still, as all do when a job is suspended:
+                self.seen.clear()  # the others may be late to wake, too
             try:
                 self.store.set(str(self.rank), str(beat))
                 gone = self.gone()
+                places = {rank: self.store.get(f"{rank}/place").decode() for rank in gone}
             except RuntimeError as error:  # DistNetworkError and its like
                 self.end(f"rank {self.rank}: the store at {os.environ['MASTER_ADDR']} cannot be reached ({error}).")
                 return
             if gone and not self.over.is_set():
-                told = ", ".join(f"rank {r} ({self.store.get(f'{r}/place').decode()}) {why}" for r, why in gone.items())
+                told = ", ".join(f"rank {r} ({places[r]}) {why}" for r, why in gone.items())
                 self.end(f"rank {self.rank}: {told}. This rank ends too; start again with --resume auto.")
                 return
 
