@@ -99,11 +99,13 @@ setup(
             "liger-kernel>=0.8",
             "deepspeed>=0.19",
             "peft>=0.18",
+            "pyarrow>=15",
         ],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
         "deepspeed": ["deepspeed>=0.19"],
         "lora": ["peft>=0.18"],
         "vllm": ["vllm>=0.22"],
+        "mmiu": ["pyarrow>=15"],
     },
     **optional,
 )
