@@ -99,6 +99,7 @@ setup(
             "liger-kernel>=0.8",
             "deepspeed>=0.19",
             "peft>=0.18",
+            "pycocotools>=2.0.8",
             "pyarrow>=15",
         ],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
@@ -106,6 +107,7 @@ setup(
         "lora": ["peft>=0.18"],
         "vllm": ["vllm>=0.22"],
         "mmiu": ["pyarrow>=15"],
+        "odinw": ["pycocotools>=2.0.8"],
     },
     **optional,
 )
