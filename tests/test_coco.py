@@ -6,7 +6,7 @@ import random
 import pytest
 
 from boxgrpo.trainer.coco import CocoImage, FoundBox, TrueBox, average_precision, read_coco
-from boxgrpo.trainer.refusals import Refused
+from boxgrpo.trainer.example import Refused
 
 pytest.importorskip("pycocotools")
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from .readers import Box
+from .example import Box
 
 # ---- the part that is the answer
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .readers import Box
-from .refusals import Fault, Refused, resolve_images, usable_text
+from .example import Box, Fault, Place, Refused, resolve_images, text_of
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,16 @@ def read_coco(
 
     def image(row: dict) -> None:
         number = _new_id(row, images)
-        file_name = usable_text(row.get("file_name"), "file_name")
+        file_name = text_of(row.get("file_name"), "file_name")
         within = file_name if image_root is None else os.path.join(folder, file_name)
-        (resolved,) = resolve_images([within], path.parent, image_root)
+        (resolved,) = resolve_images([within], Place.of(path, image_root))
         sides = [row.get("width"), row.get("height")]
         if not _are_numbers(sides) or min(sides) <= 0:
             raise Refused("bad_size", f"width and height are {sides!r:.80}; two numbers above 0 are needed.")
         images[number] = CocoImage(resolved, *map(float, sides))
 
     def category(row: dict) -> None:
-        categories[_new_id(row, categories)] = usable_text(row.get("name"), "name")
+        categories[_new_id(row, categories)] = text_of(row.get("name"), "name")
 
     def annotation(row: dict) -> None:
         where = _whole(row, "image_id"), _whole(row, "category_id")

@@ -2,7 +2,10 @@
 
 import functools
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -36,9 +39,14 @@ class Fault:
 
 
 class Refused(Exception):
+    """Raised within a reader, which makes a `Fault` of it."""
+
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+    def fault(self, source: str) -> Fault:
+        return Fault(source, self.reason, f"{source}: {self}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,11 @@ class Place:
     bounded: bool  # whether paths must stay in it
     scale: float = 1.0  # what brings the file's boxes to 0-1000
 
+    @classmethod
+    def of(cls, path: Path, image_root: str | os.PathLike | None) -> "Place":
+        """Below `image_root`, which no path may leave; None: from the file's own folder, and anywhere."""
+        return cls(os.path.abspath(path.parent if image_root is None else image_root), image_root is not None)
+
     def path(self, image: object) -> str:
         if not isinstance(image, str) or not image or "\0" in image:
             raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
@@ -57,6 +70,21 @@ class Place:
         if self.bounded and os.path.commonpath([self.root, full]) != self.root:
             raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {self.root}. Correct it.")
         return full
+
+
+def resolve_images(images: object, place: Place, *, name: str = "images") -> tuple[str, ...]:
+    """Paths of a record's images; `name` is the record's key for them."""
+    if not isinstance(images, list) or not images:
+        raise Refused("no_images", f"{name} is {images!r:.80}; a list of at least one path is needed.")
+    return tuple(place.path(image) for image in images)
+
+
+def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, least: int = 1, remedy: str) -> None:
+    """Raises `ValueError`, with the faults counted by reason, if there are fewer good records than `least`."""
+    if len(good) < least:
+        counts = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in faults).most_common())
+        why = f" ({counts}). The first: {faults[0].message}" if faults else "."
+        raise ValueError(f"{path}: {len(good)} of {len(good) + len(faults)} records can be used{why} {remedy}")
 
 
 def plain_text(text: str) -> str:

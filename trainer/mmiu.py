@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .answers import chosen_letter
-from .readers import Example
-from .refusals import Fault, Refused, require_some, resolve_images, usable_text
+from .example import Example, Fault, Place, Refused, require_some, resolve_images, text_of
 
 PUBLISHED = {"UniVG-R1": 53.03}  # accuracy in percent
 
@@ -186,8 +185,8 @@ def _question(
 ) -> Question:
     if not isinstance(record, dict):
         raise Refused("not_a_record", f"{record!r:.80} is no JSON object. Drop it.")
-    task = usable_text(record.get("task"), "task")
-    images = resolve_images(record.get("input_image_path"), path.parent, image_root, name="input_image_path")
+    task = text_of(record.get("task"), "task")
+    images = resolve_images(record.get("input_image_path"), Place.of(path, image_root), name="input_image_path")
     options = _options(record.get("options"))
     letter = str(record.get("output") or "").strip(" .:()").upper()
     if letter not in options:
@@ -212,7 +211,7 @@ def _question(
 def _options(value: object) -> dict[str, str]:
     """Letter to text. An option begins at a line with the next letter; some (homographies) go over several lines."""
     options: dict[str, str] = {}
-    for line in usable_text(value, "options").split("\n"):
+    for line in text_of(value, "options").split("\n"):
         following = chr(ord("A") + len(options))
         begun = re.match(rf"\s*{following}\s?[:.)]\s*", line) if following <= "Z" else None
         if begun:
@@ -232,7 +231,7 @@ def _asked(record: dict, task: str, options: dict[str, str]) -> str:
     if task in QUESTION_FIRST:
         parts.reverse()
     texts = [part.strip() for part in parts if isinstance(part, str) and part.strip()]
-    asked = usable_text("\n".join(texts), "question")
+    asked = text_of("\n".join(texts), "question")
 
     def plain(text: str) -> str:  # "A. No", "A:No" and "A: No" are one
         return re.sub(r"\b([A-Z])\s?[:.)]\s*", r"\1: ", " ".join(text.split()))

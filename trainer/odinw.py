@@ -23,8 +23,7 @@ from pathlib import Path
 
 from .answers import listed_boxes
 from .coco import CocoFile, FoundBox, TrueBox, average_precision, read_coco
-from .readers import Box, Example
-from .refusals import Fault, Refused, require_some
+from .example import Box, Example, Fault, Refused, require_some
 
 PUBLISHED = {"UniVG-R1": 33.3}  # AP in percent; how it was asked and scored is not published with it
 

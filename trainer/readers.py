@@ -15,12 +15,12 @@ import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .example import Example, Fault, Place, Refused, plain_text
+from .example import Example, Fault, Place, Refused, plain_text, require_some
 from .records import Records, Row, scan
 from .schemas import SCHEMAS, box_scale, parse, recognise
 
@@ -129,21 +129,16 @@ def read_examples(
         raise ValueError(
             f"schema is {schema!r}; known schemas are auto, {', '.join(SCHEMAS)}. Pass one of them as --schema."
         )
-    root = os.path.abspath(path.parent if image_root is None else image_root)
-    kept = _Kept(path, schema, root, image_root is not None)
-    found = kept.load() or kept.save(_looked_through(path, schema, root, image_root is not None))
+    place = Place.of(path, image_root)
+    kept = _Kept(path, schema, place)
+    found = kept.load() or kept.save(_looked_through(path, schema, place))
     for line in found.told:
         logger.info("%s: %s", label, line)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
-    if len(found.table) < least:
-        counts = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in faults).most_common())
-        why = f" ({counts}). The first: {faults[0].message}" if faults else "."
-        raise ValueError(
-            f"{path}: {len(found.table)} of {len(found.table) + len(faults)} records can be used{why} Correct the "
-            "file, or name its format with --schema."
-        )
-    place = Place(root, image_root is not None, found.scale)
-    return Examples([(Format(found.schema, place, label, path.stem), found.records(path))], found.table), faults
+    remedy = "Correct the file, or name its format with --schema."
+    require_some(path, found.table, faults, least=least, remedy=remedy)
+    form = Format(found.schema, replace(place, scale=found.scale), label, path.stem)
+    return Examples([(form, found.records(path))], found.table), faults
 
 
 @dataclass
@@ -161,7 +156,7 @@ class _Scanned:
         return Records(path, self.spans[:, 0], self.spans[:, 1])
 
 
-def _looked_through(path: Path, schema: str, root: str, bounded: bool) -> _Scanned:
+def _looked_through(path: Path, schema: str, place: Place) -> _Scanned:
     rows = enumerate(scan(path))
     head = list(itertools.islice(rows, LOOKED_AT))
     records = [row.value for _, row in head if isinstance(row.value, dict)]
@@ -172,7 +167,7 @@ def _looked_through(path: Path, schema: str, root: str, bounded: bool) -> _Scann
     scale = box_scale(records)
     if scale != 1:
         told.append(f"boxes are fractions of the image (half of them end at 2 or less); times {scale:g}")
-    form = Format(schema, Place(root, bounded, scale), path.name, path.stem)
+    form = Format(schema, replace(place, scale=scale), path.name, path.stem)
     faults, good, spans = [], array("q"), array("q")
     for number, row in itertools.chain(head, rows):
         try:
@@ -220,10 +215,10 @@ def _recognised(path: Path, records: list[dict]) -> tuple[str, str]:
 class _Kept:
     """The scan of a large file, kept until the file changes."""
 
-    def __init__(self, path: Path, schema: str, root: str, bounded: bool):
+    def __init__(self, path: Path, schema: str, place: Place):
         stat = path.stat()
         self.large = stat.st_size >= KEPT_FROM
-        self.key = [VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, schema, root, bounded]
+        self.key = [VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, schema, place.root, place.bounded]
         name = hashlib.sha256(json.dumps(self.key[:2] + self.key[4:]).encode()).hexdigest()[:32]
         folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
         self.path = Path(folder) / "scans" / f"{name}.npz"

@@ -15,7 +15,7 @@ import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Example, Place, Refused, checked_box, is_numbers, pixel_box, text_of
+from .example import Example, Place, Refused, checked_box, is_numbers, pixel_box, resolve_images, text_of
 
 FRAMES, ASKED_FRAME = 6, 2  # of a video; the box is asked for in the third
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -68,16 +68,13 @@ def box_scale(records: Sequence[dict]) -> float:
     return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
 
 
-def _images(record: dict, place: Place) -> tuple[str, ...]:
-    images = record.get("images")
-    if not isinstance(images, list) or not images:
-        raise Refused("no_images", f"images is {images!r:.80}; a list of at least one path is needed.")
-    return tuple(place.path(image) for image in images)
-
-
 def _parse_question(record: dict, place: Place) -> dict:
     gold = checked_box(record.get("answer"), (place.scale, place.scale))
-    return {"images": _images(record, place), "question": text_of(record.get("question"), "question"), "gold": gold}
+    return {
+        "images": resolve_images(record.get("images"), place),
+        "question": text_of(record.get("question"), "question"),
+        "gold": gold,
+    }
 
 
 def _parse_stage2(record: dict, place: Place) -> dict:
@@ -114,7 +111,12 @@ def _parse_chat(record: dict, place: Place) -> dict:
     if "<answer>" in turns[1][1]:  # the reader below is a kernel: it is not asked for nothing
         read = grounding_rewards(*pack_texts([turns[1][1].encode()]), torch.zeros(1, 4))
         gold = checked_box(read.boxes[0].tolist()) if read.found else None
-    return {"images": _images(record, place), "question": turns[0][1], "turns": turns, "gold": gold}
+    return {
+        "images": resolve_images(record.get("images"), place),
+        "question": turns[0][1],
+        "turns": turns,
+        "gold": gold,
+    }
 
 
 def _parse_mgrounding(record: dict, place: Place) -> dict:
@@ -128,7 +130,12 @@ def _parse_mgrounding(record: dict, place: Place) -> dict:
     ]
     alone = _MARKED.findall(turns[1][1])
     gold = boxes[0] if len(alone) == 1 else None
-    return {"images": _images(record, place), "question": turns[0][1], "turns": turns, "gold": gold}
+    return {
+        "images": resolve_images(record.get("images"), place),
+        "question": turns[0][1],
+        "turns": turns,
+        "gold": gold,
+    }
 
 
 def _parse_refcoco(record: dict, place: Place) -> dict:
