@@ -9,7 +9,10 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from boxgrpo.kernels import LossOptions
+from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
+
+BENCHES = ("", "mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
+FORMATS = ("auto", *ANSWER_FORMATS, "pixels")
 
 from .schemas import SCHEMAS
 
@@ -68,6 +71,11 @@ class DataOptions(InputOptions):
     resume: str = option("", "Go on from a checkpoint: its folder, or auto for the newest whole one, if there is any.")
     timeout: float = option(1800.0, "Seconds that ranks wait for each other; one that is gone is missed in a tenth.")
     max_skipped: int = option(100, "Stop after more steps than this without an update, for NaN or infinity.")
+    eval_every: int = option(0, "Steps between two evaluations on eval_data, the last step always; 0: never.")
+    eval_data: str = option("", "Records with gold boxes to score on; the best checkpoint is kept in output_dir/best.")
+    eval_image_root: str = option("", "Folder that eval_data's image paths start from; empty: the file's own.")
+    eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
+    eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")
 
 
 @dataclass
@@ -119,13 +127,23 @@ class GrpoOptions(DataOptions):
 
 @dataclass
 class EvalOptions(InputOptions):
-    """Score a checkpoint on a benchmark file by greedy decoding; its records need gold boxes."""
+    """Score a checkpoint on a benchmark by greedy decoding, or answers that were made elsewhere."""
 
-    output_dir: str = option("out/eval", "Folder for results.json and the pictures.")
+    bench: str = option("", f"{', '.join(filter(None, BENCHES))}; empty: any records with gold boxes.")
+    predictions: str = option("", "JSON list of answers in the records' order, to be scored without a model.")
+    answer_format: str = option(
+        "auto", f"How the model is asked for boxes and writes them: {', '.join(FORMATS)}; auto: as each record says."
+    )
+    output_dir: str = option("", "Folder for answers, results and page; empty: out/eval, or none with --predictions.")
+    overwrite_output_dir: bool = option(False, "Begin anew in a folder that holds another evaluation's answers.")
+    json: str = option("", "File for the scores as JSON; - prints them, and nothing else.")
     limit: int = option(0, "Score only the first so many records; 0: all.")
     eval_batch_size: int = option(64, "Prompts decoded together.")
     max_completion_length: int = option(256, "Tokens generated at most.")
+    resamples: int = option(2000, "Bootstrap resamples behind the confidence intervals; 0: no intervals.")
+    seed: int = option(0, "Seed of the resamples and of the random cases.")
     pictures: int = option(8, "Annotated pictures to draw.")
+    cases: int = option(8, "Cases on the page of each kind: worst, best and random.")
 
 
 T = TypeVar("T")
@@ -238,6 +256,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
     _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
     _validate_engine(o)
+    _validate_eval(o)
     _validate_lora(o)
     if o.rollout == "vllm":
         _validate_vllm(o)
@@ -279,7 +298,17 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
     _at_least_one(o, "cutoff_len", "tokens_per_pass", "logging_steps")
     _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
     _validate_engine(o)
+    _validate_eval(o)
     _validate_lora(o)
+
+
+def _validate_eval(o: DataOptions) -> None:
+    _at_least_zero(o, "eval_every")
+    _at_least_one(o, "eval_batch_size", "eval_max_completion_length")
+    if o.eval_every and not o.eval_data:
+        raise ValueError(f"eval_every is {o.eval_every} and no file is named. Give --eval_data, or --eval_every 0.")
+    if o.eval_data and not o.eval_every:
+        raise ValueError(f"eval_data is {o.eval_data} and eval_every 0. Give --eval_every, or leave --eval_data out.")
 
 
 def _validate_lora(o: DataOptions) -> None:
@@ -291,6 +320,20 @@ def _validate_lora(o: DataOptions) -> None:
         )
     if o.lora_alpha and not o.lora_rank:
         raise ValueError(f"lora_alpha is {o.lora_alpha} and lora_rank 0; there is nothing to scale. Give --lora_rank.")
+
+
+def validate_evaluator(o: EvalOptions) -> None:
+    """Refuse what cannot be evaluated, before anything is loaded."""
+    if not o.model and not o.predictions:
+        raise ValueError("no model. Name a checkpoint folder with --model, or a file of answers with --predictions.")
+    if o.model and o.predictions:
+        raise ValueError(
+            f"model is {o.model} and predictions {o.predictions}; answers come from one of them. Leave one out."
+        )
+    _one_of("bench", o.bench, BENCHES)
+    _one_of("answer_format", o.answer_format, FORMATS)
+    _at_least_one(o, "eval_batch_size", "max_completion_length")
+    _at_least_zero(o, "limit", "resamples", "seed", "pictures", "cases")
 
 
 def _at_least_one(o: DataOptions, *names: str) -> None:
