@@ -74,7 +74,7 @@ setup(
         "boxgrpo.bench": "bench",
     },
     packages=["boxgrpo.kernels", "boxgrpo.kernels.dropin", "boxgrpo.model", "boxgrpo.trainer", "boxgrpo.bench"],
-    package_data={"boxgrpo.trainer": ["recipes/*.yaml"]},
+    package_data={"boxgrpo.trainer": ["recipes/*.yaml", "templates/*.html"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -88,6 +88,7 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.17",
         "nvtx>=0.2.10",
+        "jinja2>=3.1",
     ],
     extras_require={
         "test": [
@@ -101,6 +102,7 @@ setup(
             "peft>=0.18",
             "pycocotools>=2.0.8",
             "pyarrow>=15",
+            "playwright>=1.50",
         ],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
         "deepspeed": ["deepspeed>=0.19"],

@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from browser import browser  # noqa: F401 - a fixture
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -120,3 +122,20 @@ def newborn(tmp_path_factory):
     save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(0)), folder)
     Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=784, max_pixels=50_000).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def record_file(tmp_path):
+    """Seven records of two tasks, of which the third has lost its image: a file and its examples."""
+    import json
+
+    from PIL import Image
+
+    records = []
+    for i in range(7):
+        if i != 2:
+            Image.effect_noise((56 + 14 * i, 56), 60).save(tmp_path / f"{i}.png")
+        task = ("diff", "region")[i % 2]
+        records.append({"task": task, "images": [f"{i}.png"], "question": "Where is it?", "answer": [10, 20, 300, 400]})
+    (tmp_path / "benchmark.json").write_text(json.dumps(records))
+    return tmp_path / "benchmark.json"
