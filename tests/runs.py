@@ -8,7 +8,7 @@ from pathlib import Path
 
 from boxgrpo.bench.launches import kill
 from boxgrpo.trainer import demo, sft
-from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +48,13 @@ def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:
         "dataloader_num_workers": 0,
     }
     return GrpoOptions(**values | changes)
+
+
+def eval_options(newborn, record_file, **changes) -> EvalOptions:
+    """A short evaluation of `record_file` into eval/ beside it."""
+    values = {"model": str(newborn), "data": str(record_file), "output_dir": str(record_file.parent / "eval")}
+    values |= {"max_completion_length": 6, "dataloader_num_workers": 0, "min_pixels": 784, "max_pixels": 9408}
+    return EvalOptions(**values | changes)
 
 
 def lines(folder) -> list[dict]:

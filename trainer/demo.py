@@ -137,6 +137,7 @@ def scores(options: DemoOptions, run: str) -> dict:
             model=str(root / run),
             data=str(root / "world/held_out.json"),
             output_dir=str(root / f"eval_{run}"),
+            overwrite_output_dir=True,
             eval_batch_size=100,
             dtype="float32",
             max_completion_length=parse(GrpoOptions, grpo_flags(options)).max_completion_length,

@@ -1,158 +1,225 @@
-"""Acc@0.5 on a benchmark file: greedy answers through our own rollout, scored by the rewards' own box reader.
+"""A benchmark's scores: greedy answers through our own rollout, read by the rewards' own box reader.
 
-torchrun trainer/evaluator.py --model CHECKPOINT --data MIG_data.json --image_root FOLDER
+torchrun trainer/evaluator.py --bench mig --model CHECKPOINT --data MIG_data.json --image_root FOLDER
+python -P -m boxgrpo.trainer.evaluator --bench mig --data MIG_data.json --predictions ANSWERS.json --json -
+
+A killed evaluation goes on where it was: start it again. It leaves in its folder
+
+    results.json    every score and every answer
+    table.md        the benchmark's columns beside the published rows
+    report.html     the same, with worst, best and random cases
+    pictures/       some cases as pictures
+    answers/        the answers as they came
 """
 
+import dataclasses
+import hashlib
+import importlib
 import json
+import logging
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from boxgrpo.kernels import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.model.generate import generate
+from boxgrpo.trainer.answer_files import AnswerFiles, model_identity, questions_identity, write_whole
+from boxgrpo.trainer.answering import answer
+from boxgrpo.trainer.benches import BENCHES, Bench
 from boxgrpo.trainer.common import chosen_dtype, read_usable
 from boxgrpo.trainer.images import load_image
-from boxgrpo.trainer.loader import Loader
-from boxgrpo.trainer.options import EvalOptions, parse
+from boxgrpo.trainer.options import EvalOptions, parse, validate_evaluator
 from boxgrpo.trainer.pictures import annotate
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks
-from boxgrpo.trainer.readers import Example
-from boxgrpo.trainer.rollout import Vocabulary, score
+from boxgrpo.trainer.readers import Example, Fault
+from boxgrpo.trainer.report_html import page
+from boxgrpo.trainer.score_tables import markdown, one_number, percentages, table
+from boxgrpo.trainer.scores import grade_texts, summarize
+
+log = logging.getLogger("boxgrpo.trainer.evaluator")  # as a script this module is called __main__
 
 
-@torch.no_grad()
-def answer(model, processor: Processor, examples: Sequence[Example], options: EvalOptions, r: Ranks) -> list[dict]:
-    """`graded` answers to the examples that could be prepared, in the file's order, from all ranks together."""
-    vocabulary = Vocabulary.of(processor, model.config, r.device)
-    per_rank = max(1, min(options.eval_batch_size, -(-len(examples) // r.world_size)))
-    loader = Loader(
-        examples,
-        processor.prompt,
-        batch_size=per_rank,
-        seed=0,
-        workers=options.dataloader_num_workers,
-        rank=r.rank,
-        world_size=r.world_size,
-        shuffle=False,
-    )
-    answers: dict[str, dict] = {}
-    batches = iter(loader)
-    for _ in tqdm(range(-(-len(examples) // (per_rank * r.world_size))), desc="evaluate", disable=not r.is_main):
-        # A record that cannot be prepared gives its slot to the next one, which then comes twice: keyed by source.
-        samples = [s for s in next(batches) if s.serial < len(examples) and s.example.source not in answers]
-        if not samples:
-            continue
-        rollout = generate(
-            model,
-            [s.item for s in samples],
-            prompt_ids=[s.serial for s in samples],
-            eos_token_ids=vocabulary.eos_token_ids,
-            forbidden=vocabulary.forbidden,
-            max_completion_length=options.max_completion_length,
-            temperature=0.0,
-        )
-        completions = rollout.completions()
-        rewards = score([[c] for c in completions], samples, vocabulary, r.device)
-        texts = [processor.decode(ids) for ids in completions]
-        found = graded([s.example for s in samples], texts, rewards)
-        answers |= {a["source"]: a for a in found}
-    merged = {source: a for part in r.gather(answers) for source, a in part.items()}
-    return [merged[e.source] for e in examples if e.source in merged]
+def evaluate(options: EvalOptions, r: Ranks) -> dict:
+    """Score `options.model`, or `options.predictions`, on `options.data`; every rank calls it.
 
-
-def graded(examples: Sequence[Example], texts: Sequence[str], rewards: GroundingRewards) -> list[dict]:
-    """A dictionary each: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1), format (0 or 1)."""
-    columns = (c.tolist() for c in (rewards.accuracy, rewards.format, rewards.boxes, rewards.found))
-    return [
-        {
-            "source": e.source,
-            "id": e.id,
-            "task": e.task,
-            "question": e.question,
-            "answer": text,
-            "box": box if found else None,
-            "gold": list(e.gold),
-            "iou": iou,
-            "format": form,
-        }
-        for e, text, iou, form, box, found in zip(examples, texts, *columns, strict=True)
-    ]
-
-
-def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str | None = None) -> list[dict]:
-    """`graded` answers that were made elsewhere, one text an example. No command calls this.
-
-    Another model's boxes are read as `answer_format`, one of ANSWER_FORMATS; None: as each example asks.
-    """
-    if len(texts) != len(examples):
-        raise ValueError(f"{len(texts)} answers for {len(examples)} usable records; there must be one each, in order.")
-    text, offsets = pack_texts([text.encode() for text in texts])
-    gold = torch.tensor([e.gold for e in examples], dtype=torch.float32)
-    codes = torch.tensor([ANSWER_FORMATS[e.answer_format] for e in examples], dtype=torch.uint8)
-    return graded(examples, texts, grounding_rewards(text, offsets, gold, answer_format=answer_format or codes))
-
-
-def summarize(answers: Sequence[dict]) -> dict:
-    """Scores of the answers: per task, and the mean over tasks as the paper reports it.
-
-    `accuracy_at_0.5` counts IoU above 0.5, the paper's words; `accuracy_at_least_0.5` counts equality too, as its
-    scorer does. All accuracies are in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
+    Returns:
+        `summarize`'s scores, or those of the bench's own module, and `skipped`: how many records have no answer.
 
     Raises:
-        ValueError: no answers.
+        ValueError: options, records, answers or the folder do not fit.
     """
-    if not answers:
-        raise ValueError("there are 0 answers; a summary needs at least 1. Check --data and --limit.")
-    by_task = defaultdict(list)
-    for a in answers:
-        by_task[a["task"]].append(a)
+    validate_evaluator(options)
+    bench = BENCHES[options.bench]
+    examples, faults = read_records(options, bench)
+    numbers = range(min(options.limit or len(examples), len(examples)))
+    if options.predictions:
+        texts, reasons = predicted(options, examples, faults, r), {}
+        texts = {n: texts[n] for n in numbers}
+    else:
+        texts, reasons = answered(options, examples, numbers, r)
+    skipped = [fault.message for fault in faults] + list(reasons.values())
+    scored = [bench.labelled(examples[n]) for n in texts]
+    answers, summary = judged(options, bench, scored, list(texts.values()))
+    summary |= {"skipped": len(skipped)}
+    folder = output_folder(options)
+    if r.is_main and folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(options, bench, summary, answers, scored, skipped, folder)
+    return summary
 
-    def share(rows, test):
-        return sum(map(test, rows)) / max(1, len(rows))
 
-    tasks = {
-        task: {
-            "count": len(rows),
-            "accuracy_at_0.3": share(rows, lambda a: a["iou"] > 0.3),
-            "accuracy_at_0.5": share(rows, lambda a: a["iou"] > 0.5),
-            "accuracy_at_least_0.5": share(rows, lambda a: a["iou"] >= 0.5),
-            "accuracy_at_0.7": share(rows, lambda a: a["iou"] > 0.7),
-            "mean_iou": share(rows, lambda a: a["iou"]),
-        }
-        for task, rows in sorted(by_task.items())
-    }
-    mean = {
-        name: sum(t[name] for t in tasks.values()) / len(tasks)
-        for name in next(iter(tasks.values()))
-        if name != "count"
-    }
-    well_formed = [a for a in answers if a["format"]]
-    return {
-        "count": len(answers),
-        **mean,
-        "format": share(answers, lambda a: a["format"]),
-        "well_formed_iou": share(well_formed, lambda a: a["iou"]),
-        "tasks": tasks,
-    }
+def read_records(options: EvalOptions, bench: Bench) -> tuple[Sequence[Example], list[Fault]]:
+    """The records that can be scored, in the bench's form unless --schema names another, and why others cannot."""
+    if bench.module:
+        if not Path(options.data).is_file():
+            raise ValueError(f"data is {options.data!r}; there is no such file. Correct --data.")
+        return module_of(bench).read(options.data, options.image_root or None)
+    if options.schema == "auto":
+        options = dataclasses.replace(options, schema=bench.schema)
+    return read_usable(options, needs="gold")
+
+
+def module_of(bench: Bench):
+    return importlib.import_module(f"boxgrpo.trainer.{bench.module}")
+
+
+def output_folder(options: EvalOptions) -> Path | None:
+    if options.predictions and not options.output_dir:
+        return None
+    return Path(options.output_dir or "out/eval")
+
+
+def answered(
+    options: EvalOptions, examples: Sequence[Example], numbers: Sequence[int], r: Ranks
+) -> tuple[dict[int, str], dict[int, str]]:
+    """The model's answers by record number, those of an earlier run among them, and why other records have none."""
+    how = {name: getattr(options, name) for name in ("answer_format", "min_pixels", "max_pixels", "dtype")}
+    how |= {"max_completion_length": options.max_completion_length, "questions": questions_identity(examples)}
+    identity = {"model": model_identity(options.model), **how}
+    files = AnswerFiles(output_folder(options), identity, r, anew=options.overwrite_output_dir)
+    texts = {n: files.found[n] for n in numbers if n in files.found}
+    reasons = {}
+    if missing := [n for n in numbers if n not in texts]:
+        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+        processor = Processor.from_pretrained(options.model, **limits)
+        model = load_model(options.model, dtype=chosen_dtype(options.dtype, r.device), device=r.device).eval()
+        found, reasons = answer(
+            model,
+            processor,
+            examples,
+            missing,
+            r,
+            answer_format=options.answer_format,
+            batch_size=options.eval_batch_size,
+            max_completion_length=options.max_completion_length,
+            workers=options.dataloader_num_workers,
+            keep=files.keep,
+        )
+        texts = dict(sorted((texts | found).items()))
+    reasons = {n: f"{examples[n].source}: {reason}" for n, reason in reasons.items()}
+    for reason in reasons.values() if r.is_main else ():
+        log.warning("skipped %s", reason)
+    if not texts:
+        first = next(iter(reasons.values()))
+        raise ValueError(f"none of the {len(numbers)} records can be prepared. The first: {first}")
+    return texts, reasons
+
+
+def predicted(options: EvalOptions, examples: Sequence[Example], faults: Sequence[Fault], r: Ranks) -> list[str]:
+    """The answers in a JSON list, one for each example.
+
+    The list has one for each record of the one file, or one for each record that can be used.
+    """
+    path = Path(options.predictions)
+    if not path.is_file():
+        raise ValueError(f"predictions is {path}; there is no such file. Correct --predictions.")
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write a list of answer strings.") from error
+    if not isinstance(texts, list):
+        raise ValueError(f"{path} holds a JSON {type(texts).__name__}; it must be a list of answer strings.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: answer {i} is {text!r:.80}; it must be a string. Write '' where there is none.")
+    if folder := output_folder(options):
+        identity = {"predictions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+        identity |= {"questions": questions_identity(examples), "answer_format": options.answer_format}
+        AnswerFiles(folder, identity, r, anew=options.overwrite_output_dir)
+    records = len(examples) + len(faults)
+    files = {e.source.rsplit("#", 1)[0] for e in examples}
+    if len(texts) != len(examples) and not (len(texts) == records and len(files) == 1):
+        raise ValueError(
+            f"{path} holds {len(texts)} answers; {options.data} has {records} records, of which {len(examples)} can be "
+            "used. Give one answer for each record, or one for each that can be used, in their order."
+        )
+    if len(texts) == len(examples):
+        return texts
+    return [texts[int(e.source.rsplit("#", 1)[1])] for e in examples]
+
+
+def judged(
+    options: EvalOptions, bench: Bench, examples: Sequence[Example], texts: Sequence[str]
+) -> tuple[list[dict], dict]:
+    """Every answer with its score, and the scores of all."""
+    if bench.module:
+        return module_of(bench).grade(examples, texts), module_of(bench).score(examples, texts)
+    answers = grade_texts(examples, texts, answer_format=options.answer_format)
+    return answers, summarize(answers, resamples=options.resamples, seed=options.seed)
+
+
+def report(options: EvalOptions, summary: dict) -> dict:
+    """The scores as JSON: `mean` and `tasks` in %, Acc@0.5 where the answers are boxes, and all of the summary."""
+    if BENCHES[options.bench].module:
+        return {"bench": options.bench, **summary}
+    order = BENCHES[options.bench].ordered(summary["tasks"])
+    in_percent = {task: 100 * summary["tasks"][task]["accuracy_at_0.5"] for task in order}
+    mean = 100 * summary["accuracy_at_0.5"]
+    return {"bench": options.bench, "mean": mean, "tasks": in_percent, "summary": summary}
+
+
+def write(
+    options: EvalOptions,
+    bench: Bench,
+    summary: dict,
+    answers: Sequence[dict],
+    examples: Sequence[Example],
+    skipped: Sequence[str],
+    folder: Path,
+) -> None:
+    """Leave results, table, page and pictures in the folder."""
+    if (folder / "results.json").exists():  # an earlier evaluation's cases must not stand among these
+        for earlier in folder.glob("pictures/[0-9][0-9].png"):
+            earlier.unlink()
+    results = report(options, summary) | {"skipped_records": skipped, "answers": answers}
+    write_whole(folder / "results.json", json.dumps(results, indent=1))
+    name = Path(options.model).name or Path(options.predictions).stem
+    if bench.module:
+        write_whole(folder / "table.md", one_number(bench.title, name, summary, module_of(bench).PUBLISHED))
+        return
+    write_whole(folder / "table.md", markdown(bench, summary, name))
+    shown = page(bench, summary, answers, examples, name=name, skipped=skipped, count=options.cases, seed=options.seed)
+    write_whole(folder / "report.html", shown)
+    draw(answers, examples, folder / "pictures", options.pictures)
 
 
 def draw(answers: Sequence[dict], examples: Sequence[Example], folder: Path, count: int) -> None:
-    """Pictures of cases spread evenly over the tasks: images, gold and predicted box, the reasoning under them."""
-    by_source = {e.source: e for e in examples}
+    """Pictures of cases spread evenly over the tasks: images, gold and predicted box, the reasoning under them.
+
+    A case whose images are not there, as may be where the answers were made elsewhere, has none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     count = min(count, len(answers))
-    by_task = sorted(answers, key=lambda a: a["task"])
+    by_task = sorted(zip(answers, examples, strict=True), key=lambda case: case[0]["task"])
     chosen = [by_task[i * len(answers) // count] for i in range(count)]
-    for number, a in enumerate(chosen):
-        example = by_source[a["source"]]
+    for number, (a, example) in enumerate(chosen):
+        try:
+            images = [load_image(path) for path in example.images]
+        except ValueError as error:
+            log.info("no picture of %s: %s", a["source"], error)
+            continue
         picture = annotate(
-            [load_image(path) for path in example.images],
+            images,
             gold=example.gold,
             predicted=a["box"],
             target_image=example.target_image,
@@ -163,48 +230,22 @@ def draw(answers: Sequence[dict], examples: Sequence[Example], folder: Path, cou
         picture.save(folder / f"{number:02d}.png")
 
 
-def evaluate(options: EvalOptions, r: Ranks) -> dict:
-    """Score `options.model` on `options.data`; writes results.json and the pictures, returns the summary."""
-    processor = Processor.from_pretrained(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
-    examples, faults = read_usable(options, needs="gold")
-    if options.limit:
-        examples = examples[: options.limit]
-    model = load_model(options.model, dtype=chosen_dtype(options.dtype, r.device), device=r.device).eval()
-    answers = answer(model, processor, examples, options, r)
-    summary = summarize(answers) | {"skipped": len(faults) + len(examples) - len(answers)}
-    if r.is_main:
-        folder = Path(options.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "results.json").exists():  # an earlier evaluation's cases must not stand among these
-            for earlier in folder.glob("pictures/[0-9][0-9].png"):
-                earlier.unlink()
-        (folder / "results.json").write_text(json.dumps({"summary": summary, "answers": answers}, indent=1))
-        draw(answers, examples, folder / "pictures", options.pictures)
-    return summary
-
-
-def table(summary: dict) -> str:
-    """Task, records, Acc@0.5 and mean IoU as text."""
-    rows = [f"{'task':<18}{'records':>8}{'Acc@0.5':>9}{'mean IoU':>10}"]
-    for task, t in summary["tasks"].items():
-        rows.append(f"{task:<18}{t['count']:>8}{100 * t['accuracy_at_0.5']:>9.2f}{t['mean_iou']:>10.3f}")
-    rows.append(
-        f"{'mean':<18}{summary['count']:>8}{100 * summary['accuracy_at_0.5']:>9.2f}{summary['mean_iou']:>10.3f}"
-    )
-    return "\n".join(rows)
-
-
 def main(args: list[str] | None = None) -> None:
     options = parse(EvalOptions, args, prog="evaluator.py")
-    if not options.model:
-        raise ValueError("no model. Name a checkpoint folder with --model.")
     with ranks() as r:
         summary = evaluate(options, r)
-        if r.is_main:
-            print(table(summary))
-            print(
-                f"format {summary['format']:.3f}, skipped {summary['skipped']}; see {options.output_dir}/results.json"
-            )
+        if not r.is_main:
+            return
+        scores = json.dumps(report(options, summary), indent=1)
+        if options.json == "-":
+            print(scores)
+            return
+        if options.json:
+            write_whole(Path(options.json), scores)
+        print(percentages(summary) if BENCHES[options.bench].module else table(summary))
+        print(f"skipped {summary['skipped']}")
+        if folder := output_folder(options):
+            print(f"see {folder}/report.html, table.md and results.json")
 
 
 if __name__ == "__main__":
