@@ -53,6 +53,9 @@ class Progress:
     faults: dict[str, str] = field(default_factory=dict)  # reason by record
     metrics_bytes: int = 0
     rollout_bytes: dict[str, int] = field(default_factory=dict)  # by file name, of --rollout_file
+    evaluated: int = 0  # step of the last evaluation on --eval_data
+    best_accuracy: float = -1.0  # of these, mean Acc@0.5 in 0-1
+    best_step: int = 0
 
 
 class Checkpoints:

@@ -45,6 +45,7 @@ from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.rollout import Vocabulary, make_rollout, sampler_factor, score
 from boxgrpo.trainer.spans import span, take_seconds
+from boxgrpo.trainer.validation import Validation
 
 
 def train(options: GrpoOptions, r: Ranks) -> None:
@@ -55,6 +56,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.max_prompt_length
     )
     examples, faults = read_usable(o, needs="gold")
+    validation = Validation(o, processor, r)
     checkpoints = Checkpoints(o, r)
     found = checkpoints.find()
     check_output_dir(o, r, found)
@@ -89,6 +91,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 packs = [dataclasses.replace(p, old_logps=logps(engine.model, p, o.temperature)) for p in packs]
         return packs, *accumulate(o, engine, packs, denominator)
 
+    validation.after_step(progress, steps, policy, engine, report)  # where the run was stopped before it
     for step in range(progress.step + 1, steps + 1):
         started = time.perf_counter()
         with span("data"):
@@ -148,6 +151,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
             logged = step
         if o.log_completions and step % o.log_completions == 0:
             report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
+        validation.after_step(progress, steps, policy, engine, report, stop=asked_to_stop > 0)
         progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.written
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
     checkpoints.save_result(folder, engine, write_model)

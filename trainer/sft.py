@@ -34,6 +34,7 @@ from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.spans import span, take_seconds
+from boxgrpo.trainer.validation import Validation
 
 
 def train(options: SftOptions, r: Ranks) -> None:
@@ -44,6 +45,7 @@ def train(options: SftOptions, r: Ranks) -> None:
         o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.cutoff_len
     )
     examples, faults = read_usable(o, needs="turns")
+    validation = Validation(o, processor, r)
     checkpoints = Checkpoints(o, r)
     found = checkpoints.find()
     check_output_dir(o, r, found)
@@ -74,6 +76,7 @@ def train(options: SftOptions, r: Ranks) -> None:
             loss += pack_loss.detach()
         return packs, loss
 
+    validation.after_step(progress, steps, model, engine, report)  # where the run was stopped before it
     for step in range(progress.step + 1, steps + 1):
         started = time.perf_counter()
         with span("data"):
@@ -105,6 +108,7 @@ def train(options: SftOptions, r: Ranks) -> None:
             metrics |= take_seconds(step - logged)
             report.log(step, r.mean_metrics(metrics))
             logged = step
+        validation.after_step(progress, steps, model, engine, report, stop=asked_to_stop > 0)
         progress.metrics_bytes = report.bytes_written
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
     checkpoints.save_result(folder, engine, write_model)

@@ -27,6 +27,17 @@ def span(name: str):
             torch.cuda.nvtx.range_pop()
 
 
+@contextmanager
+def unclocked():
+    """What happens in the block is no part of a step: its spans leave no seconds."""
+    before = dict(seconds)
+    try:
+        yield
+    finally:
+        seconds.clear()
+        seconds.update(before)
+
+
 def take_seconds(steps: int) -> dict[str, float]:
     """`timing_s/...` of every span since the last call, which was `steps` steps ago: the mean of a step."""
     taken = {f"timing_s/{name}": value / steps for name, value in seconds.items()}
