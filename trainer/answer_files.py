@@ -1,7 +1,9 @@
 """The answers of an evaluation as they come, so that a killed one goes on where it was.
 
-evaluation.json          what is evaluated: the model's files, the questions, how they are asked
-answers/rank0.jsonl      {"record": 12, "answer": "..."} a line, of each rank that ever answered
+    evaluation.json          what is evaluated: the model's files, the questions, how they are asked
+    answers/rank0.jsonl      {"record": 12, "answer": "..."} a line, of each rank that ever answered
+
+All ranks write into one folder, which they must share.
 """
 
 import dataclasses

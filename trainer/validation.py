@@ -1,6 +1,7 @@
 """Evaluation while a loop trains: the policy in memory is scored every so many steps, and the best one is kept.
 
-best/   weights, config, tokenizer ... as `from_pretrained` reads them; scores.json; manifest.json with checksums
+`best/` in the output folder holds weights, config, tokenizer ... as `from_pretrained` reads them, the scores in
+scores.json, and checksums in manifest.json.
 """
 
 import dataclasses
