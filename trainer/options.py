@@ -12,9 +12,9 @@ from transformers import HfArgumentParser
 from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 
 BENCHES = ("", "mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
-FORMATS = ("auto", *ANSWER_FORMATS, "pixels")
-
 from .schemas import SCHEMAS
+
+FORMATS = ("auto", *ANSWER_FORMATS, "pixels")
 
 
 def option(default, help: str):

@@ -12,8 +12,6 @@ import shutil
 import time
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .answering import answer
 from .checkpoints import Progress, seal, to_disk
 from .common import read_usable, save_pretrained
@@ -106,7 +104,7 @@ class Validation:
         if self.r.is_main:
             try:
                 self._write(Path(self.options.output_dir), policy, scores)
-            except (OSError, SafetensorError) as failed:
+            except Exception as failed:  # of a full disk: an OSError, a SafetensorError, the tokenizer's bare Exception
                 error = failed
         error = self.r.gather(error and str(error))[0]
         if error:
