@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.images import load_image
+from boxgrpo.trainer.images import load_image, upright_size
 
 
 @pytest.fixture
@@ -86,6 +86,16 @@ def test_exif_rotation_is_applied(photo, tmp_path):
     image = load_image(tmp_path / "turned.png")
     assert image.size == (48, 64)
     assert image.getpixel((24, 5)) == (255, 0, 0) and image.getpixel((24, 60)) == (0, 0, 255)
+
+
+def test_the_upright_size_is_told_before_a_small_image_is_enlarged(tmp_path):
+    exif = Image.Exif()
+    for turn in range(1, 9):
+        exif[0x0112] = turn
+        Image.new("RGB", (20, 10)).save(tmp_path / "small.png", exif=exif)
+        width, height = upright_size(tmp_path / "small.png")
+        shown = load_image(tmp_path / "small.png")
+        assert {width, height} == {20, 10} and shown.width / shown.height == width / height, turn
 
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path):

@@ -68,6 +68,9 @@ def test_the_page_holds_all_images_at_one_height_and_grows_with_the_text():
     assert annotate([GREY], gold=None, predicted=None, target_image=0, **TEXT).width == LEAST_WIDTH
     strip = annotate([Image.new("L", (2000, 10))], gold=(0, 0, 1000, 1000), predicted=None, target_image=0, **TEXT)
     assert strip.width == 3 * IMAGE_HEIGHT + 2 * MARGIN
+    options = {"gold": None, "predicted": None, "target_image": 0, "image_height": 2 * IMAGE_HEIGHT}
+    large = annotate([photo, GREY], **options, **TEXT)
+    assert large.size == (960 + 480 + 3 * MARGIN, page.height + IMAGE_HEIGHT)
 
 
 @pytest.mark.parametrize(

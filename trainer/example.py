@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .images import FORMATS
+from .images import upright_size
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 
@@ -131,16 +131,13 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
 def image_size(path: str) -> tuple[int, int]:
     """Width and height by the file's header, upright as the image will be shown; no pixel is decoded."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return upright_size(path)
     except FileNotFoundError as error:
         raise Refused("missing_image", f"the box is in pixels and there is no image at {path}. Fetch it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refused(
             "image_unreadable", f"the box is in pixels and the size of {path} cannot be read ({error}). Fetch it again."
         ) from error
-    return (height, width) if turned else (width, height)
 
 
 def pixel_box(box: object, path: str, what: str, record: dict | None = None) -> Box:

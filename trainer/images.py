@@ -3,7 +3,7 @@
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MIN_SIDE = 28  # pixels: one vision token is 28 x 28
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # EPS, for one, would start another program
@@ -54,6 +54,14 @@ def load_image(path: str | os.PathLike, *, max_image_pixels: int = 64_000_000) -
         factor = MIN_SIDE / min(image.size)
         image = image.resize([max(MIN_SIDE, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
     return image
+
+
+def upright_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Width and height in pixels of an image that `load_image` accepts: upright, and before a small one is enlarged."""
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if quarter_turn else (width, height)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

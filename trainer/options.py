@@ -11,9 +11,9 @@ from transformers import HfArgumentParser
 
 from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 
-BENCHES = ("", "mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 from .schemas import SCHEMAS
 
+BENCHES = ("", "mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 FORMATS = ("auto", *ANSWER_FORMATS, "pixels")
 
 

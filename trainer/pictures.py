@@ -34,9 +34,11 @@ def annotate(
     reasoning: str,
     title: str | None = None,
     answered: bool = True,
+    image_height: int = IMAGE_HEIGHT,
 ) -> Image.Image:
     """Draws the images side by side with the gold box (green) and the predicted box (red) on the target image.
 
+    The images are `image_height` pixels high, or lower where they are wider than three times that.
     Boxes are x1, y1, x2, y2 on the 0-1000 scale of `images[target_image]` (counted from 0); None draws none. A
     predicted box that is inverted or leaves the image is drawn as far as it can be seen, and gets the IoU it deserves.
     Underneath stand the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
@@ -45,7 +47,7 @@ def annotate(
     """
     if not 0 <= target_image < len(images):
         raise ValueError(f"target_image is {target_image} of {len(images)} images; count from 0 to the last one.")
-    shown = [_fit(image) for image in images]
+    shown = [_fit(image, image_height) for image in images]
     width = max(sum(image.width for image in shown) + MARGIN * (len(shown) + 1), LEAST_WIDTH)
     large, regular, small = (ImageFont.load_default(TEXT_SIZE + step) for step in (3, 0, -2))
     heading, asked, thought = (
@@ -115,9 +117,9 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def _fit(image: Image.Image) -> Image.Image:
+def _fit(image: Image.Image, image_height: int) -> Image.Image:
     """An RGB copy at the display height; very wide images are held to three heights of width."""
-    scale = min(IMAGE_HEIGHT / image.height, 3 * IMAGE_HEIGHT / image.width)
+    scale = min(image_height / image.height, 3 * image_height / image.width)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
