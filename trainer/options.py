@@ -1,7 +1,8 @@
 """Options of the loops. Each default stands here and nowhere else; flags, `--help` and YAML files derive from it."""
 
+import argparse
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,21 @@ FORMATS = ("auto", *ANSWER_FORMATS, "pixels")
 def option(default, help: str):
     """A field with its flag's help."""
     return field(default=default, metadata={"help": help})
+
+
+class _Append(argparse.Action):
+    """One value each time the flag is given: transformers gives lists a nargs of "+", which takes bare words too."""
+
+    def __init__(self, *names, nargs: str, **settings):
+        super().__init__(*names, **settings)
+
+    def __call__(self, parser, namespace, value, name=None):
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), value])
+
+
+def repeated(help: str) -> dict:
+    """Metadata of a list[str] field whose flag is given once for each value."""
+    return {"help": help, "action": _Append}
 
 
 @dataclass
@@ -154,6 +170,8 @@ class _Parser(HfArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"{unknown[0]!r} stands where a flag is due; quote a value of several words.")
         if unknown:
             flags = [s for action in self._actions for s in action.option_strings]
             near = difflib.get_close_matches(unknown[0], flags, n=1)
@@ -161,9 +179,14 @@ class _Parser(HfArgumentParser):
         return known
 
 
-def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None) -> T:
-    """Options from `--config file.yaml`, overruled by the flags beside it."""
+def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, bare: str = "") -> T:
+    """Options from `--config file.yaml`, overruled by the flags beside it.
+
+    A word without a flag is the value of the field `bare`.
+    """
     parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
+    if bare:
+        parser.add_argument(bare, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{bare}.")
     parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags overrule it.")
     first, _ = parser.parse_known_args(args)
     for path in first.config:  # of several the last one counts
@@ -190,8 +213,8 @@ def read_yaml(kind: type, path: str | Path) -> dict:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise ValueError(f"{path}: unknown option {name!r}; {hint}")
-        default = known[name].default
-        if known[name].default_factory is list:
+        default = known[name].default if known[name].default is not MISSING else known[name].default_factory()
+        if isinstance(default, list):
             values[name] = _strings(f"{path}: {name}", value)
         elif isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
             try:
