@@ -1,0 +1,149 @@
+"use strict";
+// What the model writes and what the server says is only ever set as textContent: it stays text.
+
+const $ = (id) => document.getElementById(id);
+const MAX_IMAGES = Number(document.body.dataset.maxImages);
+const MAX_BYTES = Number(document.body.dataset.maxBytes);
+let images = []; // {file, url}, in the question's order
+let running = null; // the AbortController of the question that is being answered
+
+function fail(message) {
+  $("error").textContent = message;
+  $("error").hidden = !message;
+}
+
+function add(files) {
+  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+  fail("");
+  if (pictures.length < files.length) fail("What is no image was left out.");
+  if (images.length + pictures.length > MAX_IMAGES) fail(`A question takes ${MAX_IMAGES} images; the rest was left out.`);
+  for (const file of pictures.slice(0, MAX_IMAGES - images.length)) images.push({ file, url: URL.createObjectURL(file) });
+  showImages();
+}
+
+function button(text, label, disabled, act) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = text;
+  made.disabled = disabled;
+  made.setAttribute("aria-label", label);
+  made.title = label;
+  made.onclick = () => { act(); showImages(); };
+  return made;
+}
+
+function showImages() {
+  const swap = (i, j) => { [images[i], images[j]] = [images[j], images[i]]; };
+  $("images").replaceChildren(...images.map(({ file, url }, i) => {
+    const card = document.createElement("li");
+    const picture = document.createElement("img");
+    picture.src = url;
+    picture.alt = picture.title = file.name;
+    const bar = document.createElement("div");
+    bar.className = "bar";
+    const name = document.createElement("span");
+    name.textContent = `image ${i + 1}`;
+    bar.append(name,
+      button("←", `move image ${i + 1} forward`, i === 0, () => swap(i, i - 1)),
+      button("→", `move image ${i + 1} back`, i === images.length - 1, () => swap(i, i + 1)),
+      button("×", `remove image ${i + 1}`, false, () => { URL.revokeObjectURL(url); images.splice(i, 1); }));
+    card.append(picture, bar);
+    return card;
+  }));
+  const chosen = Number($("target").value);
+  $("target").replaceChildren(new Option("what the question says", 0), ...images.map((_, i) => new Option(`image ${i + 1}`, i + 1)));
+  $("target").value = chosen <= images.length ? chosen : 0;
+  const several = images.length > 1;
+  $("format").options[1].disabled = several;
+  if (several) $("format").value = "think";
+}
+
+// A text with what the model has written so far, then one with the answer.
+function show(line) {
+  if ("text" in line) {
+    $("text").textContent = line.text;
+    return;
+  }
+  if (line.error) throw new Error(line.error);
+  const [width, height] = line.image_sizes[line.target_image - 1];
+  const where = `in image ${line.target_image}, of ${width} × ${height} pixels`;
+  $("status").textContent = line.box ? [where, line.note].filter(Boolean).join("; ") : line.note;
+  $("status").className = line.box ? "" : "none";
+  $("box").hidden = !line.box;
+  if (line.box) document.querySelectorAll("#box td").forEach((cell, i) => { cell.textContent = Math.round(line.box[i]); });
+  const reasoned = line.reasoning !== null;
+  $("said").textContent = reasoned ? "Reasoning" : "Answer";
+  $("text").textContent = reasoned ? line.reasoning : line.answer;
+  $("whole").hidden = !reasoned;
+  $("answer").textContent = line.answer;
+  $("picture").src = $("save").href = line.picture;
+  $("picture").alt = line.box ? "the images with the box drawn in" : "the images";
+  $("figure").hidden = false;
+}
+
+async function ask() {
+  if (!images.length) return fail("Add an image first.");
+  if (!$("question").value.trim()) return fail("Write a question first.");
+  if (images.reduce((sum, { file }) => sum + file.size, 0) > MAX_BYTES) {
+    return fail(`The images are over ${MAX_BYTES >> 20} MB together. Remove or shrink some.`);
+  }
+  const form = new FormData();
+  for (const { file } of images) form.append("image", file);
+  form.append("question", $("question").value);
+  form.append("answer_format", $("format").value);
+  form.append("target_image", $("target").value);
+
+  fail("");
+  running = new AbortController();
+  $("ask").disabled = true;
+  $("stop").hidden = $("result").hidden = false;
+  $("figure").hidden = $("box").hidden = $("whole").hidden = true;
+  $("said").textContent = "Answer";
+  $("text").textContent = $("status").className = "";
+  $("status").textContent = "The model is looking …";
+  try {
+    const response = await fetch("ask", { method: "POST", body: form, signal: running.signal });
+    if (!response.ok) {
+      const said = await response.json().catch(() => ({}));
+      throw new Error(said.error ?? `The server refused the question (${response.status}).`);
+    }
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    let answered = false;
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      const lines = (rest + part.value).split("\n");
+      rest = lines.pop();
+      for (const line of lines.map((text) => JSON.parse(text))) {
+        show(line);
+        answered = "answer" in line;
+      }
+    }
+    if (!answered) throw new Error("The server stopped in the middle. Its terminal may say why.");
+  } catch (error) {
+    if (error.name === "AbortError") {
+      $("status").textContent = "Stopped.";
+    } else {
+      $("result").hidden = true;
+      fail(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
+    }
+  } finally {
+    running = null;
+    $("ask").disabled = false;
+    $("stop").hidden = true;
+  }
+}
+
+$("files").onchange = () => { add($("files").files); $("files").value = ""; };
+$("form").onsubmit = (event) => { event.preventDefault(); if (!running) ask(); };
+$("stop").onclick = () => running?.abort();
+$("question").onkeydown = (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+};
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) add(event.clipboardData.files); });
+document.addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });
+document.addEventListener("dragleave", () => $("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  add(event.dataTransfer.files);
+});
