@@ -15,11 +15,12 @@ from boxgrpo.model.packing import Prompt
 from boxgrpo.model.qwen2vl import Qwen2VL
 
 from .common import chosen_dtype
+from .example import Example, plain_text
 from .images import upright_size
 from .pictures import annotate
 from .processing import Processor
-from .readers import Example, plain_text, target_image
 from .rollout import Vocabulary
+from .schemas import target_image
 
 PICTURE_HEIGHT = 420  # pixels, of each image in the picture
 
