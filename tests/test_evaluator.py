@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from boxgrpo.bench.launches import kill
-from boxgrpo.trainer import answering, evaluator
+from boxgrpo.trainer import answering
 from boxgrpo.trainer.common import read_usable
 from boxgrpo.trainer.evaluator import draw, evaluate, main
 from boxgrpo.trainer.options import EvalOptions
@@ -210,36 +210,29 @@ def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
     assert list(fewer.values()) == [more["00.png"], more["03.png"]], "one of each task"
 
 
-def test_a_bench_with_a_module_of_its_own_is_read_graded_and_scored_by_it(newborn, record_file, monkeypatch, capsys):
-    """A multiple-choice one, say: its questions are Examples whose turns are all that is asked."""
+CHOICES = {
+    "task": "person_reid",
+    "options": "A: The second image\nB: The third image",
+    "question": "Please retrieve the most similar person to the query in the candidate.",
+    "context": "Select from the following choices.\nA: The second image\nB: The third image",
+    "output": "A",
+}
 
-    class Choices:
-        PUBLISHED = {"UniVG-R1": 53.03}  # noqa: RUF012
 
-        @staticmethod
-        def read(path, image_root):
-            assert path == str(record_file) and image_root is None
-            examples, faults = read_examples(path)
-            return [evaluator.dataclasses.replace(e, turns=(("user", "Where is it?"),)) for e in examples], faults
+def test_multiple_choice_is_asked_read_and_scored_by_its_own_module(newborn, tmp_path, capsys):
+    """MMIU: by the model, which gives no letter, and with answers made elsewhere."""
+    Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
+    records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    (tmp_path / "answers.json").write_text(json.dumps(["<think>B?</think><answer>A</answer>", "The answer is A."]))
 
-        @staticmethod
-        def grade(questions, texts):
-            return [{"source": q.source, "answer": t} for q, t in zip(questions, texts, strict=True)]
+    def scored(**changes) -> dict:
+        options = eval_options(newborn, tmp_path / "all.json", bench="mmiu", **changes)
+        lists = ["--data", *options.data]
+        main([*(f"--{k}={v}" for k, v in vars(options).items() if v != "" and k != "data"), *lists, "--json=-"])
+        return json.loads(capsys.readouterr().out)
 
-        @staticmethod
-        def score(questions, texts):
-            return {"mean": 50.0, "tasks": {"diff": 100.0, "region": 0.0}, "count": len(texts)}
-
-    monkeypatch.setattr(evaluator, "module_of", lambda bench: Choices)
-    flags = [f"--{k}={v}" for k, v in vars(eval_options(newborn, record_file, bench="mmiu")).items() if v != ""]
-    main([*flags, "--json=-"])
-    assert json.loads(capsys.readouterr().out) == {
-        "bench": "mmiu",
-        "mean": 50.0,
-        "tasks": {"diff": 100.0, "region": 0.0},
-        "count": 6,
-        "skipped": 1,
-    }
-    folder = record_file.parent / "eval"
-    assert len(results_of(folder)["answers"]) == 6
-    assert "| UniVG-R1 | published | 53.03 |" in (folder / "table.md").read_text()
+    assert scored()["mean"] == 0 and len(results_of(tmp_path / "eval")["answers"]) == 2
+    assert "| UniVG-R1 | published | 53.03 |" in (tmp_path / "eval/table.md").read_text()
+    found = scored(predictions=str(tmp_path / "answers.json"), model="", output_dir=str(tmp_path / "elsewhere"))
+    assert found["mean"] == 50 and found["tasks"] == {"person_reid": 50} and found["skipped"] == 0

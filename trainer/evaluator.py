@@ -71,9 +71,9 @@ def evaluate(options: EvalOptions, r: Ranks) -> dict:
 def read_records(options: EvalOptions, bench: Bench) -> tuple[Sequence[Example], list[Fault]]:
     """The records that can be scored, in the bench's form unless --schema names another, and why others cannot."""
     if bench.module:
-        if not Path(options.data).is_file():
-            raise ValueError(f"data is {options.data!r}; there is no such file. Correct --data.")
-        return module_of(bench).read(options.data, options.image_root or None)
+        if len(options.data) != 1 or not Path(options.data[0]).exists():
+            raise ValueError(f"data is {' '.join(options.data)}; {bench.title} is one file or folder. Correct --data.")
+        return module_of(bench).read(options.data[0], options.image_root or None)
     if options.schema == "auto":
         options = dataclasses.replace(options, schema=bench.schema)
     return read_usable(options, needs="gold")
@@ -150,8 +150,8 @@ def predicted(options: EvalOptions, examples: Sequence[Example], faults: Sequenc
     files = {e.source.rsplit("#", 1)[0] for e in examples}
     if len(texts) != len(examples) and not (len(texts) == records and len(files) == 1):
         raise ValueError(
-            f"{path} holds {len(texts)} answers; {options.data} has {records} records, of which {len(examples)} can be "
-            "used. Give one answer for each record, or one for each that can be used, in their order."
+            f"{path} holds {len(texts)} answers; {' '.join(options.data)} has {records} records, of which "
+            f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in their order."
         )
     if len(texts) == len(examples):
         return texts
