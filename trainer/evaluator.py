@@ -151,7 +151,8 @@ def predicted(options: EvalOptions, examples: Sequence[Example], faults: Sequenc
     if len(texts) != len(examples) and not (len(texts) == records and len(files) == 1):
         raise ValueError(
             f"{path} holds {len(texts)} answers; {' '.join(options.data)} has {records} records, of which "
-            f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in their order."
+            f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in their "
+            "order."
         )
     if len(texts) == len(examples):
         return texts
