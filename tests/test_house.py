@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "trainer", "bench")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-COMMANDS = ("grpo", "sft", "evaluator", "demo", "memory", "ground")
+COMMANDS = ("grpo", "sft", "evaluator", "demo", "memory", "ground", "make_cot", "accept_cot", "inspect_data")
 
 # What a package must not import. csrc <- kernels <- model <- trainer; nobody looks at bench and tests.
 FORBIDDEN = {
@@ -26,7 +26,7 @@ DEPENDENCIES = set(
     "torch triton transformers tokenizers safetensors huggingface_hub accelerate datasets evaluate kernels peft "
     "deepspeed trl liger_kernel flash_attn verl vllm numpy PIL yaml tqdm rich matplotlib tensorboard nvtx regex "
     "requests packaging filelock sympy networkx psutil google absl markdown werkzeug "
-    "flask jinja2 waitress playwright pytest".split()
+    "flask jinja2 waitress playwright pytest openai anyio httpx pydantic".split()
 )
 
 
