@@ -106,6 +106,7 @@ setup(
             "waitress>=3",
             "playwright>=1.50",
             "openai>=3",
+            "transformers[serving]>=5.17",
         ],
         "cot": ["openai>=3"],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
