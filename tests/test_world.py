@@ -1,5 +1,6 @@
 """The world on disk: readable records in the users' formats, reproducible, disjoint, and never mixed with another."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -7,7 +8,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.scenes import TASKS
+from boxgrpo.trainer.processing import BOX_PREFIX, THINK_SUFFIX
+from boxgrpo.trainer.readers import read_examples
+from boxgrpo.trainer.scenes import TASKS, box_text, place
 from boxgrpo.trainer.world import DEMO_TASKS, SPLITS, all_texts, scene_of, write_world
 
 SMALL = {"cold_start": 12, "train": 8, "held_out": 4, "processes": 1}
@@ -57,7 +60,7 @@ def test_stage_1_records_hold_the_trainers_prompt_and_a_well_formed_answer(world
 
 def test_stage_2_records_hold_question_and_box_but_no_reasoning(world):
     for record in read(world)["train"] + read(world)["held_out"]:
-        assert record.keys() == {"id", "task", "images", "target_image", "question", "answer"}
+        assert record.keys() == {"id", "task", "level", "images", "target_image", "question", "answer"}
         assert len(record["answer"]) == 4 and all(isinstance(v, int) and v % 125 == 0 for v in record["answer"])
         assert "<think>" not in record["question"]
 
@@ -138,9 +141,60 @@ def test_half_of_the_chains_annotators_leave_margins_and_all_other_boxes_are_exa
     assert min(habits["exact"], habits["margin"]) >= 3
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The ablation's world, smaller: all tasks at all levels."""
+    folder = tmp_path_factory.mktemp("worlds") / "mixed"
+    some = {"cold_start": 60, "train": 0, "held_out": 30, "margins": 0.0, "asides": False}
+    return write_world(folder, tasks=list(TASKS), levels=(0, 1, 2), size=56, processes=1, **some)
+
+
+def test_levels_take_turns_after_the_tasks(mixed):
+    records = read(mixed)["cold_start"]
+    assert Counter((r["task"], r["level"]) for r in records) == dict.fromkeys(itertools.product(TASKS, range(3)), 2)
+    assert [r["level"] for r in records[:30]] == [0] * 10 + [1] * 10 + [2] * 10
+    scene = scene_of("cold_start", records[23]["task"], 23, level=2, size=56)
+    assert records[23]["level"] == 2 and records[23]["messages"][1]["content"] == scene.completion
+
+
+def test_coordinates_are_the_cold_start_and_the_held_out_scenes_without_reasoning(mixed):
+    """Asked as the trainer asks a record with answer_format "box", and scored so too."""
+    for name, split in (("coordinates", "cold_start"), ("held_out_coordinates", "held_out")):
+        asked = json.loads((mixed / f"{name}.json").read_text())
+        for bare, whole in zip(asked, read(mixed)[split], strict=True):
+            same = ("id", "task", "level", "images", "target_image")
+            assert [bare[k] for k in same] == [whole[k] for k in same] and bare["answer_format"] == "box"
+            if split == "held_out":
+                assert (bare["question"], bare["answer"]) == (whole["question"], whole["answer"])
+                continue
+            (user, answer), (_, chained) = bare["messages"], whole["messages"]
+            assert chained["content"].endswith(f"<answer>{answer['content']}</answer>")
+            assert re.fullmatch(r"\(\d+, \d+\), \(\d+, \d+\)", answer["content"])
+            assert chained["content"] != answer["content"] and user["content"].startswith(BOX_PREFIX)
+            assert whole["messages"][0]["content"] == user["content"].removeprefix(BOX_PREFIX) + THINK_SUFFIX
+    examples, faults = read_examples(mixed / "held_out_coordinates.json")
+    assert not faults and {e.answer_format for e in examples} == {"box"}
+
+
+def test_plain_records_ask_where_each_object_is_and_none_of_the_tasks(mixed):
+    plain = json.loads((mixed / "plain.json").read_text())
+    for k, (record, taught) in enumerate(zip(plain, read(mixed)["cold_start"], strict=True)):
+        scene = scene_of("cold_start", record["task"], k, level=record["level"], size=56)
+        texts = [m["content"] for m in record["messages"]]
+        first, *others = zip(texts[::2], texts[1::2], strict=True)
+        said = {(f"Where is the {t.kind} in image {n}?", box_text(t.box)) for n, t in scene.objects}
+        question, request = first[0].split("? ", 1)
+        chain, box = re.fullmatch(r"<think>(.*)</think><answer>(.*)</answer>", first[1]).groups()
+        assert {(f"{question}?", box), *others} == said and len(others) == len(said) - 1
+        kind, number = re.fullmatch(r"Where is the (.*) in image (\d)", question).groups()
+        corners = [int(v) for v in re.findall(r"\d+", box)]
+        assert chain == f"The {kind} is in image {number} at the {place(corners)}."
+        assert taught["messages"][0]["content"].endswith(request)
+
+
 def test_every_task_and_level_can_be_written(tmp_path):
     folder = write_world(
-        tmp_path / "all", tasks=list(TASKS), cold_start=10, train=0, held_out=10, level=2, size=56, processes=1
+        tmp_path / "all", tasks=list(TASKS), cold_start=10, train=0, held_out=10, levels=[2], size=56, processes=1
     )
     assert [record["task"] for record in read(folder)["held_out"]] == list(TASKS)
 
@@ -183,6 +237,7 @@ def test_an_interrupted_write_leaves_no_world_and_is_begun_again(world, tmp_path
     [
         ({"tasks": []}, r"tasks are \[\]; they must be some of diff"),
         ({"tasks": ["diff", "counting"]}, r"tasks are \['diff', 'counting'\]; they must be some of"),
+        ({"levels": []}, r"levels are \[\]; scenes need one"),
         ({"train": -1}, "train is -1; a split holds 0 to 1000000 scenes"),
         ({"size": 100}, "size is 100; an image side must be"),
     ],
@@ -202,4 +257,4 @@ def test_all_texts_hold_every_word_that_the_world_writes(world):
     written += [r["question"] for r in splits["train"] + splits["held_out"]]
     assert words(written) <= words(all_texts())
     for level in (0, 1, 2):
-        assert {str(v) for v in range(0, 1001, 125)} <= words(all_texts(level=level))
+        assert {str(v) for v in range(0, 1001, 125)} <= words(all_texts(levels=[level]))

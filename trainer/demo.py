@@ -38,7 +38,7 @@ class DemoOptions:
     output_dir: str = option("out/demo", "Folder for everything the demo makes.")
     seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
-    level: int = option(0, "Difficulty of the scenes, 0 to 2.")
+    levels: str = option("0", "Difficulties of the scenes, 0 to 2, which take turns.")
     size: int = option(56, "Side of the images in pixels, a multiple of 56.")
     cold_start: int = option(4000, "Scenes with reasoning chains.")
     margins: float = option(0.5, "Share of the chains whose annotator leaves a margin around the object.")
@@ -66,6 +66,18 @@ def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
         raise ValueError(f"{script} ended with status {status}; its own message stands above.")
 
 
+def numbers(text: str, name: str) -> list[int]:
+    """Whole numbers separated by commas, the value of the flag `name`.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; it must be whole numbers and commas. Correct --{name}.") from None
+
+
 def draw_world(options: DemoOptions) -> Path:
     return write_world(
         Path(options.output_dir) / "world",
@@ -74,16 +86,16 @@ def draw_world(options: DemoOptions) -> Path:
         train=options.train,
         held_out=options.held_out,
         seed=options.seed,
-        level=options.level,
+        levels=numbers(options.levels, "levels"),
         size=options.size,
         margins=options.margins,
     )
 
 
-def newborn(options: DemoOptions) -> Path:
-    """A checkpoint of random weights, with a tokenizer for the world's words."""
+def newborn(options: DemoOptions, texts: list[str] | None = None) -> Path:
+    """A checkpoint of random weights, with a tokenizer for the world's words, or for those of `texts`."""
     folder = Path(options.output_dir) / "newborn"
-    texts = all_texts(options.tasks.split(","), level=options.level)
+    texts = texts or all_texts(options.tasks.split(","), levels=numbers(options.levels, "levels"))
     template = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"]
     tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *wordings(texts)])
     config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})

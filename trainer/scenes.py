@@ -58,20 +58,25 @@ class Scene:
         return f"<think>{self.chain}</think><answer>{box_text(self.gold)}</answer>"
 
     @property
+    def objects(self) -> list[tuple[int, Thing]]:
+        """Every object, with the number of its image from 1."""
+        return [(number, thing) for number, layout in enumerate(self.layouts, 1) for thing in layout.things]
+
+    @property
     def asides(self) -> list[tuple[str, str]]:
         """Plain questions about the scene's other objects, each with its box: more to learn from the same images."""
-        return [
-            (f"Where is the {thing.kind} in image {number}?", box_text(thing.box))
-            for number, layout in enumerate(self.layouts, 1)
-            for thing in layout.things
-            if (number - 1, thing.box) != (self.target_image, self.gold)
-        ]
+        gold = self.target_image + 1, self.gold
+        return [(where(n, thing), box_text(thing.box)) for n, thing in self.objects if (n, thing.box) != gold]
+
+
+def where(number: int, thing: Thing) -> str:
+    """The plain question about one object of one image."""
+    return f"Where is the {thing.kind} in image {number}?"
 
 
 def box_text(box: Box) -> str:
     """The two corners as answers write them."""
-    x1, y1, x2, y2 = box
-    return f"({x1}, {y1}), ({x2}, {y2})"
+    return "({}, {}), ({}, {})".format(*box)
 
 
 def with_margin(box: Box) -> Box:

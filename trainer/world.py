@@ -15,29 +15,32 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from .scenes import CELL, PLACES, TASKS, Scene, box_text, draw_scene, with_margin
+from .scenes import CELL, PLACES, TASKS, Scene, box_text, draw_scene, place, where, with_margin
 from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
 
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
-VERSION = 3  # of the drawing; a folder drawn by another version is not reused
+VERSION = 4  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
-FILES = {  # name: split, stage of the records
-    "cold_start": ("cold_start", 1),
-    "train": ("train", 2),
-    "train_chains": ("train", 1),
-    "held_out": ("held_out", 2),
+FILES = {  # name: split, form of the records
+    "cold_start": ("cold_start", "chain"),
+    "coordinates": ("cold_start", "coordinates"),
+    "plain": ("cold_start", "plain"),
+    "train": ("train", "asked"),
+    "train_chains": ("train", "chain"),
+    "held_out": ("held_out", "asked"),
+    "held_out_coordinates": ("held_out", "asked_coordinates"),
 }
 SEEDS_PER_SPLIT = 1_000_000
 SEEDS_PER_WORLD = 10**12
 
 
-def _think_suffix() -> str:
+def _prompts() -> tuple[str, str]:
     # Here, not above: transformers takes seconds to load, and drawing needs none of it.
-    from .processing import THINK_SUFFIX
+    from .processing import BOX_PREFIX, THINK_SUFFIX
 
-    return THINK_SUFFIX
+    return BOX_PREFIX, THINK_SUFFIX
 
 
 def scene_of(split: str, task: str, seed: int, *, level: int, size: int) -> Scene:
@@ -55,29 +58,50 @@ def scene_of(split: str, task: str, seed: int, *, level: int, size: int) -> Scen
 
 def _write_scene(
     folder: pathlib.Path,
-    suffix: str,
-    chains: bool,
-    margins: float,
-    size: int,
-    level: int,
+    prompts: tuple[str, str],
+    manifest: dict,
     split: str,
     name: str,
     task: str,
+    level: int,
     seed: int,
-) -> tuple[dict, dict]:
-    """Writes one scene's PNG files under `folder`; returns its stage-1 and its stage-2 record."""
-    scene = scene_of(split, task, seed, level=level, size=size)
+) -> dict[str, dict]:
+    """Writes one scene's PNG files under `folder`; returns its records by their form."""
+    scene = scene_of(split, task, seed, level=level, size=manifest["size"])
     images = [f"images/{split}/{name}_{k}.png" for k in range(1, len(scene.images) + 1)]
     for path, image in zip(images, scene.images):
         image.save(folder / path, compress_level=1)
-    record = {"id": f"{split}-{name}", "task": task, "images": images, "target_image": scene.target_image}
-    answer = scene.completion if chains else dataclasses.replace(scene, chain="").completion
-    generous = random.Random(f"annotator {task} {level} {seed}").random() < margins
-    messages = []
-    for question, taught in [(scene.question + suffix, answer), *scene.asides]:
-        messages += [("user", question), ("assistant", _with_margins(taught) if generous else taught)]
-    taught = record | {"messages": [{"role": role, "content": text} for role, text in messages]}
-    return taught, record | {"question": scene.question, "answer": list(scene.gold)}
+    record = {"id": f"{split}-{name}", "task": task, "level": level, "images": images}
+    record["target_image"] = scene.target_image
+    (prefix, suffix), box = prompts, box_text(scene.gold)
+    answer = scene.completion if manifest["chains"] else dataclasses.replace(scene, chain="").completion
+    asides = scene.asides if manifest["asides"] else []
+    generous = random.Random(f"annotator {task} {level} {seed}").random() < manifest["margins"]
+
+    def taught(turns: Sequence[tuple[str, str]]) -> dict:
+        messages = []
+        for question, text in turns:
+            messages += [("user", question), ("assistant", _with_margins(text) if generous else text)]
+        return {"messages": [{"role": role, "content": text} for role, text in messages]}
+
+    asked, alone = {"question": scene.question, "answer": list(scene.gold)}, {"answer_format": "box"}
+    return {
+        "chain": record | taught([(scene.question + suffix, answer), *asides]),
+        "coordinates": record | alone | taught([(prefix + scene.question, box), *asides]),
+        "plain": record | taught(_plain_turns(scene, suffix, random.Random(f"plain {task} {level} {seed}"))),
+        "asked": record | asked,
+        "asked_coordinates": record | alone | asked,
+    }
+
+
+def _plain_turns(scene: Scene, suffix: str, rng: random.Random) -> list[tuple[str, str]]:
+    """Where each object stands, which is no task yet: one, drawn at random, with a chain, the others without."""
+    first = rng.randrange(len(scene.objects))
+    turns = [(where(number, thing), box_text(thing.box)) for number, thing in scene.objects]
+    number, thing = scene.objects[first]
+    chain = f"The {thing.kind} is in image {number} at the {place(thing.box)}."
+    question, box = turns.pop(first)
+    return [(question + suffix, f"<think>{chain}</think><answer>{box}</answer>"), *turns]
 
 
 def _with_margins(answer: str) -> str:
@@ -96,9 +120,10 @@ def write_world(
     train: int,
     held_out: int,
     seed: int = 0,
-    level: int = 1,
+    levels: Sequence[int] = (1,),
     size: int = 112,
     chains: bool = True,
+    asides: bool = True,
     margins: float = 0.5,
     processes: int = 2,
 ) -> pathlib.Path:
@@ -106,12 +131,17 @@ def write_world(
 
     `cold_start.json` holds UniVG-R1 stage-1 records (messages with the reasoning chain and the box), `train.json` and
     `held_out.json` stage-2 ones (question, and answer on the 0-1000 scale), `train_chains.json` the training scenes as
-    stage-1 records; DESIGN section 7. Image paths are relative to `folder`. Tasks take turns; held-out scenes share no
-    arrangement with the others (`scene_of`), and stay the same when another split grows.
+    stage-1 records; DESIGN section 7. Image paths are relative to `folder`. Tasks take turns, and so do the levels
+    after each turn of the tasks; held-out scenes share no arrangement with the others (`scene_of`), and stay the same
+    when another split grows.
 
-    With `chains=False` the <think> of stage 1 is empty. Its annotators have two habits, as those of real sets do: a
-    share `margins` of the records comes from one who leaves a cell of background around every object. The boxes of
-    stage 2 are exact.
+    `coordinates.json` is the cold start with the box alone for an answer, asked for as `answer_format` "box" asks, and
+    `held_out_coordinates.json` asks so too. `plain.json` asks about the cold start's images where each object is, and
+    none of the tasks.
+
+    With `chains=False` the <think> of stage 1 is empty; with `asides=False` its records lack the plain questions about
+    a scene's other objects. Its annotators have two habits, as those of real sets do: a share `margins` of the records
+    comes from one who leaves a cell of background around every object. The boxes of stage 2 are exact.
 
     `world.json` lists all arguments: where a folder already holds this world nothing is written; a folder that holds
     anything else raises ValueError. The folder appears only when it is complete. With `processes` above 1 the calling
@@ -123,11 +153,14 @@ def write_world(
         raise ValueError(
             f"tasks are {list(tasks)}; they must be some of {', '.join(TASKS)}. Name at least one of these."
         )
+    if not levels:
+        raise ValueError("levels are []; scenes need one. Name at least one of 0, 1 and 2.")
     for split, count in counts.items():
         if not 0 <= count <= SEEDS_PER_SPLIT:
             raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
     manifest = {"version": VERSION, "tasks": list(tasks), **counts}
-    manifest |= {"seed": seed, "level": level, "size": size, "chains": chains, "margins": margins}
+    manifest |= {"seed": seed, "levels": list(levels), "size": size}
+    manifest |= {"chains": chains, "asides": asides, "margins": margins}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = folder / "world.json"
         held = json.loads(found.read_text()) if found.is_file() else "no world.json"
@@ -144,25 +177,27 @@ def write_world(
     for number, (split, count) in enumerate(counts.items()):
         (partial / "images" / split).mkdir(parents=True)
         first_seed = (len(SPLITS) * seed + number) * SEEDS_PER_SPLIT
-        jobs += [(split, f"{k:06d}", tasks[k % len(tasks)], first_seed + k) for k in range(count)]
-    write = functools.partial(_write_scene, partial, _think_suffix(), chains, margins, size, level)
+        for k in range(count):
+            task, level = tasks[k % len(tasks)], levels[k // len(tasks) % len(levels)]
+            jobs.append((split, f"{k:06d}", task, level, first_seed + k))
+    write = functools.partial(_write_scene, partial, _prompts(), manifest)
     if processes > 1:  # spawned: a fork of a process that has run torch's threads may hang
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             records = list(pool.map(write, *zip(*jobs), chunksize=100))
     else:
         records = list(itertools.starmap(write, jobs))
-    for name, (split, stage) in FILES.items():
-        mine = [record[stage - 1] for job, record in zip(jobs, records) if job[0] == split]
+    for name, (split, form) in FILES.items():
+        mine = [record[form] for job, record in zip(jobs, records) if job[0] == split]
         (partial / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, mine)) + "\n]\n")
     (partial / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
     partial.rename(folder)
     return folder
 
 
-def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, level: int = 1) -> list[str]:
+def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,)) -> list[str]:
     """Every coordinate, and the texts of scenes outside every split: what the demo tokenizer is trained on."""
-    texts, suffix = [str(v) for v in range(0, 1001, CELL)], _think_suffix()
-    for task, k in itertools.product(tasks, range(500)):
+    texts, (_, suffix) = [str(v) for v in range(0, 1001, CELL)], _prompts()
+    for level, task, k in itertools.product(levels, tasks, range(500)):
         scene = draw_scene(task, -1 - k, level=level)
         texts += [scene.question + suffix, scene.completion, *itertools.chain(*scene.asides)]
     return texts
