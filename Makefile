@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds bench test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install demo seeds ablation bench test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -21,6 +21,10 @@ demo: $(STAMP)
 # The README's three runs, each beside continued SFT for the same seconds.
 seeds: $(STAMP)
 	$(BIN)/python bench/bench_demo.py
+
+# The paper's methods on the drawn world, three seeds of each: an hour; ABLATION passes flags on.
+ablation: $(STAMP)
+	$(BIN)/python bench/ablation.py $(ABLATION)
 
 # Kernels and a whole step beside their peers.
 bench: $(STAMP)
