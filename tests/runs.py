@@ -18,7 +18,7 @@ UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
 
 def make_world(root: Path) -> Path:
     """A small drawn world, a newborn model for it, and `sft/`: enough of a cold start to write boxes now and then."""
-    options = demo.DemoOptions(output_dir=str(root), level=0, cold_start=32, train=48, held_out=8)
+    options = demo.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
     demo.draw_world(options)
     demo.newborn(options)
     cold = SftOptions(

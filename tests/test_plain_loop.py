@@ -21,7 +21,7 @@ STEPS, PROMPTS, GENERATIONS = 20, 2, 4
 def run(tmp_path_factory):
     """(options, (loss, gradient norm) of each step) of a short run of the loop, its completions stored."""
     root = tmp_path_factory.mktemp("plain")
-    world = demo.DemoOptions(output_dir=str(root), level=0, cold_start=32, train=48, held_out=8)
+    world = demo.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
     demo.draw_world(world)
     demo.newborn(world)
     quick = {"dataloader_num_workers": 0, "output_dir": str(root / "sft"), "max_steps": 40, "learning_rate": 3e-3}
