@@ -90,7 +90,6 @@ def served(parrot):
             server.wait()
 
 
-@pytest.mark.slow
 def test_a_served_qwen2_vl_is_asked_answers_and_judges(served, parrot, monkeypatch):
     """It gets the prompt and the images token for token as our own processor writes them, and its answers are kept."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
