@@ -91,13 +91,17 @@ def told(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in lines(folder)]
 
 
+def flags(options) -> list[str]:
+    """What a command line says for the options."""
+    lists = [flag for k, v in vars(options).items() if isinstance(v, list) and v for flag in (f"--{k}", *v)]
+    return [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "") and not isinstance(v, list)] + lists
+
+
 def start(script, options, ranks: int = 2, launch=("--standalone",), **environment) -> subprocess.Popen:
     """`torchrun script` with the options as flags, in a process group of its own, one thread a rank."""
-    lists = [flag for k, v in vars(options).items() if isinstance(v, list) and v for flag in (f"--{k}", *v)]
-    flags = [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "") and not isinstance(v, list)] + lists
     command = [str(Path(sys.executable).with_name("torchrun")), *launch, "--nproc_per_node", str(ranks)]
     return subprocess.Popen(
-        [*command, str(script), *flags],
+        [*command, str(script), *flags(options)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         start_new_session=True,
         stdout=subprocess.PIPE,

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from boxgrpo.bench.launches import kill
 from boxgrpo.trainer import answering
@@ -30,16 +32,16 @@ def test_what_cannot_be_evaluated_is_refused_by_name(shared, tmp_path):
         read_usable(EvalOptions(data=str(tmp_path / "gone.json")), needs="gold")
     with pytest.raises(ValueError, match="no data"):
         read_usable(EvalOptions(), needs="gold")
-    for flags, message in (
+    for given, message in (
         ([], "no model"),
         (["--model=a", "--predictions=b"], "model is a and predictions b; answers come from one of them"),
-        (["--model=a", "--bench=coco"], "bench is 'coco'; it must be one of , mig, refcoco"),
+        (["--model=a", "--bench=coco"], "bench is 'coco'; it must be one of mig, refcoco"),
         (["--model=a", "--answer_format=json"], "answer_format is 'json'; it must be one of auto, think"),
         (["--model=a", "--eval_batch_size=0"], "eval_batch_size is 0; it must be at least 1"),
         (["--model=a", "--resamples=-1"], "resamples is -1; it must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            main(flags)
+            main(given)
 
 
 def test_chats_without_a_box_are_no_benchmark(tmp_path):
@@ -145,18 +147,19 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
     ):
         with pytest.raises(ValueError, match=rf"eval holds the answers of another evaluation \(other: {named}\)"):
             evaluate(eval_options(newborn, record_file, **changes), Ranks())
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in newborn.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    other = tmp_path / "model"
+    shutil.copytree(newborn, other)
+    evaluate(eval_options(other, record_file), Ranks())
+    assert len(decoded) == 1, "the same model, wherever it lies"
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors")
     with pytest.raises(ValueError, match=r"\(other: model\)\. Name another .* --overwrite_output_dir true"):
-        evaluate(eval_options(copy, record_file), Ranks())
+        evaluate(eval_options(other, record_file), Ranks())
     assert len(decoded) == 1
-    evaluate(eval_options(copy, record_file, overwrite_output_dir=True, pictures=0), Ranks())
+    evaluate(eval_options(other, record_file, overwrite_output_dir=True, pictures=0), Ranks())
     assert len(decoded) == 2 and "an earlier evaluation is removed" in caplog.text
-    (copy / "model.safetensors").touch()  # trained on, under the same path
     with pytest.raises(ValueError, match=r"\(other: model\)"):
-        evaluate(eval_options(copy, record_file), Ranks())
+        evaluate(options, Ranks())
 
 
 def test_two_processes_that_are_killed_go_on(newborn, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from boxgrpo.trainer.benches import BENCHES
 from boxgrpo.trainer.evaluator import main
@@ -98,3 +99,38 @@ def test_predictions_leave_a_page_where_they_are_told_to(record_file, tmp_path, 
     (tmp_path / "answers.json").write_text(json.dumps(["other"] * 7))
     with pytest.raises(ValueError, match=r"\(other: predictions\)"):
         main(flags)
+
+
+def test_the_files_of_refcoco_are_its_columns(tmp_path, capsys):
+    """Pixels and both forms of record; the split is the file's name. The answers follow the files' order."""
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
+    found = {"image": "a.jpg", "problem": "Where?", "solution": [20, 10, 100, 50]}
+    other = {"image": "a.jpg", "width": 200, "height": 100, "expression": "the cup", "bbox": [20, 10, 80, 40]}
+    files = {"refcoco_val.json": [found] * 4, "refcocop_testA.json": [other] * 2, "refcocog_test.json": [other, found]}
+    for name, records in files.items():
+        (tmp_path / name).write_text(json.dumps(records))
+    right, wrong = "(100, 100), (500, 500)", "(0, 0), (10, 10)"
+    (tmp_path / "answers.json").write_text(json.dumps([right, right, right, wrong, right, wrong, wrong, wrong]))
+    data = ["--data", *(str(tmp_path / name) for name in files)]
+    flags = ["--bench=refcoco", *data, f"--predictions={tmp_path / 'answers.json'}"]
+    main([*flags, "--json=-"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["tasks"] == {"refcoco_val": 75.0, "refcoco+_testA": 50.0, "refcocog_test": 0.0}
+    main([*flags, f"--output_dir={tmp_path / 'out'}"])
+    assert (
+        "| answers | this run | 75.00 | – | – | – | 50.00 | – | – | 0.00 | – |"
+        in (tmp_path / "out/table.md").read_text()
+    )
+
+
+def test_a_video_is_asked_for_its_third_frame(tmp_path, capsys):
+    """ReasonVOS: the box of the third frame, in its pixels; one task, one column of Table 2."""
+    for n in range(6):
+        Image.new("RGB", (100 + 100 * n, 100)).save(tmp_path / f"{n}.jpg")
+    boxes = [f"[{10 * n}, 10, {10 * n + 30}, 50]" for n in range(6)]
+    record = {"image_list": [f"{n}.jpg" for n in range(6)], "question": "What moves?", "bbox_list": boxes}
+    (tmp_path / "ReasonVOS_eval.json").write_text(json.dumps([record]))
+    (tmp_path / "answers.json").write_text(json.dumps(["<think></think><answer>(67, 100), (167, 500)</answer>"]))
+    flags = ["--bench=reasonvos", f"--data={tmp_path / 'ReasonVOS_eval.json'}"]
+    main([*flags, f"--predictions={tmp_path / 'answers.json'}", "--json=-"])
+    assert json.loads(capsys.readouterr().out)["tasks"] == {"reasonvos": 100.0}

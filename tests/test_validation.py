@@ -20,6 +20,7 @@ from boxgrpo.trainer.evaluator import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.processing import Processor
 from boxgrpo.trainer.ranks import Ranks
+from boxgrpo.trainer.reporter import claim_output_dir
 from boxgrpo.trainer.spans import seconds, span
 from boxgrpo.trainer.validation import Validation
 from runs import ROOT, finish, grpo_options, lines, start, told
@@ -190,13 +191,22 @@ def test_a_run_that_is_stopped_where_an_evaluation_is_due_does_it_later(world):
     assert (world / "sft_stopped/best/config.json").exists()
 
 
-def test_a_run_that_begins_anew_forgets_the_earlier_best(world, scored):
-    scored(0.5, 0.25)
+def test_a_run_that_begins_anew_forgets_the_earlier_best_and_touches_no_other(world, scored):
+    scored(0.5)
     options = evaluated(world, "anew", max_steps=1)
+    folder = world / "anew"
     grpo.train(options, Ranks())
-    grpo.train(dataclasses.replace(options, overwrite_output_dir=True, seed=1), Ranks())
-    assert json.loads((world / "anew/best/scores.json").read_text())["accuracy_at_0.5"] == 0.25
-    shutil.rmtree(world / "anew")
+    for left in folder.iterdir():
+        if left.name != "best":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with pytest.raises(ValueError, match="anew already holds a run"):
+        claim_output_dir(options, Ranks())
+    claim_output_dir(dataclasses.replace(options, resume="auto"), Ranks())  # killed before its first checkpoint
+    assert not (folder / "best").exists()
+    (folder / "best").mkdir()  # somebody's, of whatever
+    for resume in ("", "auto"):
+        with pytest.raises(ValueError, match="anew already holds a run"):
+            claim_output_dir(dataclasses.replace(options, resume=resume), Ranks())
 
 
 def test_adapters_are_merged_into_the_best(world, scored):

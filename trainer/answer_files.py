@@ -23,12 +23,6 @@ IDENTITY = "evaluation.json"
 MADE = ("answers/rank*.jsonl", "results.json", "table.md", "report.html", IDENTITY)
 
 
-def model_identity(folder: str | os.PathLike) -> list:
-    """Where a checkpoint lies, and size and time of its files: other weights under the same path are another model."""
-    files = [p for pattern in ("config.json", "*.safetensors") for p in sorted(Path(folder).glob(pattern))]
-    return [str(Path(folder).resolve()), *([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
-
-
 def questions_identity(examples: Sequence[Example]) -> str:
     """SHA-256 of all that a model is asked and judged by."""
     digest = hashlib.sha256()

@@ -62,8 +62,8 @@ def _refcoco_task(example: Example) -> str:
 
 def _lisa_task(example: Example) -> str:
     """`lisa_val` or `lisa_test`, by the record's task or its file's name."""
-    found = re.search("(?<!e)val|test", example.task) or re.search("(?<!e)val|test", _file(example))
-    return f"lisa_{found[0]}" if found else "lisa"
+    found = re.findall("(?<!e)val|test", f"{_file(example)} {example.task}")
+    return f"lisa_{found[-1]}" if found else "lisa"
 
 
 def _named(task: str) -> Callable[[Example], str]:

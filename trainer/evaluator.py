@@ -17,20 +17,20 @@ import hashlib
 import importlib
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.trainer.answer_files import AnswerFiles, model_identity, questions_identity, write_whole
+from boxgrpo.trainer.answer_files import AnswerFiles, questions_identity, write_whole
 from boxgrpo.trainer.answering import answer
 from boxgrpo.trainer.benches import BENCHES, Bench
-from boxgrpo.trainer.common import chosen_dtype, read_usable
+from boxgrpo.trainer.checkpoints import fingerprint
+from boxgrpo.trainer.common import chosen_dtype, read_usable, sources
 from boxgrpo.trainer.images import load_image
 from boxgrpo.trainer.options import EvalOptions, parse, validate_evaluator
 from boxgrpo.trainer.pictures import annotate
 from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.ranks import Ranks, ranks
+from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.readers import Example, Fault
 from boxgrpo.trainer.report_html import page
 from boxgrpo.trainer.score_tables import markdown, one_number, percentages, table
@@ -95,7 +95,7 @@ def answered(
     """The model's answers by record number, those of an earlier run among them, and why other records have none."""
     how = {name: getattr(options, name) for name in ("answer_format", "min_pixels", "max_pixels", "dtype")}
     how |= {"max_completion_length": options.max_completion_length, "questions": questions_identity(examples)}
-    identity = {"model": model_identity(options.model), **how}
+    identity = {"model": fingerprint(options.model), **how}
     files = AnswerFiles(output_folder(options), identity, r, anew=options.overwrite_output_dir)
     texts = {n: files.found[n] for n in numbers if n in files.found}
     reasons = {}
@@ -147,12 +147,11 @@ def predicted(options: EvalOptions, examples: Sequence[Example], faults: Sequenc
         identity |= {"questions": questions_identity(examples), "answer_format": options.answer_format}
         AnswerFiles(folder, identity, r, anew=options.overwrite_output_dir)
     records = len(examples) + len(faults)
-    files = {e.source.rsplit("#", 1)[0] for e in examples}
-    if len(texts) != len(examples) and not (len(texts) == records and len(files) == 1):
+    whole = [count for _, count, _ in sources(options.data)] == [None]  # one file, and all of it
+    if len(texts) != len(examples) and not (whole and len(texts) == records):
         raise ValueError(
-            f"{path} holds {len(texts)} answers; {' '.join(options.data)} has {records} records, of which "
-            f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in their "
-            "order."
+            f"{path} holds {len(texts)} answers; {', '.join(options.data)} has {records} records, of which "
+            f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in order."
         )
     if len(texts) == len(examples):
         return texts
@@ -250,7 +249,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"evaluator.py: {error}")
+    run_as_script(main, "evaluator.py")

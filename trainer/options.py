@@ -14,8 +14,8 @@ from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 
 from .schemas import SCHEMAS
 
-BENCHES = ("", "mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
-FORMATS = ("auto", *ANSWER_FORMATS, "pixels")
+BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
+BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels")  # of boxes; ANSWER_FORMATS are those that the kernels read
 
 
 def option(default, help: str):
@@ -145,10 +145,11 @@ class GrpoOptions(DataOptions):
 class EvalOptions(InputOptions):
     """Score a checkpoint on a benchmark by greedy decoding, or answers that were made elsewhere."""
 
-    bench: str = option("", f"{', '.join(filter(None, BENCHES))}; empty: any records with gold boxes.")
+    bench: str = option("", f"{', '.join(BENCHES)}; empty: any records with gold boxes.")
     predictions: str = option("", "JSON list of answers in the records' order, to be scored without a model.")
     answer_format: str = option(
-        "auto", f"How the model is asked for boxes and writes them: {', '.join(FORMATS)}; auto: as each record says."
+        "auto",
+        f"How a model is asked for boxes and writes them: {', '.join(BOX_FORMATS)}; auto: by the record.",
     )
     output_dir: str = option("", "Folder for answers, results and page; empty: out/eval, or none with --predictions.")
     overwrite_output_dir: bool = option(False, "Begin anew in a folder that holds another evaluation's answers.")
@@ -353,8 +354,8 @@ def validate_evaluator(o: EvalOptions) -> None:
         raise ValueError(
             f"model is {o.model} and predictions {o.predictions}; answers come from one of them. Leave one out."
         )
-    _one_of("bench", o.bench, BENCHES)
-    _one_of("answer_format", o.answer_format, FORMATS)
+    _one_of("bench", o.bench or "mig", BENCHES)
+    _one_of("answer_format", o.answer_format, BOX_FORMATS)
     _at_least_one(o, "eval_batch_size", "max_completion_length")
     _at_least_zero(o, "limit", "resamples", "seed", "pictures", "cases")
 

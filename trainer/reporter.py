@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 OPTIONS = "options.yaml"
+BEST = "best"  # folder of the best checkpoint of a run that evaluates, and in it
+SCORES = "scores.json"
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would steer the terminal
 
 
@@ -36,7 +38,9 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
     folder = Path(options.output_dir)
     held = [*folder.glob("[!.]*.safetensors*"), folder / "adapter"]
     if options.resume != "auto":  # killed before its first checkpoint, a run leaves lines, and begins anew
-        held += [*folder.glob("checkpoint-*"), folder / "best", folder / "tensorboard", folder / METRICS]
+        held += [*folder.glob("checkpoint-*"), folder / "tensorboard", folder / METRICS]
+    if options.resume != "auto" or not (folder / BEST / SCORES).exists():  # else that run's own
+        held.append(folder / BEST)
     taken = ranks.gather(any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held))[0]
     if taken and not options.overwrite_output_dir and not goes_on_in(folder, found):
         raise ValueError(
@@ -85,7 +89,7 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
                 cut(folder / METRICS, metrics_bytes)
         else:
             (folder / METRICS).unlink(missing_ok=True)
-            for pattern in ("tensorboard", "adapter", "checkpoint-[0-9]*", ".checkpoint-*.part", "best", ".best.*"):
+            for pattern in ("tensorboard", "adapter", "checkpoint-[0-9]*", ".checkpoint-*.part", BEST, f".{BEST}.*"):
                 for stale in sorted(folder.glob(pattern)):
                     shutil.rmtree(stale, ignore_errors=True)
         (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))

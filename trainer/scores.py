@@ -5,17 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
 
-from .images import load_image
-from .options import FORMATS
-from .readers import Example
+from .example import Example, Refused, image_size
+from .options import BOX_FORMATS
 
 LEVEL = 0.95  # of the intervals
 AT_ONCE = 4_000_000  # resampled values in memory
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: shown with width and height swapped
 
 
 def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str = "auto") -> list[dict]:
@@ -34,9 +31,9 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
     """
     if len(texts) != len(examples):
         raise ValueError(f"{len(texts)} answers for {len(examples)} usable records; there must be one each, in order.")
-    if answer_format not in FORMATS:
+    if answer_format not in BOX_FORMATS:
         raise ValueError(
-            f"answer_format is {answer_format!r}; it must be one of {', '.join(FORMATS)}. Change --answer_format."
+            f"answer_format is {answer_format!r}; it must be one of {', '.join(BOX_FORMATS)}. Change --answer_format."
         )
     text, offsets = pack_texts([text.encode(errors="replace") for text in texts])
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
@@ -46,8 +43,7 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
     read = grounding_rewards(text, offsets, gold.float(), answer_format=formats)
     boxes = read.boxes.double()
     if answer_format == "pixels":
-        sizes = torch.tensor([upright_size(e.images[e.target_image]) * 2 for e in examples], dtype=torch.float64)
-        boxes = 1000 * boxes / sizes.view(-1, 4)
+        boxes = 1000 * boxes / torch.tensor([_size(e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
     # Once more in fp64: rounded to fp32, an IoU a hair above a threshold would stand on it.
     columns = (c.tolist() for c in (box_iou(boxes, gold), read.format, boxes, read.found))
     return [
@@ -66,15 +62,12 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
     ]
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height in pixels of an image as it is meant to be seen; only its header is read where that tells."""
+def _size(example: Example) -> tuple[int, int]:
+    """Width and height of the target image in pixels."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return load_image(path).size  # which says what is wrong with it
-    return (height, width) if turned else (width, height)
+        return image_size(example.images[example.target_image])
+    except Refused as refused:
+        raise ValueError(f"{example.source}: {refused}") from refused
 
 
 def measures(iou: np.ndarray) -> dict[str, np.ndarray]:

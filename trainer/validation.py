@@ -18,14 +18,11 @@ from .common import read_usable, save_pretrained
 from .options import DataOptions
 from .processing import Processor
 from .ranks import Ranks
-from .reporter import Reporter
+from .reporter import BEST, SCORES, Reporter
 from .scores import grade_texts, summarize
 from .spans import unclocked
 
 log = logging.getLogger(__name__)
-
-BEST = "best"
-SCORES = "scores.json"
 
 
 class Validation:
