@@ -72,6 +72,7 @@ def test_predictions_are_for_all_records_or_for_the_usable_ones(shared, predicti
     ("content", "message"),
     [
         ("[1", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ('{"a": 1}', "holds a JSON dict; it must be a list of answer strings"),
         ('["a", null]', "answer 1 is None; it must be a string"),
         (None, "there is no such file"),

@@ -25,7 +25,7 @@ from boxgrpo.trainer.answer_files import AnswerFiles, questions_identity, write_
 from boxgrpo.trainer.answering import answer
 from boxgrpo.trainer.benches import BENCHES, Bench
 from boxgrpo.trainer.checkpoints import fingerprint
-from boxgrpo.trainer.common import chosen_dtype, read_usable, sources
+from boxgrpo.trainer.common import chosen_dtype, read_usable
 from boxgrpo.trainer.images import load_image
 from boxgrpo.trainer.options import EvalOptions, parse, validate_evaluator
 from boxgrpo.trainer.pictures import annotate
@@ -135,24 +135,24 @@ def predicted(options: EvalOptions, examples: Sequence[Example], faults: Sequenc
         raise ValueError(f"predictions is {path}; there is no such file. Correct --predictions.")
     try:
         texts = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}). Write a list of answer strings.") from error
     if not isinstance(texts, list):
         raise ValueError(f"{path} holds a JSON {type(texts).__name__}; it must be a list of answer strings.")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{path}: answer {i} is {text!r:.80}; it must be a string. Write '' where there is none.")
-    if folder := output_folder(options):
-        identity = {"predictions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
-        identity |= {"questions": questions_identity(examples), "answer_format": options.answer_format}
-        AnswerFiles(folder, identity, r, anew=options.overwrite_output_dir)
     records = len(examples) + len(faults)
-    whole = [count for _, count, _ in sources(options.data)] == [None]  # one file, and all of it
+    whole = len(options.data) == 1 and Path(options.data[0]).is_file()  # not a part of it, as file.json#7000
     if len(texts) != len(examples) and not (whole and len(texts) == records):
         raise ValueError(
             f"{path} holds {len(texts)} answers; {', '.join(options.data)} has {records} records, of which "
             f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in order."
         )
+    if folder := output_folder(options):
+        identity = {"predictions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+        identity |= {"questions": questions_identity(examples), "answer_format": options.answer_format}
+        AnswerFiles(folder, identity, r, anew=options.overwrite_output_dir)
     if len(texts) == len(examples):
         return texts
     return [texts[int(e.source.rsplit("#", 1)[1])] for e in examples]

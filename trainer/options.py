@@ -354,7 +354,8 @@ def validate_evaluator(o: EvalOptions) -> None:
         raise ValueError(
             f"model is {o.model} and predictions {o.predictions}; answers come from one of them. Leave one out."
         )
-    _one_of("bench", o.bench or "mig", BENCHES)
+    if o.bench:
+        _one_of("bench", o.bench, BENCHES)
     _one_of("answer_format", o.answer_format, BOX_FORMATS)
     _at_least_one(o, "eval_batch_size", "max_completion_length")
     _at_least_zero(o, "limit", "resamples", "seed", "pictures", "cases")
