@@ -3,18 +3,21 @@
 import statistics
 from collections.abc import Sequence
 
-from boxgrpo.bench.published import ABLATION, COLUMNS
+from boxgrpo.trainer.benches import BENCHES
+from boxgrpo.trainer.published import DIFFICULTY_FUNCTIONS, STAGES
 
-LABELS = {
-    "base": "the model that all start from",
-    "pure_rl": "pure RL",
-    "sft": "SFT on coordinates",
-    "cot_sft": "CoT-SFT",
-    "continued_cot_sft": "continued CoT-SFT",
-    "grpo": "GRPO",
-    "grpo_log": "GRPO-Difficulty, −log(mIoU)",
-    "grpo_power": "GRPO-Difficulty, (1 − mIoU)²",
-    "grpo_exp": "GRPO-Difficulty, exp(1 − mIoU)",
+PAPER = STAGES.rows | DIFFICULTY_FUNCTIONS.rows
+COLUMNS = BENCHES["mig"].columns
+METHODS = {  # recipe: row of Table 4, or T5; what it is called here; and in the paper
+    "base": ("1", "the model that all start from", "Qwen2-VL-7B"),
+    "pure_rl": ("2", "pure RL", "Pure RL (21k)"),
+    "sft": ("4", "SFT on coordinates", "SFT (90k)"),
+    "cot_sft": ("5", "CoT-SFT", "CoT-SFT (90k)"),
+    "continued_cot_sft": ("6", "continued CoT-SFT", "CoT-SFT (10k)"),
+    "grpo": ("7", "GRPO", "GRPO (10k)"),
+    "grpo_log": ("T5", "GRPO-Difficulty, −log(mIoU)", "GRPO-Difficulty, log"),
+    "grpo_power": ("T5", "GRPO-Difficulty, (1 − mIoU)²", "GRPO-Difficulty, power"),
+    "grpo_exp": ("8", "GRPO-Difficulty, exp(1 − mIoU)", "GRPO-Difficulty, exp"),
 }
 FROM = {"pure_rl": "base", "sft": "base", "cot_sft": "base"}  # the others: cot_sft
 
@@ -30,7 +33,12 @@ def _by_seed(runs: Sequence[dict], method: str) -> dict[int, dict]:
 
 
 def _methods(runs: Sequence[dict]) -> list[str]:
-    return [name for name in ABLATION if _by_seed(runs, name)]
+    return [name for name in METHODS if _by_seed(runs, name)]
+
+
+def _published(method: str) -> tuple[float, ...]:
+    """The paper's numbers, the average last."""
+    return PAPER[METHODS[method][2]]
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -42,18 +50,18 @@ def summary(runs: Sequence[dict]) -> str:
     """A row a method: Acc@0.5, what it adds to its start (the same seed's), and both in the paper."""
     rows = []
     for name in _methods(runs):
-        mine, (row, _, paper) = _by_seed(runs, name), ABLATION[name]
+        mine, (row, label, _), paper = _by_seed(runs, name), METHODS[name], _published(name)[-1]
         added = ["", ""]
         if name != "base":
             start = FROM.get(name, "cot_sft")
             before = _by_seed(runs, start)
             gained = [run["scores"]["mean"] - before[seed]["scores"]["mean"] for seed, run in mine.items()]
-            added = [spread(gained, "+"), f"{paper - ABLATION[start][2]:+.2f}"]
+            added = [spread(gained, "+"), f"{paper - _published(start)[-1]:+.2f}"]
         seconds = [run["seconds"] for run in mine.values() if "seconds" in run]
         rows.append(
             [
                 row,
-                LABELS[name],
+                label,
                 spread([run["scores"]["mean"] for run in mine.values()]),
                 added[0],
                 spread([run["scores"]["format"] for run in mine.values()]),
@@ -71,9 +79,9 @@ def per_task(runs: Sequence[dict]) -> str:
     rows = []
     for name in _methods(runs):
         scores = [run["scores"] for run in _by_seed(runs, name).values()]
-        row, tasks, average = ABLATION[name]
-        rows.append([row, LABELS[name], *(spread([s[task] for s in scores]) for task in (*COLUMNS, "mean"))])
-        rows.append(["", "paper", *(f"{value:.2f}" for value in (*tasks, average))])
+        row, label, _ = METHODS[name]
+        rows.append([row, label, *(spread([s[task] for s in scores]) for task in (*COLUMNS, "mean"))])
+        rows.append(["", "paper", *(f"{value:.2f}" for value in _published(name))])
     return _markdown(["No.", "method", *COLUMNS.values(), "AVG"], rows)
 
 
@@ -83,7 +91,7 @@ def per_level(runs: Sequence[dict]) -> str:
     rows = []
     for name in _methods(runs):
         scores = [run["scores"] for run in _by_seed(runs, name).values()]
-        rows.append([LABELS[name], *(spread([s[level] for s in scores]) for level in levels)])
+        rows.append([METHODS[name][1], *(spread([s[level] for s in scores]) for level in levels)])
     return _markdown(["method", *levels], rows)
 
 

@@ -7,8 +7,7 @@ from PIL import Image
 
 from boxgrpo.bench import ablation
 from boxgrpo.bench.ablation_curves import binned, plot
-from boxgrpo.bench.ablation_report import per_level, per_task, report, spread, summary
-from boxgrpo.bench.published import ABLATION, COLUMNS
+from boxgrpo.bench.ablation_report import COLUMNS, METHODS, PAPER, per_level, per_task, report, spread, summary
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.pictures import DIFFICULTY, REWARDS
 from boxgrpo.trainer.scenes import TASKS
@@ -32,11 +31,12 @@ RUNS = [
 ]
 
 
-def test_every_task_has_a_column_and_every_row_the_average_that_the_paper_prints():
-    assert set(COLUMNS) == set(TASKS) and set(ABLATION) == {"base", *ablation.METHODS}
-    for _, tasks, average in ABLATION.values():
-        assert len(tasks) == len(COLUMNS)
-        assert sum(tasks) / len(tasks) == pytest.approx(average, abs=0.03)  # it prints 67.30 for 67.33
+def test_every_drawn_task_has_a_column_and_every_method_its_row_in_the_paper():
+    assert set(COLUMNS) == set(TASKS) and list(METHODS) == ["base", *ablation.METHODS]
+    twice = {"GRPO", "GRPO-Difficulty (10k)"}  # rows of Table 4 and of Table 5
+    assert {row for *_, row in METHODS.values()} == PAPER.keys() - twice - {"CoT-SFT (21k)"}
+    assert PAPER["GRPO"] == PAPER["GRPO (10k)"]
+    assert PAPER["GRPO-Difficulty (10k)"] == PAPER["GRPO-Difficulty, exp"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_papers_row_stands_under_ours_task_by_task():
     assert rows[0] == ["No.", "method", *COLUMNS.values(), "AVG"]
     ours, paper = rows[4:6]
     assert ours[:3] == ["4", "SFT on coordinates", "30.0"] and ours[2 + [*COLUMNS].index("reasoning")] == "12.3"
-    assert paper == ["paper", *(f"{v:.2f}" for v in (*ABLATION["sft"][1], ABLATION["sft"][2]))]
+    assert paper == ["paper", *(f"{v:.2f}" for v in PAPER["SFT (90k)"])]
     assert per_level(runs).splitlines()[0] == "| method | level 0 | level 1 |"
     assert "| GRPO | 50.0 ± 0.0 | 25.0 ± 0.0 |" in per_level(runs)
 
@@ -135,7 +135,19 @@ def test_a_run_that_has_ended_is_not_repeated(ended, monkeypatch):
     monkeypatch.setattr(demo, "torchrun", lambda *a: launched.append(a))  # nothing here is to be trained
     first = ended()
     assert ended() == first and len(launched) == 1
-    assert first["settings"]["train_batch_size"] == 24 and first["settings"]["world"] == {"seed": 0}
+    assert first["settings"]["train_batch_size"] == 24
+    assert (first["settings"]["world"], first["settings"]["data"]) == ({"seed": 0}, "coordinates.json")
+
+
+def test_scores_are_kept_for_the_same_model_and_questions_only(tmp_path, newborn):
+    world = ablation.draw(tmp_path, 0, cold_start=0, train=0, held_out=10)
+    scored = ablation.score(world, "held_out", newborn, tmp_path / "scored")
+    evaluated = (tmp_path / "scored/eval/results.json").stat().st_mtime_ns
+    assert set(scored) >= {"mean", *TASKS, "level 0", "format"}
+    assert ablation.score(world, "held_out", newborn, tmp_path / "scored") == scored
+    assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns == evaluated
+    ablation.score(world, "held_out_coordinates", newborn, tmp_path / "scored")
+    assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns > evaluated
 
 
 @pytest.mark.parametrize("change", ["seed", "steps", "weights"])
