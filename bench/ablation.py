@@ -26,6 +26,7 @@ from boxgrpo.bench.ablation_curves import binned, plot
 from boxgrpo.bench.ablation_report import report, summary
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.trainer import demo
+from boxgrpo.trainer.answer_files import write_whole
 from boxgrpo.trainer.evaluator import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, option, parse
 from boxgrpo.trainer.processing import BOX_PREFIX, THINK_SUFFIX
@@ -109,10 +110,11 @@ def draw(root: Path, seed: int, **scenes: int) -> Path:
 
 
 def origin(model: Path, data: Path) -> dict:
-    """What a run or a score was made of: the weights by their checksum, and the world."""
+    """What a run or a score was made of: the weights by their checksum, the world and its file."""
     with (model / "model.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"weights": weights[:16], "world": json.loads((data.parent / "world.json").read_text())}
+    world = json.loads((data.parent / "world.json").read_text())
+    return {"weights": weights[:16], "world": world, "data": data.name}
 
 
 def train(o: AblationOptions, recipe: str, method: Method, path: Path, model: Path, data: Path, seed: int) -> dict:
@@ -137,7 +139,7 @@ def train(o: AblationOptions, recipe: str, method: Method, path: Path, model: Pa
     started, found = time.perf_counter(), machine()
     demo.torchrun(method.script, demo.DemoOptions(processes=o.processes), [*flags, "--overwrite_output_dir=true"])
     ended = {"seconds": round(time.perf_counter() - started, 1), "revision": found["revision"], "settings": settings}
-    (path / ENDED).write_text(json.dumps(ended, indent=1) + "\n")
+    write_whole(path / ENDED, json.dumps(ended, indent=1) + "\n")
     return ended
 
 
@@ -174,7 +176,7 @@ def score(world: Path, held_out: str, model: Path, path: Path) -> dict:
     hits = {n: [a["iou"] > 0.5 for a in answers if level[a["id"]] == n] for n in LEVELS}
     scores = demo.flat(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in hits.items()}
     scores |= {name: found[name] for name in ("format", "mean_iou")}
-    (path / SCORES).write_text(json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
+    write_whole(path / SCORES, json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
     return scores
 
 
@@ -182,7 +184,6 @@ def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
     """One record for each run of the seed, the base first."""
     root = Path(o.output_dir) / str(seed)
     world = draw(root, seed, cold_start=o.cold_start, train=o.train, held_out=o.held_out)
-    (root / "base").mkdir(exist_ok=True)
     yield {"seed": seed, "method": "base", "scores": score(world, "held_out", base, root / "base")}
     for name in chosen(o):
         method, path = METHODS[name], root / name
