@@ -167,7 +167,7 @@ def test_workers_end_with_the_run(tmp_path, how):
         os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the workers, too
     else:
         run.kill()
-    _, errors = run.communicate(timeout=20)  # ends when the last worker has let go of the pipes
+    _, errors = run.communicate(timeout=60)  # ends when the last worker has let go of the pipes
     assert run.returncode == (-signal.SIGKILL if how == "kill" else -signal.SIGINT)
     assert how == "kill" or b"KeyboardInterrupt" in errors
 
