@@ -65,7 +65,7 @@ def write_records(path: Path, count: int) -> None:
         for i in range(count):
             turns = []
             for turn in range(draw.randint(1, 3)):
-                turns.append({"from": "human", "value": words(draw.randint(25, 45))})
+                turns.append({"from": "human", "value": words(draw.randint(35, 65))})
                 answer = f"{words(draw.randint(8, 25))} {box(inverted=turn == 0 and i % 10_000 == 7)}"
                 turns.append({"from": "gpt", "value": answer})
             images = [f"mgrounding/part_{i % 97:03d}/{i:07d}_{k}.jpg" for k in range(draw.randint(2, 6))]

@@ -11,6 +11,7 @@ import pytest
 
 from boxgrpo.trainer import readers
 from boxgrpo.trainer.common import read_usable
+from boxgrpo.trainer.example import Place
 from boxgrpo.trainer.readers import most_images, plain_text, read_examples
 from boxgrpo.trainer.records import scan
 
@@ -207,6 +208,32 @@ def test_image_paths_stay_under_the_image_root(write, tmp_path):
     examples, faults = read_examples(write(records), image_root=tmp_path / "root")
     assert [e.images for e in examples] == [(str(tmp_path / "root/a.png"),)]
     assert [f.reason for f in faults] == ["image_outside_root"] * 4 and "../secret.png" in faults[0].message
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "a.png",
+        "x/y/z.png",
+        "x y/ä.png",
+        ".a",
+        "x/.a",
+        "./a",
+        "x/../a",
+        "x//a",
+        "x/",
+        "/a",
+        "//a",
+        "..",
+        "x/..",
+        "a..",
+        "x\\..\\a",
+    ],
+)
+def test_every_spelling_of_a_path_is_resolved_alike(image):
+    """A short way leads round the resolving of plain ones."""
+    for root in ("/data/images", "/"):
+        assert Place(root, bounded=False).path(image) == os.path.abspath(os.path.join(root, image))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from PIL import Image
 from .images import upright_size
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # a path below: no part is empty or begins with a dot
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Place:
     def path(self, image: object) -> str:
         if not isinstance(image, str) or not image or "\0" in image:
             raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
+        if _PLAIN.fullmatch(image):  # nothing to resolve, and eight times as fast: a file may name millions
+            return os.path.join(self.root, image)
         # Lexical on purpose: a link inside the root was put there by its owner, a ".." by whoever wrote the record.
         full = os.path.abspath(os.path.join(self.root, image))
         if self.bounded and os.path.commonpath([self.root, full]) != self.root:

@@ -43,8 +43,9 @@ class Format:
     label: str  # of the file, in `Example.source`
     stem: str
 
-    def read(self, record: dict, number: int) -> Example:
-        return parse(record, self.schema, self.place, name=f"{self.stem}-{number}", source=f"{self.label}#{number}")
+    def read(self, record: dict, number: int, *, scanned: bool = False) -> Example:
+        told = {"name": f"{self.stem}-{number}", "source": f"{self.label}#{number}"}
+        return parse(record, self.schema, self.place, **told, scanned=scanned)
 
 
 class Examples(Sequence):
@@ -171,7 +172,7 @@ def _looked_through(path: Path, schema: str, place: Place) -> _Scanned:
     faults, good, spans = [], array("q"), array("q")
     for number, row in itertools.chain(head, rows):
         try:
-            example = form.read(_record(row), number)
+            example = form.read(_record(row), number, scanned=True)
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
             continue

@@ -15,7 +15,7 @@ import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Example, Place, Refused, checked_box, is_numbers, pixel_box, resolve_images, text_of
+from .example import Box, Example, Place, Refused, checked_box, is_numbers, pixel_box, resolve_images, text_of
 
 FRAMES, ASKED_FRAME = 6, 2  # of a video; the box is asked for in the third
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -37,8 +37,10 @@ class Schema:
     parse: Callable[[dict, Place], dict]
 
 
-def parse(record: dict, schema: str, place: Place, *, name: str, source: str) -> Example:
+def parse(record: dict, schema: str, place: Place, *, name: str, source: str, scanned: bool = False) -> Example:
     """The record as an example; `name` is its id where it has none.
+
+    `scanned`: only looked at for what it has, so its target image is not worked out of the question's wording.
 
     Raises:
         Refused: it breaks a rule.
@@ -49,7 +51,7 @@ def parse(record: dict, schema: str, place: Place, *, name: str, source: str) ->
     task = record.get("task") or record.get("type") or "grounding"
     fields = {"id": str(record.get("id", name)), "task": str(task), "answer_format": answer_format}
     fields |= SCHEMAS[schema].parse(record, place)
-    if "target_image" not in fields:
+    if "target_image" not in fields and (not scanned or "target_image" in record):
         fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
     return Example(source=source, **fields)
 
@@ -122,20 +124,21 @@ def _parse_chat(record: dict, place: Place) -> dict:
 def _parse_mgrounding(record: dict, place: Place) -> dict:
     """A chat of MGrounding-630k: several turns, boxes between marks. The gold box is the first answer's only one."""
     turns = _turns(record)
-    boxes = [
-        checked_box([int(value) for value in found], what="box")
-        for role, text in turns
-        if role == "assistant"
-        for found in _MARKED.findall(text)
-    ]
-    alone = _MARKED.findall(turns[1][1])
-    gold = boxes[0] if len(alone) == 1 else None
+    boxes = [[_marked_box(found) for found in _MARKED.findall(text)] for _, text in turns[1::2]]
+    gold = boxes[0][0] if len(boxes[0]) == 1 else None
     return {
         "images": resolve_images(record.get("images"), place),
         "question": turns[0][1],
         "turns": turns,
         "gold": gold,
     }
+
+
+def _marked_box(found: tuple[str, ...]) -> Box:
+    x1, y1, x2, y2 = box = [int(value) for value in found]
+    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:
+        return float(x1), float(y1), float(x2), float(y2)
+    return checked_box(box, what="box")
 
 
 def _parse_refcoco(record: dict, place: Place) -> dict:
