@@ -1,0 +1,30 @@
+"""The data benchmark on a small file, and the README's figures of the large one."""
+
+import json
+from pathlib import Path
+
+from boxgrpo.bench import bench_data
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_small_file_is_scanned_once_and_opened_from_then_on(tmp_path, capsys):
+    """20,000 records are enough for a scan to be kept; both readings go on at the same place."""
+    bench_data.main(["--records=20000", "--repeats=1", f"--json={tmp_path / 'data.json'}"])
+    found = json.loads((tmp_path / "data.json").read_text())
+    (scan,), (opened,) = (found["readings"][kind] for kind in ("scan", "open"))
+    assert scan["records"] == opened["records"] == 19_998 and scan["faulty"] == opened["faulty"] == 2
+    assert found["same_order"] and opened["open_s"] < scan["open_s"] / 4
+    assert "20000 records" in capsys.readouterr().out
+
+
+def test_the_readme_tells_what_was_recorded():
+    found = json.loads((ROOT / "bench/results/cpu/data.json").read_text())
+    assert found["options"]["records"] == 630_000 and found["same_order"]
+    assert found["met"] == {"scan_s": True, "open_s": True, "memory_mb": True}
+    told = (
+        f"{found['options']['records']:,} records of {found['megabytes']} MB take {found['scan_s']:.1f} s, "
+        f"{found['open_s']:.2f} s from then on, and {found['memory_mb']:.0f} MB of memory (`python "
+        f"bench/bench_data.py`, {found['machine']['device']})"
+    )
+    assert told in " ".join((ROOT / "README.md").read_text().split())
