@@ -54,7 +54,9 @@ def test_a_recipe_loads_and_is_valid(method, size):
 
 def test_the_base_loads_and_is_valid():
     kind, validate = SCRIPTS[BASE.script]
-    validate(parse(kind, [f"--config={demo.RECIPES / 'base_sft_tiny.yaml'}"]), 2)
+    base = parse(kind, [f"--config={demo.RECIPES / 'base_sft_tiny.yaml'}"])
+    validate(base, 2)
+    assert not base.freeze_vision, "it is the one run in which the tower learns"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .example import Box, Fault, Place, Refused, resolve_images, text_of
+from .example import Box, Fault, Place, Refused, is_numbers, resolve_images, text_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_coco(
         within = file_name if image_root is None else os.path.join(folder, file_name)
         (resolved,) = resolve_images([within], Place.of(path, image_root))
         sides = [row.get("width"), row.get("height")]
-        if not _are_numbers(sides) or min(sides) <= 0:
+        if not is_numbers(sides) or min(sides) <= 0:
             raise Refused("bad_size", f"width and height are {sides!r:.80}; two numbers above 0 are needed.")
         images[number] = CocoImage(resolved, *map(float, sides))
 
@@ -165,7 +165,7 @@ def average_precision(
 
 
 def _xywh(box: object, image: CocoImage) -> Box:
-    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
+    if not isinstance(box, list) or len(box) != 4 or not is_numbers(box):
         raise Refused("bad_box", f"bbox is {box!r:.80}; [x, y, width, height] in pixels is needed.")
     x, y, width, height = map(float, box)
     if width <= 0 or height <= 0:
@@ -187,7 +187,3 @@ def _whole(row: dict, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise Refused(f"bad_{key}", f"{key} is {value!r:.80}; a whole number is needed.")
     return value
-
-
-def _are_numbers(values: list) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)

@@ -3,8 +3,7 @@
 import codecs
 import json
 import os
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,16 +61,6 @@ def scan(path: Path) -> Iterator[Row]:
             raise ValueError(f"{path} is not UTF-8 text ({error}). Write the file again.") from error
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}). Write the file again.") from error
-
-
-def places(path: Path, look: Callable[[int, Row], None]) -> Records:
-    """Scan the file, show each row with its number to `look`, and keep where they are."""
-    starts, stops = array("q"), array("q")
-    for number, row in enumerate(scan(path)):
-        starts.append(row.start)
-        stops.append(row.stop)
-        look(number, row)
-    return Records(path, np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64))
 
 
 def _lines(file) -> Iterator[Row]:
