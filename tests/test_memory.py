@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import SPECIAL_IDS
 
+from boxgrpo.bench.machine import RESULTS
+from boxgrpo.bench.step_cases import MODELS, make_config
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder
 from boxgrpo.model.attention import make_buckets
@@ -32,6 +34,7 @@ from boxgrpo.trainer.memory import MemoryOptions, engines, largest_pack, main, m
 from boxgrpo.trainer.options import GrpoOptions, parse
 from boxgrpo.trainer.packs import make_packs
 from boxgrpo.trainer.ranks import Ranks
+from boxgrpo.trainer.vocabulary import demo_tokenizer
 
 ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, least_packs=0)  # an engine of one rank
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
@@ -223,6 +226,26 @@ def test_the_total_is_of_the_phase_that_needs_most():
     assert layers["gathered"] == 2 * 1_050_000_000
 
 
+def test_the_total_on_a_cpu_is_what_the_step_benchmark_measured():
+    """Peak resident memory above the loaded model, the process's own buffers and fragments included."""
+    config = make_config(MODELS["44M"], demo_tokenizer(["a"]))
+    model = trained(config, device="meta")
+    recorded = json.loads((RESULTS / "cpu/step.json").read_text())["rows"]
+    for row in recorded:
+        o = MemoryOptions(gpus=1, device="cpu", dtype=row["dtype"], prompt_tokens=round(row["prompt_tokens"]))
+        o.prompts_per_step, o.max_completion_length = row["prompts"], row["tokens"]
+        found = memory(model, engines(1)[0], o)
+        counted = (found["total"] - found["weights"]) / 1e6
+        assert 0.85 < counted / row["ours_peak_mb"] <= 1.0, row["case"]
+
+
+def test_gradients_stand_beside_activations_where_a_step_has_several_packs():
+    model = trained(read("2B"), device="meta")
+    one, several = (memory(model, engines(1)[0], MemoryOptions(tokens_per_pass=n)) for n in (16384, 8192))
+    assert one["total"] - one["training"] == one["state"] + one["reference"] - one["gradients"]
+    assert several["total"] - several["training"] == several["state"] + several["reference"]
+
+
 def test_traffic():
     """Two GPUs: each receives half of what it gathers."""
     model = trained(tiny_config(160, SPECIAL_IDS), device="meta")
@@ -254,3 +277,5 @@ def test_json_and_refusals(capsys, tmp_path):
         main(["--gpus", "0"])
     with pytest.raises(ValueError, match="dtype is 'fp8'; it must be bfloat16 or float32. Change --dtype"):
         main(["--dtype", "fp8"])
+    with pytest.raises(ValueError, match="device is 'tpu'; it must be cuda or cpu. Change --device"):
+        main(["--device", "tpu"])

@@ -6,6 +6,7 @@ Formulas of our own code stand beside it and are tested against it; those of Dee
 import math
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from boxgrpo.model.qwen2vl import Qwen2VL
@@ -138,13 +139,26 @@ def activation_bytes(config, pack: Pack, size: int, *, checkpointing=False, head
 
 
 def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
-    """What the fused loss needs on a GPU while it runs: chunks of logits and gradients, the head's gradient in fp32."""
+    """What the fused loss needs while it runs: chunks of logits and gradients, the head's gradient in fp32.
+
+    Torch's twin makes gradients in the place of logits, and its backward copies the head's gradient.
+    """
+    from boxgrpo.kernels.chunks import MIB, chunk_rows
     from boxgrpo.kernels.doors_triton import GRADIENT_BYTES, LOGIT_BYTES
 
     text = config.text_config
-    logits = pack.scored * text.vocab_size
-    rounded_later = FP32 * text.hidden_size * text.vocab_size if head_trained and size < FP32 else 0
+    logits, head = pack.scored * text.vocab_size, text.hidden_size * text.vocab_size * head_trained
+    if pack.plain:
+        rows = chunk_rows(text.vocab_size, torch.float32, torch.device("cpu"), at_least=128)
+        return max(min(FP32 * rows * text.vocab_size, FP32 * logits) + 2 * MIB, size * head)
+    rounded_later = FP32 * head if size < FP32 else 0
     return min(LOGIT_BYTES, FP32 * logits) + min(GRADIENT_BYTES, size * logits) + rounded_later
+
+
+def tied_bytes(config, size: int, *, head_trained: bool) -> int:
+    """At the end of a backward pass the embedding's gradient stands beside the head's, which is of the same weight."""
+    text = config.text_config
+    return size * text.hidden_size * text.vocab_size if head_trained and config.tie_word_embeddings else 0
 
 
 def bucket_bytes(c: Counts, engine: Engine, size: int) -> int:

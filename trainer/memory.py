@@ -31,6 +31,7 @@ from boxgrpo.trainer.footprint import (
     reference_bytes,
     state_bytes,
     step_bytes,
+    tied_bytes,
     traffic,
 )
 from boxgrpo.trainer.options import GrpoOptions, option, parse
@@ -51,6 +52,7 @@ class MemoryOptions:
     engine: str = option("", "Only the engines whose name in the table begins like this; empty: all.")
     gpus: int = option(8, "GPUs that share the step.")
     dtype: str = option("bfloat16", "Of weights and activations: bfloat16 or float32.")
+    device: str = option("cuda", "cuda, or cpu: attention, norms and loss of torch, which keep more or less.")
     lora_rank: int = option(16, "Rank of the LoRA rows, on all matrices of the decoder's layers.")
     prompt_tokens: int = option(2198, "Tokens of every prompt: four images of 512 each and 150 of text.")
     prompts_per_step: int = option(GrpoOptions.prompts_per_step, "Prompts per optimizer step, over all GPUs.")
@@ -88,12 +90,16 @@ def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
     scored = completions * o.max_completion_length
     tokens = o.prompt_tokens + scored
     groups = max(1, min(prompts, o.tokens_per_pass // tokens))
-    return Pack(groups * tokens, groups * (tokens + completions * o.prompt_tokens), groups * scored)
+    keys = tokens + completions * o.prompt_tokens
+    on_cpu = o.device == "cpu"  # where completions attend through an explicit mask
+    masks = scored * (o.prompt_tokens + o.max_completion_length) * on_cpu
+    return Pack(groups * tokens, groups * keys, groups * scored, groups * masks, on_cpu)
 
 
 def memory(model: Qwen2VL, engine: Engine, o: MemoryOptions) -> dict[str, int]:
-    """Bytes per GPU. `total` is the state, the reference and what the phase with the largest need adds to them.
+    """Bytes per GPU. `total` is what the phase that needs most holds, with the state and the reference.
 
+    Our own engine drops gradients with each update: they stand beside activations only where a step has several packs.
     `*_checkpointed` are with gradient checkpointing. There the loss and a recomputed layer come one after the other.
     """
     config, size = model.config, getattr(torch, o.dtype).itemsize
@@ -108,14 +114,19 @@ def memory(model: Qwen2VL, engine: Engine, o: MemoryOptions) -> dict[str, int]:
     if engine.stage == 3:
         found["gathered"] = size * (c.trained + c.frozen) if o.ds3_gather_for_generation else live_bytes(c, size)
     found["step"] = step_bytes(c, engine, o.gpus, size)
+    held = found["state"] + found["reference"]
+    before_backward = held if engine.stage else held - found["gradients"]
+    in_one_pack = pack.scored == completions * o.max_completion_length
+    rollout = before_backward + found["cache"] + found["gathered"]
     loss = loss_bytes(config, pack, size, head_trained=c.head_trained)
     layer = layer_bytes(config.text_config, pack, size, rank)
+    last_layer = held + max(layer, tied_bytes(config, size, head_trained=c.head_trained))
     for suffix, checkpointing, beside in (("", False, loss), ("_checkpointed", True, max(loss, layer))):
         options = {"checkpointing": checkpointing, "head_trained": c.head_trained, "lora_rank": rank}
         training = activation_bytes(config, pack, size, **options) + beside + bucket_bytes(c, engine, size)
-        most = max(training, found["cache"] + found["gathered"], found["step"])
         found[f"training{suffix}"] = training
-        found[f"total{suffix}"] = found["state"] + found["reference"] + most
+        packs = training + (before_backward if in_one_pack else held)
+        found[f"total{suffix}"] = max(packs, rollout, last_layer, held + found["step"])
     return found
 
 
@@ -141,6 +152,8 @@ def check(o: MemoryOptions) -> None:
             raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
     if o.dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is {o.dtype!r}; it must be bfloat16 or float32. Change --dtype.")
+    if o.device not in ("cuda", "cpu"):
+        raise ValueError(f"device is {o.device!r}; it must be cuda or cpu. Change --device.")
     names = [e.name for e in engines(o.lora_rank)]
     if not any(name.startswith(o.engine) for name in names):
         raise ValueError(f"engine is {o.engine!r}; it must begin one of: {'; '.join(names)}. Change --engine.")
