@@ -235,6 +235,29 @@ def test_memory_that_runs_out_on_one_rank_changes_no_step(world, one, tmp_path, 
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+PLANNED = """
+import torch
+from boxgrpo.trainer import grpo, room
+
+room.free_bytes = lambda device: 13_000_000 if torch.distributed.get_rank() else 1 << 40
+grpo.main()
+"""
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_where_ranks_meet_packs_are_made_to_fit_before_any_begins(world, one, tmp_path, stage):
+    """One rank has little room: its packs shrink, the other waits for it, and the steps are the same."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(PLANNED)
+    changes = {"max_steps": 5, "rollout": "replay", "rollout_file": str(world / "stored")}
+    changes |= {"engine": "deepspeed", "zero_stage": stage}
+    said = finish(start(script, grpo_options(world, "", **changes, output_dir=str(folder))))
+    assert "WARNING memory ran out in a pack of" in said and "MB, and 13 are free); again with 105" in said
+    for a, b in zip(lines(one[0]), lines(folder), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
 def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     (tmp_path / "script.py").write_text(MEMORY)

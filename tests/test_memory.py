@@ -13,7 +13,6 @@ from boxgrpo.bench.machine import RESULTS
 from boxgrpo.bench.step_cases import MODELS, make_config
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder
-from boxgrpo.model.attention import make_buckets
 from boxgrpo.model.generate import prefill
 from boxgrpo.model.packing import Group, Prompt, pack_groups
 from boxgrpo.model.qwen2vl import Qwen2VL
@@ -21,7 +20,6 @@ from boxgrpo.model.tiny import tiny_config
 from boxgrpo.trainer.engine import Engine as Ddp
 from boxgrpo.trainer.footprint import (
     Engine,
-    Pack,
     activation_bytes,
     cache_bytes,
     count,
@@ -34,6 +32,7 @@ from boxgrpo.trainer.memory import MemoryOptions, engines, largest_pack, main, m
 from boxgrpo.trainer.options import GrpoOptions, parse
 from boxgrpo.trainer.packs import make_packs
 from boxgrpo.trainer.ranks import Ranks
+from boxgrpo.trainer.room import shape_of
 from boxgrpo.trainer.vocabulary import demo_tokenizer
 
 ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, least_packs=0)  # an engine of one rank
@@ -100,11 +99,7 @@ def test_activations_are_what_a_forward_saves(shape, checkpointing):
     config = tiny_config(vocabulary, SPECIAL_IDS, **sizes)
     model, batch = trained(config), pack_groups(groups(packed), image_token_id=IMAGE)
     model.model.gradient_checkpointing = checkpointing
-    buckets, _ = make_buckets(batch.spans, "cpu")
-    keys = sum(b.keys.numel() for b in buckets)
-    masks = sum(b.mask.numel() for b in buckets if b.mask is not None)
-    pack = Pack(len(batch.input_ids), keys, len(batch.targets), masks, plain=True)
-    counted = activation_bytes(config, pack, 4, checkpointing=checkpointing)
+    counted = activation_bytes(config, shape_of(batch, torch.float32), 4, checkpointing=checkpointing)
     assert counted == pytest.approx(saved_bytes(model, batch), rel=0.1)
 
 

@@ -25,8 +25,8 @@ class MemoryElsewhere(torch.OutOfMemoryError):
 
 
 def make_engine(model: nn.Module, options, ranks, total_steps: int):
-    """The engine that `options.engine` names. All have `model` to call, `backward`, `step`, `start_over`, `save`,
-    `load`, `gathered_weights`, `frozen`, `learning_rate`, `lockstep`, `least_packs` and `shards_weights`."""
+    """The engine that `options.engine` names. All have `model` to call, `check_room`, `backward`, `step`, `start_over`,
+    `save`, `load`, `gathered_weights`, `frozen`, `learning_rate`, `lockstep`, `least_packs` and `shards_weights`."""
     if options.engine == "deepspeed":
         from .engine_deepspeed import DeepSpeedEngine  # which imports from here
 
@@ -162,6 +162,9 @@ class Engine:
     def gathered_weights(self):
         """Within the block every rank has all weights: here they always have."""
         yield
+
+    def check_room(self, packs) -> None:
+        """Nothing to ask: a rank whose memory runs out starts over alone."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""

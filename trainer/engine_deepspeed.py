@@ -23,6 +23,7 @@ from .engine import (
     told,
 )
 from .ranks import Ranks
+from .room import NoRoom, room_checker
 
 
 class DeepSpeedEngine:
@@ -50,6 +51,7 @@ class DeepSpeedEngine:
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         trained = [p for p in model.parameters() if p.requires_grad]
+        self._check_room = room_checker(model, options, self.stage, ranks)
         if self.stage == 3:
             # The root runs the fused head: the weight must be there after the module that owns it has let it go.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
@@ -67,6 +69,15 @@ class DeepSpeedEngine:
     @property
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
+
+    def check_room(self, packs) -> None:
+        """Before a step's packs are run, where no rank could start them over alone.
+
+        Raises:
+            NoRoom: this rank or, NoRoomElsewhere, another has a pack that needs more memory than is free.
+        """
+        if self.stage > 1:
+            self._check_room(packs)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
@@ -88,6 +99,8 @@ class DeepSpeedEngine:
         Raises:
             ValueError: at stage 3, where the others wait for this rank in the middle of a layer.
         """
+        if isinstance(error, NoRoom):
+            return
         if self.stage == 3:
             raise ValueError(
                 f"memory ran out ({error}), and at --zero_stage 3 no rank can start over alone. Lower "

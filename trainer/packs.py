@@ -112,6 +112,7 @@ def in_packs_that_fit(
         packs = []
         try:
             packs = make(groups, budget.tokens)
+            engine.check_room(packs)
             return run(packs)
         except torch.OutOfMemoryError as error:
             here = not isinstance(error, MemoryElsewhere)
@@ -128,7 +129,8 @@ def in_packs_that_fit(
         largest = max(packs, key=lambda pack: len(pack.input_ids))
         if len(largest.completion_cu) > 2:
             budget.tokens = len(largest.input_ids) // 2
-            log.warning("memory ran out in a pack of %d tokens; again with %d", len(largest.input_ids), budget.tokens)
+            size = len(largest.input_ids)
+            log.warning("memory ran out in a pack of %d tokens (%s); again with %d", size, failure, budget.tokens)
         else:
             longest = max(groups, key=lambda g: len(g.prompt.input_ids) + max(map(len, g.completions), default=0))
             groups = [g for g in groups if g is not longest]
