@@ -46,6 +46,20 @@ def test_images_need_not_be_looked_for(records, capsys):
     assert found["usable"] + sum(found["faulty"].values()) == found["records"]
 
 
+def test_boxes_in_pixels_need_no_image_either(tmp_path, capsys):
+    """Without images nobody knows how large they are; the order of a box's corners is looked at all the same."""
+    cat = {"image": "gone.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}
+    (tmp_path / "data.json").write_text(json.dumps([cat, cat | {"solution": [100, 10, 20, 60]}]))
+    assert found_in(capsys, tmp_path / "data.json", "--no_images")["faulty"] == {"box_inverted": 1}
+    assert found_in(capsys, tmp_path / "data.json")["faulty"] == {"missing_image": 2}
+
+
+def test_a_file_without_records_is_refused(tmp_path, capsys):
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"data\.json holds no record"):
+        inspect_data.main([str(tmp_path / "data.json")])
+
+
 def test_the_real_records(shared, capsys):
     found = found_in(capsys, shared / "data/mig_bench/MIG_data.sample.json", "--no_images")
     assert found["records"] == found["usable"] == 121 and len(found["tasks"]) == 10 and found["faulty"] == {}

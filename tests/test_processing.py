@@ -225,3 +225,15 @@ def test_a_real_record_with_its_photos(qwen2, shared):
     assert len(prompt.image_grid_thw) == 2
     assert (prompt.image_grid_thw.prod(1) * 14**2 <= LIMITS["max_pixels"]).all()
     assert (prompt.input_ids == 151655).sum() == prompt.image_grid_thw.prod(1).sum() // 4
+
+
+def test_without_thinking_the_box_alone_is_learned(demo, images):
+    """RefCOCO in SFT: the question as GRPO asks it, and the gold box as its answer."""
+    one = example(images, answer_format="box", gold=(125.4, 250.0, 500.0, 749.6), question="Where is the cup?")
+    learned = demo.conversation(one)
+    said = demo.tokenizer.decode(learned.input_ids[learned.loss_mask])
+    assert said == "(125, 250), (500, 750)<|im_end|>"
+    prompt = demo.prompt(one).input_ids
+    assert torch.equal(prompt, learned.input_ids[: len(prompt)])
+    with pytest.raises(ValueError, match="no answer to learn"):
+        demo.conversation(example(images, gold=(1, 2, 3, 4)))

@@ -8,10 +8,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from boxgrpo.trainer import readers
 from boxgrpo.trainer.common import read_usable
-from boxgrpo.trainer.example import Place
+from boxgrpo.trainer.example import Place, image_size
 from boxgrpo.trainer.readers import most_images, plain_text, read_examples
 from boxgrpo.trainer.records import scan
 
@@ -283,6 +284,20 @@ def test_sources_are_mixed_by_count_and_seed(write, caplog):
     assert len(whole) == 70 and "b.json: 99 records are asked for and 20 can be used; all are taken" in caplog.text
 
 
+def test_a_source_without_one_usable_record_is_refused(write):
+    """Beside another that has some: the run would go on without it."""
+    a, b = write([CHAT], "a.json"), write([GOOD], "b.json")
+    with pytest.raises(ValueError, match=r"b\.json: 0 of 1 records can be used; they need the assistant's answer"):
+        read_usable(of_sources([str(a), str(b)]), needs="turns")
+
+
+def test_the_log_stays_short_whatever_is_faulty(write, caplog):
+    path = write([GOOD] + [GOOD | {"answer": [300, 200, 100, 400]}] * 1500)
+    _, faults = read_usable(of_sources([str(path)]), needs="gold")
+    assert len(faults) == 1500 and caplog.text.count("box [300, 200, 100, 400] is inverted") == 100
+    assert "skipped 1400 more (box_inverted 1400); boxgrpo.trainer.inspect_data" in caplog.text
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
@@ -333,6 +348,23 @@ def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
     for kept in (tmp_path / "cache/scans").iterdir():
         kept.write_bytes(kept.read_bytes()[:100])
     assert [look(), look()] == [5, 5] and "the data is scanned again" in caplog.text
+
+
+def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
+    """They are fetched, and the same command finds them; one that goes later is named, and no bug."""
+    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
+    path = write([{"image": "photo.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}])
+    examples, (fault,) = read_examples(path, least=0)
+    assert not examples and fault.reason == "missing_image"
+    Image.new("RGB", (200, 100)).save(tmp_path / "photo.jpg")
+    for _ in range(2):
+        examples, faults = read_examples(path)
+        assert len(examples) == 1 and not faults
+    (tmp_path / "photo.jpg").unlink()
+    image_size.cache_clear()  # as in the next process
+    with pytest.raises(ValueError, match=r"data\.json#0: .*there is no image at .*photo\.jpg"):
+        read_examples(path)[0][0]
 
 
 DIGITS = "9" * 5000  # more than Python converts

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from boxgrpo.bench.ablation import BASE, METHODS
 from boxgrpo.trainer import demo
+from boxgrpo.trainer.common import read_usable
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, parse, validate_grpo, validate_sft
 
 SIZES = ("2b", "7b", "tiny")
@@ -97,3 +100,28 @@ def test_the_real_recipes_hold_the_papers_numbers(method, size):
     assert counts == ([7000, 3000] if second_stage else [17733, 3267] if method == "pure_rl" else [76_000, 14_000])
     start = options("cot_sft", size).output_dir
     assert o.model == (start if second_stage else f"Qwen2-VL-{size.upper()}-Instruct")
+
+
+@pytest.mark.parametrize("method", ["sft", "cot_sft", "pure_rl", "grpo"])
+def test_a_recipes_sets_have_what_its_loop_needs(method, tmp_path):
+    """Two records of each set, as it is published, under the names in the recipe."""
+    o, chat = options(method, "7b"), {"image": "c.jpg", "width": 400, "height": 200}
+    marked = [("human", "<image>Where is it?"), ("gpt", "<|box_start|>(1,2),(30,40)<|box_end|>")]
+    think = [("human", "<image>Where is it?"), ("gpt", "<think>There.</think><answer>(1, 2), (30, 40)</answer>")]
+    stage2 = {"images": ["a.jpg"], "question": "Where?", "answer": [1, 2, 30, 40]}
+    records = {
+        "mgrounding": {"images": ["a.jpg"], "conversations": [{"from": f, "value": v} for f, v in marked]},
+        "refcoco": chat | {"expression": "left cat", "bbox": [40, 20, 100, 80]},
+        "mgrounding_cot": {"images": ["a.jpg"], "conversations": [{"from": f, "value": v} for f, v in think]},
+        "mgrounding_stage2": stage2,
+        "refcoco_stage2": stage2 | {"images": ["coco/train2014/COCO_1.jpg"]},
+    }
+    records["refcoco_cot"] = records["mgrounding_cot"]
+    counts = [source.rpartition("#")[2] for source in o.data]
+    names = [source.rpartition("#")[0].removeprefix("data/") for source in o.data]
+    for name in names:
+        (tmp_path / name).write_text(json.dumps([records[name.removesuffix(".json")]] * 2))
+    mixed = SimpleNamespace(data=[f"{tmp_path / n}#{c}" for n, c in zip(names, counts, strict=True)])
+    mixed.schema, mixed.image_root, mixed.seed = "auto", "", 0
+    examples, faults = read_usable(mixed, needs="turns" if METHODS[method].script == "sft.py" else "gold")
+    assert len(examples) == 4 and not faults

@@ -29,6 +29,12 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(records, "CHUNK", 7)
 
 
+def test_one_object_over_several_lines_is_no_jsonl(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(MIXED[1], indent=1))
+    with pytest.raises(ValueError, match=r"a\.json is one JSON object over several lines. Put \[ before it"):
+        list(scan(tmp_path / "a.json"))
+
+
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escapes", "UTF-8"])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_pieces_of_seven_bytes_give_what_the_whole_file_holds(tmp_path, small_pieces, ascii_only, indent):

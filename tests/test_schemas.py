@@ -76,6 +76,15 @@ def test_refcoco_boxes_are_pixels(write, photo):
     assert schema == "refcoco" and one.gold == (100, 100, 350, 500) and "left cat" in one.question
 
 
+def test_what_leaves_an_image_by_less_than_a_pixel_is_cut_off(write, photo):
+    """Annotators' boxes are rounded. By a pixel or more, it is another image's box."""
+    cat = {"image": "photo.jpg", "problem": "Find the cat.", "solution": [-0.4, 10, 200.3, 60]}
+    one, _ = only(write([cat]))
+    assert one.gold == (0, 100, 1000, 600)
+    with pytest.raises(ValueError, match="box_outside 1"):
+        read_examples(write([cat | {"solution": [0, 10, 201, 60]}]))
+
+
 def test_lisa_and_llmseg_ask_in_the_papers_words(write, photo):
     lisa, schema = only(
         write([{"image_path": photo, "instruction": "find what is sweet.", "boxes": [[20, 10, 100, 60], [0, 0, 9, 9]]}])
@@ -91,7 +100,9 @@ def test_videos_are_asked_for_their_third_frame(write, photo, tmp_path):
     boxes = ["[0, 0, 1, 1]"] * 6
     boxes[2] = "[20, 10, 100, 60]"
     frames = ["a.jpg", "b.jpg", photo, "d.jpg", "e.jpg", "f.jpg"]
-    one, schema = only(write([{"image_list": frames, "question": "who?", "bbox_list": boxes}]))
+    for known in (boxes, boxes[:3]):
+        one, schema = only(write([{"image_list": frames, "question": "who?", "bbox_list": known}]))
+        assert one.gold == (100, 100, 500, 600)
     assert schema == "reasonvos" and one.gold == (100, 100, 500, 600) and one.target_image == 2 and len(one.images) == 6
     assert "in the third image according to the instruction: who?" in one.question
     (tmp_path / "clip").mkdir()
@@ -125,6 +136,7 @@ def test_of_more_frames_six_are_taken_uniformly(write, photo):
         ({"image": 7, "problem": "a", "solution": [1, 2, 3, 4]}, "no_images"),
         ({"image_path": "photo.jpg", "instruction": "a", "boxes": []}, "no_gold_box"),
         ({"image_path": "photo.jpg", "question": " ", "bbox": [[1, 2, 3, 4]]}, "no_question"),
+        ({"task": ["diff"], "images": ["a"], "question": "a", "answer": [1, 2, 3, 4]}, "bad_task"),
         ({"image_list": ["a", "b"], "question": "a", "bbox_list": ["1", "2"]}, "too_few_frames"),
         ({"image_list": ["a"] * 6, "question": "a", "bbox_list": ["1 2 3 4"]}, "box_list"),
         ({"video_id": "v", "frames": [0, -1, 2], "question": "a", "bbox_list": [[1, 2, 3, 4]] * 3}, "bad_frames"),

@@ -73,6 +73,9 @@ def test_only_the_answer_counts(answered, iou):
         ("list", "The box is [200, 200, 600, 600]."),
         ("list", "<box>[[200,200,600,600]]</box>"),  # InternVL2's
         ("fractions", "[0.2, 0.200, 0.6, 0.6]"),
+        ("fractions", "(0.2,0.2),(0.6,0.6)"),
+        ("fractions", "(0.2, 0.2, 0.6, 0.6)"),
+        ("tagged", "<ref>it</ref><box>200 200 600 600</box>"),  # MiniCPM-V's
         ("box", "(200,200),(600,600)"),
     ],
 )
@@ -86,6 +89,27 @@ def test_another_models_boxes_are_read_as_it_writes_them(answer_format, answered
         grade_texts([example], [answered], answer_format="json")
 
 
+@pytest.mark.parametrize(
+    ("answer_format", "box"),
+    [
+        ("think", "({0}00, {0}00), ({1}00, {1}00)"),
+        ("box", "({0}00, {0}00), ({1}00, {1}00)"),
+        ("marked", "<|box_start|>({0}00,{0}00),({1}00,{1}00)<|box_end|>"),
+        ("list", "[{0}00, {0}00, {1}00, {1}00]"),
+        ("fractions", "[0.{0}, 0.{0}, 0.{1}, 0.{1}]"),
+        ("tagged", "<box>{0}00 {0}00 {1}00 {1}00</box>"),
+    ],
+)
+def test_a_box_in_the_reasoning_is_none(answer_format, box):
+    """In every format: neither with another box in the answer, nor alone."""
+    gold, wrong = box.format(2, 6), box.format(7, 9)
+    example = dataclasses.replace(WHOLE, gold=GOLD)
+    texts = [f"<think>{gold}</think><answer>{wrong}</answer>", f"<think>{gold}</think><answer>there</answer>"]
+    texts += [f"<think>{wrong}</think><answer>{gold}</answer>"]
+    graded = grade_texts([example] * 3, texts, answer_format=answer_format)
+    assert [g["iou"] for g in graded] == [0.0, 0.0, 1.0]
+
+
 def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):
     """Of several images the one that is asked for; a photo with an EXIF turn has its sides swapped."""
     Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
@@ -94,7 +118,7 @@ def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):
     Image.new("RGB", (300, 400)).save(tmp_path / "turned.jpg", exif=turn)
     images = (str(tmp_path / "other.png"), str(tmp_path / "turned.jpg"))
     example = dataclasses.replace(WHOLE, gold=GOLD, images=images, target_image=1)
-    (graded,) = grade_texts([example], ["bbox: [80, 60, 240, 180]"], answer_format="pixels")
+    (graded,) = grade_texts([example], ["bbox: [80.0, 60, 240.0, 180]"], answer_format="pixels")
     assert graded["box"] == pytest.approx(GOLD) and graded["iou"] == pytest.approx(1.0)
     gone = dataclasses.replace(example, images=(images[0], str(tmp_path / "gone.png")))
     with pytest.raises(ValueError, match=r"data\.json#0: the box is in pixels and there is no image at .*gone\.png"):

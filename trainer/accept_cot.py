@@ -21,11 +21,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from boxgrpo.trainer.example import is_numbers
 from boxgrpo.trainer.images import load_image
 from boxgrpo.trainer.options import option, parse
 from boxgrpo.trainer.pictures import annotate
 from boxgrpo.trainer.processing import THINK_SUFFIX
 from boxgrpo.trainer.readers import Example, plain_text, read_examples
+from boxgrpo.trainer.records import scan
 
 
 @dataclass
@@ -166,9 +168,11 @@ def _read(o: AcceptOptions) -> tuple[Sequence[Example], str]:
 
 def _gold_boxes(o: AcceptOptions) -> dict[str, list[float]]:
     """The gold boxes that make_cot noted, by the record's source; the answers' own boxes may differ a little."""
-    records = json.loads(Path(o.data).read_text())
-    name = Path(o.data).name
-    return {f"{name}#{k}": record["cot"]["gold"] for k, record in enumerate(records) if "cot" in record}
+    path = Path(o.data)
+    noted = ((k, row.value.get("cot")) for k, row in enumerate(scan(path)) if isinstance(row.value, dict))
+    return {
+        f"{path.name}#{k}": cot["gold"] for k, cot in noted if isinstance(cot, dict) and is_numbers(cot.get("gold"))
+    }
 
 
 def _article(k: int, picture: str, example: Example) -> str:

@@ -119,13 +119,24 @@ def _mentioned(said: str, texts: Mapping[str, str]) -> str | None:
     )
 
 
-# ---- several boxes
+# ---- boxes that the kernels do not read
 
 _NUMBER = r"\s{0,4}([0-9]{1,4}(?:\.[0-9]{1,9})?)\s{0,4}"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s{{0,4}},?\s{{0,4}}\({_NUMBER},{_NUMBER}\)"
 _LIST = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
 _BOX = re.compile(f"{_PAIRS}|{_LIST}")
+_FIRST = {
+    "fractions": re.compile(rf"{_PAIRS}|[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]"),
+    "tagged": re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>"),  # MiniCPM-V's
+}
+_FIRST["pixels"] = _FIRST["fractions"]
 _OBJECT = re.compile(r"\{[^{}]{1,1000}\}")
+
+
+def first_box(text: str, answer_format: str) -> Box | None:
+    """The first box of "fractions", "pixels" or "tagged", as it is numbered there; None where there is none."""
+    match = _FIRST[answer_format].search(text)
+    return tuple(float(n) for n in match.groups() if n is not None) if match else None
 
 
 def listed_boxes(text: str) -> list[tuple[Box, float | None]]:

@@ -1,6 +1,8 @@
 """What the two loops and the evaluator do alike."""
 
+import functools
 import logging
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from .ranks import Ranks
 from .readers import GOLD, TURNS, Examples, Fault, read_examples
 
 log = logging.getLogger(__name__)
+NAMED = 100  # faulty records that a run names: most of MGrounding has two boxes, which GRPO cannot use
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -62,34 +65,34 @@ def loaded_model(options, r: Ranks) -> Qwen2VL:
 def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
     """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
 
-    Of a source with a count so many are taken, drawn by the seed. Every fault is named in the log.
+    Of a source with a count so many are taken, drawn by the seed. The log names the first faults and counts them all.
 
     Raises:
-        ValueError: no data named, no such file, or no record left.
+        ValueError: no data named, no such file, or one without a record that can be used.
     """
     if not options.data:
         raise ValueError("no data. Name a JSON or JSONL file with --data.")
     kind, bit = {"gold": ("gold box", GOLD), "turns": ("assistant's answer", TURNS)}[needs]
-    usable, faults = None, []
+    parts, faults = [], []
     for number, (path, count, label) in enumerate(sources(options.data)):
         good, refused = read_examples(path, schema=options.schema, image_root=options.image_root or None, label=label)
         good, without = good.having(bit)
-        faults += refused
-        faults += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
+        refused += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
+        if not good:
+            raise ValueError(
+                f"{path}: 0 of {len(refused)} records can be used; they need the {kind}. The first: "
+                f"{refused[0].message} Pass other records with --data."
+            )
         if count and count > len(good):
             log.warning("%s: %d records are asked for and %d can be used; all are taken", label, count, len(good))
-        good = good.drawn(count, getattr(options, "seed", 0) + number) if count else good
-        usable = good if usable is None else usable + good
-    for fault in faults[:20]:
+        parts.append(good.drawn(count, getattr(options, "seed", 0) + number) if count else good)
+        faults += refused
+    for fault in faults[:NAMED]:
         log.warning("skipped %s", fault.message)
-    if more := [fault.source for fault in faults[20:]]:
-        log.warning("skipped %d more: %s", len(more), ", ".join(more))
-    if not usable:
-        raise ValueError(
-            f"{', '.join(options.data)}: 0 of {len(faults)} records can be used; they need the {kind}. The first: "
-            f"{faults[0].message} Pass other records with --data."
-        )
-    return usable, faults
+    if more := faults[NAMED:]:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in more).most_common())
+        log.warning("skipped %d more (%s); boxgrpo.trainer.inspect_data --faults N names them", len(more), reasons)
+    return functools.reduce(operator.add, parts), faults
 
 
 def total_steps(options: DataOptions, examples: int, per_step: int) -> int:

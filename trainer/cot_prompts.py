@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from .example import box_text
+
 # 150 words leave room in the 256 tokens that GRPO samples.
 _CHAIN = """\
 You are shown {images} and a question about {them}. The answer is known: it is a bounding box.
@@ -38,12 +40,6 @@ Best: N"""
 
 _BEST = re.compile(r"\bbest\b[^\n0-9]{0,20}([0-9]{1,3})(?![0-9])", re.IGNORECASE)
 _BARE = re.compile(r"\W*([0-9]{1,3})\W*")
-
-
-def box_text(box: Sequence[float]) -> str:
-    """A box as answers write it (DESIGN section 3): whole thousandths."""
-    x1, y1, x2, y2 = (round(v) for v in box)
-    return f"({x1}, {y1}), ({x2}, {y2})"
 
 
 def chain_prompt(question: str, box: Sequence[float], images: int) -> str:

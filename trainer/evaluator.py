@@ -154,6 +154,8 @@ def predicted(options: EvalOptions, examples: Sequence[Example], faults: Sequenc
         identity |= {"questions": questions_identity(examples), "answer_format": options.answer_format}
         AnswerFiles(folder, identity, r, anew=options.overwrite_output_dir)
     if len(texts) == len(examples):
+        if faults:
+            log.warning("%s: taken for the answers to the %d usable records alone, in order", path, len(examples))
         return texts
     return [texts[int(e.source.rsplit("#", 1)[1])] for e in examples]
 
@@ -165,6 +167,10 @@ def judged(
     if bench.module:
         return module_of(bench).grade(examples, texts), module_of(bench).score(examples, texts)
     answers = grade_texts(examples, texts, answer_format=options.answer_format)
+    if without := sum(a["box"] is None for a in answers):
+        log.warning(
+            "%d of %d answers hold no box that --answer_format %s reads", without, len(answers), options.answer_format
+        )
     return answers, summarize(answers, resamples=options.resamples, seed=options.seed)
 
 

@@ -13,7 +13,14 @@ from PIL import Image
 from .images import upright_size
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+UNSIZED = 1_000_000  # pixels of an image whose size is not looked at: only the order of a box's corners is checked
 _PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # a path below: no part is empty or begins with a dot
+
+
+def box_text(box: Sequence[float]) -> str:
+    """A box (0-1000) as answers write it (DESIGN section 3): whole thousandths."""
+    x1, y1, x2, y2 = (round(value) for value in box)
+    return f"({x1}, {y1}), ({x2}, {y2})"
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,11 @@ class Example:
     target_image: int = 0  # index of the image that the box lies in
     source: str = ""  # "file.json#12": record 12, counted from 0
 
+    @property
+    def can_be_learned(self) -> bool:
+        """Whether SFT has a text to learn: a chat's answers, or the box where no thinking is asked for."""
+        return bool(self.turns) or (self.gold is not None and self.answer_format == "box")
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -40,8 +52,8 @@ class Fault:
     message: str
 
 
-class Refused(Exception):
-    """Raised within a reader, which makes a `Fault` of it."""
+class Refused(ValueError):
+    """Raised within a reader, which makes a `Fault` of it; afterwards where an image that was there has gone."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -58,11 +70,13 @@ class Place:
     root: str  # folder of the images, absolute
     bounded: bool  # whether paths must stay in it
     scale: float = 1.0  # what brings the file's boxes to 0-1000
+    sized: bool = True  # whether an image is opened where its size is needed; else only their boxes' order is checked
 
     @classmethod
-    def of(cls, path: Path, image_root: str | os.PathLike | None) -> "Place":
+    def of(cls, path: Path, image_root: str | os.PathLike | None, *, sized: bool = True) -> "Place":
         """Below `image_root`, which no path may leave; None: from the file's own folder, and anywhere."""
-        return cls(os.path.abspath(path.parent if image_root is None else image_root), image_root is not None)
+        root = os.path.abspath(path.parent if image_root is None else image_root)
+        return cls(root, image_root is not None, sized=sized)
 
     def path(self, image: object) -> str:
         if not isinstance(image, str) or not image or "\0" in image:
@@ -144,8 +158,16 @@ def image_size(path: str) -> tuple[int, int]:
         ) from error
 
 
-def pixel_box(box: object, path: str, what: str, record: dict | None = None) -> Box:
-    """A box in pixels of the image at `path`, whose size the record may tell."""
+def pixel_box(box: object, path: str, place: Place, what: str, record: dict | None = None) -> Box:
+    """A box in pixels of the image at `path`, whose size the record may tell. Less than a pixel outside is cut off."""
     size = [(record or {}).get(key) for key in ("width", "height")]
-    width, height = size if is_numbers(size) and min(size) > 0 else image_size(path)
-    return checked_box(box, (1000 / width, 1000 / height), what)
+    if not is_numbers(size) or min(size) <= 0:
+        size = image_size(path) if place.sized else (UNSIZED, UNSIZED)
+    if is_numbers(box) and len(box) == 4:
+        box = [_within(value, size[i % 2]) for i, value in enumerate(box)]
+    return checked_box(box, (1000 / size[0], 1000 / size[1]), what)
+
+
+def _within(value: float, most: float) -> float:
+    """Annotations are rounded, and sizes are whole."""
+    return min(max(value, 0), most) if -1 < value < most + 1 else value

@@ -8,6 +8,7 @@ A checkpoint's tokenizer gives lengths in tokens; without one they are in charac
 import argparse
 import contextlib
 import json
+import logging
 import random
 import statistics
 import sys
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from boxgrpo.trainer.example import Example, Fault, Refused, image_size
 from boxgrpo.trainer.images import load_image
 from boxgrpo.trainer.pictures import annotate, contact_sheet
-from boxgrpo.trainer.readers import Examples, read_examples
+from boxgrpo.trainer.readers import read_examples
 from boxgrpo.trainer.schemas import SCHEMAS
 
 MEASURED = 2000  # records whose length is taken, drawn by chance
@@ -36,15 +37,25 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         records, usable, faulty {reason: n}, tasks {task: usable records}, images_per_record {n: records},
         answer_formats, gold_boxes, chats, the schema, and `lengths` of a sample in tokens or characters.
     """
-    examples, faults = read_examples(path, schema=args.schema, image_root=args.image_root or None, least=0)
-    records = len(examples) + len(faults)
-    missing = {} if args.no_images else dict(_missing(examples))
-    faults += missing.values()
-    good = [index for index in range(len(examples)) if index not in missing]
-    draw = random.Random(args.seed)
+    examples, faults = read_examples(
+        path, schema=args.schema, image_root=args.image_root or None, least=0, sized=not args.no_images
+    )
+    if not (records := len(examples) + len(faults)):
+        raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
+    there = lru_cache(maxsize=None)(lambda image: Path(image).is_file())
+    draw, good = random.Random(args.seed), []
     tasks, formats, images, boxes, chats = Counter(), Counter(), Counter(), 0, 0
-    for index in good:
-        example = examples[index]
+    for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
+        try:
+            example = examples[index]
+        except Refused as refused:  # its image has gone since the file was scanned
+            faults.append(Fault(examples.sources[index], refused.reason, str(refused)))
+            continue
+        if gone := [] if args.no_images else [image for image in example.images if not there(image)]:
+            message = f"{example.source}: there is no image at {gone[0]}. Check --image_root."
+            faults.append(Fault(example.source, "missing_image", message))
+            continue
+        good.append(index)
         tasks[example.task] += 1
         formats[example.answer_format] += 1
         images[len(example.images)] += 1
@@ -69,17 +80,6 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         if pictures:
             contact_sheet(pictures, COLUMNS).save(args.sheet)
     return found
-
-
-def _missing(examples: Examples):
-    """(index, fault) of the examples that lack an image file."""
-    there = lru_cache(maxsize=None)(lambda image: Path(image).is_file())
-    for index, example in enumerate(tqdm(examples, desc="images", disable=len(examples) < 10_000)):
-        for image in example.images:
-            if not there(image):
-                message = f"{example.source}: there is no image at {image}. Check --image_root."
-                yield index, Fault(example.source, "missing_image", message)
-                break
 
 
 def lengths(examples: Sequence[Example], args: argparse.Namespace) -> dict:
@@ -160,6 +160,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default="", help="- prints JSON alone, a path writes it")
     options = parser.parse_args(args)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # what was recognised, and why
     if not options.path.is_file():
         raise ValueError(f"{options.path}: there is no such file. Name a JSON or JSONL file of records.")
     found = inspect(options.path, options)

@@ -15,7 +15,7 @@ from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 from .schemas import SCHEMAS
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
-BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels")  # of boxes; ANSWER_FORMATS are those that the kernels read
+BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # of boxes; the kernels read ANSWER_FORMATS
 
 
 def option(default, help: str):

@@ -15,6 +15,7 @@ from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.packing import Conversation, Prompt
 from boxgrpo.model.rope import mrope_position_ids
 
+from .example import box_text
 from .images import MIN_SIDE, load_image
 from .readers import Example, plain_text
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
@@ -130,7 +131,7 @@ class Processor:
         Raises:
             ValueError: as `prompt`, or the example has no answer.
         """
-        if not example.turns:
+        if not example.can_be_learned:
             raise ValueError(
                 f"{example.source}: the record has no answer to learn; SFT needs chats. Pass stage-1 records."
             )
@@ -162,7 +163,10 @@ class Processor:
         if example.turns:  # a chat's questions already ask for what its answers give
             return example.turns
         question = plain_text(example.question)
-        return (("user", question + THINK_SUFFIX if example.answer_format == "think" else BOX_PREFIX + question),)
+        if example.answer_format == "think":
+            return (("user", question + THINK_SUFFIX),)
+        answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
+        return ("user", BOX_PREFIX + question), *answer
 
     def _images(self, example: Example) -> tuple[Tensor | None, Tensor]:
         """(p, 1176) fp32 patches, or None without images, and (I, 3) int64 patches per image."""

@@ -28,9 +28,11 @@ __all__ = ["Example", "Examples", "Fault", "most_images", "plain_text", "read_ex
 
 logger = logging.getLogger(__name__)
 
+# Faults that images bring about, and that may be gone when the next run looks.
+PASSING = {"missing_image", "image_unreadable", "bad_frames"}
 LOOKED_AT = 1000  # records that tell a file's schema and the scale of its boxes
 KEPT_FROM = 16 << 20  # bytes of a file whose scan is kept
-VERSION = 1  # of what is kept, and of the rules that it was found by
+VERSION = 2  # of what is kept, and of the rules that it was found by
 GOLD, TURNS = 1, 2  # bits of `has`
 
 
@@ -63,7 +65,11 @@ class Examples(Sequence):
             return Examples(self.files, self.table[index])
         entry = self.table[index]
         form, records = self.files[entry["file"]]
-        return form.read(records[entry["row"]], int(entry["number"]))
+        try:
+            return form.read(records[entry["row"]], int(entry["number"]))
+        except Refused as refused:  # its image was there when the file was scanned
+            source = f"{form.label}#{entry['number']}"
+            raise Refused(refused.reason, f"{source}: {refused}") from refused
 
     def having(self, bit: int) -> tuple["Examples", "Examples"]:
         """Those with a gold box (GOLD) or with answers (TURNS), and those without."""
@@ -107,6 +113,7 @@ def read_examples(
     image_root: str | os.PathLike | None = None,
     label: str | None = None,
     least: int = 1,
+    sized: bool = True,
 ) -> tuple[Examples, list[Fault]]:
     """Read a JSON array or JSONL file of records. Images are opened only for their size, where boxes are in pixels.
 
@@ -117,6 +124,7 @@ def read_examples(
             folder, and any path is allowed.
         label: what to call the file in `Example.source`; None: its name.
         least: good records without which the file is refused.
+        sized: False opens no image: boxes in pixels of an image of unknown size are then not in 0-1000.
 
     Returns:
         The good examples in file order, read lazily, and one `Fault` for each record refused.
@@ -130,7 +138,7 @@ def read_examples(
         raise ValueError(
             f"schema is {schema!r}; known schemas are auto, {', '.join(SCHEMAS)}. Pass one of them as --schema."
         )
-    place = Place.of(path, image_root)
+    place = Place.of(path, image_root, sized=sized)
     kept = _Kept(path, schema, place)
     found = kept.load() or kept.save(_looked_through(path, schema, place))
     for line in found.told:
@@ -181,7 +189,7 @@ def _looked_through(path: Path, schema: str, place: Place) -> _Scanned:
                 (number, "unreadable", f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it.")
             )
             continue
-        has = GOLD * (example.gold is not None) + TURNS * bool(example.turns)
+        has = GOLD * (example.gold is not None) + TURNS * example.can_be_learned
         good.extend((number, min(len(example.images), 2**15 - 1), has))
         spans.extend((row.start, row.stop))
     columns = np.array(good, dtype=np.int64).reshape(-1, 3)
@@ -219,7 +227,16 @@ class _Kept:
     def __init__(self, path: Path, schema: str, place: Place):
         stat = path.stat()
         self.large = stat.st_size >= KEPT_FROM
-        self.key = [VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, schema, place.root, place.bounded]
+        self.key = [
+            VERSION,
+            str(path.resolve()),
+            stat.st_size,
+            stat.st_mtime_ns,
+            schema,
+            place.root,
+            place.bounded,
+            place.sized,
+        ]
         name = hashlib.sha256(json.dumps(self.key[:2] + self.key[4:]).encode()).hexdigest()[:32]
         folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
         self.path = Path(folder) / "scans" / f"{name}.npz"
@@ -239,8 +256,11 @@ class _Kept:
             return None
 
     def save(self, found: _Scanned) -> _Scanned:
-        """Written aside and renamed: another process may be reading. Where it cannot be, the next run scans again."""
-        if not self.large:
+        """Written aside and renamed: another process may be reading. Where it cannot be, the next run scans again.
+
+        So it does after faults that lie with the images.
+        """
+        if not self.large or any(reason in PASSING for _, reason, _ in found.faults):
             return found
         about = {k: v for k, v in asdict(found).items() if k not in ("table", "spans")} | {"key": self.key}
         try:

@@ -56,6 +56,8 @@ def scan(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         try:
+            if head.partition(b"\n")[0].strip() == b"{":
+                raise ValueError(f"{path} is one JSON object over several lines. Put [ before it and ] behind it.")
             yield from _array(file) if head.startswith(b"[") else _lines(file)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}). Write the file again.") from error

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from .example import box_text
 from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, paint, ruled
 
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
@@ -72,11 +73,6 @@ class Scene:
 def where(number: int, thing: Thing) -> str:
     """The plain question about one object of one image."""
     return f"Where is the {thing.kind} in image {number}?"
-
-
-def box_text(box: Box) -> str:
-    """The two corners as answers write them."""
-    return "({}, {}), ({}, {})".format(*box)
 
 
 def with_margin(box: Box) -> Box:

@@ -49,7 +49,9 @@ def parse(record: dict, schema: str, place: Place, *, name: str, source: str, sc
     if answer_format not in ("think", "box"):
         raise Refused("bad_answer_format", f'answer_format is {answer_format!r}; it must be "think" or "box".')
     task = record.get("task") or record.get("type") or "grounding"
-    fields = {"id": str(record.get("id", name)), "task": str(task), "answer_format": answer_format}
+    if not isinstance(task, str):
+        raise Refused("bad_task", f"task is {task!r:.80}; it must be a name.")
+    fields = {"id": str(record.get("id", name)), "task": task, "answer_format": answer_format}
     fields |= SCHEMAS[schema].parse(record, place)
     if "target_image" not in fields and (not scanned or "target_image" in record):
         fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
@@ -152,7 +154,7 @@ def _parse_refcoco(record: dict, place: Place) -> dict:
     else:
         box, what = record.get("solution"), "solution"
         question = text_of(record.get("problem"), "problem")
-    fields = {"images": (image,), "question": question, "gold": pixel_box(box, image, what, record)}
+    fields = {"images": (image,), "question": question, "gold": pixel_box(box, image, place, what, record)}
     return fields | ({} if "answer_format" in record else {"answer_format": "box"})
 
 
@@ -160,7 +162,7 @@ def _parse_lisa(record: dict, place: Place) -> dict:
     image, boxes = place.path(record.get("image_path")), record.get("boxes")
     box = boxes[0] if isinstance(boxes, list) and boxes else boxes
     question = ON_IMAGE.format(_instruction(record, "instruction"))
-    return {"images": (image,), "question": question, "gold": pixel_box(box, image, "boxes[0]", record)}
+    return {"images": (image,), "question": question, "gold": pixel_box(box, image, place, "boxes[0]", record)}
 
 
 def _parse_llmseg(record: dict, place: Place) -> dict:
@@ -168,7 +170,7 @@ def _parse_llmseg(record: dict, place: Place) -> dict:
     if isinstance(box, list) and all(isinstance(part, list) for part in box):
         box = [value for part in box for value in part][:4]
     question = ON_IMAGE.format(_instruction(record, "question"))
-    return {"images": (image,), "question": question, "gold": pixel_box(box, image, "bbox", record)}
+    return {"images": (image,), "question": question, "gold": pixel_box(box, image, place, "bbox", record)}
 
 
 def _instruction(record: dict, name: str) -> str:
@@ -212,7 +214,9 @@ def frames_of(folder: str) -> tuple[str, ...]:
 def _video(record: dict, place: Place, frames: list) -> dict:
     """Six of the frames, uniformly; the box of the third of them, in its pixels."""
     boxes = record.get("bbox_list")
-    if not isinstance(boxes, list) or len(boxes) != len(frames):
+    # Of six frames or fewer all are shown, and one box is asked for, whatever the others are.
+    least = ASKED_FRAME + 1 if len(frames) <= FRAMES else len(frames)
+    if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
         raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
     count = min(len(frames), FRAMES)
     chosen = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
@@ -221,7 +225,7 @@ def _video(record: dict, place: Place, frames: list) -> dict:
     if isinstance(box, str):
         box = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", box)]
     question = ON_VIDEO.format(_instruction(record, "question"))
-    gold = pixel_box(box, images[ASKED_FRAME], f"bbox_list[{chosen[ASKED_FRAME]}]")
+    gold = pixel_box(box, images[ASKED_FRAME], place, f"bbox_list[{chosen[ASKED_FRAME]}]")
     return {"images": images, "question": question, "gold": gold, "target_image": ASKED_FRAME}
 
 
@@ -278,8 +282,8 @@ _MENTIONED = re.compile(_MENTION, re.IGNORECASE)
 def target_image(record: dict, question: str, images: int) -> int:
     """Index of the image that the box lies in: the record's own word, else the wording's, else the last image.
 
-    Only pictures need it (a box is relative to its image), so the wording is read for what it most likely means: the
-    last image in which something is to be found, else the last one mentioned.
+    A box is relative to its image, so only pictures need it, and answers in pixels (`grade_texts`). The wording is read
+    for what it most likely means: the last image in which something is to be found, else the last one mentioned.
     """
     if "target_image" in record:
         target = record["target_image"]

@@ -8,6 +8,7 @@ import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
 
+from .answers import answer_part, first_box
 from .example import Example, Refused, image_size
 from .options import BOX_FORMATS
 
@@ -18,9 +19,12 @@ AT_ONCE = 4_000_000  # resampled values in memory
 def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str = "auto") -> list[dict]:
     """Read the box of each answer, one text an example, and compare it with gold.
 
+    A box in the reasoning is none: but in "think", which has rules of its own, `answer_part` is what is read.
+
     Args:
-        answer_format: how boxes are written: one of ANSWER_FORMATS (see `grounding_rewards`), "pixels" for a "list" in
-            pixels of the target image, whose file is then looked at, or "auto": as each example asks.
+        answer_format: how boxes are written: "think", "box", "marked" or "list" (see `grounding_rewards`); "fractions"
+            of the image, "pixels" of the target image, whose file is then looked at (both `[x1, y1, x2, y2]` or pairs,
+            with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": as each example asks.
 
     Returns:
         A dictionary each: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64), format (0
@@ -35,17 +39,22 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
         raise ValueError(
             f"answer_format is {answer_format!r}; it must be one of {', '.join(BOX_FORMATS)}. Change --answer_format."
         )
-    text, offsets = pack_texts([text.encode(errors="replace") for text in texts])
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
-    formats: str | torch.Tensor = "list" if answer_format == "pixels" else answer_format
-    if answer_format == "auto":
-        formats = torch.tensor([ANSWER_FORMATS[e.answer_format] for e in examples], dtype=torch.uint8)
-    read = grounding_rewards(text, offsets, gold.float(), answer_format=formats)
-    boxes = read.boxes.double()
-    if answer_format == "pixels":
-        boxes = 1000 * boxes / torch.tensor([_size(e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
-    # Once more in fp64: rounded to fp32, an IoU a hair above a threshold would stand on it.
-    columns = (c.tolist() for c in (box_iou(boxes, gold), read.format, boxes, read.found))
+    if answer_format in ("fractions", "pixels", "tagged"):
+        read = [first_box(answer_part(text), answer_format) for text in texts]
+        scale = {"fractions": [(1, 1)] * len(texts), "tagged": [(1000, 1000)] * len(texts)}.get(answer_format)
+        sizes = torch.tensor([size * 2 for size in scale or map(_size, examples)], dtype=torch.float64).view(-1, 4)
+        boxes = 1000 * torch.tensor([box or (0.0,) * 4 for box in read], dtype=torch.float64).view(-1, 4) / sizes
+        found = form = torch.tensor([box is not None for box in read])
+    else:
+        formats = [e.answer_format if answer_format == "auto" else answer_format for e in examples]
+        said = [t if f == "think" else answer_part(t) for t, f in zip(texts, formats, strict=True)]
+        codes = torch.tensor([ANSWER_FORMATS[f] for f in formats], dtype=torch.uint8)
+        text, offsets = pack_texts([t.encode(errors="replace") for t in said])
+        rewards = grounding_rewards(text, offsets, gold.float(), answer_format=codes)
+        boxes, found, form = rewards.boxes.double(), rewards.found, rewards.format
+    # In fp64: rounded to fp32, an IoU a hair above a threshold would stand on it.
+    columns = (c.tolist() for c in (box_iou(boxes, gold), form.float(), boxes, found))
     return [
         {
             "source": e.source,
