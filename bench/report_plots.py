@@ -120,7 +120,7 @@ def _draw_roofline(data: dict) -> Figure:
         axes.set_yscale("log")
         axes.set_xticks(ticks := _apart(sorted({c["intensity"] for c in cases.values()})), [f"{x:.3g}" for x in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("FLOP a byte")
+        axes.set_xlabel("FLOP a byte; letters of one value stand side by side")
         axes.set_title(f"least time set by {'bytes' if floor == 'bytes' else 'FLOP'}", fontsize=10)
         _plain(axes)
     grid[0].set_ylabel("FLOP a second (counted, whoever computes)")

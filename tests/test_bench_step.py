@@ -70,6 +70,7 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
         return Side([phases] * steps, 100, 9.0, 7, 1)
 
     monkeypatch.setattr(bench_step, "fresh", side)  # a step of ours and of TRL's is taken above
+    monkeypatch.setattr(bench_step, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
     plan = Plan(steps=2, peer_steps=(3, 1), growth={"images": (1, 2), "generations": (4, 8)}, growth_steps=1)
     cases, kept = [TINY, replace(TINY, images=1)], []
     found = run(cases, ["trl"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
