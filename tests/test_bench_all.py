@@ -36,6 +36,7 @@ def test_what_another_run_measured_keeps_its_machine(tmp_path):
     kept = {"machine": {"device": "old"}, "load_before": 7, "ceilings": {"flop_per_second": 1}, "rows": [1]}
     assert part(record, "kernels") == record["kernels"] == kept
     assert part(record | {"step": {"rows": []}}, "step")["machine"] == machine()
+    assert part(old | {"rewards": {"machine": {"device": "new"}}}, "rewards") == {"machine": {"device": "new"}}
     assert "kernels" not in begin(tmp_path / "2026-01-03.json")
 
 
