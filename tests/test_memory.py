@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SPECIAL_IDS
 
-from boxgrpo.bench.machine import RESULTS
+from boxgrpo.bench.result_files import newest
 from boxgrpo.bench.step_cases import MODELS, make_config
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder
@@ -225,8 +225,7 @@ def test_the_total_on_a_cpu_is_what_the_step_benchmark_measured():
     """Peak resident memory above the loaded model, the process's own buffers and fragments included."""
     config = make_config(MODELS["44M"], demo_tokenizer(["a"]))
     model = trained(config, device="meta")
-    recorded = json.loads((RESULTS / "cpu/step.json").read_text())["rows"]
-    for row in recorded:
+    for row in newest()["step"]["rows"]:
         o = MemoryOptions(gpus=1, device="cpu", dtype=row["dtype"], prompt_tokens=round(row["prompt_tokens"]))
         o.prompts_per_step, o.max_completion_length = row["prompts"], row["tokens"]
         found = memory(model, engines(1)[0], o)
