@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds ablation bench test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install demo seeds ablation bench profile test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ ablation: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_step.py --peers trl --growth
+
+# Where a step goes, range by range; PROFILE passes flags on (--read TRACE).
+profile: $(STAMP)
+	$(BIN)/python bench/profile_step.py $(PROFILE)
 
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)

@@ -21,7 +21,8 @@ def read_chrome_trace(path: str | Path) -> Timeline:
     by_kind: dict[str, list[dict]] = {}
     for event in events:
         by_kind.setdefault(event.get("cat", ""), []).append(event)
-    ranges = [Range(e["name"], *_span(e)) for e in by_kind.get("user_annotation", [])]
+    # Torch names some of its own: Optimizer.step#AdamW.step
+    ranges = [Range(e["name"], *_span(e)) for e in by_kind.get("user_annotation", []) if "#" not in e["name"]]
     device = [e for kind in ON_GPU for e in by_kind.get(kind, [])]
     if not device:
         return Timeline(ranges, _operators(by_kind.get("cpu_op", [])), on_gpu=False)

@@ -157,8 +157,10 @@ def _busy_before(work: Sequence[Work]):
 
 
 def title(row: Row) -> str:
-    """The range as the table shows it: with its sizes, or how many there were."""
+    """The range as the table shows it: with its sizes, or how many there were. A step's number is none."""
     name = row.titles[0].split(" ")[0]
+    if name == STEP:
+        return name
     return row.titles[0] if len(row.titles) == 1 else f"{name}, {len(row.titles)} sizes"
 
 
