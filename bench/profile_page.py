@@ -13,6 +13,7 @@ from boxgrpo.bench.profile_step import shown
 
 PAGE = Path(__file__).resolve().parent / "README.md"
 RECORD = RESULTS / "cpu/profile.json"
+BUSY = 1.0  # load of the minute before
 BLOCK = re.compile(r"(<!-- profile:(\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -25,7 +26,8 @@ def blocks(record: dict) -> dict[str, str]:
     machine = record["machine"]
     return {
         "machine": f"{machine['device']}, torch {machine['torch']}, revision {machine['revision']}, {machine['date']}, "
-        f"load {record['load_before']} before it began",
+        f"load {record['load_before']} before it began"
+        + (": it had other work, so read shares, not milliseconds" if record["load_before"] > BUSY else ""),
         "case": f"{record['case']}; {record['tool']}, mean of {record['steps']} steps",
         "table": f"\n\n{shown(record)}\n\n",
         "unwatched": f"{1e3 * record['unwatched_step_s']:.0f} ms",
