@@ -24,9 +24,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 implementation=${IMPLEMENTATION:-boxgrpo}
 command -v "$python" >/dev/null || refuse "there is no $python. Run make install, or name an interpreter with PYTHON=."
+command -v ncu >/dev/null || refuse "ncu is not on the PATH. It comes with the CUDA toolkit, as Nsight Compute."
 "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" ||
     refuse "torch sees no GPU here, and ncu reads a GPU's counters. Run it where there is one."
-command -v ncu >/dev/null || refuse "ncu is not on the PATH. It comes with the CUDA toolkit, as Nsight Compute."
 
 sections=()
 for section in "$@"; do sections+=(--section "$section"); done

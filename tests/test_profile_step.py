@@ -64,14 +64,18 @@ def nsight(*args, **environment):
     return subprocess.run([NSIGHT, *args], env=environment, capture_output=True, text=True)
 
 
-def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu():
+def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu(tmp_path):
     done = nsight()
     assert done.returncode == 1 and "no case" in done.stderr
-    if not torch.cuda.is_available():
-        done = nsight("fused_grpo_loss")
-        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
     done = nsight("fused_grpo_loss", PYTHON="/no/python")
     assert done.returncode == 1 and "there is no /no/python" in done.stderr
+    if not shutil.which("ncu"):
+        done = nsight("fused_grpo_loss")
+        assert done.returncode == 1 and "ncu is not on the PATH" in done.stderr
+    if not torch.cuda.is_available():
+        (tmp_path / "ncu").symlink_to(shutil.which("false"))  # which is not reached
+        done = nsight("fused_grpo_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
 
 
 def test_the_shell_script_is_clean():
