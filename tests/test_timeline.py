@@ -143,12 +143,16 @@ def nsys_file(path, graph_rows=()):
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             ranges,
         )
-        calls = [(2 * s, 2 * s + 1, PID + 1, 7), (6 * s, 6 * s + 1, PID + 2, 8), (7 * s, 7 * s + 1, OTHER + 1, 9)]
+        calls = [
+            (2 * s, 2 * s + 1, PID + 1, 7),
+            (6 * s, 6 * s + 1, PID + 2, 8),
+            (7 * s, 7 * s + 1, OTHER + 1, 7),
+        ]  # processes count alike
         db.executemany(
             "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, 0, ?, ?, 0, 0, NULL)",
             [(start, end, thread, number) for start, end, thread, number in calls],
         )
-        kernels = [(8, 9, 8, PID, 4, None), (8, 9, 9, OTHER, 4, None), (9, 10, 99, PID, 4, None)]
+        kernels = [(8, 9, 8, PID, 4, None), (8, 9, 7, OTHER, 4, None), (9, 10, 99, PID, 4, None)]
         kernels += [] if graph_rows else [(6, 7, 7, PID, 2, 11), (7, 8, 7, PID, 3, 12)]
         db.executemany(
             "INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (? * 1000000000, ? * 1000000000, 0, 1, 7, ?, ?, ?, 0, ?)",
