@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds ablation bench bench-check test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install demo seeds ablation bench bench-check profile test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ bench: $(STAMP)
 # What got slower: the last two days of results, or FILES="OLD.json NEW.json".
 bench-check: $(STAMP)
 	$(BIN)/python bench/compare.py $(FILES)
+
+# Where a step goes, range by range; PROFILE passes flags on (--read TRACE).
+profile: $(STAMP)
+	$(BIN)/python bench/profile_step.py $(PROFILE)
 
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)
