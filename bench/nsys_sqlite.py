@@ -21,7 +21,7 @@ ON_GPU = {  # table: column or text that names the work
 
 
 def read_nsys(path: str | Path) -> Timeline:
-    """Ranges are our NVTX domain's; work is what the GPU ran for them, launched when the CUDA call of its number was.
+    """Ranges are our NVTX domain's, or the default one's where ours is not there (torch.cuda.nvtx); work is what the GPU ran for them, launched when the CUDA call of its number was.
 
     Kernels of a replayed CUDA graph have the number of the graph's launch. Of several ranks the first is read.
 
@@ -62,6 +62,8 @@ def _ranges(database: sqlite3.Connection, strings: dict[int, str]) -> tuple[list
         for kind, _, _, name, thread, domain in events
         if (kind, name) == (DOMAIN_CREATE, DOMAIN)
     }
+    if not ours:
+        ours = {(thread >> PROCESS, 0) for kind, _, _, _, thread, _ in events}
     found = [
         (thread, Range(title, start / 1e9, end / 1e9))
         for kind, start, end, title, thread, domain in events

@@ -86,3 +86,20 @@ except KeyError:
         check=True,
     )
     assert heard.stdout.splitlines() == ["domain boxgrpo", "push decode 8x64", "push head", "pop", "pop"]
+
+
+def test_without_the_package_torch_s_nvtx_serves_under_nsys(monkeypatch):
+    said = []
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setenv(spans.UNDER_NSYS, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    spans._nvtx.cache_clear()
+    try:
+        with spans.named_range("decode", 8, 64):
+            said.append("inside")
+    finally:
+        monkeypatch.undo()
+        spans._nvtx.cache_clear()
+    assert said == ["decode 8x64", "inside", "pop"]

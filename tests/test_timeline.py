@@ -179,6 +179,15 @@ def test_nsys_gives_kernels_to_the_range_of_their_launch(tmp_path):
     assert found["step > decode"].gpu_seconds == 2 and found["step > backward"].idle_seconds == 1
 
 
+def test_ranges_of_torch_s_own_nvtx_are_read_where_ours_are_missing(tmp_path):
+    """torch.cuda.nvtx knows the default domain alone."""
+    path = nsys_file(tmp_path / "a.sqlite")
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM NVTX_EVENTS WHERE text = 'boxgrpo'")
+        db.execute("UPDATE NVTX_EVENTS SET domainId = 0 WHERE domainId = 3 OR globalTid >> 24 = 6")
+    assert {row.name for row in rows(read_nsys(path))} == {"step", "step > decode", "step > backward"}
+
+
 def test_a_graph_that_nsys_traced_whole_is_one_piece_of_work(tmp_path):
     path = nsys_file(tmp_path / "a.sqlite", graph_rows=(6 * 10**9, 8 * 10**9, PID))
     found = {row.name: row for row in rows(read_nsys(path))}

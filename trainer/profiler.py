@@ -18,13 +18,12 @@ import torch
 
 from .chrome_trace import read_chrome_trace
 from .ranks import Ranks
-from .spans import named_range
+from .spans import UNDER_NSYS, named_range
 from .timeline import rows, table
 
 log = logging.getLogger(__name__)
 
 FOLDER = "profile"
-UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"  # set by nsys for what it starts
 SNAPSHOTS = 3  # at lacks of memory: a run may live through many
 EVENTS = 100_000  # the last allocations and frees that a snapshot tells of
 

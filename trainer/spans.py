@@ -1,11 +1,12 @@
 """Named spans of a step: wall-clock seconds for the metrics, and ranges on a profiler's timeline where one listens.
 
-NVTX comes from the `nvtx` package, not torch.cuda.nvtx: it needs no CUDA, has a domain for our ranges alone, and knows
-whether a tool listens.
+NVTX comes from the `nvtx` package: it needs no CUDA, has a domain for our ranges alone, and knows whether a tool
+listens. Where it is missing, torch.cuda.nvtx serves under nsys.
 """
 
 import contextlib
 import functools
+import os
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 DOMAIN = "boxgrpo"  # of our NVTX ranges
+UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"  # set by nsys for what it starts
 seconds: dict[str, float] = defaultdict(float)
 _NOTHING = contextlib.nullcontext()
 
@@ -37,33 +39,38 @@ def named_range(name: str, *size: int):
     It is NVTX's where a tool such as nsys is attached, torch.profiler's while that records; else it is nothing, and the
     sizes are not even written down.
     """
-    domain, recorded = _nvtx_domain(), torch.autograd._profiler_enabled()
-    if domain is None and not recorded:
+    nvtx, recorded = _nvtx(), torch.autograd._profiler_enabled()
+    if nvtx is None and not recorded:
         return _NOTHING
-    return _open(f"{name} {'x'.join(map(str, size))}" if size else name, domain, recorded)
+    return _open(f"{name} {'x'.join(map(str, size))}" if size else name, nvtx, recorded)
 
 
 @contextmanager
-def _open(title: str, domain, recorded: bool):
+def _open(title: str, nvtx, recorded: bool):
     with torch.profiler.record_function(title) if recorded else _NOTHING:
-        if domain is not None:
-            domain.push_range(domain.get_event_attributes(message=title))
+        if nvtx is not None:
+            push, pop = nvtx
+            push(title)
         try:
             yield
         finally:
-            if domain is not None:
-                domain.pop_range()
+            if nvtx is not None:
+                pop()
 
 
 @functools.cache
-def _nvtx_domain():
-    """Ours, or None where no tool was attached as the process started, or the package is missing."""
+def _nvtx():
+    """What opens a range and what closes it, or None where no tool was attached as the process started."""
     try:
         import nvtx
     except ImportError:
-        return None
+        if UNDER_NSYS not in os.environ or not torch.cuda.is_available():
+            return None
+        return torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
     domain = nvtx.get_domain(DOMAIN)
-    return None if domain.get_event_attributes(message="") is None else domain
+    if domain.get_event_attributes(message="") is None:
+        return None
+    return lambda title: domain.push_range(domain.get_event_attributes(message=title)), domain.pop_range
 
 
 @contextmanager
