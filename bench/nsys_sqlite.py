@@ -21,9 +21,10 @@ ON_GPU = {  # table: column or text that names the work
 
 
 def read_nsys(path: str | Path) -> Timeline:
-    """Ranges are our NVTX domain's, or the default one's where ours is not there (torch.cuda.nvtx); work is what the GPU ran for them, launched when the CUDA call of its number was.
+    """Ranges are our NVTX domain's, or the default one's where ours is not there (torch.cuda.nvtx has no other).
 
-    Kernels of a replayed CUDA graph have the number of the graph's launch. Of several ranks the first is read.
+    Work is what the GPU ran for them, launched when the CUDA call of its number was; kernels of a replayed CUDA graph
+    have the number of the graph's launch. Of several ranks the first is read.
 
     Raises:
         ValueError: no step is in it.
