@@ -2,6 +2,7 @@
 
 import re
 
+from .ablation_report import summary as ablation_summary
 from .bench_demo import table as demo_table
 from .bench_kernels import head_table
 from .bench_rewards import first_and_rates, rewards_row
@@ -19,6 +20,8 @@ def blocks(found: Records) -> dict[str, str]:
     record = found.devices["cpu"]
     step, kernels, rewards = (part(record, name) for name in ("step", "kernels", "rewards"))
     return {
+        "ablation": ablation_summary(found.long["ablation"]["runs"]),
+        "ablation machine": found.long["ablation"]["machine"]["device"],
         "demo": demo_table(found.long["demo"]),
         "demo machine": found.long["demo"]["machine"]["device"],
         "data": data(found.long["data"]),
