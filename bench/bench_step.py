@@ -1,14 +1,16 @@
-"""A whole GRPO step beside TRL's `GRPOTrainer`, phase by phase beside what the machine allows, and how it grows.
+"""A whole GRPO step beside TRL's `GRPOTrainer` and the paper's trainer, phase by phase beside what the machine allows,
+and how it grows.
 
-    python bench/bench_step.py --peers trl --growth                 writes bench/results/<device>/step.json
+    python bench/bench_step.py --peers trl univg_r1 --growth        writes bench/results/<device>/step.json
     python bench/bench_step.py --peers trl --images 4 --json -      one row, printed as JSON
 
 On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the published sizes of the 2B and the 7B in
 bf16; weights are random. Each side runs in a fresh process, the first step is not counted, and a step's seconds are the
 median of the others, from one step's begin to the next's, data and logging included. The phases are those of that very
 step; on a GPU, where they overlap, of a second run in which each waits for the device. Peak memory is what is held
-above the loaded model: reference, gradients, moments and activations. The vocabulary is made from Qwen2's merges.txt
-(--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared).
+above the loaded model: reference, gradients, moments and activations. A peer whose package is missing is skipped, and
+named. The vocabulary is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or
+../shared), or without it one of as many tokens.
 """
 
 import argparse
@@ -26,13 +28,15 @@ import numpy as np
 import torch
 
 from boxgrpo.bench.machine import folder, machine
-from boxgrpo.bench.step_cases import MODELS, StepCase, prepare, step_cases
+from boxgrpo.bench.peers import skipped
+from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.step_sides import Side, run_side
+from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.model.checkpoint import read_config
-from boxgrpo.trainer.vocabulary import qwen2_tokenizer
 
 WARMUP = 1
+PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
 # What is left of a stage without the phases inside.
@@ -60,16 +64,20 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
         found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
         found[f"{name}_settings"] = side.settings | {"threads": side.threads}
-    ours, trl = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", "trl"))
-    if ours and trl:
-        if (ours.prompt_tokens, ours.trained) != (trl.prompt_tokens, trl.trained):
+    ours, *peers = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", *PEERS))
+    for (name, prefix), peer in zip(PEERS.items(), peers, strict=True):
+        if not ours or not peer:
+            continue
+        if (ours.prompt_tokens, ours.trained) != (peer.prompt_tokens, peer.trained):
             raise ValueError(
-                f"the sides differ: prompts of {ours.prompt_tokens} and {trl.prompt_tokens} tokens, {ours.trained} and "
-                f"{trl.trained} trained parameters; they must do the same work."
+                f"ours and {name} differ: prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens, "
+                f"{ours.trained} and {peer.trained} trained parameters; they must do the same work."
             )
-        found["ratio"] = round(found["trl_s"] / found["ours_s"], 2)
-        if ours.peak_bytes and trl.peak_bytes:
-            found["peak_memory_ratio"] = round(ours.peak_bytes / trl.peak_bytes, 3)
+        found[f"{prefix}ratio"] = round(found[f"{name}_s"] / found["ours_s"], 2)
+        if ours.peak_bytes and peer.peak_bytes:
+            found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
+        if prefix:
+            found[f"{prefix}phases"] = {phase: round(seconds, 4) for phase, seconds in median_step(peer).items()}
     if ours:
         found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
         counted = work(read_config(at / "model"), case, ours.prompt_tokens, ours.trained)
@@ -82,12 +90,16 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
 def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
     """Seconds of each phase of the median step, which they add up to, and its floor."""
     seconds = dict.fromkeys(PHASES, 0.0)
-    for name, value in side.steps[side.seconds.index(statistics.median_low(side.seconds))].items():
+    for name, value in median_step(side).items():
         name = RENAMED.get(name, name)
         seconds[name] = seconds.get(name, 0.0) + value
     if not seconds["prefill"] or not seconds["backward"]:
         raise ValueError("no prefill or no backward pass was seen; the loop's parts have other names now.")
     return {name: {"seconds": round(value, 6)} | least.get(name, {}) for name, value in seconds.items()}
+
+
+def median_step(side: Side) -> dict[str, float]:
+    return side.steps[side.seconds.index(statistics.median_low(side.seconds))]
 
 
 def growth(base: StepCase, at: Path, tokenizer, steps: int) -> dict[str, dict]:
@@ -166,19 +178,13 @@ def chosen(args, gpu: bool) -> list[StepCase]:
     return [case]
 
 
-def merges(path: str | None) -> Path:
-    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[2] / "shared")
-    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
-    if not found.is_file():
-        raise ValueError(f"there is no {found}; the real vocabulary needs a Qwen2 model's. Name it with --merges.")
-    return found
-
-
 def run(args, cases: list[StepCase], path: Path | None) -> dict:
     """Everything that was asked for, written to `path` after each row: what a run that is stopped has is not lost."""
-    described, tokenizer = machine(), qwen2_tokenizer(merges(args.merges))
+    tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
+    absent = skipped(args.peers)
     load = round(os.getloadavg()[0], 2)  # of the minute before: what else the machine had to do
-    result = {"machine": described, "load_before": load, "steps": args.steps, "ceilings": limits(), "rows": []}
+    result = {"machine": machine(), "load_before": load, "steps": args.steps, "vocabulary": vocabulary}
+    result |= {"skipped": absent, "ceilings": limits(), "rows": []}
 
     def keep() -> None:
         if path is not None:
@@ -190,7 +196,11 @@ def run(args, cases: list[StepCase], path: Path | None) -> dict:
             prepare(case, at, tokenizer)
             torch.cuda.empty_cache()  # the sides have the device to themselves
             # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
-            names = ("ours", *(["ours_by_phase"] if torch.cuda.is_available() else []), *args.peers)
+            names = (
+                "ours",
+                *(["ours_by_phase"] if torch.cuda.is_available() else []),
+                *(p for p in args.peers if p not in absent),
+            )
             sides = {name: fresh(name, case, at, args.steps) for name in names}
             result["rows"].append(row(case, sides, at, result["ceilings"]))
             keep()
@@ -202,7 +212,7 @@ def run(args, cases: list[StepCase], path: Path | None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who runs the same step")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=[], help="who runs the same step")
     parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
     parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
     parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")

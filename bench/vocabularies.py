@@ -1,0 +1,42 @@
+"""The tokenizer of a benchmark: Qwen2's where its merges are at hand, else one made here with as many tokens."""
+
+import itertools
+import os
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer
+
+TOKENS = 151_657  # of Qwen2's
+BYTES = 256
+
+
+def merges(path: str | os.PathLike | None = None) -> Path | None:
+    """Qwen2's merges.txt: the file named, else the one in data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared.
+
+    Raises:
+        ValueError: the file that was named is not there.
+    """
+    if path and not Path(path).is_file():
+        raise ValueError(f"there is no {path}; --merges names the merges.txt of a Qwen2 model. Correct it, or drop it.")
+    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[2] / "shared")
+    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
+    return found if found.is_file() else None
+
+
+def benchmark_tokenizer(path: str | os.PathLike | None, texts: Sequence[str]) -> tuple[PreTrainedTokenizerBase, str]:
+    """A tokenizer of 151,657 tokens, and what it was made from.
+
+    Without Qwen2's merges the pieces of `texts` are tokens, as they would be there, and four-letter words fill the
+    vocabulary up: special tokens have their published ids, and a sampled token is one of as many.
+    """
+    if found := merges(path):
+        return qwen2_tokenizer(found), "Qwen2's merges"
+    missing = TOKENS - BYTES - len(SPECIAL_TOKENS)
+    words = ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
+    filler = [" ".join(itertools.islice(words, 1000)) for _ in range(0, missing, 1000)]
+    # Twice: what is frequent comes first.
+    return demo_tokenizer([*texts, *texts, *filler], vocab_size=TOKENS), "made here, no merges.txt at hand"
