@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds ablation bench test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install demo seeds ablation bench bench-check test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -26,10 +26,14 @@ seeds: $(STAMP)
 ablation: $(STAMP)
 	$(BIN)/python bench/ablation.py $(ABLATION)
 
-# Kernels and a whole step beside their peers.
+# Kernels, rewards and a whole step beside their peers, a quarter of an hour; BENCH passes flags on (--full).
 bench: $(STAMP)
-	$(BIN)/python bench/bench_kernels.py
-	$(BIN)/python bench/bench_step.py --peers trl --growth
+	$(BIN)/python bench/bench_all.py $(BENCH)
+	$(BIN)/python -P -m boxgrpo.bench.report
+
+# What got slower: the last two days of results, or FILES="OLD.json NEW.json".
+bench-check: $(STAMP)
+	$(BIN)/python bench/compare.py $(FILES)
 
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)

@@ -2,8 +2,8 @@
 
     python bench/bench_kernels.py [--only NAME] [--json FILE|-]
 
-Writes bench/results/<device>/kernels.json, unless --only asks for a part. On a GPU the times are
-triton.testing.do_bench medians, each run with a cold L2; on a CPU pytest-benchmark takes them. The floor of an op is
+`make bench` keeps the results. On a GPU the times are triton.testing.do_bench's, each run with a cold L2; on a CPU
+pytest-benchmark takes them. The floor of an op is
 the larger of its least bytes over a copy's bandwidth and its least FLOP over a matrix product's rate, both measured in
 the same run. Peak memory is what a run needs beyond its inputs.
 """
@@ -18,16 +18,19 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from boxgrpo.bench.cases import Case, cases
-from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.result_files import begin, dump, write
 
 SEED = 0
+PEER_MODULES = ("trl.trainer.utils", "liger_kernel.chunked_loss")
 IMPLEMENTATIONS = ("boxgrpo", "boxgrpo, overwriting", "eager", "compile", "liger", "trl", "one read")
+TITLES = {"boxgrpo": "boxgrpo", "eager": "eager", "compile": "torch.compile", "liger": "Liger", "trl": "TRL"}
 
 
 def device() -> torch.device:
@@ -42,7 +45,7 @@ def chosen(only: str | None) -> list[Case]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", cases(torch.device("cpu")), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases(torch.device("cpu"))), ids=lambda case: case.name)
 def test_cpu(benchmark, case, implementation):
     """Collected by `times_on_cpu`, not by the test suite."""
     run = case.make(case, torch.device("cpu"), SEED).get(implementation)
@@ -51,7 +54,7 @@ def test_cpu(benchmark, case, implementation):
     run()  # compiles, pages in
     benchmark.extra_info.update(case=case.name, implementation=implementation)
     large = case.shape.get("V", 0) > 10_000
-    benchmark.pedantic(run, rounds=4 if large else 50, warmup_rounds=1 if large else 5)
+    benchmark.pedantic(run, rounds=4 if large else 50, warmup_rounds=0 if large else 5)
 
 
 def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
@@ -84,7 +87,9 @@ def times_on_gpu(case: Case) -> dict[tuple[str, str], list[float]]:
 def peak_bytes(case: Case, implementation: str) -> int | None:
     """The most that a run holds beyond its inputs, gradients included. On a CPU resident memory, in a fresh process."""
     if device().type == "cpu":
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["boxgrpo.bench.bench_kernels", *PEER_MODULES])  # those that are there
+        with context.Pool(1) as pool:
             return pool.apply(_peak_resident, (case.name, implementation))
     run = case.make(case, device(), SEED)[implementation]
     run()
@@ -170,6 +175,9 @@ def row(case: Case, implementation: str, seconds: list[float], limits: dict[str,
         "implementation": implementation,
         "ms": round(1e3 * median, 4),
         "spread_ms": [round(1e3 * x, 4) for x in (min(seconds), max(seconds))],
+        "samples_ms": [round(1e3 * x, 4) for x in seconds],
+        "bytes": case.bytes_floor,
+        "flop": case.flops_floor,
         "gb_per_second": round(case.bytes_floor / median / 1e9, 1),
         "tflop_per_second": round(case.flops_floor / median / 1e12, 3),
         "floor_ms": round(1e3 * max(by_bytes, by_flop), 4),
@@ -180,10 +188,9 @@ def row(case: Case, implementation: str, seconds: list[float], limits: dict[str,
     }
 
 
-def run(only: str | None, path: Path | None) -> dict:
-    """All rows, written to `path` after each case: what a run that is stopped has measured is not lost."""
-    limits, rows = ceilings(), []
-    result = {"machine": machine(), "ceilings": limits, "rows": rows}
+def run(only: str | None, limits: dict[str, float], keep: Callable[[dict], None]) -> dict:
+    """All rows; `keep` is given what there is after each case: what a run that is stopped has measured is not lost."""
+    result = {"rows": (rows := [])}
     on_cpu = times_on_cpu(only) if device().type == "cpu" else None
     for case in chosen(only):
         times = on_cpu if on_cpu is not None else times_on_gpu(case)
@@ -191,8 +198,7 @@ def run(only: str | None, path: Path | None) -> dict:
         rows += [row(case, name, seconds, limits) for (_, name), seconds in mine.items()]
         torch.cuda.empty_cache()
         torch._dynamo.reset()
-        if path is not None:
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result)
     return result
 
 
@@ -209,18 +215,31 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def head_table(result: dict) -> str:
+    """Markdown: the fused loss from hidden states at its first shape, by all who have it."""
+    rows = [r for r in result["rows"] if r["op"] == "fused_grpo_loss"]
+    rows = {r["implementation"]: r for r in rows if r["shape"] == rows[0]["shape"]}
+    names = [name for name in TITLES if name in rows]
+    lines = ["| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (1 + len(names)) + "|"]
+    for label, key in (("ms", "ms"), ("MB beyond inputs", "peak_mb")):
+        cells = [label, *(f"{rows[name][key]:.0f}" for name in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name holds this, as fused_grpo_loss")
-    parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
+    parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
+    record = begin() | {"ceilings": (limits := ceilings())}
+    record["kernels"] = run(args.only, limits, lambda rows: None)
     if args.json == "-":
-        print(json.dumps(run(args.only, None), indent=1))
+        print(dump(record))
         return
-    path = Path(args.json) if args.json else None
-    if path is None and args.only is None:  # a part does not take the place of the whole
-        path = folder() / "kernels.json"
-    print(table(run(args.only, path)))
+    if args.json:
+        write(record, Path(args.json))
+    print(table(record["kernels"]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python bench/bench_rewards.py [--merges merges.txt] [--json FILE|-]
 
-Writes bench/results/<device>/rewards.json. On a CPU everything runs on one core: 128 completions of 256 tokens by
+`make bench` keeps the results. On a CPU everything runs on one core: 128 completions of 256 tokens by
 `grounding_rewards_from_ids`, and by `batch_decode`, regular expressions and IoU in Python, in turn; then a few MB of
 completions as bytes. On a GPU 1,024 completions of 256 tokens, with a cold L2, and any synchronisation is an error.
 
@@ -13,18 +13,19 @@ some 1,100 bytes, 8 in 60 cycles where there is no tag and no box, and 70 bytes 
 """
 
 import argparse
-import json
 import os
 import random
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.result_files import begin, dump, write
+from boxgrpo.bench.step_cases import merges
 from boxgrpo.kernels import VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from boxgrpo.trainer.vocabulary import box_mark_ids, qwen2_tokenizer, token_bytes
 
@@ -84,7 +85,7 @@ def rows_of(runs: dict, turns: int, **more: dict) -> list[dict]:
         first = statistics.median(1e3 * turn[0] for turn in taken[1:])
         spread = [round(warm[0], 4), round(warm[-1], 4)]
         rows.append({"run": name, "ms": round(statistics.median(warm), 4), "spread_ms": spread, "rounds": len(warm)})
-        rows[-1] |= {"first_ms": round(first, 4), **more.get(name, {})}
+        rows[-1] |= {"first_ms": round(first, 4), **more.get(name, {}), "samples_ms": [round(x, 4) for x in warm]}
     return rows
 
 
@@ -139,7 +140,8 @@ def on_gpu(tokenizer, table: VocabularyBytes) -> list[dict]:
     taken = do_bench(rewards, return_mode="all")
     spread = [round(min(taken), 4), round(max(taken), 4)]
     size = {"completions": 1024, "tokens": TOKENS}
-    return [{"run": "ids", "ms": round(statistics.median(taken), 4), "spread_ms": spread, "rounds": len(taken), **size}]
+    told = {"ms": round(statistics.median(taken), 4), "spread_ms": spread, "rounds": len(taken)}
+    return [{"run": "ids", **told, **size, "samples_ms": [round(x, 4) for x in taken]}]
 
 
 def summary(result: dict) -> str:
@@ -158,29 +160,53 @@ def times_faster(result: dict) -> float:
     return by_run["decode, re, IoU"] / by_run["ids"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parent.parent.parent / "shared")
-    merges = Path(shared) / "data/qwen2_tokenizer/merges.txt"
-    parser.add_argument("--merges", default=merges, help="Qwen2's merges.txt; default: %(default)s")
-    parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
-    args = parser.parse_args()
+def rewards_row(result: dict) -> str:
+    """Markdown: both paths' ms."""
+    by_run = {r["run"]: r["ms"] for r in result["rows"]}
+    ms = f"| ms | {by_run['ids']:.3f} | {by_run['decode, re, IoU']:.2f} |"
+    return "\n".join(["| | from ids | `batch_decode`, `re`, IoU in Python |", "|---|---|---|", ms])
+
+
+def first_and_rates(result: dict) -> str:
+    """A sentence's end and a sentence: rounds after other work, and bytes a second."""
+    by_run = {r["run"]: r for r in result["rows"]}
+    first = [by_run[name]["first_ms"] for name in ("ids", "decode, re, IoU")]
+    rates = [by_run[name]["gb_per_second"] for name in ("bytes, think", "bytes, tags and boxes only")]
+    return (
+        f"straight after other work it is {first[0]:.2f} ms against {first[1]:.2f} ms. Text is read at {rates[0]:.1f} "
+        f"GB/s ({rates[1]:.2f} where it is nothing but tags and boxes)"
+    )
+
+
+def run(merges: str | Path) -> dict:
+    """The rows. On a CPU this process has one core and one thread from then on."""
     gpu = torch.cuda.is_available()
     if not gpu:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for the tokenizer's threads too
         torch.set_num_threads(1)
-    tokenizer = qwen2_tokenizer(args.merges)
+    tokenizer = qwen2_tokenizer(merges)
     table = VocabularyBytes.build(
         token_bytes(tokenizer, ROWS), [tokenizer.eos_token_id], mark_ids=box_mark_ids(tokenizer)
     )
-    result = {"machine": machine(), "rows": (on_gpu if gpu else on_cpu)(tokenizer, table)}
-    text = json.dumps(result, indent=1) + "\n"
+    return {"threads": torch.get_num_threads(), "rows": (on_gpu if gpu else on_cpu)(tokenizer, table)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merges", help="Qwen2's merges.txt; default: data/qwen2_tokenizer under BOXGRPO_SHARED")
+    parser.add_argument("--json", help="write the results there, - for standard output")
+    args = parser.parse_args()
+    record = begin() | {"rewards": run(merges(args.merges))}
     if args.json == "-":
-        print(text, end="")
+        print(dump(record))
         return
-    Path(args.json or folder() / "rewards.json").write_text(text)
-    print(summary(result))
+    if args.json:
+        write(record, Path(args.json))
+    print(summary(record["rewards"]))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_rewards.py: {error}")

@@ -1,34 +1,34 @@
 """A whole GRPO step beside TRL's `GRPOTrainer` and the paper's trainer, phase by phase beside what the machine allows,
 and how it grows.
 
-    python bench/bench_step.py --peers trl univg_r1 --growth        writes bench/results/<device>/step.json
+    python bench/bench_step.py --peers trl univg_r1 --growth        all rows
     python bench/bench_step.py --peers trl --images 4 --json -      one row, printed as JSON
 
-On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the published sizes of the 2B and the 7B in
-bf16; weights are random. Each side runs in a fresh process, the first step is not counted, and a step's seconds are the
-median of the others, from one step's begin to the next's, data and logging included. The phases are those of that very
-step; on a GPU, where they overlap, of a second run in which each waits for the device. Peak memory is what is held
-above the loaded model: reference, gradients, moments and activations. A peer whose package is missing is skipped, and
-named. The vocabulary is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or
-../shared), or without it one of as many tokens.
+`make bench` keeps the results. On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the
+published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, the first step is
+not counted, and a step's seconds are the median of the others, from one step's begin to the next's, data and logging
+included. The phases are those of that very step; on a GPU, where they overlap, of a second run in which each waits for
+the device. Peak memory is what is held above the loaded model: reference, gradients, moments and activations. A peer
+whose package is missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt (--merges; default:
+data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.peers import skipped
+from boxgrpo.bench.result_files import begin, dump, write
 from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.step_sides import Side, run_side
@@ -42,6 +42,16 @@ PHASES += ("optimizer", "other")
 # What is left of a stage without the phases inside.
 RENAMED = {"rollout": "decode", "policy": "policy_forward", "forward": "policy_forward"}
 GROWTH = {"images": (1, 2, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64, 128), "prompts": (1, 2, 4)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured: counted steps, and the sizes at which our step is looked at again."""
+
+    steps: int = 3  # of ours in each row
+    peer_steps: tuple[int, int] = (3, 3)  # of a peer, in the first row and in the others
+    growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: GROWTH)  # none: no growth
+    growth_steps: int = 3
 
 
 def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
@@ -62,6 +72,7 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         seconds = side.seconds
         found[f"{name}_s"] = round(statistics.median_low(seconds), 3)
         found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
+        found[f"{name}_samples_s"] = [round(x, 3) for x in seconds]
         found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
         found[f"{name}_settings"] = side.settings | {"threads": side.threads}
     ours, *peers = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", *PEERS))
@@ -102,24 +113,33 @@ def median_step(side: Side) -> dict[str, float]:
     return side.steps[side.seconds.index(statistics.median_low(side.seconds))]
 
 
-def growth(base: StepCase, at: Path, tokenizer, steps: int) -> dict[str, dict]:
-    """Our step's seconds against each size, the others as in `base`, with a straight line through them."""
+def growth(plan: Plan, base: StepCase, at: Path, tokenizer, known: dict[str, list[float]]) -> dict[str, dict]:
+    """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
-    def seconds(case: StepCase) -> float:
-        prepare(case, at, tokenizer)
-        side = fresh("ours", case, at, steps)
-        if isinstance(side, str):
-            raise ValueError(f"{case.name}: {side}")
-        return round(statistics.median_low(side.seconds), 3)
+    `known`: samples by case of what is measured already.
+    """
+
+    def points(cases: list[StepCase]) -> dict[str, list]:
+        for case in cases:
+            if case.name in known:
+                continue
+            prepare(case, at, tokenizer)
+            side = fresh("ours", case, at, plan.growth_steps)
+            if isinstance(side, str):
+                raise ValueError(f"{case.name}: {side}")
+            known[case.name] = [round(x, 3) for x in side.seconds]
+        samples = [known[case.name] for case in cases]
+        return {"seconds": [statistics.median_low(x) for x in samples], "samples_s": samples}
 
     found = {}
-    for size, values in GROWTH.items():
-        taken = [seconds(replace(base, **{size: value})) for value in values]
-        found[size] = {"values": values, "seconds": taken} | line(values, taken)
+    for size, values in plan.growth.items():
+        taken = points([replace(base, **{size: value}) for value in values])
+        found[size] = {"values": list(values)} | taken | line(values, taken["seconds"])
     # Where prompts dominate: six images of the default max_pixels, and short answers.
     case = replace(base, images=6, side=(448, 896), tokens=8)
-    taken = [seconds(replace(case, generations=g)) for g in (8, 16)]
-    found["doubled_group"] = {"case": case.name, "seconds": taken, "ratio": round(taken[1] / taken[0], 3)}
+    taken = points([replace(case, generations=g) for g in (8, 16)])
+    ratio = taken["seconds"][1] / taken["seconds"][0]
+    found["doubled_group"] = {"case": case.name} | taken | {"ratio": round(ratio, 3)}
     return found
 
 
@@ -159,7 +179,7 @@ def phases_table(r: dict) -> str:
 def growth_table(grown: dict) -> str:
     """Markdown: what each more of a size costs."""
     lines = ["| size | values | seconds | each more, ms | misfit |", "|---|---|---|---|---|"]
-    for size in GROWTH:
+    for size in (size for size in GROWTH if size in grown):
         g = grown[size]
         values, seconds = (", ".join(map(str, g[key])) for key in ("values", "seconds"))
         lines.append(f"| {size} | {values} | {seconds} | {1e3 * g['each_s']:.1f} | {g['misfit_percent']:.0f} % |")
@@ -178,35 +198,38 @@ def chosen(args, gpu: bool) -> list[StepCase]:
     return [case]
 
 
-def run(args, cases: list[StepCase], path: Path | None) -> dict:
-    """Everything that was asked for, written to `path` after each row: what a run that is stopped has is not lost."""
-    tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
-    absent = skipped(args.peers)
-    load = round(os.getloadavg()[0], 2)  # of the minute before: what else the machine had to do
-    result = {"machine": machine(), "load_before": load, "steps": args.steps, "vocabulary": vocabulary}
-    result |= {"skipped": absent, "ceilings": limits(), "rows": []}
+def run(
+    cases: list[StepCase],
+    peers: Sequence[str],
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    measured: dict[str, float],
+    keep: Callable[[dict], None],
+) -> dict:
+    """Everything that was asked for; `keep` is given what there is after each row, so that a stopped run has it.
 
-    def keep() -> None:
-        if path is not None:
-            path.write_text(json.dumps(result, indent=1) + "\n")
-
+    Args:
+        peers: sides beside ours; those that are not installed are skipped.
+        measured: the machine's ceilings, as `limits` measures them.
+    """
+    result = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}
+    peers, known = [name for name in peers if name not in result["skipped"]], {}
     with tempfile.TemporaryDirectory() as scratch:
-        for case in cases:
+        for i, case in enumerate(cases):
             at = Path(scratch) / case.model
             prepare(case, at, tokenizer)
             torch.cuda.empty_cache()  # the sides have the device to themselves
             # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
-            names = (
-                "ours",
-                *(["ours_by_phase"] if torch.cuda.is_available() else []),
-                *(p for p in args.peers if p not in absent),
-            )
-            sides = {name: fresh(name, case, at, args.steps) for name in names}
-            result["rows"].append(row(case, sides, at, result["ceilings"]))
-            keep()
-        if args.growth:
-            result["growth"] = growth(cases[0], Path(scratch) / cases[0].model, tokenizer, args.steps)
-            keep()
+            names = ("ours", *(["ours_by_phase"] if torch.cuda.is_available() else []), *peers)
+            steps = dict.fromkeys(peers, plan.peer_steps[i > 0])
+            sides = {name: fresh(name, case, at, steps.get(name, plan.steps)) for name in names}
+            result["rows"].append(found := row(case, sides, at, measured))
+            if "ours_samples_s" in found:
+                known[case.name] = found["ours_samples_s"]
+            keep(result)
+        if plan.growth:
+            result["growth"] = growth(plan, cases[0], Path(scratch) / cases[0].model, tokenizer, known)
+            keep(result)
     return result
 
 
@@ -219,19 +242,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each side")
     parser.add_argument("--growth", action="store_true", help="also our step against each of its sizes")
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
-    parser.add_argument("--json", help="write the results there, - for standard output; default: bench/results")
+    parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    cases = chosen(args, gpu)
+    cases = chosen(args, torch.cuda.is_available())
+    plan = Plan(args.steps, (args.steps, args.steps), GROWTH if args.growth else {}, args.steps)
+    tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
+    record = begin() | {"ceilings": (measured := limits()), "vocabulary": vocabulary}
+
+    def keep(found: dict) -> None:
+        if args.json not in (None, "-"):
+            write(record | {"step": found}, Path(args.json))
+
+    result = run(cases, args.peers, plan, tokenizer, measured, keep)
     if args.json == "-":
-        result = run(args, cases, None)
         rows = result.pop("rows")
-        print(json.dumps(result | (rows[0] if len(rows) == 1 else {"rows": rows}), indent=1))
+        print(dump(record | result | (rows[0] if len(rows) == 1 else {"rows": rows})))
         return
-    path = Path(args.json) if args.json else None
-    if path is None and cases == step_cases(gpu) and args.peers and args.growth:  # a part does not replace the whole
-        path = folder() / "step.json"
-    result = run(args, cases, path)
     told = [f"{r['case']}:\n\n{phases_table(r)}" for r in result["rows"] if "phases" in r]
     print(steps_table(result), *told, sep="\n\n")
     if args.growth:

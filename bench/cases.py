@@ -29,7 +29,10 @@ TOKENS = 151_657  # that the tokenizer has
 
 @dataclass(frozen=True)
 class Case:
-    """`bytes_floor` and `flops_floor`: the least that the op must move and compute, forward and backward."""
+    """`bytes_floor` and `flops_floor`: the least that the op must move and compute, forward and backward.
+
+    What is done to each element counts as a few FLOP, an exponential as one. No floor hangs on it, a roofline does.
+    """
 
     op: str
     shape: dict[str, int]
@@ -49,13 +52,13 @@ def cases(device: torch.device) -> Iterator[Case]:
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     for n in (2048, 8192, 32768) if gpu else (512,):
-        logits = n * QWEN_2B * dtype.itemsize
-        yield Case("fused_grpo_loss_from_logits", {"N": n, "V": QWEN_2B}, dtype, 2 * logits, 0, _loss_from_logits)
-        yield Case("token_logps_from_logits", {"N": n, "V": QWEN_2B}, dtype, 3 * logits, 0, _logps_from_logits)
+        shape, logits = {"N": n, "V": QWEN_2B}, n * QWEN_2B * dtype.itemsize
+        flop = 7.0 * n * QWEN_2B  # largest, difference, exponential, sum; difference, exponential, product
+        yield Case("fused_grpo_loss_from_logits", shape, dtype, 2 * logits, flop, _loss_from_logits)
+        yield Case("token_logps_from_logits", shape, dtype, 3 * logits, flop, _logps_from_logits)
         if n <= 8192:
             by_sequence = partial(_loss_from_logits, level="sequence")
-            shape = {"N": n, "V": QWEN_2B}
-            yield Case("fused_grpo_loss_from_logits, sequence level", shape, dtype, 3 * logits, 0, by_sequence)
+            yield Case("fused_grpo_loss_from_logits, sequence level", shape, dtype, 3 * logits, flop, by_sequence)
     heads = [(n, QWEN_2B, 1536) for n in (2048, 8192, 32768)] + [(n, QWEN_7B, 3584) for n in (2048, 8192, 32768)]
     for n, vocabulary, width in heads if gpu else [(512, QWEN_2B, 256)]:
         shape, product = {"N": n, "V": vocabulary, "H": width}, 2.0 * n * vocabulary * width
@@ -66,13 +69,15 @@ def cases(device: torch.device) -> Iterator[Case]:
             frozen = partial(_loss_from_hidden, frozen=True)
             least = once + n * width * dtype.itemsize
             yield Case("fused_grpo_loss, frozen head", shape, dtype, least, 2 * product, frozen)
-    for n in (8192, 262_144):  # three logps read, a gradient written
-        yield Case("grpo_loss", {"N": n}, torch.float32, 4 * 4 * n, 0, _loss_from_logps)
+    for n in (8192, 262_144):  # three logps read, a gradient written; ratio and KL, clipped, and their slopes
+        yield Case("grpo_loss", {"N": n}, torch.float32, 4 * 4 * n, 20.0 * n, _loss_from_logps)
     for n in (128, 1024) if gpu else (128,):
-        yield Case("sample_tokens", {"n": n, "V": QWEN_2B}, dtype, n * QWEN_2B * dtype.itemsize, 0, _samples)
+        flop = 6.0 * n * QWEN_2B  # largest, difference, exponential, sum; noise added, largest
+        yield Case("sample_tokens", {"n": n, "V": QWEN_2B}, dtype, n * QWEN_2B * dtype.itemsize, flop, _samples)
     for groups in (16, 1024):
         moved = 4 * (3 * groups * GROUP + 2 * groups)
-        yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, 0, _advantages)
+        flop = 6.0 * groups * GROUP  # two sums; difference, its square, their sum; quotient
+        yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
 
 
 class _Rollout:
@@ -154,7 +159,7 @@ def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
         "eager": _trained(eager, logits),
         "compile": _trained(_compiled(eager), logits),
     }
-    if device.type == "cuda" and (liger := _module("liger_kernel.transformers.grpo_loss")):
+    if device.type == "cuda" and (liger := module_named("liger_kernel.transformers.grpo_loss")):
         # Its logits are (B, L + 1, V) with an unread last row: the same number of rows that count.
         room = _normal(device, seed, r.completions, r.length + 1, vocabulary, dtype=case.dtype)
         old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
@@ -194,7 +199,7 @@ def _logps_from_logits(case: Case, device, seed: int):
 
 
 def _trl_logps(logits, r, upstream, device):
-    if device.type != "cuda" or not (trl := _module("trl.trainer.utils")):
+    if device.type != "cuda" or not (trl := module_named("trl.trainer.utils")):
         return {}
     return {"trl": _trained(lambda z: (trl.selective_log_softmax(z, r.targets) * upstream).sum(), logits)}
 
@@ -227,13 +232,13 @@ def _loss_from_hidden(case: Case, device, seed: int, frozen: bool = False):
         "eager": _trained(eager, *leaves),
         "compile": _trained(_compiled(eager), *leaves),
     }
-    if trl := _module("trl.trainer.utils"):
+    if trl := module_named("trl.trainer.utils"):
 
         def through_trl(hidden, weight):
             return r.eager_loss(_through_trl(trl, hidden, weight, r.targets))
 
         found["trl"] = _trained(through_trl, *leaves)
-    if liger := _module("liger_kernel.chunked_loss"):
+    if liger := module_named("liger_kernel.chunked_loss"):
         module = liger.LigerFusedLinearGRPOLoss(
             beta=BETA,
             epsilon_low=EPSILON,
@@ -267,7 +272,7 @@ def _logps_from_hidden(case: Case, device, seed: int):
         "eager": _trained(eager, *leaves),
         "compile": _trained(_compiled(eager), *leaves),
     }
-    if trl := _module("trl.trainer.utils"):
+    if trl := module_named("trl.trainer.utils"):
 
         def through_trl(hidden, weight):
             return (_through_trl(trl, hidden, weight, r.targets) * upstream).sum()
@@ -326,7 +331,7 @@ def _head(case: Case, device, seed: int) -> tuple[Tensor, Tensor]:
     return hidden, weight.requires_grad_()
 
 
-def _module(name: str):
+def module_named(name: str):
     """The imported peer, or None where it is not installed."""
     try:
         return __import__(name, fromlist=["_"])

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 from collections.abc import Iterable
-from types import ModuleType
 
 # What a peer must be able to import, and the distribution that has it. Others come with torch and transformers.
 NEEDS = {
@@ -11,14 +10,6 @@ NEEDS = {
     "liger": ("liger_kernel.chunked_loss", "liger-kernel"),
     "trl": ("trl.trainer.utils", "trl"),
 }
-
-
-def module(name: str) -> ModuleType | None:
-    """The imported module `name`, or None where it cannot be imported."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
 
 
 def skipped(peers: Iterable[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What the step benchmark trains: a model of random weights, and records with the images they ask about."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def step_cases(gpu: bool) -> list[StepCase]:
         return [StepCase(images=n) for n in (4, 1, 6)] + [StepCase(prompts=4)]
     published = {"side": (448, 896), "tokens": 256, "dtype": "bfloat16"}  # 401,408 pixels, the default max_pixels
     return [StepCase(model, images=n, **published) for model in ("2B", "7B") for n in (4, 1, 6)]
+
+
+def merges(path: str | None) -> Path:
+    """Qwen2's merges.txt: the one named, or that of BOXGRPO_SHARED. Raises ValueError where there is none."""
+    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[2] / "shared")
+    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
+    if not found.is_file():
+        raise ValueError(f"there is no {found}; the real vocabulary needs a Qwen2 model's. Name it with --merges.")
+    return found
 
 
 def make_config(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:

@@ -4,27 +4,14 @@ import itertools
 import os
 import string
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from boxgrpo.bench.step_cases import merges
 from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer
 
 TOKENS = 151_657  # of Qwen2's
 BYTES = 256
-
-
-def merges(path: str | os.PathLike | None = None) -> Path | None:
-    """Qwen2's merges.txt: the file named, else the one in data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared.
-
-    Raises:
-        ValueError: the file that was named is not there.
-    """
-    if path and not Path(path).is_file():
-        raise ValueError(f"there is no {path}; --merges names the merges.txt of a Qwen2 model. Correct it, or drop it.")
-    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[2] / "shared")
-    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
-    return found if found.is_file() else None
 
 
 def benchmark_tokenizer(path: str | os.PathLike | None, texts: Sequence[str]) -> tuple[PreTrainedTokenizerBase, str]:
@@ -32,9 +19,15 @@ def benchmark_tokenizer(path: str | os.PathLike | None, texts: Sequence[str]) ->
 
     Without Qwen2's merges the pieces of `texts` are tokens, as they would be there, and four-letter words fill the
     vocabulary up: special tokens have their published ids, and a sampled token is one of as many.
+
+    Raises:
+        ValueError: `path` is given, and is no merges.txt of Qwen2.
     """
-    if found := merges(path):
-        return qwen2_tokenizer(found), "Qwen2's merges"
+    try:
+        return qwen2_tokenizer(merges(path)), "Qwen2's merges"
+    except ValueError:
+        if path:
+            raise
     missing = TOKENS - BYTES - len(SPECIAL_TOKENS)
     words = ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
     filler = [" ".join(itertools.islice(words, 1000)) for _ in range(0, missing, 1000)]

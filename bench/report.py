@@ -1,0 +1,69 @@
+"""The results as a page, plots and the README's numbers, all from the records in bench/results.
+
+    python -P -m boxgrpo.bench.report           writes RESULTS.md, results/<device>/*.png, README.md's blocks
+    python -P -m boxgrpo.bench.report --check   writes nothing; exit status 1 where one of them says something else
+
+A device's newest dated file counts, and the records that the long commands keep.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from boxgrpo.bench import report_plots
+from boxgrpo.bench.report_page import page
+from boxgrpo.bench.report_readme import blocks, filled, stale
+from boxgrpo.bench.result_files import records
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def drift(root: Path) -> list[str]:
+    """The places that do not say what the records say."""
+    found = records(root / "bench/results")
+    places = [f"README.md, block {name}" for name in stale((root / "README.md").read_text(), blocks(found))]
+    places += _differing(root / "bench/RESULTS.md", page(found))
+    for device, record in found.devices.items():
+        folder = root / "bench/results" / device
+        places += [f"bench/results/{device}/{name}" for name in report_plots.stale(record, folder)]
+    return places
+
+
+def _differing(path: Path, wanted: str) -> list[str]:
+    if not path.exists():
+        return [f"bench/{path.name}, which is missing"]
+    heading, old, new = "", path.read_text().splitlines(), wanted.splitlines()
+    for n in range(max(len(old), len(new))):
+        if n < len(new) and new[n].startswith("#"):
+            heading = new[n].strip("# ")
+        if old[n : n + 1] != new[n : n + 1]:
+            return [f"bench/{path.name}, line {n + 1}, under {heading!r}"]
+    return []
+
+
+def write(root: Path) -> None:
+    found = records(root / "bench/results")
+    for device, record in found.devices.items():
+        report_plots.draw(record, root / "bench/results" / device)
+    (root / "bench/RESULTS.md").write_text(page(found))
+    readme = root / "README.md"
+    readme.write_text(filled(readme.read_text(), blocks(found)))
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where anything would change")
+    if not parser.parse_args(args).check:
+        write(ROOT)
+        return
+    if places := drift(ROOT):
+        raise ValueError(
+            "not what the records say: " + "; ".join(places) + ". `python -P -m boxgrpo.bench.report` writes them."
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"report.py: {error}")

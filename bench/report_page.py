@@ -1,0 +1,126 @@
+"""bench/RESULTS.md: every table that the records give, each under the machine that it was measured on."""
+
+from .ablation_report import summary as ablation_summary
+from .bench_data import WANTED
+from .bench_demo import table as demo_table
+from .bench_kernels import table as kernels_table
+from .bench_step import growth_table, phases_table, steps_table
+from .report_plots import PLOTS
+from .result_files import Records, described, part
+
+HEAD = """# Results
+
+Made by `python -P -m boxgrpo.bench.report` from the records in [results/](results); what these measure, and how, stands
+at the head of each command. A device's newest dated file counts. In them are all samples; times here are medians."""
+
+
+def page(found: Records) -> str:
+    sections = [HEAD, *(_device(name, record) for name, record in found.devices.items())]
+    if "cpu" not in found.devices:
+        sections.append("## CPU\n\nNothing has been recorded: `make bench` does.")
+    if not found.devices.keys() - {"cpu"}:
+        sections.append("## GPU\n\nNothing has been recorded on a GPU yet: `make bench-gpu` does.")
+    sections += [_long(name, record) for name, record in found.long.items()]
+    return "\n\n".join(sections) + "\n"
+
+
+def _device(folder: str, record: dict) -> str:
+    parts = [f"## {record['machine']['device']}"]
+    for name, told in PARTS.items():
+        if name in record:
+            measured = part(record, name)
+            parts += [f"### {TITLES[name]}", _machine(measured), told(measured)]
+            parts += [
+                f"![{plot.title}](results/{folder}/{file})"
+                for file, plot in PLOTS.items()
+                if plot.part == name and plot.data(record) is not None
+            ]
+    return "\n\n".join(parts)
+
+
+def _machine(measured: dict) -> str:
+    told = described(measured["machine"] | {key: measured[key] for key in ("threads",) if key in measured})
+    if "load_before" in measured:
+        told += f"; load before {measured['load_before']}"
+    if "ceilings" in measured:
+        moved, computed = (measured["ceilings"][key] for key in ("bytes_per_second", "flop_per_second"))
+        told += f"; {moved / 1e9:.3g} GB/s and {computed / 1e12:.3g} TFLOP/s measured"
+    return f"*{told}*"
+
+
+def _step(measured: dict) -> str:
+    told = [steps_table(measured)]
+    told += [f"{r['case']}:\n\n{phases_table(r)}" for r in measured["rows"] if "phases" in r]
+    if "growth" in measured:
+        told.append(f"How our step grows, the other sizes as in the first row:\n\n{growth_table(measured['growth'])}")
+    return "\n\n".join(told)
+
+
+def _rewards(measured: dict) -> str:
+    rows = []
+    for r in measured["rows"]:
+        size = f"{r['completions']} x {r['tokens']} tokens" if "tokens" in r else f"{r['bytes'] / 1e6:.1f} MB"
+        first, rate = (f"{r[key]:.{digits}f}" if key in r else "" for key, digits in RATES)
+        rows.append([r["run"], size, f"{r['ms']:.4g}", first, rate, str(r["rounds"])])
+    return _table(["run", "of", "ms", "ms, first of a turn", "GB/s", "rounds"], rows)
+
+
+RATES = (("first_ms", 3), ("gb_per_second", 2))
+
+
+def _guard(measured: dict) -> str:
+    rows = [[r["case"], f"{r['ratio']:.3f}", f"{r['spread'][0]:.3f}–{r['spread'][1]:.3f}"] for r in measured["rows"]]
+    return _table(["case", "our processor seconds over eager's", "from–to"], rows)
+
+
+PARTS = {"kernels": kernels_table, "rewards": _rewards, "step": _step, "guard": _guard}
+TITLES = {
+    "kernels": "Kernels: `bench/bench_kernels.py`",
+    "rewards": "Rewards: `bench/bench_rewards.py`",
+    "step": "A step: `bench/bench_step.py`",
+    "guard": "What CI holds the kernels to: `bench/bench_guard.py`",
+}
+
+
+def _long(name: str, record: dict) -> str:
+    title, told = LONG[name]
+    return "\n\n".join([f"## {title}", _machine(record), told(record)])
+
+
+def _data(record: dict) -> str:
+    rows = [[key, f"{record[key]:.2f}", f"{most:g}"] for key, most in WANTED.items()]
+    size = f"{record['options']['records']:,} records, {record['megabytes']} MB:"
+    return f"{size}\n\n{_table(['', 'found', 'at most'], rows)}"
+
+
+def _soak(record: dict) -> str:
+    rows = [
+        [name, d["demand"], d["found"], "met" if d["met"] else "NOT MET"]
+        for name, found in record["parts"].items()
+        for d in found["demands"]
+    ]
+    return _table(["part", "demand", "found", ""], rows)
+
+
+def _fuzz(record: dict) -> str:
+    rows = [[r["run"], f"{r['cases']:,}", str(r["seconds"])] for r in record["rows"]]
+    return _table(["compiled parser against Python's re", "cases, no difference", "s"], rows)
+
+
+def _ablation(record: dict) -> str:
+    return ablation_summary(record["runs"])
+
+
+LONG = {
+    "demo": ("The demo on three seeds: `make seeds`", demo_table),
+    "data": ("A file of MGrounding-630k's size: `bench/bench_data.py`", _data),
+    "soak": ("Runs that are killed: `make soak`", _soak),
+    "soak_zero2": ("The same with ZeRO-2", _soak),
+    "fuzz": ("The box parser: `make fuzz`", _fuzz),
+    "ablation": ("The paper's methods on the drawn world: `make ablation`", _ablation),
+}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
