@@ -32,8 +32,8 @@ class Demand:
         if measured is None:
             return found | {"verdict": "not measured"}
         met = measured <= self.limit if self.at_most else measured >= self.limit
-        away = abs(measured - self.limit) / self.limit
-        return found | {"measured": float(f"{measured:.4g}"), "verdict": "met" if met else f"short by {away:.1%}"}
+        away = f"{abs(measured - self.limit) / self.limit:.1%}" if self.limit else f"{measured:g}"
+        return found | {"measured": float(f"{measured:.4g}"), "verdict": "met" if met else f"short by {away}"}
 
 
 def kernel(record: dict, op: str, by: str = "boxgrpo", **shape: int) -> dict | None:
