@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "trainer", "bench")
 OUT = ROOT / "out/bench_gpu"
 CUDA = Path("/usr/local/cuda")
+MINUTES = 9  # that the parts' limits are made for
 MARGIN = 8  # seconds kept for the record and the verdicts
 OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)|(tests/\S+)\s+(PASSED|FAILED|ERROR|SKIPPED)")
 
@@ -103,6 +104,7 @@ class Conductor:
     """Runs parts against the clock and gathers what they leave."""
 
     deadline: float
+    patience: float  # what every part's limit is multiplied by
     environment: dict[str, str]
     record: dict = field(default_factory=dict)
     running: dict[str, tuple[subprocess.Popen, Part, float]] = field(default_factory=dict)
@@ -127,7 +129,7 @@ class Conductor:
         from boxgrpo.bench.launches import kill
 
         process, part, begun = self.running.pop(name)
-        until = min(begun + part.limit, self.deadline)
+        until = min(begun + self.patience * part.limit, self.deadline)
         try:
             process.wait(max(0.1, until - time.monotonic()))
             outcome = "done" if process.returncode == 0 else f"failed with {process.returncode}: {last_line(name)}"
@@ -254,7 +256,7 @@ def keep(record: dict, args) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--minutes", type=float, default=9, help="all parts together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="all parts together; more gives each part more")
     parser.add_argument("--parts", nargs="+", help="only these: build, kernels, rewards, steps, tests, ...")
     parser.add_argument("--peers", nargs="*", default=["univg_r1", "trl"], help="whose steps are taken beside ours")
     parser.add_argument("--output", help="a folder for a copy of record, verdicts and logs")
@@ -271,7 +273,7 @@ def main() -> None:
     site = link_packages()
     env = environment(site)
     sys.path.insert(0, str(site))
-    conductor = Conductor(begun + 60 * args.minutes - MARGIN, env)
+    conductor = Conductor(begun + 60 * args.minutes - MARGIN, max(1.0, args.minutes / MINUTES), env)
     found = look(args.device, env)
     conductor.record |= {key: found[key] for key in ("machine", "load_before")} | {"skipped": found["look"]["skipped"]}
     for part in parts:

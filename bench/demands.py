@@ -134,9 +134,8 @@ def of_gpu() -> Iterator[Demand]:
     for n in (2048, 8192, 32768):
         share = of_kernel("percent_of_floor", logits, N=n)
         yield Demand("kernels", f"loss from logits, N = {n}: of the copy bandwidth", 85, "%", False, share)
-    yield Demand(
-        "kernels", "loss from logits: Liger's time over ours", 1.4, "x", False, times_of(logits, "liger", N=8192)
-    )
+    liger = times_of(logits, "liger", N=8192)
+    yield Demand("kernels", "loss from logits: Liger's time over ours", 1.4, "x", False, liger)
     for name, sizes, most in (("2B", QWEN_2B, 17), ("7B", QWEN_7B, 40)):
         head = of_kernel("ms", "fused_grpo_loss", N=8192, **sizes)
         yield Demand("kernels", f"fused head, {name}, N = 8192", most, "ms", True, head)
@@ -161,9 +160,8 @@ def of_gpu() -> Iterator[Demand]:
             trl = of_step("ratio", model, images)
             yield Demand("step", f"{model}, {images} images: TRL's step over ours", 4, "x", False, trl)
             paper = of_step("univg_r1_ratio", model, images)
-            yield Demand(
-                "step", f"{model}, {images} images: the paper's trainer's step over ours", 4, "x", False, paper
-            )
+            what = f"{model}, {images} images: the paper's trainer's step over ours"
+            yield Demand("step", what, 4, "x", False, paper)
 
 
 def of_cpu() -> Iterator[Demand]:
