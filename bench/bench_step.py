@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,11 +58,14 @@ class Plan:
 def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
     """`run_side` in a process of its own, which may start workers."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run_side, side, case, at, steps, WARMUP).result()
+        try:
+            return pool.submit(run_side, side, case, at, steps, WARMUP).result()
+        except BrokenProcessPool:
+            return "failed: its process died"
 
 
 def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[str, float]) -> dict:
-    """One line of results/. Of a side that had no room there is the error, and no ratio."""
+    """One line of results/. Of a side that had no room, or failed, there is the error, and no ratio."""
     found = asdict(case) | {"case": case.name}
     for name, side in sides.items():
         if name == "ours_by_phase":
@@ -206,7 +210,7 @@ def run(
     measured: dict[str, float],
     keep: Callable[[dict], None],
 ) -> dict:
-    """Everything that was asked for; `keep` is given what there is after each row, so that a stopped run has it.
+    """Everything that was asked for; `keep` is given what there is after each side, so that a stopped run has it.
 
     Args:
         peers: sides beside ours; those that are not installed are skipped.
@@ -222,11 +226,13 @@ def run(
             # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
             names = ("ours", *(["ours_by_phase"] if torch.cuda.is_available() else []), *peers)
             steps = dict.fromkeys(peers, plan.peer_steps[i > 0])
-            sides = {name: fresh(name, case, at, steps.get(name, plan.steps)) for name in names}
-            result["rows"].append(found := row(case, sides, at, measured))
+            sides = {}
+            for name in names:
+                sides[name] = fresh(name, case, at, steps.get(name, plan.steps))
+                result["rows"][i:] = [found := row(case, sides, at, measured)]
+                keep(result)
             if "ours_samples_s" in found:
                 known[case.name] = found["ours_samples_s"]
-            keep(result)
         if plan.growth:
             result["growth"] = growth(plan, cases[0], Path(scratch) / cases[0].model, tokenizer, known)
             keep(result)

@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -299,9 +300,12 @@ SIDES = {"ours": ours, "ours_by_phase": functools.partial(ours, waits=True), "tr
 
 
 def run_side(name: str, case: StepCase, folder: Path, steps: int, warmup: int) -> Side | str:
-    """One side; where the device's memory is too small for it, the error."""
+    """One side; where the device's memory is too small for it, or it fails, the error. The others go on."""
     with contextlib.redirect_stdout(sys.stderr):
         try:
             return SIDES[name](case, folder, steps, warmup)
         except torch.OutOfMemoryError as error:
             return f"out of memory: {error}"
+        except Exception as error:
+            traceback.print_exc()
+            return f"failed: {type(error).__name__}: {error}"

@@ -152,8 +152,8 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
         pad_token_id=processor.eos_ids[1],
         suppress_tokens=[*processor.vision_ids, *processor.eos_ids],
     )
-    engine = engine_of(case)(policy, options, Ranks(device=device), warmup + steps + 1)
-    tokens, updates = 0, warmup + steps + 1  # the last one ends with the run, and is not counted
+    engine = engine_of(case)(policy, options, Ranks(device=device), warmup + steps)
+    tokens, updates = 0, warmup + steps
     for step in range(updates):
         with clock.span("data"):
             chosen = [examples[(step * case.prompts + b) % len(examples)] for b in range(case.prompts)]
@@ -166,6 +166,7 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
         with clock.span("optimizer"):
             norm, updated = engine.step()
         assert updated and norm > 0, norm
+    clock.begin_step()  # which ends the last one
     settings = {
         "per_device_train_batch_size": case.generations,
         "gradient_accumulation_steps": case.prompts,
