@@ -29,13 +29,14 @@ def _device(folder: str, record: dict) -> str:
     for name, told in PARTS.items():
         if name in record:
             measured = part(record, name)
-            parts += [f"### {TITLES[name]}", _machine(measured), told(measured)]
-            parts += [
-                f"![{plot.title}](results/{folder}/{file})"
-                for file, plot in PLOTS.items()
-                if plot.part == name and plot.data(record) is not None
-            ]
-    return "\n\n".join(parts)
+            parts += [f"### {TITLES[name]}", _machine(measured), told(measured), *_plots(folder, record, name)]
+    return "\n\n".join([*parts, *_plots(folder, record, "")])
+
+
+def _plots(folder: str, record: dict, name: str) -> list[str]:
+    """Links to a part's plots; to those of several parts by an empty name."""
+    drawn = {file: plot for file, plot in PLOTS.items() if plot.part == name and plot.data(record) is not None}
+    return [f"![{plot.title}](results/{folder}/{file})" for file, plot in drawn.items()]
 
 
 def _machine(measured: dict) -> str:

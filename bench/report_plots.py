@@ -27,7 +27,7 @@ class Plot:
     """`data` gives None where the record has nothing to show."""
 
     title: str
-    part: str
+    part: str  # empty: of several
     data: Callable[[dict], dict | None]
     draw: Callable[[dict], Figure]
 
@@ -120,7 +120,7 @@ def _draw_roofline(data: dict) -> Figure:
         axes.set_yscale("log")
         axes.set_xticks(ticks := _apart(sorted({c["intensity"] for c in cases.values()})), [f"{x:.3g}" for x in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("FLOP a byte")
+        axes.set_xlabel("FLOP a byte; letters of one value stand side by side")
         axes.set_title(f"least time set by {'bytes' if floor == 'bytes' else 'FLOP'}", fontsize=10)
         _plain(axes)
     grid[0].set_ylabel("FLOP a second (counted, whoever computes)")
@@ -257,5 +257,5 @@ PLOTS = {
     "roofline.png": Plot("Kernels under the machine's roof", "kernels", roofline, _draw_roofline),
     "phases.png": Plot("Where our step's time goes, and the least it must take", "step", phases, _draw_phases),
     "growth.png": Plot("How our step grows with each size", "step", growth, _draw_growth),
-    "memory.png": Plot("Memory", "step", memory, _draw_memory),
+    "memory.png": Plot("Memory", "", memory, _draw_memory),
 }

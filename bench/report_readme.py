@@ -47,7 +47,7 @@ def data(record: dict) -> str:
 
 def soak(record: dict) -> str:
     """What the soak of `ddp` found."""
-    a, b, c = (_found(record, name) for name in "ABC")
+    a, b = (_found(record, name) for name in "AB")
     memory = record["parts"]["C"]["memory"]
     growths = [memory[f"rank{rank} anonymous"]["growth"] for rank in range(2)]
     told = " and ".join(f"{growth:+.2%}".replace("%", " %") for growth in growths)
@@ -55,7 +55,7 @@ def soak(record: dict) -> str:
         f"({record['machine']['device']}, two ranks, `bench/results/cpu/soak.json`): a run killed "
         f"{len(_killed(record))} times, {a['some while saving']} of them while it was saving, and one of "
         f"{record['parts']['B']['steps']} steps with {len(_killed(record, 'B'))} kills, "
-        f"{c['NaN steps skipped, no others'].split()[0]} NaN steps and "
+        f"{b['NaN steps skipped, no others'].split()[0]} NaN steps and "
         f"{b['corrupt images passed over'].split()[0]} unreadable records end to the bit as their like without kills; "
         f"there the memory of steps 400–500, what is free given back first, differs by {told} from that of steps "
         "100–200"

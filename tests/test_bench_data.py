@@ -1,11 +1,9 @@
-"""The data benchmark on a small file, and the README's figures of the large one."""
+"""The data benchmark on a small file, and what was recorded of the large one."""
 
 import json
-from pathlib import Path
 
 from boxgrpo.bench import bench_data
-
-ROOT = Path(__file__).resolve().parent.parent
+from boxgrpo.bench.machine import RESULTS
 
 
 def test_a_small_file_is_scanned_once_and_opened_from_then_on(tmp_path, capsys):
@@ -18,13 +16,7 @@ def test_a_small_file_is_scanned_once_and_opened_from_then_on(tmp_path, capsys):
     assert "20000 records" in capsys.readouterr().out
 
 
-def test_the_readme_tells_what_was_recorded():
-    found = json.loads((ROOT / "bench/results/cpu/data.json").read_text())
+def test_what_was_recorded_meets_the_demands():
+    found = json.loads((RESULTS / "cpu/data.json").read_text())
     assert found["options"]["records"] == 630_000 and found["same_order"]
     assert found["met"] == {"scan_s": True, "open_s": True, "memory_mb": True}
-    told = (
-        f"{found['options']['records']:,} records of {found['megabytes']} MB take {found['scan_s']:.1f} s, "
-        f"{found['open_s']:.2f} s from then on, and {found['memory_mb']:.0f} MB of memory (`python "
-        f"bench/bench_data.py`, {found['machine']['device']})"
-    )
-    assert told in " ".join((ROOT / "README.md").read_text().split())

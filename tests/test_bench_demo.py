@@ -1,4 +1,4 @@
-"""The demo's three seeds: the table says what the runs gave, and the README says what the table does."""
+"""The demo's three seeds: the table says what the runs gave, and they were a real lift."""
 
 import json
 
@@ -43,9 +43,3 @@ def test_the_recorded_runs_are_a_real_cold_start_and_a_real_lift():
         assert before["format"] >= 0.95 and run["before"]["mean"] >= 0.30
         assert after["well_formed_iou"] > before["well_formed_iou"]
         assert run["seconds"] < 600
-
-
-def test_the_readme_shows_the_runs_that_were_recorded():
-    readme = (RESULTS.parent.parent / "README.md").read_text()
-    assert table(recorded()) in readme
-    assert recorded()["machine"]["device"] in readme

@@ -1,41 +1,35 @@
-"""The kernel benchmark: its figures on a CPU, and the README's copy of them."""
+"""The kernel benchmark: its figures on a CPU against the demands, and its tables."""
 
-import json
-
+import pytest
 import torch
 
-from boxgrpo.bench.bench_kernels import table
+from boxgrpo.bench import bench_kernels
+from boxgrpo.bench.bench_kernels import head_table, row, table
 from boxgrpo.bench.cases import Case, cases
-from boxgrpo.bench.machine import RESULTS
-
-PEERS = ("boxgrpo", "eager", "compile", "liger", "trl")
+from boxgrpo.bench.result_files import newest, part
 
 
-def head_rows():
-    rows = json.loads((RESULTS / "cpu/kernels.json").read_text())["rows"]
-    return {row["implementation"]: row for row in rows if row["op"] == "fused_grpo_loss"}
+@pytest.fixture(scope="module")
+def recorded():
+    return part(newest(), "kernels")
 
 
-def test_the_fused_loss_is_no_slower_than_eager_in_a_quarter_of_its_memory():
+def head_rows(recorded):
+    return {row["implementation"]: row for row in recorded["rows"] if row["op"] == "fused_grpo_loss"}
+
+
+def test_the_fused_loss_is_no_slower_than_eager_in_a_quarter_of_its_memory(recorded):
     """At N = 512, V = 151936, H = 256, as recorded."""
-    ours, eager = (head_rows()[name] for name in ("boxgrpo", "eager"))
+    ours, eager = (head_rows(recorded)[name] for name in ("boxgrpo", "eager"))
     assert ours["shape"] == {"N": 512, "V": 151_936, "H": 256}
     assert ours["ms"] <= eager["ms"] and ours["peak_mb"] <= eager["peak_mb"] / 4
 
 
-def test_every_case_was_measured():
+def test_every_case_was_measured(recorded):
     """And on a tree that git knows."""
-    result = json.loads((RESULTS / "cpu/kernels.json").read_text())
-    measured = {(row["op"], *row["shape"].values()) for row in result["rows"] if row["implementation"] == "boxgrpo"}
+    measured = {(row["op"], *row["shape"].values()) for row in recorded["rows"] if row["implementation"] == "boxgrpo"}
     assert measured == {(case.op, *case.shape.values()) for case in cases(torch.device("cpu"))}
-    assert not result["machine"]["revision"].endswith("dirty")
-
-
-def test_the_readme_shows_the_recorded_figures():
-    readme = (RESULTS.parent.parent / "README.md").read_text()
-    for label, key in (("ms", "ms"), ("MB beyond inputs", "peak_mb")):
-        cells = [label, *(f"{head_rows()[name][key]:.0f}" for name in PEERS)]
-        assert f"| {' | '.join(cells)} |" in readme
+    assert not recorded["machine"]["revision"].endswith("dirty")
 
 
 def test_each_case_computes_what_eager_does():
@@ -55,6 +49,28 @@ def test_each_case_computes_what_eager_does():
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_the_table_has_a_line_for_each_row():
-    result = json.loads((RESULTS / "cpu/kernels.json").read_text())
-    assert len(table(result).splitlines()) == 2 + len(result["rows"])
+def test_a_row_holds_every_sample_its_median_and_its_share_of_the_floor(monkeypatch):
+    """At 8 GB/s and 2 GFLOP/s an op of 4 MB and 2 MFLOP needs 1 ms, for its FLOP."""
+    monkeypatch.setattr(bench_kernels, "peak_bytes", lambda *_: 5_000_000)  # a process of its own
+    case = Case("grpo_loss", {"N": 64}, torch.float32, 4e6, 2e6, None)
+    found = row(case, "boxgrpo", [0.004, 0.002, 0.005], {"bytes_per_second": 8e9, "flop_per_second": 2e9})
+    assert found["samples_ms"] == [4.0, 2.0, 5.0] and found["ms"] == 4.0 and found["spread_ms"] == [2.0, 5.0]
+    assert (found["floor_ms"], found["floor_is"], found["percent_of_floor"]) == (1.0, "flop", 25.0)
+    assert (found["bytes"], found["flop"], found["gb_per_second"], found["peak_mb"]) == (4e6, 2e6, 1.0, 5.0)
+
+
+def test_the_table_has_a_line_for_each_row(recorded):
+    assert len(table(recorded).splitlines()) == 2 + len(recorded["rows"])
+
+
+def test_the_small_table_names_who_has_the_fused_loss():
+    rows = [
+        {"op": "fused_grpo_loss", "shape": {"N": 1}, "implementation": name, "ms": ms, "peak_mb": 10 * ms}
+        for name, ms in (("boxgrpo", 1.4), ("eager", 2.0), ("trl", 3.0))
+    ]
+    assert head_table({"rows": rows}).splitlines() == [
+        "| | boxgrpo | eager | TRL |",
+        "|---|---|---|---|",
+        "| ms | 1 | 2 | 3 |",
+        "| MB beyond inputs | 14 | 20 | 30 |",
+    ]

@@ -1,16 +1,17 @@
-"""The recorded rewards benchmark: its figures against the demands, and the README's copy of them."""
+"""The recorded rewards benchmark: its figures against the demands; and its rows."""
 
-import json
+import statistics
+import time
 
 import pytest
 
-from boxgrpo.bench.bench_rewards import summary, times_faster
-from boxgrpo.bench.machine import RESULTS
+from boxgrpo.bench.bench_rewards import rows_of, summary, times_faster
+from boxgrpo.bench.result_files import newest, part
 
 
 @pytest.fixture(scope="module")
 def result():
-    return json.loads((RESULTS / "cpu/rewards.json").read_text())
+    return part(newest(), "rewards")
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +35,12 @@ def test_bytes_are_read_at_a_gigabyte_a_second(runs):
         assert row["gb_per_second"] >= 1
 
 
-def test_the_readme_shows_the_recorded_figures(result, runs):
-    readme = (RESULTS.parent.parent / "README.md").read_text()
-    ours, theirs = (runs[name]["ms"] for name in ("ids", "decode, re, IoU"))
-    assert f"| ms | {ours:.3f} | {theirs:.2f} |" in readme
-    ours, theirs = (runs[name]["first_ms"] for name in ("ids", "decode, re, IoU"))
-    assert f"straight after other work it is {ours:.2f} ms against {theirs:.2f} ms" in readme.replace("\n", " ")
-    rate, worst = (runs[name]["gb_per_second"] for name in ("bytes, think", "bytes, tags and boxes only"))
-    words = f"{rate:.1f} GB/s ({worst:.2f} where it is nothing but tags and boxes)"
-    assert words in readme.replace("\n", " ")
+def test_a_row_holds_all_warm_rounds_and_their_median():
+    """Three turns of ten: the first turn warms up, and the first round of each other is told apart."""
+    (row,) = rows_of({"nap": lambda: time.sleep(1e-4)}, 3, nap={"bytes": 7})
+    assert row["rounds"] == len(row["samples_ms"]) == 18 and row["bytes"] == 7
+    assert row["ms"] == pytest.approx(statistics.median(row["samples_ms"]), abs=1e-4)
+    assert row["spread_ms"] == [min(row["samples_ms"]), max(row["samples_ms"])]
 
 
 def test_the_summary_has_a_line_for_each_run(result):
