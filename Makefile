@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds ablation bench bench-gpu bench-check test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install demo seeds ablation bench bench-gpu bench-check profile test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ bench-gpu:
 # What got slower: the last two days of results, or FILES="OLD.json NEW.json".
 bench-check: $(STAMP)
 	$(BIN)/python bench/compare.py $(FILES)
+
+# Where a step goes, range by range; PROFILE passes flags on (--read TRACE).
+profile: $(STAMP)
+	$(BIN)/python bench/profile_step.py $(PROFILE)
 
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)

@@ -73,6 +73,7 @@ def work(config, case: StepCase, prompt_tokens: float, trained: int) -> dict[str
         ),
         "reference": (body + 2.0 * n * head, size * (decoder + head)),
         "policy_forward": (body + 6.0 * n * head, size * (decoder + 2 * head)),
+        "head_and_loss": (6.0 * n * head, size * 2 * head),  # part of the forward
         "backward": (2 * body, 2 * size * decoder),
         # Clipping reads the gradient; the update reads weight, gradient and moments in fp32 and writes all but the
         # gradient. Below fp32 the model's own weights are written as well.

@@ -101,7 +101,7 @@ class Clock:
         self.steps.append(defaultdict(float))
 
     @contextlib.contextmanager
-    def span(self, name: str):
+    def span(self, name: str, *_size: int):
         if name == "data":
             self.begin_step()
         self.charge()
@@ -150,15 +150,9 @@ def stand_in(ids) -> float:
     return sum(int(i) % 2 == 0 for i in ids) / len(ids)
 
 
-def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool = False) -> Side:
-    """`grpo.train` as it is, its spans on this clock."""
-    clock, memory, seen = Clock(waits=waits), Memory(), {}
-
-    def loaded_model(*args):
-        model = load(*args)
-        memory.start(model)
-        seen["model"] = model
-        return model
+@contextlib.contextmanager
+def whole_and_paid():
+    """In the block our loop samples no ends, pays the stand-in beside the rule's rewards, and saves no weights."""
 
     def vocabulary(processor, config, device):
         found = of(processor, config, device)
@@ -170,33 +164,48 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
         shares = [stand_in(c.tolist()) for group in completions for c in group]
         return rewards._replace(accuracy=rewards.accuracy + rewards.accuracy.new_tensor(shares))
 
-    load, of, rule = grpo.loaded_model, grpo.Vocabulary.of, grpo.score
-    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as patches, ranks() as r:
-        patched = {
-            (grpo, "span"): clock.span,
-            (rollout, "span"): clock.span,
-            (grpo, "loaded_model"): loaded_model,
-            (grpo, "score"): score,
-            (grpo, "make_engine"): engine_of(case),
-            (grpo, "save_pretrained"): lambda *_: None,  # no part of a step
-            (grpo.Vocabulary, "of"): staticmethod(vocabulary),
-        }
+    of, rule = grpo.Vocabulary.of, grpo.score
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(grpo, "score", score))
+        patches.enter_context(mock.patch.object(grpo, "save_pretrained", lambda *_: None))  # no part of a step
+        patches.enter_context(mock.patch.object(grpo.Vocabulary, "of", staticmethod(vocabulary)))
+        yield
+
+
+def our_options(case: StepCase, folder: Path, output_dir: str, steps: int, **more) -> GrpoOptions:
+    """What `grpo.py` is told for so many steps of the case; `more` options on top."""
+    return GrpoOptions(
+        model=str(folder / "model"),
+        data=str(folder / "records.json"),
+        output_dir=output_dir,
+        dtype=case.dtype,
+        max_steps=steps,
+        prompts_per_step=case.prompts,
+        num_generations=case.generations,
+        max_completion_length=case.tokens,
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        **OURS | more,
+    )
+
+
+def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool = False) -> Side:
+    """`grpo.train` as it is, its spans on this clock."""
+    clock, memory, seen = Clock(waits=waits), Memory(), {}
+
+    def loaded_model(*args):
+        model = load(*args)
+        memory.start(model)
+        seen["model"] = model
+        return model
+
+    load = grpo.loaded_model
+    with tempfile.TemporaryDirectory() as out, whole_and_paid(), contextlib.ExitStack() as patches, ranks() as r:
+        patched = {(grpo, "span"): clock.span, (rollout, "span"): clock.span, (grpo, "loaded_model"): loaded_model}
+        patched[grpo, "make_engine"] = engine_of(case)
         for (owner, name), value in patched.items():
             patches.enter_context(mock.patch.object(owner, name, value))
-        options = GrpoOptions(
-            model=str(folder / "model"),
-            data=str(folder / "records.json"),
-            output_dir=out,
-            dtype=case.dtype,
-            max_steps=warmup + steps + 1,
-            prompts_per_step=case.prompts,
-            num_generations=case.generations,
-            max_completion_length=case.tokens,
-            beta=BETA,
-            learning_rate=LEARNING_RATE,
-            **OURS,
-        )
-        grpo.train(options, r)
+        grpo.train(our_options(case, folder, out, warmup + steps + 1), r)
         peak = memory.peak()
         logged = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     for line in logged:

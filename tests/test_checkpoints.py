@@ -247,6 +247,9 @@ def test_other_changes_are_told(run, caplog):
     run.save(1)
     assert run.checkpoints(learning_rate=0.5).find() is not None
     assert "learning_rate 0.5; the checkpoint was made with 1e-06" in caplog.text
+    caplog.clear()
+    assert run.checkpoints(profile_steps="2:4", peak_tflops=1.0).find() is not None
+    assert not caplog.text  # what is watched does not change the run
 
 
 def test_a_step_that_is_not_due_saves_nothing_and_too_many_skipped_ones_end_the_run(run):

@@ -1,9 +1,14 @@
-"""Spans add up by name, the outer with the inner inside it, until they are taken."""
+"""Spans add up by name, the outer with the inner inside it, until they are taken; profilers see them with sizes."""
 
+import os
+import subprocess
+import sys
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from boxgrpo.trainer import spans
 
@@ -37,3 +42,47 @@ def test_a_stage_that_fails_is_timed_and_its_error_passes():
         with spans.span("rollout"):
             raise KeyError
     assert spans.take_seconds(1) == {"timing_s/rollout": 1}
+
+
+class Unreadable(int):
+    def __str__(self):
+        raise AssertionError("a size was written down though nobody listens")
+
+
+def test_sizes_are_in_the_range_and_not_in_the_metric():
+    with torch.profiler.profile() as seen:
+        with spans.span("decode", 8, 64), spans.named_range("head", 512):
+            torch.ones(3).add_(1)
+    assert {"decode 8x64", "head 512"} <= {event.key for event in seen.key_averages()}
+    assert spans.take_seconds(1).keys() == {"timing_s/decode"}
+
+
+def test_without_a_profiler_no_name_is_made():
+    with spans.span("decode", Unreadable(8)), spans.named_range("head", Unreadable(512)):
+        pass
+    with torch.profiler.profile():
+        with pytest.raises(AssertionError, match="written down"):
+            spans.named_range("head", Unreadable(512))
+
+
+def test_a_tool_that_listens_to_nvtx_sees_the_ranges(tmp_path):
+    """Attached as nsys is, by NVTX's own means: the ranges nest, close where a stage fails, and have a domain."""
+    listener = tmp_path / "listener.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", listener, Path(__file__).with_name("nvtx_listener.c")], check=True)
+    stages = """
+from boxgrpo.trainer.spans import named_range, span
+try:
+    with span("decode", 8, 64):
+        with named_range("head"):
+            raise KeyError
+except KeyError:
+    pass
+"""
+    heard = subprocess.run(
+        [sys.executable, "-P", "-c", stages],
+        env=os.environ | {"NVTX_INJECTION64_PATH": str(listener)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert heard.stdout.splitlines() == ["domain boxgrpo", "push decode 8x64", "push head", "pop", "pop"]

@@ -39,6 +39,8 @@ FIXED = (
     *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
+# What changes nothing in what a run computes.
+FREE = ("resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops")
 CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # of a model's folder
 
 
@@ -124,7 +126,7 @@ class Checkpoints:
                 f"{folder} was made with {name} {was!r}, this run has {given!r}; it cannot go on from there. "
                 f"Give --{name} {was}, or start anew without --resume."
             )
-        for name in sorted(changed.keys() - {"resume", "output_dir", "overwrite_output_dir"}):
+        for name in sorted(changed.keys() - {*FREE}):
             log.warning(
                 "resumed with %s %r; the checkpoint was made with %r.", name, changed[name][1], changed[name][0]
             )

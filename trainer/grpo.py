@@ -21,6 +21,7 @@ from boxgrpo.trainer.ahead import Ahead
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import loaded_model, make_loader, read_usable, save_pretrained, total_steps
 from boxgrpo.trainer.engine import make_engine
+from boxgrpo.trainer.flop import grpo_flop, peak_flop
 from boxgrpo.trainer.lora import add_adapters, without_adapters
 from boxgrpo.trainer.metrics import (
     completion_table,
@@ -41,10 +42,11 @@ from boxgrpo.trainer.packs import (
     trained_groups,
 )
 from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.profiler import profiled
 from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
 from boxgrpo.trainer.rollout import Vocabulary, make_rollout, sampler_factor, score
-from boxgrpo.trainer.spans import span, take_seconds
+from boxgrpo.trainer.spans import named_range, span, take_seconds
 from boxgrpo.trainer.validation import Validation
 
 
@@ -83,7 +85,7 @@ def train(options: GrpoOptions, r: Ranks) -> None:
 
     def first_pass(packs: list[PackedBatch]):
         """Gradients at the rollout's weights; the packs then hold what further iterations compare with."""
-        with span("reference"):
+        with span("reference", sum(len(p.input_ids) for p in packs)):
             if reference is not None:
                 with without_adapters(reference):
                     packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
@@ -92,22 +94,22 @@ def train(options: GrpoOptions, r: Ranks) -> None:
         return packs, *accumulate(o, engine, packs, denominator)
 
     validation.after_step(progress, steps, policy, engine, report)  # where the run was stopped before it
-    for step in range(progress.step + 1, steps + 1):
+    for step in profiled(range(progress.step + 1, steps + 1), o, r):
         started = time.perf_counter()
         with span("data"):
             samples = images.samples()
         with span("rollout"), contextlib.nullcontext() if sharded else engine.gathered_weights():
-            with span("vision"):
+            with span("vision", sum(len(s.item.image_grid_thw) for s in samples)):
                 samples, embeds = images.embedded()
             sampled = rollout(policy, samples, embeds)
             samples, embeds = sampled.of(samples), sampled.of(embeds)
             completions = sampled.completions
-        with span("reward"):
+        with span("reward", sum(map(len, completions))):
             rewards = score(completions, samples, vocabulary, r.device)
             accuracy = rewards.accuracy.view(len(samples), o.num_generations)  # (B, G), IoU in 0-1
             total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
             advantages, weights, miou = step_advantages(o, total, accuracy, r)
-        with span("pack"):
+        with span("pack", len(samples)):
             groups = trained_groups(o, samples, sampled, embeds, advantages, weights)
             if o.loss_type != "bnpo":  # its mean is over a rank's own tokens
                 groups = even_out(groups, [group_flop(policy.config, g) for g in groups], r)
@@ -125,7 +127,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 grad_norm, updated = engine.step()
             skipped += not updated
 
-        tokens, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), r.stop_asked)  # of all ranks
+        flop = grpo_flop(o, policy.config, samples, completions, groups)
+        tokens, flop, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), flop, r.stop_asked)  # of all ranks
         progress.step, progress.position, progress.faults = step, images.position, images.faults
         progress.num_tokens += int(tokens)
         progress.skipped_steps += skipped
@@ -138,6 +141,8 @@ def train(options: GrpoOptions, r: Ranks) -> None:
                 loss=loss,
                 grad_norm=grad_norm,
                 tokens=tokens,
+                flop=flop,
+                peak=peak_flop(o, r.device),
                 epoch=images.epoch,
                 seconds=time.perf_counter() - started,
                 unusable=len(faults),
@@ -167,13 +172,13 @@ def frozen_copy(policy, *, share_vision: bool):
 def accumulate(o, engine, packs: list[PackedBatch], denominator):
     """Add the packs' gradients up; the loss (0-dim, this rank's) and each pack's statistics."""
     loss, stats = torch.zeros((), device=engine.ranks.device), []
-    with span("policy"):
+    with span("policy", len(packs)):
         for pack in packs:
-            with span("forward"):
+            with span("forward", len(pack.input_ids)):
                 pack_loss, pack_stats = engine.model(pack, loss_head(o, pack, denominator))
                 if denominator is None:
                     pack_loss = pack_loss / max(1, sum(len(p.targets) > 0 for p in packs))
-            with span("backward"):
+            with span("backward", len(pack.input_ids)):
                 engine.backward(pack_loss)
             loss += pack_loss.detach()
             if len(pack.targets):  # else it only keeps other ranks company
@@ -216,15 +221,16 @@ def loss_head(o, pack: PackedBatch, denominator):
             sampler_factor=sampler_factor(pack, o.vllm_importance_sampling_clip_max),
             denominator=denominator,
         )
-        return fused_grpo_loss(
-            hidden,
-            weight,
-            pack.targets,
-            pack.advantages,
-            pack.completion_cu,
-            temperature=o.temperature,
-            **options._asdict(),
-        )
+        with named_range("head+loss", len(hidden), len(weight)):
+            return fused_grpo_loss(
+                hidden,
+                weight,
+                pack.targets,
+                pack.advantages,
+                pack.completion_cu,
+                temperature=o.temperature,
+                **options._asdict(),
+            )
 
     return head
 
@@ -232,7 +238,12 @@ def loss_head(o, pack: PackedBatch, denominator):
 @torch.no_grad()
 def logps(model, pack: PackedBatch, temperature: float) -> torch.Tensor:
     """(N) fp32 log-probabilities of the scored tokens."""
-    return model(pack, lambda h, w: token_logps(h, w, pack.targets, temperature=temperature))
+
+    def head(hidden, weight):
+        with named_range("head", len(hidden), len(weight)):
+            return token_logps(hidden, weight, pack.targets, temperature=temperature)
+
+    return model(pack, head)
 
 
 def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:

@@ -8,10 +8,14 @@ from .rollout import sampler_factor, sampler_gap
 
 
 def run_metrics(
-    r: Ranks, engine, progress, *, loss, grad_norm, tokens, epoch, seconds, unusable: int
+    r: Ranks, engine, progress, *, loss, grad_norm, tokens, flop, peak, epoch, seconds, unusable: int
 ) -> dict[str, float]:
-    """What both loops tell of a step: `tokens` and `seconds` are the step's, `progress` the run's."""
-    return {
+    """What both loops tell of a step: `tokens`, `flop` and `seconds` are the step's, `progress` the run's.
+
+    `peak`: FLOP a second of a device; None where it is not known, and no utilisation is told.
+    """
+    utilisation = {} if peak is None else {"perf/mfu": flop / (seconds * peak * r.world_size)}
+    return utilisation | {
         "loss": float(loss),
         "grad_norm": float(grad_norm),
         "learning_rate": engine.learning_rate,

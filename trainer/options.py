@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 
 from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 
+from .profiler import validate_profile
 from .schemas import SCHEMAS
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
@@ -92,6 +93,9 @@ class DataOptions(InputOptions):
     eval_image_root: str = option("", "Folder that eval_data's image paths start from; empty: the file's own.")
     eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
     eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")
+    profile_steps: str = option("", "Profile these steps into output_dir/profile: 10:13 for steps 10, 11 and 12.")
+    memory_snapshot: bool = option(False, "On a GPU: a snapshot of memory after the profiled steps, and where it ends.")
+    peak_tflops: float = option(0.0, "The device's peak, for perf/mfu; 0: as published, where it is known.")
 
 
 @dataclass
@@ -282,6 +286,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     _validate_engine(o)
     _validate_eval(o)
     _validate_lora(o)
+    validate_profile(o)
     if o.rollout == "vllm":
         _validate_vllm(o)
 
@@ -324,6 +329,7 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
     _validate_engine(o)
     _validate_eval(o)
     _validate_lora(o)
+    validate_profile(o)
 
 
 def _validate_eval(o: DataOptions) -> None:

@@ -90,7 +90,15 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
                 cut(folder / METRICS, metrics_bytes)
         else:
             (folder / METRICS).unlink(missing_ok=True)
-            for pattern in ("tensorboard", "adapter", "checkpoint-[0-9]*", ".checkpoint-*.part", BEST, f".{BEST}.*"):
+            for pattern in (
+                "tensorboard",
+                "profile",
+                "adapter",
+                "checkpoint-[0-9]*",
+                ".checkpoint-*.part",
+                BEST,
+                f".{BEST}.*",
+            ):
                 for stale in sorted(folder.glob(pattern)):
                     shutil.rmtree(stale, ignore_errors=True)
         (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))

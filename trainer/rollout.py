@@ -209,7 +209,7 @@ class LocalRollout:
     def _sample(self, policy: Qwen2VL, samples: Sequence[Sample], embeds) -> list[list[Tensor]]:
         """G completions for each sample, all of them at once."""
         o = self.options
-        with span("prefill"):
+        with span("prefill", len(samples), sum(len(s.item.input_ids) for s in samples)):
             decoding = prefill(
                 policy,
                 [s.item for s in samples],
@@ -220,7 +220,7 @@ class LocalRollout:
                 max_completion_length=o.max_completion_length,
                 static=not self.sharded,
             )
-        with span("decode"):
+        with span("decode", len(samples) * o.num_generations, o.max_completion_length):
             flat = decoding.run(
                 temperature=o.temperature,
                 top_k=o.top_k,

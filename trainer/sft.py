@@ -25,15 +25,17 @@ from boxgrpo.model.packing import (
 from boxgrpo.trainer.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.common import loaded_model, make_loader, read_usable, save_pretrained, total_steps
 from boxgrpo.trainer.engine import make_engine
+from boxgrpo.trainer.flop import peak_flop, sft_flop
 from boxgrpo.trainer.loader import Sample
 from boxgrpo.trainer.lora import add_adapters
 from boxgrpo.trainer.metrics import run_metrics
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
 from boxgrpo.trainer.packs import Budget, even_out, in_packs_that_fit, missing_packs
 from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.profiler import profiled
 from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.spans import span, take_seconds
+from boxgrpo.trainer.spans import named_range, span, take_seconds
 from boxgrpo.trainer.validation import Validation
 
 
@@ -70,25 +72,28 @@ def train(options: SftOptions, r: Ranks) -> None:
         """Add the packs' gradients up; the packs and the loss (0-dim, this rank's)."""
         loss = torch.zeros((), device=r.device)
         for pack in packs:
-            logps = engine.model(pack, lambda h, w, pack=pack: token_logps(h, w, pack.targets))  # (N)
-            pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
-            engine.backward(pack_loss)
+            with named_range("forward", len(pack.input_ids)):
+                logps = engine.model(pack, functools.partial(head, pack.targets))  # (N)
+                pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
+            with named_range("backward", len(pack.input_ids)):
+                engine.backward(pack_loss)
             loss += pack_loss.detach()
         return packs, loss
 
     validation.after_step(progress, steps, model, engine, report)  # where the run was stopped before it
-    for step in range(progress.step + 1, steps + 1):
+    for step in profiled(range(progress.step + 1, steps + 1), o, r):
         started = time.perf_counter()
         with span("data"):
             samples = next(batches)
             groups = shared_out(o, model.config, samples, r)
             scored = r.sum(sum(int(s.item.loss_mask[1:].sum()) for s in samples))[0]
-        with span("policy"):
+        with span("policy", len(groups)):
             packs, loss = in_packs_that_fit(groups, budget, engine, make, accumulate)
         with span("optimizer"):
             grad_norm, updated = engine.step()
 
-        tokens, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), r.stop_asked)  # of all ranks
+        flop = sft_flop(o, model.config, [g.prompt for g in groups])
+        tokens, flop, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), flop, r.stop_asked)  # of all ranks
         progress.step, progress.position, progress.faults = step, loader.position, loader.faults
         progress.num_tokens += int(tokens)
         progress.skipped_steps += not updated
@@ -101,6 +106,8 @@ def train(options: SftOptions, r: Ranks) -> None:
                 loss=loss,
                 grad_norm=grad_norm,
                 tokens=tokens,
+                flop=flop,
+                peak=peak_flop(o, r.device),
                 epoch=loader.epoch,
                 seconds=time.perf_counter() - started,
                 unusable=len(faults),
@@ -113,6 +120,12 @@ def train(options: SftOptions, r: Ranks) -> None:
         checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
     checkpoints.save_result(folder, engine, write_model)
     report.close()
+
+
+def head(targets, hidden, weight):
+    """(N) fp32 log-probabilities of the targets: the model's head, called with (N, H) and (V, H)."""
+    with named_range("head+loss", len(hidden), len(weight)):
+        return token_logps(hidden, weight, targets)
 
 
 def conversation_flop(o, config, c: Conversation) -> float:

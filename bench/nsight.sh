@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# One kernel of the kernel benchmark under Nsight Compute: what bounds it, and where its cycles go.
+#
+#   bench/nsight.sh CASE [KERNEL [SECTION...]]
+#
+#   CASE      part of a case's name in bench_kernels.py: fused_grpo_loss, "token_logps_from_logits N=8192"
+#   KERNEL    regular expression of the kernel's name; default: every kernel of the case
+#   SECTION   of ncu --list-sections; default: SpeedOfLight, MemoryWorkloadAnalysis, Occupancy, WarpStateStats
+#
+# IMPLEMENTATION (default boxgrpo) chooses the side, as the benchmark's rows name it; PYTHON the interpreter. The report
+# is written to out/nsight/ for ncu-ui. Clocks stay as they are: figures are of the chip as the benchmark finds it.
+set -euo pipefail
+
+refuse() {
+    echo "nsight.sh: $1" >&2
+    exit 1
+}
+
+[ $# -ge 1 ] || refuse "no case. Name one, such as: bench/nsight.sh fused_grpo_loss"
+case=$1 kernel=${2:-.*}
+shift $(($# < 2 ? $# : 2))
+[ $# -gt 0 ] || set -- SpeedOfLight MemoryWorkloadAnalysis Occupancy WarpStateStats
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+implementation=${IMPLEMENTATION:-boxgrpo}
+command -v "$python" >/dev/null || refuse "there is no $python. Run make install, or name an interpreter with PYTHON=."
+command -v ncu >/dev/null || refuse "ncu is not on the PATH. It comes with the CUDA toolkit, as Nsight Compute."
+"$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" ||
+    refuse "torch sees no GPU here, and ncu reads a GPU's counters. Run it where there is one."
+
+sections=()
+for section in "$@"; do sections+=(--section "$section"); done
+mkdir -p out/nsight
+report=out/nsight/$(printf '%s' "$case $implementation" | tr -cs '[:alnum:]_=\n' -)
+# The worker runs once to warm up; what it runs between cudaProfilerStart and Stop is profiled.
+ncu --profile-from-start off --clock-control none --kernel-name "regex:$kernel" "${sections[@]}" \
+    --force-overwrite --export "$report" --print-details all \
+    "$python" -P -m boxgrpo.bench.nsight_worker "$case" "$implementation"
+# With --export nothing but ncu's own messages is printed: this shows the report.
+ncu --import "$report.ncu-rep" --print-summary per-kernel

@@ -1,0 +1,45 @@
+"""One run of a case of the kernel benchmark, between cudaProfilerStart and Stop; bench/nsight.sh starts it under ncu.
+
+python -P -m boxgrpo.bench.nsight_worker CASE IMPLEMENTATION
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from boxgrpo.bench.bench_kernels import SEED
+from boxgrpo.bench.cases import Case, cases
+
+
+def chosen(wanted: str, implementation: str, among: Sequence[Case], device: torch.device) -> Callable[[], object]:
+    """The first case whose name holds `wanted`, as `implementation` runs it.
+
+    Raises:
+        ValueError: no case has such a name, or nobody of that name runs it here.
+    """
+    found = next((case for case in among if wanted in case.name), None)
+    if found is None:
+        raise ValueError(f"no case's name holds {wanted!r}; there are: {'; '.join(case.name for case in among)}.")
+    runs = found.make(found, device, SEED)
+    if implementation not in runs:
+        raise ValueError(f"{found.name} is not run by {implementation!r} here; by {', '.join(runs)}.")
+    return runs[implementation]
+
+
+def main(wanted: str, implementation: str) -> None:
+    device = torch.device("cuda")
+    run = chosen(wanted, implementation, list(cases(device)), device)
+    run()  # compiles and tunes
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"nsight_worker: {error}")

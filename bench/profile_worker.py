@@ -1,0 +1,32 @@
+"""Some steps of a case by our loop, some of them profiled; bench/profile_step.py starts it, under nsys where that is.
+
+python -P -m boxgrpo.bench.profile_worker '{"case": {...}, "folder": ..., "output_dir": ..., "steps": 4, ...}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from boxgrpo.bench.step_cases import StepCase
+from boxgrpo.bench.step_sides import our_options, whole_and_paid
+from boxgrpo.trainer import grpo
+from boxgrpo.trainer.ranks import ranks
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    case = asked["case"] | {"side": tuple(asked["case"]["side"])}
+    options = our_options(
+        StepCase(**case),
+        Path(asked["folder"]),
+        asked["output_dir"],
+        asked["steps"],
+        profile_steps=asked["profile_steps"],
+        overwrite_output_dir=True,
+    )
+    with whole_and_paid(), ranks() as r:
+        grpo.train(options, r)
+
+
+if __name__ == "__main__":
+    main()

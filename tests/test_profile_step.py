@@ -1,0 +1,91 @@
+"""The profile of a benchmark's step at a tiny size, the page that explains one, and the kernel profiler's refusals."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from boxgrpo.bench import profile_step
+from boxgrpo.bench.cases import cases
+from boxgrpo.bench.machine import RESULTS
+from boxgrpo.bench.nsight_worker import chosen
+from boxgrpo.bench.profile_page import PAGE, RECORD, blocks, filled
+from boxgrpo.bench.step_cases import TEXTS, StepCase
+from boxgrpo.trainer.vocabulary import demo_tokenizer
+
+TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
+NSIGHT = Path(profile_step.__file__).with_name("nsight.sh")
+
+
+def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path):
+    measured = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
+    found = profile_step.run(TINY, tmp_path / "run", 1, demo_tokenizer(TEXTS), measured)
+    by_name = {row["name"]: row for row in found["rows"]}
+    assert found["tool"] == "torch.profiler" and not found["on_gpu"] and found["unwatched_step_s"] > 0
+    assert by_name["step > rollout > decode"]["titles"] == ["decode 8x6"]
+    assert {name for name, row in by_name.items() if row["floor"]} == profile_step.COUNTED.keys()
+    head, forward = (by_name[f"step > policy > {name}"] for name in ("forward > head+loss", "forward"))
+    assert 0 < head["seconds"] < forward["seconds"] and head["floor"]["gflop"] < forward["floor"]["gflop"]
+    assert len(profile_step.shown(found).splitlines()) == 2 + len(by_name)
+    (trace,) = (tmp_path / "run/profile").glob("*.gz")
+    again = profile_step.rows(profile_step.read(trace))
+    assert [profile_step.rounded(row) | {"floor": by_name[row.name]["floor"]} for row in again] == found["rows"]
+
+
+def test_what_is_not_there_is_not_profiled(tmp_path):
+    flags = argparse.Namespace(model="2B", images=None, prompts=None)
+    with pytest.raises(ValueError, match="model is 2B; it is profiled on a GPU"):
+        profile_step.chosen(flags, gpu=False)
+    with pytest.raises(ValueError, match="there is no trace"):
+        profile_step.read(tmp_path / "none.trace.json.gz")
+
+
+def test_the_page_shows_the_recorded_profile():
+    """To the letter, and on a tree that git knows."""
+    record = json.loads(RECORD.read_text())
+    assert RECORD.parent == RESULTS / "cpu" and not record["machine"]["revision"].endswith("dirty")
+    page = PAGE.read_text()
+    assert filled(page, blocks(record)) == page
+    with pytest.raises(ValueError, match="the page's blocks are"):
+        filled(page.replace("profile:inside", "profile:outside"), blocks(record))
+
+
+def nsight(*args, **environment):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment
+    return subprocess.run([NSIGHT, *args], env=environment, capture_output=True, text=True)
+
+
+def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu(tmp_path):
+    done = nsight()
+    assert done.returncode == 1 and "no case" in done.stderr
+    done = nsight("fused_grpo_loss", PYTHON="/no/python")
+    assert done.returncode == 1 and "there is no /no/python" in done.stderr
+    if not shutil.which("ncu"):
+        done = nsight("fused_grpo_loss")
+        assert done.returncode == 1 and "ncu is not on the PATH" in done.stderr
+    if not torch.cuda.is_available():
+        (tmp_path / "ncu").symlink_to(shutil.which("false"))  # which is not reached
+        done = nsight("fused_grpo_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
+
+
+def test_the_shell_script_is_clean():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", NSIGHT], check=True)
+
+
+def test_a_kernels_case_is_found_by_a_part_of_its_name():
+    device = torch.device("cpu")
+    among = [case for case in cases(device) if case.op == "group_advantages"]
+    assert chosen("B=16", "boxgrpo", among, device)() is not None
+    with pytest.raises(ValueError, match="no case's name holds 'softmax'; there are: group_advantages"):
+        chosen("softmax", "boxgrpo", among, device)
+    with pytest.raises(ValueError, match="is not run by 'apex' here; by boxgrpo"):
+        chosen("B=16", "apex", among, device)
