@@ -149,7 +149,7 @@ class Conductor:
             self.gather(part)
 
     def gather(self, part: Part) -> None:
-        """What a part has left in its file; rows are added to those of the same part of the record."""
+        """What a part has left in its file; rows and errors are added to those of the same part of the record."""
         file = OUT / f"{part.name}.json"
         if not file.exists():
             return
@@ -159,8 +159,8 @@ class Conductor:
                 self.record.setdefault(key, left[key])
         found = next((left[key] for key in (part.into, "growth") if key in left), {})
         into = self.record.setdefault(part.into, {})
-        kept = [r for r in into.get("rows", []) if r not in found.get("rows", [])]
-        self.record[part.into] = into | found | {"rows": kept + found.get("rows", [])}
+        added = {key: into[key] + value for key, value in found.items() if isinstance(value, list) and key in into}
+        self.record[part.into] = into | found | added
 
 
 def missing(part: Part) -> str | None:
