@@ -145,6 +145,7 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     sampling = GenerationConfig(
         max_new_tokens=case.tokens,
+        use_cache=True,
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -153,7 +154,8 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
         suppress_tokens=[*processor.vision_ids, *processor.eos_ids],
     )
     engine = engine_of(case)(policy, options, Ranks(device=device), warmup + steps)
-    tokens, updates = 0, warmup + steps
+    torch.manual_seed(options.seed)
+    tokens, updates, norms = 0, warmup + steps, []
     for step in range(updates):
         with clock.span("data"):
             chosen = [examples[(step * case.prompts + b) % len(examples)] for b in range(case.prompts)]
@@ -165,8 +167,10 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
             tokens += batch.input_ids.shape[1]
         with clock.span("optimizer"):
             norm, updated = engine.step()
-        assert updated and norm > 0, norm
+        assert updated, norm
+        norms.append(float(norm))
     clock.begin_step()  # which ends the last one
+    assert max(norms) > 0, norms  # few short completions may be paid alike, but not in every step
     settings = {
         "per_device_train_batch_size": case.generations,
         "gradient_accumulation_steps": case.prompts,
@@ -198,6 +202,6 @@ def generated(policy, batch: Batch, sampling: GenerationConfig) -> Tensor:
     """(G, C) sampled ids. In training mode a checkpointed model would generate without its cache."""
     policy.eval()
     arguments = batch.arguments(policy.config.image_token_id, policy.dtype)
-    ids = policy.generate(**arguments, generation_config=sampling, use_cache=True)
+    ids = policy.generate(**arguments, generation_config=sampling)
     policy.train()
     return ids[:, batch.input_ids.shape[1] :]
