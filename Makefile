@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo seeds ablation bench bench-check profile test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install demo seeds ablation bench bench-gpu bench-check profile test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ ablation: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/bench_all.py $(BENCH)
 	$(BIN)/python -P -m boxgrpo.bench.report
+
+# Build, test and measure on one GPU with what is installed, no network: nine minutes; GPU passes flags on.
+bench-gpu:
+	$(PYTHON) bench/bench_gpu.py $(GPU)
 
 # What got slower: the last two days of results, or FILES="OLD.json NEW.json".
 bench-check: $(STAMP)

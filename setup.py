@@ -37,7 +37,7 @@ def candidates() -> list:
         chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda.device_count()
         nvcc_flags = NVCC_FLAGS if chosen else [*NVCC_FLAGS, *ARCHITECTURES]
         flags = {"cxx": [*CXX_FLAGS, "-DBOXGRPO_CUDA"], "nvcc": nvcc_flags}
-        sources = [*sources, "csrc/box_parser.cu"]
+        sources = [*sources, "csrc/box_parser_cuda.cu"]
         found.insert(0, CUDAExtension(name, sources, extra_compile_args=flags, depends=depends))
     return found
 

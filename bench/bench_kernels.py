@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from boxgrpo.bench.cases import Case, cases
@@ -29,7 +28,6 @@ from boxgrpo.bench.result_files import begin, dump, write
 
 SEED = 0
 PEER_MODULES = ("trl.trainer.utils", "liger_kernel.chunked_loss")
-IMPLEMENTATIONS = ("boxgrpo", "boxgrpo, overwriting", "eager", "compile", "liger", "trl", "one read")
 TITLES = {"boxgrpo": "boxgrpo", "eager": "eager", "compile": "torch.compile", "liger": "Liger", "trl": "TRL"}
 
 
@@ -44,24 +42,21 @@ def chosen(only: str | None) -> list[Case]:
 # -- times ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", list(cases(torch.device("cpu"))), ids=lambda case: case.name)
-def test_cpu(benchmark, case, implementation):
-    """Collected by `times_on_cpu`, not by the test suite."""
-    run = case.make(case, torch.device("cpu"), SEED).get(implementation)
-    if run is None:
-        pytest.skip(f"no {implementation} here")
-    run()  # compiles, pages in
-    benchmark.extra_info.update(case=case.name, implementation=implementation)
-    large = case.shape.get("V", 0) > 10_000
-    benchmark.pedantic(run, rounds=4 if large else 50, warmup_rounds=0 if large else 5)
-
-
 def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
-    """(case, implementation) -> seconds of each round, by pytest-benchmark."""
+    """(case, implementation) -> seconds of each round, by pytest-benchmark, which collects kernel_rounds.py."""
+    import pytest
+
     with tempfile.TemporaryDirectory() as path:
         report = Path(path) / "report.json"
-        arguments = [__file__, "-q", "--import-mode=importlib", "-p", "no:cacheprovider", f"--benchmark-json={report}"]
+        rounds = Path(__file__).with_name("kernel_rounds.py")
+        arguments = [
+            str(rounds),
+            "-q",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+            f"--benchmark-json={report}",
+        ]
         with contextlib.redirect_stdout(sys.stderr):
             failed = pytest.main([*arguments, *(["-k", re.sub(r"\W+", " and ", only)] if only else [])])
         if failed:
@@ -162,12 +157,15 @@ def median_seconds(run) -> float:
 # -- report ---------------------------------------------------------------------------------------------------------
 
 
-def row(case: Case, implementation: str, seconds: list[float], limits: dict[str, float]) -> dict:
+def row(
+    case: Case, implementation: str, seconds: list[float], limits: dict[str, float], *, with_memory: bool = True
+) -> dict:
     """One line of results/: times in ms, rates, and the share of the floor."""
     median = statistics.median(seconds)
     by_bytes = case.bytes_floor / limits["bytes_per_second"]
     by_flop = case.flops_floor / limits["flop_per_second"]
-    peak, host = peak_bytes(case, implementation), host_seconds(case, implementation)
+    peak = peak_bytes(case, implementation) if with_memory else None
+    host = host_seconds(case, implementation)
     return {
         "op": case.op,
         "shape": case.shape,

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from boxgrpo.bench.result_files import begin, dump, write
-from boxgrpo.bench.step_cases import merges
+from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.kernels import VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
-from boxgrpo.trainer.vocabulary import box_mark_ids, qwen2_tokenizer, token_bytes
+from boxgrpo.trainer.vocabulary import box_mark_ids, token_bytes
 
 TOKENS, ROWS = 256, 151_936  # of a completion; of the 2B's head
 WORDS = (
@@ -35,6 +35,7 @@ WORDS = (
     "another side; so the object that both images share is at the lower left of the picture. It can't be the plate, "
     "which only the third image (taken later) has."
 ).split()
+TEXTS = (" ".join(WORDS), "<think>Here.</think><answer>(0, 0), (500, 500)</answer>")  # what is tokenized
 BOX = r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
 FORMAT = re.compile(rf"<think>.*?</think>\s*<answer>{BOX}</answer>$", re.ASCII | re.DOTALL)
 ANSWER = re.compile(rf"<answer>(?:(?!</answer>).)*?{BOX}.*?</answer>", re.ASCII | re.DOTALL)
@@ -178,17 +179,18 @@ def first_and_rates(result: dict) -> str:
     )
 
 
-def run(merges: str | Path) -> dict:
+def run(merges: str | Path | None) -> dict:
     """The rows. On a CPU this process has one core and one thread from then on."""
     gpu = torch.cuda.is_available()
     if not gpu:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for the tokenizer's threads too
         torch.set_num_threads(1)
-    tokenizer = qwen2_tokenizer(merges)
+    tokenizer, vocabulary = benchmark_tokenizer(merges, TEXTS)
     table = VocabularyBytes.build(
         token_bytes(tokenizer, ROWS), [tokenizer.eos_token_id], mark_ids=box_mark_ids(tokenizer)
     )
-    return {"threads": torch.get_num_threads(), "rows": (on_gpu if gpu else on_cpu)(tokenizer, table)}
+    told = {"threads": torch.get_num_threads(), "vocabulary": vocabulary}
+    return told | {"rows": (on_gpu if gpu else on_cpu)(tokenizer, table)}
 
 
 def main() -> None:
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--merges", help="Qwen2's merges.txt; default: data/qwen2_tokenizer under BOXGRPO_SHARED")
     parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
-    record = begin() | {"rewards": run(merges(args.merges))}
+    record = begin() | {"rewards": run(args.merges)}
     if args.json == "-":
         print(dump(record))
         return

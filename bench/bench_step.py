@@ -1,14 +1,16 @@
-"""A whole GRPO step beside TRL's `GRPOTrainer`, phase by phase beside what the machine allows, and how it grows.
+"""A whole GRPO step beside TRL's `GRPOTrainer` and the paper's trainer, phase by phase beside what the machine allows,
+and how it grows.
 
-    python bench/bench_step.py --peers trl --growth                 all rows
+    python bench/bench_step.py --peers trl univg_r1 --growth        all rows
     python bench/bench_step.py --peers trl --images 4 --json -      one row, printed as JSON
 
 `make bench` keeps the results. On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the
 published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, the first step is
 not counted, and a step's seconds are the median of the others, from one step's begin to the next's, data and logging
 included. The phases are those of that very step; on a GPU, where they overlap, of a second run in which each waits for
-the device. Peak memory is what is held above the loaded model: reference, gradients, moments and activations. The
-vocabulary is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared).
+the device. Peak memory is what is held above the loaded model: reference, gradients, moments and activations. A peer
+whose package is missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt (--merges; default:
+data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,14 +28,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.result_files import begin, dump, write
-from boxgrpo.bench.step_cases import MODELS, StepCase, merges, prepare, step_cases
+from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.step_sides import Side, run_side
+from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.model.checkpoint import read_config
-from boxgrpo.trainer.vocabulary import qwen2_tokenizer
 
 WARMUP = 1
+PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
 # What is left of a stage without the phases inside.
@@ -53,11 +58,14 @@ class Plan:
 def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
     """`run_side` in a process of its own, which may start workers."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run_side, side, case, at, steps, WARMUP).result()
+        try:
+            return pool.submit(run_side, side, case, at, steps, WARMUP).result()
+        except BrokenProcessPool:
+            return "failed: its process died"
 
 
 def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[str, float]) -> dict:
-    """One line of results/. Of a side that had no room there is the error, and no ratio."""
+    """One line of results/. Of a side that had no room, or failed, there is the error, and no ratio."""
     found = asdict(case) | {"case": case.name}
     for name, side in sides.items():
         if name == "ours_by_phase":
@@ -71,16 +79,20 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         found[f"{name}_samples_s"] = [round(x, 3) for x in seconds]
         found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
         found[f"{name}_settings"] = side.settings | {"threads": side.threads}
-    ours, trl = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", "trl"))
-    if ours and trl:
-        if (ours.prompt_tokens, ours.trained) != (trl.prompt_tokens, trl.trained):
+    ours, *peers = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", *PEERS))
+    for (name, prefix), peer in zip(PEERS.items(), peers, strict=True):
+        if not ours or not peer:
+            continue
+        if (ours.prompt_tokens, ours.trained) != (peer.prompt_tokens, peer.trained):
             raise ValueError(
-                f"the sides differ: prompts of {ours.prompt_tokens} and {trl.prompt_tokens} tokens, {ours.trained} and "
-                f"{trl.trained} trained parameters; they must do the same work."
+                f"ours and {name} differ: prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens, "
+                f"{ours.trained} and {peer.trained} trained parameters; they must do the same work."
             )
-        found["ratio"] = round(found["trl_s"] / found["ours_s"], 2)
-        if ours.peak_bytes and trl.peak_bytes:
-            found["peak_memory_ratio"] = round(ours.peak_bytes / trl.peak_bytes, 3)
+        found[f"{prefix}ratio"] = round(found[f"{name}_s"] / found["ours_s"], 2)
+        if ours.peak_bytes and peer.peak_bytes:
+            found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
+        if prefix:
+            found[f"{prefix}phases"] = {phase: round(seconds, 4) for phase, seconds in median_step(peer).items()}
     if ours:
         found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
         counted = work(read_config(at / "model"), case, ours.prompt_tokens, ours.trained)
@@ -93,12 +105,16 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
 def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
     """Seconds of each phase of the median step, which they add up to, and its floor."""
     seconds = dict.fromkeys(PHASES, 0.0)
-    for name, value in side.steps[side.seconds.index(statistics.median_low(side.seconds))].items():
+    for name, value in median_step(side).items():
         name = RENAMED.get(name, name)
         seconds[name] = seconds.get(name, 0.0) + value
     if not seconds["prefill"] or not seconds["backward"]:
         raise ValueError("no prefill or no backward pass was seen; the loop's parts have other names now.")
     return {name: {"seconds": round(value, 6)} | least.get(name, {}) for name, value in seconds.items()}
+
+
+def median_step(side: Side) -> dict[str, float]:
+    return side.steps[side.seconds.index(statistics.median_low(side.seconds))]
 
 
 def growth(plan: Plan, base: StepCase, at: Path, tokenizer, known: dict[str, list[float]]) -> dict[str, dict]:
@@ -194,14 +210,14 @@ def run(
     measured: dict[str, float],
     keep: Callable[[dict], None],
 ) -> dict:
-    """Everything that was asked for; `keep` is given what there is after each row, so that a stopped run has it.
+    """Everything that was asked for; `keep` is given what there is after each side, so that a stopped run has it.
 
     Args:
-        peers: sides beside ours.
+        peers: sides beside ours; those that are not installed are skipped.
         measured: the machine's ceilings, as `limits` measures them.
     """
-    result = {"steps": plan.steps, "rows": []}
-    known = {}
+    result = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}
+    peers, known = [name for name in peers if name not in result["skipped"]], {}
     with tempfile.TemporaryDirectory() as scratch:
         for i, case in enumerate(cases):
             at = Path(scratch) / case.model
@@ -210,11 +226,13 @@ def run(
             # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
             names = ("ours", *(["ours_by_phase"] if torch.cuda.is_available() else []), *peers)
             steps = dict.fromkeys(peers, plan.peer_steps[i > 0])
-            sides = {name: fresh(name, case, at, steps.get(name, plan.steps)) for name in names}
-            result["rows"].append(found := row(case, sides, at, measured))
+            sides = {}
+            for name in names:
+                sides[name] = fresh(name, case, at, steps.get(name, plan.steps))
+                result["rows"][i:] = [found := row(case, sides, at, measured)]
+                keep(result)
             if "ours_samples_s" in found:
                 known[case.name] = found["ours_samples_s"]
-            keep(result)
         if plan.growth:
             result["growth"] = growth(plan, cases[0], Path(scratch) / cases[0].model, tokenizer, known)
             keep(result)
@@ -223,7 +241,7 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who runs the same step")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=[], help="who runs the same step")
     parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
     parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
     parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
@@ -234,7 +252,8 @@ def main() -> None:
     args = parser.parse_args()
     cases = chosen(args, torch.cuda.is_available())
     plan = Plan(args.steps, (args.steps, args.steps), GROWTH if args.growth else {}, args.steps)
-    record, tokenizer = begin() | {"ceilings": (measured := limits())}, qwen2_tokenizer(merges(args.merges))
+    tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
+    record = begin() | {"ceilings": (measured := limits()), "vocabulary": vocabulary}
 
     def keep(found: dict) -> None:
         if args.json not in (None, "-"):

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).resolve().parent.parent / "csrc/box_parser.cu"
+SOURCE = Path(__file__).resolve().parent.parent / "csrc/box_parser_cuda.cu"
 CAPABILITIES = (80, 90)
 KERNELS = ("score_texts", "score_tokens", "overlap")
 

@@ -16,18 +16,20 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
 
 
 def machine() -> dict[str, str | int | float]:
-    """What a figure must be read with. A revision that ends in -dirty is of a tree with changes of its own."""
+    """What a figure must be read with. A revision that ends in -dirty is of a tree with changes of its own.
+
+    A copy that git does not know takes it from BOXGRPO_REVISION.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.*)", listed)
-    revision = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     return {
         "device": gpu or f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         **(_gpu() if gpu else {}),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := _version(name))},
-        "revision": subprocess.run(revision, capture_output=True, text=True).stdout.strip(),
+        "revision": os.environ.get("BOXGRPO_REVISION") or _revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -49,6 +51,13 @@ def _gpu() -> dict[str, str | float]:
         told = subprocess.run(asked, capture_output=True, text=True).stdout.split()
         found |= {"driver": told[0]} if told else {}
     return found
+
+
+def _revision() -> str:
+    if not shutil.which("git"):
+        return ""
+    asked = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -6,7 +6,8 @@
 
 The case is the benchmark's first: a 44M model on a CPU, the published 2B on a GPU. A first step warms up, and one
 after the profiled ones shows what a step takes unwatched. bench/README.md says how to read the table. The vocabulary
-is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared).
+is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without
+it one of as many tokens.
 """
 
 import argparse
@@ -22,17 +23,16 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench.bench_step import merges
 from boxgrpo.bench.machine import machine
 from boxgrpo.bench.nsys_sqlite import read_nsys
-from boxgrpo.bench.step_cases import MODELS, StepCase, prepare, step_cases
+from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
+from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.qwen2vl import Qwen2VL
 from boxgrpo.trainer.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiler import FOLDER
 from boxgrpo.trainer.timeline import Row, Timeline, rows, table
-from boxgrpo.trainer.vocabulary import qwen2_tokenizer
 
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
@@ -93,7 +93,7 @@ def least(case: StepCase, config, found: Sequence[Row], measured: dict[str, floa
     return {name: by_phase[phase] for name, phase in COUNTED.items()}
 
 
-def run(case: StepCase, output_dir: Path, steps: int, vocabulary: Path, measured: dict[str, float]) -> dict:
+def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[str, float]) -> dict:
     """The profile of a case as the results' files hold it.
 
     Args:
@@ -102,7 +102,7 @@ def run(case: StepCase, output_dir: Path, steps: int, vocabulary: Path, measured
     """
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch) / case.model
-        prepare(case, at, qwen2_tokenizer(vocabulary))
+        prepare(case, at, tokenizer)
         trace, unwatched = record(case, at, output_dir, steps)
         timeline = read(trace)
         found = rows(timeline)
@@ -157,9 +157,10 @@ def main() -> None:
     if args.steps < 1:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
     case = chosen(args, torch.cuda.is_available())
+    tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     # Before the run, what the machine allows; and the load of the minute before that: what else it had to do.
     result = {"machine": machine(), "load_before": round(os.getloadavg()[0], 2), "ceilings": limits()}
-    result |= run(case, Path(args.output_dir), args.steps, merges(args.merges), result["ceilings"])
+    result |= run(case, Path(args.output_dir), args.steps, tokenizer, result["ceilings"])
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return

@@ -14,11 +14,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.qwen2vl import Qwen2VL
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.processing import Processor
+from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
 from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS
 
 RECORDS = 8  # each with images of its own
 QUESTION = "Which of these images shows the object that stands alone, and where in the first of them is it?"
+TEXTS = (QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>")  # what is tokenized
 MERGE = 2 * 14  # pixels of a vision token's side
 
 
@@ -63,8 +64,13 @@ class StepCase:
     def name(self) -> str:
         return (
             f"{self.model}, {self.prompts} x {self.images} images of {self.side[0]} x {self.side[1]}, "
-            f"{self.generations} x {self.tokens} tokens, {self.dtype}"
+            f"{self.generations} x {self.tokens} tokens, {self.dtype}{'' if self.masters else ', no fp32 masters'}"
         )
+
+    @property
+    def masters(self) -> bool:
+        """Whether updates go to fp32 copies: the 7B's, with moments and gradients, take 138 GB, and leave no room."""
+        return self.model != "7B"
 
     @property
     def patches(self) -> int:

@@ -1,6 +1,7 @@
-"""The two sides of the step benchmark, each to be run in a process of its own: our loop, and TRL's GRPOTrainer.
+"""The sides of the step benchmark, each to be run in a process of its own: our loop, TRL's GRPOTrainer, and the paper's
+trainer as `step_univg` re-enacts it.
 
-Both load the same checkpoint, read the same records and images, keep the vision tower frozen, sample without vision
+All load the same checkpoint, read the same records and images, keep the vision tower frozen, sample without vision
 tokens and ends, so that every completion has its full length, and are paid alike: the rule's rewards, and a stand-in
 without which random weights would earn nothing and every advantage would be zero.
 """
@@ -13,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from boxgrpo.bench.step_cases import StepCase
 from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
 from boxgrpo.trainer import grpo, rollout
+from boxgrpo.trainer.engine import Engine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
 from boxgrpo.trainer.ranks import keep_freed_memory, ranks
@@ -33,9 +36,22 @@ BETA, LEARNING_RATE = 0.04, 1e-6
 OURS = {"dataloader_num_workers": 0}
 # Also tried for TRL: a static cache (twice as long), half a group in a batch (1.3 times as long, in 0.7 of the memory),
 # a loader process, huge pages.
-TRL = {"gradient_checkpointing": False, "dataloader_num_workers": 0}
+TRL = {"dataloader_num_workers": 0}
 ATTENTION = "sdpa"
+CHECKPOINTED = ("7B",)  # whose activations the peers can only hold with activation checkpointing
 FREED_MEMORY = "kept by glibc on a CPU"  # on both sides: less time, for memory that is not given back
+
+
+class WithoutMasters(Engine):
+    """The weights themselves are updated, and moments are of their dtype."""
+
+    @staticmethod
+    def master_of(p):
+        return p
+
+
+def engine_of(case: StepCase) -> type[Engine]:
+    return Engine if case.masters else WithoutMasters
 
 
 @dataclass
@@ -186,6 +202,7 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
     load = grpo.loaded_model
     with tempfile.TemporaryDirectory() as out, whole_and_paid(), contextlib.ExitStack() as patches, ranks() as r:
         patched = {(grpo, "span"): clock.span, (rollout, "span"): clock.span, (grpo, "loaded_model"): loaded_model}
+        patched[grpo, "make_engine"] = engine_of(case)
         for (owner, name), value in patched.items():
             patches.enter_context(mock.patch.object(owner, name, value))
         grpo.train(our_options(case, folder, out, warmup + steps + 1), r)
@@ -195,9 +212,8 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
         assert line["completions/min_length"] == case.tokens and line["grad_norm"] > 0, line
     tokens = logged[-1]["num_tokens"] / len(logged) / case.prompts - case.generations * case.tokens
     trained = sum(p.numel() for p in seen["model"].parameters() if p.requires_grad)
-    return Side(
-        clock.counted(warmup), peak, tokens, trained, torch.get_num_threads(), OURS | {"freed_memory": FREED_MEMORY}
-    )
+    settings = OURS | {"masters": case.masters, "freed_memory": FREED_MEMORY}
+    return Side(clock.counted(warmup), peak, tokens, trained, torch.get_num_threads(), settings)
 
 
 def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
@@ -225,6 +241,7 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
         keep_freed_memory()  # as our loop does
     # A group in one batch; all groups are generated together, whatever the batches.
     settings = {"per_device_train_batch_size": case.generations, "gradient_accumulation_steps": case.prompts} | TRL
+    settings["gradient_checkpointing"] = case.model in CHECKPOINTED
     clock, memory = Clock(), Memory()
     model_folder = str(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -277,17 +294,27 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
     completions = len(logged) * case.prompts * case.generations
     tokens = logged[-1]["num_tokens"] / completions - case.tokens
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    settings |= {"attn_implementation": ATTENTION, "freed_memory": FREED_MEMORY}
+    masters = case.dtype == "float32"  # else it updates bf16 weights
+    settings |= {"masters": masters, "attn_implementation": ATTENTION, "freed_memory": FREED_MEMORY}
     return Side(clock.counted(warmup - 1), peak, tokens, trained, torch.get_num_threads(), settings)
 
 
-SIDES = {"ours": ours, "ours_by_phase": functools.partial(ours, waits=True), "trl": trl}
+def univg_r1(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
+    from boxgrpo.bench.step_univg import univg_r1 as side  # which imports from here
+
+    return side(case, folder, steps, warmup)
+
+
+SIDES = {"ours": ours, "ours_by_phase": functools.partial(ours, waits=True), "trl": trl, "univg_r1": univg_r1}
 
 
 def run_side(name: str, case: StepCase, folder: Path, steps: int, warmup: int) -> Side | str:
-    """One side; where the device's memory is too small for it, the error."""
+    """One side; where the device's memory is too small for it, or it fails, the error. The others go on."""
     with contextlib.redirect_stdout(sys.stderr):
         try:
             return SIDES[name](case, folder, steps, warmup)
         except torch.OutOfMemoryError as error:
             return f"out of memory: {error}"
+        except Exception as error:
+            traceback.print_exc()
+            return f"failed: {type(error).__name__}: {error}"

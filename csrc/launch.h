@@ -1,4 +1,4 @@
-// What the binding hands to the launchers: raw pointers, so that nvcc compiles box_parser.cu without torch's headers.
+// What the binding hands to the launchers: raw pointers, so that nvcc compiles box_parser_cuda.cu without torch's headers.
 #pragma once
 
 #include "box_parser.h"

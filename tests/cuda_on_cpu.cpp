@@ -1,4 +1,4 @@
-// csrc/box_parser.cu on a CPU: each thread of a block is a coroutine that gives way where a warp waits.
+// csrc/box_parser_cuda.cu on a CPU: each thread of a block is a coroutine that gives way where a warp waits.
 //
 // The threads of a warp meet the same waits in the same order, so one turn of all of them is one wait of each. What a
 // kernel asserts and does not hold ends the launch, as on a GPU, and is told by failed_assertion().
@@ -110,7 +110,7 @@ extern "C" [[noreturn]] void emulated_assert_fail(const char* assertion, const c
 }
 
 #define LAUNCH(kernel, blocks, threads, stream, ...) ((void)stream, launch(kernel, blocks, threads, __VA_ARGS__))
-#include "../csrc/box_parser.cu"
+#include "../csrc/box_parser_cuda.cu"
 
 extern "C" {
 const char* failed_assertion() { return failed; }

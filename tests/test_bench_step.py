@@ -76,7 +76,7 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
     found = run(cases, ["trl"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
     assert ran[:4] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
     assert ran[4:] == [("ours", 2, 8, 6, 1), ("ours", 6, 8, 8, 1), ("ours", 6, 16, 8, 1)]
-    assert kept == [1, 2, 2]
+    assert kept == [1, 1, 2, 2, 2]  # after each side, and growth
     assert found["growth"]["images"]["seconds"] == [2.5, 4.5] and found["growth"]["images"]["each_s"] == 2.0
     assert found["growth"]["generations"]["samples_s"] == [[4.5, 4.5], [8.5]]
     assert len(growth_table(found["growth"]).splitlines()) == 6

@@ -134,7 +134,9 @@ def nvcc_flags(monkeypatch, gpus, **environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     extension = runpy.run_path(str(ROOT / "setup.py"))["candidates"]()[0]
-    assert "csrc/box_parser.cu" in extension.sources
+    assert "csrc/box_parser_cuda.cu" in extension.sources
+    objects = {pathlib.Path(source).stem for source in extension.sources}
+    assert len(objects) == len(extension.sources)  # ninja, where it is installed, refuses two of one name
     return extension.extra_compile_args["nvcc"]
 
 
@@ -160,7 +162,7 @@ def test_the_cuda_binding_compiles_and_links(tmp_path):
     for source, output in zip(("binding.cpp", "box_parser.cpp"), objects, strict=False):
         flags = ["-std=c++20", "-O1", "-fPIC", "-DBOXGRPO_CUDA", *include]
         subprocess.run(["g++", *flags, "-c", str(ROOT / "csrc" / source), "-o", str(output)], check=True)
-    cuda = ["nvcc", "-std=c++20", "-arch=sm_80", "-Xcompiler", "-fPIC", "-c", str(ROOT / "csrc/box_parser.cu")]
+    cuda = ["nvcc", "-std=c++20", "-arch=sm_80", "-Xcompiler", "-fPIC", "-c", str(ROOT / "csrc/box_parser_cuda.cu")]
     subprocess.run([*cuda, "-o", str(objects[2])], check=True)
     library, torch_lib = tmp_path / "boxgrpo.so", f"-L{pathlib.Path(torch.__file__).parent / 'lib'}"
     link = ["nvcc", "-shared", *map(str, objects), "-o", str(library), torch_lib, "-lc10", "-ltorch", "-ltorch_cpu"]

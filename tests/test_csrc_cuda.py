@@ -31,7 +31,7 @@ GOLD = torch.tensor([100.0, 200.0, 300.0, 400.0])
 def test_the_parser_and_the_kernels_include_no_torch_and_no_stl():
     """So that nvcc compiles them anywhere, and a foreign program takes the header as it is."""
     allowed = {"cstdint", "cstring", "cassert", "emmintrin.h", "box_parser.h", "launch.h"}
-    for name in ("box_parser.h", "launch.h", "token_row.h", "box_parser.cu"):
+    for name in ("box_parser.h", "launch.h", "token_row.h", "box_parser_cuda.cu"):
         found = set(re.findall(r'#include [<"](.*)[>"]', (SOURCE.parent / name).read_text()))
         assert found and found <= allowed, name
 
@@ -72,7 +72,7 @@ Overlaps = structure("Overlaps", "*a", "*b", "*out", "n", "m", "?pairwise", "?ge
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory):
-    """csrc/box_parser.cu, its threads coroutines on the CPU."""
+    """csrc/box_parser_cuda.cu, its threads coroutines on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"

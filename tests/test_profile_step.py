@@ -16,19 +16,16 @@ from boxgrpo.bench.cases import cases
 from boxgrpo.bench.machine import RESULTS
 from boxgrpo.bench.nsight_worker import chosen
 from boxgrpo.bench.profile_page import PAGE, RECORD, blocks, filled
-from boxgrpo.bench.step_cases import QUESTION, StepCase
-from boxgrpo.trainer.processing import THINK_SUFFIX
+from boxgrpo.bench.step_cases import TEXTS, StepCase
 from boxgrpo.trainer.vocabulary import demo_tokenizer
 
 TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
 NSIGHT = Path(profile_step.__file__).with_name("nsight.sh")
 
 
-def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path, monkeypatch):
-    words = [QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"]
-    monkeypatch.setattr(profile_step, "qwen2_tokenizer", lambda merges: demo_tokenizer(words))
+def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path):
     measured = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
-    found = profile_step.run(TINY, tmp_path / "run", 1, tmp_path, measured)
+    found = profile_step.run(TINY, tmp_path / "run", 1, demo_tokenizer(TEXTS), measured)
     by_name = {row["name"]: row for row in found["rows"]}
     assert found["tool"] == "torch.profiler" and not found["on_gpu"] and found["unwatched_step_s"] > 0
     assert by_name["step > rollout > decode"]["titles"] == ["decode 8x6"]

@@ -1,6 +1,7 @@
 """What a run tells: its numbers are what they are called, its lines are whole, and another run's are never touched."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_line_a_step_readable_at_once(report, tmp_path):
         {"step": 2, "loss": 0.125},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_without_tensorboard_the_metrics_are_written(tmp_path, monkeypatch, caplog):
+    """As on a machine that runs a bare checkout with what is there."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    reporter = Reporter(tmp_path, Ranks(), total_steps=3, title="test")
+    reporter.log(1, {"loss": 0.5})
+    reporter.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    assert "pip install tensorboard" in caplog.text and not (tmp_path / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("text", ["[bold]box[/bold]", r"\[red] (1, 2) [/]", ":dog: [", "世界 🦊"])

@@ -139,8 +139,7 @@ class Engine:
         self.names, self.parameters = zip(
             *((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True
         )
-        # An update of 1e-6 is lost in bf16: it is added to a copy that can hold it. (fp32: the copy is the parameter.)
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.masters = [self.master_of(p) for p in self.parameters]
         for p, master in zip(self.parameters, self.masters, strict=True):
             if p is not master:
                 p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
@@ -149,6 +148,11 @@ class Engine:
             moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
             set_optimizer_state(self.optimizer, master, {"step": torch.zeros(()), **moments})
         self.schedule = make_schedule(self.optimizer, options, total_steps)
+
+    @staticmethod
+    def master_of(p: nn.Parameter) -> nn.Parameter:
+        """What is updated in the parameter's place. An update of 1e-6 is lost in bf16: a copy in fp32 can hold it."""
+        return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
     @property
     def learning_rate(self) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -16,9 +17,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 OPTIONS = "options.yaml"
 BEST = "best"  # folder of the best checkpoint of a run that evaluates, and in it
@@ -125,7 +126,7 @@ class Reporter:
         self.active = ranks.is_main
         if self.active:
             self.file = (folder / METRICS).open("ab")
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+            self.board = _board(folder / "tensorboard", start)
             self.bar = tqdm(total=total_steps, initial=start, desc=title, dynamic_ncols=True, mininterval=1.0)
 
     @property
@@ -144,7 +145,7 @@ class Reporter:
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
         self.file.write(json.dumps({"step": step, **known}).encode() + b"\n")
         self.file.flush()
-        for name, value in metrics.items():
+        for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -163,8 +164,19 @@ class Reporter:
     def close(self) -> None:
         if self.active:
             self.file.close()
-            self.board.close()
+            if self.board:
+                self.board.close()
             self.bar.close()
+
+
+def _board(folder: Path, start: int):
+    """TensorBoard's writer; None, and a line in the log, on a machine that runs a checkout without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        log.warning("no TensorBoard files: %s. Install it with pip install tensorboard.", error)
+        return None
+    return SummaryWriter(folder, purge_step=start + 1 if start else None)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,0 +1,294 @@
+"""Build, test and measure on one GPU, from a bare checkout, without a network, in nine minutes.
+
+    python3 bench/bench_gpu.py                             make bench-gpu
+    python3 bench/bench_gpu.py --output DIR                a copy of record, verdicts and logs there as well
+    python3 bench/bench_gpu.py --parts steps_rest growth --minutes 20
+    python3 bench/bench_gpu.py --device cpu --quick        tries the script where there is no GPU: tiny sizes
+
+Nothing is installed: the folders get their import names by links under out/site, and the box parser is compiled in
+place. What is missing (pytest, liger-kernel, TRL, nvcc) is named, and left out; PYTHONPATH may add it. Each part runs
+in a process of its own with a limit of its own, and what it has measured by then is kept: first the figures that are
+demanded, then the tests marked gpu, then the rest, as far as the minutes go. The record is
+bench/results/<device>/<date>.json, the verdict on each demand is printed and kept beside it.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "model", "trainer", "bench")
+OUT = ROOT / "out/bench_gpu"
+CUDA = Path("/usr/local/cuda")
+MINUTES = 9  # that the parts' limits are made for
+MARGIN = 8  # seconds kept for the record and the verdicts
+OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)|(tests/\S+)\s+(PASSED|FAILED|ERROR|SKIPPED)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and the most seconds that it may take. `into`: the record's part that its rows belong to."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    into: str | None = None
+    beside: bool = False  # runs beside the parts that follow, until `after` asks for it
+    after: str | None = None
+
+
+def plan(args) -> list[Part]:
+    """All parts, the figures that are demanded first. Nine minutes are not enough for the last ones."""
+    python, quick = sys.executable, ("--quick",) if args.quick else ()
+    merges = ("--merges", args.merges) if args.merges else ()
+
+    def measure(name: str, *flags: str) -> tuple[str, ...]:
+        common = ("--json", str(OUT / f"{name}.json"), *quick)
+        return (python, "bench/gpu_parts.py", *flags, *common)
+
+    def steps(name: str, *images: str) -> tuple[str, ...]:
+        return measure(name, "step", "--images", *images, "--peers", *args.peers, "--steps", "1", *merges, *ceilings)
+
+    ceilings = ("--ceilings", str(OUT / "kernels.json"))
+    build = (python, "setup.py", "build_ext", "--inplace")
+    profile = (python, "bench/profile_step.py", "--json", str(OUT / "profile.json"))
+    return [
+        Part("build", build, 150, beside=True),
+        Part("kernels", measure("kernels", "kernels"), 90, "kernels"),
+        Part("rewards", measure("rewards", "rewards", *merges, *ceilings), 40, "rewards", after="build"),
+        Part("steps", steps("steps", "4"), 320, "step", after="build"),
+        Part("tests", tests(args), 130, after="build"),
+        Part("profile", profile, 60, "profile", after="build"),
+        Part("kernels_compiled", measure("kernels_compiled", "kernels", "--compiled", *ceilings), 90, "kernels"),
+        Part("steps_rest", steps("steps_rest", "1", "6"), 600, "step", after="build"),
+        Part("growth", measure("growth", "growth", *merges, *ceilings), 600, "step", after="build"),
+    ]
+
+
+def tests(args) -> tuple[str, ...]:
+    """pytest on the files that have tests for a GPU; for a CPU on one that has none."""
+    chosen = [ROOT / "tests/test_kernels_advantages.py"]
+    if args.device == "cuda":
+        chosen = [
+            f for f in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.gpu|\bLANE\b", f.read_text())
+        ]
+    several = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    marked = ("-m", "gpu") if args.device == "cuda" else ()
+    files = (str(f.relative_to(ROOT)) for f in chosen)
+    # -P: else the repository's own folder `kernels` would stand first on the path.
+    return (
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        *several,
+        *marked,
+        *files,
+    )
+
+
+@dataclass
+class Conductor:
+    """Runs parts against the clock and gathers what they leave."""
+
+    deadline: float
+    patience: float  # what every part's limit is multiplied by
+    environment: dict[str, str]
+    record: dict = field(default_factory=dict)
+    running: dict[str, tuple[subprocess.Popen, Part, float]] = field(default_factory=dict)
+
+    def run(self, part: Part) -> None:
+        if part.after in self.running:
+            self.finish(part.after)
+        left = self.deadline - time.monotonic()
+        if left < MARGIN:
+            return self.told(part, f"not begun: {left:.0f} s were left", 0)
+        if reason := missing(part):
+            return self.told(part, f"skipped: {reason}", 0)
+        log = (OUT / f"{part.name}.log").open("wb")
+        started = subprocess.Popen(
+            part.command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        self.running[part.name] = started, part, time.monotonic()
+        return None if part.beside else self.finish(part.name)
+
+    def finish(self, name: str) -> None:
+        """Wait for a part as long as it may take, and take over what it has measured."""
+        from boxgrpo.bench.launches import kill
+
+        process, part, begun = self.running.pop(name)
+        until = min(begun + self.patience * part.limit, self.deadline)
+        try:
+            process.wait(max(0.1, until - time.monotonic()))
+            outcome = "done" if process.returncode == 0 else f"failed with {process.returncode}: {last_line(name)}"
+        except subprocess.TimeoutExpired:
+            kill(process)
+            outcome = f"stopped after {time.monotonic() - begun:.0f} s"
+        self.told(part, outcome, time.monotonic() - begun)
+
+    def told(self, part: Part, outcome: str, seconds: float) -> None:
+        self.record.setdefault("parts", {})[part.name] = {"outcome": outcome, "seconds": round(seconds, 1)}
+        print(f"{part.name}: {outcome} ({seconds:.0f} s)", flush=True)
+        if part.name == "tests":
+            self.record["tests"] = outcomes(OUT / "tests.log")
+        elif part.name == "profile" and (OUT / "profile.json").exists():
+            self.record["profile"] = json.loads((OUT / "profile.json").read_text())
+        elif part.into:
+            self.gather(part)
+
+    def gather(self, part: Part) -> None:
+        """What a part has left in its file; rows and errors are added to those of the same part of the record."""
+        file = OUT / f"{part.name}.json"
+        if not file.exists():
+            return
+        left = json.loads(file.read_text())
+        for key in ("machine", "load_before", "ceilings"):
+            if key in left:
+                self.record.setdefault(key, left[key])
+        found = next((left[key] for key in (part.into, "growth") if key in left), {})
+        into = self.record.setdefault(part.into, {})
+        added = {key: into[key] + value for key, value in found.items() if isinstance(value, list) and key in into}
+        self.record[part.into] = into | found | added
+
+
+def missing(part: Part) -> str | None:
+    """Why a part cannot run here."""
+    script = next(word for word in part.command[1:] if not word.startswith("-"))
+    if script.endswith(".py") and not (ROOT / script).is_file():
+        return f"there is no {script}"
+    if part.name == "tests" and importlib.util.find_spec("pytest") is None:
+        return "pytest is not installed"
+    if part.name == "build" and importlib.util.find_spec("setuptools") is None:
+        return "setuptools is not installed"
+    return None
+
+
+def last_line(name: str) -> str:
+    lines = (OUT / f"{name}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def outcomes(log: Path) -> dict:
+    """Counts, and the names of what failed, of a pytest log with -v, also of one that was cut off."""
+    found: dict[str, str] = {}
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        if match := OUTCOME.search(line):
+            before, name, other, after = match.groups()
+            found[name or other] = before or after
+    counts = {outcome: sum(o == outcome for o in found.values()) for outcome in sorted(set(found.values()))}
+    return {"counts": counts, "failed": sorted(n for n, o in found.items() if o in ("FAILED", "ERROR"))}
+
+
+def link_packages() -> Path:
+    """The folder that gives the checkout's folders their import names."""
+    site = ROOT / "out/site"
+    (site / "boxgrpo").mkdir(parents=True, exist_ok=True)
+    for name in PACKAGES:
+        link = site / "boxgrpo" / name
+        if not link.is_symlink():
+            link.symlink_to(ROOT / name)
+    return site
+
+
+def environment(site: Path) -> dict[str, str]:
+    """For the parts: our packages first, no hub, the CUDA compiler where it usually lies."""
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    found = os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    if "CUDA_HOME" not in os.environ and (CUDA / "bin/nvcc").exists():
+        found["CUDA_HOME"] = str(CUDA)
+    return found
+
+
+def look(device: str, env: dict[str, str]) -> dict:
+    """The machine. Raises ValueError where it is not what was asked for."""
+    file = OUT / "look.json"
+    command = [sys.executable, "bench/gpu_parts.py", "look", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    if done.returncode:
+        raise ValueError(f"the benchmark does not start: {done.stderr.strip()[-2000:]}")
+    found = json.loads(file.read_text())
+    if device == "cuda" and not found["look"]["cuda"]:
+        raise ValueError("torch sees no GPU here; add --device cpu --quick to try the script without one.")
+    return found
+
+
+def keep(record: dict, args) -> Path:
+    """Write record and verdicts, of a GPU into bench/results; all of it, with the logs, into --output."""
+    from boxgrpo.bench.demands import verdict_table, verdicts
+    from boxgrpo.bench.result_files import write
+
+    record["verdicts"] = verdicts(record)
+    write(record, OUT / "results.json")
+    (OUT / "verdicts.md").write_text(verdict_table(record["verdicts"]) + "\n")
+    targets = [OUT / "results.json"]
+    if not args.quick:
+        device = record["machine"]["device"].replace(" ", "-").lower() if args.device == "cuda" else "cpu"
+        targets.append(ROOT / f"bench/results/{device}/{record['machine']['date']}.json")
+    if args.output:
+        targets.append(Path(args.output) / "results.json")
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        shutil.copy(OUT / "verdicts.md", args.output)
+        logs = [f"== {f.name}\n{f.read_text(errors='replace')[-200_000:]}" for f in sorted(OUT.glob("*.log"))]
+        (Path(args.output) / "logs.txt").write_text("\n".join(logs))
+    for target in targets[1:]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(targets[0], target)
+    return targets[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="all parts together; more gives each part more")
+    parser.add_argument("--parts", nargs="+", help="only these: build, kernels, rewards, steps, tests, ...")
+    parser.add_argument("--peers", nargs="*", default=["univg_r1", "trl"], help="whose steps are taken beside ours")
+    parser.add_argument("--output", help="a folder for a copy of record, verdicts and logs")
+    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt; without one a vocabulary is made")
+    parser.add_argument("--revision", help="of a copy that git does not know")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, kept out of bench/results")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    parts = plan(args)
+    if unknown := set(args.parts or ()) - {part.name for part in parts}:
+        names = ", ".join(part.name for part in parts)
+        raise ValueError(f"parts are {' '.join(args.parts)}; {', '.join(unknown)} is none of {names}.")
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    site = link_packages()
+    env = environment(site) | ({"BOXGRPO_REVISION": args.revision} if args.revision else {})
+    sys.path.insert(0, str(site))
+    conductor = Conductor(begun + 60 * args.minutes - MARGIN, max(1.0, args.minutes / MINUTES), env)
+    found = look(args.device, env)
+    conductor.record |= {key: found[key] for key in ("machine", "load_before")} | {"skipped": found["look"]["skipped"]}
+    for part in parts:
+        if args.parts is None or part.name in args.parts:
+            conductor.run(part)
+            kept = keep(conductor.record, args)
+    for name in list(conductor.running):
+        conductor.finish(name)
+        kept = keep(conductor.record, args)
+    print(f"\n{(OUT / 'verdicts.md').read_text()}\n{kept}: {time.monotonic() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_gpu.py: {error}")

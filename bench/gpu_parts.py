@@ -1,0 +1,160 @@
+"""One part of `bench_gpu.py`, in a process of its own: what it measures goes to a file after each row.
+
+    python bench/gpu_parts.py kernels --json FILE [--ceilings FILE] [--quick]
+
+A part that is stopped leaves its file with what there is; one that fails, for one row, goes on with the next and notes
+the error. `--quick` takes tiny sizes, to try a part where there is no GPU.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from boxgrpo.bench import bench_kernels, bench_rewards, bench_step
+from boxgrpo.bench.cases import Case
+from boxgrpo.bench.peers import skipped
+from boxgrpo.bench.result_files import begin, write
+from boxgrpo.bench.step_cases import TEXTS, StepCase, step_cases
+from boxgrpo.bench.step_floors import limits
+from boxgrpo.bench.vocabularies import benchmark_tokenizer
+
+Keep = Callable[[dict], None]
+
+FIRST = ("boxgrpo", "one read", "boxgrpo, overwriting", "liger", "trl", "eager")  # before what has to be compiled
+DEMANDED = ("fused_grpo_loss_from_logits", "fused_grpo_loss", "sample_tokens", "group_advantages")
+TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4}
+TINY_STEP = StepCase("tiny", images=2, side=(56, 84), generations=4, tokens=6)
+GROWTH = {"images": (1, 2, 6), "generations": (4, 16), "tokens": (64, 128), "prompts": (2, 4)}  # beside 4, 8, 256, 1
+
+
+def kernel_cases(quick: bool) -> list[Case]:
+    """Those with a demand first, at the 8192 rows that most demands name before others."""
+    cases = bench_kernels.chosen(None)
+    if quick:
+        return [replace(case, shape=tiny(case), bytes_floor=1.0, flops_floor=1.0) for case in cases]
+    return sorted(cases, key=lambda c: (c.op not in DEMANDED, c.shape.get("N", 8192) != 8192))
+
+
+def tiny(case: Case) -> dict[str, int]:
+    """Small sizes for a case; what forbids the vocabulary's last tokens keeps the vocabulary."""
+    kept = ("V",) if case.op == "sample_tokens" else ()
+    return {key: size if key in kept else TINY[key] for key, size in case.shape.items()}
+
+
+def kernels(args, measured: dict, keep: Keep) -> dict:
+    """Rows of every case by what needs no compiling; with --compiled those of torch.compile."""
+    names = ("compile",) if args.compiled else FIRST
+    result = {"skipped": skipped(["compile", "liger", "trl"]), "rows": [], "errors": []}
+    for case in kernel_cases(args.quick):
+        try:
+            present = case.make(case, bench_kernels.device(), bench_kernels.SEED).keys()
+        except Exception as error:
+            result["errors"].append({"case": case.name, "error": told(error)})
+            continue
+        for name in (n for n in names if n in present and n not in result["skipped"]):
+            try:
+                result["rows"].append(kernel_row(case, name, measured, args.quick))
+            except Exception as error:  # such as a lack of memory; the others go on
+                result["errors"].append({"case": case.name, "implementation": name, "error": told(error)})
+            gc.collect()
+            torch.cuda.empty_cache()
+            keep(result)
+        torch._dynamo.reset()
+    return result
+
+
+def kernel_row(case: Case, name: str, measured: dict, quick: bool) -> dict:
+    run = case.make(case, bench_kernels.device(), bench_kernels.SEED)[name]
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        seconds = [ms / 1000 for ms in do_bench(run, return_mode="all")]
+    else:
+        seconds = [timed(run) for _ in range(3)]
+    del run  # its inputs would stand beside those that memory is measured with
+    if quick and not torch.cuda.is_available():
+        return bench_kernels.row(case, name, seconds, measured, with_memory=False)
+    return bench_kernels.row(case, name, seconds, measured)
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def rewards(args, measured: dict, keep: Keep) -> dict:
+    return bench_rewards.run(args.merges)
+
+
+def step(args, measured: dict, keep: Keep) -> dict:
+    """The rows that --images names, of the 2B and then of the 7B, beside the peers."""
+    tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
+    cases = [case for case in step_cases(torch.cuda.is_available()) if case.images in args.images]
+    if args.quick:
+        cases = [replace(TINY_STEP, images=n) for n in args.images]
+    plan = bench_step.Plan(steps=args.steps, peer_steps=(args.steps, 1), growth={})
+    return bench_step.run(
+        cases, args.peers, plan, tokenizer, measured, lambda found: keep(found | {"vocabulary": vocabulary})
+    ) | {"vocabulary": vocabulary}
+
+
+def growth(args, measured: dict, keep: Keep) -> dict:
+    """Our step of the first case against each of its sizes."""
+    tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
+    case = TINY_STEP if args.quick else step_cases(torch.cuda.is_available())[0]
+    sizes = {"images": (1, 2)} if args.quick else {k: (*v, getattr(case, k)) for k, v in GROWTH.items()}
+    plan = bench_step.Plan(steps=args.steps, growth={k: tuple(sorted(v)) for k, v in sizes.items()}, growth_steps=1)
+    found = bench_step.run([case], [], plan, tokenizer, measured, lambda found: None)
+    return {"growth": found["growth"]}  # its first row is another part's
+
+
+def look(args, measured: dict, keep: Keep) -> dict:
+    """What is here: the record has the machine, this the peers that are missing."""
+    return {"cuda": torch.cuda.is_available(), "skipped": skipped(["compile", "liger", "trl"])}
+
+
+PARTS = {part.__name__: part for part in (look, kernels, rewards, step, growth)}
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--json", required=True, help="where the record goes")
+    parser.add_argument("--ceilings", help="a record to take the machine's ceilings from, instead of measuring them")
+    parser.add_argument("--compiled", action="store_true", help="kernels by torch.compile alone")
+    parser.add_argument("--images", type=int, nargs="+", default=[4], help="steps with so many images a prompt")
+    parser.add_argument("--peers", nargs="*", default=list(bench_step.PEERS), help="sides beside ours")
+    parser.add_argument("--steps", type=int, default=2, help="counted steps of each side")
+    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    args = parser.parse_args()
+    record, path = begin(), Path(args.json)
+    if args.part != "look":
+        known = Path(args.ceilings) if args.ceilings else path
+        kept = json.loads(known.read_text()) if known.exists() else {}
+        record["ceilings"] = kept.get("ceilings") or limits()
+        write(record, path)
+
+    def keep(found: dict) -> None:
+        write(record | {args.part: found}, path)
+
+    keep(PARTS[args.part](args, record.get("ceilings", {}), keep))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"gpu_parts.py: {error}")

@@ -1,0 +1,138 @@
+"""The GPU machine's script: it stops what takes too long and keeps what was measured; and the demands it judges by."""
+
+import argparse
+import json
+import sys
+import time
+
+import pytest
+
+from boxgrpo.bench import bench_gpu
+from boxgrpo.bench.bench_gpu import Conductor, Part, outcomes
+from boxgrpo.bench.demands import QWEN_2B, QWEN_7B, verdict_table, verdicts
+from boxgrpo.bench.gpu_parts import PARTS, kernel_cases
+
+ROW = {"op": "grpo_loss", "implementation": "boxgrpo", "ms": 1.0}
+LEAVES_A_ROW = """
+import json, sys, time
+open(sys.argv[1], "w").write(json.dumps({{"machine": {{}}, "kernels": {{"rows": [{row}]}}}}))
+{then}
+"""
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gpu, "OUT", tmp_path)
+    return tmp_path
+
+
+def part(out, name, then, limit=60.0, **more):
+    script = out / f"{name}.py"
+    script.write_text(LEAVES_A_ROW.format(row=ROW | {"by": name}, then=then))
+    command = (sys.executable, str(script), str(out / f"{name}.json"))
+    return Part(name, command, limit, "kernels", **more)
+
+
+def conductor(seconds):
+    return Conductor(time.monotonic() + seconds, 1.0, {})
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(out):
+    """So are those of one that fails; the next ones run, and a part beside them is waited for."""
+    c = conductor(300)
+    c.run(part(out, "beside", "time.sleep(1)", beside=True))
+    c.run(part(out, "slow", "time.sleep(600)", limit=6))
+    c.run(part(out, "broken", "sys.exit('no such kernel')"))
+    c.run(part(out, "last", "pass", after="beside"))
+    told = {name: found["outcome"] for name, found in c.record["parts"].items()}
+    assert told["slow"].startswith("stopped after 6 s") and told["broken"] == "failed with 1: no such kernel"
+    assert told["beside"] == told["last"] == "done"
+    assert {r["by"] for r in c.record["kernels"]["rows"]} == {"beside", "slow", "broken", "last"}
+
+
+def test_without_time_or_its_script_a_part_is_named(out):
+    c = conductor(2)
+    c.run(part(out, "late", "pass"))
+    assert c.record["parts"]["late"]["outcome"].startswith("not begun: ")
+    c = conductor(100)
+    c.run(Part("profile", (sys.executable, "bench/no_such_script.py"), 60))
+    assert c.record["parts"]["profile"]["outcome"] == "skipped: there is no bench/no_such_script.py"
+
+
+def test_failures_are_read_off_a_log_that_was_cut(tmp_path):
+    """Of pytest -v, with and without workers."""
+    log = tmp_path / "tests.log"
+    log.write_text(
+        "tests/test_a.py::test_one[x-1] PASSED     [ 10%]\n[gw3] [ 20%] FAILED tests/test_a.py::test_two \n"
+        "tests/test_b.py::test_three SKIPPED (no GPU)\nFAILED tests/test_a.py::test_two - AssertionErr"
+    )
+    found = outcomes(log)
+    assert found["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1}
+    assert found["failed"] == ["tests/test_a.py::test_two"]
+    assert outcomes(tmp_path / "none.log") == {"counts": {}, "failed": []}
+
+
+def test_every_part_is_one_that_the_worker_has():
+    args = argparse.Namespace(quick=False, merges=None, device="cuda", peers=["univg_r1"])
+    parts = bench_gpu.plan(args)
+    called = {p.command[2] for p in parts if p.command[1].endswith("gpu_parts.py")}
+    assert called <= PARTS.keys()
+    files = next(p.command for p in parts if p.name == "tests")
+    assert {"tests/test_triton_loss.py", "tests/test_csrc_cuda.py", "tests/test_model_attention.py"} <= set(files)
+    assert kernel_cases(quick=True)[0].shape["N"] < 100
+
+
+def kernel_row(op, by, ms, shape, **more):
+    return {"op": op, "implementation": by, "ms": ms, "shape": shape, "percent_of_floor": 90.0, "peak_mb": None} | more
+
+
+def test_each_demand_of_the_gpu_is_judged():
+    """Met, short by how much, or not measured."""
+    phase = {"gflop": 400.0, "seconds": 1e-3, "floor_s": 1e-3}
+    head = "fused_grpo_loss"
+    # 2B: gradients of hidden states and weight in bf16, one of the weight in fp32, and 900 MB.
+    given_back = (2 * (8192 + QWEN_2B["V"]) + 4 * QWEN_2B["V"]) * QWEN_2B["H"] / 1e6
+    record = {
+        "machine": {"cuda": "13.0", "device": "NVIDIA H200"},
+        "ceilings": {"flop_per_second": 8e14, "bytes_per_second": 4e12},
+        "tests": {"counts": {"PASSED": 5, "FAILED": 2}},
+        "kernels": {
+            "rows": [
+                kernel_row(head, "boxgrpo", 18.7, {"N": 8192} | QWEN_2B, peak_mb=given_back + 900),
+                kernel_row(head, "boxgrpo", 39.0, {"N": 8192} | QWEN_7B),
+                kernel_row(head, "liger", 37.4, {"N": 8192} | QWEN_2B),
+                kernel_row("sample_tokens", "boxgrpo", 0.026, {"n": 128}),
+                kernel_row("sample_tokens", "one read", 0.013, {"n": 128}),
+                kernel_row("group_advantages", "boxgrpo", 0.012, {"B": 16, "G": 8}),
+            ]
+        },
+        "rewards": {"rows": [{"run": "ids", "ms": 0.06}]},
+        "step": {
+            "rows": [
+                {"model": "2B", "images": 4, "prompts": 1, "univg_r1_ratio": 5.0}
+                | {"phases": dict.fromkeys(("prefill", "policy_forward", "backward", "decode"), phase)}
+            ]
+        },
+    }
+    found = {v["what"]: v for v in verdicts(record)}
+    told = {what: v["verdict"] for what, v in found.items()}
+    assert told["tests marked gpu that fail"] == "short by 2"
+    assert told["fused head, 2B, N = 8192"] == "short by 10.0%" and told["fused head, 7B, N = 8192"] == "met"
+    assert found["fused head, 2B: memory of its own"]["measured"] == 900
+    assert found["fused head, 2B: liger's time over ours"]["measured"] == 2
+    assert told["sample_tokens, 128 rows: over one read"] == "short by 53.8%"
+    assert found["group_advantages, 16 groups"]["measured"] == 12 and told["group_advantages, 16 groups"] == "met"
+    assert told["1,024 completions of 256 tokens"] == "short by 20.0%"
+    assert found["2B: training, of the matrix rate"]["measured"] == 50
+    assert told["2B: decoding, over its floor"] == "met"
+    assert told["2B, 4 images: the paper's trainer's step over ours"] == "met"
+    assert told["7B: prefill, of the matrix rate"] == "not measured"
+    assert len(verdict_table(list(found.values())).splitlines()) == 2 + len(found)
+    assert json.dumps(list(found.values()))
+
+
+def test_the_cpu_has_demands_of_its_own():
+    found = verdicts({"machine": {"device": "two cores"}, "step": {"growth": {"doubled_group": {"ratio": 1.4}}}})
+    told = {v["what"]: v["verdict"] for v in found}
+    assert told["twice the completions, where prompts dominate"] == "short by 7.7%"
+    assert told["fused loss: its memory over eager's"] == "not measured"
