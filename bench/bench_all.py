@@ -1,7 +1,7 @@
 """All measurements of this machine into one file, bench/results/<device>/<date>.json.
 
     python bench/bench_all.py                         make bench: a quarter of an hour on two quiet cores
-    python bench/bench_all.py --full                  more steps of the peers, more sizes of ours: half an hour
+    python bench/bench_all.py --full                  more steps of the peers, more sizes of ours: an hour
     python bench/bench_all.py --parts kernels,rewards     the other parts that the file holds stay as they are
     python bench/bench_all.py --parts kernels --only fused --json -   cases whose name holds this, kept nowhere
 
@@ -21,22 +21,20 @@ from pathlib import Path
 import torch
 
 from boxgrpo.bench import bench_guard, bench_kernels, bench_rewards, bench_step
-from boxgrpo.bench.cases import module_named
 from boxgrpo.bench.result_files import begin, dump, of_today, write
-from boxgrpo.bench.step_cases import merges, step_cases
+from boxgrpo.bench.step_cases import TEXTS, step_cases
 from boxgrpo.bench.step_floors import limits
-from boxgrpo.trainer.vocabulary import qwen2_tokenizer
+from boxgrpo.bench.vocabularies import benchmark_tokenizer
 
 FULL = bench_step.Plan()
 # Two cores' quarter of an hour. TRL's steps are what takes long, 15 to 105 s each; sizes that the rows have cost
 # nothing more.
 QUARTER_HOUR = bench_step.Plan(
     steps=2,
-    peer_steps=(2, 1),
+    peer_steps={"trl": (2, 1), "univg_r1": (1, 0)},
     growth={"images": (1, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64), "prompts": (1, 4)},
     growth_steps=1,
 )
-PEERS = ("trl",)
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,15 @@ def guard(r: Run, keep: Callable[[dict], None]) -> dict:
 
 
 def rewards(r: Run, keep: Callable[[dict], None]) -> dict:
-    return alone(bench_rewards.run, merges(r.merges))
+    return alone(bench_rewards.run, r.merges)
 
 
 def step(r: Run, keep: Callable[[dict], None]) -> dict:
     cases = [case for case in step_cases(torch.cuda.is_available()) if r.only is None or r.only in case.name]
-    peers = [name for name in PEERS if module_named(name)]
     plan = r.plan if r.only is None else replace(r.plan, growth={})
-    tokenizer = qwen2_tokenizer(merges(r.merges))
-    return bench_step.run(cases, peers, plan, tokenizer, r.record["ceilings"], keep)
+    tokenizer, vocabulary = benchmark_tokenizer(r.merges, TEXTS)
+    found = bench_step.run(cases, list(bench_step.PEERS), plan, tokenizer, r.record["ceilings"], keep)
+    return found | {"vocabulary": vocabulary}
 
 
 PARTS = {"kernels": kernels, "guard": guard, "rewards": rewards, "step": step}

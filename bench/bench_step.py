@@ -38,6 +38,7 @@ from boxgrpo.model.checkpoint import read_config
 
 WARMUP = 1
 PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
+SIDES = {"ours": "boxgrpo", "trl": "TRL", "univg_r1": "UniVG-R1"}  # as tables call them
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
 # What is left of a stage without the phases inside.
@@ -50,7 +51,8 @@ class Plan:
     """How much is measured: counted steps, and the sizes at which our step is looked at again."""
 
     steps: int = 3  # of ours in each row
-    peer_steps: tuple[int, int] = (3, 3)  # of a peer, in the first row and in the others
+    # Of each peer in the first row and in the others; 0: it is not run there.
+    peer_steps: dict[str, tuple[int, int]] = field(default_factory=lambda: dict.fromkeys(PEERS, (3, 3)))
     growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: GROWTH)  # none: no growth
     growth_steps: int = 3
 
@@ -155,19 +157,18 @@ def line(values, seconds) -> dict[str, float]:
 
 
 def steps_table(result: dict) -> str:
-    """Markdown: a line for each row."""
-    lines = [
-        "| model | images | prompts | boxgrpo, s | TRL, s | ratio | boxgrpo, MB | TRL, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: a line for each row; a peer's columns where it ran."""
+    ran = [name for name in SIDES if any({f"{name}_s", f"{name}_error"} & r.keys() for r in result["rows"])]
+    head = ["model", "images", "prompts", *(f"{SIDES[name]}, s" for name in ran)]
+    head += [f"{SIDES[name]}, ratio" for name in ran if name in PEERS] + [f"{SIDES[name]}, MB" for name in ran]
+    lines = [head, ["---"] * len(head)]
     for r in result["rows"]:
-        seconds = [f"{r[key]:.2f}" if key in r else "-" for key in ("ours_s", "trl_s")]
-        ratio = f"{r['ratio']:.1f}" if "ratio" in r else "-"
-        peaks = [str(r.get(key) or "-") for key in ("ours_peak_mb", "trl_peak_mb")]
-        lines.append(
-            "| " + " | ".join([r["model"], str(r["images"]), str(r["prompts"]), *seconds, ratio, *peaks]) + " |"
-        )
-    return "\n".join(lines)
+        cells = [r["model"], str(r["images"]), str(r["prompts"])]
+        cells += [f"{r[f'{name}_s']:.2f}" if f"{name}_s" in r else "-" for name in ran]
+        ratios = [r.get(f"{PEERS[name]}ratio") for name in ran if name in PEERS]
+        cells += ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
+        lines.append(cells + [str(r.get(f"{name}_peak_mb") or "-") for name in ran])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def phases_table(r: dict) -> str:
@@ -224,11 +225,11 @@ def run(
             prepare(case, at, tokenizer)
             torch.cuda.empty_cache()  # the sides have the device to themselves
             # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
-            names = ("ours", *(["ours_by_phase"] if torch.cuda.is_available() else []), *peers)
-            steps = dict.fromkeys(peers, plan.peer_steps[i > 0])
+            steps = {"ours": plan.steps} | ({"ours_by_phase": plan.steps} if torch.cuda.is_available() else {})
+            steps |= {name: plan.peer_steps[name][i > 0] for name in peers}
             sides = {}
-            for name in names:
-                sides[name] = fresh(name, case, at, steps.get(name, plan.steps))
+            for name in (name for name in steps if steps[name]):
+                sides[name] = fresh(name, case, at, steps[name])
                 result["rows"][i:] = [found := row(case, sides, at, measured)]
                 keep(result)
             if "ours_samples_s" in found:
@@ -251,7 +252,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
     cases = chosen(args, torch.cuda.is_available())
-    plan = Plan(args.steps, (args.steps, args.steps), GROWTH if args.growth else {}, args.steps)
+    plan = Plan(args.steps, dict.fromkeys(PEERS, (args.steps,) * 2), GROWTH if args.growth else {}, args.steps)
     tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
     record = begin() | {"ceilings": (measured := limits()), "vocabulary": vocabulary}
 

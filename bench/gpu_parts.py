@@ -100,7 +100,7 @@ def step(args, measured: dict, keep: Keep) -> dict:
     cases = [case for case in step_cases(torch.cuda.is_available()) if case.images in args.images]
     if args.quick:
         cases = [replace(TINY_STEP, images=n) for n in args.images]
-    plan = bench_step.Plan(steps=args.steps, peer_steps=(args.steps, 1), growth={})
+    plan = bench_step.Plan(steps=args.steps, peer_steps=dict.fromkeys(bench_step.PEERS, (args.steps, 1)), growth={})
     return bench_step.run(
         cases, args.peers, plan, tokenizer, measured, lambda found: keep(found | {"vocabulary": vocabulary})
     ) | {"vocabulary": vocabulary}

@@ -19,7 +19,7 @@ from .result_files import described, part
 COLOURS = {"boxgrpo": "#1f5fbf", "eager": "#8a8a8a", "compile": "#d9822b", "liger": "#2f8f4e", "trl": "#b03a68"}
 COLOURS |= {"boxgrpo, overwriting": "#6fa8ff", "one read": "#3a3a3a", "ours": "#1f5fbf"}
 OTHER = ("#7a5cc7", "#11808a", "#a0522d")  # peers without a colour of their own
-NAMES = {"compile": "torch.compile", "liger": "Liger", "trl": "TRL", "ours": "boxgrpo"}
+NAMES = {"compile": "torch.compile", "liger": "Liger", "trl": "TRL", "ours": "boxgrpo", "univg_r1": "UniVG-R1"}
 
 
 @dataclass(frozen=True)

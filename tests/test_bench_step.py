@@ -71,12 +71,18 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
 
     monkeypatch.setattr(bench_step, "fresh", side)  # a step of ours and of TRL's is taken above
     monkeypatch.setattr(bench_step, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
-    plan = Plan(steps=2, peer_steps=(3, 1), growth={"images": (1, 2), "generations": (4, 8)}, growth_steps=1)
+    plan = Plan(
+        steps=2,
+        peer_steps={"trl": (3, 1), "univg_r1": (1, 0)},
+        growth={"images": (1, 2), "generations": (4, 8)},
+        growth_steps=1,
+    )
     cases, kept = [TINY, replace(TINY, images=1)], []
-    found = run(cases, ["trl"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
-    assert ran[:4] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
-    assert ran[4:] == [("ours", 2, 8, 6, 1), ("ours", 6, 8, 8, 1), ("ours", 6, 16, 8, 1)]
-    assert kept == [1, 1, 2, 2, 2]  # after each side, and growth
+    found = run(cases, ["trl", "univg_r1"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
+    assert ran[:3] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("univg_r1", 2, 4, 6, 1)]
+    assert ran[3:5] == [("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
+    assert ran[5:] == [("ours", 2, 8, 6, 1), ("ours", 6, 8, 8, 1), ("ours", 6, 16, 8, 1)]
+    assert kept == [1, 1, 1, 2, 2, 2]  # after each side, and growth
     assert found["growth"]["images"]["seconds"] == [2.5, 4.5] and found["growth"]["images"]["each_s"] == 2.0
     assert found["growth"]["generations"]["samples_s"] == [[4.5, 4.5], [8.5]]
     assert len(growth_table(found["growth"]).splitlines()) == 6
@@ -86,7 +92,9 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
 def test_a_side_without_room_is_told(tiny):
     found = row(TINY, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
     assert found["ours_error"].startswith("out of memory") and "ratio" not in found and "phases" not in found
-    assert steps_table({"rows": [found]}).endswith("| tiny | 2 | 2 | - | - | - | - | - |")
+    assert steps_table({"rows": [found]}).endswith(
+        "| boxgrpo, MB |\n| --- | --- | --- | --- | --- |\n| tiny | 2 | 2 | - | - |"
+    )
 
 
 def test_a_phase_is_without_those_inside_it(monkeypatch):
