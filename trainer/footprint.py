@@ -58,13 +58,14 @@ def count(model: Qwen2VL, lora_rank: int = 0) -> Counts:
         linears = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
         trained = [lora_rank * n for m in linears for n in (m.in_features, m.out_features)]
     everything = [n for n, _ in shapes]
+    tower = getattr(model, "visual", None)  # a reference has none
     return Counts(
         trained=sum(trained),
         frozen=sum(everything) - (0 if lora_rank else sum(trained)),
         tensors=len(trained),
         largest=max(trained),
         small=sum(n for n in everything + (trained if lora_rank else []) if n <= PERSISTS),
-        decoder=sum(everything) - sum(p.numel() for p in model.visual.parameters()),
+        decoder=sum(everything) - (sum(p.numel() for p in tower.parameters()) if tower else 0),
         head_trained=not lora_rank and model.head_weight.requires_grad,
     )
 

@@ -42,13 +42,13 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
     Args:
         model: before DeepSpeed takes the weights apart.
     """
-    config, rank, dtype = model.config, options.lora_rank, model.head_weight.dtype
+    rank, dtype = options.lora_rank, model.head_weight.dtype
     size = dtype.itemsize
     buckets = bucket_bytes(count(model), Engine("", stage), size)
     head_trained, checkpointing = model.head_weight.requires_grad, options.gradient_checkpointing
 
     def needed(batch: PackedBatch) -> int:
-        pack = shape_of(batch, dtype)
+        config, pack = model.config, shape_of(batch, dtype)
         kept = {"checkpointing": checkpointing, "head_trained": head_trained, "lora_rank": rank}
         beside = loss_bytes(config, pack, size, head_trained=head_trained)
         if checkpointing:
