@@ -2,7 +2,7 @@
 
     python3 bench/bench_gpu.py                             make bench-gpu
     python3 bench/bench_gpu.py --output DIR                a copy of record, verdicts and logs there as well
-    python3 bench/bench_gpu.py --parts steps_rest growth --minutes 20
+    python3 bench/bench_gpu.py --parts build kernels_compiled steps_rest profile growth     the rest, into the same file
     python3 bench/bench_gpu.py --device cpu --quick        tries the script where there is no GPU: tiny sizes
 
 Nothing is installed: the folders get their import names by links under out/site, and the box parser is compiled in
@@ -29,6 +29,8 @@ PACKAGES = ("kernels", "model", "trainer", "bench")
 OUT = ROOT / "out/bench_gpu"
 CUDA = Path("/usr/local/cuda")
 MINUTES = 9  # that the parts' limits are made for
+LOOKING = 180  # seconds in which torch must have been imported
+FIRST = ("kernels", "rewards", "steps")  # parts that begin a part of the record; others add rows to it
 MARGIN = 8  # seconds kept for the record and the verdicts
 OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)|(tests/\S+)\s+(PASSED|FAILED|ERROR|SKIPPED)")
 
@@ -159,8 +161,20 @@ class Conductor:
                 self.record.setdefault(key, left[key])
         found = next((left[key] for key in (part.into, "growth") if key in left), {})
         into = self.record.setdefault(part.into, {})
-        added = {key: into[key] + value for key, value in found.items() if isinstance(value, list) and key in into}
+        added = {
+            key: merged(into[key], value) for key, value in found.items() if isinstance(value, list) and key in into
+        }
         self.record[part.into] = into | found | added
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """Rows of both; of a case that both have, the new one's."""
+
+    def name(row: dict) -> list:
+        return [row.get(key) for key in ("case", "op", "shape", "dtype", "implementation", "run")]
+
+    named = [name(row) for row in new]
+    return [row for row in old if name(row) not in named] + new
 
 
 def missing(part: Part) -> str | None:
@@ -197,12 +211,13 @@ def link_packages() -> Path:
     (site / "boxgrpo").mkdir(parents=True, exist_ok=True)
     for name in PACKAGES:
         link = site / "boxgrpo" / name
-        if not link.is_symlink():
+        if not link.is_symlink() or link.resolve() != ROOT / name:  # the checkout may have been moved
+            link.unlink(missing_ok=True)
             link.symlink_to(ROOT / name)
     return site
 
 
-def environment(site: Path) -> dict[str, str]:
+def environment(site: Path, device: str) -> dict[str, str]:
     """For the parts: our packages first, no hub, the CUDA compiler where it usually lies."""
     path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     found = os.environ | {
@@ -211,6 +226,8 @@ def environment(site: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
+    if device == "cpu":
+        found["CUDA_VISIBLE_DEVICES"] = ""
     if "CUDA_HOME" not in os.environ and (CUDA / "bin/nvcc").exists():
         found["CUDA_HOME"] = str(CUDA)
     return found
@@ -220,13 +237,34 @@ def look(device: str, env: dict[str, str]) -> dict:
     """The machine. Raises ValueError where it is not what was asked for."""
     file = OUT / "look.json"
     command = [sys.executable, "bench/gpu_parts.py", "look", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LOOKING)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"looking at the machine takes above {LOOKING} s; torch does not come up here.") from error
     if done.returncode:
         raise ValueError(f"the benchmark does not start: {done.stderr.strip()[-2000:]}")
     found = json.loads(file.read_text())
     if device == "cuda" and not found["look"]["cuda"]:
         raise ValueError("torch sees no GPU here; add --device cpu --quick to try the script without one.")
     return found
+
+
+def of_the_day(machine: dict) -> Path:
+    """The GPU's file of results."""
+    return ROOT / f"bench/results/{machine['device'].replace(' ', '-').lower()}/{machine['date']}.json"
+
+
+def kept_before(machine: dict, chosen: list[Part]) -> dict:
+    """What an earlier call of this day measured at this revision, without what `chosen` measures anew.
+
+    The first of the parts that fill a part of the record begins it; the others add their rows.
+    """
+    file = of_the_day(machine)
+    old = json.loads(file.read_text()) if file.exists() else {}
+    if old.get("machine") != machine:
+        return {}
+    anew = {part.into for part in chosen if part.name in FIRST} | {part.name for part in chosen}
+    return {name: value for name, value in old.items() if name not in anew}
 
 
 def keep(record: dict, args) -> Path:
@@ -239,8 +277,7 @@ def keep(record: dict, args) -> Path:
     (OUT / "verdicts.md").write_text(verdict_table(record["verdicts"]) + "\n")
     targets = [OUT / "results.json"]
     if not args.quick:
-        device = record["machine"]["device"].replace(" ", "-").lower() if args.device == "cuda" else "cpu"
-        targets.append(ROOT / f"bench/results/{device}/{record['machine']['date']}.json")
+        targets.append(of_the_day(record["machine"]))
     if args.output:
         targets.append(Path(args.output) / "results.json")
         Path(args.output).mkdir(parents=True, exist_ok=True)
@@ -269,18 +306,21 @@ def main() -> None:
     if unknown := set(args.parts or ()) - {part.name for part in parts}:
         names = ", ".join(part.name for part in parts)
         raise ValueError(f"parts are {' '.join(args.parts)}; {', '.join(unknown)} is none of {names}.")
+    if args.device == "cpu" and not args.quick:
+        raise ValueError("device is cpu, where the script is tried alone: `make bench` measures a CPU. Add --quick.")
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     site = link_packages()
-    env = environment(site) | ({"BOXGRPO_REVISION": args.revision} if args.revision else {})
+    env = environment(site, args.device) | ({"BOXGRPO_REVISION": args.revision} if args.revision else {})
     sys.path.insert(0, str(site))
     conductor = Conductor(begun + 60 * args.minutes - MARGIN, max(1.0, args.minutes / MINUTES), env)
     found = look(args.device, env)
+    chosen = [part for part in parts if args.parts is None or part.name in args.parts]
+    conductor.record |= {} if args.quick else kept_before(found["machine"], chosen)
     conductor.record |= {key: found[key] for key in ("machine", "load_before")} | {"skipped": found["look"]["skipped"]}
-    for part in parts:
-        if args.parts is None or part.name in args.parts:
-            conductor.run(part)
-            kept = keep(conductor.record, args)
+    for part in chosen:
+        conductor.run(part)
+        kept = keep(conductor.record, args)
     for name in list(conductor.running):
         conductor.finish(name)
         kept = keep(conductor.record, args)

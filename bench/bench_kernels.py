@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from boxgrpo.bench.cases import Case, cases
+from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.result_files import begin, dump, write
 
 SEED = 0
@@ -188,7 +189,7 @@ def row(
 
 def run(only: str | None, limits: dict[str, float], keep: Callable[[dict], None]) -> dict:
     """All rows; `keep` is given what there is after each case: what a run that is stopped has measured is not lost."""
-    result = {"rows": (rows := [])}
+    result = {"skipped": skipped(["compile", "liger", "trl"]), "rows": (rows := [])}
     on_cpu = times_on_cpu(only) if device().type == "cpu" else None
     for case in chosen(only):
         times = on_cpu if on_cpu is not None else times_on_gpu(case)
@@ -203,12 +204,12 @@ def run(only: str | None, limits: dict[str, float], keep: Callable[[dict], None]
 def table(result: dict) -> str:
     """Markdown: a line for each op, shape and implementation, with the ratio to ours."""
     lines = ["| op | shape | by | ms | × ours | % of floor | peak MB |", "|---|---|---|---|---|---|---|"]
-    ours = {}
+    ours = {(r["op"], str(r["shape"])): r["ms"] for r in result["rows"] if r["implementation"] == "boxgrpo"}
     for r in result["rows"]:
         shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
-        base = ours.setdefault((r["op"], shape), r["ms"])  # ours is the first of each case
+        base = ours.get((r["op"], str(r["shape"])))
         peak = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
-        cells = (r["op"], shape, r["implementation"], f"{r['ms']:.4g}", f"{r['ms'] / base:.2f}")
+        cells = (r["op"], shape, r["implementation"], f"{r['ms']:.4g}", f"{r['ms'] / base:.2f}" if base else "")
         lines.append(f"| {' | '.join(cells)} | {r['percent_of_floor']:.0f} | {peak} |")
     return "\n".join(lines)
 

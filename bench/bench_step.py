@@ -86,10 +86,11 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         if not ours or not peer:
             continue
         if (ours.prompt_tokens, ours.trained) != (peer.prompt_tokens, peer.trained):
-            raise ValueError(
-                f"ours and {name} differ: prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens, "
-                f"{ours.trained} and {peer.trained} trained parameters; they must do the same work."
+            found[f"{name}_error"] = (
+                f"it differs from ours: prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens, "
+                f"{ours.trained} and {peer.trained} trained parameters"
             )
+            continue
         found[f"{prefix}ratio"] = round(found[f"{name}_s"] / found["ours_s"], 2)
         if ours.peak_bytes and peer.peak_bytes:
             found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)

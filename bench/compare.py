@@ -112,8 +112,10 @@ def _both(before: dict, after: dict):
 
 
 def _judged(case: str, before: dict[str, Interval], after: dict[str, Interval], same: bool) -> list[str]:
-    if OURS not in before or OURS not in after:
+    if OURS not in before:
         return []
+    if OURS not in after:
+        return [f"{case}: no longer measured"]
     peers = [side for side in after if side in before and side != OURS]
     if not peers:
         was, now = before[OURS], after[OURS]

@@ -5,6 +5,8 @@ from .bench_data import WANTED
 from .bench_demo import table as demo_table
 from .bench_kernels import table as kernels_table
 from .bench_step import growth_table, phases_table, steps_table
+from .demands import verdict_table, verdicts
+from .profile_step import shown
 from .report_plots import PLOTS
 from .result_files import Records, described, part
 
@@ -29,8 +31,30 @@ def _device(folder: str, record: dict) -> str:
     for name, told in PARTS.items():
         if name in record:
             measured = part(record, name)
-            parts += [f"### {TITLES[name]}", _machine(measured), told(measured), *_plots(folder, record, name)]
+            parts += [f"### {TITLES[name]}", _machine(measured), told(measured), *_left_out(measured)]
+            parts += _plots(folder, record, name)
+    wanted = "### What is wanted, and what was measured: `bench/demands.py`"
+    parts += [wanted, _machine(record), verdict_table(verdicts(record)), *_tests(record)]
     return "\n\n".join([*parts, *_plots(folder, record, "")])
+
+
+def _left_out(measured: dict) -> list[str]:
+    """Peers that are not installed, and what failed."""
+    lines = [f"- {peer} is left out: {why}" for peer, why in measured.get("skipped", {}).items()]
+    lines += [f"- {e['case']}, {e.get('implementation', 'all')}: {e['error']}" for e in measured.get("errors", ())]
+    for r in measured.get("rows", ()):
+        lines += [f"- {r['case']}, {key[:-6]}: {why}" for key, why in r.items() if key.endswith("_error")]
+    return ["\n".join(lines)] * bool(lines)
+
+
+def _tests(record: dict) -> list[str]:
+    """What became of the tests marked gpu, and of the parts of a run against the clock."""
+    if "tests" not in record:
+        return []
+    counts = ", ".join(f"{n} {outcome.lower()}" for outcome, n in record["tests"]["counts"].items())
+    failed = "".join(f"\n- {name}" for name in record["tests"]["failed"])
+    outcomes = [[name, p["outcome"], f"{p['seconds']:.0f}"] for name, p in record.get("parts", {}).items()]
+    return [f"Tests marked gpu: {counts}.{failed}", _table(["part", "outcome", "s"], outcomes)]
 
 
 def _plots(folder: str, record: dict, name: str) -> list[str]:
@@ -66,6 +90,10 @@ def _rewards(measured: dict) -> str:
     return _table(["run", "of", "ms", "ms, first of a turn", "GB/s", "rounds"], rows)
 
 
+def _profile(measured: dict) -> str:
+    return f"{measured['case']}, by {measured['tool']}; mean of {measured['steps']} steps.\n\n{shown(measured)}"
+
+
 RATES = (("first_ms", 3), ("gb_per_second", 2))
 
 
@@ -74,11 +102,12 @@ def _guard(measured: dict) -> str:
     return _table(["case", "our processor seconds over eager's", "from–to"], rows)
 
 
-PARTS = {"kernels": kernels_table, "rewards": _rewards, "step": _step, "guard": _guard}
+PARTS = {"kernels": kernels_table, "rewards": _rewards, "step": _step, "profile": _profile, "guard": _guard}
 TITLES = {
     "kernels": "Kernels: `bench/bench_kernels.py`",
     "rewards": "Rewards: `bench/bench_rewards.py`",
     "step": "A step: `bench/bench_step.py`",
+    "profile": "A step by its ranges: `bench/profile_step.py`",
     "guard": "What CI holds the kernels to: `bench/bench_guard.py`",
 }
 

@@ -6,6 +6,7 @@ A plot holds the digest of its values, so that a record which has moved on is no
 import hashlib
 import json
 import math
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def roofline(record: dict) -> dict | None:
 
 def _draw_roofline(data: dict) -> Figure:
     floors = [floor for floor in ("bytes", "flop") if any(c["floor"] == floor for c in data["cases"].values())]
-    letters = {case: chr(ord("A") + i) for i, case in enumerate(data["cases"])}
+    letters = dict(zip(data["cases"], string.ascii_letters[26:] + string.ascii_letters[:26]))  # A-Z, then a-z
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     grid = figure.subplots(1, len(floors), sharey=True, squeeze=False)[0]
     sides = list(dict.fromkeys(side for case in data["cases"].values() for side in case["achieved"]))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .machine import RESULTS, folder, machine
 
+PARTS = ("kernels", "guard", "rewards", "step", "profile")  # that a file may hold
 COMMON = ("machine", "load_before", "ceilings")  # of all parts that have none of their own
 LONG = ("demo", "data", "soak", "soak_zero2", "fuzz", "ablation")  # commands that keep a record of their own
 VERSIONS = {"driver": "driver", "cuda": "CUDA", "torch": "torch"}
@@ -24,7 +25,7 @@ def begin(path: Path | None = None) -> dict:
     record = {"machine": machine(), "load_before": round(os.getloadavg()[0], 2)}  # the load of the minute before
     if path is not None and path.exists():
         old = json.loads(path.read_text())
-        record |= {name: part(old, name) for name in old if name not in COMMON}
+        record |= {name: part(old, name) for name in PARTS if name in old}
     return record
 
 

@@ -76,8 +76,8 @@ def work(config, case: StepCase, prompt_tokens: float, trained: int) -> dict[str
         "head_and_loss": (6.0 * n * head, size * 2 * head),  # part of the forward
         "backward": (2 * body, 2 * size * decoder),
         # Clipping reads the gradient; the update reads weight, gradient and moments in fp32 and writes all but the
-        # gradient. Below fp32 the model's own weights are written as well.
-        "optimizer": (0.0, trained * (8 * 4 + (size if size < 4 else 0))),
+        # gradient. Below fp32 the model's own weights are written as well, or, without masters, all is in their dtype.
+        "optimizer": (0.0, trained * (8 * 4 + (size if size < 4 else 0) if case.masters else 8 * size)),
     }
 
 

@@ -44,6 +44,12 @@ def test_noise_and_a_single_faster_peer_are_none():
     assert slower(OLD, record(*sides(1.0), kernel("one read", 0.1))) == []
 
 
+def test_a_case_that_ours_no_longer_has_is_named():
+    assert slower(OLD, record(kernel("eager", 2.0), kernel("trl", 3.0))) == [
+        "kernels: loss N=8 float32: no longer measured"
+    ]
+
+
 def test_what_has_no_peer_is_compared_on_the_same_machine_alone():
     old, new = record(kernel("boxgrpo", 1.0)), record(kernel("boxgrpo", 1.5))
     assert slower(old, new) == ["kernels: loss N=8 float32: 1 -> 1.5"]

@@ -28,7 +28,7 @@ def out(tmp_path, monkeypatch):
 
 def part(out, name, then, limit=60.0, **more):
     script = out / f"{name}.py"
-    script.write_text(LEAVES_A_ROW.format(row=ROW | {"by": name}, then=then))
+    script.write_text(LEAVES_A_ROW.format(row=ROW | {"op": name}, then=then))
     command = (sys.executable, str(script), str(out / f"{name}.json"))
     return Part(name, command, limit, "kernels", **more)
 
@@ -47,7 +47,34 @@ def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(out):
     told = {name: found["outcome"] for name, found in c.record["parts"].items()}
     assert told["slow"].startswith("stopped after 6 s") and told["broken"] == "failed with 1: no such kernel"
     assert told["beside"] == told["last"] == "done"
-    assert {r["by"] for r in c.record["kernels"]["rows"]} == {"beside", "slow", "broken", "last"}
+    assert {r["op"] for r in c.record["kernels"]["rows"]} == {"beside", "slow", "broken", "last"}
+
+
+def test_another_call_of_the_day_adds_to_what_the_first_left(out, monkeypatch):
+    """What it measures itself it measures anew; another revision's or day's is not mixed in."""
+    monkeypatch.setattr(bench_gpu, "ROOT", out)
+    machine = {"device": "NVIDIA H200", "date": "2026-01-02", "revision": "abc"}
+    args = argparse.Namespace(quick=False, output=None, device="cuda")
+    first = {"machine": machine, "kernels": {"rows": [ROW]}, "step": {"rows": [{"case": "2B, 4"}]}}
+    kept = bench_gpu.keep(first | {"tests": {"counts": {"PASSED": 1}, "failed": []}}, args)
+    assert kept == out / "bench/results/nvidia-h200/2026-01-02.json"
+    rest, anew = Part("steps_rest", (), 1.0, "step"), Part("steps", (), 1.0, "step")
+    assert bench_gpu.kept_before(machine, [rest]).keys() >= {"kernels", "step", "tests"}
+    assert "step" not in bench_gpu.kept_before(machine, [anew])
+    assert bench_gpu.kept_before(machine | {"revision": "def"}, [rest]) == {}
+    c = conductor(10)
+    c.record |= bench_gpu.kept_before(machine, [rest])
+    for ms in (1, 2):
+        (out / "steps_rest.json").write_text(json.dumps({"step": {"rows": [{"case": "2B, 1", "ms": ms}]}}))
+        c.gather(rest)
+    assert c.record["step"]["rows"] == [{"case": "2B, 4"}, {"case": "2B, 1", "ms": 2}]
+
+
+@pytest.mark.parametrize(("counts", "outcome"), [({"PASSED": 1}, "stopped after 60 s"), ({"SKIPPED": 9}, "done")])
+def test_tests_that_did_not_run_to_their_end_are_no_success(counts, outcome):
+    record = {"machine": {"cuda": "13.0"}, "tests": {"counts": counts}, "parts": {"tests": {"outcome": outcome}}}
+    (found,) = (v for v in verdicts(record) if v["part"] == "tests")
+    assert found["verdict"] == "not measured"
 
 
 def test_without_time_or_its_script_a_part_is_named(out):
@@ -96,6 +123,7 @@ def test_each_demand_of_the_gpu_is_judged():
         "machine": {"cuda": "13.0", "device": "NVIDIA H200"},
         "ceilings": {"flop_per_second": 8e14, "bytes_per_second": 4e12},
         "tests": {"counts": {"PASSED": 5, "FAILED": 2}},
+        "parts": {"tests": {"outcome": "failed with 1: 2 failed"}},
         "kernels": {
             "rows": [
                 kernel_row(head, "boxgrpo", 18.7, {"N": 8192} | QWEN_2B, peak_mb=given_back + 900),
@@ -117,7 +145,10 @@ def test_each_demand_of_the_gpu_is_judged():
     found = {v["what"]: v for v in verdicts(record)}
     told = {what: v["verdict"] for what, v in found.items()}
     assert told["tests marked gpu that fail"] == "short by 2"
-    assert told["fused head, 2B, N = 8192"] == "short by 10.0%" and told["fused head, 7B, N = 8192"] == "met"
+    assert (
+        told["fused head, 2B, N = 8192"].startswith("short by 10.0%; its kernel reads")
+        and told["fused head, 7B, N = 8192"] == "met"
+    )
     assert found["fused head, 2B: memory of its own"]["measured"] == 900
     assert found["fused head, 2B: liger's time over ours"]["measured"] == 2
     assert told["sample_tokens, 128 rows: over one read"] == "short by 53.8%"

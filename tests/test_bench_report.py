@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from boxgrpo.bench import report, report_plots
+from boxgrpo.bench.cases import cases as report_cases
 from boxgrpo.bench.report_page import page
 from boxgrpo.bench.report_readme import BLOCK, blocks, filled
 from boxgrpo.bench.result_files import Records, dated, described, newest, records, write
@@ -57,11 +59,11 @@ def test_numbers_written_by_hand_are_noticed(copy):
     readme, results = copy / "README.md", copy / "bench/RESULTS.md"
     text = readme.read_text()
     readme.write_text(text.replace("killed 30 times, 12", "killed 31 times, 12"))
-    results.write_text(results.read_text().replace("| met |", "| well met |", 1))
+    results.write_text("| well met |".join(results.read_text().rsplit("| met |", 1)))
     (copy / "bench/results/cpu/growth.png").unlink()
     first, second, third = report.drift(copy)
     assert first == "README.md, block soak"
-    assert second.startswith("bench/RESULTS.md, line") and "killed" in second
+    assert second.startswith("bench/RESULTS.md, line") and "under 'The same with ZeRO-2'" in second
     assert third == "bench/results/cpu/growth.png, which is missing"
     readme.write_text(BLOCK.sub("", text, count=1))
     assert "README.md, block demo machine, which is missing" in report.drift(copy)
@@ -117,3 +119,33 @@ def test_a_record_of_kernels_alone_has_their_page_and_plots(tmp_path):
     told = page(Records(devices={"cpu": record}))
     assert "### Kernels" in told and "### A step" not in told
     assert "results/cpu/roofline.png" in told and "results/cpu/memory.png" in told and "phases" not in told
+
+
+def test_a_gpus_record_is_drawn_and_told_whole():
+    """Every case that a GPU has; who was left out, what failed, the tests, and what is wanted of it."""
+    cases = list(report_cases(torch.device("cuda")))
+    rows = [
+        {"op": c.op, "shape": c.shape, "dtype": "bfloat16", "implementation": "boxgrpo", "ms": 1.0, "peak_mb": None}
+        | {"floor_is": "bytes", "percent_of_floor": 50.0, "bytes": c.bytes_floor, "flop": c.flops_floor or 1.0}
+        for c in cases
+    ]
+    machine = {"device": "NVIDIA H200", "cuda": "13.0", "revision": "abc", "date": "2026-01-02"}
+    record = {
+        "machine": machine,
+        "ceilings": {"bytes_per_second": 4e12, "flop_per_second": 8e14},
+        "kernels": {"rows": rows, "skipped": {"trl": "trl is not installed"}, "errors": []},
+        "step": {"rows": [{"model": "2B", "images": 4, "prompts": 1, "case": "2B, 4", "univg_r1_error": "no room"}]},
+        "tests": {"counts": {"PASSED": 3, "FAILED": 1}, "failed": ["tests/test_a.py::test_b"]},
+        "parts": {"tests": {"outcome": "failed with 1", "seconds": 9.0}},
+    }
+    plot = report_plots.PLOTS["roofline.png"]
+    plot.draw(plot.data(record))
+    told = page(Records({"nvidia-h200": record}, {}))
+    for words in (
+        "trl is left out: trl is not installed",
+        "univg_r1: no room",
+        "3 passed, 1 failed",
+        "tests/test_a.py",
+    ):
+        assert words in told
+    assert "| tests marked gpu that fail | at most 0 | 1 | short by 1 |" in told

@@ -168,7 +168,7 @@ def test_the_step_is_as_much_faster_and_smaller_as_asked(recorded):
 
 
 def test_every_case_was_measured(recorded):
-    """And on a tree that git knows; no phase is below its floor by more than the clock's scatter."""
+    """And on a tree that git knows; a step's phases add up to it."""
     assert [r["case"] for r in recorded["rows"]] == [case.name for case in step_cases(False)]
     assert not recorded["machine"]["revision"].endswith("dirty")
     for r in recorded["rows"]:

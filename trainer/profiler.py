@@ -1,7 +1,8 @@
 """`--profile_steps 10:13`: a profile of some steps of a run, a file for each rank in output_dir/profile.
 
-Under nsys, whose timeline has everything, only the steps are marked off: `nsys profile -c cudaProfilerApi`. Elsewhere
-torch.profiler writes a Chrome trace (ui.perfetto.dev opens it) and the table of its ranges.
+Under nsys, whose timeline has everything, only the steps are marked off: `nsys profile -c cudaProfilerApi
+--capture-range-end stop`. Elsewhere torch.profiler writes a Chrome trace (ui.perfetto.dev opens it) and the table of
+its ranges.
 
 `--memory_snapshot true` adds snapshots of the GPU's memory for pytorch.org/memory_viz. They are pickles that torch
 writes; nothing here ever reads one.
