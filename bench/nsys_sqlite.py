@@ -7,10 +7,9 @@ what did not happen are not there. A thread's id has its process's in the bits f
 import sqlite3
 from pathlib import Path
 
-from boxgrpo.trainer.spans import DOMAIN
 from boxgrpo.trainer.timeline import STEP, Range, Timeline, Work
 
-PUSH_POP, DOMAIN_CREATE = 59, 75  # NVTX_EVENTS.eventType
+PUSH_POP = 59  # NVTX_EVENTS.eventType
 PROCESS = 24  # bits of a thread's id below its process's
 ON_GPU = {  # table: column or text that names the work
     "CUPTI_ACTIVITY_KIND_KERNEL": "demangledName",
@@ -21,7 +20,7 @@ ON_GPU = {  # table: column or text that names the work
 
 
 def read_nsys(path: str | Path) -> Timeline:
-    """Ranges are our NVTX domain's, or the default one's where ours is not there (torch.cuda.nvtx has no other).
+    """Ranges are those of the NVTX domain that has the steps: ours, or torch.cuda.nvtx's.
 
     Work is what the GPU ran for them, launched when the CUDA call of its number was; kernels of a replayed CUDA graph
     have the number of the graph's launch. Of several ranks the first is read.
@@ -52,26 +51,15 @@ def read_nsys(path: str | Path) -> Timeline:
 
 
 def _ranges(database: sqlite3.Connection, strings: dict[int, str]) -> tuple[list[Range], int | None]:
-    """Our ranges of the first process that has steps, on the thread that has them; the process."""
-    query = "SELECT eventType, start, end, text, textId, globalTid, domainId FROM NVTX_EVENTS WHERE eventType IN (?, ?)"
-    events = [
-        (kind, start, end, text if text is not None else strings.get(text_id, ""), thread, domain)
-        for kind, start, end, text, text_id, thread, domain in database.execute(query, (PUSH_POP, DOMAIN_CREATE))
-    ]
-    ours = {
-        (thread >> PROCESS, domain)
-        for kind, _, _, name, thread, domain in events
-        if (kind, name) == (DOMAIN_CREATE, DOMAIN)
-    }
-    if not ours:
-        ours = {(thread >> PROCESS, 0) for kind, _, _, _, thread, _ in events}
+    """The ranges of the first thread that has steps, in their domain; its process."""
+    query = "SELECT start, end, text, textId, globalTid, domainId FROM NVTX_EVENTS WHERE eventType = ?"
     found = [
-        (thread, Range(title, start / 1e9, end / 1e9))
-        for kind, start, end, title, thread, domain in events
-        if kind == PUSH_POP and end is not None and (thread >> PROCESS, domain) in ours
+        (thread, domain, Range(text if text is not None else strings.get(text_id, ""), start / 1e9, end / 1e9))
+        for start, end, text, text_id, thread, domain in database.execute(query, (PUSH_POP,))
+        if end is not None
     ]
-    loops = [thread for thread, r in found if r.title.split(" ")[0] == STEP]
+    loops = [(thread, domain) for thread, domain, r in found if r.title.split(" ")[0] == STEP]
     if not loops:
         return [], None
     loop = min(loops)
-    return [r for thread, r in found if thread == loop], loop >> PROCESS
+    return [r for thread, domain, r in found if (thread, domain) == loop], loop[0] >> PROCESS
