@@ -148,8 +148,16 @@ def test_workers_prepare_the_same_as_this_process(pictured):
     assert inline.faults == parallel.faults and list(inline.faults) == ["data.json#2"]
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts what runs in its background with SIGINT ignored, which all that this starts inherits."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", ["ctrl-c", "kill"])
-def test_workers_end_with_the_run(tmp_path, how):
+def test_workers_end_with_the_run(tmp_path, interruptible, how):
     script = tmp_path / "run.py"
     script.write_text(
         "from operator import attrgetter\n"
@@ -172,7 +180,7 @@ def test_workers_end_with_the_run(tmp_path, how):
     assert how == "kill" or b"KeyboardInterrupt" in errors
 
 
-def test_ctrl_c_waits_until_a_queue_has_been_left():
+def test_ctrl_c_waits_until_a_queue_has_been_left(interruptible):
     handler, finished = signal.getsignal(signal.SIGINT), []
     with pytest.raises(KeyboardInterrupt), _ctrl_c_waits():
         signal.raise_signal(signal.SIGINT)
