@@ -196,6 +196,7 @@ MEMORY = """
 import logging
 import torch
 from boxgrpo.trainer import grpo
+from boxgrpo.trainer.ranks import run_as_script
 
 calls = 0
 loss = grpo.fused_grpo_loss
@@ -216,7 +217,7 @@ def counted(*args):
     return packs
 
 grpo.fused_grpo_loss, grpo.make_packs = short_of_memory, counted
-grpo.main()
+run_as_script(grpo.main, "grpo.py")
 """
 
 
@@ -241,9 +242,10 @@ def test_memory_that_runs_out_on_one_rank_changes_no_step(world, one, tmp_path, 
 PLANNED = """
 import torch
 from boxgrpo.trainer import grpo, room
+from boxgrpo.trainer.ranks import run_as_script
 
 room.free_bytes = lambda device: 13_000_000 if torch.distributed.get_rank() else 1 << 40
-grpo.main()
+run_as_script(grpo.main, "grpo.py")
 """
 
 

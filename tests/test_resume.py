@@ -128,6 +128,7 @@ NAN_ON_RANK_1 = """
 import sys
 import torch
 from boxgrpo.trainer import grpo
+from boxgrpo.trainer.ranks import run_as_script
 
 calls = 0
 loss = grpo.fused_grpo_loss
@@ -141,7 +142,7 @@ def faulty(hidden, *args, **options):
     return value, stats
 
 grpo.fused_grpo_loss = faulty
-grpo.main()
+run_as_script(grpo.main, "grpo.py")
 """
 
 
