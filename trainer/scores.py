@@ -40,10 +40,9 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
             f"answer_format is {answer_format!r}; it must be one of {', '.join(BOX_FORMATS)}. Change --answer_format."
         )
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
-    if answer_format in ("fractions", "pixels", "tagged"):
+    if answer_format in _WHOLE:
         read = [first_box(answer_part(text), answer_format) for text in texts]
-        scale = {"fractions": [(1, 1)] * len(texts), "tagged": [(1000, 1000)] * len(texts)}.get(answer_format)
-        sizes = torch.tensor([size * 2 for size in scale or map(_size, examples)], dtype=torch.float64).view(-1, 4)
+        sizes = torch.tensor([_WHOLE[answer_format](e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
         boxes = 1000 * torch.tensor([box or (0.0,) * 4 for box in read], dtype=torch.float64).view(-1, 4) / sizes
         found = form = torch.tensor([box is not None for box in read])
     else:
@@ -77,6 +76,10 @@ def _size(example: Example) -> tuple[int, int]:
         return image_size(example.images[example.target_image])
     except Refused as refused:
         raise ValueError(f"{example.source}: {refused}") from refused
+
+
+# Formats that the kernels do not read: width and height of the image in their units.
+_WHOLE = {"fractions": lambda e: (1, 1), "tagged": lambda e: (1000, 1000), "pixels": _size}
 
 
 def measures(iou: np.ndarray) -> dict[str, np.ndarray]:
