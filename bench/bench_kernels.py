@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 from boxgrpo.bench.cases import Case, cases
+from boxgrpo.bench.launches import resident_kb
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.result_files import begin, dump, write
 
@@ -111,7 +113,7 @@ def host_seconds(case: Case, implementation: str) -> float | None:
 
 
 def _peak_resident(name: str, implementation: str) -> int | None:
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    refs = Path("/proc/self/clear_refs")
     if not refs.exists():
         return None
     case = next(case for case in cases(torch.device("cpu")) if case.name == name)
@@ -119,14 +121,10 @@ def _peak_resident(name: str, implementation: str) -> int | None:
     if implementation == "compile":
         run()  # the compiler's own memory is not the op's
         gc.collect()
-    before = _resident(status.read_text(), "VmRSS")
+    before = resident_kb(os.getpid())
     refs.write_text("5")  # the high-water mark starts anew
     run()
-    return _resident(status.read_text(), "VmHWM") - before
-
-
-def _resident(status: str, key: str) -> int:
-    return int(re.search(rf"{key}:\s*(\d+) kB", status)[1]) * 1024
+    return 1024 * (resident_kb(os.getpid(), "VmHWM") - before)
 
 
 # -- floors ---------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def kill(run: subprocess.Popen) -> None:
 
 
 def resident_kb(pid: int, kind: str = "VmRSS") -> int:
-    """Resident memory of a process, or the part of it that belongs to no file (RssAnon); 0 when it is gone."""
+    """Resident memory of a process, what of it no file backs (RssAnon), or its most (VmHWM); 0 when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

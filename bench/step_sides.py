@@ -10,7 +10,7 @@ import contextlib
 import functools
 import gc
 import json
-import re
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from boxgrpo.bench.launches import resident_kb
 from boxgrpo.bench.step_cases import StepCase
 from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
 from boxgrpo.trainer import grpo, rollout
@@ -132,17 +133,15 @@ class Memory:
             self.base = torch.cuda.memory_allocated()
         elif (refs := Path("/proc/self/clear_refs")).exists():
             refs.write_text("5")  # the high-water mark starts anew
-            self.base = _resident("VmRSS")
+            self.base = 1024 * resident_kb(os.getpid())
 
     def peak(self) -> int | None:
         if self.base is None:
             return None
-        most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+        most = (
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resident_kb(os.getpid(), "VmHWM")
+        )
         return most - self.base
-
-
-def _resident(key: str) -> int:
-    return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def stand_in(ids) -> float:
