@@ -6,10 +6,10 @@
     python3 bench/bench_gpu.py --device cpu --quick        tries the script where there is no GPU: tiny sizes
 
 Nothing is installed: the folders get their import names by links under out/site, and the box parser is compiled in
-place. What is missing (pytest, liger-kernel, TRL, nvcc) is named, and left out; PYTHONPATH may add it. Each part runs
-in a process of its own with a limit of its own, and what it has measured by then is kept: first the figures that are
-demanded, then the tests marked gpu, then the rest, as far as the minutes go. The record is
-bench/results/<device>/<date>.json, the verdict on each demand is printed and kept beside it.
+place, at the lowest priority beside the first kernels. What is missing (pytest, liger-kernel, TRL, nvcc) is named, and
+left out; PYTHONPATH may add it. Each part runs in a process of its own with a limit of its own, and what it has
+measured by then is kept: first the figures that are demanded, then the tests marked gpu, then the rest, as far as the
+minutes go. The record is bench/results/<device>/<date>.json, the verdict on each demand is printed and kept beside it.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def plan(args) -> list[Part]:
         return (python, "bench/gpu_parts.py", *flags, *common)
 
     def steps(name: str, *images: str) -> tuple[str, ...]:
-        return measure(name, "step", "--images", *images, "--peers", *args.peers, "--steps", "1", *merges, *ceilings)
+        return measure(name, "step", "--images", *images, "--peers", *args.peers, *merges, *ceilings)
 
     ceilings = ("--ceilings", str(OUT / "kernels.json"))
     build = (python, "setup.py", "build_ext", "--inplace")
@@ -120,8 +120,9 @@ class Conductor:
         if reason := missing(part):
             return self.told(part, f"skipped: {reason}", 0)
         log = (OUT / f"{part.name}.log").open("wb")
+        command = ("nice", "-n", "19", *part.command) if part.beside else part.command
         started = subprocess.Popen(
-            part.command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         self.running[part.name] = started, part, time.monotonic()
         return None if part.beside else self.finish(part.name)

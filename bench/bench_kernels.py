@@ -5,7 +5,8 @@
 `make bench` keeps the results. On a GPU the times are triton.testing.do_bench's, each run with a cold L2; on a CPU
 pytest-benchmark takes them. The floor of an op is
 the larger of its least bytes over a copy's bandwidth and its least FLOP over a matrix product's rate, both measured in
-the same run. Peak memory is what a run needs beyond its inputs.
+the same run. Peak memory is what a run needs beyond its inputs. Liger's chunks go through torch.compile on a GPU, not
+on a CPU.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,7 +32,8 @@ from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.result_files import begin, dump, write
 
 SEED = 0
-PEER_MODULES = ("trl.trainer.utils", "liger_kernel.chunked_loss")
+PEERS = ("compile", "liger", "trl")
+PEER_MODULES = ("trl.trainer.utils", "liger_kernel.chunked_loss", "torch._inductor.compile_fx")
 TITLES = {"boxgrpo": "boxgrpo", "eager": "eager", "compile": "torch.compile", "liger": "Liger", "trl": "TRL"}
 
 
@@ -63,32 +66,42 @@ def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
         with contextlib.redirect_stdout(sys.stderr):
             failed = pytest.main([*arguments, *(["-k", re.sub(r"\W+", " and ", only)] if only else [])])
         if failed:
-            raise SystemExit(f"pytest-benchmark ended with {failed}; see above.")
+            raise ValueError(f"pytest-benchmark ended with {failed}; see above.")
         found = json.loads(report.read_text())["benchmarks"]
     return {(b["extra_info"]["case"], b["extra_info"]["implementation"]): b["stats"]["data"] for b in found}
 
 
-def times_on_gpu(case: Case) -> dict[tuple[str, str], list[float]]:
-    """(case, implementation) -> seconds by do_bench, which writes over the whole L2 before each run."""
+def seconds_on_gpu(run: Callable[[], object]) -> list[float]:
+    """By do_bench, which writes over the whole L2 before each run."""
     from triton.testing import do_bench
 
-    implementations = case.make(case, device(), SEED)
-    return {
-        (case.name, name): [ms / 1000 for ms in do_bench(run, return_mode="all")]
-        for name, run in implementations.items()
-    }
+    return [ms / 1000 for ms in do_bench(run, return_mode="all")]
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(case: Case, implementation: str) -> int | None:
-    """The most that a run holds beyond its inputs, gradients included. On a CPU resident memory, in a fresh process."""
-    if device().type == "cpu":
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["boxgrpo.bench.bench_kernels", *PEER_MODULES])  # those that are there
+def peaks_on_cpu(wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int | None]:
+    """(case, implementation) -> the most resident memory that a run holds beyond its inputs, gradients included.
+
+    Each in a process of its own, forked off one that has imported the peers; the caller's stays without them.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peaks_resident, list(wanted)).result()
+
+
+def _peaks_resident(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], int | None]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["boxgrpo.bench.bench_kernels", *PEER_MODULES])  # those that are there
+    found = {}
+    for key in wanted:
         with context.Pool(1) as pool:
-            return pool.apply(_peak_resident, (case.name, implementation))
+            found[key] = pool.apply(_peak_resident, key)
+    return found
+
+
+def peak_on_gpu(case: Case, implementation: str) -> int:
+    """The most that a run holds beyond its inputs, gradients included."""
     run = case.make(case, device(), SEED)[implementation]
     run()
     torch.cuda.synchronize()
@@ -99,10 +112,8 @@ def peak_bytes(case: Case, implementation: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def host_seconds(case: Case, implementation: str) -> float | None:
+def host_seconds(case: Case, implementation: str) -> float:
     """What a call costs the host of a GPU, which does not wait for it."""
-    if device().type == "cpu":
-        return None
     run, calls = case.make(case, device(), SEED)[implementation], 3  # more could fill the launch queue and wait
     run()
     torch.cuda.synchronize()
@@ -110,6 +121,11 @@ def host_seconds(case: Case, implementation: str) -> float | None:
     for _ in range(calls):
         run()
     return (time.perf_counter() - begin) / calls
+
+
+def peak_and_host(case: Case, implementation: str) -> dict[str, float]:
+    """What a GPU's row has beside its times."""
+    return {"peak": peak_on_gpu(case, implementation), "host": host_seconds(case, implementation)}
 
 
 def _peak_resident(name: str, implementation: str) -> int | None:
@@ -157,14 +173,18 @@ def median_seconds(run) -> float:
 
 
 def row(
-    case: Case, implementation: str, seconds: list[float], limits: dict[str, float], *, with_memory: bool = True
+    case: Case,
+    implementation: str,
+    seconds: list[float],
+    limits: dict[str, float],
+    *,
+    peak: int | None = None,
+    host: float | None = None,
 ) -> dict:
-    """One line of results/: times in ms, rates, and the share of the floor."""
+    """One line of results/: times in ms, rates, and the share of the floor. `peak`: bytes; `host`: seconds."""
     median = statistics.median(seconds)
     by_bytes = case.bytes_floor / limits["bytes_per_second"]
     by_flop = case.flops_floor / limits["flop_per_second"]
-    peak = peak_bytes(case, implementation) if with_memory else None
-    host = host_seconds(case, implementation)
     return {
         "op": case.op,
         "shape": case.shape,
@@ -186,17 +206,54 @@ def row(
 
 
 def run(only: str | None, limits: dict[str, float], keep: Callable[[dict], None]) -> dict:
-    """All rows; `keep` is given what there is after each case: what a run that is stopped has measured is not lost."""
-    result = {"skipped": skipped(["compile", "liger", "trl"]), "rows": (rows := [])}
-    on_cpu = times_on_cpu(only) if device().type == "cpu" else None
+    """All rows. On a GPU `keep` is given what there is after each, so that a run that is stopped has lost nothing."""
+    if device().type == "cuda":
+        return one_by_one(chosen(only), limits, keep, more=peak_and_host)
+    result = {"skipped": skipped(PEERS), "rows": []}
+    times = times_on_cpu(only)
+    peaks = peaks_on_cpu(times)
     for case in chosen(only):
-        times = on_cpu if on_cpu is not None else times_on_gpu(case)
-        mine = {key: seconds for key, seconds in times.items() if key[0] == case.name}
-        rows += [row(case, name, seconds, limits) for (_, name), seconds in mine.items()]
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
-        keep(result)
+        mine = (key for key in times if key[0] == case.name)
+        result["rows"] += [row(case, key[1], times[key], limits, peak=peaks[key]) for key in mine]
     return result
+
+
+def one_by_one(
+    cases: Iterable[Case],
+    limits: dict[str, float],
+    keep: Callable[[dict], None],
+    *,
+    names: Sequence[str] = (),
+    seconds: Callable[[Callable[[], object]], list[float]] = seconds_on_gpu,
+    more: Callable[[Case, str], dict] = lambda case, name: {},
+) -> dict:
+    """All rows, by those of `names` (none: by all) that run a case here, each on inputs of its own.
+
+    A row that fails, by a lack of memory or otherwise, is noted, and the others go on.
+    """
+    result = {"skipped": skipped(PEERS), "rows": [], "errors": []}
+    for case in cases:
+        try:
+            present = case.make(case, device(), SEED).keys()
+        except Exception as error:
+            result["errors"].append({"case": case.name, "error": told(error)})
+            continue
+        for name in (n for n in names or present if n in present and n not in result["skipped"]):
+            try:
+                taken = seconds(case.make(case, device(), SEED)[name])  # whose inputs are gone when memory is measured
+                result["rows"].append(row(case, name, taken, limits, **more(case, name)))
+            except Exception as error:
+                result["errors"].append({"case": case.name, "implementation": name, "error": told(error)})
+            gc.collect()
+            torch.cuda.empty_cache()
+            keep(result)
+        torch._dynamo.reset()
+    return result
+
+
+def told(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def table(result: dict) -> str:

@@ -5,11 +5,6 @@
 `make bench` keeps the results. On a CPU everything runs on one core: 128 completions of 256 tokens by
 `grounding_rewards_from_ids`, and by `batch_decode`, regular expressions and IoU in Python, in turn; then a few MB of
 completions as bytes. On a GPU 1,024 completions of 256 tokens, with a cold L2, and any synchronisation is an error.
-
-What a GPU should take, counted and not yet measured, of a warp, which has one completion: 2 KB of ids and 256 words of
-the table from DRAM, two latencies, 1 us; the tokens' bytes from L2, eight latencies a lane, 2 us; then one lane parses
-some 1,100 bytes, 8 in 60 cycles where there is no tag and no box, and 70 bytes of those at 60 to 150 cycles each:
-12,000 to 19,000 cycles. 1,024 warps are 8 to an SM, so all run at once: 10 to 15 us, and the launch.
 """
 
 import argparse

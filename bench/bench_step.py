@@ -58,8 +58,14 @@ class Plan:
 
 
 def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
-    """`run_side` in a process of its own, which may start workers."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """`run_side` in a process of its own, which may start workers.
+
+    On a CPU it is forked off a process that has imported what is ours, and no peer.
+    """
+    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["boxgrpo.bench.step_sides"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(run_side, side, case, at, steps, WARMUP).result()
         except BrokenProcessPool:
@@ -94,7 +100,7 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         found[f"{prefix}ratio"] = round(found[f"{name}_s"] / found["ours_s"], 2)
         if ours.peak_bytes and peer.peak_bytes:
             found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
-        if prefix:
+        if prefix and not torch.cuda.is_available():  # there its host runs ahead, and only steps wait
             found[f"{prefix}phases"] = {phase: round(seconds, 4) for phase, seconds in median_step(peer).items()}
     if ours:
         found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}

@@ -5,8 +5,8 @@
 Without files: the last two days of this device. What has a peer is compared by its ratio to the peer's time within each
 file, which a faster or slower machine leaves alone: it is slower when its ratio rose against most of its peers. What
 has none is compared by its own time, where machine and packages are the same. A time lies between the quartiles of its
-samples, or their ends where they are few; a ratio rose when its interval ends above the old one's, and by 5 % more.
-The exit status is 1 when anything is slower.
+samples, or their ends where they are few; a ratio rose when its interval begins above the old one's end, and its
+middle by more than 5 %. Cases that one file alone has are named. The exit status is 1 when anything is slower.
 """
 
 import argparse
@@ -95,20 +95,21 @@ def same_machine(old: dict, new: dict, name: str) -> bool:
 
 
 def slower(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
-    """A line for each case that got slower. Raises ValueError for files that do not hold the same cases."""
+    """A line for each case that got slower. Raises ValueError for files without a case in common."""
     before, after = timed(old, parts), timed(new, parts)
-    only = [f"only the {word} file has {'; '.join(sorted(a - b))}" for word, a, b in _both(before, after) if a - b]
-    if only or not before:
-        why = ", ".join(only) or f"neither has any of {', '.join(parts)}"
-        raise ValueError(f"the files do not hold the same cases: {why}. Measure both alike, or name --parts of both.")
+    if not before.keys() & after.keys():
+        raise ValueError(f"the files have no case of {', '.join(parts)} in common; measure both alike.")
     lines = []
-    for case, sides in after.items():
-        lines += _judged(case, before[case], sides, same_machine(old, new, case.split(":")[0]))
+    for case in (case for case in after if case in before):
+        lines += _judged(case, before[case], after[case], same_machine(old, new, case.split(":")[0]))
     return lines
 
 
-def _both(before: dict, after: dict):
-    return ("old", before.keys(), after.keys()), ("new", after.keys(), before.keys())
+def left_out(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
+    """A line for each file that has cases which the other has not."""
+    before, after = timed(old, parts).keys(), timed(new, parts).keys()
+    both = ("old", before - after), ("new", after - before)
+    return [f"only the {word} file has {'; '.join(sorted(alone))}" for word, alone in both if alone]
 
 
 def _judged(case: str, before: dict[str, Interval], after: dict[str, Interval], same: bool) -> list[str]:
@@ -140,7 +141,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}.")
     old, new = (json.loads(file.read_text()) for file in files)
     lines = slower(old, new, parts)
-    print("\n".join(lines) or f"nothing is slower in {files[1].name} than in {files[0].name}")
+    verdict = lines or [f"nothing is slower in {files[1].name} than in {files[0].name}"]
+    print(*left_out(old, new, parts), *verdict, sep="\n")
     if lines:
         sys.exit(1)
 

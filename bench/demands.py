@@ -11,7 +11,12 @@ from pathlib import Path
 
 QWEN_2B, QWEN_7B = {"V": 151_936, "H": 1536}, {"V": 152_064, "H": 3584}
 MB = 1e6
+# What would close a gap, as far as counting tells before a profile does.
 HEAD = "its kernel reads each row of logits twice: rows in a cluster's shared memory, or a product that stores exp(z)"
+READS = "it is one pass over the logits, so more bytes in flight: larger tiles, rows that overlap"
+LATENCY = "it moves next to nothing, so launches: one kernel less, or a CUDA graph around it"
+PRODUCTS = "more tokens in a pack for larger products, fewer small operators between them"
+DECODING = "fewer and larger operators between the reads of the weights, more completions at a time"
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Demand:
     unit: str
     at_most: bool
     find: Callable[[dict], float | None]
-    close: str = ""  # what would close a gap, as far as counting tells
+    close: str = ""
+    where: Callable[[dict], str] = lambda record: ""  # where the time goes, as the record tells
 
     def verdict(self, record: dict) -> dict:
         """What was wanted, what was measured, and whether it is met, short, or not measured."""
@@ -35,7 +41,7 @@ class Demand:
             return found | {"verdict": "not measured"}
         met = measured <= self.limit if self.at_most else measured >= self.limit
         away = f"{abs(measured - self.limit) / self.limit:.1%}" if self.limit else f"{measured:g}"
-        short = f"short by {away}" + f"; {self.close}" * bool(self.close)
+        short = "; ".join(filter(None, (f"short by {away}", self.where(record), self.close)))
         return found | {"measured": float(f"{measured:.4g}"), "verdict": "met" if met else short}
 
 
@@ -48,6 +54,18 @@ def kernel(record: dict, op: str, by: str = "boxgrpo", **shape: int) -> dict | N
 
 def of_kernel(key: str, op: str, **shape: int) -> Callable[[dict], float | None]:
     return lambda record: (row := kernel(record, op, **shape)) and row[key]
+
+
+def where_in_kernel(op: str, **shape: int) -> Callable[[dict], str]:
+    """What bounds our row, and what the call costs the host where that is much of it."""
+
+    def tell(record: dict) -> str:
+        row = kernel(record, op, **shape)
+        told = f"at {row['percent_of_floor']:g}% of what {row['floor_is']} allow"
+        host = row.get("host_ms") or 0.0
+        return told + f", {1e3 * host:.0f} of {1e3 * row['ms']:.0f} µs on the host" * (host > row["ms"] / 2)
+
+    return tell
 
 
 def times_of(op: str, by: str, **shape: int) -> Callable[[dict], float | None]:
@@ -125,6 +143,19 @@ def over_floor(phase: str, *which) -> Callable[[dict], float | None]:
     return find
 
 
+def where_in_step(*which) -> Callable[[dict], str]:
+    """The two phases that take the most above their floors."""
+
+    def tell(record: dict) -> str:
+        phases = (step(record, *which) or {}).get("phases") or {}
+        above = {name: p["seconds"] - p.get("floor_s", 0.0) for name, p in phases.items()}
+        named = sorted(above, key=above.get, reverse=True)[:2]
+        told = (f"{name.replace('_', ' ')} {1e3 * above[name]:.0f} ms" for name in named)
+        return f"above their floors: {', '.join(told)}" if named else ""
+
+    return tell
+
+
 def tests_failed(record: dict) -> float | None:
     """None where none passed, or the run was cut off: what it did not reach might have failed."""
     counts = record.get("tests", {}).get("counts", {})
@@ -140,55 +171,67 @@ def of_gpu() -> Iterator[Demand]:
     yield Demand("tests", "tests marked gpu that fail", 0, "", True, tests_failed)
     for n in (2048, 8192, 32768):
         share = of_kernel("percent_of_floor", logits, N=n)
-        yield Demand("kernels", f"loss from logits, N = {n}: of the copy bandwidth", 85, "%", False, share)
-    liger = times_of(logits, "liger", N=8192)
-    yield Demand("kernels", "loss from logits: Liger's time over ours", 1.4, "x", False, liger)
+        what, where = f"loss from logits, N = {n}: of the copy bandwidth", where_in_kernel(logits, N=n)
+        yield Demand("kernels", what, 85, "%", False, share, READS, where)
+    liger, where = times_of(logits, "liger", N=8192), where_in_kernel(logits, N=8192)
+    yield Demand("kernels", "loss from logits: Liger's time over ours", 1.4, "x", False, liger, READS, where)
     for name, sizes, most in (("2B", QWEN_2B, 17), ("7B", QWEN_7B, 40)):
         head = of_kernel("ms", "fused_grpo_loss", N=8192, **sizes)
-        yield Demand("kernels", f"fused head, {name}, N = 8192", most, "ms", True, head, HEAD)
+        where = where_in_kernel("fused_grpo_loss", N=8192, **sizes)
+        yield Demand("kernels", f"fused head, {name}, N = 8192", most, "ms", True, head, HEAD, where)
         yield Demand("kernels", f"fused head, {name}: memory of its own", 1000, "MB", True, head_memory(8192, sizes))
         for peer in ("liger", "trl"):
             slower = times_of("fused_grpo_loss", peer, N=8192, **sizes)
-            yield Demand("kernels", f"fused head, {name}: {peer}'s time over ours", 1, "x", False, slower)
+            what = f"fused head, {name}: {peer}'s time over ours"
+            yield Demand("kernels", what, 1, "x", False, slower, HEAD, where)
     for groups in (16, 1024):
         found = of_kernel("ms", "group_advantages", B=groups)
         micro = lambda record, found=found: None if (ms := found(record)) is None else 1e3 * ms  # noqa: E731
-        yield Demand("kernels", f"group_advantages, {groups} groups", 15, "µs", True, micro)
-    read = share_of("sample_tokens", "one read", "ms", n=128)
-    yield Demand("kernels", "sample_tokens, 128 rows: over one read", 1.3, "x", True, read)
-    yield Demand("rewards", "1,024 completions of 256 tokens", 50, "µs", True, of_rewards("ms", "ids", 1e3))
+        where = where_in_kernel("group_advantages", B=groups)
+        yield Demand("kernels", f"group_advantages, {groups} groups", 15, "µs", True, micro, LATENCY, where)
+    read, where = share_of("sample_tokens", "one read", "ms", n=128), where_in_kernel("sample_tokens", n=128)
+    yield Demand("kernels", "sample_tokens, 128 rows: over one read", 1.3, "x", True, read, READS, where)
+    ids = of_rewards("ms", "ids", 1e3)
+    yield Demand("rewards", "1,024 completions of 256 tokens", 50, "µs", True, ids, LATENCY)
     for model in ("2B", "7B"):
-        at = (model, 4)
-        yield Demand("step", f"{model}: prefill, of the matrix rate", 40, "%", False, matrix_rate(("prefill",), *at))
-        training = matrix_rate(("policy_forward", "backward"), *at)
-        yield Demand("step", f"{model}: training, of the matrix rate", 40, "%", False, training)
-        yield Demand("step", f"{model}: decoding, over its floor", 1.5, "x", True, over_floor("decode", *at))
+        at, where = (model, 4), where_in_step(model, 4)
+        prefill, training = matrix_rate(("prefill",), *at), matrix_rate(("policy_forward", "backward"), *at)
+        yield Demand("step", f"{model}: prefill, of the matrix rate", 40, "%", False, prefill, PRODUCTS, where)
+        yield Demand("step", f"{model}: training, of the matrix rate", 40, "%", False, training, PRODUCTS, where)
+        decoding = over_floor("decode", *at)
+        yield Demand("step", f"{model}: decoding, over its floor", 1.5, "x", True, decoding, DECODING, where)
         for images in (1, 4, 6):
-            trl = of_step("ratio", model, images)
-            yield Demand("step", f"{model}, {images} images: TRL's step over ours", 4, "x", False, trl)
+            at = f"{model}, {_counted(images, 'image')}"
+            trl, where = of_step("ratio", model, images), where_in_step(model, images)
+            yield Demand("step", f"{at}: TRL's step over ours", 4, "x", False, trl, "", where)
             paper = of_step("univg_r1_ratio", model, images)
-            what = f"{model}, {images} images: the paper's trainer's step over ours"
-            yield Demand("step", what, 4, "x", False, paper)
+            yield Demand("step", f"{at}: the paper's trainer's step over ours", 4, "x", False, paper, "", where)
 
 
 def of_cpu() -> Iterator[Demand]:
     """Of two cores."""
     shape = {"N": 512, "V": 151_936, "H": 256}
     time, memory = (share_of("fused_grpo_loss", "eager", key, **shape) for key in ("ms", "peak_mb"))
-    yield Demand("kernels", "fused loss: its time over eager's", 1, "x", True, time)
+    where = where_in_kernel("fused_grpo_loss", **shape)
+    yield Demand("kernels", "fused loss: its time over eager's", 1, "x", True, time, "", where)
     yield Demand("kernels", "fused loss: its memory over eager's", 0.25, "x", True, memory)
     yield Demand("rewards", "decode, re and IoU in Python: over ours", 100, "x", False, rewards_ratio)
     for run in ("bytes, think", "bytes, list"):
         yield Demand("rewards", f"{run}: read", 1, "GB/s", False, of_rewards("gb_per_second", run))
     for images, prompts, least in ((4, 1, 5), (1, 1, 3), (6, 1, 3), (4, 4, 3)):
-        what = f"{images} images, {prompts} prompts: TRL's step over ours"
-        yield Demand("step", what, least, "x", False, of_step("ratio", "44M", images, prompts))
+        what = f"{_counted(images, 'image')}, {_counted(prompts, 'prompt')}: TRL's step over ours"
+        ratio, where = of_step("ratio", "44M", images, prompts), where_in_step("44M", images, prompts)
+        yield Demand("step", what, least, "x", False, ratio, "", where)
     yield Demand("step", "4 images: our memory over TRL's", 1 / 3, "x", True, of_step("peak_memory_ratio", "44M", 4))
 
     def doubled(record: dict) -> float | None:
         return record.get("step", {}).get("growth", {}).get("doubled_group", {}).get("ratio")
 
     yield Demand("step", "twice the completions, where prompts dominate", 1.3, "x", True, doubled)
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
 def verdicts(record: dict) -> list[dict]:

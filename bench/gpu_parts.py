@@ -7,7 +7,6 @@ the error. `--quick` takes tiny sizes, to try a part where there is no GPU.
 """
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -50,38 +49,12 @@ def tiny(case: Case) -> dict[str, int]:
 
 def kernels(args, measured: dict, keep: Keep) -> dict:
     """Rows of every case by what needs no compiling; with --compiled those of torch.compile."""
-    names = ("compile",) if args.compiled else FIRST
-    result = {"skipped": skipped(["compile", "liger", "trl"]), "rows": [], "errors": []}
-    for case in kernel_cases(args.quick):
-        try:
-            present = case.make(case, bench_kernels.device(), bench_kernels.SEED).keys()
-        except Exception as error:
-            result["errors"].append({"case": case.name, "error": told(error)})
-            continue
-        for name in (n for n in names if n in present and n not in result["skipped"]):
-            try:
-                result["rows"].append(kernel_row(case, name, measured, args.quick))
-            except Exception as error:  # such as a lack of memory; the others go on
-                result["errors"].append({"case": case.name, "implementation": name, "error": told(error)})
-            gc.collect()
-            torch.cuda.empty_cache()
-            keep(result)
-        torch._dynamo.reset()
-    return result
-
-
-def kernel_row(case: Case, name: str, measured: dict, quick: bool) -> dict:
-    run = case.make(case, bench_kernels.device(), bench_kernels.SEED)[name]
+    how = {"names": ("compile",) if args.compiled else FIRST}
     if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        seconds = [ms / 1000 for ms in do_bench(run, return_mode="all")]
+        how["more"] = bench_kernels.peak_and_host
     else:
-        seconds = [timed(run) for _ in range(3)]
-    del run  # its inputs would stand beside those that memory is measured with
-    if quick and not torch.cuda.is_available():
-        return bench_kernels.row(case, name, seconds, measured, with_memory=False)
-    return bench_kernels.row(case, name, seconds, measured)
+        how["seconds"] = lambda run: [timed(run) for _ in range(3)]
+    return bench_kernels.one_by_one(kernel_cases(args.quick), measured, keep, **how)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -100,7 +73,8 @@ def step(args, measured: dict, keep: Keep) -> dict:
     cases = [case for case in step_cases(torch.cuda.is_available()) if case.images in args.images]
     if args.quick:
         cases = [replace(TINY_STEP, images=n) for n in args.images]
-    plan = bench_step.Plan(steps=args.steps, peer_steps=dict.fromkeys(bench_step.PEERS, (args.steps, 1)), growth={})
+    peer_steps = dict.fromkeys(bench_step.PEERS, (args.peer_steps, args.peer_steps))
+    plan = bench_step.Plan(steps=args.steps, peer_steps=peer_steps, growth={})
     return bench_step.run(
         cases, args.peers, plan, tokenizer, measured, lambda found: keep(found | {"vocabulary": vocabulary})
     ) | {"vocabulary": vocabulary}
@@ -118,14 +92,10 @@ def growth(args, measured: dict, keep: Keep) -> dict:
 
 def look(args, measured: dict, keep: Keep) -> dict:
     """What is here: the record has the machine, this the peers that are missing."""
-    return {"cuda": torch.cuda.is_available(), "skipped": skipped(["compile", "liger", "trl"])}
+    return {"cuda": torch.cuda.is_available(), "skipped": skipped(bench_kernels.PEERS)}
 
 
 PARTS = {part.__name__: part for part in (look, kernels, rewards, step, growth)}
-
-
-def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
 def main() -> None:
@@ -136,7 +106,10 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="kernels by torch.compile alone")
     parser.add_argument("--images", type=int, nargs="+", default=[4], help="steps with so many images a prompt")
     parser.add_argument("--peers", nargs="*", default=list(bench_step.PEERS), help="sides beside ours")
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of each side")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of ours")
+    parser.add_argument(
+        "--peer_steps", type=int, default=1, help="and of each other side, which take many times as long"
+    )
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()

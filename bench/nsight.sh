@@ -7,8 +7,9 @@
 #   KERNEL    regular expression of the kernel's name; default: every kernel of the case
 #   SECTION   of ncu --list-sections; default: SpeedOfLight, MemoryWorkloadAnalysis, Occupancy, WarpStateStats
 #
-# IMPLEMENTATION (default boxgrpo) chooses the side, as the benchmark's rows name it; PYTHON the interpreter. The report
-# is written to out/nsight/ for ncu-ui. Clocks stay as they are: figures are of the chip as the benchmark finds it.
+# IMPLEMENTATION (default boxgrpo) chooses the side, as the benchmark's rows name it; PYTHON the interpreter. Where nothing
+# is installed, PYTHON=python3 takes the packages that bench_gpu.py has linked. The report is written to out/nsight/ for
+# ncu-ui. Clocks stay as they are: figures are of the chip as the benchmark finds it.
 set -euo pipefail
 
 refuse() {
@@ -24,6 +25,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 implementation=${IMPLEMENTATION:-boxgrpo}
 command -v "$python" >/dev/null || refuse "there is no $python. Run make install, or name an interpreter with PYTHON=."
+has_boxgrpo() { "$python" -P -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('boxgrpo') is None)"; }
+has_boxgrpo || export PYTHONPATH="$PWD/out/site${PYTHONPATH:+:$PYTHONPATH}"
+has_boxgrpo || refuse "$python has no boxgrpo. Run make install, or bench/bench_gpu.py, which links the checkout."
 command -v ncu >/dev/null || refuse "ncu is not on the PATH. It comes with the CUDA toolkit, as Nsight Compute."
 "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" ||
     refuse "torch sees no GPU here, and ncu reads a GPU's counters. Run it where there is one."

@@ -2,20 +2,28 @@
 
 import importlib
 import importlib.util
+import shutil
 from collections.abc import Iterable
+
+import torch
 
 # What a peer must be able to import, and the distribution that has it. Others come with torch and transformers.
 NEEDS = {
-    "compile": ("triton", "triton"),  # torch.compile's code on a GPU; a CPU's is C++
+    "compile": ("triton", "triton"),  # torch.compile's code on a GPU
     "liger": ("liger_kernel.chunked_loss", "liger-kernel"),
     "trl": ("trl.trainer.utils", "trl"),
 }
+COMPILERS = ("g++", "clang++")
 
 
 def skipped(peers: Iterable[str]) -> dict[str, str]:
     """Those of `peers` that cannot take part, with the reason."""
     found = {}
     for peer in peers:
+        if peer == "compile" and not torch.cuda.is_available():  # its code for a CPU is C++
+            if not any(shutil.which(compiler) for compiler in COMPILERS):
+                found[peer] = f"there is no C++ compiler, of {', '.join(COMPILERS)}"
+            continue
         needed, distribution = NEEDS.get(peer, (None, None))
         if needed is None:
             continue

@@ -64,17 +64,24 @@ def _plots(folder: str, record: dict, name: str) -> list[str]:
 
 
 def _machine(measured: dict) -> str:
-    told = described(measured["machine"] | {key: measured[key] for key in ("threads",) if key in measured})
+    on = measured["machine"] | {key: measured[key] for key in ("threads",) if key in measured}
+    told = described(on, peers=True)
     if "load_before" in measured:
         told += f"; load before {measured['load_before']}"
     if "ceilings" in measured:
-        moved, computed = (measured["ceilings"][key] for key in ("bytes_per_second", "flop_per_second"))
-        told += f"; {moved / 1e9:.3g} GB/s and {computed / 1e12:.3g} TFLOP/s measured"
+        limits = measured["ceilings"]
+        told += (
+            f"; {limits['flop_per_second'] / 1e12:.3g} TFLOP/s and {limits['bytes_per_second'] / 1e9:.3g} GB/s measured"
+        )
+        if "sum_bytes_per_second" in limits:
+            told += f", {limits['sum_bytes_per_second'] / 1e9:.3g} GB/s by a sum in place"
     return f"*{told}*"
 
 
 def _step(measured: dict) -> str:
     told = [steps_table(measured)]
+    if "cuda" in measured["machine"]:
+        told.append(BY_PHASE)
     told += [f"{r['case']}:\n\n{phases_table(r)}" for r in measured["rows"] if "phases" in r]
     if "growth" in measured:
         told.append(f"How our step grows, the other sizes as in the first row:\n\n{growth_table(measured['growth'])}")
@@ -94,6 +101,8 @@ def _profile(measured: dict) -> str:
     return f"{measured['case']}, by {measured['tool']}; mean of {measured['steps']} steps.\n\n{shown(measured)}"
 
 
+BY_PHASE = """Phases overlap on a GPU. Their times are of a second run in which each waits for the device, and add up
+to more than the step of the first table, which nobody watched and which their last line repeats."""
 RATES = (("first_ms", 3), ("gb_per_second", 2))
 
 

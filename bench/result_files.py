@@ -17,6 +17,7 @@ PARTS = ("kernels", "guard", "rewards", "step", "profile")  # that a file may ho
 COMMON = ("machine", "load_before", "ceilings")  # of all parts that have none of their own
 LONG = ("demo", "data", "soak", "soak_zero2", "fuzz", "ablation")  # commands that keep a record of their own
 VERSIONS = {"driver": "driver", "cuda": "CUDA", "torch": "torch"}
+PEERS = {"triton": "Triton", "transformers": "transformers", "liger-kernel": "Liger", "trl": "TRL"}
 DATED = re.compile(r"\d{4}-\d\d-\d\d\.json")
 
 
@@ -72,12 +73,13 @@ def records(results: Path) -> Records:
     return found
 
 
-def described(machine: dict) -> str:
-    """The machine in a line, with the revision and the day."""
+def described(machine: dict, *, peers: bool = False) -> str:
+    """The machine in a line, with the revision and the day; with `peers` also the packages that are compared."""
     told = [machine["device"]]
     told += [f"{machine['gpu_memory_gb']:.0f} GB"] if "gpu_memory_gb" in machine else []
     told += [f"{machine['threads']} threads"] if "threads" in machine else []
-    told += [f"{name} {machine[key]}" for key, name in VERSIONS.items() if key in machine]
+    named = VERSIONS | PEERS if peers else VERSIONS
+    told += [f"{name} {machine[key]}" for key, name in named.items() if key in machine]
     return ", ".join([*told, f"revision {machine['revision']}", machine["date"]])
 
 

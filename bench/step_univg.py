@@ -128,7 +128,7 @@ def univg_r1(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
 
 
 def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointing: bool) -> Side:
-    clock, memory = Clock(), Memory()
+    clock, memory = Clock(waits=False), Memory()
     options = GrpoOptions(learning_rate=LEARNING_RATE)
     processor = Processor.from_pretrained(
         folder / "model", min_pixels=options.min_pixels, max_pixels=options.max_pixels

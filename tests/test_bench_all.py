@@ -76,7 +76,7 @@ def test_a_case_is_measured_whole(tmp_path):
     assert {row["implementation"] for row in record["kernels"]["rows"]} == {"boxgrpo", "eager", "compile"}
     assert all(len(row["samples_ms"]) == 50 and row["peak_mb"] >= 0 for row in record["kernels"]["rows"])
     assert len(record["guard"]["rows"]) == 1
-    assert record["ceilings"].keys() == {"bytes_per_second", "flop_per_second"}
+    assert record["ceilings"].keys() == {"bytes_per_second", "sum_bytes_per_second", "flop_per_second"}
 
 
 def test_the_newest_record_is_whole_and_of_a_tree_that_git_knows():

@@ -1,9 +1,9 @@
-"""What got slower between two files: named beyond the noise, silent within it, refused where cases differ."""
+"""What got slower between two files: named beyond the noise, silent within it; cases of one file alone are named."""
 
 import pytest
 
 from boxgrpo.bench import compare
-from boxgrpo.bench.compare import interval, slower
+from boxgrpo.bench.compare import interval, left_out, slower
 from boxgrpo.bench.result_files import newest, write
 
 MACHINE = {"device": "a machine", "threads": 2, "torch": "2.13.0"}
@@ -82,11 +82,24 @@ def test_the_rows_of_every_part_are_compared():
     assert len(slower(old, new)) == cases + len(old["rewards"]["rows"]) - 1 + len(old["step"]["rows"])
 
 
-def test_files_of_other_cases_are_refused(tmp_path, capsys):
-    other = record(*sides(1.0), *sides(1.0, op="other"))
-    with pytest.raises(ValueError, match=r"only the new file has kernels: other N=8 float32\. Measure both alike"):
-        slower(OLD, other)
-    with pytest.raises(ValueError, match="neither has any of step"):
+def test_cases_of_both_files_are_compared_and_the_others_named(tmp_path, capsys):
+    old, new = record(*sides(1.0), *sides(1.0, op="gone")), record(*sides(1.5), *sides(1.0, op="came"))
+    assert slower(old, new) == slower(OLD, record(*sides(1.5)))
+    assert left_out(old, new) == [
+        "only the old file has kernels: gone N=8 float32",
+        "only the new file has kernels: came N=8 float32",
+    ]
+    write(old, tmp_path / "a.json")
+    write(record(*sides(1.0)), tmp_path / "b.json")
+    compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    told = "only the old file has kernels: gone N=8 float32\nnothing is slower in b.json than in a.json\n"
+    assert capsys.readouterr().out == told
+
+
+def test_files_without_a_case_in_common_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no case of kernels in common; measure both alike"):
+        slower(OLD, record(*sides(1.0, op="other")), ["kernels"])
+    with pytest.raises(ValueError, match="no case of step in common"):
         slower(OLD, OLD, ["step"])
     with pytest.raises(ValueError, match="1 files of results; two are compared"):
         compare.main([str(tmp_path / "a.json")])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from boxgrpo.bench import bench_kernels
 from boxgrpo.bench.bench_kernels import head_table, row, table
 from boxgrpo.bench.cases import Case, cases
 from boxgrpo.bench.result_files import newest, part
@@ -49,11 +48,11 @@ def test_each_case_computes_what_eager_does():
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_row_holds_every_sample_its_median_and_its_share_of_the_floor(monkeypatch):
+def test_a_row_holds_every_sample_its_median_and_its_share_of_the_floor():
     """At 8 GB/s and 2 GFLOP/s an op of 4 MB and 2 MFLOP needs 1 ms, for its FLOP."""
-    monkeypatch.setattr(bench_kernels, "peak_bytes", lambda *_: 5_000_000)  # a process of its own
     case = Case("grpo_loss", {"N": 64}, torch.float32, 4e6, 2e6, None)
-    found = row(case, "boxgrpo", [0.004, 0.002, 0.005], {"bytes_per_second": 8e9, "flop_per_second": 2e9})
+    limits = {"bytes_per_second": 8e9, "flop_per_second": 2e9}
+    found = row(case, "boxgrpo", [0.004, 0.002, 0.005], limits, peak=5_000_000)
     assert found["samples_ms"] == [4.0, 2.0, 5.0] and found["ms"] == 4.0 and found["spread_ms"] == [2.0, 5.0]
     assert (found["floor_ms"], found["floor_is"], found["percent_of_floor"]) == (1.0, "flop", 25.0)
     assert (found["bytes"], found["flop"], found["gb_per_second"], found["peak_mb"]) == (4e6, 2e6, 1.0, 5.0)

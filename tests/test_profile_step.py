@@ -66,6 +66,10 @@ def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu(tmp_path):
     assert done.returncode == 1 and "no case" in done.stderr
     done = nsight("fused_grpo_loss", PYTHON="/no/python")
     assert done.returncode == 1 and "there is no /no/python" in done.stderr
+    bare = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")  # boxgrpo is not installed there
+    if bare and not (NSIGHT.parents[1] / "out/site").exists():
+        done = nsight("fused_grpo_loss", PYTHON=bare)
+        assert done.returncode == 1 and f"{bare} has no boxgrpo" in done.stderr
     if not shutil.which("ncu"):
         done = nsight("fused_grpo_loss")
         assert done.returncode == 1 and "ncu is not on the PATH" in done.stderr
