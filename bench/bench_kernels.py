@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -67,8 +68,11 @@ def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
             failed = pytest.main([*arguments, *(["-k", re.sub(r"\W+", " and ", only)] if only else [])])
         if failed:
             raise ValueError(f"pytest-benchmark ended with {failed}; see above.")
-        found = json.loads(report.read_text())["benchmarks"]
-    return {(b["extra_info"]["case"], b["extra_info"]["implementation"]): b["stats"]["data"] for b in found}
+        found = defaultdict(list)
+        for taken in json.loads(report.read_text())["benchmarks"]:
+            told = taken["extra_info"]
+            found[told["case"], told["implementation"]] += taken["stats"]["data"]
+    return found
 
 
 def seconds_on_gpu(run: Callable[[], object]) -> list[float]:

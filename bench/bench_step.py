@@ -5,12 +5,12 @@ and how it grows.
     python bench/bench_step.py --peers trl --images 4 --json -      one row, printed as JSON
 
 `make bench` keeps the results. On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the
-published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, the first step is
-not counted, and a step's seconds are the median of the others, from one step's begin to the next's, data and logging
-included. The phases are those of that very step; on a GPU, where they overlap, of a second run in which each waits for
-the device. Peak memory is what is held above the loaded model: reference, gradients, moments and activations. A peer
-whose package is missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt (--merges; default:
-data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
+published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, and a step's
+seconds are the median of its steps, from one step's begin to the next's, data and logging included; on a GPU, where the
+first one compiles, without that. The phases are those of that very step; on a GPU, where they overlap, of a second run
+in which each waits for the device. Peak memory is what is held above the loaded model: reference, gradients, moments
+and activations. A peer whose package is missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt
+(--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from boxgrpo.bench.step_sides import Side, run_side
 from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.model.checkpoint import read_config
 
-WARMUP = 1
 PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
 SIDES = {"ours": "boxgrpo", "trl": "TRL", "univg_r1": "UniVG-R1"}  # as tables call them
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
@@ -62,12 +61,13 @@ def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
 
     On a CPU it is forked off a process that has imported what is ours, and no peer.
     """
-    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    if context.get_start_method() == "forkserver":
+    gpu = torch.cuda.is_available()
+    context = get_context("spawn" if gpu else "forkserver")
+    if not gpu:
         context.set_forkserver_preload(["boxgrpo.bench.step_sides"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(run_side, side, case, at, steps, WARMUP).result()
+            return pool.submit(run_side, side, case, at, steps, warmup=int(gpu)).result()
         except BrokenProcessPool:
             return "failed: its process died"
 

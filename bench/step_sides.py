@@ -231,7 +231,10 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
         def __init__(self, image_processor, tokenizer):
             super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
-    class StepEnds(TrainerCallback):
+    class Steps(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.begin_step()
+
         def on_step_end(self, *_, **__):
             clock.begin_step()
 
@@ -286,7 +289,7 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
             **settings,
         )
         trainer = GRPOTrainer(
-            model, reward, config, train_dataset=data, processing_class=processor, callbacks=[StepEnds()]
+            model, reward, config, train_dataset=data, processing_class=processor, callbacks=[Steps()]
         )
         trainer.train()
         peak = memory.peak()
@@ -298,7 +301,7 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     masters = case.dtype == "float32"  # else it updates bf16 weights
     settings |= {"masters": masters, "attn_implementation": ATTENTION, "freed_memory": FREED_MEMORY}
-    return Side(clock.counted(warmup - 1), peak, tokens, trained, torch.get_num_threads(), settings)
+    return Side(clock.counted(warmup), peak, tokens, trained, torch.get_num_threads(), settings)
 
 
 def univg_r1(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
