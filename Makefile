@@ -22,11 +22,11 @@ demo: $(STAMP)
 seeds: $(STAMP)
 	$(BIN)/python bench/bench_demo.py
 
-# The paper's methods on the drawn world, three seeds of each: an hour; ABLATION passes flags on.
+# The paper's methods on the drawn world, three seeds of each; ABLATION passes flags on.
 ablation: $(STAMP)
 	$(BIN)/python bench/ablation.py $(ABLATION)
 
-# Kernels, rewards and a whole step beside their peers, a quarter of an hour; BENCH passes flags on (--full).
+# Kernels, rewards and a whole step beside their peers, within a quarter of an hour; BENCH passes flags on (--full).
 bench: $(STAMP)
 	$(BIN)/python bench/bench_all.py $(BENCH)
 	$(BIN)/python -P -m boxgrpo.bench.report
@@ -59,7 +59,7 @@ SECONDS ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python bench/fuzz_rewards.py --seconds $(SECONDS)
 
-# Runs that are killed, fed corrupt images and made NaN, then ZeRO-2 killed: twenty minutes; SOAK passes flags on.
+# Runs that are killed, fed corrupt images and made NaN, then ZeRO-2 killed; SOAK passes flags on.
 soak: $(STAMP)
 	$(BIN)/python bench/soak.py $(SOAK)
 	$(BIN)/python bench/soak.py --parts A --engine deepspeed --zero_stage 2 --output_dir out/soak_zero2 $(SOAK)

@@ -1,7 +1,7 @@
 """All measurements of this machine into one file, bench/results/<device>/<date>.json.
 
     python bench/bench_all.py                         make bench: a quarter of an hour on two quiet cores
-    python bench/bench_all.py --full                  more steps of the peers, more sizes of ours: an hour
+    python bench/bench_all.py --full                  more steps of the peers, more sizes of ours
     python bench/bench_all.py --parts kernels,rewards     the other parts that the file holds stay as they are
     python bench/bench_all.py --parts kernels --only fused --json -   cases whose name holds this, kept nowhere
 
@@ -11,6 +11,7 @@ measured here is named, and the exit status is 1.
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,18 +21,18 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench import bench_guard, bench_kernels, bench_rewards, bench_step
+from boxgrpo.bench import bench_guard, bench_kernels, bench_rewards, bench_step, profile_step
 from boxgrpo.bench.result_files import begin, dump, of_today, write
 from boxgrpo.bench.step_cases import TEXTS, step_cases
 from boxgrpo.bench.step_floors import limits
 from boxgrpo.bench.vocabularies import benchmark_tokenizer
 
+PROFILED = 2  # steps
 FULL = bench_step.Plan()
-# Two cores' quarter of an hour. TRL's steps are what takes long, 15 to 105 s each; sizes that the rows have cost
-# nothing more.
+# TRL's steps are what takes long; sizes that the rows have cost nothing more.
 QUARTER_HOUR = bench_step.Plan(
     peer_steps={"trl": (3, 1), "univg_r1": (2, 0)},
-    growth={"images": (1, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64), "prompts": (1, 4)},
+    growth={"images": (1, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64), "prompts": (1, 2, 4)},
     growth_steps=2,
 )
 
@@ -72,7 +73,14 @@ def step(r: Run, keep: Callable[[dict], None]) -> dict:
     return found | {"vocabulary": vocabulary}
 
 
-PARTS = {"kernels": kernels, "guard": guard, "rewards": rewards, "step": step}
+def profile(r: Run, keep: Callable[[dict], None]) -> dict:
+    tokenizer, _ = benchmark_tokenizer(r.merges, TEXTS)
+    with tempfile.TemporaryDirectory() as out:
+        case = step_cases(torch.cuda.is_available())[0]
+        return profile_step.run(case, Path(out), PROFILED, tokenizer, r.record["ceilings"])
+
+
+PARTS = {"kernels": kernels, "guard": guard, "rewards": rewards, "step": step, "profile": profile}
 
 
 def run(parts: list[str], r: Run, path: Path | None) -> dict[str, str]:
@@ -105,6 +113,8 @@ def told(record: dict) -> str:
         tables.append(bench_step.steps_table(record["step"]))
         tables += [f"{r['case']}:\n\n{bench_step.phases_table(r)}" for r in record["step"]["rows"] if "phases" in r]
         tables += [bench_step.growth_table(record["step"]["growth"])] if "growth" in record["step"] else []
+    if "profile" in record:
+        tables.append(profile_step.shown(record["profile"]))
     return "\n\n".join(tables)
 
 

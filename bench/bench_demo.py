@@ -1,6 +1,6 @@
 """What GRPO adds to the demo's cold start, on three seeds, beside continued SFT for the same seconds (Table 4, row 6).
 
-python bench/bench_demo.py     half an hour on two CPU cores; writes bench/results/<device>/demo.json, prints the table
+python bench/bench_demo.py     writes bench/results/<device>/demo.json, prints the table
 """
 
 import json

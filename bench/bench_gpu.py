@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,10 @@ MINUTES = 9  # that the parts' limits are made for
 LOOKING = 180  # seconds in which torch must have been imported
 FIRST = ("kernels", "rewards", "steps")  # parts that begin a part of the record; others add rows to it
 MARGIN = 8  # seconds kept for the record and the verdicts
-OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)|(tests/\S+)\s+(PASSED|FAILED|ERROR|SKIPPED)")
+# A line of pytest -v, with workers and without; names may hold spaces.
+WORD = "(PASSED|FAILED|ERROR|SKIPPED)"
+BEFORE = re.compile(rf"\[gw\d+\] \[ *\d+%\] {WORD} (tests/.+)|{WORD} (tests/.+?)(?: - .*)?")
+AFTER = re.compile(rf"(tests/.+?) {WORD}(?: .*)?")
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,13 @@ def plan(args) -> list[Part]:
         return measure(name, "step", "--images", *images, "--peers", *args.peers, *merges, *ceilings)
 
     ceilings = ("--ceilings", str(OUT / "kernels.json"))
-    build = (python, "setup.py", "build_ext", "--inplace")
-    profile = (python, "bench/profile_step.py", "--json", str(OUT / "profile.json"))
     return [
-        Part("build", build, 150, beside=True),
+        Part("build", measure("build", "build"), 170, beside=True),
         Part("kernels", measure("kernels", "kernels"), 90, "kernels"),
         Part("rewards", measure("rewards", "rewards", *merges, *ceilings), 40, "rewards", after="build"),
         Part("steps", steps("steps", "4"), 320, "step", after="build"),
         Part("tests", tests(args), 130, after="build"),
-        Part("profile", profile, 60, "profile", after="build"),
+        Part("profile", measure("profile", "profile", *merges, *ceilings), 150, "profile", after="build"),
         Part("kernels_compiled", measure("kernels_compiled", "kernels", "--compiled", *ceilings), 90, "kernels"),
         Part("steps_rest", steps("steps_rest", "1", "6"), 600, "step", after="build"),
         Part("growth", measure("growth", "growth", *merges, *ceilings), 600, "step", after="build"),
@@ -110,6 +112,7 @@ class Conductor:
     environment: dict[str, str]
     record: dict = field(default_factory=dict)
     running: dict[str, tuple[subprocess.Popen, Part, float]] = field(default_factory=dict)
+    scratch: dict[str, tempfile.TemporaryDirectory] = field(default_factory=dict)
 
     def run(self, part: Part) -> None:
         if part.after in self.running:
@@ -121,9 +124,10 @@ class Conductor:
             return self.told(part, f"skipped: {reason}", 0)
         log = (OUT / f"{part.name}.log").open("wb")
         command = ("nice", "-n", "19", *part.command) if part.beside else part.command
-        started = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+        # What a part that is killed leaves there, checkpoints of the 7B, goes with it.
+        self.scratch[part.name] = tempfile.TemporaryDirectory(prefix="boxgrpo-", ignore_cleanup_errors=True)
+        env = self.environment | {"TMPDIR": self.scratch[part.name].name}
+        started = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.running[part.name] = started, part, time.monotonic()
         return None if part.beside else self.finish(part.name)
 
@@ -139,6 +143,7 @@ class Conductor:
         except subprocess.TimeoutExpired:
             kill(process)
             outcome = f"stopped after {time.monotonic() - begun:.0f} s"
+        self.scratch.pop(name).cleanup()
         self.told(part, outcome, time.monotonic() - begun)
 
     def told(self, part: Part, outcome: str, seconds: float) -> None:
@@ -146,8 +151,6 @@ class Conductor:
         print(f"{part.name}: {outcome} ({seconds:.0f} s)", flush=True)
         if part.name == "tests":
             self.record["tests"] = outcomes(OUT / "tests.log")
-        elif part.name == "profile" and (OUT / "profile.json").exists():
-            self.record["profile"] = json.loads((OUT / "profile.json").read_text())
         elif part.into:
             self.gather(part)
 
@@ -160,7 +163,9 @@ class Conductor:
         for key in ("machine", "load_before", "ceilings"):
             if key in left:
                 self.record.setdefault(key, left[key])
-        found = next((left[key] for key in (part.into, "growth") if key in left), {})
+        found = next((left[key] for key in (part.into, "growth") if key in left), None)
+        if not found:  # stopped before its first row
+            return
         into = self.record.setdefault(part.into, {})
         added = {
             key: merged(into[key], value) for key, value in found.items() if isinstance(value, list) and key in into
@@ -190,6 +195,11 @@ def missing(part: Part) -> str | None:
     return None
 
 
+def failure(outcome: str) -> bool:
+    """Of a part that ran to an end of its own; one that was stopped has left what it had."""
+    return outcome.startswith("failed")
+
+
 def last_line(name: str) -> str:
     lines = (OUT / f"{name}.log").read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else ""
@@ -199,9 +209,11 @@ def outcomes(log: Path) -> dict:
     """Counts, and the names of what failed, of a pytest log with -v, also of one that was cut off."""
     found: dict[str, str] = {}
     for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
-        if match := OUTCOME.search(line):
-            before, name, other, after = match.groups()
-            found[name or other] = before or after
+        line = line.rstrip()
+        if match := BEFORE.fullmatch(line):
+            found[match[2] or match[4]] = match[1] or match[3]
+        elif match := AFTER.fullmatch(line):
+            found[match[1]] = match[2]
     counts = {outcome: sum(o == outcome for o in found.values()) for outcome in sorted(set(found.values()))}
     return {"counts": counts, "failed": sorted(n for n, o in found.items() if o in ("FAILED", "ERROR"))}
 
@@ -319,6 +331,8 @@ def main() -> None:
     chosen = [part for part in parts if args.parts is None or part.name in args.parts]
     conductor.record |= {} if args.quick else kept_before(found["machine"], chosen)
     conductor.record |= {key: found[key] for key in ("machine", "load_before")} | {"skipped": found["look"]["skipped"]}
+    if "ceilings" in conductor.record:  # which all parts of a day share
+        (OUT / "kernels.json").write_text(json.dumps({"ceilings": conductor.record["ceilings"]}))
     for part in chosen:
         conductor.run(part)
         kept = keep(conductor.record, args)
@@ -326,6 +340,8 @@ def main() -> None:
         conductor.finish(name)
         kept = keep(conductor.record, args)
     print(f"\n{(OUT / 'verdicts.md').read_text()}\n{kept}: {time.monotonic() - begun:.0f} s")
+    if failed := [part.name for part in chosen if failure(conductor.record["parts"][part.name]["outcome"])]:
+        raise ValueError(f"{', '.join(failed)} failed; the logs are in {OUT}.")
 
 
 if __name__ == "__main__":

@@ -27,15 +27,14 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench.cases import Case, cases
+from boxgrpo.bench.cases import Case, cases, sizes
 from boxgrpo.bench.launches import resident_kb
-from boxgrpo.bench.peers import skipped
+from boxgrpo.bench.peers import NAMES, skipped
 from boxgrpo.bench.result_files import begin, dump, write
 
 SEED = 0
 PEERS = ("compile", "liger", "trl")
 PEER_MODULES = ("trl.trainer.utils", "liger_kernel.chunked_loss", "torch._inductor.compile_fx")
-TITLES = {"boxgrpo": "boxgrpo", "eager": "eager", "compile": "torch.compile", "liger": "Liger", "trl": "TRL"}
 
 
 def device() -> torch.device:
@@ -76,10 +75,10 @@ def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
 
 
 def seconds_on_gpu(run: Callable[[], object]) -> list[float]:
-    """By do_bench, which writes over the whole L2 before each run."""
+    """By do_bench, which writes over the whole L2 before each run; it measures for a fifth of a second."""
     from triton.testing import do_bench
 
-    return [ms / 1000 for ms in do_bench(run, return_mode="all")]
+    return [ms / 1000 for ms in do_bench(run, rep=200, return_mode="all")]
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
@@ -238,7 +237,7 @@ def one_by_one(
     result = {"skipped": skipped(PEERS), "rows": [], "errors": []}
     for case in cases:
         try:
-            present = case.make(case, device(), SEED).keys()
+            present = list(case.make(case, device(), SEED))  # a view of the dict would keep its inputs
         except Exception as error:
             result["errors"].append({"case": case.name, "error": told(error)})
             continue
@@ -265,10 +264,15 @@ def table(result: dict) -> str:
     lines = ["| op | shape | by | ms | × ours | % of floor | peak MB |", "|---|---|---|---|---|---|---|"]
     ours = {(r["op"], str(r["shape"])): r["ms"] for r in result["rows"] if r["implementation"] == "boxgrpo"}
     for r in result["rows"]:
-        shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
         base = ours.get((r["op"], str(r["shape"])))
         peak = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
-        cells = (r["op"], shape, r["implementation"], f"{r['ms']:.4g}", f"{r['ms'] / base:.2f}" if base else "")
+        cells = (
+            r["op"],
+            sizes(r["shape"]),
+            r["implementation"],
+            f"{r['ms']:.4g}",
+            f"{r['ms'] / base:.2f}" if base else "",
+        )
         lines.append(f"| {' | '.join(cells)} | {r['percent_of_floor']:.0f} | {peak} |")
     return "\n".join(lines)
 
@@ -277,8 +281,8 @@ def head_table(result: dict) -> str:
     """Markdown: the fused loss from hidden states at its first shape, by all who have it."""
     rows = [r for r in result["rows"] if r["op"] == "fused_grpo_loss"]
     rows = {r["implementation"]: r for r in rows if r["shape"] == rows[0]["shape"]}
-    names = [name for name in TITLES if name in rows]
-    lines = ["| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (1 + len(names)) + "|"]
+    names = [name for name in NAMES if name in rows]
+    lines = ["| | " + " | ".join(NAMES[name] for name in names) + " |", "|---" * (1 + len(names)) + "|"]
     for label, key in (("ms", "ms"), ("MB beyond inputs", "peak_mb")):
         cells = [label, *(f"{rows[name][key]:.0f}" for name in names)]
         lines.append(f"| {' | '.join(cells)} |")

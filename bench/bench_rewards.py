@@ -78,10 +78,11 @@ def rows_of(runs: dict, turns: int, **more: dict) -> list[dict]:
     rows = []
     for name, taken in rounds.items():
         warm = sorted(1e3 * x for turn in taken[1:] for x in turn[1:])
-        first = statistics.median(1e3 * turn[0] for turn in taken[1:])
+        first = [1e3 * turn[0] for turn in taken[1:]]
         spread = [round(warm[0], 4), round(warm[-1], 4)]
         rows.append({"run": name, "ms": round(statistics.median(warm), 4), "spread_ms": spread, "rounds": len(warm)})
-        rows[-1] |= {"first_ms": round(first, 4), **more.get(name, {}), "samples_ms": [round(x, 4) for x in warm]}
+        rows[-1] |= {"first_ms": round(statistics.median(first), 4), **more.get(name, {})}
+        rows[-1] |= {"samples_ms": [round(x, 4) for x in warm], "samples_first_ms": [round(x, 4) for x in first]}
     return rows
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from boxgrpo.bench.peers import skipped
+from boxgrpo.bench.peers import NAMES, skipped
 from boxgrpo.bench.result_files import begin, dump, write
 from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
@@ -37,7 +37,7 @@ from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.model.checkpoint import read_config
 
 PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
-SIDES = {"ours": "boxgrpo", "trl": "TRL", "univg_r1": "UniVG-R1"}  # as tables call them
+SIDES = ("ours", "trl", "univg_r1")  # as tables have them
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
 # What is left of a stage without the phases inside.
@@ -82,7 +82,7 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
             found[f"{name}_error"] = side
             continue
         seconds = side.seconds
-        found[f"{name}_s"] = round(statistics.median_low(seconds), 3)
+        found[f"{name}_s"] = round(statistics.median(seconds), 3)
         found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
         found[f"{name}_samples_s"] = [round(x, 3) for x in seconds]
         found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
@@ -100,19 +100,17 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         found[f"{prefix}ratio"] = round(found[f"{name}_s"] / found["ours_s"], 2)
         if ours.peak_bytes and peer.peak_bytes:
             found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
-        if prefix and not torch.cuda.is_available():  # there its host runs ahead, and only steps wait
-            found[f"{prefix}phases"] = {phase: round(seconds, 4) for phase, seconds in median_step(peer).items()}
     if ours:
         found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
         counted = work(read_config(at / "model"), case, ours.prompt_tokens, ours.trained)
-        by_phase = sides.get("ours_by_phase", ours)
+        by_phase = sides.get("ours_by_phase", None if torch.cuda.is_available() else ours)
         if isinstance(by_phase, Side):
             found["phases"] = phases(by_phase, floors(counted, measured))
     return found
 
 
 def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
-    """Seconds of each phase of the median step, which they add up to, and its floor."""
+    """Seconds of each phase of the median step (of two, the faster), which they add up to, and its floor."""
     seconds = dict.fromkeys(PHASES, 0.0)
     for name, value in median_step(side).items():
         name = RENAMED.get(name, name)
@@ -126,10 +124,17 @@ def median_step(side: Side) -> dict[str, float]:
     return side.steps[side.seconds.index(statistics.median_low(side.seconds))]
 
 
-def growth(plan: Plan, base: StepCase, at: Path, tokenizer, known: dict[str, list[float]]) -> dict[str, dict]:
+def growth(
+    plan: Plan,
+    base: StepCase,
+    at: Path,
+    tokenizer,
+    known: dict[str, list[float]],
+    keep: Callable[[dict], None] = lambda found: None,
+) -> dict[str, dict]:
     """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
-    `known`: samples by case of what is measured already.
+    `known`: samples by case of what is measured already. `keep` is given what there is after each size.
     """
 
     def points(cases: list[StepCase]) -> dict[str, list]:
@@ -142,12 +147,13 @@ def growth(plan: Plan, base: StepCase, at: Path, tokenizer, known: dict[str, lis
                 raise ValueError(f"{case.name}: {side}")
             known[case.name] = [round(x, 3) for x in side.seconds]
         samples = [known[case.name] for case in cases]
-        return {"seconds": [statistics.median_low(x) for x in samples], "samples_s": samples}
+        return {"seconds": [round(statistics.median(x), 3) for x in samples], "samples_s": samples}
 
     found = {}
     for size, values in plan.growth.items():
         taken = points([replace(base, **{size: value}) for value in values])
         found[size] = {"values": list(values)} | taken | line(values, taken["seconds"])
+        keep(found)
     # Where prompts dominate: six images of the default max_pixels, and short answers.
     case = replace(base, images=6, side=(448, 896), tokens=8)
     taken = points([replace(case, generations=g) for g in (8, 16)])
@@ -166,8 +172,8 @@ def line(values, seconds) -> dict[str, float]:
 def steps_table(result: dict) -> str:
     """Markdown: a line for each row; a peer's columns where it ran."""
     ran = [name for name in SIDES if any({f"{name}_s", f"{name}_error"} & r.keys() for r in result["rows"])]
-    head = ["model", "images", "prompts", *(f"{SIDES[name]}, s" for name in ran)]
-    head += [f"{SIDES[name]}, ratio" for name in ran if name in PEERS] + [f"{SIDES[name]}, MB" for name in ran]
+    head = ["model", "images", "prompts", *(f"{NAMES[name]}, s" for name in ran)]
+    head += [f"{NAMES[name]}, ratio" for name in ran if name in PEERS] + [f"{NAMES[name]}, MB" for name in ran]
     lines = [head, ["---"] * len(head)]
     for r in result["rows"]:
         cells = [r["model"], str(r["images"]), str(r["prompts"])]
@@ -195,8 +201,9 @@ def growth_table(grown: dict) -> str:
         g = grown[size]
         values, seconds = (", ".join(map(str, g[key])) for key in ("values", "seconds"))
         lines.append(f"| {size} | {values} | {seconds} | {1e3 * g['each_s']:.1f} | {g['misfit_percent']:.0f} % |")
-    twice = grown["doubled_group"]
-    return "\n".join([*lines, "", f"Twice the completions, {twice['case']}: x {twice['ratio']}"])
+    if twice := grown.get("doubled_group"):
+        lines += ["", f"Twice the completions, {twice['case']}: x {twice['ratio']}"]
+    return "\n".join(lines)
 
 
 def chosen(args, gpu: bool) -> list[StepCase]:
@@ -242,7 +249,12 @@ def run(
             if "ours_samples_s" in found:
                 known[case.name] = found["ours_samples_s"]
         if plan.growth:
-            result["growth"] = growth(plan, cases[0], Path(scratch) / cases[0].model, tokenizer, known)
+
+            def keep_growth(found: dict) -> None:
+                keep(result | {"growth": found})
+
+            at = Path(scratch) / cases[0].model
+            result["growth"] = growth(plan, cases[0], at, tokenizer, known, keep_growth)
             keep(result)
     return result
 

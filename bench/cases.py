@@ -43,12 +43,16 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = " ".join(f"{key}={value}" for key, value in self.shape.items())
-        return f"{self.op} {sizes} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.op} {sizes(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+def sizes(shape: dict[str, int]) -> str:
+    """A shape in words, as names and tables have it."""
+    return " ".join(f"{key}={value}" for key, value in shape.items())
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The shapes of DESIGN section 5 on a GPU; on a CPU one that two cores can run."""
+    """Steps of 8, 32 and 128 completions at the 2B's and 7B's sizes on a GPU; on a CPU what two cores can run."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     for n in (2048, 8192, 32768) if gpu else (512,):
@@ -107,7 +111,7 @@ class _Rollout:
         return x.view(self.completions, self.length)
 
     def eager_loss(self, logps: Tensor) -> Tensor:
-        """GRPO as a user writes it (DESIGN section 3), mean over the means of completions."""
+        """GRPO as a user writes it: the clipped ratio with k3's KL, mean over the means of completions."""
         log_ratio, advantages = logps - self.old, self.advantages.repeat_interleave(self.length)
         if self.level == "sequence":
             log_ratio = self.by_completion(log_ratio).mean(1).repeat_interleave(self.length)

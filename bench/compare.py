@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from boxgrpo.bench.cases import sizes
 from boxgrpo.bench.machine import folder
 from boxgrpo.bench.result_files import dated, part
 
@@ -56,7 +57,7 @@ def timed(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
     """case -> side -> time, ours under OURS."""
     found: dict[str, dict[str, Interval]] = {}
     for name in parts:
-        if name in record:
+        if record.get(name, {}).get("rows"):
             for case, side, time in TIMED[name](record[name]):
                 found.setdefault(f"{name}: {case}", {})[side] = time
     return found
@@ -64,8 +65,7 @@ def timed(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
 
 def _kernels(measured: dict):
     for r in measured["rows"]:
-        shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
-        case, side = f"{r['op']} {shape} {r['dtype']}", r["implementation"]
+        case, side = f"{r['op']} {sizes(r['shape'])} {r['dtype']}", r["implementation"]
         if side.startswith("boxgrpo"):  # a variant of ours is a case of its own
             case, side = case + side.removeprefix("boxgrpo"), OURS
         if side not in NO_PEERS:

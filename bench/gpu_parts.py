@@ -8,7 +8,9 @@ the error. `--quick` takes tiny sizes, to try a part where there is no GPU.
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench import bench_kernels, bench_rewards, bench_step
+from boxgrpo.bench import bench_kernels, bench_rewards, bench_step, profile_step
 from boxgrpo.bench.cases import Case
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.result_files import begin, write
@@ -85,9 +87,31 @@ def growth(args, measured: dict, keep: Keep) -> dict:
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     case = TINY_STEP if args.quick else step_cases(torch.cuda.is_available())[0]
     sizes = {"images": (1, 2)} if args.quick else {k: (*v, getattr(case, k)) for k, v in GROWTH.items()}
-    plan = bench_step.Plan(steps=args.steps, growth={k: tuple(sorted(v)) for k, v in sizes.items()}, growth_steps=1)
-    found = bench_step.run([case], [], plan, tokenizer, measured, lambda found: None)
-    return {"growth": found["growth"]}  # its first row is another part's
+    plan = bench_step.Plan(growth={k: tuple(sorted(v)) for k, v in sizes.items()}, growth_steps=1)
+    with tempfile.TemporaryDirectory() as at:
+        found = bench_step.growth(plan, case, Path(at), tokenizer, {}, lambda found: keep({"growth": found}))
+    return {"growth": found}
+
+
+def profile(args, measured: dict, keep: Keep) -> dict:
+    """Two steps of the first case, range by range."""
+    tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
+    case = TINY_STEP if args.quick else step_cases(torch.cuda.is_available())[0]
+    return profile_step.run(case, Path(args.json).with_suffix(""), 2, tokenizer, measured)
+
+
+def build(args, measured: dict, keep: Keep) -> dict:
+    """The box parser, compiled in place. Raises ValueError where that does not know the device afterwards."""
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"])
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = f"""
+import torch, boxgrpo.kernels
+from boxgrpo.kernels.extension import chosen
+chosen("box_iou", "extension", torch.empty(0, device="{kind}"))
+"""
+    if done.returncode or subprocess.run([sys.executable, "-P", "-c", asked]).returncode:  # it was not loaded here
+        raise ValueError(f"csrc/ was not compiled for {kind}; what the compiler said stands above.")
+    return {}
 
 
 def look(args, measured: dict, keep: Keep) -> dict:
@@ -95,7 +119,7 @@ def look(args, measured: dict, keep: Keep) -> dict:
     return {"cuda": torch.cuda.is_available(), "skipped": skipped(bench_kernels.PEERS)}
 
 
-PARTS = {part.__name__: part for part in (look, kernels, rewards, step, growth)}
+PARTS = {part.__name__: part for part in (look, build, kernels, rewards, step, growth, profile)}
 
 
 def main() -> None:
@@ -114,7 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     record, path = begin(), Path(args.json)
-    if args.part != "look":
+    if args.part not in ("look", "build"):
         known = Path(args.ceilings) if args.ceilings else path
         kept = json.loads(known.read_text()) if known.exists() else {}
         record["ceilings"] = kept.get("ceilings") or limits()

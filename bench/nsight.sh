@@ -3,7 +3,7 @@
 #
 #   bench/nsight.sh CASE [KERNEL [SECTION...]]
 #
-#   CASE      part of a case's name in bench_kernels.py: fused_grpo_loss, "token_logps_from_logits N=8192"
+#   CASE      an op of bench_kernels.py, or the beginning of a case's name: fused_grpo_loss, "token_logps N=8192"
 #   KERNEL    regular expression of the kernel's name; default: every kernel of the case
 #   SECTION   of ncu --list-sections; default: SpeedOfLight, MemoryWorkloadAnalysis, Occupancy, WarpStateStats
 #
@@ -38,7 +38,7 @@ mkdir -p out/nsight
 report=out/nsight/$(printf '%s' "$case $implementation" | tr -cs '[:alnum:]_=\n' -)
 # The worker runs once to warm up; what it runs between cudaProfilerStart and Stop is profiled.
 ncu --profile-from-start off --clock-control none --kernel-name "regex:$kernel" "${sections[@]}" \
-    --force-overwrite --export "$report" --print-details all \
+    --force-overwrite --export "$report" \
     "$python" -P -m boxgrpo.bench.nsight_worker "$case" "$implementation"
 # With --export nothing but ncu's own messages is printed: this shows the report.
 ncu --import "$report.ncu-rep" --print-summary per-kernel

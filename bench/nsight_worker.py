@@ -13,14 +13,15 @@ from boxgrpo.bench.cases import Case, cases
 
 
 def chosen(wanted: str, implementation: str, among: Sequence[Case], device: torch.device) -> Callable[[], object]:
-    """The first case whose name holds `wanted`, as `implementation` runs it.
+    """The first case of the op `wanted`, or whose name begins with it, as `implementation` runs it.
 
     Raises:
         ValueError: no case has such a name, or nobody of that name runs it here.
     """
-    found = next((case for case in among if wanted in case.name), None)
+    of_op = [case for case in among if case.op == wanted]
+    found = next(iter(of_op or [case for case in among if case.name.startswith(wanted)]), None)
     if found is None:
-        raise ValueError(f"no case's name holds {wanted!r}; there are: {'; '.join(case.name for case in among)}.")
+        raise ValueError(f"no case is {wanted!r}; there are: {'; '.join(case.name for case in among)}.")
     runs = found.make(found, device, SEED)
     if implementation not in runs:
         raise ValueError(f"{found.name} is not run by {implementation!r} here; by {', '.join(runs)}.")

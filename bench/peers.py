@@ -13,6 +13,9 @@ NEEDS = {
     "liger": ("liger_kernel.chunked_loss", "liger-kernel"),
     "trl": ("trl.trainer.utils", "trl"),
 }
+# As tables and plots call them; ours too.
+NAMES = {"boxgrpo": "boxgrpo", "ours": "boxgrpo", "eager": "eager", "compile": "torch.compile", "liger": "Liger"}
+NAMES |= {"trl": "TRL", "univg_r1": "UniVG-R1"}
 COMPILERS = ("g++", "clang++")
 
 

@@ -1,7 +1,7 @@
 """Where a step of the step benchmark goes, range by range: by nsys where there is one and a GPU, else torch.profiler.
 
     python bench/profile_step.py                         profiles two steps, prints the table; the trace is kept
-    python bench/profile_step.py --json FILE|-           writes what the table is made of
+    python bench/profile_step.py --json FILE|-           writes what the table is made of; `make bench` keeps it
     python bench/profile_step.py --read TRACE            the table of a trace that was recorded before, of any run
 
 The case is the benchmark's first: a 44M model on a CPU, the published 2B on a GPU. A first step warms up, and one
@@ -12,7 +12,6 @@ it one of as many tokens.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench.machine import machine
 from boxgrpo.bench.nsys_sqlite import read_nsys
+from boxgrpo.bench.result_files import begin, dump, write
 from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.vocabularies import benchmark_tokenizer
@@ -158,14 +157,13 @@ def main() -> None:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
     case = chosen(args, torch.cuda.is_available())
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
-    # Before the run, what the machine allows; and the load of the minute before that: what else it had to do.
-    result = {"machine": machine(), "load_before": round(os.getloadavg()[0], 2), "ceilings": limits()}
-    result |= run(case, Path(args.output_dir), args.steps, tokenizer, result["ceilings"])
+    record = begin() | {"ceilings": limits()}
+    record["profile"] = result = run(case, Path(args.output_dir), args.steps, tokenizer, record["ceilings"])
     if args.json == "-":
-        print(json.dumps(result, indent=1))
+        print(dump(record))
         return
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write(record, Path(args.json))
     print(f"{result['case']}, by {result['tool']}; mean of {result['steps']} steps.\n\n{shown(result)}")
     print(f"\nA step that nobody watched: {1e3 * result['unwatched_step_s']:.0f} ms.")
     print(f"The trace is in {Path(args.output_dir) / FOLDER}.")

@@ -6,25 +6,27 @@ python -P -m boxgrpo.bench.profile_worker '{"case": {...}, "folder": ..., "outpu
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 from boxgrpo.bench.step_cases import StepCase
-from boxgrpo.bench.step_sides import our_options, whole_and_paid
+from boxgrpo.bench.step_sides import engine_of, our_options, whole_and_paid
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.ranks import ranks
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    case = asked["case"] | {"side": tuple(asked["case"]["side"])}
+    case = StepCase(**asked["case"] | {"side": tuple(asked["case"]["side"])})
     options = our_options(
-        StepCase(**case),
+        case,
         Path(asked["folder"]),
         asked["output_dir"],
         asked["steps"],
         profile_steps=asked["profile_steps"],
         overwrite_output_dir=True,
     )
-    with whole_and_paid(), ranks() as r:
+    engine = mock.patch.object(grpo, "make_engine", engine_of(case))
+    with whole_and_paid(), engine, ranks() as r:
         grpo.train(options, r)
 
 

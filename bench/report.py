@@ -1,6 +1,6 @@
-"""The results as a page, plots and the README's numbers, all from the records in bench/results.
+"""The results as a page, plots and the numbers of both READMEs, all from the records in bench/results.
 
-    python -P -m boxgrpo.bench.report           writes RESULTS.md, results/<device>/*.png, README.md's blocks
+    python -P -m boxgrpo.bench.report           writes RESULTS.md, results/<device>/*.png, the READMEs' blocks
     python -P -m boxgrpo.bench.report --check   writes nothing; exit status 1 where one of them says something else
 
 A device's newest dated file counts, and the records that the long commands keep.
@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from boxgrpo.bench import report_plots
+from boxgrpo.bench import profile_page, report_plots
 from boxgrpo.bench.report_page import page
 from boxgrpo.bench.report_readme import blocks, filled, stale
-from boxgrpo.bench.result_files import records
+from boxgrpo.bench.result_files import Records, part, records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,10 +23,18 @@ def drift(root: Path) -> list[str]:
     found = records(root / "bench/results")
     places = [f"README.md, block {name}" for name in stale((root / "README.md").read_text(), blocks(found))]
     places += _differing(root / "bench/RESULTS.md", page(found))
+    places += ["bench/README.md"] * ((root / "bench/README.md").read_text() != _guide(root, found))
     for device, record in found.devices.items():
         folder = root / "bench/results" / device
         places += [f"bench/results/{device}/{name}" for name in report_plots.stale(record, folder)]
     return places
+
+
+def _guide(root: Path, found: Records) -> str:
+    """bench/README.md as it should be: its example is the CPU's profile."""
+    return profile_page.filled(
+        (root / "bench/README.md").read_text(), profile_page.blocks(part(found.devices["cpu"], "profile"))
+    )
 
 
 def _differing(path: Path, wanted: str) -> list[str]:
@@ -46,6 +54,7 @@ def write(root: Path) -> None:
     for device, record in found.devices.items():
         report_plots.draw(record, root / "bench/results" / device)
     (root / "bench/RESULTS.md").write_text(page(found))
+    (root / "bench/README.md").write_text(_guide(root, found))
     readme = root / "README.md"
     readme.write_text(filled(readme.read_text(), blocks(found)))
 

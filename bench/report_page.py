@@ -29,12 +29,12 @@ def page(found: Records) -> str:
 def _device(folder: str, record: dict) -> str:
     parts = [f"## {record['machine']['device']}"]
     for name, told in PARTS.items():
-        if name in record:
+        if record.get(name, {}).get("rows"):
             measured = part(record, name)
             parts += [f"### {TITLES[name]}", _machine(measured), told(measured), *_left_out(measured)]
             parts += _plots(folder, record, name)
     wanted = "### What is wanted, and what was measured: `bench/demands.py`"
-    parts += [wanted, _machine(record), verdict_table(verdicts(record)), *_tests(record)]
+    parts += [wanted, *_machines(record), verdict_table(verdicts(record)), *_tests(record)]
     return "\n\n".join([*parts, *_plots(folder, record, "")])
 
 
@@ -68,6 +68,8 @@ def _machine(measured: dict) -> str:
     told = described(on, peers=True)
     if "load_before" in measured:
         told += f"; load before {measured['load_before']}"
+    if "took_s" in measured:
+        told += f"; took {measured['took_s']} s"
     if "ceilings" in measured:
         limits = measured["ceilings"]
         told += (
@@ -76,6 +78,12 @@ def _machine(measured: dict) -> str:
         if "sum_bytes_per_second" in limits:
             told += f", {limits['sum_bytes_per_second'] / 1e9:.3g} GB/s by a sum in place"
     return f"*{told}*"
+
+
+def _machines(record: dict) -> list[str]:
+    """The machine of each part that figures are wanted of, once where it is the same."""
+    measured = [part(record, name) for name in ("kernels", "rewards", "step") if name in record]
+    return ["\n".join(dict.fromkeys(map(_machine, measured or [record])))]
 
 
 def _step(measured: dict) -> str:

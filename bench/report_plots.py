@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .bench_step import PHASES
+from .cases import sizes
+from .peers import NAMES
 from .result_files import described, part
 
 COLOURS = {"boxgrpo": "#1f5fbf", "eager": "#8a8a8a", "compile": "#d9822b", "liger": "#2f8f4e", "trl": "#b03a68"}
 COLOURS |= {"boxgrpo, overwriting": "#6fa8ff", "one read": "#3a3a3a", "ours": "#1f5fbf"}
 OTHER = ("#7a5cc7", "#11808a", "#a0522d")  # peers without a colour of their own
-NAMES = {"compile": "torch.compile", "liger": "Liger", "trl": "TRL", "ours": "boxgrpo", "univg_r1": "UniVG-R1"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ def roofline(record: dict) -> dict | None:
     measured, data = _measured(record, "kernels")
     cases: dict[str, dict] = {}
     for r in measured["rows"]:
-        shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
         values = {"floor": r["floor_is"], "intensity": round(r["flop"] / r["bytes"], 4), "achieved": {}}
-        case = cases.setdefault(f"{r['op']} {shape}", values)
+        case = cases.setdefault(f"{r['op']} {sizes(r['shape'])}", values)
         case["achieved"][r["implementation"]] = round(1e3 * r["flop"] / r["ms"])
     return data | {"ceilings": measured["ceilings"], "cases": cases}
 
@@ -185,12 +185,12 @@ def _draw_phases(data: dict) -> Figure:
 
 def growth(record: dict) -> dict | None:
     """By size its values, seconds, samples where they were kept, and the line through them."""
-    if "growth" not in record.get("step", {}):
+    if not {"rows", "growth"} <= record.get("step", {}).keys():
         return None
     measured, data = _measured(record, "step")
     kept = ("values", "seconds", "samples_s", "fixed_s", "each_s", "misfit_percent")
-    sizes = {size: {key: g[key] for key in kept if key in g} for size, g in measured["growth"].items() if "values" in g}
-    return {"caption": f"other sizes as in {measured['rows'][0]['case']}; {data['caption']}", "sizes": sizes}
+    lines = {size: {key: g[key] for key in kept if key in g} for size, g in measured["growth"].items() if "values" in g}
+    return {"caption": f"other sizes as in {measured['rows'][0]['case']}; {data['caption']}", "sizes": lines}
 
 
 def _draw_growth(data: dict) -> Figure:
@@ -224,8 +224,7 @@ def memory(record: dict) -> dict | None:
             data["steps"][r["case"]] = peaks
     for r in record.get("kernels", {}).get("rows", []):
         if r["peak_mb"] is not None:
-            shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
-            data["kernels"].setdefault(f"{r['op']} {shape}", {})[r["implementation"]] = r["peak_mb"]
+            data["kernels"].setdefault(f"{r['op']} {sizes(r['shape'])}", {})[r["implementation"]] = r["peak_mb"]
     data["kernels"] = {case: peaks for case, peaks in data["kernels"].items() if max(peaks.values()) > 16}
     return data if data["steps"] or data["kernels"] else None
 

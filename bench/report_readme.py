@@ -7,7 +7,7 @@ from .bench_demo import table as demo_table
 from .bench_kernels import head_table
 from .bench_rewards import first_and_rates, rewards_row
 from .bench_step import growth_table, phases_table, steps_table
-from .result_files import Records, part
+from .result_files import PARTS, Records, part
 
 BLOCK = re.compile(r"(?P<open><!-- results:(?P<name>[\w ]+) -->)(?P<body>.*?)(?P<close><!-- end -->)", re.DOTALL)
 WIDTH = 120
@@ -15,9 +15,13 @@ WIDTH = 120
 
 def blocks(found: Records) -> dict[str, str]:
     """Each block's text. Raises ValueError where a record is missing that a block is about."""
-    if "cpu" not in found.devices:
-        raise ValueError("bench/results/cpu has no results of any day; `make bench` makes them.")
-    record = found.devices["cpu"]
+    record = found.devices.get("cpu", {})
+    if missing := {"step", "kernels", "rewards", "profile"} - record.keys():
+        raise ValueError(f"bench/results/cpu has no results of {', '.join(sorted(missing))}; `make bench` makes them.")
+    if missing := {"demo", "data", "soak", "soak_zero2", "ablation"} - found.long.keys():
+        raise ValueError(
+            f"bench/results/cpu has no {', '.join(sorted(missing))}.json; its command stands in README.md."
+        )
     step, kernels, rewards = (part(record, name) for name in ("step", "kernels", "rewards"))
     return {
         "ablation": ablation_summary(found.long["ablation"]["runs"]),
@@ -34,6 +38,7 @@ def blocks(found: Records) -> dict[str, str]:
         "growth": growth_table(step["growth"]),
         "kernels": head_table(kernels),
         "kernels machine": kernels["machine"]["device"],
+        "bench minutes": f"{sum(record[name].get('took_s', 0) for name in PARTS if name in record) / 60:.1f} minutes",
         "rewards": rewards_row(rewards),
         "rewards machine": rewards["machine"]["device"],
         "rewards first": first_and_rates(rewards),

@@ -48,10 +48,16 @@ def dated(device: Path) -> list[Path]:
 
 
 def newest(device: Path = RESULTS / "cpu") -> dict:
-    """The record of the last day. Raises ValueError where there is none."""
+    """The record of the last day; a part that it lacks is the last day's that has it.
+
+    Raises ValueError where there is none.
+    """
     if not (files := dated(device)):
         raise ValueError(f"{device} has no results of any day; `make bench` or `make bench-gpu` makes them.")
-    return json.loads(files[-1].read_text())
+    *older, record = (json.loads(file.read_text()) for file in files)
+    for old in reversed(older):
+        record |= {name: part(old, name) for name in PARTS if name in old and name not in record}
+    return record
 
 
 @dataclass

@@ -10,7 +10,7 @@ B   `steps` steps with NaN losses, and a fifth as many kills.
 C   the same steps and faults without kills: resident memory stays flat.
 
 A's two runs, and B and C, must be the same to the bit. Results go to bench/results/<device>/soak.json; the exit status
-is 1 when a demand is not met. A quarter of an hour on two CPU cores.
+is 1 when a demand is not met.
 """
 
 import json

@@ -27,6 +27,16 @@ def test_the_newest_day_counts_and_other_files_do_not(tmp_path):
     assert newest(tmp_path) == {"name": "2026-02-01"}
 
 
+def test_a_part_that_the_last_day_lacks_is_an_older_days(tmp_path):
+    """With the machine that it was measured on; the newest that has it."""
+    for day, parts in (("01", ("step", "kernels")), ("02", ("step",)), ("03", ("kernels",))):
+        rows = {name: {"rows": [day]} for name in parts}
+        write({"machine": {"date": day}} | rows, tmp_path / f"2026-01-{day}.json")
+    found = newest(tmp_path)
+    assert found["machine"] == {"date": "03"} and found["kernels"] == {"rows": ["03"]}
+    assert part(found, "step") == {"machine": {"date": "02"}, "rows": ["02"]}
+
+
 def test_what_another_run_measured_keeps_its_machine(tmp_path):
     path = tmp_path / "2026-01-02.json"
     old = {"machine": {"device": "old"}, "load_before": 7, "ceilings": {"flop_per_second": 1}, "kernels": {"rows": [1]}}
@@ -63,7 +73,7 @@ def test_a_part_that_cannot_be_measured_is_named_and_the_others_are_kept(tmp_pat
 
 
 def test_unknown_parts_are_refused():
-    with pytest.raises(ValueError, match="parts are kernels,x; x is none of kernels, guard, rewards, step"):
+    with pytest.raises(ValueError, match="parts are kernels,x; x is none of kernels, guard, rewards, step, profile"):
         bench_all.main(["--parts", "kernels,x"])
 
 

@@ -4,13 +4,15 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from boxgrpo.bench import bench_gpu
-from boxgrpo.bench.bench_gpu import Conductor, Part, outcomes
+from boxgrpo.bench.bench_gpu import Conductor, Part, failure, outcomes
 from boxgrpo.bench.demands import QWEN_2B, QWEN_7B, verdict_table, verdicts
 from boxgrpo.bench.gpu_parts import PARTS, kernel_cases
+from boxgrpo.bench.result_files import newest
 
 ROW = {"op": "grpo_loss", "implementation": "boxgrpo", "ms": 1.0}
 LEAVES_A_ROW = """
@@ -41,12 +43,19 @@ def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(out):
     """So are those of one that fails; the next ones run, and a part beside them is waited for."""
     c = conductor(300)
     c.run(part(out, "beside", "time.sleep(1)", beside=True))
-    c.run(part(out, "slow", "time.sleep(600)", limit=6))
+    leave = "import tempfile; open(sys.argv[1] + '.at', 'w').write(tempfile.mkdtemp()); time.sleep(600)"
+    c.run(part(out, "slow", leave, limit=6))
     c.run(part(out, "broken", "sys.exit('no such kernel')"))
     c.run(part(out, "last", "pass", after="beside"))
+    script = out / "early.py"
+    script.write_text(f"open({str(out / 'early.json')!r}, 'w').write('{{\"machine\": {{}}, \"ceilings\": {{}}}}')")
+    c.run(Part("early", (sys.executable, str(script)), 60, "rewards"))
     told = {name: found["outcome"] for name, found in c.record["parts"].items()}
     assert told["slow"].startswith("stopped after 6 s") and told["broken"] == "failed with 1: no such kernel"
-    assert told["beside"] == told["last"] == "done"
+    assert told["beside"] == told["last"] == "done" and not failure(told["slow"]) and failure(told["broken"])
+    assert "rewards" not in c.record  # it left no row
+    left = Path((out / "slow.json.at").read_text())
+    assert left.parent.name.startswith("boxgrpo-") and not left.parent.exists()
     assert {r["op"] for r in c.record["kernels"]["rows"]} == {"beside", "slow", "broken", "last"}
 
 
@@ -90,12 +99,13 @@ def test_failures_are_read_off_a_log_that_was_cut(tmp_path):
     """Of pytest -v, with and without workers."""
     log = tmp_path / "tests.log"
     log.write_text(
-        "tests/test_a.py::test_one[x-1] PASSED     [ 10%]\n[gw3] [ 20%] FAILED tests/test_a.py::test_two \n"
-        "tests/test_b.py::test_three SKIPPED (no GPU)\nFAILED tests/test_a.py::test_two - AssertionErr"
+        "tests/test_a.py::test_one[x-1] PASSED     [ 10%]\n[gw3] [ 20%] FAILED tests/test_a.py::test_two[(6, 7) - 1] \n"
+        "[gw1] [ 20%] PASSED tests/test_a.py::test_two[(6, 8) - 1]\ntests/test_a.py::test_two[(6, 9)] PASSED [ 9%]\n"
+        "tests/test_b.py::test_three SKIPPED (no GPU)\nFAILED tests/test_b.py::test_four[a b] - AssertionErr"
     )
     found = outcomes(log)
-    assert found["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1}
-    assert found["failed"] == ["tests/test_a.py::test_two"]
+    assert found["counts"] == {"PASSED": 3, "FAILED": 2, "SKIPPED": 1}
+    assert found["failed"] == ["tests/test_a.py::test_two[(6, 7) - 1]", "tests/test_b.py::test_four[a b]"]
     assert outcomes(tmp_path / "none.log") == {"counts": {}, "failed": []}
 
 
@@ -148,19 +158,19 @@ def test_each_demand_of_the_gpu_is_judged():
     told = {what: v["verdict"] for what, v in found.items()}
     assert told["tests marked gpu that fail"] == "short by 2"
     head = told["fused head, 2B, N = 8192"]
-    assert head.startswith("short by 10.0%; at 90% of what bytes allow; its kernel reads")
+    assert head.startswith("short by 10.0%; at 90% of what bytes allow; to try: ")
     assert told["fused head, 7B, N = 8192"] == "met"
     assert found["fused head, 2B: memory of its own"]["measured"] == 900
     assert found["fused head, 2B: liger's time over ours"]["measured"] == 2
     assert told["sample_tokens, 128 rows: over one read"].startswith("short by 53.8%; ")
-    assert "allow, 17 of 18 µs on the host; it moves next to nothing" in told["group_advantages, 1024 groups"]
+    assert "allow, 17 of 18 µs on the host; to try: " in told["group_advantages, 1024 groups"]
     assert found["group_advantages, 16 groups"]["measured"] == 12 and told["group_advantages, 16 groups"] == "met"
     assert told["1,024 completions of 256 tokens"].startswith("short by 20.0%; ")
     assert found["2B: training, of the matrix rate"]["measured"] == 50
     assert told["2B: decoding, over its floor"] == "met"
     assert told["2B, 4 images: the paper's trainer's step over ours"] == "met"
     trl = told["2B, 4 images: TRL's step over ours"]
-    assert trl == "short by 25.0%; above their floors: decode 400 ms, prefill 0 ms"
+    assert trl.startswith("short by 25.0%; above their floors: decode 400 ms, prefill 0 ms; to try: ")
     assert told["7B: prefill, of the matrix rate"] == "not measured"
     assert len(verdict_table(list(found.values())).splitlines()) == 2 + len(found)
     assert json.dumps(list(found.values()))
@@ -169,5 +179,9 @@ def test_each_demand_of_the_gpu_is_judged():
 def test_the_cpu_has_demands_of_its_own():
     found = verdicts({"machine": {"device": "two cores"}, "step": {"growth": {"doubled_group": {"ratio": 1.4}}}})
     told = {v["what"]: v["verdict"] for v in found}
-    assert told["twice the completions, where prompts dominate"] == "short by 7.7%"
+    assert told["twice the completions, where prompts dominate"].startswith("short by 7.7%; to try: ")
     assert told["fused loss: its memory over eager's"] == "not measured"
+
+
+def test_the_cpus_newest_record_meets_every_demand():
+    assert {v["what"]: v["verdict"] for v in verdicts(newest()) if v["verdict"] != "met"} == {}

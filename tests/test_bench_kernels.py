@@ -1,27 +1,18 @@
-"""The kernel benchmark: its figures on a CPU against the demands, and its tables."""
+"""The kernel benchmark: what it covers and computes, and its tables."""
 
 import pytest
 import torch
 
 from boxgrpo.bench.bench_kernels import head_table, row, table
 from boxgrpo.bench.cases import Case, cases
+from boxgrpo.bench.gpu_parts import FIRST
+from boxgrpo.bench.kernel_rounds import IMPLEMENTATIONS
 from boxgrpo.bench.result_files import newest, part
 
 
 @pytest.fixture(scope="module")
 def recorded():
     return part(newest(), "kernels")
-
-
-def head_rows(recorded):
-    return {row["implementation"]: row for row in recorded["rows"] if row["op"] == "fused_grpo_loss"}
-
-
-def test_the_fused_loss_is_no_slower_than_eager_in_a_quarter_of_its_memory(recorded):
-    """At N = 512, V = 151936, H = 256, as recorded."""
-    ours, eager = (head_rows(recorded)[name] for name in ("boxgrpo", "eager"))
-    assert ours["shape"] == {"N": 512, "V": 151_936, "H": 256}
-    assert ours["ms"] <= eager["ms"] and ours["peak_mb"] <= eager["peak_mb"] / 4
 
 
 def test_every_case_was_measured(recorded):
@@ -40,6 +31,7 @@ def test_each_case_computes_what_eager_does():
             continue  # draws differ
         small_case = Case(case.op, shape, case.dtype, 1.0, 0.0, case.make)
         runs = case.make(small_case, torch.device("cpu"), 0)
+        assert runs.keys() <= set(IMPLEMENTATIONS) and runs.keys() <= {*FIRST, "compile"}, "whom nobody would time"
         runs.pop("compile")
         want = runs["eager"]()
         assert len(runs) > 1

@@ -25,7 +25,8 @@ def test_nothing_has_drifted_from_the_records():
 def copy(tmp_path):
     """README, page and results in a folder of their own."""
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
-    shutil.copy(ROOT / "bench/RESULTS.md", tmp_path / "bench")
+    for name in ("RESULTS.md", "README.md"):
+        shutil.copy(ROOT / "bench" / name, tmp_path / "bench")
     shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
 
@@ -42,17 +43,21 @@ def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
         record["step"]["rows"][0] |= {"ours_s": 123.45, "ours_peak_mb": 4321}
         record["step"]["rows"][0]["phases"]["decode"]["seconds"] = 98.7
         record["kernels"]["rows"][0]["ms"] = 1234.5
+        record["profile"]["unwatched_step_s"] = 7.654
 
     changed(copy, slower)
     places = report.drift(copy)
     assert [p for p in places if p.startswith("README")] == ["README.md, block step", "README.md, block phases"]
     assert any(p.startswith("bench/RESULTS.md, line") and "Kernels" in p for p in places)
+    assert "bench/README.md" in places
     drawn = [p for p in places if p.endswith("png")]
     assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "memory")]
     report.write(copy)
     assert report.drift(copy) == []
     assert "| 44M | 4 | 1 | 123.45 |" in (copy / "README.md").read_text()
-    assert "| 123.45 |" in (copy / "bench/RESULTS.md").read_text()
+    assert (
+        "| 123.45 |" in (copy / "bench/RESULTS.md").read_text() and "7654 ms" in (copy / "bench/README.md").read_text()
+    )
 
 
 def test_numbers_written_by_hand_are_noticed(copy):

@@ -1,6 +1,6 @@
 """The main job, small: draw a world, cold-start a tiny Qwen2-VL on it, go on with GRPO, score before and after.
 
-python trainer/demo.py        about five minutes on two CPU cores; everything it makes is in out/demo
+python trainer/demo.py        everything it makes is in out/demo
 """
 
 import json

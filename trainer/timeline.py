@@ -170,13 +170,14 @@ def table(found: Sequence[Row], on_gpu: bool, floors: Mapping[str, Mapping] | No
     Args:
         floors: by `Row.name`, its `gbytes` and `floor_s`, the least that it moves and takes.
     """
-    whole = next(row.seconds for row in found if row.name == STEP)
+    whole = next(row for row in found if row.name == STEP)
     heads = ["range", "ms", "share", "kernels and copies" if on_gpu else "operator calls"]
     heads += ["GPU ms", "GPU idle, ms"] if on_gpu else ["GPU idle"]
     heads += ["MB at least", "% of floor"] * (floors is not None) + ["most time in"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found:
-        cells = ["&emsp;" * row.depth + title(row), f"{1e3 * row.seconds:.1f}", f"{row.seconds / whole:.0%}"]
+        share = row.gpu_seconds / whole.gpu_seconds if on_gpu and whole.gpu_seconds else row.seconds / whole.seconds
+        cells = ["&emsp;" * row.depth + title(row), f"{1e3 * row.seconds:.1f}", f"{share:.0%}"]
         cells.append(f"{row.launches:.0f}")
         cells += [f"{1e3 * row.gpu_seconds:.1f}", f"{1e3 * row.idle_seconds:.1f}"] if on_gpu else ["n/a"]
         if floors is not None:
