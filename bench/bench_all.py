@@ -31,9 +31,9 @@ PROFILED = 2  # steps
 FULL = bench_step.Plan()
 # TRL's steps are what takes long; sizes that the rows have cost nothing more.
 QUARTER_HOUR = bench_step.Plan(
-    peer_steps={"trl": (3, 1), "univg_r1": (2, 0)},
+    peer_steps={"trl": (2, 1), "univg_r1": (2, 0)},
     growth={"images": (1, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64), "prompts": (1, 2, 4)},
-    growth_steps=2,
+    growth_steps=1,
 )
 
 

@@ -56,18 +56,20 @@ class Plan:
     growth_steps: int = 3
 
 
-def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
+def fresh(side: str, case: StepCase, at: Path, steps: int, warmup: int | None = None) -> Side | str:
     """`run_side` in a process of its own, which may start workers.
 
-    On a CPU it is forked off a process that has imported what is ours, and no peer.
+    On a CPU it is forked off a process that has imported what is ours, and no peer, and all steps count, unless
+    `warmup` says how many do not.
     """
     gpu = torch.cuda.is_available()
+    warmup = int(gpu) if warmup is None else warmup
     context = get_context("spawn" if gpu else "forkserver")
     if not gpu:
         context.set_forkserver_preload(["boxgrpo.bench.step_sides"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(run_side, side, case, at, steps, warmup=int(gpu)).result()
+            return pool.submit(run_side, side, case, at, steps, warmup).result()
         except BrokenProcessPool:
             return "failed: its process died"
 
@@ -134,7 +136,8 @@ def growth(
 ) -> dict[str, dict]:
     """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
-    `known`: samples by case of what is measured already. `keep` is given what there is after each size.
+    No first step counts. `known`: samples by case of what is measured already. `keep` is given what there is after each
+    size.
     """
 
     def points(cases: list[StepCase]) -> dict[str, list]:
@@ -142,7 +145,7 @@ def growth(
             if case.name in known:
                 continue
             prepare(case, at, tokenizer)
-            side = fresh("ours", case, at, plan.growth_steps)
+            side = fresh("ours", case, at, plan.growth_steps, warmup=1)
             if isinstance(side, str):
                 raise ValueError(f"{case.name}: {side}")
             known[case.name] = [round(x, 3) for x in side.seconds]
@@ -247,7 +250,7 @@ def run(
                 result["rows"][i:] = [found := row(case, sides, at, measured)]
                 keep(result)
             if "ours_samples_s" in found:
-                known[case.name] = found["ours_samples_s"]
+                known[case.name] = found["ours_samples_s"][0 if torch.cuda.is_available() else 1 :]
         if plan.growth:
 
             def keep_growth(found: dict) -> None:

@@ -16,7 +16,7 @@ from boxgrpo.bench.peers import skipped
 CPU = torch.device("cpu")
 CASES = {case.name: case for case in cases(CPU)}
 IMPLEMENTATIONS = ("boxgrpo", "boxgrpo, overwriting", "eager", "compile", "liger", "trl", "one read")
-TURNS, SMALL_ROUNDS = 6, 8  # rounds in a turn of what takes microseconds; what is large has one
+TURNS, SMALL_ROUNDS = 4, 12  # rounds in a turn of what takes microseconds; what is large has one
 
 
 @functools.lru_cache(1)  # a case's inputs are large
