@@ -6,10 +6,11 @@
     python3 bench/bench_gpu.py --device cpu --quick        tries the script where there is no GPU: tiny sizes
 
 Nothing is installed: the folders get their import names by links under out/site, and the box parser is compiled in
-place, at the lowest priority beside the first kernels. What is missing (pytest, liger-kernel, TRL, nvcc) is named, and
-left out; PYTHONPATH may add it. Each part runs in a process of its own with a limit of its own, and what it has
-measured by then is kept: first the figures that are demanded, then the tests marked gpu, then the rest, as far as the
-minutes go. The record is bench/results/<device>/<date>.json, the verdict on each demand is printed and kept beside it.
+place, at the lowest priority beside the first kernels. What is missing (pytest, liger-kernel, TRL) is named, and left
+out; PYTHONPATH may add it. Without nvcc the build fails, and the rewards with it. Each part runs in a process of its
+own with a limit of its own, and what it has measured by then is kept: first the figures that are demanded, then the
+tests marked gpu, then the rest, as far as the minutes go. The record is bench/results/<device>/<date>.json, the verdict
+on each demand is printed and kept beside it. The exit status is 1 where something of ours failed.
 """
 
 import argparse
@@ -195,9 +196,15 @@ def missing(part: Part) -> str | None:
     return None
 
 
-def failure(outcome: str) -> bool:
-    """Of a part that ran to an end of its own; one that was stopped has left what it had."""
-    return outcome.startswith("failed")
+def failures(record: dict, chosen: list[Part]) -> list[str]:
+    """Parts and tests that failed, and what of ours could not be measured. What was stopped has left what it had."""
+    outcomes = record.get("parts", {})
+    found = [part.name for part in chosen if outcomes.get(part.name, {}).get("outcome", "").startswith("failed")]
+    found += record.get("tests", {}).get("failed", [])
+    for error in record.get("kernels", {}).get("errors", []):
+        if error.get("implementation", "boxgrpo").startswith("boxgrpo"):
+            found.append(error["case"])
+    return found + [row["case"] for row in record.get("step", {}).get("rows", []) if "ours_error" in row]
 
 
 def last_line(name: str) -> str:
@@ -340,8 +347,8 @@ def main() -> None:
         conductor.finish(name)
         kept = keep(conductor.record, args)
     print(f"\n{(OUT / 'verdicts.md').read_text()}\n{kept}: {time.monotonic() - begun:.0f} s")
-    if failed := [part.name for part in chosen if failure(conductor.record["parts"][part.name]["outcome"])]:
-        raise ValueError(f"{', '.join(failed)} failed; the logs are in {OUT}.")
+    if failed := failures(conductor.record, chosen):
+        raise ValueError(f"failed: {'; '.join(failed)}. The logs are in {OUT}.")
 
 
 if __name__ == "__main__":

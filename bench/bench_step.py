@@ -7,10 +7,11 @@ and how it grows.
 `make bench` keeps the results. On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the
 published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, and a step's
 seconds are the median of its steps, from one step's begin to the next's, data and logging included; on a GPU, where the
-first one compiles, without that. The phases are those of that very step; on a GPU, where they overlap, of a second run
-in which each waits for the device. Peak memory is what is held above the loaded model: reference, gradients, moments
-and activations. A peer whose package is missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt
-(--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
+first one compiles, without that. A ratio is over as many first steps of both sides. The phases are those of that very
+step; on a GPU, where they overlap, of a second run in which each waits for the device. Peak memory is what is held
+above the loaded model: reference, gradients, moments and activations. A peer whose package is missing is skipped, and
+named. The vocabulary is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or
+../shared), or without it one of as many tokens.
 """
 
 import argparse
@@ -99,7 +100,8 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
                 f"{ours.trained} and {peer.trained} trained parameters"
             )
             continue
-        found[f"{prefix}ratio"] = round(found[f"{name}_s"] / found["ours_s"], 2)
+        like = statistics.median(ours.seconds[: len(peer.seconds)])  # as many first steps
+        found[f"{prefix}ratio"] = round(statistics.median(peer.seconds) / like, 2)
         if ours.peak_bytes and peer.peak_bytes:
             found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
     if ours:
@@ -136,8 +138,8 @@ def growth(
 ) -> dict[str, dict]:
     """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
-    No first step counts. `known`: samples by case of what is measured already. `keep` is given what there is after each
-    size.
+    Of the steps after the first the fastest, which was disturbed least. `known`: samples by case of what is measured
+    already. `keep` is given what there is after each size.
     """
 
     def points(cases: list[StepCase]) -> dict[str, list]:
@@ -150,7 +152,7 @@ def growth(
                 raise ValueError(f"{case.name}: {side}")
             known[case.name] = [round(x, 3) for x in side.seconds]
         samples = [known[case.name] for case in cases]
-        return {"seconds": [round(statistics.median(x), 3) for x in samples], "samples_s": samples}
+        return {"seconds": [min(x) for x in samples], "samples_s": samples}
 
     found = {}
     for size, values in plan.growth.items():
@@ -249,8 +251,8 @@ def run(
                 sides[name] = fresh(name, case, at, steps[name])
                 result["rows"][i:] = [found := row(case, sides, at, measured)]
                 keep(result)
-            if "ours_samples_s" in found:
-                known[case.name] = found["ours_samples_s"][0 if torch.cuda.is_available() else 1 :]
+            if later := found.get("ours_samples_s", [])[0 if torch.cuda.is_available() else 1 :]:
+                known[case.name] = later
         if plan.growth:
 
             def keep_growth(found: dict) -> None:

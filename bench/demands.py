@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from boxgrpo.bench.result_files import PARTS, newest
+
 QWEN_2B, QWEN_7B = {"V": 151_936, "H": 1536}, {"V": 152_064, "H": 3584}
 MB = 1e6
 # What would close a gap, as far as counting tells: to be tried, not found.
@@ -160,12 +162,12 @@ def where_in_step(*which) -> Callable[[dict], str]:
 
 
 def tests_failed(record: dict) -> float | None:
-    """None where none passed, or the run was cut off: what it did not reach might have failed."""
+    """None where none passed, or none failed before the run was cut off: what it did not reach might have."""
     counts = record.get("tests", {}).get("counts", {})
+    if failed := counts.get("FAILED", 0) + counts.get("ERROR", 0):
+        return float(failed)
     outcome = record.get("parts", {}).get("tests", {}).get("outcome", "")
-    if not counts.get("PASSED") or not outcome.startswith(("done", "failed with")):
-        return None
-    return float(counts.get("FAILED", 0) + counts.get("ERROR", 0))
+    return 0.0 if counts.get("PASSED") and outcome.startswith(("done", "failed with")) else None
 
 
 def of_gpu() -> Iterator[Demand]:
@@ -236,6 +238,13 @@ def of_cpu() -> Iterator[Demand]:
         return record.get("step", {}).get("growth", {}).get("doubled_group", {}).get("ratio")
 
     yield Demand("step", "twice the completions, where prompts dominate", 1.3, "x", True, doubled, DECODING)
+    yield Demand("all", "`make bench`: its parts", 15, "minutes", True, minutes, "fewer steps of the peers")
+
+
+def minutes(record: dict) -> float | None:
+    """What all parts of a record took; None where one does not say it."""
+    taken = [record.get(name, {}).get("took_s") for name in PARTS]
+    return None if None in taken else sum(taken) / 60
 
 
 def _counted(n: int, noun: str) -> str:
@@ -258,7 +267,6 @@ def verdict_table(found: list[dict]) -> str:
 
 def main() -> None:
     from boxgrpo.bench.machine import folder
-    from boxgrpo.bench.result_files import newest
 
     record = json.loads(Path(sys.argv[1]).read_text()) if sys.argv[1:] else newest(folder())
     print(f"{record['machine']['device']}, {record['machine']['date']}\n\n{verdict_table(verdicts(record))}")

@@ -34,7 +34,7 @@ def blocks(record: dict) -> dict[str, str]:
 
 def _hold_the_prose(by_name: dict[str, dict]) -> None:
     """What the example says around its numbers."""
-    leaves = ("decode", "prefill", "vision", "head+loss", "backward")
+    leaves = ("data", "vision", "prefill", "decode", "reward", "reference", "head+loss", "backward", "optimizer")
     rows = {name.split(" > ")[-1]: row for name, row in by_name.items()}
     largest = sorted(rows, key=lambda name: rows[name]["seconds"] * (name in leaves), reverse=True)[:2]
     products = {name: rows[name]["top"][0][0] in ("aten::mm", "aten::addmm") for name in ("decode", "head+loss")}

@@ -3,7 +3,7 @@
     python -P -m boxgrpo.bench.report           writes RESULTS.md, results/<device>/*.png, the READMEs' blocks
     python -P -m boxgrpo.bench.report --check   writes nothing; exit status 1 where one of them says something else
 
-A device's newest dated file counts, and the records that the long commands keep.
+Of each part a device's newest dated file counts that has it, and the records that the long commands keep.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def _differing(path: Path, wanted: str) -> list[str]:
 
 def write(root: Path) -> None:
     found = records(root / "bench/results")
+    texts = {"README.md": filled((root / "README.md").read_text(), blocks(found))}
+    texts |= {"bench/README.md": _guide(root, found), "bench/RESULTS.md": page(found)}
     for device, record in found.devices.items():
         report_plots.draw(record, root / "bench/results" / device)
-    (root / "bench/RESULTS.md").write_text(page(found))
-    (root / "bench/README.md").write_text(_guide(root, found))
-    readme = root / "README.md"
-    readme.write_text(filled(readme.read_text(), blocks(found)))
+    for name, text in texts.items():
+        (root / name).write_text(text)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -13,7 +13,8 @@ from .result_files import Records, described, part
 HEAD = """# Results
 
 Made by `python -P -m boxgrpo.bench.report` from the records in [results/](results); what these measure, and how, stands
-at the head of each command. A device's newest dated file counts. In them are all samples; times here are medians."""
+at the head of each command. Of each part a device's newest dated file counts that has it. In them are all samples;
+times here are medians."""
 
 
 def page(found: Records) -> str:
@@ -29,9 +30,10 @@ def page(found: Records) -> str:
 def _device(folder: str, record: dict) -> str:
     parts = [f"## {record['machine']['device']}"]
     for name, told in PARTS.items():
-        if record.get(name, {}).get("rows"):
+        if name in record:
             measured = part(record, name)
-            parts += [f"### {TITLES[name]}", _machine(measured), told(measured), *_left_out(measured)]
+            table = [told(measured)] if measured.get("rows") else []
+            parts += [f"### {TITLES[name]}", _machine(measured), *table, *_left_out(measured)]
             parts += _plots(folder, record, name)
     wanted = "### What is wanted, and what was measured: `bench/demands.py`"
     parts += [wanted, *_machines(record), verdict_table(verdicts(record)), *_tests(record)]
@@ -82,8 +84,9 @@ def _machine(measured: dict) -> str:
 
 def _machines(record: dict) -> list[str]:
     """The machine of each part that figures are wanted of, once where it is the same."""
-    measured = [part(record, name) for name in ("kernels", "rewards", "step") if name in record]
-    return ["\n".join(dict.fromkeys(map(_machine, measured or [record])))]
+    measured = [part(record, name)["machine"] for name in ("kernels", "rewards", "step") if name in record]
+    told = dict.fromkeys(described(machine, peers=True) for machine in measured or [record["machine"]])
+    return ["; ".join(f"*{machine}*" for machine in told)]
 
 
 def _step(measured: dict) -> str:

@@ -84,7 +84,7 @@ def _plain(axes) -> None:
 
 def roofline(record: dict) -> dict | None:
     """By floor (bytes, FLOP) the cases: FLOP a byte, and FLOP a second of each implementation."""
-    if "kernels" not in record:
+    if not record.get("kernels", {}).get("rows"):
         return None
     measured, data = _measured(record, "kernels")
     cases: dict[str, dict] = {}

@@ -7,7 +7,8 @@ from .bench_demo import table as demo_table
 from .bench_kernels import head_table
 from .bench_rewards import first_and_rates, rewards_row
 from .bench_step import growth_table, phases_table, steps_table
-from .result_files import PARTS, Records, part
+from .demands import minutes
+from .result_files import Records, part
 
 BLOCK = re.compile(r"(?P<open><!-- results:(?P<name>[\w ]+) -->)(?P<body>.*?)(?P<close><!-- end -->)", re.DOTALL)
 WIDTH = 120
@@ -38,7 +39,7 @@ def blocks(found: Records) -> dict[str, str]:
         "growth": growth_table(step["growth"]),
         "kernels": head_table(kernels),
         "kernels machine": kernels["machine"]["device"],
-        "bench minutes": f"{sum(record[name].get('took_s', 0) for name in PARTS if name in record) / 60:.1f} minutes",
+        "bench minutes": f"{minutes(record):.1f} minutes",
         "rewards": rewards_row(rewards),
         "rewards machine": rewards["machine"]["device"],
         "rewards first": first_and_rates(rewards),

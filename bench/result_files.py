@@ -56,13 +56,14 @@ def newest(device: Path = RESULTS / "cpu") -> dict:
         raise ValueError(f"{device} has no results of any day; `make bench` or `make bench-gpu` makes them.")
     *older, record = (json.loads(file.read_text()) for file in files)
     for old in reversed(older):
-        record |= {name: part(old, name) for name in PARTS if name in old and name not in record}
+        found = (name for name in PARTS if old.get(name, {}).get("rows") and not record.get(name, {}).get("rows"))
+        record |= {name: part(old, name) for name in found}
     return record
 
 
 @dataclass
 class Records:
-    """What bench/results holds: by device's folder the newest dated file, and by command what a long one left."""
+    """What bench/results holds: by device's folder its newest record, and by command what a long one left."""
 
     devices: dict[str, dict] = field(default_factory=dict)
     long: dict[str, dict] = field(default_factory=dict)

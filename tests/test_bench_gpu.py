@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from boxgrpo.bench import bench_gpu
-from boxgrpo.bench.bench_gpu import Conductor, Part, failure, outcomes
+from boxgrpo.bench.bench_gpu import Conductor, Part, failures, outcomes
 from boxgrpo.bench.demands import QWEN_2B, QWEN_7B, verdict_table, verdicts
 from boxgrpo.bench.gpu_parts import PARTS, kernel_cases
 from boxgrpo.bench.result_files import newest
@@ -52,7 +52,12 @@ def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(out):
     c.run(Part("early", (sys.executable, str(script)), 60, "rewards"))
     told = {name: found["outcome"] for name, found in c.record["parts"].items()}
     assert told["slow"].startswith("stopped after 6 s") and told["broken"] == "failed with 1: no such kernel"
-    assert told["beside"] == told["last"] == "done" and not failure(told["slow"]) and failure(told["broken"])
+    assert told["beside"] == told["last"] == "done"
+    chosen = [Part(name, (), 1.0) for name in told]
+    assert failures(c.record, chosen) == ["broken"]  # a stopped one is none
+    c.record["kernels"]["errors"] = [{"case": "a", "implementation": "trl"}, {"case": "b", "implementation": "boxgrpo"}]
+    c.record["tests"] = {"failed": ["tests/test_a.py::test_b"]}
+    assert failures(c.record, chosen) == ["broken", "tests/test_a.py::test_b", "b"]
     assert "rewards" not in c.record  # it left no row
     left = Path((out / "slow.json.at").read_text())
     assert left.parent.name.startswith("boxgrpo-") and not left.parent.exists()

@@ -64,8 +64,8 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
     """The first row's peers step more often than the others'; growth takes from the rows what they have."""
     ran = []
 
-    def side(name, case, at, steps, warmup=0):
-        ran.append((name, case.images, case.generations, case.tokens, steps))
+    def side(name, case, at, steps, warmup=None):
+        ran.append((name, case.images, case.generations, case.tokens, steps, warmup))
         phases = {"prefill": 0.5, "backward": 0.5 * case.images * case.generations}
         return Side([phases] * steps, 100, 9.0, 7, 1)
 
@@ -79,9 +79,9 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
     )
     cases, kept = [TINY, replace(TINY, images=1)], []
     found = run(cases, ["trl", "univg_r1"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
-    assert ran[:3] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("univg_r1", 2, 4, 6, 1)]
-    assert ran[3:5] == [("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
-    assert ran[5:] == [("ours", 2, 8, 6, 1), ("ours", 6, 8, 8, 1), ("ours", 6, 16, 8, 1)]
+    assert ran[:3] == [("ours", 2, 4, 6, 2, None), ("trl", 2, 4, 6, 3, None), ("univg_r1", 2, 4, 6, 1, None)]
+    assert ran[3:5] == [("ours", 1, 4, 6, 2, None), ("trl", 1, 4, 6, 1, None)]
+    assert ran[5:] == [("ours", 2, 8, 6, 1, 1), ("ours", 6, 8, 8, 1, 1), ("ours", 6, 16, 8, 1, 1)]  # no first step
     assert kept == [1, 1, 1, 2, 2, 2, 2, 2]  # after each side, each size and all of growth
     assert found["growth"]["images"]["seconds"] == [2.5, 4.5] and found["growth"]["images"]["each_s"] == 2.0
     assert found["growth"]["generations"]["samples_s"] == [[4.5], [8.5]]  # of two steps, one was the first
