@@ -33,7 +33,7 @@ FULL = bench_step.Plan()
 QUARTER_HOUR = bench_step.Plan(
     peer_steps={"trl": (2, 1), "univg_r1": (2, 0)},
     growth={"images": (1, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64), "prompts": (1, 2, 4)},
-    growth_steps=2,
+    growth_steps=3,
 )
 
 

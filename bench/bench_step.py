@@ -6,12 +6,12 @@ and how it grows.
 
 `make bench` keeps the results. On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the
 published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, and a step's
-seconds are the median of its steps, from one step's begin to the next's, data and logging included; on a GPU, where the
-first one compiles, without that. A ratio is over as many first steps of both sides. The phases are those of that very
-step; on a GPU, where they overlap, of a second run in which each waits for the device. Peak memory is what is held
-above the loaded model: reference, gradients, moments and activations. A peer whose package is missing is skipped, and
-named. The vocabulary is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or
-../shared), or without it one of as many tokens.
+seconds are the median of those after the first (of a single step, its own), from one step's begin to the next's, data
+and logging included. A ratio is over the same steps of both sides: where a peer takes one, over our first. The phases
+are those of that very step; on a GPU, where they overlap, of a second run in which each waits for the device. Peak
+memory is what is held above the loaded model: reference, gradients, moments and activations. A peer whose package is
+missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer
+under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
 """
 
 import argparse
@@ -48,29 +48,27 @@ GROWTH = {"images": (1, 2, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: counted steps, and the sizes at which our step is looked at again."""
+    """How much is measured: steps, the first among them, and the sizes at which our step is looked at again."""
 
-    steps: int = 3  # of ours in each row
+    steps: int = 4  # of ours in each row
     # Of each peer in the first row and in the others; 0: it is not run there.
-    peer_steps: dict[str, tuple[int, int]] = field(default_factory=lambda: dict.fromkeys(PEERS, (3, 3)))
+    peer_steps: dict[str, tuple[int, int]] = field(default_factory=lambda: dict.fromkeys(PEERS, (4, 4)))
     growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: GROWTH)  # none: no growth
-    growth_steps: int = 3
+    growth_steps: int = 4
 
 
-def fresh(side: str, case: StepCase, at: Path, steps: int, warmup: int | None = None) -> Side | str:
+def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
     """`run_side` in a process of its own, which may start workers.
 
-    On a CPU it is forked off a process that has imported what is ours, and no peer, and all steps count, unless
-    `warmup` says how many do not.
+    On a CPU it is forked off a process that has imported what is ours, and no peer.
     """
     gpu = torch.cuda.is_available()
-    warmup = int(gpu) if warmup is None else warmup
     context = get_context("spawn" if gpu else "forkserver")
     if not gpu:
         context.set_forkserver_preload(["boxgrpo.bench.step_sides"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(run_side, side, case, at, steps, warmup).result()
+            return pool.submit(run_side, side, case, at, steps).result()
         except BrokenProcessPool:
             return "failed: its process died"
 
@@ -84,10 +82,10 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         if isinstance(side, str):
             found[f"{name}_error"] = side
             continue
-        seconds = side.seconds
+        seconds = later(side.seconds)
         found[f"{name}_s"] = round(statistics.median(seconds), 3)
         found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
-        found[f"{name}_samples_s"] = [round(x, 3) for x in seconds]
+        found[f"{name}_samples_s"] = [round(x, 3) for x in side.seconds]
         found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
         found[f"{name}_settings"] = side.settings | {"threads": side.threads}
     ours, *peers = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", *PEERS))
@@ -100,8 +98,8 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
                 f"{ours.trained} and {peer.trained} trained parameters"
             )
             continue
-        like = statistics.median(ours.seconds[: len(peer.seconds)])  # as many first steps
-        found[f"{prefix}ratio"] = round(statistics.median(peer.seconds) / like, 2)
+        like = ours.seconds[:1] if len(peer.seconds) == 1 else later(ours.seconds)
+        found[f"{prefix}ratio"] = round(statistics.median(later(peer.seconds)) / statistics.median(like), 2)
         if ours.peak_bytes and peer.peak_bytes:
             found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
     if ours:
@@ -125,7 +123,12 @@ def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
 
 
 def median_step(side: Side) -> dict[str, float]:
-    return side.steps[side.seconds.index(statistics.median_low(side.seconds))]
+    return side.steps[side.seconds.index(statistics.median_low(later(side.seconds)))]
+
+
+def later(seconds: Sequence[float]) -> Sequence[float]:
+    """The steps after the first, which makes the optimizer's state and pages memory in; it alone where there is one."""
+    return seconds[1:] or seconds
 
 
 def growth(
@@ -138,8 +141,8 @@ def growth(
 ) -> dict[str, dict]:
     """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
-    Of the steps after the first the fastest, which was disturbed least. `known`: samples by case of what is measured
-    already. `keep` is given what there is after each size.
+    Of a case's steps after the first the fastest, which was disturbed least. `known`: samples by case of what is
+    measured already. `keep` is given what there is after each size.
     """
 
     def points(cases: list[StepCase]) -> dict[str, list]:
@@ -147,12 +150,12 @@ def growth(
             if case.name in known:
                 continue
             prepare(case, at, tokenizer)
-            side = fresh("ours", case, at, plan.growth_steps, warmup=1)
+            side = fresh("ours", case, at, plan.growth_steps)
             if isinstance(side, str):
                 raise ValueError(f"{case.name}: {side}")
             known[case.name] = [round(x, 3) for x in side.seconds]
         samples = [known[case.name] for case in cases]
-        return {"seconds": [min(x) for x in samples], "samples_s": samples}
+        return {"seconds": [min(later(x)) for x in samples], "samples_s": samples}
 
     found = {}
     for size, values in plan.growth.items():
@@ -251,8 +254,8 @@ def run(
                 sides[name] = fresh(name, case, at, steps[name])
                 result["rows"][i:] = [found := row(case, sides, at, measured)]
                 keep(result)
-            if later := found.get("ours_samples_s", [])[0 if torch.cuda.is_available() else 1 :]:
-                known[case.name] = later
+            if "ours_samples_s" in found:
+                known[case.name] = found["ours_samples_s"]
         if plan.growth:
 
             def keep_growth(found: dict) -> None:
@@ -270,7 +273,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
     parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
     parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each side, the first among them")
     parser.add_argument("--growth", action="store_true", help="also our step against each of its sizes")
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
     parser.add_argument("--json", help="write the results there, - for standard output")

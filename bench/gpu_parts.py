@@ -87,7 +87,7 @@ def growth(args, measured: dict, keep: Keep) -> dict:
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     case = TINY_STEP if args.quick else step_cases(torch.cuda.is_available())[0]
     sizes = {"images": (1, 2)} if args.quick else {k: (*v, getattr(case, k)) for k, v in GROWTH.items()}
-    plan = bench_step.Plan(growth={k: tuple(sorted(v)) for k, v in sizes.items()}, growth_steps=1)
+    plan = bench_step.Plan(growth={k: tuple(sorted(v)) for k, v in sizes.items()}, growth_steps=2)
     with tempfile.TemporaryDirectory() as at:
         found = bench_step.growth(plan, case, Path(at), tokenizer, {}, lambda found: keep({"growth": found}))
     return {"growth": found}
@@ -126,9 +126,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="kernels by torch.compile alone")
     parser.add_argument("--images", type=int, nargs="+", default=[4], help="steps with so many images a prompt")
     parser.add_argument("--peers", nargs="*", default=list(bench_step.PEERS), help="sides beside ours")
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of ours")
+    parser.add_argument("--steps", type=int, default=4, help="steps of ours, the first among them")
     parser.add_argument(
-        "--peer_steps", type=int, default=1, help="and of each other side, which take many times as long"
+        "--peer_steps", type=int, default=2, help="and of each other side, which take many times as long"
     )
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")

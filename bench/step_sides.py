@@ -112,9 +112,9 @@ class Clock:
             self.charge()
             self.inside.pop()
 
-    def counted(self, warmup: int) -> list[dict[str, float]]:
-        """Whole steps after the first `warmup`; the last one ends with the run and is none."""
-        return [dict(step) for step in self.steps[warmup:-1]]
+    def whole_steps(self) -> list[dict[str, float]]:
+        """The last one ends with the run and is none."""
+        return [dict(step) for step in self.steps[:-1]]
 
 
 class Memory:
@@ -187,7 +187,7 @@ def our_options(case: StepCase, folder: Path, output_dir: str, steps: int, **mor
     )
 
 
-def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool = False) -> Side:
+def ours(case: StepCase, folder: Path, steps: int, *, waits: bool = False) -> Side:
     """`grpo.train` as it is, its spans on this clock."""
     clock, memory, seen = Clock(waits=waits), Memory(), {}
 
@@ -201,13 +201,13 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
     with tempfile.TemporaryDirectory() as out, whole_and_paid(), contextlib.ExitStack() as patches, ranks() as r:
         patched = {(grpo, "span"): clock.span, (rollout, "span"): clock.span, (grpo, "loaded_model"): loaded_model}
         patched[grpo, "make_engine"] = engine_of(case)
-        # A GPU's steps look at the next one's images, the last at none: it is not counted, and ends with nothing.
+        # A GPU's steps look at the next one's images, the last at none: it is one more, and ends with nothing.
         ahead = torch.cuda.is_available()
         if not ahead:
             patched[grpo, "save_pretrained"] = lambda *_: clock.begin_step()  # which ends the last step
         for (owner, name), value in patched.items():
             patches.enter_context(mock.patch.object(owner, name, value))
-        grpo.train(our_options(case, folder, out, warmup + steps + ahead), r)
+        grpo.train(our_options(case, folder, out, steps + ahead), r)
         peak = memory.peak()
         logged = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     for line in logged:
@@ -215,10 +215,10 @@ def ours(case: StepCase, folder: Path, steps: int, warmup: int, *, waits: bool =
     tokens = logged[-1]["num_tokens"] / len(logged) / case.prompts - case.generations * case.tokens
     trained = sum(p.numel() for p in seen["model"].parameters() if p.requires_grad)
     settings = OURS | {"masters": case.masters, "freed_memory": FREED_MEMORY}
-    return Side(clock.counted(warmup), peak, tokens, trained, torch.get_num_threads(), settings)
+    return Side(clock.whole_steps(), peak, tokens, trained, torch.get_num_threads(), settings)
 
 
-def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
+def trl(case: StepCase, folder: Path, steps: int) -> Side:
     """TRL's `GRPOTrainer` with transformers' generate, a group's completions in one batch."""
     from datasets import Dataset, Image, List
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainerCallback
@@ -273,7 +273,7 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out,
-            max_steps=warmup + steps,
+            max_steps=steps,
             num_generations=case.generations,
             max_completion_length=case.tokens,
             generation_kwargs={"suppress_tokens": [*never.vision_ids, *never.eos_ids]},
@@ -301,23 +301,23 @@ def trl(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     masters = case.dtype == "float32"  # else it updates bf16 weights
     settings |= {"masters": masters, "attn_implementation": ATTENTION, "freed_memory": FREED_MEMORY}
-    return Side(clock.counted(warmup), peak, tokens, trained, torch.get_num_threads(), settings)
+    return Side(clock.whole_steps(), peak, tokens, trained, torch.get_num_threads(), settings)
 
 
-def univg_r1(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
+def univg_r1(case: StepCase, folder: Path, steps: int) -> Side:
     from boxgrpo.bench.step_univg import univg_r1 as side  # which imports from here
 
-    return side(case, folder, steps, warmup)
+    return side(case, folder, steps)
 
 
 SIDES = {"ours": ours, "ours_by_phase": functools.partial(ours, waits=True), "trl": trl, "univg_r1": univg_r1}
 
 
-def run_side(name: str, case: StepCase, folder: Path, steps: int, warmup: int) -> Side | str:
+def run_side(name: str, case: StepCase, folder: Path, steps: int) -> Side | str:
     """One side; where the device's memory is too small for it, or it fails, the error. The others go on."""
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            return SIDES[name](case, folder, steps, warmup)
+            return SIDES[name](case, folder, steps)
         except torch.OutOfMemoryError as error:
             return f"out of memory: {error}"
         except Exception as error:

@@ -113,7 +113,7 @@ def mask_of(completions: Tensor, eos_token_id: int) -> Tensor:
     return (ended.cumsum(1) - ended == 0).long()
 
 
-def univg_r1(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
+def univg_r1(case: StepCase, folder: Path, steps: int) -> Side:
     """The trainer's step on `folder`'s checkpoint and records, on our clock.
 
     Without activation checkpointing where there is room for that; the paper's script always has it.
@@ -122,13 +122,13 @@ def univg_r1(case: StepCase, folder: Path, steps: int, warmup: int) -> Side:
         keep_freed_memory()  # as our loop does
     if case.model not in CHECKPOINTED:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return _steps(case, folder, steps, warmup, checkpointing=False)
+            return _steps(case, folder, steps, checkpointing=False)
         gc.collect()
         torch.cuda.empty_cache()
-    return _steps(case, folder, steps, warmup, checkpointing=True)
+    return _steps(case, folder, steps, checkpointing=True)
 
 
-def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointing: bool) -> Side:
+def _steps(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> Side:
     clock, memory = Clock(waits=False), Memory()
     options = GrpoOptions(learning_rate=LEARNING_RATE)
     processor = Processor.from_pretrained(
@@ -154,10 +154,10 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
         pad_token_id=processor.eos_ids[1],
         suppress_tokens=[*processor.vision_ids, *processor.eos_ids],
     )
-    engine = engine_of(case)(policy, options, Ranks(device=device), warmup + steps)
+    engine = engine_of(case)(policy, options, Ranks(device=device), steps)
     torch.manual_seed(options.seed)
-    tokens, updates, norms = 0, warmup + steps, []
-    for step in range(updates):
+    tokens, norms = 0, []
+    for step in range(steps):
         with clock.span("data"):
             chosen = [examples[(step * case.prompts + b) % len(examples)] for b in range(case.prompts)]
             batches = [Batch.of([processor.prompt(e) for _ in range(case.generations)], device) for e in chosen]
@@ -181,8 +181,8 @@ def _steps(case: StepCase, folder: Path, steps: int, warmup: int, *, checkpointi
         "freed_memory": FREED_MEMORY,
     }
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    prompt_tokens = tokens / (updates * case.prompts)
-    return Side(clock.counted(warmup), memory.peak(), prompt_tokens, trained, torch.get_num_threads(), settings)
+    prompt_tokens = tokens / (steps * case.prompts)
+    return Side(clock.whole_steps(), memory.peak(), prompt_tokens, trained, torch.get_num_threads(), settings)
 
 
 def micro_batch(clock: Clock, policy, reference, processor: Processor, batch: Batch, sampling, gold) -> Tensor:

