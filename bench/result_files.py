@@ -84,7 +84,7 @@ def described(machine: dict, *, peers: bool = False) -> str:
     """The machine in a line, with the revision and the day; with `peers` also the packages that are compared."""
     told = [machine["device"]]
     told += [f"{machine['gpu_memory_gb']:.0f} GB"] if "gpu_memory_gb" in machine else []
-    told += [f"{machine['threads']} threads"] if "threads" in machine else []
+    told += [f"{n} thread{'s' * (n != 1)}"] if (n := machine.get("threads")) else []
     named = VERSIONS | PEERS if peers else VERSIONS
     told += [f"{name} {machine[key]}" for key, name in named.items() if key in machine]
     return ", ".join([*told, f"revision {machine['revision']}", machine["date"]])

@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from boxgrpo.bench import bench_guard
 from boxgrpo.bench.bench_guard import guarded, measured, out_of_bounds
@@ -12,9 +13,15 @@ from boxgrpo.bench.result_files import newest
 
 @pytest.fixture
 def case():
-    """Sampling from 16 rows of logits: milliseconds of work on both sides, whose ratio hardly moves."""
+    """Sampling from 16 rows of logits: milliseconds of work on both sides, whose ratio hardly moves.
+
+    With one thread, as the guard has: a second one spins while the first sleeps, and is charged for it.
+    """
     (found,) = guarded("sample_tokens")
-    return found
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield found
+    torch.set_num_threads(threads)
 
 
 def test_twice_as_slow_is_out_of_bounds_and_as_before_is_not(case, monkeypatch):
