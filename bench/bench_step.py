@@ -30,7 +30,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from boxgrpo.bench.peers import NAMES, skipped
-from boxgrpo.bench.result_files import begin, dump, write
+from boxgrpo.bench.result_files import begin, dump, later, write
 from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.step_sides import Side, run_side
@@ -124,11 +124,6 @@ def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
 
 def median_step(side: Side) -> dict[str, float]:
     return side.steps[side.seconds.index(statistics.median_low(later(side.seconds)))]
-
-
-def later(seconds: Sequence[float]) -> Sequence[float]:
-    """The steps after the first, which makes the optimizer's state and pages memory in; it alone where there is one."""
-    return seconds[1:] or seconds
 
 
 def growth(

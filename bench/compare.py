@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from boxgrpo.bench.cases import sizes
 from boxgrpo.bench.machine import folder
-from boxgrpo.bench.result_files import dated, part
+from boxgrpo.bench.result_files import dated, later, part
 
 LEAST = 0.05  # a change below this is none
 UNKNOWN = 0.10  # noise of what was timed once
@@ -83,7 +83,7 @@ def _step(measured: dict):
     for r in measured["rows"]:
         for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
             spread, samples = r[f"{side}_spread_s"], r.get(f"{side}_samples_s")
-            yield r["case"], side, interval(r[f"{side}_s"], samples and (samples[1:] or samples), spread)
+            yield r["case"], side, interval(r[f"{side}_s"], samples and later(samples), spread)
 
 
 TIMED = {"kernels": _kernels, "rewards": _rewards, "step": _step}

@@ -8,6 +8,7 @@ A part that another run left in the file has its own machine, load and ceilings.
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def newest(device: Path = RESULTS / "cpu") -> dict:
         found = (name for name in PARTS if old.get(name, {}).get("rows") and not record.get(name, {}).get("rows"))
         record |= {name: part(old, name) for name in found}
     return record
+
+
+def later(seconds: Sequence[float]) -> Sequence[float]:
+    """The steps after the first, which makes the optimizer's state and pages memory in; it alone where there is one."""
+    return seconds[1:] or seconds
 
 
 @dataclass
