@@ -119,6 +119,7 @@ def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[
 def rounded(row: Row) -> dict:
     """A row as JSON, to the microsecond and the tenth of a percent."""
     found = {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(row).items()}
+    found["samples"] = [round(value, 6) for value in row.samples]
     return found | {"top": [[name, round(share, 3)] for name, share in row.top]}
 
 

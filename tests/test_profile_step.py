@@ -46,16 +46,19 @@ def test_what_is_not_there_is_not_profiled(tmp_path):
         profile_step.read(tmp_path / "none.trace.json.gz")
 
 
+LEAVES = ("data", "vision", "prefill", "decode", "reward", "reference", "head+loss", "backward", "optimizer")
+
+
 def test_the_guides_example_is_what_the_profile_shows():
-    """Else it has to be written anew: the record with a cheaper head, or another operator, is refused."""
+    """Its sentences blame the head's products, in the loss and in decode; where they are wrong, write them anew."""
     record, page = part(newest(), "profile"), (NSIGHT.parent / "README.md").read_text()
+    rows = {row["name"].split(" > ")[-1]: row for row in record["rows"]}
+    largest = sorted(LEAVES, key=lambda name: rows[name]["seconds"], reverse=True)[:2]
+    assert set(largest) == {"decode", "head+loss"}
+    assert all(rows[name]["top"][0][0] in ("aten::mm", "aten::addmm") for name in largest)
+    assert rows["head+loss"]["seconds"] > 0.5 * rows["forward"]["seconds"]
     with pytest.raises(ValueError, match="bench/README.md has the blocks"):
         filled(page.replace("profile:inside", "profile:outside"), blocks(record))
-    head = next(row for row in record["rows"] if row["name"].endswith("head+loss"))
-    for change in ({"seconds": 1e-3}, {"top": [["aten::copy_", 0.9]]}):
-        rows = [row | change if row is head else row for row in record["rows"]]
-        with pytest.raises(ValueError, match="blames products of the head, the profile does not"):
-            blocks(record | {"rows": rows})
 
 
 def nsight(*args, **environment):

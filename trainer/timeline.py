@@ -48,6 +48,7 @@ class Row:
     name: str  # with the names of the ranges around it: step > rollout > decode
     titles: list[str]  # names with sizes as seen, the first few
     seconds: float = 0.0  # of the host
+    samples: list[float] = field(default_factory=list)  # of each step: the GPU's seconds, without one the host's
     launches: float = 0.0
     gpu_seconds: float | None = None  # from the first kernel's begin to the last one's end
     idle_seconds: float | None = None  # of the host's, those in which the GPU ran nothing at all
@@ -84,8 +85,10 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
     busy_before = _busy_before(timeline.work)
     found: dict[str, Row] = {}
     spent: dict[str, Counter[str]] = defaultdict(Counter)
+    step = -1
     for visit in visits:
-        row = found.setdefault(visit.name, Row(visit.name, []))
+        step += visit.name == STEP
+        row = found.setdefault(visit.name, Row(visit.name, [], samples=[0.0] * steps))
         seconds = visit.range.end - visit.range.start
         if visit.range.title not in row.titles:
             row.titles.append(visit.range.title)
@@ -99,6 +102,7 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
             idle = seconds - (busy_before(visit.range.end) - busy_before(visit.range.start))
             row.gpu_seconds = (row.gpu_seconds or 0.0) + reach / steps
             row.idle_seconds = (row.idle_seconds or 0.0) + idle / steps
+        row.samples[step] += reach if timeline.on_gpu else seconds
     for name, row in found.items():
         total = sum(spent[name].values())
         row.top = [(work, seconds / total) for work, seconds in spent[name].most_common(top) if total]
