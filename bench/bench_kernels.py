@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -87,7 +87,8 @@ def seconds_on_gpu(run: Callable[[], object]) -> list[float]:
 def peaks_on_cpu(wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int | None]:
     """(case, implementation) -> the most resident memory that a run holds beyond its inputs, gradients included.
 
-    Each in a process of its own, forked off one that has imported the peers; the caller's stays without them.
+    Each in a process of its own, forked off one that has imported the peers; the caller's stays without them. Two run
+    at a time: their memory does not depend on it.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peaks_resident, list(wanted)).result()
@@ -96,11 +97,13 @@ def peaks_on_cpu(wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int
 def _peaks_resident(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], int | None]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["boxgrpo.bench.bench_kernels", *PEER_MODULES])  # those that are there
-    found = {}
-    for key in wanted:
+
+    def peak(key: tuple[str, str]) -> int | None:
         with context.Pool(1) as pool:
-            found[key] = pool.apply(_peak_resident, key)
-    return found
+            return pool.apply(_peak_resident, key)
+
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(wanted, two.map(peak, wanted), strict=True))
 
 
 def peak_on_gpu(case: Case, implementation: str) -> int:
@@ -138,6 +141,7 @@ def _peak_resident(name: str, implementation: str) -> int | None:
     case = next(case for case in cases(torch.device("cpu")) if case.name == name)
     run = case.make(case, torch.device("cpu"), SEED)[implementation]
     if implementation == "compile":
+        torch._inductor.config.compile_threads = 1  # its workers would outlive this process
         run()  # the compiler's own memory is not the op's
         gc.collect()
     before = resident_kb(os.getpid())
@@ -266,13 +270,8 @@ def table(result: dict) -> str:
     for r in result["rows"]:
         base = ours.get((r["op"], str(r["shape"])))
         peak = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
-        cells = (
-            r["op"],
-            sizes(r["shape"]),
-            r["implementation"],
-            f"{r['ms']:.4g}",
-            f"{r['ms'] / base:.2f}" if base else "",
-        )
+        times = f"{r['ms']:.4g}", f"{r['ms'] / base:.2f}" if base else ""
+        cells = (r["op"], sizes(r["shape"]), r["implementation"], *times)
         lines.append(f"| {' | '.join(cells)} | {r['percent_of_floor']:.0f} | {peak} |")
     return "\n".join(lines)
 
