@@ -1,48 +1,43 @@
 """CI's guard: a kernel made twice as slow is out of its bound, the same one measured again is not."""
 
-import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from boxgrpo.bench import bench_guard
 from boxgrpo.bench.bench_guard import guarded, measured, out_of_bounds
 from boxgrpo.bench.result_files import newest
 
 
-@pytest.fixture
-def case():
-    """Sampling from 16 rows of logits: milliseconds of work on both sides, whose ratio hardly moves.
+class Processor:
+    """A clock of processor seconds, which calls spend; a third of the time the machine is three times as slow."""
 
-    With one thread, as the guard has: a second one spins while the first sleeps, and is charged for it.
-    """
-    (found,) = guarded("sample_tokens")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield found
-    torch.set_num_threads(threads)
+    def __init__(self):
+        self.seconds = 0.0
+
+    def process_time(self):
+        return self.seconds
+
+    def call(self, seconds):
+        def spend():
+            self.seconds += seconds * (3 if self.seconds % 3 < 1 else 1)
+
+        return spend
 
 
-def test_twice_as_slow_is_out_of_bounds_and_as_before_is_not(case, monkeypatch):
-    """Of ours and eager's processor seconds in turns; a sleep, as another process's work, costs nothing."""
-    monkeypatch.setattr(bench_guard, "LEAST_SECONDS", 0.02)
-    before = {"rows": [measured(case)]}
+def test_twice_as_slow_is_out_of_bounds_and_as_before_is_not(monkeypatch):
+    """By processor seconds alone: the guard has no other clock here, as another process's work costs nothing."""
+    monkeypatch.setattr(bench_guard, "time", processor := Processor())
+    (case,) = guarded("group_advantages B=16")
 
-    def slowed(times):
-        def make(*args):
-            runs = case.make(*args)
+    def slower(times):
+        runs = {"boxgrpo": processor.call(0.002 * times), "eager": processor.call(0.01)}
+        return measured(replace(case, make=lambda *args: runs))
 
-            def ours():
-                time.sleep(0.002)
-                return [runs["boxgrpo"]() for _ in range(times)]
-
-            return runs | {"boxgrpo": ours}
-
-        return replace(case, make=make)
-
-    assert out_of_bounds([measured(slowed(1))], before) == []
-    assert out_of_bounds([measured(slowed(2))], before) == [case.name]
+    before = {"rows": [slower(1)]}
+    assert before["rows"][0]["ratio"] == pytest.approx(0.2, rel=0.1)
+    assert out_of_bounds([slower(1.2)], before) == []
+    assert out_of_bounds([slower(2)], before) == [case.name]
 
 
 def test_a_bound_is_half_more_than_the_recorded_ratio():
