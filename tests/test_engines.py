@@ -272,7 +272,7 @@ def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_pat
     assert run.returncode and "memory ran out (no room), and at --zero_stage 3 no rank can start over alone" in told
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_ranks_without_anything_to_train_keep_step(world, tmp_path, stage):
     """A newborn model's rewards are all 0: without KL no group of any rank has a gradient."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

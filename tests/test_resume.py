@@ -44,7 +44,7 @@ def same_end(one, other) -> None:
         assert (one / f"samples{rank}").read_bytes() == (other / f"samples{rank}").read_bytes()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_if_it_had_not_been(world, tmp_path, engine):
     """Two ranks; SIGKILL for every process three times: before the first checkpoint, at some moment, while saving."""
     if engine == "deepspeed":

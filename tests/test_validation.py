@@ -147,7 +147,8 @@ def test_the_earlier_best_outlives_a_full_disk_and_a_kill_between_the_renames(wo
     assert not list(folder.glob(".best.e*"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero 3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero 3"])
 def test_a_killed_run_has_the_metrics_and_the_best_of_an_undisturbed_one(world, tmp_path, engine):
     """Two ranks, SIGKILL behind an evaluation that no checkpoint knows of."""
     values = {"max_steps": 8, "eval_every": 2, "save_steps": 3, "resume": "auto"}
