@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from boxgrpo.bench.peers import NAMES, skipped
 from boxgrpo.bench.result_files import begin, dump, later, write
-from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
+from boxgrpo.bench.step_cases import ASKED, MODELS, TEXTS, StepCase, asked_case, prepare, step_cases
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.step_sides import Side, run_side
 from boxgrpo.bench.vocabularies import benchmark_tokenizer
@@ -199,7 +199,7 @@ def phases_table(r: dict) -> str:
 
 def growth_table(grown: dict) -> str:
     """Markdown: what each more of a size costs."""
-    lines = ["| size | values | seconds | each more, ms | misfit |", "|---|---|---|---|---|"]
+    lines = ["| size | values | fastest step, s | each more, ms | misfit |", "|---|---|---|---|---|"]
     for size in (size for size in GROWTH if size in grown):
         g = grown[size]
         values, seconds = (", ".join(map(str, g[key])) for key in ("values", "seconds"))
@@ -211,13 +211,8 @@ def growth_table(grown: dict) -> str:
 
 def chosen(args, gpu: bool) -> list[StepCase]:
     """All rows, or the one that the flags ask for."""
-    given = {key: getattr(args, key) for key in ("model", "images", "prompts") if getattr(args, key) is not None}
-    if not given:
-        return step_cases(gpu)
-    case = replace(step_cases(gpu)[0], **given)
-    if case.model in ("2B", "7B") and not gpu:
-        raise ValueError(f"model is {case.model}; it is measured on a GPU, and none is here. Drop --model.")
-    return [case]
+    asked = any(getattr(args, key) is not None for key in ASKED)
+    return [asked_case(args, gpu)] if asked else step_cases(gpu)
 
 
 def run(
@@ -284,8 +279,7 @@ def main() -> None:
 
     result = run(cases, args.peers, plan, tokenizer, measured, keep)
     if args.json == "-":
-        rows = result.pop("rows")
-        print(dump(record | result | (rows[0] if len(rows) == 1 else {"rows": rows})))
+        print(dump(record | {"step": result}))
         return
     told = [f"{r['case']}:\n\n{phases_table(r)}" for r in result["rows"] if "phases" in r]
     print(steps_table(result), *told, sep="\n\n")

@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from boxgrpo.bench.nsys_sqlite import read_nsys
 from boxgrpo.bench.result_files import begin, dump, write
-from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, prepare, step_cases
+from boxgrpo.bench.step_cases import MODELS, TEXTS, StepCase, asked_case, prepare
 from boxgrpo.bench.step_floors import floors, limits, work
 from boxgrpo.bench.vocabularies import benchmark_tokenizer
 from boxgrpo.model.checkpoint import read_config
@@ -68,16 +68,17 @@ def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path
     }
     command = [sys.executable, "-P", "-m", "boxgrpo.bench.profile_worker", json.dumps(asked)]
     by_nsys = torch.cuda.is_available() and shutil.which("nsys")
-    exported = output_dir / FOLDER / "nsys.sqlite"
     if by_nsys:
-        exported.parent.mkdir(parents=True, exist_ok=True)
-        command = [*NSYS, str(exported.with_suffix("")), *command]
+        output_dir.mkdir(parents=True, exist_ok=True)
+        command = [*NSYS, str(output_dir / "nsys"), *command]  # the run empties its folder of profiles
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise ValueError(f"the profiled run failed:\n{done.stdout[-4000:]}")
-    traces = [exported] if by_nsys else list((output_dir / FOLDER).glob("*-rank0.trace.json.gz"))
+    for written in output_dir.glob("nsys.*"):
+        written.replace(output_dir / FOLDER / written.name)
+    (trace,) = (output_dir / FOLDER).glob("nsys.sqlite" if by_nsys else "*-rank0.trace.json.gz")
     last = (output_dir / "metrics.jsonl").read_text().splitlines()[-1]
-    return traces[0], json.loads(last)["step_time"]
+    return trace, json.loads(last)["step_time"]
 
 
 def least(case: StepCase, config, found: Sequence[Row], measured: dict[str, float]) -> dict[str, dict]:
@@ -119,7 +120,7 @@ def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[
 def rounded(row: Row) -> dict:
     """A row as JSON, to the microsecond and the tenth of a percent."""
     found = {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(row).items()}
-    found["samples"] = [round(value, 6) for value in row.samples]
+    found |= {key: [round(value, 6) for value in found[key]] for key in ("samples", "gpu_samples")}
     return found | {"top": [[name, round(share, 3)] for name, share in row.top]}
 
 
@@ -128,15 +129,6 @@ def shown(result: dict) -> str:
     kept = [Row(**{key: value for key, value in row.items() if key != "floor"}) for row in result["rows"]]
     counted = {row["name"]: row["floor"] for row in result["rows"] if row["floor"]}
     return table(kept, result["on_gpu"], counted)
-
-
-def chosen(args, gpu: bool) -> StepCase:
-    """The benchmark's first case, with what the flags change."""
-    given = {key: getattr(args, key) for key in ("model", "images", "prompts") if getattr(args, key) is not None}
-    case = replace(step_cases(gpu)[0], **given)
-    if case.model in ("2B", "7B") and not gpu:
-        raise ValueError(f"model is {case.model}; it is profiled on a GPU, and none is here. Drop --model.")
-    return case
 
 
 def main() -> None:
@@ -156,7 +148,7 @@ def main() -> None:
         return
     if args.steps < 1:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
-    case = chosen(args, torch.cuda.is_available())
+    case = asked_case(args, torch.cuda.is_available())
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     record = begin() | {"ceilings": limits()}
     record["profile"] = result = run(case, Path(args.output_dir), args.steps, tokenizer, record["ceilings"])

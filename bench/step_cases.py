@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ RECORDS = 8  # each with images of its own
 QUESTION = "Which of these images shows the object that stands alone, and where in the first of them is it?"
 TEXTS = (QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>")  # what is tokenized
 MERGE = 2 * 14  # pixels of a vision token's side
+ASKED = ("model", "images", "prompts")  # flags of a row of one's own
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,14 @@ def step_cases(gpu: bool) -> list[StepCase]:
         return [StepCase(images=n) for n in (4, 1, 6)] + [StepCase(prompts=4)]
     published = {"side": (448, 896), "tokens": 256, "dtype": "bfloat16"}  # 401,408 pixels, the default max_pixels
     return [StepCase(model, images=n, **published) for model in ("2B", "7B") for n in (4, 1, 6)]
+
+
+def asked_case(args, gpu: bool) -> StepCase:
+    """The first row, with what the flags of ASKED change. Raises ValueError for a published model without a GPU."""
+    case = replace(step_cases(gpu)[0], **{key: value for key in ASKED if (value := getattr(args, key)) is not None})
+    if case.model in ("2B", "7B") and not gpu:
+        raise ValueError(f"model is {case.model}; it runs on a GPU, and none is here. Drop --model.")
+    return case
 
 
 def merges(path: str | None) -> Path:

@@ -35,6 +35,7 @@ def test_ranges_nest_and_those_of_other_sizes_are_one_row(found):
     assert [found[name].seconds for name in BY_NAME] == [10, 3, 0.5, 5]  # of a step
     on_cpu = rows(Timeline(RANGES, WORK, on_gpu=False))
     assert [row.samples for row in on_cpu] == [[10, 10], [3, 3], [1, 0], [5, 5]]
+    assert {row.gpu_seconds for row in on_cpu} == {None}
     assert found["step > forward"].titles == ["forward 100", "forward 120"]
 
 
@@ -44,7 +45,7 @@ def test_work_belongs_to_the_range_that_launched_it(found):
     assert found["step > forward"].top == [("gemm", 2 / 3), ("layers", 1 / 3)]
     assert found["step > backward"].top == [("wgrad", 0.5), ("copy", 0.5)]
     assert found["step > forward"].gpu_seconds == (7 - 2) / 2  # its first kernel's begin to its last one's end
-    assert found["step > forward"].samples == [7 - 2, 0]
+    assert found["step > forward"].gpu_samples == [7 - 2, 0] and found["step > forward"].samples == [3, 3]
 
 
 def test_idle_is_when_the_gpu_ran_nothing_at_all(found):

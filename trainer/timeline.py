@@ -48,9 +48,10 @@ class Row:
     name: str  # with the names of the ranges around it: step > rollout > decode
     titles: list[str]  # names with sizes as seen, the first few
     seconds: float = 0.0  # of the host
-    samples: list[float] = field(default_factory=list)  # of each step: the GPU's seconds, without one the host's
+    samples: list[float] = field(default_factory=list)  # the host's seconds of each step
     launches: float = 0.0
     gpu_seconds: float | None = None  # from the first kernel's begin to the last one's end
+    gpu_samples: list[float] = field(default_factory=list)  # the same of each step
     idle_seconds: float | None = None  # of the host's, those in which the GPU ran nothing at all
     top: list[tuple[str, float]] = field(default_factory=list)  # work and its share of all the work in the range
 
@@ -88,11 +89,11 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
     step = -1
     for visit in visits:
         step += visit.name == STEP
-        row = found.setdefault(visit.name, Row(visit.name, [], samples=[0.0] * steps))
+        row = found.setdefault(visit.name, Row(visit.name, [], samples=[0.0] * steps, gpu_samples=[0.0] * steps))
         seconds = visit.range.end - visit.range.start
         if visit.range.title not in row.titles:
             row.titles.append(visit.range.title)
-        row.seconds += seconds / steps
+        row.samples[step] += seconds
         mine = inside[id(visit)]
         row.launches += len(mine) / steps
         for work in mine:
@@ -100,10 +101,11 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
         if timeline.on_gpu:
             reach = max(w.end for w in mine) - min(w.start for w in mine) if mine else 0.0
             idle = seconds - (busy_before(visit.range.end) - busy_before(visit.range.start))
-            row.gpu_seconds = (row.gpu_seconds or 0.0) + reach / steps
+            row.gpu_samples[step] += reach
             row.idle_seconds = (row.idle_seconds or 0.0) + idle / steps
-        row.samples[step] += reach if timeline.on_gpu else seconds
     for name, row in found.items():
+        row.seconds = sum(row.samples) / steps
+        row.gpu_seconds = sum(row.gpu_samples) / steps if timeline.on_gpu else None
         total = sum(spent[name].values())
         row.top = [(work, seconds / total) for work, seconds in spent[name].most_common(top) if total]
     return list(found.values())
