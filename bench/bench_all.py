@@ -5,8 +5,8 @@
     python bench/bench_all.py --parts kernels,rewards     the other parts that the file holds stay as they are
     python bench/bench_all.py --parts kernels --only fused --json -   cases whose name holds this, kept nowhere
 
-The file is written after each row, so that a run that is stopped leaves what it has measured. A part that cannot be
-measured here is named, and the exit status is 1.
+The file is written after each part, and after each side of a step, so that a run that is stopped leaves what it has
+measured. A part that cannot be measured here is named, and the exit status is 1.
 """
 
 import argparse
@@ -80,6 +80,7 @@ def profile(r: Run, keep: Callable[[dict], None]) -> dict:
         return profile_step.run(case, Path(out), PROFILED, tokenizer, r.record["ceilings"])
 
 
+CHOOSING = ("kernels", "guard", "step")  # parts of which --only takes some cases
 PARTS = {"kernels": kernels, "guard": guard, "rewards": rewards, "step": step, "profile": profile}
 
 
@@ -130,10 +131,14 @@ def main(args: list[str] | None = None) -> None:
     parts = o.parts.split(",") if o.parts else [name for name in PARTS if not (gpu and name == "guard")]
     if wrong := set(parts) - PARTS.keys():
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}.")
+    if o.only and not set(parts) <= set(CHOOSING):
+        raise ValueError(f"only is {o.only!r}; name the parts it is meant for with --parts, of {', '.join(CHOOSING)}.")
     path = Path(o.json) if o.json and o.json != "-" else None
     if not o.json and not o.only:  # a part of a part does not take the place of the whole
         path = of_today()
     record = begin(path)
+    if path and record["machine"]["revision"].endswith("-dirty"):
+        print("the tree has changes of its own, and the record will say so; commit first to keep it", file=sys.stderr)
     record["ceilings"] = limits()
     missing = run(parts, Run(record, FULL if o.full else QUARTER_HOUR, o.only, o.merges), path)
     print(dump(record) if o.json == "-" else told(record))

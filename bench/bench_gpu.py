@@ -271,7 +271,9 @@ def look(device: str, env: dict[str, str]) -> dict:
 
 def of_the_day(machine: dict) -> Path:
     """The GPU's file of results."""
-    return ROOT / f"bench/results/{machine['device'].replace(' ', '-').lower()}/{machine['date']}.json"
+    from boxgrpo.bench.machine import folder_name
+
+    return ROOT / f"bench/results/{folder_name(machine['device'])}/{machine['date']}.json"
 
 
 def kept_before(machine: dict, chosen: list[Part]) -> dict:

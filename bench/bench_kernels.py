@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -42,7 +43,11 @@ def device() -> torch.device:
 
 
 def chosen(only: str | None) -> list[Case]:
-    return [case for case in cases(device()) if only is None or only in case.name]
+    """The cases whose name holds `only`. Raises ValueError where none does."""
+    every = list(cases(device()))
+    if found := [case for case in every if only is None or only in case.name]:
+        return found
+    raise ValueError(f"only is {only!r}, which no case's name holds; there are {'; '.join(c.name for c in every)}.")
 
 
 # -- times ----------------------------------------------------------------------------------------------------------
@@ -52,6 +57,7 @@ def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
     """(case, implementation) -> seconds of each round, by pytest-benchmark, which collects kernel_rounds.py."""
     import pytest
 
+    chosen(only)  # there is one
     with tempfile.TemporaryDirectory() as path:
         report = Path(path) / "report.json"
         rounds = Path(__file__).with_name("kernel_rounds.py")
@@ -88,7 +94,7 @@ def peaks_on_cpu(wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int
     """(case, implementation) -> the most resident memory that a run holds beyond its inputs, gradients included.
 
     Each in a process of its own, forked off one that has imported the peers; the caller's stays without them. Two run
-    at a time: their memory does not depend on it.
+    at a time, each with memory of its own.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peaks_resident, list(wanted)).result()
@@ -99,8 +105,12 @@ def _peaks_resident(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], int 
     context.set_forkserver_preload(["boxgrpo.bench.bench_kernels", *PEER_MODULES])  # those that are there
 
     def peak(key: tuple[str, str]) -> int | None:
-        with context.Pool(1) as pool:
-            return pool.apply(_peak_resident, key)
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                return pool.submit(_peak_resident, *key).result()
+            except BrokenProcessPool:
+                print(f"{' by '.join(key)}: its process died, its memory is not known", file=sys.stderr)
+                return None
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip(wanted, two.map(peak, wanted), strict=True))
@@ -141,7 +151,6 @@ def _peak_resident(name: str, implementation: str) -> int | None:
     case = next(case for case in cases(torch.device("cpu")) if case.name == name)
     run = case.make(case, torch.device("cpu"), SEED)[implementation]
     if implementation == "compile":
-        torch._inductor.config.compile_threads = 1  # its workers would outlive this process
         run()  # the compiler's own memory is not the op's
         gc.collect()
     before = resident_kb(os.getpid())
@@ -304,4 +313,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_kernels.py: {error}")

@@ -10,7 +10,6 @@ middle by more than 5 %. Cases that one file alone has are named. The exit statu
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 from boxgrpo.bench.cases import sizes
 from boxgrpo.bench.machine import folder
-from boxgrpo.bench.result_files import dated, later, part
+from boxgrpo.bench.result_files import dated, later, part, read
 
 LEAST = 0.05  # a change below this is none
 UNKNOWN = 0.10  # noise of what was timed once
@@ -139,7 +138,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"{len(files)} files of results; two are compared. Name the old one and the new one.")
     if wrong := set(parts := o.parts.split(",")) - TIMED.keys():
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}.")
-    old, new = (json.loads(file.read_text()) for file in files)
+    old, new = (read(file) for file in files)
     lines = slower(old, new, parts)
     verdict = lines or [f"nothing is slower in {files[1].name} than in {files[0].name}"]
     print(*left_out(old, new, parts), *verdict, sep="\n")

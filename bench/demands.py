@@ -3,13 +3,14 @@
 python bench/demands.py [bench/results/<device>/<date>.json]        default: the newest of this machine's device
 """
 
-import json
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from boxgrpo.bench.result_files import PARTS, newest
+from boxgrpo.bench.machine import folder
+from boxgrpo.bench.result_files import PARTS, newest, part, read
 
 QWEN_2B, QWEN_7B = {"V": 151_936, "H": 1536}, {"V": 152_064, "H": 3584}
 MB = 1e6
@@ -39,7 +40,7 @@ class Demand:
     def verdict(self, record: dict) -> dict:
         """What was wanted, what was measured, and whether it is met, short, or not measured."""
         measured = self.find(record)
-        wanted = f"{'at most' if self.at_most else 'at least'} {self.limit:g} {self.unit}".strip()
+        wanted = f"{'at most' if self.at_most else 'at least'} {self.limit:.3g} {self.unit}".strip()
         found = {"part": self.part, "what": self.what, "wanted": wanted, "measured": measured}
         if measured is None:
             return found | {"verdict": "not measured"}
@@ -135,7 +136,7 @@ def matrix_rate(names: tuple[str, ...], *which) -> Callable[[dict], float | None
             return None
         chosen = [row["phases"][name] for name in names]
         rate = 1e9 * sum(p["gflop"] for p in chosen) / sum(p["seconds"] for p in chosen)
-        return 100 * rate / (record["step"].get("ceilings") or record["ceilings"])["flop_per_second"]
+        return 100 * rate / part(record, "step")["ceilings"]["flop_per_second"]
 
     return find
 
@@ -238,7 +239,15 @@ def of_cpu() -> Iterator[Demand]:
         return record.get("step", {}).get("growth", {}).get("doubled_group", {}).get("ratio")
 
     yield Demand("step", "twice the completions, where prompts dominate", 1.3, "x", True, doubled, DECODING)
+    straight = "steps that the host's other guests do not disturb, or more of them"
+    yield Demand("step", "growth with a size: a step's distance from its line", 25, "%", True, off_line, straight)
     yield Demand("all", "`make bench`: its parts", 15, "minutes", True, minutes, "fewer steps of the peers")
+
+
+def off_line(record: dict) -> float | None:
+    """The farthest of all sizes."""
+    grown = record.get("step", {}).get("growth", {}).values()
+    return max((g["misfit_percent"] for g in grown if "misfit_percent" in g), default=None)
 
 
 def minutes(record: dict) -> float | None:
@@ -266,11 +275,15 @@ def verdict_table(found: list[dict]) -> str:
 
 
 def main() -> None:
-    from boxgrpo.bench.machine import folder
-
-    record = json.loads(Path(sys.argv[1]).read_text()) if sys.argv[1:] else newest(folder())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", help="a file of results")
+    file = parser.parse_args().file
+    record = read(Path(file)) if file else newest(folder())
     print(f"{record['machine']['device']}, {record['machine']['date']}\n\n{verdict_table(verdicts(record))}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"demands.py: {error}")

@@ -36,10 +36,13 @@ def machine() -> dict[str, str | int | float]:
 
 def folder() -> Path:
     """bench/results/<device>, made if need be."""
-    name = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
-    path = RESULTS / name
+    path = RESULTS / (folder_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def folder_name(gpu: str) -> str:
+    return gpu.replace(" ", "-").lower()
 
 
 def _gpu() -> dict[str, str | float]:

@@ -38,6 +38,13 @@ def part(record: dict, name: str) -> dict:
     return {key: record[key] for key in COMMON if key in record} | record[name]
 
 
+def read(path: Path) -> dict:
+    """Raises ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no file of results {path}; those kept lie in bench/results/<device>.")
+    return json.loads(path.read_text())
+
+
 def of_today() -> Path:
     """The file of this device and day."""
     return folder() / f"{machine()['date']}.json"

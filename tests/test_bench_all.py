@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from boxgrpo.bench import bench_all
+from boxgrpo.bench import bench_all, bench_guard, bench_kernels
 from boxgrpo.bench.machine import RESULTS, machine
 from boxgrpo.bench.result_files import begin, dated, dump, newest, part, write
 
@@ -75,6 +75,14 @@ def test_a_part_that_cannot_be_measured_is_named_and_the_others_are_kept(tmp_pat
 def test_unknown_parts_are_refused():
     with pytest.raises(ValueError, match="parts are kernels,x; x is none of kernels, guard, rewards, step, profile"):
         bench_all.main(["--parts", "kernels,x"])
+    with pytest.raises(ValueError, match="only is 'fused'; name the parts it is meant for .* kernels, guard, step"):
+        bench_all.main(["--only", "fused"])
+
+
+def test_cases_that_nobody_has_are_refused():
+    for choose in (bench_kernels.chosen, bench_kernels.times_on_cpu, bench_guard.guarded):
+        with pytest.raises(ValueError, match="only is 'softmax', which no case's name holds"):
+            choose("softmax")
 
 
 @pytest.mark.slow

@@ -103,6 +103,8 @@ def test_files_without_a_case_in_common_are_refused(tmp_path, capsys):
         slower(OLD, OLD, ["step"])
     with pytest.raises(ValueError, match="1 files of results; two are compared"):
         compare.main([str(tmp_path / "a.json")])
+    with pytest.raises(ValueError, match="there is no file of results .*a.json; those kept"):
+        compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     with pytest.raises(ValueError, match="parts are kernel; kernel is none of kernels, rewards, step"):
         compare.main(["a", "b", "--parts", "kernel"])
     write(OLD, tmp_path / "a.json")
