@@ -14,7 +14,8 @@ HEAD = """# Results
 
 Made by `python -P -m boxgrpo.bench.report` from the records in [results/](results); what these measure, and how, stands
 at the head of each command. Of each part a device's newest dated file counts that has it. In them are all samples;
-times here are medians."""
+times here are medians, where a table says nothing else. A kernel's floor goes by a copy, which on a CPU also reads what
+it overwrites: what only reads can pass 100 %."""
 
 
 def page(found: Records) -> str:

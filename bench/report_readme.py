@@ -8,7 +8,7 @@ from .bench_kernels import head_table
 from .bench_rewards import first_and_rates, rewards_row
 from .bench_step import growth_table, phases_table, steps_table
 from .demands import minutes
-from .result_files import Records, part
+from .result_files import PARTS, Records, part
 
 BLOCK = re.compile(r"(?P<open><!-- results:(?P<name>[\w ]+) -->)(?P<body>.*?)(?P<close><!-- end -->)", re.DOTALL)
 WIDTH = 120
@@ -17,7 +17,7 @@ WIDTH = 120
 def blocks(found: Records) -> dict[str, str]:
     """Each block's text. Raises ValueError where a record is missing that a block is about."""
     record = found.devices.get("cpu", {})
-    if missing := {"step", "kernels", "rewards", "profile"} - record.keys():
+    if missing := set(PARTS) - record.keys():
         raise ValueError(f"bench/results/cpu has no results of {', '.join(sorted(missing))}; `make bench` makes them.")
     if missing := {"demo", "data", "soak", "soak_zero2", "ablation"} - found.long.keys():
         raise ValueError(
@@ -39,7 +39,7 @@ def blocks(found: Records) -> dict[str, str]:
         "growth": growth_table(step["growth"]),
         "kernels": head_table(kernels),
         "kernels machine": kernels["machine"]["device"],
-        "bench minutes": f"{minutes(record):.1f} minutes",
+        "bench minutes": f"{minutes(record):.1f} minutes in its parts",
         "rewards": rewards_row(rewards),
         "rewards machine": rewards["machine"]["device"],
         "rewards first": first_and_rates(rewards),

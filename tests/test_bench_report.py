@@ -88,7 +88,8 @@ def test_a_device_without_records_is_told():
     told = page(Records())
     assert "## CPU\n\nNothing has been recorded" in told and "## GPU\n\nNothing has been recorded" in told
     with pytest.raises(
-        ValueError, match="bench/results/cpu has no results of kernels, profile, rewards, step; `make bench` makes"
+        ValueError,
+        match="bench/results/cpu has no results of guard, kernels, profile, rewards, step; `make bench` makes",
     ):
         blocks(Records())
 
