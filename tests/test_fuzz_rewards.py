@@ -19,8 +19,8 @@ SEED = random.SystemRandom().randrange(2**32)  # a failure names it
 @pytest.mark.skipif(extension.MISSING is not None, reason="csrc/ is not compiled")
 def test_the_operators_agree_with_re():
     """Text and token ids, every answer format; enough answers are good for the agreement to mean something."""
-    counts = differential(16, SEED)
-    assert counts["cases"] > 10_000
+    counts = differential(6, SEED)
+    assert counts["cases"] > 1_000
     assert counts["boxes"] > counts["cases"] / 4 and counts["good_formats"] > counts["cases"] / 5
 
 
@@ -28,7 +28,7 @@ def test_the_operators_agree_with_re():
 def test_the_sanitizers_are_silent(tmp_path):
     """Against `re`, a plain matcher, and itself fed byte by byte, in two pieces and as token ids."""
     program = compiled(tmp_path, "g++", "-fsanitize=address,undefined")
-    assert sanitized(9, SEED, program)["cases"] >= fuzz_rewards.BATCH
+    assert sanitized(5, SEED, program)["cases"] >= fuzz_rewards.BATCH
 
 
 BROKEN = {  # what the texts, the matcher and the pieces do not show: the reading of token ids
