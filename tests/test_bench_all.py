@@ -6,7 +6,7 @@ import pytest
 
 from boxgrpo.bench import bench_all, bench_guard, bench_kernels
 from boxgrpo.bench.machine import RESULTS, machine
-from boxgrpo.bench.result_files import begin, dated, dump, newest, part, write
+from boxgrpo.bench.result_files import LONG, begin, dated, dump, newest, part, records, write
 
 
 def test_numbers_stand_in_a_line_and_come_back(tmp_path):
@@ -97,9 +97,10 @@ def test_a_case_is_measured_whole(tmp_path):
     assert record["ceilings"].keys() == {"bytes_per_second", "sum_bytes_per_second", "flop_per_second"}
 
 
-def test_the_newest_record_is_whole_and_of_a_tree_that_git_knows():
-    record = newest(RESULTS / "cpu")
-    assert record.keys() >= {"machine", *bench_all.PARTS}
-    for name in bench_all.PARTS:
-        told = part(record, name)["machine"]
+def test_the_records_are_whole_and_of_trees_that_git_knows():
+    """The newest day's parts, and those of the commands that keep a file of their own."""
+    record, long = newest(RESULTS / "cpu"), records(RESULTS).long
+    assert record.keys() >= {"machine", *bench_all.PARTS} and long.keys() == set(LONG)
+    measured = {name: part(record, name) for name in bench_all.PARTS} | long
+    for name, told in ((name, found["machine"]) for name, found in measured.items()):
         assert told["device"] and told["date"] and not told["revision"].endswith("dirty"), name
