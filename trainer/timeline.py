@@ -89,7 +89,7 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
     step = -1
     for visit in visits:
         step += visit.name == STEP
-        row = found.setdefault(visit.name, Row(visit.name, [], samples=[0.0] * steps, gpu_samples=[0.0] * steps))
+        row = found.setdefault(visit.name, Row(visit.name, [], samples=[0.0] * steps))
         seconds = visit.range.end - visit.range.start
         if visit.range.title not in row.titles:
             row.titles.append(visit.range.title)
@@ -101,6 +101,7 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
         if timeline.on_gpu:
             reach = max(w.end for w in mine) - min(w.start for w in mine) if mine else 0.0
             idle = seconds - (busy_before(visit.range.end) - busy_before(visit.range.start))
+            row.gpu_samples = row.gpu_samples or [0.0] * steps
             row.gpu_samples[step] += reach
             row.idle_seconds = (row.idle_seconds or 0.0) + idle / steps
     for name, row in found.items():
