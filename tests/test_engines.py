@@ -39,12 +39,12 @@ def one(world):
 @pytest.mark.parametrize(
     ("stage", "lora_rank", "resumed"),
     [
-        (1, 0, False),
         (2, 0, True),
         (3, 0, False),
+        pytest.param(1, 0, False, marks=pytest.mark.slow),
         pytest.param(1, 4, False, marks=pytest.mark.slow),
         pytest.param(2, 4, False, marks=pytest.mark.slow),
-        (3, 4, False),
+        pytest.param(3, 4, False, marks=pytest.mark.slow),
         pytest.param(1, 0, True, marks=pytest.mark.slow),
         pytest.param(3, 0, True, marks=pytest.mark.slow),
         pytest.param(2, 4, True, marks=pytest.mark.slow),
@@ -75,20 +75,28 @@ def test_two_ranks_under_deepspeed_equal_one(world, one, tmp_path, stage, lora_r
         assert all(torch.equal(end[name], tensor) for name, tensor in ours.items())
 
 
+SHARDED = {"engine": "deepspeed", "zero_stage": 3}
+
+
 def test_sharded_weights_sample_and_learn_as_whole_ones(world):
-    """ZeRO-3 with its own rollout, and SFT with a trained tower: weights come together and part again."""
+    """ZeRO-3 with its own rollout: weights come together and part again."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    shared = {"engine": "deepspeed", "zero_stage": 3}
     finish(start(GRPO, grpo_options(world, "whole", max_steps=2)))
-    finish(start(GRPO, grpo_options(world, "sharded", max_steps=2, **shared)))
+    finish(start(GRPO, grpo_options(world, "sharded", max_steps=2, **SHARDED)))
     for a, b in zip(lines(world / "whole"), lines(world / "sharded"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"])
         assert a["completions/mean_length"] == b["completions/mean_length"]
         assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_chains_as_whole_ones(world):
+    """SFT with a trained tower."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 3}
     values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
     finish(start(ROOT / "trainer/sft.py", SftOptions(**values, output_dir=str(world / "sft_whole"))))
-    finish(start(ROOT / "trainer/sft.py", SftOptions(**values, **shared, output_dir=str(world / "sft_sharded"))))
+    finish(start(ROOT / "trainer/sft.py", SftOptions(**values, **SHARDED, output_dir=str(world / "sft_sharded"))))
     losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_whole", "sft_sharded")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -272,7 +280,7 @@ def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_pat
     assert run.returncode and "memory ran out (no room), and at --zero_stage 3 no rank can start over alone" in told
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2)), 3])
 def test_ranks_without_anything_to_train_keep_step(world, tmp_path, stage):
     """A newborn model's rewards are all 0: without KL no group of any rank has a gradient."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

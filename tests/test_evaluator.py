@@ -162,6 +162,7 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
         evaluate(options, Ranks())
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_go_on(newborn, tmp_path):
     """SIGKILL for both as soon as some answers are there; afterwards each record has one answer, as one process has."""
     records = []

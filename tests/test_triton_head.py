@@ -69,8 +69,9 @@ def test_the_head(n, vocabulary, wanted, variant, monkeypatch):
         run(hidden, weight, ours, options, rest),
         run(hidden, weight, theirs, options, rest),
         run(hidden.double(), weight.double(), theirs, double, tuple(map(exact, rest))),
-        # dhidden sums over the vocabulary: at 152k a library's order of it moves the error by a third, run by run.
-        tolerance=TOLERANCE if vocabulary < 1000 else 2e-5,
+        # dhidden sums over the vocabulary: at 152k a library's order of it moves the error, by a third from run to run
+        # with two threads, and to 3.3e-5 with one and the two rows of this chunk.
+        tolerance=TOLERANCE if vocabulary < 1000 else 4e-5,
     )
 
 
