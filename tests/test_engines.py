@@ -101,6 +101,7 @@ def test_sharded_weights_learn_chains_as_whole_ones(world):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_stay_sharded_while_sampling(world):
     """Ranks then meet in every layer of every token; their completions end at tokens of their own all the same."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -119,6 +120,7 @@ def test_weights_stay_sharded_while_sampling(world):
         assert abs(a["loss"] - b["loss"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_bf16_under_deepspeed_learns_as_without(world):
     """fp32 master weights under both: updates of 1e-4 would be lost in bf16."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -257,7 +259,8 @@ run_as_script(grpo.main, "grpo.py")
 """
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_where_ranks_meet_packs_are_made_to_fit_before_any_begins(world, one, tmp_path, stage):
     """One rank has little room: its packs shrink, the other waits for it, and the steps are the same."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
