@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from boxgrpo.bench import bench_guard, bench_kernels, bench_rewards, bench_step, profile_step
+from boxgrpo.bench.cases import holding
 from boxgrpo.bench.result_files import begin, dump, of_today, write
 from boxgrpo.bench.step_cases import TEXTS, step_cases
 from boxgrpo.bench.step_floors import limits
@@ -66,7 +67,7 @@ def rewards(r: Run, keep: Callable[[dict], None]) -> dict:
 
 
 def step(r: Run, keep: Callable[[dict], None]) -> dict:
-    cases = [case for case in step_cases(torch.cuda.is_available()) if r.only is None or r.only in case.name]
+    cases = holding(step_cases(torch.cuda.is_available()), r.only)
     plan = r.plan if r.only is None else replace(r.plan, growth={})
     tokenizer, vocabulary = benchmark_tokenizer(r.merges, TEXTS)
     found = bench_step.run(cases, list(bench_step.PEERS), plan, tokenizer, r.record["ceilings"], keep)

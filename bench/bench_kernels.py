@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench.cases import Case, cases, sizes
+from boxgrpo.bench.cases import Case, cases, holding, sizes
 from boxgrpo.bench.launches import resident_kb
 from boxgrpo.bench.peers import NAMES, skipped
 from boxgrpo.bench.result_files import begin, dump, write
@@ -43,11 +43,7 @@ def device() -> torch.device:
 
 
 def chosen(only: str | None) -> list[Case]:
-    """The cases whose name holds `only`. Raises ValueError where none does."""
-    every = list(cases(device()))
-    if found := [case for case in every if only is None or only in case.name]:
-        return found
-    raise ValueError(f"only is {only!r}, which no case's name holds; there are {'; '.join(c.name for c in every)}.")
+    return holding(list(cases(device())), only)
 
 
 # -- times ----------------------------------------------------------------------------------------------------------
@@ -57,7 +53,6 @@ def times_on_cpu(only: str | None) -> dict[tuple[str, str], list[float]]:
     """(case, implementation) -> seconds of each round, by pytest-benchmark, which collects kernel_rounds.py."""
     import pytest
 
-    chosen(only)  # there is one
     with tempfile.TemporaryDirectory() as path:
         report = Path(path) / "report.json"
         rounds = Path(__file__).with_name("kernel_rounds.py")
@@ -223,12 +218,13 @@ def row(
 
 def run(only: str | None, limits: dict[str, float], keep: Callable[[dict], None]) -> dict:
     """All rows. On a GPU `keep` is given what there is after each, so that a run that is stopped has lost nothing."""
+    wanted = chosen(only)
     if device().type == "cuda":
-        return one_by_one(chosen(only), limits, keep, more=peak_and_host)
+        return one_by_one(wanted, limits, keep, more=peak_and_host)
     result = {"skipped": skipped(PEERS), "rows": []}
     times = times_on_cpu(only)
     peaks = peaks_on_cpu(times)
-    for case in chosen(only):
+    for case in wanted:
         mine = (key for key in times if key[0] == case.name)
         result["rows"] += [row(case, key[1], times[key], limits, peak=peaks[key]) for key in mine]
     return result

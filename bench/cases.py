@@ -4,7 +4,7 @@ A case makes its inputs anew for a seed and gives, by name, callables without ar
 and return what they made. Peers that are not installed, or do not run on the device, are left out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -44,6 +44,13 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.op} {sizes(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+def holding(every: Sequence, only: str | None) -> list:
+    """The cases whose name holds `only`, all for None. Raises ValueError where none does."""
+    if found := [case for case in every if only is None or only in case.name]:
+        return found
+    raise ValueError(f"only is {only!r}, which no case's name holds; there are {'; '.join(c.name for c in every)}.")
 
 
 def sizes(shape: dict[str, int]) -> str:

@@ -2,9 +2,9 @@
 
 import re
 
-from boxgrpo.trainer.timeline import Row, percent_of_floor
+from boxgrpo.trainer.timeline import percent_of_floor
 
-from .profile_step import shown
+from .profile_step import row_of, shown
 from .result_files import described
 
 BLOCK = re.compile(r"(<!-- profile:(\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
@@ -24,8 +24,9 @@ def blocks(record: dict) -> dict[str, str]:
         "largest": f"`decode` has {_share(decode, step)} of the step and `policy > forward` {_share(forward, step)}",
         "inside": f"{_share(head, forward)} of the forward pass",
         "blame": f"`{head['top'][0][0]}` with {head['top'][0][1]:.0%}",
-        "decode": f"It reaches {_of_floor(decode)} % of its floor, in {decode['launches'] / tokens:.0f} operator "
-        f"calls a token; `{decode['top'][0][0]}` has {decode['top'][0][1]:.0%} of its time",
+        "decode": f"It reaches {percent_of_floor(row_of(decode), decode['floor'])} % of its floor, in "
+        f"{decode['launches'] / tokens:.0f} operator calls a token; `{decode['top'][0][0]}` has "
+        f"{decode['top'][0][1]:.0%} of its time",
     }
 
 
@@ -34,10 +35,6 @@ def filled(page: str, wanted: dict[str, str]) -> str:
     if (held := {name for _, name, _, _ in BLOCK.findall(page)}) != wanted.keys():
         raise ValueError(f"bench/README.md has the blocks {sorted(held)}; they must be {sorted(wanted)}.")
     return BLOCK.sub(lambda found: found[1] + wanted[found[2]] + found[4], page)
-
-
-def _of_floor(row: dict) -> int:
-    return percent_of_floor(Row(row["name"], [], row["seconds"], gpu_seconds=row["gpu_seconds"]), row["floor"])
 
 
 def _share(part: dict, whole: dict) -> str:

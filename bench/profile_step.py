@@ -126,9 +126,13 @@ def rounded(row: Row) -> dict:
 
 def shown(result: dict) -> str:
     """The table of a result."""
-    kept = [Row(**{key: value for key, value in row.items() if key != "floor"}) for row in result["rows"]]
     counted = {row["name"]: row["floor"] for row in result["rows"] if row["floor"]}
-    return table(kept, result["on_gpu"], counted)
+    return table([row_of(row) for row in result["rows"]], result["on_gpu"], counted)
+
+
+def row_of(kept: dict) -> Row:
+    """A row of a result."""
+    return Row(**{key: value for key, value in kept.items() if key != "floor"})
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from boxgrpo.bench import bench_all, bench_guard, bench_kernels
+from boxgrpo.bench import bench_all, bench_guard
 from boxgrpo.bench.machine import RESULTS, machine
 from boxgrpo.bench.result_files import LONG, begin, dated, dump, newest, part, records, write
 
@@ -80,9 +80,12 @@ def test_unknown_parts_are_refused():
 
 
 def test_cases_that_nobody_has_are_refused():
-    for choose in (bench_kernels.chosen, bench_kernels.times_on_cpu, bench_guard.guarded):
-        with pytest.raises(ValueError, match="only is 'softmax', which no case's name holds"):
-            choose("softmax")
+    told = bench_all.Run({"machine": machine(), "ceilings": {}}, only="softmax")
+    missing = bench_all.run(["kernels", "step"], told, None)
+    for name in ("kernels", "step"):
+        assert missing[name].startswith("only is 'softmax', which no case's name holds; there are ")
+    with pytest.raises(ValueError, match="only is 'softmax', which no case's name holds"):
+        bench_guard.guarded("softmax")
 
 
 @pytest.mark.slow
