@@ -20,16 +20,16 @@ demo: $(STAMP)
 
 # The README's three runs, each beside continued SFT for the same seconds.
 seeds: $(STAMP)
-	$(BIN)/python bench/bench_demo.py
+	$(BIN)/python bench/studies/demo_seeds.py
 
 # The paper's methods on the drawn world, three seeds of each; ABLATION passes flags on.
 ablation: $(STAMP)
-	$(BIN)/python bench/ablation.py $(ABLATION)
+	$(BIN)/python bench/studies/ablation.py $(ABLATION)
 
 # Kernels, rewards and a whole step beside their peers, within a quarter of an hour; BENCH passes flags on (--full).
 bench: $(STAMP)
 	$(BIN)/python bench/bench_all.py $(BENCH)
-	$(BIN)/python -P -m boxgrpo.bench.report
+	$(BIN)/python -P -m boxgrpo.bench.publish.report
 
 # Build, test and measure on one GPU with what is installed, no network: nine minutes; GPU passes flags on.
 bench-gpu:
@@ -37,16 +37,16 @@ bench-gpu:
 
 # What got slower: the last two days of results, or FILES="OLD.json NEW.json".
 bench-check: $(STAMP)
-	$(BIN)/python bench/compare.py $(FILES)
+	$(BIN)/python bench/publish/compare.py $(FILES)
 
 # Where a step goes, range by range; PROFILE passes flags on (--read TRACE).
 profile: $(STAMP)
-	$(BIN)/python bench/profile_step.py $(PROFILE)
+	$(BIN)/python bench/profiles/profile_step.py $(PROFILE)
 
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)
 	$(BIN)/pytest -q
-	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/test_triton_*.py tests/test_model_ops.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/kernel_tests/test_*_triton.py tests/model/test_ops.py
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
@@ -57,12 +57,12 @@ test-gpu: $(STAMP)
 # The compiled box parser against Python's re, under the sanitizers and with libFuzzer, SECONDS each.
 SECONDS ?= 60
 fuzz: $(STAMP)
-	$(BIN)/python bench/fuzz_rewards.py --seconds $(SECONDS)
+	$(BIN)/python bench/reward_bench/fuzz_rewards.py --seconds $(SECONDS)
 
 # Runs that are killed, fed corrupt images and made NaN, then ZeRO-2 killed; SOAK passes flags on.
 soak: $(STAMP)
-	$(BIN)/python bench/soak.py $(SOAK)
-	$(BIN)/python bench/soak.py --parts A --engine deepspeed --zero_stage 2 --output_dir out/soak_zero2 $(SOAK)
+	$(BIN)/python bench/soaks/soak.py $(SOAK)
+	$(BIN)/python bench/soaks/soak.py --parts A --engine deepspeed --zero_stage 2 --output_dir out/soak_zero2 $(SOAK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

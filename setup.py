@@ -10,7 +10,7 @@ serves. torch must be installed before (pip's --no-build-isolation).
 import os
 import warnings
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 try:
     from torch import cuda, version
@@ -26,6 +26,13 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-UNDEBUG"]  # what a kernel i
 ARCHITECTURES = [
     f"-gencode=arch=compute_{of},code={code}" for of, code in ((80, "sm_80"), (90, "sm_90"), (90, "compute_90"))
 ]
+
+
+FOLDERS = ("kernels", "model", "trainer", "bench")
+
+
+def subpackages(folder: str) -> list[str]:
+    return [f"{folder}.{name}" for name in find_packages(folder)]
 
 
 def candidates() -> list:
@@ -66,15 +73,13 @@ setup(
     description="A custom-kernel GRPO trainer for visual grounding with Qwen2-VL",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_dir={
-        "boxgrpo.kernels": "kernels",
-        "boxgrpo.kernels.dropin": "kernels/dropin",
-        "boxgrpo.model": "model",
-        "boxgrpo.trainer": "trainer",
-        "boxgrpo.bench": "bench",
+    package_dir={f"boxgrpo.{folder}": folder for folder in FOLDERS},
+    packages=[f"boxgrpo.{package}" for folder in FOLDERS for package in (folder, *subpackages(folder))],
+    package_data={
+        "boxgrpo.trainer": ["recipes/*.yaml"],
+        "boxgrpo.trainer.evaluation": ["templates/*.html"],
+        "boxgrpo.trainer.apps": ["page/*"],
     },
-    packages=["boxgrpo.kernels", "boxgrpo.kernels.dropin", "boxgrpo.model", "boxgrpo.trainer", "boxgrpo.bench"],
-    package_data={"boxgrpo.trainer": ["recipes/*.yaml", "templates/*.html", "page/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

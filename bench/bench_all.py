@@ -21,12 +21,16 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench import bench_guard, bench_kernels, bench_rewards, bench_step, profile_step
-from boxgrpo.bench.cases import holding
-from boxgrpo.bench.result_files import begin, dump, of_today, write
-from boxgrpo.bench.step_cases import TEXTS, step_cases
-from boxgrpo.bench.step_floors import limits
-from boxgrpo.bench.vocabularies import benchmark_tokenizer
+from boxgrpo.bench.kernel_bench import guard as bench_guard
+from boxgrpo.bench.kernel_bench import kernels_table as bench_kernels
+from boxgrpo.bench.kernel_bench.cases import holding
+from boxgrpo.bench.profiles import profile_step
+from boxgrpo.bench.publish.result_files import begin, dump, of_today, write
+from boxgrpo.bench.reward_bench import rewards_table as bench_rewards
+from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
+from boxgrpo.bench.step_bench import step_table as bench_step
+from boxgrpo.bench.step_bench.cases import TEXTS, step_cases
+from boxgrpo.bench.step_bench.floors import limits
 
 PROFILED = 2  # steps
 FULL = bench_step.Plan()

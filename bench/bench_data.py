@@ -28,8 +28,8 @@ WORDS = "the a object in image that is near left right of which shows same diffe
 READ = """
 import json, sys, time
 started = time.perf_counter()
-from boxgrpo.trainer.loader import Loader
-from boxgrpo.trainer.readers import read_examples
+from boxgrpo.trainer.data.loader import Loader
+from boxgrpo.trainer.data.readers import read_examples
 imported = time.perf_counter()
 examples, faults = read_examples(sys.argv[1], schema="auto")
 opened = time.perf_counter()

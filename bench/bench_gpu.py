@@ -80,10 +80,10 @@ def plan(args) -> list[Part]:
 
 def tests(args) -> tuple[str, ...]:
     """pytest on the files that have tests for a GPU; for a CPU on one that has none."""
-    chosen = [ROOT / "tests/test_kernels_advantages.py"]
+    chosen = [ROOT / "tests/kernel_tests/test_advantages.py"]
     if args.device == "cuda":
         chosen = [
-            f for f in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.gpu|\bLANE\b", f.read_text())
+            f for f in sorted((ROOT / "tests").rglob("test_*.py")) if re.search(r"mark\.gpu|\bLANE\b", f.read_text())
         ]
     several = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     marked = ("-m", "gpu") if args.device == "cuda" else ()
@@ -291,8 +291,8 @@ def kept_before(machine: dict, chosen: list[Part]) -> dict:
 
 def keep(record: dict, args) -> Path:
     """Write record and verdicts, of a GPU into bench/results; all of it, with the logs, into --output."""
-    from boxgrpo.bench.demands import verdict_table, verdicts
-    from boxgrpo.bench.result_files import write
+    from boxgrpo.bench.publish.demands import verdict_table, verdicts
+    from boxgrpo.bench.publish.result_files import write
 
     record["verdicts"] = verdicts(record)
     write(record, OUT / "results.json")

@@ -18,13 +18,16 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.bench import bench_kernels, bench_rewards, bench_step, profile_step
-from boxgrpo.bench.cases import Case
+from boxgrpo.bench.kernel_bench import kernels_table as bench_kernels
+from boxgrpo.bench.kernel_bench.cases import Case
 from boxgrpo.bench.peers import skipped
-from boxgrpo.bench.result_files import begin, write
-from boxgrpo.bench.step_cases import TEXTS, StepCase, step_cases
-from boxgrpo.bench.step_floors import limits
-from boxgrpo.bench.vocabularies import benchmark_tokenizer
+from boxgrpo.bench.profiles import profile_step
+from boxgrpo.bench.publish.result_files import begin, write
+from boxgrpo.bench.reward_bench import rewards_table as bench_rewards
+from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
+from boxgrpo.bench.step_bench import step_table as bench_step
+from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, step_cases
+from boxgrpo.bench.step_bench.floors import limits
 
 Keep = Callable[[dict], None]
 

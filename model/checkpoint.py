@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2VLConfig
 
-from .qwen2vl import Qwen2VL
+from .families.qwen2_vl import Qwen2VL
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

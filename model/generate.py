@@ -10,8 +10,8 @@ from torch import Tensor
 from boxgrpo.kernels import sample_tokens
 
 from .cache import DecodeCache, Prefill
+from .families.qwen2_vl import Qwen2VL
 from .packing import Group, Prompt, pack_groups
-from .qwen2vl import Qwen2VL
 
 DROP_AT = 0.5  # of the rows still going the others leave: each time costs a copy of the cache
 

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from browser import browser  # noqa: F401 - a fixture
+from special_ids import SPECIAL_IDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -20,10 +21,6 @@ def shared():
     return folder
 
 
-SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-SPECIAL_IDS = {token: 100 + i for i, token in enumerate(SPECIAL)}
-
-
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory):
     """twins(kind) -> (Qwen2VL, Qwen2VLForConditionalGeneration) with the same random fp32 weights.
@@ -35,7 +32,7 @@ def twins(tmp_path_factory):
     from transformers import Qwen2VLForConditionalGeneration
 
     from boxgrpo.model.checkpoint import load_model
-    from boxgrpo.model.tiny import tiny_config
+    from boxgrpo.trainer.world.tiny import tiny_config
 
     @functools.cache
     def make(kind):
@@ -108,10 +105,10 @@ def newborn(tmp_path_factory):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from boxgrpo.model.checkpoint import save_model
-    from boxgrpo.model.qwen2vl import Qwen2VL
-    from boxgrpo.model.tiny import tiny_config
-    from boxgrpo.trainer.processing import THINK_SUFFIX, Processor
-    from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, demo_tokenizer
+    from boxgrpo.model.families.qwen2_vl import Qwen2VL
+    from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
+    from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer
+    from boxgrpo.trainer.world.tiny import tiny_config
 
     folder = tmp_path_factory.mktemp("newborn")
     tokenizer = demo_tokenizer(

@@ -17,15 +17,15 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.model.checkpoint import save_model
-from boxgrpo.model.qwen2vl import Qwen2VL
-from boxgrpo.model.tiny import tiny_config
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
+from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.evaluator import evaluate, table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, option, parse
-from boxgrpo.trainer.pictures import contact_sheet, plot_run
-from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.ranks import Ranks
-from boxgrpo.trainer.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
-from boxgrpo.trainer.world import DEMO_TASKS, all_texts, wordings, write_world
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.world.tiny import tiny_config
+from boxgrpo.trainer.world.world import DEMO_TASKS, all_texts, wordings, write_world
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE / "recipes"

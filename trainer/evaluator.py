@@ -21,20 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.trainer.answer_files import AnswerFiles, questions_identity, write_whole
-from boxgrpo.trainer.answering import answer
-from boxgrpo.trainer.benches import BENCHES, Bench
-from boxgrpo.trainer.checkpoints import fingerprint
-from boxgrpo.trainer.common import chosen_dtype, read_usable
-from boxgrpo.trainer.images import load_image
+from boxgrpo.trainer.data.images import load_image
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.readers import Example, Fault
+from boxgrpo.trainer.evaluation.answer import answer
+from boxgrpo.trainer.evaluation.answer_files import AnswerFiles, questions_identity, write_whole
+from boxgrpo.trainer.evaluation.benches import BENCHES, Bench
+from boxgrpo.trainer.evaluation.grade import grade_texts, summarize
+from boxgrpo.trainer.evaluation.page import page
+from boxgrpo.trainer.evaluation.pictures import annotate
+from boxgrpo.trainer.evaluation.tables import markdown, one_number, percentages, table
 from boxgrpo.trainer.options import EvalOptions, parse, validate_evaluator
-from boxgrpo.trainer.pictures import annotate
-from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
-from boxgrpo.trainer.readers import Example, Fault
-from boxgrpo.trainer.report_html import page
-from boxgrpo.trainer.score_tables import markdown, one_number, percentages, table
-from boxgrpo.trainer.scores import grade_texts, summarize
+from boxgrpo.trainer.run import chosen_dtype, read_usable
+from boxgrpo.trainer.runtime.checkpoints import fingerprint
+from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 
 log = logging.getLogger("boxgrpo.trainer.evaluator")  # as a script this module is called __main__
 
@@ -80,7 +80,7 @@ def read_records(options: EvalOptions, bench: Bench) -> tuple[Sequence[Example],
 
 
 def module_of(bench: Bench):
-    return importlib.import_module(f"boxgrpo.trainer.{bench.module}")
+    return importlib.import_module(f"boxgrpo.trainer.evaluation.{bench.module}")
 
 
 def output_folder(options: EvalOptions) -> Path | None:

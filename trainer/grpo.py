@@ -17,13 +17,20 @@ import torch
 
 from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
 from boxgrpo.model.packing import PackedBatch
-from boxgrpo.trainer.ahead import Ahead
-from boxgrpo.trainer.checkpoints import Checkpoints, Progress
-from boxgrpo.trainer.common import loaded_model, make_loader, read_usable, save_pretrained, total_steps
-from boxgrpo.trainer.engine import make_engine
-from boxgrpo.trainer.flop import grpo_flop, peak_flop
-from boxgrpo.trainer.lora import add_adapters, without_adapters
-from boxgrpo.trainer.metrics import (
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.engine.ddp import make_engine
+from boxgrpo.trainer.engine.lora import add_adapters, without_adapters
+from boxgrpo.trainer.evaluation.validation import Validation
+from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
+from boxgrpo.trainer.profiling.profiler import profiled
+from boxgrpo.trainer.rollout.local import Vocabulary, make_rollout, sampler_factor, score
+from boxgrpo.trainer.run import loaded_model, make_loader, read_usable, save_pretrained, total_steps
+from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
+from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
+from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir
+from boxgrpo.trainer.runtime.spans import named_range, span, take_seconds
+from boxgrpo.trainer.step.flop import grpo_flop, peak_flop
+from boxgrpo.trainer.step.metrics import (
     completion_table,
     length_metrics,
     policy_metrics,
@@ -31,8 +38,7 @@ from boxgrpo.trainer.metrics import (
     run_metrics,
     sampling_metrics,
 )
-from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
-from boxgrpo.trainer.packs import (
+from boxgrpo.trainer.step.pack import (
     Budget,
     even_out,
     group_flop,
@@ -41,13 +47,7 @@ from boxgrpo.trainer.packs import (
     naming_the_remedy,
     trained_groups,
 )
-from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.profiler import profiled
-from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
-from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.rollout import Vocabulary, make_rollout, sampler_factor, score
-from boxgrpo.trainer.spans import named_range, span, take_seconds
-from boxgrpo.trainer.validation import Validation
+from boxgrpo.trainer.step.prefetch import Ahead
 
 
 def train(options: GrpoOptions, r: Ranks) -> None:

@@ -11,9 +11,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
-
-from .profiler import validate_profile
-from .schemas import SCHEMAS
+from boxgrpo.trainer.data.schemas import SCHEMAS
+from boxgrpo.trainer.profiling.profiler import validate_profile
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # of boxes; the kernels read ANSWER_FORMATS

@@ -22,21 +22,21 @@ from boxgrpo.model.packing import (
     plan_packs,
     tower_flop,
 )
-from boxgrpo.trainer.checkpoints import Checkpoints, Progress
-from boxgrpo.trainer.common import loaded_model, make_loader, read_usable, save_pretrained, total_steps
-from boxgrpo.trainer.engine import make_engine
-from boxgrpo.trainer.flop import peak_flop, sft_flop
-from boxgrpo.trainer.loader import Sample
-from boxgrpo.trainer.lora import add_adapters
-from boxgrpo.trainer.metrics import run_metrics
+from boxgrpo.trainer.data.loader import Sample
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.engine.ddp import make_engine
+from boxgrpo.trainer.engine.lora import add_adapters
+from boxgrpo.trainer.evaluation.validation import Validation
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
-from boxgrpo.trainer.packs import Budget, even_out, in_packs_that_fit, missing_packs
-from boxgrpo.trainer.processing import Processor
-from boxgrpo.trainer.profiler import profiled
-from boxgrpo.trainer.ranks import Ranks, ranks, run_as_script
-from boxgrpo.trainer.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.spans import named_range, span, take_seconds
-from boxgrpo.trainer.validation import Validation
+from boxgrpo.trainer.profiling.profiler import profiled
+from boxgrpo.trainer.run import loaded_model, make_loader, read_usable, save_pretrained, total_steps
+from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
+from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
+from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir
+from boxgrpo.trainer.runtime.spans import named_range, span, take_seconds
+from boxgrpo.trainer.step.flop import peak_flop, sft_flop
+from boxgrpo.trainer.step.metrics import run_metrics
+from boxgrpo.trainer.step.pack import Budget, even_out, in_packs_that_fit, missing_packs
 
 
 def train(options: SftOptions, r: Ranks) -> None:

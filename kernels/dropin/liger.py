@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import FLOATS, check_tensor
-from ..fused import fused_grpo_loss
-from ..logps import token_logps_from_logits
-from ..loss import LOSS_TYPES
+from boxgrpo.kernels.checks import FLOATS, check_tensor
+from boxgrpo.kernels.fused import fused_grpo_loss
+from boxgrpo.kernels.logps import token_logps_from_logits
+from boxgrpo.kernels.loss import LOSS_TYPES
+
 from .head import LogitMap, head_logps
 
 

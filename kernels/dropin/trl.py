@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..logps import token_logps_from_logits
+from boxgrpo.kernels.logps import token_logps_from_logits
+
 from .head import REPORTS, LogitMap, head_logps
 
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..advantages import group_advantages
-from ..checks import FLOATS, check_tensor
-from ..logps import token_logps, token_logps_from_logits
+from boxgrpo.kernels.advantages import group_advantages
+from boxgrpo.kernels.checks import FLOATS, check_tensor
+from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 
 REDUCTIONS = {"none": lambda logps: logps, "sum": torch.sum, "mean": torch.mean}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
+from boxgrpo.kernels.rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
 
 COCO = "dataset/coco/train2014/COCO"  # in the path of a single-image example, which UniVG-R1 asks for no thinking
 

@@ -1,0 +1,173 @@
+"""Where a step of the step benchmark goes, range by range: by nsys where there is one and a GPU, else torch.profiler.
+
+    python bench/profiles/profile_step.py  profiles two steps, prints the table; the trace is kept
+    python bench/profiles/profile_step.py --json FILE|-  writes what the table is made of; `make bench` keeps it
+    python bench/profiles/profile_step.py --read TRACE  the table of a trace that was recorded before, of any run
+
+The case is the benchmark's first: a 44M model on a CPU, the published 2B on a GPU. A first step warms up, and one
+after the profiled ones shows what a step takes unwatched. bench/README.md says how to read the table. The vocabulary
+is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without
+it one of as many tokens.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from boxgrpo.bench.profiles.nsys_sqlite import read_nsys
+from boxgrpo.bench.publish.result_files import begin, dump, write
+from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
+from boxgrpo.bench.step_bench.cases import MODELS, TEXTS, StepCase, asked_case, prepare
+from boxgrpo.bench.step_bench.floors import floors, limits, work
+from boxgrpo.model.checkpoint import read_config
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
+from boxgrpo.trainer.profiling.profiler import FOLDER
+from boxgrpo.trainer.profiling.timeline import Row, Timeline, rows, table
+
+WARMUP = 1
+NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
+NSYS += ["--cuda-graph-trace", "node", "--export", "sqlite", "-f", "true", "-o"]
+# What of step_floors.py is counted for which range.
+PREFILL = "step > rollout > prefill"
+COUNTED = {
+    "step > rollout > vision": "vision",
+    PREFILL: "prefill",
+    "step > rollout > decode": "decode",
+    "step > reference": "reference",
+    "step > policy > forward": "policy_forward",
+    "step > policy > forward > head+loss": "head_and_loss",
+    "step > policy > backward": "backward",
+    "step > optimizer": "optimizer",
+}
+
+
+def read(trace: Path) -> Timeline:
+    """A Chrome trace of torch.profiler, or what nsys exported to SQLite."""
+    if not trace.is_file():
+        raise ValueError(f"there is no trace {trace}. Record one with --profile_steps; it is in output_dir/profile.")
+    return read_nsys(trace) if trace.suffix == ".sqlite" else read_chrome_trace(trace)
+
+
+def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path, float]:
+    """The trace of `steps` steps, and the seconds of one step after them that nobody watched."""
+    asked = {
+        "case": asdict(case),
+        "folder": str(at),
+        "output_dir": str(output_dir),
+        "steps": WARMUP + steps + 1,
+        "profile_steps": f"{WARMUP + 1}:{WARMUP + 1 + steps}",
+    }
+    command = [sys.executable, "-P", "-m", "boxgrpo.bench.profiles.worker", json.dumps(asked)]
+    by_nsys = torch.cuda.is_available() and shutil.which("nsys")
+    if by_nsys:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        command = [*NSYS, str(output_dir / "nsys"), *command]  # the run empties its folder of profiles
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise ValueError(f"the profiled run failed:\n{done.stdout[-4000:]}")
+    for written in output_dir.glob("nsys.*"):
+        written.replace(output_dir / FOLDER / written.name)
+    (trace,) = (output_dir / FOLDER).glob("nsys.sqlite" if by_nsys else "*-rank0.trace.json.gz")
+    last = (output_dir / "metrics.jsonl").read_text().splitlines()[-1]
+    return trace, json.loads(last)["step_time"]
+
+
+def least(case: StepCase, config, found: Sequence[Row], measured: dict[str, float]) -> dict[str, dict]:
+    """Bytes and floor of the ranges that step_floors.py counts."""
+    prefilled = next(row for row in found if row.name == PREFILL)
+    prompts, tokens = map(int, prefilled.titles[0].split(" ")[1].split("x"))
+    with torch.device("meta"):
+        model = Qwen2VL(config)
+    frozen = sum(p.numel() for p in model.visual.parameters())
+    trained = sum(p.numel() for p in model.parameters()) - frozen
+    by_phase = floors(work(config, case, tokens / prompts, trained), measured)
+    return {name: by_phase[phase] for name, phase in COUNTED.items()}
+
+
+def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[str, float]) -> dict:
+    """The profile of a case as the results' files hold it.
+
+    Args:
+        output_dir: of the run; its folder `profile` has the trace.
+        measured: FLOP and bytes a second of the machine, `step_floors.limits()`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        at = Path(scratch) / case.model
+        prepare(case, at, tokenizer)
+        trace, unwatched = record(case, at, output_dir, steps)
+        timeline = read(trace)
+        found = rows(timeline)
+        floors_found = least(case, read_config(at / "model"), found, measured)
+    return {
+        "case": case.name,
+        "tool": "nsys" if trace.suffix == ".sqlite" else "torch.profiler",
+        "on_gpu": timeline.on_gpu,
+        "steps": steps,
+        "unwatched_step_s": round(unwatched, 4),
+        "rows": [rounded(row) | {"floor": floors_found.get(row.name)} for row in found],
+    }
+
+
+def rounded(row: Row) -> dict:
+    """A row as JSON, to the microsecond and the tenth of a percent."""
+    found = {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(row).items()}
+    found |= {key: [round(value, 6) for value in found[key]] for key in ("samples", "gpu_samples")}
+    return found | {"top": [[name, round(share, 3)] for name, share in row.top]}
+
+
+def shown(result: dict) -> str:
+    """The table of a result."""
+    counted = {row["name"]: row["floor"] for row in result["rows"] if row["floor"]}
+    return table([row_of(row) for row in result["rows"]], result["on_gpu"], counted)
+
+
+def row_of(kept: dict) -> Row:
+    """A row of a result."""
+    return Row(**{key: value for key, value in kept.items() if key != "floor"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="a model of this size")
+    parser.add_argument("--images", type=int, help="so many images a prompt")
+    parser.add_argument("--prompts", type=int, help="so many prompts a step")
+    parser.add_argument("--steps", type=int, default=2, help="profiled steps")
+    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
+    parser.add_argument("--output_dir", default="out/profile_step", help="of the run; its folder profile has the trace")
+    parser.add_argument("--read", help="only the table of this trace: .trace.json.gz, or nsys's .sqlite")
+    parser.add_argument("--json", help="write the result there, - for standard output")
+    args = parser.parse_args()
+    if args.read:
+        timeline = read(Path(args.read))
+        print(table(rows(timeline), timeline.on_gpu))
+        return
+    if args.steps < 1:
+        raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
+    case = asked_case(args, torch.cuda.is_available())
+    tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
+    record = begin() | {"ceilings": limits()}
+    record["profile"] = result = run(case, Path(args.output_dir), args.steps, tokenizer, record["ceilings"])
+    if args.json == "-":
+        print(dump(record))
+        return
+    if args.json:
+        write(record, Path(args.json))
+    print(f"{result['case']}, by {result['tool']}; mean of {result['steps']} steps.\n\n{shown(result)}")
+    print(f"\nA step that nobody watched: {1e3 * result['unwatched_step_s']:.0f} ms.")
+    print(f"The trace is in {Path(args.output_dir) / FOLDER}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"profile_step.py: {error}")

@@ -1,0 +1,153 @@
+"""What got slower between two files of results, beyond the noise of both.
+
+    python bench/publish/compare.py [OLD.json NEW.json] [--parts kernels,rewards,step]
+
+Without files: the last two days of this device. What has a peer is compared by its ratio to the peer's time within each
+file, which a faster or slower machine leaves alone: it is slower when its ratio rose against most of its peers. What
+has none is compared by its own time, where machine and packages are the same. A time lies between the quartiles of its
+samples, or their ends where they are few; a ratio rose when its interval begins above the old one's end, and its
+middle by more than 5 %. Cases that one file alone has are named. The exit status is 1 when anything is slower.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from boxgrpo.bench.kernel_bench.cases import sizes
+from boxgrpo.bench.machine import folder
+from boxgrpo.bench.publish.result_files import dated, later, part, read
+
+LEAST = 0.05  # a change below this is none
+UNKNOWN = 0.10  # noise of what was timed once
+SAME = ("device", "driver", "threads", "torch", "triton")  # of two machines that are one
+OURS, NO_PEERS = "ours", ("one read",)  # a floor in the table
+PARTS = ("kernels", "rewards", "step")
+
+
+class Interval(NamedTuple):
+    """A time or a ratio, and where it may lie."""
+
+    low: float
+    middle: float
+    high: float
+
+    def over(self, other: "Interval") -> "Interval":
+        return Interval(self.low / other.high, self.middle / other.middle, self.high / other.low)
+
+    def rose_above(self, old: "Interval") -> bool:
+        return self.low > old.high and self.middle > old.middle * (1 + LEAST)
+
+
+def interval(median: float, samples: Sequence[float] | None, spread: Sequence[float]) -> Interval:
+    """`samples` None: an old record, of which the ends alone are known."""
+    if samples is None or 1 < len(samples) < 8:
+        low, high = spread if samples is None else (min(samples), max(samples))
+    elif len(samples) == 1:
+        low, high = median * (1 - UNKNOWN), median * (1 + UNKNOWN)
+    else:
+        low, _, high = statistics.quantiles(samples, n=4)
+    return Interval(min(low, median), median, max(high, median))
+
+
+def timed(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
+    """case -> side -> time, ours under OURS."""
+    found: dict[str, dict[str, Interval]] = {}
+    for name in parts:
+        if record.get(name, {}).get("rows"):
+            for case, side, time in TIMED[name](record[name]):
+                found.setdefault(f"{name}: {case}", {})[side] = time
+    return found
+
+
+def _kernels(measured: dict):
+    for r in measured["rows"]:
+        case, side = f"{r['op']} {sizes(r['shape'])} {r['dtype']}", r["implementation"]
+        if side.startswith("boxgrpo"):  # a variant of ours is a case of its own
+            case, side = case + side.removeprefix("boxgrpo"), OURS
+        if side not in NO_PEERS:
+            yield case, side, interval(r["ms"], r.get("samples_ms"), r["spread_ms"])
+
+
+def _rewards(measured: dict):
+    for r in measured["rows"]:
+        decoded = r["run"] == "decode, re, IoU"
+        case = "ids" if decoded else r["run"]
+        yield case, r["run"] if decoded else OURS, interval(r["ms"], r.get("samples_ms"), r["spread_ms"])
+
+
+def _step(measured: dict):
+    for r in measured["rows"]:
+        for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
+            spread, samples = r[f"{side}_spread_s"], r.get(f"{side}_samples_s")
+            yield r["case"], side, interval(r[f"{side}_s"], samples and later(samples), spread)
+
+
+TIMED = {"kernels": _kernels, "rewards": _rewards, "step": _step}
+
+
+def same_machine(old: dict, new: dict, name: str) -> bool:
+    a, b = (part(record, name)["machine"] for record in (old, new))
+    return all(a.get(key) == b.get(key) for key in SAME)
+
+
+def slower(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
+    """A line for each case that got slower. Raises ValueError for files without a case in common."""
+    before, after = timed(old, parts), timed(new, parts)
+    if not before.keys() & after.keys():
+        raise ValueError(f"the files have no case of {', '.join(parts)} in common; measure both alike.")
+    lines = []
+    for case in (case for case in after if case in before):
+        lines += _judged(case, before[case], after[case], same_machine(old, new, case.split(":")[0]))
+    return lines
+
+
+def left_out(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
+    """A line for each file that has cases which the other has not."""
+    before, after = timed(old, parts).keys(), timed(new, parts).keys()
+    both = ("old", before - after), ("new", after - before)
+    return [f"only the {word} file has {'; '.join(sorted(alone))}" for word, alone in both if alone]
+
+
+def _judged(case: str, before: dict[str, Interval], after: dict[str, Interval], same: bool) -> list[str]:
+    if OURS not in before:
+        return []
+    if OURS not in after:
+        return [f"{case}: no longer measured"]
+    peers = [side for side in after if side in before and side != OURS]
+    if not peers:
+        was, now = before[OURS], after[OURS]
+        return [f"{case}: {was.middle:.4g} -> {now.middle:.4g}"] if same and now.rose_above(was) else []
+    pairs = [(peer, before[OURS].over(before[peer]), after[OURS].over(after[peer])) for peer in peers]
+    rose = [(peer, was, now) for peer, was, now in pairs if now.rose_above(was)]
+    if 2 * len(rose) <= len(pairs):
+        return []
+    told = ", ".join(f"{was.middle:.3f} -> {now.middle:.3f} of {peer}'s time" for peer, was, now in rose)
+    return [f"{case}: {told}"]
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="the old file and the new one")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    o = parser.parse_args(args)
+    files = [Path(file) for file in o.files] or dated(folder())[-2:]
+    if len(files) != 2:
+        raise ValueError(f"{len(files)} files of results; two are compared. Name the old one and the new one.")
+    if wrong := set(parts := o.parts.split(",")) - TIMED.keys():
+        raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}.")
+    old, new = (read(file) for file in files)
+    lines = slower(old, new, parts)
+    verdict = lines or [f"nothing is slower in {files[1].name} than in {files[0].name}"]
+    print(*left_out(old, new, parts), *verdict, sep="\n")
+    if lines:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"compare.py: {error}")

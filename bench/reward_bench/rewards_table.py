@@ -1,0 +1,210 @@
+"""Rewards from token ids beside the path they replace, and the parser's rate on bytes.
+
+    python bench/reward_bench/rewards_table.py [--merges merges.txt] [--json FILE|-]
+
+`make bench` keeps the results. On a CPU everything runs on one core: 128 completions of 256 tokens by
+`grounding_rewards_from_ids`, and by `batch_decode`, regular expressions and IoU in Python, in turn; then a few MB of
+completions as bytes. On a GPU 1,024 completions of 256 tokens, with a cold L2, and any synchronisation is an error.
+"""
+
+import argparse
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from boxgrpo.bench.publish.result_files import begin, dump, write
+from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
+from boxgrpo.kernels import VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
+from boxgrpo.trainer.data.vocabulary import box_mark_ids, token_bytes
+
+TOKENS, ROWS = 256, 151_936  # of a completion; of the 2B's head
+WORDS = (
+    "The first image shows a red cup on a wooden table near the window, and the second one shows the same cup from "
+    "another side; so the object that both images share is at the lower left of the picture. It can't be the plate, "
+    "which only the third image (taken later) has."
+).split()
+TEXTS = (" ".join(WORDS), "<think>Here.</think><answer>(0, 0), (500, 500)</answer>")  # what is tokenized
+BOX = r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
+FORMAT = re.compile(rf"<think>.*?</think>\s*<answer>{BOX}</answer>$", re.ASCII | re.DOTALL)
+ANSWER = re.compile(rf"<answer>(?:(?!</answer>).)*?{BOX}.*?</answer>", re.ASCII | re.DOTALL)
+
+
+def completions(tokenizer, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (n, 256) of reasoning that ends in an answer and an end token, lengths (n), gold (n, 4) near the answer."""
+    draw, rows, gold = random.Random(seed), [], []
+    for _ in range(count):
+        x, y, w, h = (draw.randrange(50, 450) for _ in range(4))
+        answer = f"</think><answer>({x}, {y}), ({x + w}, {y + h})</answer><|im_end|>"
+        tail = tokenizer.encode(answer, add_special_tokens=False)
+        words = tokenizer.encode("<think>" + " ".join(draw.choices(WORDS, k=TOKENS)), add_special_tokens=False)
+        rows.append(words[: TOKENS - len(tail)] + tail)
+        gold.append([x + draw.randrange(40), y, x + w, y + h + draw.randrange(40)])
+    return torch.tensor(rows), torch.full((count,), TOKENS), torch.tensor(gold, dtype=torch.float32)
+
+
+def decoded_and_searched(tokenizer, ids: Tensor, gold: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """The path that is replaced: accuracy (n) and format (n)."""
+    accuracy, form = [], []
+    for text, target in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), gold, strict=True):
+        form.append(1.0 if FORMAT.search(text) else 0.0)
+        found = ANSWER.search(text)
+        accuracy.append(_iou([int(digits) for digits in found.groups()], target) if found else 0.0)
+    return torch.tensor(accuracy), torch.tensor(form)
+
+
+def _iou(a: list[float], b: list[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap
+    return overlap / union if union > 0 else 0.0
+
+
+def rows_of(runs: dict, turns: int, **more: dict) -> list[dict]:
+    """A row for each run. They take turns of ten rounds, so that a slow moment of the machine is shared by all.
+
+    `first_ms` is the first round of a turn, which finds the caches full of another run's data; the others make `ms`.
+    """
+    rounds = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            rounds[name] += [[_seconds(run) for _ in range(10)]]
+    rows = []
+    for name, taken in rounds.items():
+        warm = sorted(1e3 * x for turn in taken[1:] for x in turn[1:])
+        first = [1e3 * turn[0] for turn in taken[1:]]
+        spread = [round(warm[0], 4), round(warm[-1], 4)]
+        rows.append({"run": name, "ms": round(statistics.median(warm), 4), "spread_ms": spread, "rounds": len(warm)})
+        rows[-1] |= {"first_ms": round(statistics.median(first), 4), **more.get(name, {})}
+        rows[-1] |= {"samples_ms": [round(x, 4) for x in warm], "samples_first_ms": [round(x, 4) for x in first]}
+    return rows
+
+
+def _seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def on_cpu(tokenizer, table: VocabularyBytes) -> list[dict]:
+    ids, lengths, gold = completions(tokenizer, 128)
+    targets = gold.tolist()
+    ours = grounding_rewards_from_ids(ids, lengths, table, gold)
+    theirs = decoded_and_searched(tokenizer, ids, targets)
+    assert torch.allclose(ours.accuracy, theirs[0]) and torch.equal(ours.format, theirs[1]) and ours.format.all()
+    runs = {
+        "ids": lambda: grounding_rewards_from_ids(ids, lengths, table, gold),
+        "decode, re, IoU": lambda: decoded_and_searched(tokenizer, ids, targets),
+    }
+    size = {"completions": 128, "tokens": TOKENS}
+    rows = rows_of(runs, 20, **dict.fromkeys(runs, size))
+    raw = [text.encode() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] * 20
+    text, offsets = pack_texts(raw)
+    targets = gold.repeat(20, 1)
+    worst, ends = pack_texts([b"<think><answer>(1, 2), (3, 4)</answer>" * 100_000])  # no byte to skip
+    runs = {
+        "bytes, think": lambda: grounding_rewards(text, offsets, targets),
+        "bytes, list": lambda: grounding_rewards(text, offsets, targets, answer_format="list"),
+        "bytes, tags and boxes only": lambda: grounding_rewards(worst, ends, gold[:1]),
+    }
+    sizes = dict(zip(runs, (len(text), len(text), len(worst)), strict=True))
+    for r in rows_of(runs, 10):
+        size = sizes[r["run"]]
+        rows.append(r | {"bytes": size, "gb_per_second": round(size / r["ms"] / 1e6, 2)})
+    return rows
+
+
+def on_gpu(tokenizer, table: VocabularyBytes) -> list[dict]:
+    from triton.testing import do_bench
+
+    ids, lengths, gold = (x.cuda() for x in completions(tokenizer, 1024))
+    table, formats = table.to("cuda"), torch.zeros(1024, dtype=torch.uint8, device="cuda")
+
+    def rewards():
+        return grounding_rewards_from_ids(ids, lengths, table, gold, answer_format=formats, backend="extension")
+
+    assert rewards().format.all()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    rewards()
+    torch.cuda.set_sync_debug_mode("default")
+    taken = do_bench(rewards, return_mode="all")
+    spread = [round(min(taken), 4), round(max(taken), 4)]
+    size = {"completions": 1024, "tokens": TOKENS}
+    told = {"ms": round(statistics.median(taken), 4), "spread_ms": spread, "rounds": len(taken)}
+    return [{"run": "ids", **told, **size, "samples_ms": [round(x, 4) for x in taken]}]
+
+
+def summary(result: dict) -> str:
+    """A line for each run; on a CPU the ratio of the first two."""
+    lines = []
+    for r in result["rows"]:
+        rate = f", {r['gb_per_second']} GB/s" if "gb_per_second" in r else ""
+        lines.append(f"{r['run']}: {r['ms']} ms{rate}")
+    if len(result["rows"]) > 1:
+        lines.append(f"{times_faster(result):.0f} times faster")
+    return "\n".join(lines)
+
+
+def times_faster(result: dict) -> float:
+    by_run = {r["run"]: r["ms"] for r in result["rows"]}
+    return by_run["decode, re, IoU"] / by_run["ids"]
+
+
+def rewards_row(result: dict) -> str:
+    """Markdown: both paths' ms."""
+    by_run = {r["run"]: r["ms"] for r in result["rows"]}
+    ms = f"| ms | {by_run['ids']:.3f} | {by_run['decode, re, IoU']:.2f} |"
+    return "\n".join(["| | from ids | `batch_decode`, `re`, IoU in Python |", "|---|---|---|", ms])
+
+
+def first_and_rates(result: dict) -> str:
+    """A sentence's end and a sentence: rounds after other work, and bytes a second."""
+    by_run = {r["run"]: r for r in result["rows"]}
+    first = [by_run[name]["first_ms"] for name in ("ids", "decode, re, IoU")]
+    rates = [by_run[name]["gb_per_second"] for name in ("bytes, think", "bytes, tags and boxes only")]
+    return (
+        f"straight after other work it is {first[0]:.2f} ms against {first[1]:.2f} ms. Text is read at {rates[0]:.1f} "
+        f"GB/s ({rates[1]:.2f} where it is nothing but tags and boxes)"
+    )
+
+
+def run(merges: str | Path | None) -> dict:
+    """The rows. On a CPU this process has one core and one thread from then on."""
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for the tokenizer's threads too
+        torch.set_num_threads(1)
+    tokenizer, vocabulary = benchmark_tokenizer(merges, TEXTS)
+    table = VocabularyBytes.build(
+        token_bytes(tokenizer, ROWS), [tokenizer.eos_token_id], mark_ids=box_mark_ids(tokenizer)
+    )
+    told = {"threads": torch.get_num_threads(), "vocabulary": vocabulary}
+    return told | {"rows": (on_gpu if gpu else on_cpu)(tokenizer, table)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merges", help="Qwen2's merges.txt; default: data/qwen2_tokenizer under BOXGRPO_SHARED")
+    parser.add_argument("--json", help="write the results there, - for standard output")
+    args = parser.parse_args()
+    record = begin() | {"rewards": run(args.merges)}
+    if args.json == "-":
+        print(dump(record))
+        return
+    if args.json:
+        write(record, Path(args.json))
+    print(summary(record["rewards"]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_rewards.py: {error}")

@@ -1,0 +1,235 @@
+"""Runs survive: killed at random moments, with corrupt images and NaN, they end as if nothing had been.
+
+    python bench/soaks/soak.py [--parts A,B,C] [--steps 500] [--kills 30] [--seed 0] [--engine deepspeed --zero_stage 2]
+
+The demo's GRPO at two ranks, from a short cold start, on a world of which some images are corrupt.
+
+A   short runs: one undisturbed, one with SIGKILL for all its processes `kills` times, resumed each time; a third of
+    the kills strike while a checkpoint is written.
+B   `steps` steps with NaN losses, and a fifth as many kills.
+C   the same steps and faults without kills: resident memory stays flat.
+
+A's two runs, and B and C, must be the same to the bit. Results go to bench/results/<device>/soak.json; the exit status
+is 1 when a demand is not met.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from boxgrpo.bench.launches import kill
+from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.soaks.kills import Kill, plan, strike, timing
+from boxgrpo.bench.soaks.verdicts import differences, injected, lost_steps, memory, read_lines, skips
+from boxgrpo.trainer import demo
+from boxgrpo.trainer.options import option, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+CORRUPT = 0.02  # of the training images
+SAVE_STEPS = {"A": 3, "B": 20, "C": 20}
+KEPT = 2  # checkpoints
+FLAT = 0.02
+
+
+@dataclass
+class SoakOptions:
+    """Long runs of the demo with faults injected at random."""
+
+    parts: str = option("A,B,C", "Parts to run, separated by commas.")
+    steps: int = option(500, "Steps of parts B and C.")
+    kills: int = option(30, "Kills of part A, in two steps each; part B has a fifth of them.")
+    seed: int = option(0, "Of the world, the weights, the corrupt images, the NaNs and the moments of the kills.")
+    engine: str = option("", "The loop's --engine; empty: its default.")
+    zero_stage: int = option(0, "The loop's --zero_stage; 0: its default.")
+    cold_start_steps: int = option(300, "SFT steps before.")
+    train: int = option(1000, "Scenes to train on, and as many for the cold start.")
+    output_dir: str = option("out/soak", "Folder for world and runs.")
+    json: str = option("", "Where to write the results; empty: bench/results/<device>/soak.json, or soak_zero2.json.")
+
+
+def prepare(o: SoakOptions) -> Path:
+    """World and cold start, made when they are not there; then some of the training images are made unreadable."""
+    root = Path(o.output_dir)
+    small = demo.DemoOptions(
+        output_dir=str(root), seed=o.seed, cold_start=o.train, train=o.train, held_out=8, processes=RANKS
+    )
+    world = demo.draw_world(small)
+    if not (root / "sft/model.safetensors").exists():
+        flags = [f"--config={demo.RECIPES / 'demo_sft.yaml'}", f"--model={demo.newborn(small)}"]
+        flags += [f"--data={world / 'cold_start.json'}", f"--output_dir={root / 'sft'}", f"--seed={o.seed}"]
+        demo.torchrun("sft.py", small, [*flags, f"--max_steps={o.cold_start_steps}", "--overwrite_output_dir=true"])
+    images = sorted((world / "images/train").iterdir())
+    draw = random.Random(o.seed)
+    for path in draw.sample(images, round(CORRUPT * len(images))):
+        path.write_bytes(path.read_bytes()[: draw.randrange(100)])
+    return root
+
+
+def launch(o: SoakOptions, root: Path, name: str, steps: int, *, faults: bool) -> subprocess.Popen:
+    """torchrun, told into `root / name`.log; a run that was killed goes on.
+
+    What DeepSpeed compiles is kept apart: a kill while it does leaves a lock that all later builds wait for.
+    """
+    part, target = name[0], root / name
+    script = ["bench/soaks/worker.py", f"--soak_seed={o.seed}"] if faults else ["trainer/grpo.py"]
+    flags = [f"--config={demo.RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--seed={o.seed}"]
+    flags += [f"--data={root / 'world/train.json'}", f"--output_dir={target}", f"--rollout_file={target / 'samples'}"]
+    flags += [f"--max_steps={steps}", f"--save_steps={SAVE_STEPS[part]}", f"--save_total_limit={KEPT}"]
+    flags += ["--resume=auto"]
+    flags += [f"--{k}={v}" for k, v in (("engine", o.engine), ("zero_stage", o.zero_stage)) if v]
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={RANKS}"]
+    with target.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(
+            [*command, str(ROOT / script[0]), *script[1:], *flags],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(root.resolve() / "extensions")},
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: list[Kill], *, faults: bool) -> float:
+    """The run, killed as planned and resumed each time; its seconds.
+
+    Raises:
+        ValueError: it ended with an error of its own.
+    """
+    started = time.monotonic()
+    shutil.rmtree(root / name, ignore_errors=True)
+    (root / name).with_suffix(".log").unlink(missing_ok=True)
+    for planned in [*kills, None]:
+        run = launch(o, root, name, steps, faults=faults)
+        try:
+            if planned is None or not strike(run, root / name, planned):
+                run.wait()
+                if run.returncode:
+                    raise ValueError(f"{name} ended with status {run.returncode}; see {root / name}.log")
+                break
+        finally:
+            if run.poll() is None:
+                kill(run)
+    return time.monotonic() - started
+
+
+def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
+    steps = max(4 * SAVE_STEPS["A"], 2 * o.kills)
+    whole = run_to_the_end(o, root, "A-whole", steps, [], faults=False)
+    seconds = timing(root / "A-whole", whole)
+    kills = plan(draw, o.kills, steps, SAVE_STEPS["A"], seconds)
+    killed = run_to_the_end(o, root, "A-killed", steps, kills, faults=False)
+    struck = [k for k in kills if k.struck]
+    torn = sum(".part" in k.left or "torn" in k.left for k in struck)
+    unlike = differences(root / "A-whole", root / "A-killed")
+    lost = lost_steps(read_lines(root / "A-killed/metrics.jsonl"), steps)
+    return {
+        "steps": steps,
+        "seconds": {"undisturbed": round(whole), "killed": round(killed)},
+        "timing": {k: round(v, 3) for k, v in seconds.items()},
+        "kills": [asdict(k) for k in kills],
+        "differences": unlike,
+        "demands": [
+            demand(f"struck by {o.kills} kills", f"{len(struck)}, {torn} while saving", len(struck) >= o.kills),
+            demand("some while saving", str(torn), torn > 0),
+            demand("no step lost", f"{len(lost)} of {steps}", not lost),
+            demand("to the bit as never killed", f"{len(unlike)} differences", not unlike),
+            demand(f"{KEPT} checkpoints kept", _checkpoints(root / "A-killed"), _clean(root / "A-killed")),
+        ],
+    }
+
+
+def part_b(o: SoakOptions, root: Path, draw: random.Random) -> dict:
+    about = {"start": 8.0, "step": 0.3, "save": 0.1}
+    kills = plan(draw, max(1, o.kills // 5), o.steps, SAVE_STEPS["B"], about)
+    seconds = run_to_the_end(o, root, "B", o.steps, kills, faults=True)
+    struck = sum(k.struck for k in kills)
+    return {
+        "steps": o.steps,
+        "seconds": round(seconds),
+        "kills": [asdict(k) for k in kills],
+        "demands": [
+            demand(f"struck by {len(kills)} kills", str(struck), struck >= len(kills)),
+            *faulty_demands(root / "B", o.steps),
+        ],
+    }
+
+
+def part_c(o: SoakOptions, root: Path, _draw: random.Random) -> dict:
+    seconds = run_to_the_end(o, root, "C", o.steps, [], faults=True)
+    sizes = memory(root / "C")
+    demands = faulty_demands(root / "C", o.steps)
+    for rank in range(RANKS):
+        whole, own = sizes[f"rank{rank}"], sizes[f"rank{rank} anonymous"]
+        told = f"{own['growth']:+.2%} ({whole['growth']:+.2%} with files), peak {whole['peak_mb']:.0f} MB"
+        demands.append(demand(f"memory of rank {rank} flat", told, abs(own["growth"]) <= FLAT >= whole["growth"]))
+    result = {"steps": o.steps, "seconds": round(seconds), "memory": sizes, "demands": demands}
+    if "B" in o.parts.split(","):
+        unlike = differences(root / "B", root / "C")
+        result["differences"] = unlike
+        demands.append(demand("to the bit as part B", f"{len(unlike)} differences", not unlike))
+    return result
+
+
+def faulty_demands(path: Path, steps: int) -> list[dict]:
+    metrics = read_lines(path / "metrics.jsonl")
+    lost, skipped, nan = lost_steps(metrics, steps), skips(metrics), injected(path)
+    records = metrics[-1]["data/skipped"]
+    return [
+        demand("no step lost", f"{len(lost)} of {steps}", not lost),
+        demand("NaN steps skipped, no others", f"{len(skipped)} of {len(nan)}", skipped == nan and len(nan) > 0),
+        demand("corrupt images passed over", f"{records:.0f} records", records > 0),
+    ]
+
+
+def demand(what: str, found: str, met: bool) -> dict:
+    return {"demand": what, "found": found, "met": bool(met)}
+
+
+def _checkpoints(path: Path) -> str:
+    return ", ".join(sorted(f.name for f in path.glob("*checkpoint-*")))
+
+
+def _clean(path: Path) -> bool:
+    return len(list(path.glob("checkpoint-*"))) == KEPT and not list(path.glob(".checkpoint-*"))
+
+
+PARTS = {"A": part_a, "B": part_b, "C": part_c}
+
+
+def table(result: dict) -> str:
+    """A row for each demand."""
+    rows = [f"{'':<3}{'demand':<32}{'found':<40}"]
+    for part, found in result["parts"].items():
+        for d in found["demands"]:
+            rows.append(f"{part:<3}{d['demand']:<32}{d['found']:<40}{'met' if d['met'] else 'NOT MET'}")
+    return "\n".join(rows)
+
+
+def main(args: list[str] | None = None) -> None:
+    o = parse(SoakOptions, args, prog="soak.py")
+    names = o.parts.split(",")
+    if wrong := set(names) - PARTS.keys():
+        raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of A, B and C. Correct --parts.")
+    result = {"machine": machine(), "options": asdict(o), "parts": {}}
+    root = prepare(o)
+    path = Path(o.json) if o.json else folder() / (f"soak_zero{o.zero_stage}.json" if o.zero_stage else "soak.json")
+    for name in sorted(names):
+        print(f"\npart {name} ...", flush=True)
+        result["parts"][name] = PARTS[name](o, root, random.Random(f"{o.seed} {name}"))
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + table(result))
+    if not all(d["met"] for found in result["parts"].values() for d in found["demands"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"soak.py: {error}")

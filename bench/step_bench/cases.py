@@ -1,0 +1,172 @@
+"""What the step benchmark trains: a model of random weights, and records with the images they ask about."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from boxgrpo.model.checkpoint import save_model
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
+from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS
+from boxgrpo.trainer.options import GrpoOptions
+
+RECORDS = 8  # each with images of its own
+QUESTION = "Which of these images shows the object that stands alone, and where in the first of them is it?"
+TEXTS = (QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>")  # what is tokenized
+MERGE = 2 * 14  # pixels of a vision token's side
+ASKED = ("model", "images", "prompts")  # flags of a row of one's own
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A Qwen2-VL's widths and depths. `vocabulary` None: as many rows as the tokenizer has tokens."""
+
+    vocabulary: int | None
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    init: float
+
+
+MODELS = {
+    "tiny": Sizes(None, 64, 128, 2, 4, 2, True, 64, 2, 4, 0.08),
+    "44M": Sizes(151_936, 256, 1024, 4, 4, 2, True, 128, 4, 4, 0.08),
+    "2B": Sizes(151_936, 1536, 8960, 28, 12, 2, True, 1280, 32, 16, 0.02),  # as published
+    "7B": Sizes(152_064, 3584, 18944, 28, 28, 4, False, 1280, 32, 16, 0.02),  # as published
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One shape of a step: `prompts` prompts of `images` images each, `generations` completions of `tokens` tokens."""
+
+    model: str = "44M"
+    prompts: int = 1
+    images: int = 4
+    side: tuple[int, int] = (224, 224)  # pixels, multiples of 28
+    generations: int = 8
+    tokens: int = 64
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.model}, {self.prompts} x {self.images} images of {self.side[0]} x {self.side[1]}, "
+            f"{self.generations} x {self.tokens} tokens, {self.dtype}{'' if self.masters else ', no fp32 masters'}"
+        )
+
+    @property
+    def masters(self) -> bool:
+        """Whether updates go to fp32 copies: the 7B's, with moments and gradients, take 138 GB, and leave no room."""
+        return self.model != "7B"
+
+    @property
+    def patches(self) -> int:
+        """Patches of a prompt's images."""
+        return self.images * 4 * (self.side[0] // MERGE) * (self.side[1] // MERGE)
+
+
+def step_cases(gpu: bool) -> list[StepCase]:
+    """The rows of results/: issue's shapes for two cores, and the published models for a GPU."""
+    if not gpu:
+        return [StepCase(images=n) for n in (4, 1, 6)] + [StepCase(prompts=4)]
+    published = {"side": (448, 896), "tokens": 256, "dtype": "bfloat16"}  # 401,408 pixels, the default max_pixels
+    return [StepCase(model, images=n, **published) for model in ("2B", "7B") for n in (4, 1, 6)]
+
+
+def asked_case(args, gpu: bool) -> StepCase:
+    """The first row, with what the flags of ASKED change. Raises ValueError for a published model without a GPU."""
+    case = replace(step_cases(gpu)[0], **{key: value for key in ASKED if (value := getattr(args, key)) is not None})
+    if case.model in ("2B", "7B") and not gpu:
+        raise ValueError(f"model is {case.model}; it runs on a GPU, and none is here. Drop --model.")
+    return case
+
+
+def merges(path: str | None) -> Path:
+    """Qwen2's merges.txt: the one named, or that of BOXGRPO_SHARED. Raises ValueError where there is none."""
+    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[3] / "shared")
+    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
+    if not found.is_file():
+        raise ValueError(f"there is no {found}; the real vocabulary needs a Qwen2 model's. Name it with --merges.")
+    return found
+
+
+def make_config(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
+    special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    half = sizes.hidden // sizes.heads // 2  # frequencies of a head, shared out 1 : 1.5 : 1.5
+    spatial = (half - half // 4) // 2
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": sizes.vocabulary or len(tokenizer),
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": sizes.init,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [half - 2 * spatial, spatial, spatial],
+            },
+            "bos_token_id": special["<|endoftext|>"],
+            "eos_token_id": special["<|im_end|>"],
+            "pad_token_id": special["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": sizes.vision_layers,
+            "embed_dim": sizes.vision_width,
+            "hidden_size": sizes.hidden,
+            "num_heads": sizes.vision_heads,
+            "mlp_ratio": 4,
+            "initializer_range": sizes.init,
+        },
+        image_token_id=special["<|image_pad|>"],
+        video_token_id=special["<|video_pad|>"],
+        vision_start_token_id=special["<|vision_start|>"],
+        vision_end_token_id=special["<|vision_end|>"],
+        tie_word_embeddings=sizes.tied,
+    )
+
+
+def prepare(case: StepCase, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write `folder`/model, a checkpoint that both sides load, and `folder`/records.json with its images."""
+    if not (folder / "model").exists():
+        config = make_config(MODELS[case.model], tokenizer)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with torch.device("meta"):
+            model = Qwen2VL(config).to(getattr(torch, case.dtype))
+        model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0))
+        save_model(model, folder / "model")
+        o = GrpoOptions()
+        images = Qwen2VLImageProcessorPil()
+        Processor(tokenizer, images, min_pixels=o.min_pixels, max_pixels=o.max_pixels).save_pretrained(folder / "model")
+    records = []
+    for i in range(RECORDS):
+        names = [f"{case.side[0]}x{case.side[1]}-{i}-{n}.png" for n in range(case.images)]
+        for n, name in enumerate(names):
+            if not (folder / name).exists():
+                _picture(case.side, seed=100 * i + n).save(folder / name)
+        records.append({"images": names, "question": QUESTION, "answer": [100, 200, 600, 700]})
+    (folder / "records.json").write_text(json.dumps(records))
+
+
+def _picture(side: tuple[int, int], seed: int) -> Image.Image:
+    """Soft blotches: a photograph's size on disk, more or less, where noise would be all and one colour nothing."""
+    blotches = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(blotches).resize(side, Image.Resampling.BICUBIC)

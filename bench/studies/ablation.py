@@ -1,0 +1,239 @@
+"""The paper's ablation (Tables 4 and 5, Figure 3) on the drawn world: eight methods, each from the recipe of its name.
+
+    python bench/studies/ablation.py [--seeds 0,1,2] [--methods pure_rl,grpo] [--quick true]
+
+What stands for what: a tiny model that was shown where named objects stand, and none of the tasks, for Qwen2-VL; drawn
+scenes of all ten tasks at three levels, with chains, for MGrounding. That model is one for all seeds. A seed has a
+world of its own, its own CoT-SFT that stage 2 starts from, its own order of data and its own samples.
+
+An hour on two CPU cores; a run that has ended is not repeated. Results go to bench/results/<device>/ablation.json, the
+tables and curves beside the runs too. `--quick true`: two steps of everything, to see that it runs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.studies.ablation_tables import report, summary
+from boxgrpo.bench.studies.curves import binned, plot
+from boxgrpo.trainer import demo
+from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
+from boxgrpo.trainer.evaluation.answer_files import write_whole
+from boxgrpo.trainer.evaluator import evaluate
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, option, parse
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.world.scenes import TASKS
+from boxgrpo.trainer.world.world import all_texts, write_world
+
+LEVELS = (0, 1, 2)
+SIZE = 56  # pixels, the side of an image
+BASE_SEED = 1000  # of the model that all start from, and of what it is shown
+COMPLETION = 32  # tokens at most when scored; an answer has up to 17
+PATHS = ("model", "data", "output_dir")  # settings that two runs of one recipe differ in
+ENDED = "ended.json"  # in the folder of a run that is over
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables."""
+
+    script: str
+    start: str  # the run whose checkpoint it begins with
+    data: str  # a file of the seed's world
+    held_out: str = "held_out"
+
+    @property
+    def options(self) -> type:
+        return SftOptions if self.script == "sft.py" else GrpoOptions
+
+
+METHODS = {  # by the name of the recipe
+    "pure_rl": Method("grpo.py", "base", "train"),
+    "sft": Method("sft.py", "base", "coordinates", "held_out_coordinates"),
+    "cot_sft": Method("sft.py", "base", "cold_start"),
+    "continued_cot_sft": Method("sft.py", "cot_sft", "train_chains"),
+    "grpo": Method("grpo.py", "cot_sft", "train"),
+    "grpo_log": Method("grpo.py", "cot_sft", "train"),
+    "grpo_power": Method("grpo.py", "cot_sft", "train"),
+    "grpo_exp": Method("grpo.py", "cot_sft", "train"),
+}
+BASE = Method("sft.py", "newborn", "plain")
+
+
+@dataclass
+class AblationOptions:
+    """The paper's ablation on the drawn world."""
+
+    seeds: str = option("0,1,2", "Seeds, separated by commas.")
+    methods: str = option(",".join(METHODS), "Recipes to run, separated by commas; what they start from runs too.")
+    output_dir: str = option("out/ablation", "Folder for worlds, runs, table.md and curves.png.")
+    base_scenes: int = option(6000, "Scenes of plain questions for the model that all start from.")
+    cold_start: int = option(12000, "Scenes for stage 1, of each seed.")
+    train: int = option(9600, "Scenes for stage 2 and for pure RL, of each seed.")
+    held_out: int = option(1000, "Scenes to score on, of each seed.")
+    max_steps: int = option(0, "Steps of every run; 0: those of its recipe.")
+    processes: int = option(0, "Processes to train with; 0: one per GPU, or on a CPU two where there are two cores.")
+    quick: bool = option(False, "One seed, few scenes, two steps a run by one process, into the folder quick/.")
+    json: str = option("", "Where to write the results; empty: bench/results/<device>/ablation.json, or into quick/.")
+
+
+QUICK = {"seeds": "0", "base_scenes": 60, "cold_start": 60, "train": 60, "held_out": 60, "max_steps": 2, "processes": 1}
+
+
+def chosen(o: AblationOptions) -> list[str]:
+    """The methods asked for and those that they start from, in the tables' order.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    asked = o.methods.split(",")
+    if wrong := [name for name in asked if name not in METHODS]:
+        raise ValueError(f"methods are {o.methods}; {wrong[0]!r} is none of {', '.join(METHODS)}. Correct --methods.")
+    return [name for name in METHODS if name in {*asked, *(METHODS[a].start for a in asked)}]
+
+
+def draw(root: Path, seed: int, **scenes: int) -> Path:
+    """A world of all tasks at all levels, with exact boxes, and one question a record but in the plain ones."""
+    return write_world(
+        root / "world", tasks=list(TASKS), levels=LEVELS, size=SIZE, seed=seed, margins=0.0, asides=False, **scenes
+    )
+
+
+def origin(model: Path, data: Path) -> dict:
+    """What a run or a score was made of: the weights by their checksum, the world and its file."""
+    with (model / "model.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    world = json.loads((data.parent / "world.json").read_text())
+    return {"weights": weights[:16], "world": world, "data": data.name}
+
+
+def train(o: AblationOptions, recipe: str, method: Method, path: Path, model: Path, data: Path, seed: int) -> dict:
+    """Train in `path` what its recipe says, if that has not ended yet; what ended.json holds.
+
+    Raises:
+        ValueError: `path` holds another run, or the script failed.
+    """
+    flags = [f"--config={demo.RECIPES / recipe}_tiny.yaml", f"--model={model}", f"--data={data}", f"--seed={seed}"]
+    flags += [f"--output_dir={path}", *([f"--max_steps={o.max_steps}"] if o.max_steps else [])]
+    settings = dataclasses.asdict(parse(method.options, flags))
+    settings = {k: v for k, v in settings.items() if k not in PATHS} | origin(model, data)
+    if (path / ENDED).exists():
+        held = json.loads((path / ENDED).read_text())
+        for name, value in settings.items():
+            if held["settings"].get(name) != value:
+                raise ValueError(
+                    f"{path} holds a run whose {name} is {held['settings'].get(name)!r}, not {value!r}. Remove it, "
+                    "or name another --output_dir."
+                )
+        return held
+    started, found = time.perf_counter(), machine()
+    demo.torchrun(method.script, demo.DemoOptions(processes=o.processes), [*flags, "--overwrite_output_dir=true"])
+    ended = {"seconds": round(time.perf_counter() - started, 1), "revision": found["revision"], "settings": settings}
+    write_whole(path / ENDED, json.dumps(ended, indent=1) + "\n")
+    return ended
+
+
+def train_base(o: AblationOptions) -> Path:
+    """The checkpoint that stands for Qwen2-VL: it finds a named object, and reasons when asked to."""
+    root = Path(o.output_dir) / "base"
+    world = draw(root, BASE_SEED, cold_start=o.base_scenes, train=0, held_out=0)
+    if not (root / "run" / ENDED).exists():
+        # Question and request apart, so that each is a token of its own: the base learns the request, not the question.
+        texts = [text.removesuffix(THINK_SUFFIX) for text in all_texts(list(TASKS), levels=LEVELS)]
+        demo.newborn(demo.DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts])
+    train(o, "base_sft", BASE, root / "run", root / "newborn", world / f"{BASE.data}.json", BASE_SEED)
+    return root / "run"
+
+
+def score(world: Path, held_out: str, model: Path, path: Path) -> dict:
+    """Acc@0.5 (0-1) of `model` on the seed's held-out scenes, per task and level; kept in `path`."""
+    data = world / f"{held_out}.json"
+    made_of = origin(model, data)
+    if (path / SCORES).exists() and (held := json.loads((path / SCORES).read_text()))["of"] == made_of:
+        return held["scores"]
+    options = EvalOptions(
+        model=str(model),
+        data=str(data),
+        output_dir=str(path / "eval"),
+        eval_batch_size=100,
+        dtype="float32",
+        max_completion_length=COMPLETION,
+    )
+    shutil.rmtree(path / "eval", ignore_errors=True)
+    found = evaluate(options, Ranks(device="cuda" if torch.cuda.is_available() else "cpu"))
+    answers = json.loads((path / "eval/results.json").read_text())["answers"]
+    level = {record["id"]: record["level"] for record in json.loads(data.read_text())}
+    hits = {n: [a["iou"] > 0.5 for a in answers if level[a["id"]] == n] for n in LEVELS}
+    scores = demo.flat(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in hits.items()}
+    scores |= {name: found[name] for name in ("format", "mean_iou")}
+    write_whole(path / SCORES, json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
+    return scores
+
+
+def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
+    """One record for each run of the seed, the base first."""
+    root = Path(o.output_dir) / str(seed)
+    world = draw(root, seed, cold_start=o.cold_start, train=o.train, held_out=o.held_out)
+    yield {"seed": seed, "method": "base", "scores": score(world, "held_out", base, root / "base")}
+    for name in chosen(o):
+        method, path = METHODS[name], root / name
+        model = base if method.start == "base" else root / method.start
+        ended = train(o, name, method, path, model, world / f"{method.data}.json", seed)
+        scores = score(world, method.held_out, path, path)
+        print(f"\nseed {seed}, {name}: Acc@0.5 {100 * scores['mean']:.1f}, {ended['seconds']:.0f} s", flush=True)
+        yield {"seed": seed, "method": name, **ended, "scores": scores, "curves": binned(demo.read_metrics(path))}
+
+
+def run(o: AblationOptions) -> dict:
+    """Everything; what ablation.json holds."""
+    described = machine()  # before an hour passes and the tree moves on
+    seeds = demo.numbers(o.seeds, "seeds")
+    base = train_base(o)
+    runs = [record for seed in seeds for record in run_seed(o, seed, base)]
+    return {
+        "machine": described,
+        "options": dataclasses.asdict(o),
+        "base": json.loads((base / ENDED).read_text()) | {"curves": binned(demo.read_metrics(base))},
+        "runs": runs,
+    }
+
+
+def compact(result: dict) -> str:
+    """JSON with a line for each run."""
+    lines = [json.dumps(record) for record in result["runs"]]
+    rest = json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1)
+    return rest.removesuffix("\n}") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def main(args: list[str] | None = None) -> None:
+    o = parse(AblationOptions, args, prog="ablation.py")
+    if o.quick:
+        o = dataclasses.replace(o, **QUICK, output_dir=f"{o.output_dir}/quick")
+    chosen(o)
+    result = run(o)
+    root = Path(o.output_dir)
+    kept = Path(o.json) if o.json else (root if o.quick else folder()) / "ablation.json"
+    kept.write_text(compact(result))
+    (root / "table.md").write_text(report(result))
+    plot(result["runs"], root / "curves.png")
+    if kept.parent != root and (root / "curves.png").exists():
+        shutil.copy(root / "curves.png", kept.with_suffix(".png"))
+    print("\n" + summary(result["runs"]))
+    print(f"\nAll of it is in {root}/table.md and curves.png, the figures in {kept}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"ablation.py: {error}")

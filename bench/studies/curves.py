@@ -1,0 +1,59 @@
+"""What the ablation's runs told step by step: thinned for keeping, and drawn as the paper's Figure 3."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
+
+BINS = 20
+UNTOLD = ("timing_s/", "perf/", "data/", "step", "num_tokens", "epoch", "skipped_steps", "learning_rate")
+RL = ("pure_rl", "grpo", "grpo_log", "grpo_power", "grpo_exp")
+TITLES = {"pure_rl": "pure RL", "grpo": "GRPO", "grpo_log": "−log(mIoU)", "grpo_power": "(1 − mIoU)²"}
+TITLES["grpo_exp"] = "exp(1 − mIoU)"
+
+
+def binned(metrics: Sequence[dict], bins: int = BINS) -> dict[str, list]:
+    """Each metric's mean over every `bins`-th part of the run, and the last `step` of that part."""
+    parts = [part for part in np.array_split(np.array(metrics, dtype=object), bins) if len(part)]
+    keys = {k for m in metrics for k, v in m.items() if not k.startswith(UNTOLD) and v is not None}
+    curves = {"step": [part[-1]["step"] for part in parts]}
+    for key in sorted(keys):
+        told = [[m[key] for m in part if m.get(key) is not None] for part in parts]
+        curves[key] = [round(math.fsum(values) / len(values), 4) if values else None for values in told]
+    return curves
+
+
+def plot(runs: Sequence[dict], out_png: str | os.PathLike) -> None:
+    """A column for each method with RL: shares of easy, medium and hard groups (Figure 3), and the rewards under them.
+
+    Lines are means over the seeds, bands reach from the lowest seed to the highest. Nothing is drawn without such runs.
+    """
+    columns = [(name, found) for name in RL if (found := [r["curves"] for r in runs if r["method"] == name])]
+    if not columns:
+        return
+    figure = Figure(figsize=(3.2 * len(columns) + 0.6, 6.2), layout="constrained")
+    grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey=True)
+    for column, (name, curves) in enumerate(columns):
+        grid[0][column].set_title(TITLES[name])
+        grid[1][column].set_xlabel("step")
+        for axes, drawn in zip(grid[:, column], (DIFFICULTY, REWARDS)):
+            for key, label, colour in drawn:
+                _band(axes, curves, key, label, colour)
+            axes.set_ylim(-0.02, 1.02)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes, label in zip(grid[:, 0], ("share of groups", "mean reward")):
+        axes.set_ylabel(label)
+        axes.legend(frameon=False, fontsize="small", loc="best")
+    figure.savefig(out_png, dpi=120)
+
+
+def _band(axes, curves: Sequence[dict], key: str, label: str, colour: str) -> None:
+    values = np.array([c[key] for c in curves], dtype=float)  # (seeds, bins)
+    steps = curves[0]["step"]
+    axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes.plot(steps, values.mean(0), color=colour, linewidth=2, label=label)

@@ -1,0 +1,199 @@
+"""Bytes that training holds on each GPU and moves between them, from shapes alone.
+
+Formulas of our own code stand beside it and are tested against it; those of DeepSpeed are read in the source of 0.19.8.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .families.qwen2_vl import Qwen2VL
+
+FP32 = 4  # bytes
+# Elements; DeepSpeed's defaults in runtime/zero/config.py.
+REDUCE_BUCKET, SUB_GROUP, MAX_LIVE, PREFETCH, PERSISTS = 500_000_000, 10**9, 10**9, 50_000_000, 100_000
+
+
+class Engine(NamedTuple):
+    """Who keeps what; `stage` 0 is our own data parallelism, 1 to 3 are DeepSpeed's ZeRO."""
+
+    name: str
+    stage: int
+    offload: bool = False  # masters, moments and the gradients they take, to the host
+    lora: bool = False
+
+
+class Counts(NamedTuple):
+    """Elements of a model's parameters, and how many tensors are trained."""
+
+    trained: int
+    frozen: int
+    tensors: int
+    largest: int  # of one trained tensor
+    small: int  # of tensors that ZeRO-3 keeps whole on every GPU
+    decoder: int  # decoder and head
+    head_trained: bool
+
+
+class Pack(NamedTuple):
+    """A packed pass: rows, rows of keys that its segments read, scored rows; elements of SDPA's masks.
+
+    `plain`: torch's own ops as on a CPU, where SDPA copies its rows and a norm keeps the normalised rows too.
+    """
+
+    tokens: int
+    keys: int
+    scored: int
+    masks: int = 0
+    plain: bool = False
+
+
+def count(model: Qwen2VL, lora_rank: int = 0) -> Counts:
+    """Of a model, on the meta device perhaps, whose `requires_grad` says what is trained; or of LoRA on its layers."""
+    shapes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = [n for n, wanted in shapes if wanted]
+    if lora_rank:
+        linears = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+        trained = [lora_rank * n for m in linears for n in (m.in_features, m.out_features)]
+    everything = [n for n, _ in shapes]
+    tower = getattr(model, "visual", None)  # a reference has none
+    return Counts(
+        trained=sum(trained),
+        frozen=sum(everything) - (0 if lora_rank else sum(trained)),
+        tensors=len(trained),
+        largest=max(trained),
+        small=sum(n for n in everything + (trained if lora_rank else []) if n <= PERSISTS),
+        decoder=sum(everything) - (sum(p.numel() for p in tower.parameters()) if tower else 0),
+        head_trained=not lora_rank and model.head_weight.requires_grad,
+    )
+
+
+def state_bytes(c: Counts, engine: Engine, gpus: int, size: int) -> dict[str, int]:
+    """Bytes that stay through a step: weights, gradients, masters and moments on the GPU; all that is on the host.
+
+    Source: `trainer/engine/ddp.py`; DeepSpeed's `runtime/zero/stage_1_and_2.py`, `stage3.py` and
+    `runtime/bf16_optimizer.py`.
+
+    Args:
+        size: bytes of a weight.
+    """
+    whole, trained = size * (c.trained + c.frozen), math.ceil(c.trained / gpus)
+    if engine.stage == 0:
+        masters = FP32 * c.trained if size < FP32 else 0
+        moments = 2 * FP32 * c.trained + FP32 * c.tensors  # torch keeps the number of steps tensor by tensor
+        return {"weights": whole, "gradients": FP32 * c.trained, "masters": masters, "moments": moments, "host": 0}
+    # From stage 2 on `trainer/engine/deepspeed.py` asks for sums in fp32.
+    gradients = size * c.trained if engine.stage == 1 else FP32 * trained
+    weights = size * (math.ceil((c.trained + c.frozen) / gpus) + c.small) if engine.stage == 3 else whole
+    masters = 0 if engine.stage == 3 and size == FP32 else FP32 * trained
+    moments, host = 2 * FP32 * trained, 0
+    if engine.offload:
+        host = masters + moments + FP32 * trained + (FP32 if engine.stage == 3 else size) * trained
+        masters = moments = 0
+        # Stage 1 adds up on the GPU all the same; 2 hands over tensor by tensor, 3 bucket by bucket.
+        gradients = {1: gradients, 2: size * c.largest, 3: 0}[engine.stage]
+    return {"weights": weights, "gradients": gradients, "masters": masters, "moments": moments, "host": host}
+
+
+def reference_bytes(c: Counts, engine: Engine, gpus: int, size: int, beta: float) -> int:
+    """A copy of decoder and head beside a frozen tower, sharded as the policy is; LoRA takes its adapters off."""
+    if engine.lora or not beta:
+        return 0
+    return size * (math.ceil(c.decoder / gpus) if engine.stage == 3 else c.decoder)
+
+
+def cache_bytes(config, prompts: int, prompt_tokens: int, completions: int, tokens: int, size: int) -> int:
+    """`DecodeCache`: keys and values of every prompt once and of each completion's own tokens; bias and place."""
+    text = config.text_config
+    kv_width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    rows = prompts * prompt_tokens + completions * tokens
+    return 2 * text.num_hidden_layers * kv_width * size * rows + FP32 * prompts * prompt_tokens + 8
+
+
+def layer_bytes(text, pack: Pack, size: int, lora_rank: int = 0) -> int:
+    """What a decoder layer keeps for its backward, its input included.
+
+    A row: input and output of two norms, query, mixed values, gate, up, silu(gate) and their product, and in fp32 two
+    reciprocal norms and each head's log-sum-exp. A row of keys: key and value.
+    """
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    kv_width = hidden // heads * text.num_key_value_heads
+    width = (9 if pack.plain else 6) * hidden + 4 * text.intermediate_size + 7 * lora_rank
+    return pack.tokens * (size * width + FP32 * (2 + heads)) + size * (2 * kv_width * pack.keys + pack.masks)
+
+
+def activation_bytes(config, pack: Pack, size: int, *, checkpointing=False, head_trained=True, lora_rank=0) -> int:
+    """What decoder and fused loss keep at the end of the forward, the gradients of hidden states and head included."""
+    text = config.text_config
+    hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
+    layer = layer_bytes(text, pack, size, lora_rank)
+    layers = text.num_hidden_layers * layer
+    if checkpointing:
+        layers = text.num_hidden_layers * pack.tokens * hidden * size
+        layers += layer - pack.tokens * hidden * size if lora_rank else 0  # its first layer's input has no gradient
+    rotation = 2 * pack.tokens * head_dim * size
+    last_norm = pack.tokens * (hidden * size * (2 if pack.plain else 1) + FP32)
+    indices = 8 * (pack.tokens + pack.keys + pack.scored)
+    loss = hidden * (pack.scored + text.vocab_size * head_trained) * size
+    return layers + rotation + last_norm + indices + loss
+
+
+def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
+    """What the fused loss needs while it runs: chunks of logits and gradients, the head's gradient in fp32.
+
+    Torch's twin makes gradients in the place of logits, and its backward copies the head's gradient.
+    """
+    from boxgrpo.kernels.chunks import MIB, chunk_rows
+    from boxgrpo.kernels.doors_triton import GRADIENT_BYTES, LOGIT_BYTES
+
+    text = config.text_config
+    logits, head = pack.scored * text.vocab_size, text.hidden_size * text.vocab_size * head_trained
+    if pack.plain:
+        rows = chunk_rows(text.vocab_size, torch.float32, torch.device("cpu"), at_least=128)
+        return max(min(FP32 * rows * text.vocab_size, FP32 * logits) + 2 * MIB, size * head)
+    rounded_later = FP32 * head if size < FP32 else 0
+    return min(LOGIT_BYTES, FP32 * logits) + min(GRADIENT_BYTES, size * logits) + rounded_later
+
+
+def tied_bytes(config, size: int, *, head_trained: bool) -> int:
+    """At the end of a backward pass the embedding's gradient stands beside the head's, which is of the same weight."""
+    text = config.text_config
+    return size * text.hidden_size * text.vocab_size if head_trained and config.tie_word_embeddings else 0
+
+
+def bucket_bytes(c: Counts, engine: Engine, size: int) -> int:
+    """DeepSpeed's bucket of gradients and, in stage 3, the weights that it holds gathered at a time."""
+    buckets = size * min(REDUCE_BUCKET, c.trained) if engine.stage else 0
+    return buckets + (live_bytes(c, size) if engine.stage == 3 else 0)
+
+
+def live_bytes(c: Counts, size: int) -> int:
+    return size * min(max(MAX_LIVE, c.largest) + PREFETCH, c.trained + c.frozen)
+
+
+def step_bytes(c: Counts, engine: Engine, gpus: int, size: int) -> int:
+    """What the optimizer's step needs: ours a flat copy of the largest gradient, ZeRO fp32 gradients of its share."""
+    if engine.stage == 0:
+        return FP32 * c.largest if gpus > 1 else 0
+    share = 0 if engine.offload else math.ceil(c.trained / gpus)
+    return FP32 * min(share, SUB_GROUP) if engine.stage == 3 else (FP32 + size) * share
+
+
+def traffic(c: Counts, gpus: int, size: int, *, tokens: int, packs: int = 1, beta: float = 0.0) -> dict[str, int]:
+    """Bytes that each GPU receives in an optimizer step under ZeRO-3, of `packs` packs and completions of `tokens`.
+
+    A gather brings each GPU (N-1)/N of what is gathered; a reduce-scatter, in the weights' dtype, as much. A pack
+    gathers the decoder for the policy's forward, for its backward (a recomputed layer stays for its backward) and for
+    the reference's forward. The tower runs once, before the rollout.
+    """
+    others = (gpus - 1) / gpus
+    decoder, tower = size * c.decoder * others, size * (c.trained + c.frozen - c.decoder) * others
+    found = {
+        "rollout, weights gathered once": tower + decoder,
+        "rollout, gathered for every token": tower + tokens * decoder,
+        "forward and backward" + ", reference forward" * bool(beta): (3 if beta else 2) * packs * decoder,
+        "gradients": packs * size * c.trained * others,
+    }
+    return {name: round(moved) for name, moved in found.items()}

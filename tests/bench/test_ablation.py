@@ -1,0 +1,203 @@
+"""The ablation: its tables say what the runs gave, what has ended is not repeated, and a short one runs whole."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from boxgrpo.bench.studies import ablation
+from boxgrpo.bench.studies.ablation_tables import COLUMNS, METHODS, PAPER, per_level, per_task, report, spread, summary
+from boxgrpo.bench.studies.curves import binned, plot
+from boxgrpo.trainer import demo
+from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
+from boxgrpo.trainer.world.scenes import TASKS
+
+
+def scores(mean, level=0.5):
+    return dict.fromkeys(COLUMNS, mean) | {"mean": mean, "level 0": level, "level 1": 0.25, "format": 1.0}
+
+
+def made_up(method, seed, mean, **more):
+    return {"seed": seed, "method": method, "scores": scores(mean), **more}
+
+
+RUNS = [
+    made_up("base", 0, 0.10),
+    made_up("cot_sft", 0, 0.40, seconds=100.4),
+    made_up("grpo", 0, 0.50, seconds=60.0),
+    made_up("base", 1, 0.20),
+    made_up("cot_sft", 1, 0.60, seconds=101.6),
+    made_up("grpo", 1, 0.60, seconds=62.0),
+]
+
+
+def test_every_drawn_task_has_a_column_and_every_method_its_row_in_the_paper():
+    assert set(COLUMNS) == set(TASKS) and list(METHODS) == ["base", *ablation.METHODS]
+    twice = {"GRPO", "GRPO-Difficulty (10k)"}  # rows of Table 4 and of Table 5
+    assert {row for *_, row in METHODS.values()} == PAPER.keys() - twice - {"CoT-SFT (21k)"}
+    assert PAPER["GRPO"] == PAPER["GRPO (10k)"]
+    assert PAPER["GRPO-Difficulty (10k)"] == PAPER["GRPO-Difficulty, exp"]
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "text"),
+    [([0.5], "", "50.0"), ([0.4, 0.5, 0.6], "", "50.0 ± 10.0"), ([0.0, -0.01], "+", "-0.5 ± 0.7")],
+)
+def test_a_spread_is_mean_and_sample_deviation_in_points(values, sign, text):
+    assert spread(values, sign) == text
+
+
+def test_the_summary_compares_a_run_with_its_own_seeds_start_and_stands_beside_the_paper():
+    """GRPO adds 10 and 0 points to its two cold starts, whatever these are."""
+    assert summary(RUNS).splitlines()[2:] == [
+        "| 1 | the model that all start from | 15.0 ± 7.1 |  | 100.0 ± 0.0 |  | 30.20 |  |",
+        "| 5 | CoT-SFT | 50.0 ± 14.1 | +35.0 ± 7.1 | 100.0 ± 0.0 | 101 | 69.00 | +38.80 |",
+        "| 7 | GRPO | 55.0 ± 7.1 | +5.0 ± 7.1 | 100.0 ± 0.0 | 61 | 70.65 | +1.65 |",
+    ]
+
+
+def test_the_papers_row_stands_under_ours_task_by_task():
+    runs = [*RUNS, made_up("sft", 0, 0.3) | {"scores": scores(0.3) | {"reasoning": 0.123}}]
+    rows = [line.strip("| ").split(" | ") for line in per_task(runs).splitlines()]
+    assert rows[0] == ["No.", "method", *COLUMNS.values(), "AVG"]
+    ours, paper = rows[4:6]
+    assert ours[:3] == ["4", "SFT on coordinates", "30.0"] and ours[2 + [*COLUMNS].index("reasoning")] == "12.3"
+    assert paper == ["paper", *(f"{v:.2f}" for v in PAPER["SFT (90k)"])]
+    assert per_level(runs).splitlines()[0] == "| method | level 0 | level 1 |"
+    assert "| GRPO | 50.0 ± 0.0 | 25.0 ± 0.0 |" in per_level(runs)
+
+
+def test_the_page_names_machine_seeds_and_sizes():
+    result = {
+        "machine": {"device": "a machine", "torch": "2.13.0", "revision": "abc1234", "date": "2026-01-01"},
+        "options": {"held_out": 77, "cold_start": 88, "train": 99},
+        "runs": RUNS,
+    }
+    page = report(result)
+    for said in ("a machine", "abc1234", "77 held-out", "88 scenes", "0, 1", summary(RUNS), "curves.png"):
+        assert said in page
+
+
+def test_a_curve_is_the_mean_of_each_part_of_the_run():
+    metrics = [{"step": n, "reward": float(n), "timing_s/data": 1.0, "step_time": 2.0} for n in range(1, 41)]
+    metrics[0]["reward"] = None  # a step whose value was not finite
+    assert binned(metrics, bins=4) == {"step": [10, 20, 30, 40], "reward": [6.0, 15.5, 25.5, 35.5]}
+    assert binned(metrics[:3], bins=4) == {"step": [1, 2, 3], "reward": [None, 2.0, 3.0]}
+
+
+def test_the_curves_are_drawn_for_the_methods_with_rl(tmp_path):
+    curves = {"step": [1, 2, 3], **{key: [0.1, None, 0.3] for key, *_ in DIFFICULTY + REWARDS}}
+    runs = [made_up(method, seed, 0.5, curves=curves) for method in ("grpo", "grpo_exp", "sft") for seed in (0, 1)]
+    plot(runs, tmp_path / "two.png")
+    plot(runs[:2], tmp_path / "one.png")
+    with Image.open(tmp_path / "two.png") as two, Image.open(tmp_path / "one.png") as one:
+        assert two.height == one.height and two.width > 1.7 * one.width
+    plot(runs[4:], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_what_a_method_starts_from_runs_too_and_an_unknown_one_is_refused():
+    assert ablation.chosen(ablation.AblationOptions(methods="grpo_exp")) == ["cot_sft", "grpo_exp"]
+    assert ablation.chosen(ablation.AblationOptions(methods="sft")) == ["sft"]
+    assert ablation.chosen(ablation.AblationOptions()) == list(ablation.METHODS)
+    with pytest.raises(ValueError, match=r"'ppo' is none of pure_rl, .*Correct --methods"):
+        ablation.main(["--methods", "grpo,ppo"])
+    with pytest.raises(ValueError, match=r"seeds is '0,x'; .*Correct --seeds"):
+        ablation.main(["--seeds", "0,x"])
+
+
+def test_the_results_have_a_line_for_each_run():
+    result = {"machine": {"device": "a machine"}, "runs": RUNS}
+    text = ablation.compact(result)
+    assert json.loads(text) == result
+    assert sum(json.dumps(run) in line for run in RUNS for line in text.splitlines()) == len(RUNS)
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """A run of SFT on coordinates that is over, its world and the model that it began with."""
+    model, world = tmp_path / "model", tmp_path / "world"
+    for folder in (model, world, tmp_path / "run"):
+        folder.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (world / "world.json").write_text('{"seed": 0}')
+    o, sft = ablation.AblationOptions(), ablation.METHODS["sft"]
+
+    def train(o=o, path=tmp_path / "run", seed=0):
+        return ablation.train(o, "sft", sft, path, model, world / "coordinates.json", seed)
+
+    train.model, train.o = model, o
+    return train
+
+
+def test_a_run_that_has_ended_is_not_repeated(ended, monkeypatch):
+    launched = []
+    monkeypatch.setattr(demo, "torchrun", lambda *a: launched.append(a))  # nothing here is to be trained
+    first = ended()
+    assert ended() == first and len(launched) == 1
+    assert first["settings"]["train_batch_size"] == 24
+    assert (first["settings"]["world"], first["settings"]["data"]) == ({"seed": 0}, "coordinates.json")
+
+
+def test_scores_are_kept_for_the_same_model_and_questions_only(tmp_path, newborn):
+    world = ablation.draw(tmp_path, 0, cold_start=0, train=0, held_out=10)
+    scored = ablation.score(world, "held_out", newborn, tmp_path / "scored")
+    evaluated = (tmp_path / "scored/eval/results.json").stat().st_mtime_ns
+    assert set(scored) >= {"mean", *TASKS, "level 0", "format"}
+    assert ablation.score(world, "held_out", newborn, tmp_path / "scored") == scored
+    assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns == evaluated
+    ablation.score(world, "held_out_coordinates", newborn, tmp_path / "scored")
+    assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns > evaluated
+
+
+@pytest.mark.parametrize("change", ["seed", "steps", "weights"])
+def test_a_folder_with_another_run_is_refused(ended, monkeypatch, change):
+    monkeypatch.setattr(demo, "torchrun", lambda *a: None)
+    ended()
+    if change == "weights":
+        (ended.model / "model.safetensors").write_bytes(b"others")
+    o = ablation.AblationOptions(max_steps=7) if change == "steps" else ended.o
+    name = {"seed": "seed is 0, not 1", "steps": "max_steps is 2000, not 7", "weights": "weights is '"}[change]
+    with pytest.raises(ValueError, match=f"holds a run whose {name}.*Remove it, or name another --output_dir"):
+        ended(o=o, seed=int(change == "seed"))
+
+
+def test_a_run_that_failed_is_begun_again(ended, monkeypatch):
+    def fails(*_):
+        raise ValueError("sft.py ended with status 1; its own message stands above.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "torchrun", fails)
+        with pytest.raises(ValueError, match="ended with status 1"):
+            ended()
+    launched = []
+    monkeypatch.setattr(demo, "torchrun", lambda *a: launched.append(a))
+    ended()
+    assert "--overwrite_output_dir=true" in launched[0][2]
+
+
+@pytest.mark.slow
+def test_a_short_ablation(tmp_path, capsys, monkeypatch):
+    """Every method trains and is scored; a second call trains nothing and says the same."""
+    flags = ["--quick", f"--output_dir={tmp_path}"]
+    ablation.main(flags)
+    root = tmp_path / "quick"
+    result = json.loads((root / "ablation.json").read_text())
+    assert [r["method"] for r in result["runs"]] == ["base", *ablation.METHODS]
+    for r in result["runs"]:
+        assert set(r["scores"]) >= {"mean", *TASKS, "level 0", "level 1", "level 2"}
+        assert r["method"] == "base" or len(r["curves"]["loss"]) >= 1
+    for method, weight in (("grpo", 1.0), ("grpo_power", None)):
+        (curves,) = (r["curves"] for r in result["runs"] if r["method"] == method)
+        assert curves["step"] == [1, 2] and (weight is None or curves["difficulty/weight_mean"] == [weight] * 2)
+    assert summary(result["runs"]) in (root / "table.md").read_text()
+    assert summary(result["runs"]) in capsys.readouterr().out
+    assert Image.open(root / "curves.png").width > 1500
+
+    def repeats(*_):
+        raise AssertionError("a finished run was repeated")
+
+    monkeypatch.setattr(demo, "torchrun", repeats)
+    monkeypatch.setattr(ablation, "evaluate", repeats)
+    ablation.main(flags)
+    assert json.loads((root / "ablation.json").read_text())["runs"] == result["runs"]

@@ -1,0 +1,68 @@
+"""CI's guard: a kernel made twice as slow is out of its bound, the same one measured again is not."""
+
+from dataclasses import replace
+
+import pytest
+
+from boxgrpo.bench.kernel_bench import guard as bench_guard
+from boxgrpo.bench.kernel_bench.guard import guarded, measured, out_of_bounds
+from boxgrpo.bench.publish.result_files import newest
+
+
+class Processor:
+    """A clock of processor seconds, which calls spend; a third of the time the machine is three times as slow."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def process_time(self):
+        return self.seconds
+
+    def call(self, seconds):
+        def spend():
+            self.seconds += seconds * (3 if self.seconds % 3 < 1 else 1)
+
+        return spend
+
+
+def test_twice_as_slow_is_out_of_bounds_and_as_before_is_not(monkeypatch):
+    """By processor seconds alone: the guard has no other clock here, as another process's work costs nothing."""
+    monkeypatch.setattr(bench_guard, "time", processor := Processor())
+    (case,) = guarded("group_advantages B=16")
+
+    def slower(times):
+        runs = {"boxgrpo": processor.call(0.002 * times), "eager": processor.call(0.01)}
+        return measured(replace(case, make=lambda *args: runs))
+
+    before = {"rows": [slower(1)]}
+    assert before["rows"][0]["ratio"] == pytest.approx(0.2, rel=0.1)
+    assert out_of_bounds([slower(1.2)], before) == []
+    assert out_of_bounds([slower(2)], before) == [case.name]
+
+
+def test_a_bound_is_half_more_than_the_recorded_ratio():
+    recorded = {"rows": [{"case": "a", "ratio": 0.8}, {"case": "b", "ratio": 2.0}]}
+    rows = [{"case": "a", "ratio": 1.21}, {"case": "b", "ratio": 2.99}]
+    assert out_of_bounds(rows, recorded) == ["a"]
+    with pytest.raises(ValueError, match="the newest record has no ratio of c; `make bench`"):
+        out_of_bounds([{"case": "c", "ratio": 1.0}], recorded)
+
+
+def test_what_is_out_of_bounds_is_measured_once_more(monkeypatch, capsys):
+    """One alarm may be the machine's; two are the kernel's."""
+    ratios = iter([9.0, 0.1, 9.0, 9.0])
+    (small,) = guarded("group_advantages B=16")
+    monkeypatch.setattr(bench_guard, "guarded", lambda only=None: [small])
+    monkeypatch.setattr(bench_guard, "measured", lambda case: {"case": case.name, "ratio": next(ratios)})
+    monkeypatch.setattr(bench_guard, "newest", lambda: {"guard": {"rows": [{"case": small.name, "ratio": 1.0}]}})
+    bench_guard.main([])
+    assert "once more" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="slower beside eager than recorded, by more than 1.5 times, twice"):
+        bench_guard.main([])
+
+
+def test_every_case_has_a_recorded_ratio():
+    rows = newest()["guard"]["rows"]
+    assert [row["case"] for row in rows] == [case.name for case in guarded()]
+    for row in rows:
+        assert row["spread"][0] <= row["ratio"] <= row["spread"][1] and len(row["samples_ratio"]) == 9

@@ -1,0 +1,67 @@
+"""The kernel benchmark: what it covers and computes, and its tables."""
+
+import pytest
+import torch
+
+from boxgrpo.bench.gpu_parts import FIRST
+from boxgrpo.bench.kernel_bench.cases import Case, cases
+from boxgrpo.bench.kernel_bench.kernels_table import head_table, row, table
+from boxgrpo.bench.kernel_bench.rounds import IMPLEMENTATIONS
+from boxgrpo.bench.publish.result_files import newest, part
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return part(newest(), "kernels")
+
+
+def test_every_case_was_measured(recorded):
+    """And on a tree that git knows."""
+    measured = {(row["op"], *row["shape"].values()) for row in recorded["rows"] if row["implementation"] == "boxgrpo"}
+    assert measured == {(case.op, *case.shape.values()) for case in cases(torch.device("cpu"))}
+    assert not recorded["machine"]["revision"].endswith("dirty")
+
+
+def test_each_case_computes_what_eager_does():
+    """At a small size every implementation that runs here returns eager's loss and gradients."""
+    for case in cases(torch.device("cpu")):
+        small = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4}
+        shape = {key: small[key] for key in case.shape}
+        if case.op == "sample_tokens":
+            continue  # draws differ
+        small_case = Case(case.op, shape, case.dtype, 1.0, 0.0, case.make)
+        runs = case.make(small_case, torch.device("cpu"), 0)
+        assert runs.keys() <= set(IMPLEMENTATIONS) and runs.keys() <= {*FIRST, "compile"}, "whom nobody would time"
+        runs.pop("compile")
+        want = runs["eager"]()
+        assert len(runs) > 1
+        for name, run in runs.items():
+            for a, b in zip(run(), want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_row_holds_every_sample_its_median_and_its_share_of_the_floor():
+    """At 8 GB/s and 2 GFLOP/s an op of 4 MB and 2 MFLOP needs 1 ms, for its FLOP."""
+    case = Case("grpo_loss", {"N": 64}, torch.float32, 4e6, 2e6, None)
+    limits = {"bytes_per_second": 8e9, "flop_per_second": 2e9}
+    found = row(case, "boxgrpo", [0.004, 0.002, 0.005], limits, peak=5_000_000)
+    assert found["samples_ms"] == [4.0, 2.0, 5.0] and found["ms"] == 4.0 and found["spread_ms"] == [2.0, 5.0]
+    assert (found["floor_ms"], found["floor_is"], found["percent_of_floor"]) == (1.0, "flop", 25.0)
+    assert (found["bytes"], found["flop"], found["gb_per_second"], found["peak_mb"]) == (4e6, 2e6, 1.0, 5.0)
+
+
+def test_the_table_has_a_line_for_each_row(recorded):
+    assert len(table(recorded).splitlines()) == 2 + len(recorded["rows"])
+
+
+def test_the_small_table_names_who_has_the_fused_loss():
+    rows = [
+        {"op": "fused_grpo_loss", "shape": {"N": 1}, "implementation": name, "ms": ms, "peak_mb": 10 * ms}
+        for name, ms in (("boxgrpo", 1.4), ("eager", 2.0), ("trl", 3.0))
+    ]
+    assert head_table({"rows": rows}).splitlines() == [
+        "| | boxgrpo | eager | TRL |",
+        "|---|---|---|---|",
+        "| ms | 1 | 2 | 3 |",
+        "| MB beyond inputs | 14 | 20 | 30 |",
+    ]

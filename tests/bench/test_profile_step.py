@@ -1,0 +1,100 @@
+"""The profile of a benchmark's step at a tiny size, the page that explains one, and the kernel profiler's refusals."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from boxgrpo.bench.kernel_bench.cases import cases
+from boxgrpo.bench.profiles import profile_step
+from boxgrpo.bench.profiles.nsight_worker import chosen
+from boxgrpo.bench.publish.profile_guide import blocks, filled
+from boxgrpo.bench.publish.result_files import newest, part
+from boxgrpo.bench.step_bench.cases import TEXTS, StepCase
+from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+
+TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
+NSIGHT = Path(profile_step.__file__).with_name("nsight.sh")
+
+
+def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path):
+    measured = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
+    found = profile_step.run(TINY, tmp_path / "run", 1, demo_tokenizer(TEXTS), measured)
+    by_name = {row["name"]: row for row in found["rows"]}
+    assert found["tool"] == "torch.profiler" and not found["on_gpu"] and found["unwatched_step_s"] > 0
+    assert by_name["step > rollout > decode"]["titles"] == ["decode 8x6"]
+    assert {name for name, row in by_name.items() if row["floor"]} == profile_step.COUNTED.keys()
+    head, forward = (by_name[f"step > policy > {name}"] for name in ("forward > head+loss", "forward"))
+    assert 0 < head["seconds"] < forward["seconds"] and head["floor"]["gflop"] < forward["floor"]["gflop"]
+    assert len(profile_step.shown(found).splitlines()) == 2 + len(by_name)
+    (trace,) = (tmp_path / "run/profile").glob("*.gz")
+    again = profile_step.rows(profile_step.read(trace))
+    assert [profile_step.rounded(row) | {"floor": by_name[row.name]["floor"]} for row in again] == found["rows"]
+
+
+def test_what_is_not_there_is_not_profiled(tmp_path):
+    with pytest.raises(ValueError, match="there is no trace"):
+        profile_step.read(tmp_path / "none.trace.json.gz")
+
+
+LEAVES = ("data", "vision", "prefill", "decode", "reward", "reference", "head+loss", "backward", "optimizer")
+
+
+def test_the_guides_example_is_what_the_profile_shows():
+    """Its sentences blame the head's products, in the loss and in decode; where they are wrong, write them anew."""
+    record, page = part(newest(), "profile"), (NSIGHT.parents[1] / "README.md").read_text()
+    rows = {row["name"].split(" > ")[-1]: row for row in record["rows"]}
+    largest = sorted(LEAVES, key=lambda name: rows[name]["seconds"], reverse=True)[:2]
+    assert set(largest) == {"decode", "head+loss"}
+    assert all(rows[name]["top"][0][0] in ("aten::mm", "aten::addmm") for name in largest)
+    assert rows["head+loss"]["seconds"] > 0.5 * rows["forward"]["seconds"]
+    with pytest.raises(ValueError, match="bench/README.md has the blocks"):
+        filled(page.replace("profile:inside", "profile:outside"), blocks(record))
+
+
+def nsight(*args, **environment):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment
+    return subprocess.run([NSIGHT, *args], env=environment, capture_output=True, text=True)
+
+
+def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu(tmp_path):
+    done = nsight()
+    assert done.returncode == 1 and "no case" in done.stderr
+    done = nsight("fused_grpo_loss", PYTHON="/no/python")
+    assert done.returncode == 1 and "there is no /no/python" in done.stderr
+    bare = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")  # boxgrpo is not installed there
+    if bare and not (NSIGHT.parents[2] / "out/site").exists():
+        done = nsight("fused_grpo_loss", PYTHON=bare)
+        assert done.returncode == 1 and f"{bare} has no boxgrpo" in done.stderr
+    if not shutil.which("ncu"):
+        done = nsight("fused_grpo_loss")
+        assert done.returncode == 1 and "ncu is not on the PATH" in done.stderr
+    if not torch.cuda.is_available():
+        (tmp_path / "ncu").symlink_to(shutil.which("false"))  # which is not reached
+        done = nsight("fused_grpo_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
+
+
+def test_the_shell_script_is_clean():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", NSIGHT], check=True)
+
+
+def test_a_kernels_case_is_found_by_its_op_or_the_beginning_of_its_name():
+    device = torch.device("cpu")
+    among = [case for case in cases(device) if case.op == "group_advantages"]
+    assert chosen("group_advantages B=16", "boxgrpo", among, device)() is not None
+    ops = [
+        SimpleNamespace(op=op, name=f"{op} N=8", make=lambda *_, op=op: {"boxgrpo": op}) for op in ("loss_from", "loss")
+    ]
+    assert chosen("loss", "boxgrpo", ops, device) == "loss"  # not the first whose name begins so
+    with pytest.raises(ValueError, match="no case is 'softmax'; there are: group_advantages"):
+        chosen("softmax", "boxgrpo", among, device)
+    with pytest.raises(ValueError, match="is not run by 'apex' here; by boxgrpo"):
+        chosen("group_advantages B=16", "apex", among, device)

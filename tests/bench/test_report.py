@@ -1,0 +1,158 @@
+"""README, RESULTS.md and plots say what the records say, and a drift is told with its place."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from boxgrpo.bench.kernel_bench.cases import cases as report_cases
+from boxgrpo.bench.publish import plots as report_plots
+from boxgrpo.bench.publish import report
+from boxgrpo.bench.publish.page import page
+from boxgrpo.bench.publish.readme import BLOCK, blocks, filled
+from boxgrpo.bench.publish.result_files import Records, dated, described, newest, records, write
+
+ROOT = report.ROOT
+
+
+def test_nothing_has_drifted_from_the_records():
+    """`python -P -m boxgrpo.bench.publish.report` mends what this names."""
+    assert report.drift(ROOT) == []
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """README, page and results in a folder of their own."""
+    shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
+    for name in ("RESULTS.md", "README.md"):
+        shutil.copy(ROOT / "bench" / name, tmp_path / "bench")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def changed(root, change):
+    record = newest(root / "bench/results/cpu")
+    change(record)
+    write(record, dated(root / "bench/results/cpu")[-1])
+
+
+def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
+    def slower(record):
+        record["step"]["rows"][0] |= {"ours_s": 123.45, "ours_peak_mb": 4321}
+        record["step"]["rows"][0]["phases"]["decode"]["seconds"] = 98.7
+        record["kernels"]["rows"][0]["ms"] = 1234.5
+        record["profile"]["unwatched_step_s"] = 7.654
+
+    changed(copy, slower)
+    places = report.drift(copy)
+    assert [p for p in places if p.startswith("README")] == ["README.md, block step", "README.md, block phases"]
+    assert any(p.startswith("bench/RESULTS.md, line") and "Kernels" in p for p in places)
+    assert "bench/README.md" in places
+    drawn = [p for p in places if p.endswith("png")]
+    assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "memory")]
+    report.write(copy)
+    assert report.drift(copy) == []
+    assert "| 44M | 4 | 1 | 123.45 |" in (copy / "README.md").read_text()
+    assert (
+        "| 123.45 |" in (copy / "bench/RESULTS.md").read_text() and "7654 ms" in (copy / "bench/README.md").read_text()
+    )
+
+
+def test_numbers_written_by_hand_are_noticed(copy):
+    readme, results = copy / "README.md", copy / "bench/RESULTS.md"
+    text = readme.read_text()
+    readme.write_text(text.replace("killed 30 times, 12", "killed 31 times, 12"))
+    results.write_text("| well met |".join(results.read_text().rsplit("| met |", 1)))
+    (copy / "bench/results/cpu/growth.png").unlink()
+    first, second, third = report.drift(copy)
+    assert first == "README.md, block soak"
+    assert second.startswith("bench/RESULTS.md, line") and "under 'The same with ZeRO-2'" in second
+    assert third == "bench/results/cpu/growth.png, which is missing"
+    readme.write_text(BLOCK.sub("", text, count=1))
+    assert "README.md, block demo machine, which is missing" in report.drift(copy)
+
+
+def test_a_block_keeps_its_lines_while_its_words_are_right():
+    wanted = {"data": "one two three", "table": "| a |\n|---|"}
+    text = "so <!-- results:data -->one\n two three<!-- end -->.\n\n<!-- results:table -->\n\n| b |\n\n<!-- end -->\n"
+    new = filled(text, wanted)
+    assert new.startswith("so <!-- results:data -->one\n two three<!-- end -->.")
+    assert "<!-- results:table -->\n\n| a |\n|---|\n\n<!-- end -->" in new
+    long = filled(text, wanted | {"data": " ".join(["word"] * 60)})
+    assert all(len(line) <= 135 for line in long.splitlines()) and "\n<!-- end -->." not in long
+    with pytest.raises(ValueError, match="README.md has a block 'data'; there are table"):
+        filled(text, {"table": ""})
+
+
+def test_a_device_without_records_is_told():
+    told = page(Records())
+    assert "## CPU\n\nNothing has been recorded" in told and "## GPU\n\nNothing has been recorded" in told
+    with pytest.raises(
+        ValueError,
+        match="bench/results/cpu has no results of guard, kernels, profile, rewards, step; `make bench` makes",
+    ):
+        blocks(Records())
+
+
+def test_every_table_and_plot_names_machine_revision_and_day():
+    """In all sections of the page a line in italics stands above the first table; a plot has it as its caption."""
+    found = records(ROOT / "bench/results")
+    sections = page(found).replace("\n### ", "\n## ").split("\n## ")[1:]
+    for section in (s for s in sections if "|---" in s):
+        assert "revision " in section[: section.index("|---")], section[:80]
+    record = newest()
+    for plot in report_plots.PLOTS.values():
+        assert record["machine"]["date"][:4] in plot.data(record)["caption"]
+        assert "revision" in plot.data(record)["caption"]
+    gpu = {"device": "NVIDIA H200", "gpu_memory_gb": 150.1, "driver": "570", "cuda": "12.8", "torch": "2.11"}
+    gpu |= {"threads": 16, "revision": "abc", "date": "2026-01-01"}
+    told = "NVIDIA H200, 150 GB, 16 threads, driver 570, CUDA 12.8, torch 2.11, revision abc, 2026-01-01"
+    assert described(gpu) == told
+
+
+def test_a_record_of_kernels_alone_has_their_page_and_plots(tmp_path):
+    """With a case near the ridge, where both ceilings meet, and a peer that nobody has heard of."""
+    whole = newest()
+    record = {"machine": whole["machine"], "ceilings": whole["ceilings"], "kernels": dict(whole["kernels"])}
+    row = record["kernels"]["rows"][0]
+    near = row | {"op": "another", "flop": 3.4 * row["bytes"]}
+    record["kernels"]["rows"] = [row, near, near | {"implementation": "somebody", "ms": 50.0}]
+    report_plots.draw(record, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "roofline.png"]
+    assert report_plots.stale(record, tmp_path) == []
+    with Image.open(tmp_path / "roofline.png") as image:
+        assert image.width > 1000
+    told = page(Records(devices={"cpu": record}))
+    assert "### Kernels" in told and "### A step" not in told
+    assert "results/cpu/roofline.png" in told and "results/cpu/memory.png" in told and "phases" not in told
+
+
+def test_a_gpus_record_is_drawn_and_told_whole():
+    """Every case that a GPU has; who was left out, what failed, the tests, and what is wanted of it."""
+    cases = list(report_cases(torch.device("cuda")))
+    rows = [
+        {"op": c.op, "shape": c.shape, "dtype": "bfloat16", "implementation": "boxgrpo", "ms": 1.0, "peak_mb": None}
+        | {"floor_is": "bytes", "percent_of_floor": 50.0, "bytes": c.bytes_floor, "flop": c.flops_floor or 1.0}
+        for c in cases
+    ]
+    machine = {"device": "NVIDIA H200", "cuda": "13.0", "revision": "abc", "date": "2026-01-02"}
+    record = {
+        "machine": machine,
+        "ceilings": {"bytes_per_second": 4e12, "flop_per_second": 8e14},
+        "kernels": {"rows": rows, "skipped": {"trl": "trl is not installed"}, "errors": []},
+        "step": {"rows": [{"model": "2B", "images": 4, "prompts": 1, "case": "2B, 4", "univg_r1_error": "no room"}]},
+        "tests": {"counts": {"PASSED": 3, "FAILED": 1}, "failed": ["tests/test_a.py::test_b"]},
+        "parts": {"tests": {"outcome": "failed with 1", "seconds": 9.0}},
+    }
+    plot = report_plots.PLOTS["roofline.png"]
+    plot.draw(plot.data(record))
+    told = page(Records({"nvidia-h200": record}, {}))
+    for words in (
+        "trl is left out: trl is not installed",
+        "univg_r1: no room",
+        "3 passed, 1 failed",
+        "tests/test_a.py",
+    ):
+        assert words in told
+    assert "| tests marked gpu that fail | at most 0 | 1 | short by 1 |" in told

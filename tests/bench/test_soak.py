@@ -1,0 +1,147 @@
+"""The soak: what it compares with, what it calls flat, when it kills; and a short one of its own."""
+
+import contextlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from boxgrpo.bench.soaks import kills as soak_kills
+from boxgrpo.bench.soaks import soak
+from boxgrpo.bench.soaks import verdicts as soak_verdicts
+from boxgrpo.bench.soaks import worker as soak_worker
+
+METRICS = [{"step": n, "loss": 0.5, "step_time": 0.1 * n, "timing_s/data": 0.01 * n} for n in (1, 2, 3)]
+
+
+def write_run(path, metrics=METRICS, weights=b"abc", samples=b"1\n", position=48, metrics_bytes=7):
+    for folder in ("checkpoint-3/trainer", "tensorboard"):
+        (path / folder).mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (path / "model.safetensors").write_bytes(weights)
+    (path / "samples.rank1").write_bytes(samples)
+    progress = {
+        "progress": {"position": position, "metrics_bytes": metrics_bytes},
+        "options": {"output_dir": str(path)},
+    }
+    (path / "checkpoint-3/trainer/progress.json").write_text(json.dumps(progress))
+    (path / "checkpoint-3/trainer/rng-rank0.json").write_text(str(path))
+    (path / "tensorboard/events").write_text(str(path))
+    return path
+
+
+def test_runs_that_differ_in_time_alone_are_the_same(tmp_path):
+    later = [line | {"step_time": 9.0, "timing_s/data": 8.0, "perf/mfu": 7.0} for line in METRICS]
+    one = write_run(tmp_path / "one")
+    other = write_run(tmp_path / "other", later, metrics_bytes=9)
+    assert soak_verdicts.differences(one, other) == []
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"weights": b"abd"}, ["model.safetensors"]),
+        ({"samples": b"2\n"}, ["samples.rank1"]),
+        ({"position": 64}, ["checkpoint-3/trainer/progress.json"]),
+        ({"metrics": METRICS[:2]}, ["number of metrics lines"]),
+        ({"metrics": [*METRICS[:2], METRICS[2] | {"loss": 0.5 + 1e-16 * 2}]}, ["metrics line 3: loss"]),
+        ({"metrics": [*METRICS[:2], METRICS[2] | {"kl": 0.0}]}, ["metrics line 3: kl"]),
+    ],
+)
+def test_each_other_difference_is_found(tmp_path, change, found):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", **change)
+    assert soak_verdicts.differences(one, other) == found
+
+
+@pytest.mark.parametrize("extra", ["samples", ".checkpoint-3.part/config.json", "checkpoint-1/config.json"])
+def test_a_file_that_one_run_lacks_is_found(tmp_path, extra):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    (one / extra).parent.mkdir(exist_ok=True)
+    (one / extra).write_text("")
+    assert soak_verdicts.differences(one, other) == [f"{extra} is missing in one"]
+
+
+@pytest.mark.parametrize(
+    "steps, lost",
+    [
+        ([1, 2, 3], []),
+        ([1, 3], [2]),
+        ([1, 2, 2, 3], [1, 2, 2, 3]),
+        ([1, 2, 3, 4], [4]),
+        ([2, 1, 3], [2, 1, 3]),
+        ([], [1, 2, 3]),
+    ],
+)
+def test_a_step_that_is_lost_or_told_twice_is_found(steps, lost):
+    assert soak_verdicts.lost_steps([{"step": n} for n in steps], 3) == lost
+
+
+def test_growth_compares_the_last_100_steps_with_those_after_the_first_100():
+    sizes = [500.0] * 100 + [1000.0] * 100 + [5000.0] * 200  # a beginning and a bulge say nothing
+    assert soak_verdicts.growth(sizes + [1000.0] * 100) == 0
+    assert soak_verdicts.growth(sizes + [1030.0] * 100) == pytest.approx(0.03)
+    assert soak_verdicts.growth(sizes + [970.0] * 100) == pytest.approx(-0.03)
+    assert soak_verdicts.growth([1000.0 + n / 10 for n in range(500)]) > soak.FLAT, "100 KB a step is a leak"
+
+
+def test_nan_steps_must_be_those_that_were_made_nan(tmp_path):
+    path = write_run(tmp_path / "run")
+    metrics = [line | {"skipped_steps": skipped, "data/skipped": 2} for line, skipped in zip(METRICS, (0, 1, 1))]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    for made_nan, met in ((2, True), (3, False), (None, False)):
+        for rank in range(2):
+            diary = [{"step": n, "nan": n == made_nan and rank == 1} for n in (1, 2, 2, 3)]
+            (path / f"diary.rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in diary))
+        demands = {d["demand"]: d["met"] for d in soak.faulty_demands(path, 3)}
+        assert demands == {
+            "no step lost": True,
+            "NaN steps skipped, no others": met,
+            "corrupt images passed over": True,
+        }
+
+
+def test_nan_comes_to_some_steps_and_any_rank_and_to_the_same_ones_again():
+    drawn = [soak_worker.nan_rank(0, step, 2) for step in range(500)]
+    assert drawn == [soak_worker.nan_rank(0, step, 2) for step in range(500)]
+    assert drawn != [soak_worker.nan_rank(1, step, 2) for step in range(500)]
+    assert 5 <= drawn.count(0) + drawn.count(1) <= 40 and drawn.count(0) and drawn.count(1)
+
+
+@pytest.mark.parametrize("count, steps, every", [(30, 60, 3), (6, 500, 20), (2, 12, 3), (1, 100, 20)])
+def test_kills_come_in_order_and_in_time(count, steps, every):
+    kills = soak_kills.plan(random.Random(0), count, steps, every, {"start": 8.0, "step": 0.4, "save": 0.1})
+    assert len(kills) == count and [k.step for k in kills] == sorted(k.step for k in kills)
+    aims = [k.aim for k in kills]
+    assert aims.count("saving") == count // 3 and aims.count("starting") == count // 10
+    assert all(k.step <= steps - every for k in kills if k.aim != "end")
+    saving = [k.step for k in kills if k.aim == "saving"]
+    assert len(set(saving)) == len(saving) and all(step % every == 0 for step in saving)
+
+
+RECORDS = Path(__file__).resolve().parents[2] / "bench/results/cpu"
+
+
+def test_every_demand_of_the_recorded_soaks_was_met():
+    ddp, zero2 = (json.loads((RECORDS / f"{name}.json").read_text()) for name in ("soak", "soak_zero2"))
+    a, b, c = (ddp["parts"][part] for part in "ABC")
+    z = zero2["parts"]["A"]
+    assert all(d["met"] for part in (a, b, c, z) for d in part["demands"])
+    assert [len(part["demands"]) for part in (a, b, c, z)] == [5, 4, 6, 5]
+    assert zero2["options"]["engine"] == "deepspeed" and zero2["options"]["zero_stage"] == 2
+    assert ddp["options"]["steps"] == 500 and c["differences"] == a["differences"] == z["differences"] == []
+
+
+@pytest.mark.slow
+def test_a_short_soak(tmp_path, capsys):
+    """Every demand but flat memory, which takes hundreds of steps, is met."""
+    flags = ["--parts=A,C", "--kills=3", "--steps=12", "--seed=96", "--cold_start_steps=100", "--train=100"]
+    result = tmp_path / "soak.json"
+    with contextlib.suppress(SystemExit):
+        soak.main([*flags, f"--output_dir={tmp_path / 'soak'}", f"--json={result}"])
+    a, c = (json.loads(result.read_text())["parts"][part] for part in "AC")
+    assert [k["struck"] for k in a["kills"]] == [True] * 3 and a["differences"] == []
+    demands = [d for part in (a, c) for d in part["demands"] if not d["demand"].startswith("memory")]
+    assert len(demands) == 8 and all(d["met"] for d in demands), demands
+    assert all(figures["peak_mb"] > 100 for figures in c["memory"].values())
+    assert "no step lost" in capsys.readouterr().out

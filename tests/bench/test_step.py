@@ -1,0 +1,186 @@
+"""The step benchmark: its machinery at a tiny size, its counted floors, and its figures on a CPU."""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from boxgrpo.bench.publish.result_files import newest, part
+from boxgrpo.bench.step_bench import step_table as bench_step
+from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
+from boxgrpo.bench.step_bench.floors import work
+from boxgrpo.bench.step_bench.sides import Clock, Side
+from boxgrpo.bench.step_bench.step_table import (
+    Plan,
+    chosen,
+    fresh,
+    growth_table,
+    line,
+    phases_table,
+    row,
+    run,
+    steps_table,
+)
+from boxgrpo.model.attention import PackedAttention
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+
+TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
+MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return part(newest(), "step")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo_tokenizer([QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step")
+    prepare(TINY, folder, tokenizer)
+    return folder
+
+
+def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
+    pytest.importorskip("trl", reason="trl is not installed")
+    with ThreadPoolExecutor() as pool:
+        started = {name: pool.submit(fresh, name, TINY, tiny, 1) for name in ("ours", "trl")}
+        sides = {name: side.result() for name, side in started.items()}
+    found = row(TINY, sides, tiny, MEASURED)  # refuses prompts of other lengths, or other weights
+    assert found["ratio"] == pytest.approx(found["trl_s"] / found["ours_s"], abs=0.01)
+    assert found["ours_peak_mb"] > 0 and found["trl_peak_mb"] > 0
+    assert len(found["ours_samples_s"]) == len(found["trl_samples_s"]) == 1
+    spent = {name: phase["seconds"] for name, phase in found["phases"].items()}
+    assert sum(spent.values()) == pytest.approx(found["ours_s"], abs=2e-3)
+    assert min(spent.values()) > 0
+    assert len(steps_table({"rows": [found]}).splitlines()) == 3
+    assert len(phases_table(found).splitlines()) == 3 + len(spent)
+
+
+def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, monkeypatch):
+    """The first row's peers step more often than the others'; growth takes from the rows what they have."""
+    ran = []
+
+    def side(name, case, at, steps):
+        ran.append((name, case.images, case.generations, case.tokens, steps))
+        phases = {"prefill": 0.5, "backward": 0.5 * case.images * case.generations}
+        first = phases | {"other": 10.0}  # which is not counted where there are others
+        return Side([first] + [phases] * (steps - 1), 100, 9.0, 7, 1)
+
+    monkeypatch.setattr(bench_step, "fresh", side)  # a step of ours and of TRL's is taken above
+    monkeypatch.setattr(bench_step, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
+    plan = Plan(
+        steps=2,
+        peer_steps={"trl": (3, 1), "univg_r1": (1, 0)},
+        growth={"images": (1, 2), "generations": (4, 8)},
+        growth_steps=2,
+    )
+    cases, kept = [TINY, replace(TINY, images=1)], []
+    found = run(cases, ["trl", "univg_r1"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
+    assert ran[:3] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("univg_r1", 2, 4, 6, 1)]
+    assert ran[3:5] == [("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
+    assert ran[5:] == [("ours", 2, 8, 6, 2), ("ours", 6, 8, 8, 2), ("ours", 6, 16, 8, 2)]
+    assert found["rows"][0]["ours_s"] == 4.5 and found["rows"][0]["ours_samples_s"] == [14.5, 4.5]
+    assert [row["ratio"] for row in found["rows"]] == [1.0, 1.0]  # warm over warm; first over first
+    assert kept == [1, 1, 1, 2, 2, 2, 2, 2]  # after each side, each size and all of growth
+    assert found["growth"]["images"]["seconds"] == [2.5, 4.5] and found["growth"]["images"]["each_s"] == 2.0
+    assert found["growth"]["generations"]["samples_s"] == [[14.5, 4.5], [18.5, 8.5]]
+    assert len(growth_table(found["growth"]).splitlines()) == 6
+    assert "growth" not in run(cases[:1], [], replace(plan, growth={}), tokenizer, MEASURED, lambda part: None)
+
+
+def test_a_side_without_room_is_told(tiny):
+    found = row(TINY, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
+    assert found["ours_error"].startswith("out of memory") and "ratio" not in found and "phases" not in found
+    assert steps_table({"rows": [found]}).endswith(
+        "| boxgrpo, MB |\n| --- | --- | --- | --- | --- |\n| tiny | 2 | 2 | - | - |"
+    )
+
+
+def test_a_phase_is_without_those_inside_it(monkeypatch):
+    clock = Clock()
+    ticks = iter(range(100))
+    monkeypatch.setattr(clock, "now", lambda wait: next(ticks))
+    for _ in range(3):
+        with clock.span("data"):
+            pass
+        with clock.span("rollout"), clock.span("prefill"):
+            pass
+    assert [set(step) for step in clock.whole_steps()] == [{"data", "rollout", "prefill", "other"}] * 2
+    step = clock.whole_steps()[1]
+    assert step["prefill"] == 1 and step["rollout"] == 2 and step["data"] == 1
+
+
+def test_the_counted_products_are_those_of_the_model(tiny):
+    """As torch counts them when attention is plain products, which give a causal one its full square."""
+    model, case = load_model(tiny / "model"), replace(TINY, prompts=1)
+    examples, _ = read_examples(tiny / "records.json")
+    prompt = Processor.from_pretrained(tiny / "model", min_pixels=1, max_pixels=10**6).prompt(examples[0])
+    tokens = len(prompt.input_ids)
+    counted = work(model.config, case, tokens, 1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        embeds = model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+    assert counted["vision"][0] == seen.get_total_flops()
+
+    text = model.config.text_config
+    upper = 4 * text.hidden_size * text.num_hidden_layers * tokens * (tokens - 1) / 2
+    batch = pack_groups([Group(prompt, (), 0, embeds)], image_token_id=model.config.image_token_id)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        model.hidden(batch, PackedAttention(batch))
+    assert counted["prefill"][0] + upper == seen.get_total_flops()
+
+
+def test_the_published_models_have_their_published_sizes(tokenizer):
+    for name, size in (("44M", 44_169_984), ("2B", 2_208_985_600), ("7B", 8_291_375_616)):
+        with torch.device("meta"):
+            model = Qwen2VL(make_config(MODELS[name], tokenizer))
+        assert sum(p.numel() for p in model.parameters()) == size
+
+
+def test_which_rows_are_asked_for():
+    def flags(**given):
+        return argparse.Namespace(**{"model": None, "images": None, "prompts": None} | given)
+
+    assert chosen(flags(), gpu=False) == step_cases(False)
+    assert chosen(flags(images=6), gpu=False) == [StepCase(images=6)]
+    assert {case.model for case in chosen(flags(), gpu=True)} == {"2B", "7B"}
+    assert chosen(flags(model="7B", images=1), gpu=True)[0].patches == 4 * 401_408 // 28**2
+    with pytest.raises(ValueError, match="model is 2B; it runs on a GPU"):
+        chosen(flags(model="2B"), gpu=False)
+
+
+def test_a_straight_line_fits():
+    assert line([1, 2, 4], [0.75, 1.0, 1.5]) == {"fixed_s": 0.5, "each_s": 0.25, "misfit_percent": 0.0}
+    assert line([1, 2, 3], [1.0, 1.3, 1.0])["misfit_percent"] == pytest.approx(15.4)
+
+
+# -- as recorded ----------------------------------------------------------------------------------------------------
+
+
+def test_every_case_was_measured(recorded):
+    """And on a tree that git knows; a step's phases add up to it."""
+    assert [r["case"] for r in recorded["rows"]] == [case.name for case in step_cases(False)]
+    assert not recorded["machine"]["revision"].endswith("dirty")
+    for r in recorded["rows"]:
+        assert sum(p["seconds"] for p in r["phases"].values()) == pytest.approx(r["ours_s"], abs=2e-3)
+        assert r["phases"]["other"]["seconds"] < 0.02 * r["ours_s"]
+
+
+def test_a_steps_growth_was_measured_with_each_size(recorded):
+    grown = recorded["growth"]
+    assert grown.keys() == {"images", "generations", "tokens", "prompts", "doubled_group"}
+    for size in grown.keys() - {"doubled_group"}:
+        assert len(grown[size]["values"]) == len(grown[size]["seconds"]) == len(grown[size]["samples_s"]) > 2

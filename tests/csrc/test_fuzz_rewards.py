@@ -1,0 +1,119 @@
+"""Half a minute of `make fuzz`: the compiled parser against Python's `re`, and its header under the sanitizers."""
+
+import json
+import random
+import re
+import shutil
+
+import pytest
+import torch
+
+from boxgrpo.bench.machine import RESULTS
+from boxgrpo.bench.reward_bench import fuzz_rewards
+from boxgrpo.bench.reward_bench.fuzz_rewards import MARKS, TAGS, compiled, completions, differential, guided, sanitized
+from boxgrpo.kernels import ANSWER_FORMATS, extension, grounding_rewards, pack_texts
+
+SEED = random.SystemRandom().randrange(2**32)  # a failure names it
+
+
+@pytest.mark.skipif(extension.MISSING is not None, reason="csrc/ is not compiled")
+def test_the_operators_agree_with_re():
+    """Text and token ids, every answer format; enough answers are good for the agreement to mean something."""
+    counts = differential(6, SEED)
+    assert counts["cases"] > 1_000
+    assert counts["boxes"] > counts["cases"] / 4 and counts["good_formats"] > counts["cases"] / 5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_the_sanitizers_are_silent(tmp_path):
+    """Against `re`, a plain matcher, and itself fed byte by byte, in two pieces and as token ids."""
+    program = compiled(tmp_path, "g++", "-fsanitize=address,undefined")
+    assert sanitized(5, SEED, program)["cases"] >= fuzz_rewards.BATCH
+
+
+BROKEN = {  # what the texts, the matcher and the pieces do not show: the reading of token ids
+    "a copy from one byte too near the end": ("token_row.h", "tokens.size - kCopied;", "tokens.size - kCopied + 1;"),
+    "a run of too many tokens": ("token_row.h", "end : id + kRun", "end : id + 2 * kRun"),
+    "ids behind an end": ("token_row.h", "id < stop && !ended;", "id < stop;"),
+    "a length that wraps": ("launch.h", "length < 0 ? 0 : ", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_sanitizers_see(tmp_path, monkeypatch, fault):
+    name, right, wrong = BROKEN[fault]
+    for path in fuzz_rewards.DRIVER.parent.glob("*.*"):
+        shutil.copy(path, tmp_path)
+    source = (tmp_path / name).read_text()
+    assert right in source
+    (tmp_path / name).write_text(source.replace(right, wrong))
+    monkeypatch.setattr(fuzz_rewards, "DRIVER", tmp_path / fuzz_rewards.DRIVER.name)
+    with pytest.raises(SystemExit, match=f"seed {SEED}"):
+        sanitized(200, SEED, compiled(tmp_path, "g++", "-fsanitize=address,undefined"))
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here")
+def test_libfuzzer_finds_nothing(tmp_path):
+    program = compiled(tmp_path, "clang++", "-fsanitize=fuzzer,address,undefined", "-DBOXGRPO_LIBFUZZER")
+    found = guided(5, SEED, tmp_path, program)
+    assert found["cases"] > 1000 and found["coverage"] > 100
+
+
+def test_the_cases_are_what_they_should_be():
+    """Repeated and unclosed tags, long digits, NULs, broken UTF-8, text around tags, boxes in the reasoning."""
+    texts, names = completions(random.Random(0), 20_000)
+    assert set(names) == set(ANSWER_FORMATS)
+    for name in ANSWER_FORMATS:
+        mine = [text for text, its in zip(texts, names, strict=True) if its == name]
+        gold = torch.zeros(len(mine), 4)
+        got = grounding_rewards(*pack_texts(mine), gold, answer_format=name, backend="torch")
+        assert 0.1 < got.found.float().mean() < 0.9 and 0.05 < got.format.mean() < 0.9
+
+    def count(test):
+        return sum(bool(test(text)) for text in texts)
+
+    def broken(text):
+        return text.decode(errors="replace").encode() != text
+
+    assert count(lambda t: any(t.count(tag) > 1 for tag in TAGS)) > 1000
+    assert count(lambda t: t.count(b"<think>") > t.count(b"</think>")) > 500
+    assert count(lambda t: t.count(b"<answer>") > t.count(b"</answer>")) > 500
+    assert count(lambda t: re.search(rb"\d{100}", t)) > 50
+    assert count(lambda t: b"\0" in t) > 500 and count(broken) > 500
+    assert count(lambda t: "世界".encode() + b"</think>" in t) > 50
+    assert count(lambda t: b"(300,400)</think>" in t or b"(300, 400)</think>" in t) > 50
+    assert count(lambda t: t.endswith(b"</answer>\n")) > 200 and count(lambda t: MARKS[1] in t) > 1000
+
+
+def test_a_difference_ends_the_run(monkeypatch):
+    """A twin that forgets the newline before the end is told from the parser."""
+    twin = fuzz_rewards.grounding_rewards
+
+    def forgetful(text, offsets, gold, **options):
+        got = twin(text, offsets, gold, **options)
+        if options["backend"] != "torch":
+            return got
+        last = text[(offsets[1:] - 1).clamp(min=0)] == ord("\n")
+        return got._replace(format=torch.where(last, 0.0, got.format))
+
+    monkeypatch.setattr(fuzz_rewards, "grounding_rewards", forgetful)
+    with pytest.raises(SystemExit, match=f"differ in format; seed {SEED}"):
+        differential(10, SEED)
+
+
+def test_a_program_that_fails_names_the_seed(tmp_path):
+    with pytest.raises(SystemExit, match="seed 77"):
+        sanitized(10, 77, shutil.which("false"))
+    with pytest.raises(SystemExit, match="seed 77"):
+        guided(10, 77, tmp_path, shutil.which("false"))
+
+
+def test_the_recorded_run_is_long_and_has_nothing_to_report():
+    """bench/results/cpu/fuzz.json: how many cases, of which seed, at which revision."""
+    found = json.loads((RESULTS / "cpu/fuzz.json").read_text())
+    assert found["machine"]["revision"] and isinstance(found["seed"], int)
+    cases = {row["run"]: row["cases"] for row in found["rows"]}
+    assert cases.keys() == {"operators", "sanitizers", "libFuzzer"}
+    assert sum(cases.values()) >= 2_000_000 and min(cases.values()) >= 100_000

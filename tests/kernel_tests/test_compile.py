@@ -1,0 +1,50 @@
+"""Every Triton kernel compiles for every GPU it is meant for, as its launcher would start it, and spills nothing."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from boxgrpo.bench.kernel_bench.resources import CAPABILITIES, compile_launch, launches, resources
+from boxgrpo.kernels.checks import interpreting
+from boxgrpo.kernels.launch import Launch
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter cannot compile")
+
+
+def spills(capability, every_variant):
+    found, seen = [], set()
+    for name, launch in launches(every_variant):
+        r = resources(compile_launch(launch, capability))
+        seen.add(launch.kernel.fn.__name__)
+        if r.spilled:
+            found.append(f"{name}: {r.spilled} bytes")
+    kernels = {"logps", "gradient", "fused", "sample", "terms", "grpo", "reduce", "scale", "advantages"}
+    assert seen == {f"{kernel}_kernel" for kernel in kernels}
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_without_spills(capability):
+    assert spills(capability, every_variant=False) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_variant_compiles_without_spills(capability):
+    assert spills(capability, every_variant=True) == []
+
+
+@triton.jit
+def greedy_kernel(x, out, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    values = tl.load(x + offsets)
+    total = tl.sum(values, 0)
+    tl.store(out + offsets, values / total)
+
+
+def test_a_spill_is_seen():
+    """A program that keeps twice its registers in flight: the check above can fail."""
+    x = torch.empty(1 << 17, device="meta")
+    launch = Launch(greedy_kernel, (1,), {"x": x, "out": x}, {"SIZE": x.shape[0]}, num_warps=32)
+    assert resources(compile_launch(launch, 90)).spilled > 0

@@ -1,0 +1,284 @@
+"""Hugging Face checkpoints in and out: both key layouts, sharded or not, tied or not, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLForConditionalGeneration
+
+from boxgrpo.model.checkpoint import load_model, read_config, save_model
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.packing import Conversation, pack_conversations
+
+SHARDS = {"one file": "5GB", "shards": "400KB"}
+
+# Qwen2-VL-2B-Instruct's config.json as published: text keys at the top, rope_scaling of type mrope, torch_dtype.
+PUBLISHED_2B = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2_vl",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 1536,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 151936,
+}
+
+
+@pytest.fixture
+def logits_of(make_prompt, hf_logits):
+    """logits_of(model): all but the last row's, by either implementation, for one prompt of two images."""
+    prompt = make_prompt([(1, 4, 6), (1, 2, 4)])
+
+    def logits(model):
+        with torch.no_grad():
+            if isinstance(model, Qwen2VLForConditionalGeneration):
+                return hf_logits(model.eval(), prompt)[:-1]
+            mask = torch.ones(len(prompt.input_ids), dtype=torch.bool)
+            pack = pack_conversations([Conversation(**vars(prompt), loss_mask=mask)], image_token_id=102)
+            return model(pack) @ model.head_weight.T
+
+    return logits
+
+
+@pytest.fixture
+def saved(twins, tmp_path):
+    """The tiny model's folder, one file."""
+    save_model(twins("tiny")[0], tmp_path)
+    return tmp_path
+
+
+def same(logits, expected):
+    return (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("kind", ["tiny", "published"], ids=["tied", "untied"])
+def test_round_trip_through_transformers(twins, logits_of, tmp_path, kind, size):
+    """Ours -> from_pretrained -> save_pretrained -> ours: the same weights and logits, with no key too many or few."""
+    ours, _ = twins(kind)
+    expected = logits_of(ours)
+    save_model(ours, tmp_path / "ours", max_shard_size=size)
+    sharded = size != SHARDS["one file"]
+    assert (tmp_path / "ours/model.safetensors.index.json").exists() == sharded
+    theirs, info = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    assert same(logits_of(theirs), expected)
+
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    back = load_model(tmp_path / "theirs")
+    assert (back.lm_head is None) == (kind == "tiny")
+    state = back.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+    assert torch.equal(logits_of(back), expected)
+    assert all(p.requires_grad for p in back.parameters())
+
+
+@pytest.mark.parametrize("size", SHARDS.values(), ids=SHARDS)
+def test_nested_keys(twins, logits_of, tmp_path, size):
+    """The layout that some releases of transformers wrote: both towers under `model.`."""
+    ours, _ = twins("published")
+    save_model(ours, tmp_path, max_shard_size=size)
+
+    def nested(name):
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({nested(name): tensor for name, tensor in load_file(path).items()}, path)
+    if (index := tmp_path / "model.safetensors.index.json").exists():
+        stored = json.loads(index.read_text())
+        stored["weight_map"] = {nested(name): file for name, file in stored["weight_map"].items()}
+        index.write_text(json.dumps(stored))
+    assert torch.equal(logits_of(load_model(tmp_path)), logits_of(ours))
+
+
+def test_published_names(twins, tmp_path):
+    """vLLM and other readers go by these."""
+    save_model(twins("published")[0], tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    some = """visual.patch_embed.proj.weight visual.blocks.1.attn.qkv.bias visual.merger.ln_q.bias
+        visual.merger.mlp.2.weight model.embed_tokens.weight model.layers.1.self_attn.k_proj.bias
+        model.layers.0.mlp.gate_proj.weight model.layers.0.post_attention_layernorm.weight model.norm.weight
+        lm_head.weight"""
+    assert names.issuperset(some.split())
+    assert not any(name.startswith(("model.visual", "model.language_model")) for name in names)
+
+
+def test_published_config(tmp_path):
+    """Every value of the old flat file arrives, and with it every name and shape of the 2B model."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_2B))
+    config = read_config(tmp_path)
+    for key in (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "tie_word_embeddings",
+    ):
+        assert getattr(config, key) == PUBLISHED_2B[key], key
+    text_keys = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+        rms_norm_eps initializer_range max_position_embeddings bos_token_id eos_token_id"""
+    for key in text_keys.split():
+        assert getattr(config.text_config, key) == PUBLISHED_2B[key], key
+    assert config.text_config.rope_parameters["rope_theta"] == 1e6
+    assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+    for key in ("depth", "embed_dim", "mlp_ratio", "num_heads", "hidden_size", "patch_size", "spatial_merge_size"):
+        assert getattr(config.vision_config, key) == PUBLISHED_2B["vision_config"][key], key
+
+    with torch.device("meta"):
+        ours, theirs = Qwen2VL(config), Qwen2VLForConditionalGeneration(config)
+    expected = {
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): parameter.shape
+        for name, parameter in theirs.named_parameters()
+    }
+    assert {name: parameter.shape for name, parameter in ours.named_parameters()} == expected
+    assert sum(p.numel() for p in ours.parameters()) == 2_208_985_600
+
+
+def test_half_precision(twins, saved, tmp_path):
+    """bf16 is asked for on reading or on writing; config.json says what the file holds."""
+    half = load_model(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    save_model(twins("tiny")[0], tmp_path / "half", dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "half/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    assert next(twins("tiny")[0].parameters()).dtype == torch.float32, "the trained model keeps its precision"
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sizes", [("5GB", "400KB"), ("400KB", "5GB"), ("400KB", "800KB")])
+def test_saving_over_an_older_checkpoint(twins, saved, sizes):
+    """Nothing of the older one is left to be read in place of, or beside, the newer."""
+    older, newer = load_model(saved), load_model(saved)
+    for parameter in older.parameters():
+        parameter.data.zero_()
+    for model, size in zip((older, newer), sizes, strict=True):
+        save_model(model, saved, max_shard_size=size)
+    stored = [name for path in saved.glob("*.safetensors") for name in load_file(path)]
+    assert sorted(stored) == sorted(newer.state_dict()), "each weight stands in one file"
+    weight = newer.model.norm.weight
+    assert torch.equal(load_model(saved).model.norm.weight, weight)
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(saved)
+    assert torch.equal(theirs.model.language_model.norm.weight, weight)
+
+
+def test_a_single_file_goes_before_an_index(saved, logits_of, twins):
+    """As in transformers: with both in a folder, both readers take the same weights."""
+    (saved / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+    )
+    assert torch.equal(logits_of(load_model(saved)), logits_of(twins("tiny")[0]))
+
+
+def test_a_tied_head_stored_twice(saved, logits_of, twins):
+    path = saved / "model.safetensors"
+    state = load_file(path)
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, path)
+    model = load_model(saved)
+    assert model.lm_head is None and torch.equal(logits_of(model), logits_of(twins("tiny")[0]))
+
+
+def edit_config(**changes):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def edit_index(**changes):
+    def edit(folder):
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"] |= changes
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors")
+
+    return edit
+
+
+def remove(pattern):
+    return lambda folder: next(folder.glob(pattern)).unlink()
+
+
+YARN = {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}
+BROKEN = {
+    "no config": ("one file", remove("config.json"), "holds no config.json; --model must name a folder"),
+    "another model": (
+        "one file",
+        edit_config(model_type="qwen2_5_vl"),
+        "is of model_type 'qwen2_5_vl'; boxgrpo trains",
+    ),
+    "another rotation": ("one file", edit_config(text_config=None, rope_scaling=YARN), "asks for rope_type 'yarn'"),
+    "no weights": ("one file", remove("model.safetensors"), r"lacks \['model.safetensors'\]; a checkpoint holds"),
+    "a missing shard": ("shards", remove("model-00002-of-*"), r"lacks \['model-00002-of-\d+.safetensors'\]"),
+    "a shard outside": ("shards", edit_index(a="../x.safetensors"), "names a file outside its folder"),
+    "a missing weight": (
+        "one file",
+        edit_weights(lambda state: state.pop("model.norm.weight")),
+        r"Missing: \['model.norm.weight'\] \(1\)",
+    ),
+    "an unknown weight": (
+        "one file",
+        edit_weights(lambda state: state.update({"model.extra": torch.ones(1)})),
+        r"unknown: \['model.extra'\] \(1\)",
+    ),
+    "a wrong shape": (
+        "one file",
+        edit_weights(lambda state: state.update({"model.norm.weight": torch.ones(3)})),
+        r"wrong shape: \['model.norm.weight \(3,\) for \(64,\)'\] \(1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("size, harm, message", BROKEN.values(), ids=BROKEN)
+def test_refused(twins, tmp_path, size, harm, message):
+    save_model(twins("tiny")[0], tmp_path, max_shard_size=SHARDS[size])
+    harm(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)

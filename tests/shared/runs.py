@@ -1,0 +1,121 @@
+"""Small runs of the loops for several test files: a drawn world, a cold start, options, launches under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from boxgrpo.bench.launches import kill
+from boxgrpo.trainer import demo, sft
+from boxgrpo.trainer.data.processor import THINK_SUFFIX
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
+
+
+def make_world(root: Path) -> Path:
+    """A small drawn world, a newborn model for it, and `sft/`: enough of a cold start to write boxes now and then."""
+    options = demo.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
+    demo.draw_world(options)
+    demo.newborn(options)
+    cold = SftOptions(
+        model=str(root / "newborn"),
+        data=str(root / "world/cold_start.json"),
+        output_dir=str(root / "sft"),
+        max_steps=40,
+        train_batch_size=16,
+        learning_rate=3e-3,
+        freeze_vision=False,
+        dataloader_num_workers=0,
+    )
+    sft.train(cold, Ranks())
+    return root
+
+
+def make_certain(newborn: Path, folder: Path, question: str, answer: str, asked: list[list[Path]]) -> Path:
+    """A checkpoint, in seconds, that has learned by heart what to answer when this is asked about these images."""
+    turns = [{"role": "user", "content": question + THINK_SUFFIX}, {"role": "assistant", "content": answer}]
+    records = [{"images": list(map(str, images)), "messages": turns} for images in asked]
+    folder.mkdir()
+    (folder / "records.json").write_text(json.dumps(records))
+    options = SftOptions(
+        model=str(newborn),
+        data=str(folder / "records.json"),
+        output_dir=str(folder / "certain"),
+        max_steps=60,
+        train_batch_size=len(records),
+        learning_rate=5e-3,
+        dataloader_num_workers=0,
+    )
+    sft.train(options, Ranks())
+    return folder / "certain"
+
+
+def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:
+    """A run of two steps into `world / name`."""
+    values = {
+        "model": str(world / "sft"),
+        "data": str(world / "world/train.json"),
+        "output_dir": str(world / name),
+        "max_steps": 2,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 32,
+        "learning_rate": 1e-3,
+        "dataloader_num_workers": 0,
+    }
+    return GrpoOptions(**values | changes)
+
+
+def eval_options(newborn, record_file, **changes) -> EvalOptions:
+    """A short evaluation of `record_file` into eval/ beside it."""
+    values = {"model": str(newborn), "data": str(record_file), "output_dir": str(record_file.parent / "eval")}
+    values |= {"max_completion_length": 6, "dataloader_num_workers": 0, "min_pixels": 784, "max_pixels": 9408}
+    return EvalOptions(**values | changes)
+
+
+def lines(folder) -> list[dict]:
+    """The run's metrics so far, a step each; a line that is still being written is left out."""
+    try:
+        text = (Path(folder) / "metrics.jsonl").read_text()
+    except FileNotFoundError:  # not begun, or beginning anew
+        return []
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def told(folder) -> list[dict]:
+    """`lines` without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in lines(folder)]
+
+
+def flags(options) -> list[str]:
+    """What a command line says for the options."""
+    lists = [flag for k, v in vars(options).items() if isinstance(v, list) and v for flag in (f"--{k}", *v)]
+    return [f"--{k}={v}" for k, v in vars(options).items() if v not in (None, "") and not isinstance(v, list)] + lists
+
+
+def start(script, options, ranks: int = 2, launch=("--standalone",), **environment) -> subprocess.Popen:
+    """`torchrun script` with the options as flags, in a process group of its own, one thread a rank."""
+    command = [str(Path(sys.executable).with_name("torchrun")), *launch, "--nproc_per_node", str(ranks)]
+    return subprocess.Popen(
+        [*command, str(script), *flags(options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(run: subprocess.Popen, timeout: float = 200) -> str:
+    """What the run told; an error when it fails, and no process is left behind when it hangs."""
+    try:
+        out, _ = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(run)
+        raise
+    assert run.returncode == 0, out
+    return out

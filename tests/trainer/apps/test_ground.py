@@ -1,0 +1,250 @@
+"""A question about images gets its reasoning, its box in their own pixels and a picture, or a plain word why not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import runs
+from boxgrpo.model.generate import generate
+from boxgrpo.trainer.apps import ground
+from boxgrpo.trainer.apps.ground import GroundOptions, told
+from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, Grounder, as_json, headline
+from boxgrpo.trainer.evaluation.pictures import LINE, MARGIN, PREDICTED
+from boxgrpo.trainer.options import parse
+
+BOX = "(125, 250), (500, 750)"
+ANSWER = f"<think>Here it is.</think><answer>{BOX}</answer>"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Pictures by name: one, one that a camera stored lying on its side (upright 80 x 160), one of 20 x 10."""
+    folder = tmp_path_factory.mktemp("images")
+    Image.effect_noise((112, 84), 60).save(folder / "one.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((160, 80), 60).convert("RGB").save(folder / "turned.jpg", exif=exif)
+    Image.effect_noise((20, 10), 60).save(folder / "small.png")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def certain(newborn, images, tmp_path_factory):
+    """A checkpoint that gives ANSWER."""
+    one, turned, small = images["one"], images["turned"], images["small"]
+    folder = tmp_path_factory.mktemp("certain") / "run"
+    return runs.make_certain(newborn, folder, "Where is it?", ANSWER, [[one, turned], [small]])
+
+
+def loaded(folder, **changes):
+    options = {"dtype": "float32", "min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 64}
+    return Grounder.load(folder, torch.device("cpu"), **options | changes)
+
+
+@pytest.fixture(scope="module")
+def grounder(certain):
+    return loaded(certain)
+
+
+def command(model, *paths):
+    return [f"--model={model}", *(f"--image={path}" for path in paths)]
+
+
+def test_the_command_tells_reasoning_and_box_and_writes_the_picture(certain, images, tmp_path, capsys):
+    """The box is in pixels of the upright second image: 80 x 160, stored as 160 x 80."""
+    output = tmp_path / "made" / "grounded.png"
+    flags = command(certain, images["one"], images["turned"])
+    assert ground.main([*flags, f"--output={output}", "Where is it?"]) == 0
+    assert capsys.readouterr().out == (
+        f"reasoning: Here it is.\nbox: (10, 40), (40, 120) in image 2, 80 x 160 pixels\npicture: {output}\n"
+    )
+    top, left = MARGIN + LINE + 8, 2 * MARGIN + 112 * PICTURE_HEIGHT // 84  # of the second image
+    shown = np.asarray(Image.open(output))[top : top + PICTURE_HEIGHT, left:]
+    rows, columns = (shown == PREDICTED).all(-1).nonzero()
+    edges = columns.min(), rows.min(), columns.max(), rows.max()
+    height, width = PICTURE_HEIGHT, PICTURE_HEIGHT * 80 // 160  # but for what rounding to vision tokens changes
+    assert edges == pytest.approx((width / 8, height / 4, width / 2, 3 * height / 4), abs=6)
+
+
+def test_json_is_all_that_stands_on_standard_output(certain, images, tmp_path, capsys):
+    paths = [str(images["one"]), str(images["turned"])]
+    output = str(tmp_path / "g.jpg")
+    flags = [*command(certain, *paths), "--output", output, "--json", "-", "--target_image", "1"]
+    assert ground.main([*flags, "Where is it?"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "question": "Where is it?",
+        "target_image": 1,
+        "image_sizes": [[112, 84], [80, 160]],
+        "answer": ANSWER,
+        "reasoning": "Here it is.",
+        "box": [14, 21, 56, 63],
+        "box_1000": [125, 250, 500, 750],
+        "note": "",
+        "images": paths,
+        "picture": output,
+    }
+    assert Image.open(output).format == "JPEG"
+
+
+def test_without_a_box_the_status_is_3_and_the_picture_has_none(newborn, images, tmp_path, capsys):
+    output = tmp_path / "g.png"
+    flags = [*command(newborn, images["one"]), f"--output={output}", "--max_completion_length=20"]
+    assert ground.main([*flags, "Where is it?"]) == 3
+    assert "no box found in the answer, which was cut off after 20 tokens; raise --max_completion_length" in (
+        capsys.readouterr().out
+    )
+    assert not (np.asarray(Image.open(output)) == PREDICTED).all(-1).any()
+
+
+def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder, images):
+    asked = grounder.prepare("Where is it?", [images["small"]])
+    *_, ids = grounder.completion(asked)
+    answer = grounder.read(asked, ids)
+    assert (asked.sizes, answer.box_px) == (((20, 10),), (2.5, 2.5, 10.0, 7.5))
+
+
+@pytest.mark.parametrize("who", ["certain", "newborn"])
+def test_the_answer_is_that_of_the_policys_own_sampling(who, images, request):
+    g = loaded(request.getfixturevalue(who), max_completion_length=40)
+    asked = g.prepare("Where is it?", [images["one"], images["turned"]])
+    *parts, ids = g.completion(asked)
+    assert [len(part) for part in parts] == list(range(1, len(ids))) and parts[-1] == ids[:-1]
+    (expected,) = generate(
+        g.model,
+        [asked.prompt],
+        prompt_ids=[0],
+        eos_token_ids=g.vocabulary.eos_token_ids,
+        forbidden=g.vocabulary.forbidden,
+        max_completion_length=40,
+        temperature=0.0,
+    ).completions()
+    assert ids == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("question", "target", "found"),
+    [
+        ("Where is it?", 0, 2),
+        ("Image 2 shows a cup. Find it in image 1.", 0, 1),
+        ("Image 2 shows a cup. Find it in image 1.", 2, 2),
+    ],
+)
+def test_the_target_is_the_one_named_else_the_questions_else_the_last(grounder, images, question, target, found):
+    asked = grounder.prepare(question, [images["one"], images["turned"]], target=target)
+    assert as_json(asked, grounder.read(asked, [grounder.vocabulary.eos_token_ids[0]]))["target_image"] == found
+
+
+def test_a_simple_reference_asks_for_no_reasoning_and_takes_the_first_box(grounder, images):
+    asked = grounder.prepare("the cup", [images["small"]], answer_format="box")
+    text = grounder.processor.decode(asked.prompt.input_ids)
+    assert "simple reference. the cup" in text and "<think>" not in text
+    answer = grounder.read(asked, said(grounder, f"It is at {BOX}."))
+    assert (answer.reasoning, answer.box_1000) == (None, (125, 250, 500, 750))
+
+
+def said(grounder, text):
+    """The ids of an answer that has ended."""
+    return [*grounder.processor.tokenizer(text).input_ids, grounder.vocabulary.eos_token_ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "pixels", "note"),
+    [
+        ("<think>A</think><answer>(500, 250), (100, 750)</answer>", (56, 21, 11.2, 63), "encloses nothing"),
+        ("<think>A</think><answer>(0, 0), (500, 2000)</answer>", (0, 0, 56, 168), "leaves the image"),
+        ("<think>It is (1, 2), (3, 4).</think><answer>nowhere</answer>", None, "no box found in the answer"),
+    ],
+)
+def test_what_is_wrong_with_a_box_is_said(grounder, images, text, pixels, note):
+    asked = grounder.prepare("Where is it?", [images["one"]])
+    answer = grounder.read(asked, said(grounder, text))
+    assert answer.box_px == (pixels and pytest.approx(pixels))
+    assert note in answer.note and answer.note in headline(asked, answer) and "cut off" not in answer.note
+    grounder.picture(asked, answer)  # draws whatever there is
+
+
+def test_a_models_text_does_not_steer_the_terminal(grounder, images):
+    asked = grounder.prepare("Where is it?", [images["one"]])
+    answer = grounder.read(asked, said(grounder, f"<think>\x1b[2J\x9b gone\nnext</think><answer>{BOX}</answer>"))
+    shown = told(asked, answer)
+    assert "\x1b" not in shown and "\x9b" not in shown and "gone\nnext" in shown
+
+
+def test_flags_and_the_question_stand_in_any_order(tmp_path):
+    (tmp_path / "two.yaml").write_text("image: [a.png]\nquestion: Who?\n")
+    for args in (["Where?", "--image", "a", "--image=b"], ["--image", "a", "Where?", "--image", "b"]):
+        o = parse(GroundOptions, args, bare="question")
+        assert (o.image, o.question) == (["a", "b"], "Where?")
+    assert parse(GroundOptions, [], bare="question") == GroundOptions()
+    o = parse(GroundOptions, [f"--config={tmp_path / 'two.yaml'}", "--image=b"], bare="question")
+    assert (o.image, o.question) == (["a.png", "b"], "Who?")
+
+
+def test_a_question_without_quotes_is_told_so(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(GroundOptions, ["--image", "a", "Where", "is", "it"], bare="question")
+    assert end.value.code == 2 and "'is' stands where a flag is due; quote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["Where?"], r"there are 0 images; .*--image"),
+        (["--image={one}"], r"the question is ''; text is needed"),
+        (["--image={one}", " <image> "], r"the question is ' <image> '"),
+        (["--image={one}", "\udcff?"], r"the question is not UTF-8 text"),
+        (["--image={one}", "Is <|image_pad|> there?"], r"question: the user's text holds <\|image_pad\|>"),
+        (["--image=gone.png", "Where?"], r"image is gone\.png; there is no such file\. Correct --image"),
+        (["--image={notes}", "Where?"], r"notes\.png cannot be opened as an image"),
+        (["--image={one}", "--target_image=2", "Where?"], r"target_image is 2 of 1 images; .*--target_image"),
+        (["--image={one}", "--image={one}", "--answer_format=box", "Where?"], r"answer_format is 'box' with 2 images"),
+        (["--image={one}", "--answer_format=list", "Where?"], r"answer_format is 'list'; it must be think or box"),
+        (["--image={one}", "--output={one}", "Where?"], r"output is .*one\.png, one of the images"),
+        (["--image={one}", "--output=box.txt", "Where?"], r"output is 'box\.txt'; it must end in \.png"),
+        (["--image={one}", "--json=x.json", "Where?"], r"json is 'x\.json'; it must be -"),
+        (
+            ["--image={one}", "--max_completion_length=0", "Where?"],
+            r"max_completion_length is 0; it must be at least 1",
+        ),
+        (["--image={one}", "--model=", "Where?"], r"no model\. Name a checkpoint folder with --model"),
+        (["--image={one}", "--model=nowhere", "Where?"], r"model is nowhere; it cannot be loaded .*no config\.json"),
+        (["Where?", "--serve"], r"serve is given with a question"),
+        (["--serve", "--port=70000"], r"port is 70000; it must be 0 to 65535"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(newborn, images, tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.png").write_text("no picture")
+    names = {"one": images["one"], "notes": tmp_path / "notes.png"}
+    with pytest.raises(ValueError, match=says):
+        ground.main([f"--model={newborn}", *(flag.format(**names) for flag in flags)])
+    assert not (tmp_path / "grounded.png").exists()
+
+
+@pytest.mark.parametrize("broken", ["config.json", "tokenizer.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_broken_checkpoint_is_refused_by_name(newborn, tmp_path, broken):
+    """Whichever of its files was cut in half."""
+    folder = shutil.copytree(newborn, tmp_path / "broken")
+    whole = (folder / broken).read_bytes()
+    (folder / broken).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model is .*broken; it cannot be loaded \(.*--model"):
+        loaded(folder)
+
+
+def test_the_command_fails_without_a_traceback(newborn, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    program = [sys.executable, "-P", "-m", "boxgrpo.trainer.ground"]
+    run = subprocess.run(
+        [*program, *command(newborn, "cut.png"), "Where?"], cwd=tmp_path, env=os.environ, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.startswith("ground.py: cut.png cannot be opened") and "Traceback" not in run.stderr
+    assert not Path(tmp_path / "grounded.png").exists()

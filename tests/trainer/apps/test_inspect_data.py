@@ -1,0 +1,96 @@
+"""What `inspect_data` says of a file: counts that add up, faults by reason, lengths, and a sheet of pictures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.apps import inspect_data
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.readers import read_examples
+
+GOOD = {"task": "diff", "images": ["a.png", "b.png"], "question": "Where is it?", "answer": [100, 200, 300, 400]}
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Eight records: four usable of two tasks, two without an image file, two with faulty boxes."""
+    for name, size in (("a.png", (300, 200)), ("b.png", (90, 400))):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / name)
+    found = [GOOD, GOOD, GOOD | {"task": "region", "images": ["a.png"]}, GOOD | {"task": "region"}]
+    found += [GOOD | {"images": ["a.png", "gone.png"]}, GOOD | {"images": ["gone.png"]}]
+    found += [GOOD | {"answer": [300, 200, 100, 400]}, GOOD | {"answer": [1, 2, 3000, 4]}]
+    (tmp_path / "data.json").write_text(json.dumps(found))
+    return tmp_path / "data.json"
+
+
+def found_in(capsys, *args) -> dict:
+    inspect_data.main([*map(str, args), "--json", "-"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_counts_and_reasons_add_up(records, capsys):
+    found = found_in(capsys, records)
+    assert (found["records"], found["usable"]) == (8, 4)
+    assert found["faulty"] == {"missing_image": 2, "box_inverted": 1, "box_outside": 1}
+    assert found["tasks"] == {"diff": 2, "region": 2} and found["images_per_record"] == {"1": 1, "2": 3}
+    assert found["gold_boxes"] == 4 and found["chats"] == 0 and found["schema"] == "univg_stage2"
+    assert [line.split(":")[0] for line in found["faults"]] == [f"data.json#{n}" for n in (6, 7, 4, 5)]
+
+
+def test_images_need_not_be_looked_for(records, capsys):
+    found = found_in(capsys, records, "--no_images")
+    assert found["usable"] == 6 and "missing_image" not in found["faulty"]
+    assert found["usable"] + sum(found["faulty"].values()) == found["records"]
+
+
+def test_boxes_in_pixels_need_no_image_either(tmp_path, capsys):
+    """Without images nobody knows how large they are; the order of a box's corners is looked at all the same."""
+    cat = {"image": "gone.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}
+    (tmp_path / "data.json").write_text(json.dumps([cat, cat | {"solution": [100, 10, 20, 60]}]))
+    assert found_in(capsys, tmp_path / "data.json", "--no_images")["faulty"] == {"box_inverted": 1}
+    assert found_in(capsys, tmp_path / "data.json")["faulty"] == {"missing_image": 2}
+
+
+def test_a_file_without_records_is_refused(tmp_path, capsys):
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"data\.json holds no record"):
+        inspect_data.main([str(tmp_path / "data.json")])
+
+
+def test_the_real_records(shared, capsys):
+    found = found_in(capsys, shared / "data/mig_bench/MIG_data.sample.json", "--no_images")
+    assert found["records"] == found["usable"] == 121 and len(found["tasks"]) == 10 and found["faulty"] == {}
+    found = found_in(capsys, shared / "data/mig_bench/MIG_data.faulty.json", "--no_images")
+    assert found["usable"] == 0 and found["faulty"] == {"box_inverted": 1, "box_outside": 1}
+    assert found["records"] == 2 and found["tasks"] == {}
+
+
+def test_lengths_are_those_of_the_prompts(records, newborn, capsys):
+    """In tokens, the images' included, by their headers alone."""
+    limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16}
+    flags = [f"--{k}={v}" for k, v in limits.items()]
+    found = found_in(capsys, records, "--model", newborn, *flags)["lengths"]
+    processor = Processor.from_pretrained(newborn, **limits)
+    examples, _ = read_examples(records)
+    lengths = sorted(len(processor.prompt(examples[i]).input_ids) for i in range(4))
+    assert found["unit"] == "tokens" and found["measured"] == 4 and found["prompts"]["max"] == lengths[-1]
+    assert found["prompts"]["median"] == int((lengths[1] + lengths[2]) / 2)
+
+
+def test_the_sheet_shows_the_gold_boxes(records, tmp_path, capsys):
+    found_in(capsys, records, "--sheet", tmp_path / "sheet.png", "--samples", 3)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        green = sum(count for count, colour in sheet.convert("RGB").getcolors(1 << 24) if colour == (0, 150, 60))
+        assert sheet.width > 800 and green > 500
+
+
+def test_a_command_that_people_type(records, tmp_path):
+    command = [sys.executable, "-P", "-m", "boxgrpo.trainer.inspect_data"]
+    run = subprocess.run([*command, str(records)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "8 records of schema univg_stage2, 4 usable" in run.stdout and "missing_image" in run.stdout
+    run = subprocess.run([*command, str(tmp_path / "gone.json")], capture_output=True, text=True)
+    assert run.returncode == 1 and "there is no such file" in run.stderr and "Traceback" not in run.stderr

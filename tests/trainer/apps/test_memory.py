@@ -1,0 +1,267 @@
+"""The memory calculator against tensors that exist: saved for a backward, held by an engine, kept by a cache."""
+
+import json
+import pathlib
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from boxgrpo.bench.publish.result_files import newest
+from boxgrpo.bench.step_bench.cases import MODELS, make_config
+from boxgrpo.kernels import fused_grpo_loss
+from boxgrpo.model import attention, decoder
+from boxgrpo.model.cost import Engine, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.generate import prefill
+from boxgrpo.model.packing import Group, Prompt, pack_groups
+from boxgrpo.trainer.apps.memory import MemoryOptions, engines, largest_pack, main, memory, read, report, table
+from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+from boxgrpo.trainer.engine.ddp import Engine as Ddp
+from boxgrpo.trainer.engine.room import shape_of
+from boxgrpo.trainer.grpo import frozen_copy
+from boxgrpo.trainer.options import GrpoOptions, parse
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.step.pack import make_packs
+from boxgrpo.trainer.world.tiny import tiny_config
+from special_ids import SPECIAL_IDS
+
+ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, least_packs=0)  # an engine of one rank
+README = pathlib.Path(__file__).resolve().parents[3] / "README.md"
+IMAGE = SPECIAL_IDS["<|image_pad|>"]
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPES = [
+    ({"hidden_size": 128, "layers": 3}, [(150, [40] * 6), (150, [40] * 6)], 600),
+    ({"hidden_size": 64, "layers": 5, "heads": 2, "kv_heads": 1}, [(300, [70, 64, 67]), (290, [60])], 2000),
+]
+
+
+def groups(sizes):
+    def ids(n):
+        return torch.randint(100, (n,))
+
+    return [
+        Group(
+            Prompt(ids(p), torch.arange(p).expand(3, -1), None, torch.zeros(0, 3, dtype=torch.int64)),
+            [ids(c) for c in lengths],
+            i,
+            advantages=torch.randn(len(lengths)),
+            weight=torch.ones(()),
+        )
+        for i, (p, lengths) in enumerate(sizes)
+    ]
+
+
+def trained(config, dtype=torch.float32, device="cpu"):
+    with torch.device(device):
+        model = Qwen2VL(config).to(dtype)
+    model.freeze_vision()
+    return model if device == "meta" else model.init_weights(torch.Generator().manual_seed(0))
+
+
+def loss_of(model, batch):
+    def head(hidden, weight):
+        return fused_grpo_loss(
+            hidden, weight, batch.targets, batch.advantages, batch.completion_cu, beta=0.0, backend="torch"
+        )[0]
+
+    return model(batch, head)
+
+
+def storages(tensors) -> dict[int, int]:
+    """Bytes by storage: what two tensors share counts once."""
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+def saved_bytes(model, batch) -> int:
+    """Bytes kept for the backward, parameters excluded."""
+    kept = []  # tensors, not addresses: what lives cannot lend its address to another
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss_of(model, batch)
+    own = storages(model.parameters())
+    return sum(size for storage, size in storages(kept).items() if storage not in own)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_activations_are_what_a_forward_saves(shape, checkpointing):
+    """fp32 on a CPU, through SDPA over padded buckets."""
+    sizes, packed, vocabulary = SHAPES[shape]
+    config = tiny_config(vocabulary, SPECIAL_IDS, **sizes)
+    model, batch = trained(config), pack_groups(groups(packed), image_token_id=IMAGE)
+    model.model.gradient_checkpointing = checkpointing
+    counted = activation_bytes(config, shape_of(batch, torch.float32), 4, checkpointing=checkpointing)
+    assert counted == pytest.approx(saved_bytes(model, batch), rel=0.1)
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what torch's norm keeps on a GPU: derivatives.yaml, _fused_rms_norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, monkeypatch):
+    """bf16 on the meta device, with the step's largest pack; only the norm is a stand-in."""
+    monkeypatch.setattr(attention, "pick_backend", lambda x: "varlen")
+    monkeypatch.setattr(decoder, "rms_norm", FusedNorm.apply)
+    config, options = read("2B"), MemoryOptions()
+    model, rank = trained(config, torch.bfloat16, "meta"), 0
+    if lora:
+        peft, rank = pytest.importorskip("peft"), options.lora_rank
+        model = peft.inject_adapter_in_model(peft.LoraConfig(r=rank, target_modules=list(LAYERS)), model)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)
+        model.to(torch.bfloat16)
+        assert count(trained(config, device="meta"), rank).trained == count(model).trained
+    model.model.gradient_checkpointing = checkpointing
+    lengths = [options.max_completion_length] * options.num_generations
+    (batch,) = make_packs(config, ALONE, groups([(options.prompt_tokens, lengths)] * 2), options.tokens_per_pass)
+    pack = largest_pack(options, prompts=2)
+    assert pack == (len(batch.input_ids), len(batch.kv_index), len(batch.targets), 0, False)
+    counted = activation_bytes(config, pack, 2, checkpointing=checkpointing, head_trained=not lora, lora_rank=rank)
+    assert counted == pytest.approx(saved_bytes(model, batch.to("meta")), rel=0.1)
+
+
+def test_a_group_above_the_budget_stands_in_several_packs():
+    o = MemoryOptions(tokens_per_pass=3000, prompt_tokens=2000, max_completion_length=300, num_generations=8)
+    packs = make_packs(tiny_config(160, SPECIAL_IDS), ALONE, groups([(2000, [300] * 8)]), 3000)
+    largest = max(packs, key=lambda p: len(p.input_ids))
+    assert largest_pack(o, 1)[:3] == (len(largest.input_ids), len(largest.kv_index), len(largest.targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ddp_holds_what_is_counted(dtype):
+    """Every tensor of policy, reference, engine and optimizer, after a step and another backward: to the byte."""
+    config = tiny_config(300, SPECIAL_IDS, layers=2)
+    policy = trained(config, dtype)
+    reference = frozen_copy(policy, share_vision=True)
+    engine = Ddp(policy, GrpoOptions(lr_scheduler_type="constant"), Ranks(), 10)
+    batch = pack_groups(groups([(20, [5, 6])]), image_token_id=IMAGE)
+    for _ in range(2):
+        loss = loss_of(policy, batch)
+        engine.backward(loss)
+        if not engine.optimizer.state:
+            engine.step()
+    grads = [p.grad for p in (*policy.parameters(), *engine.masters) if p.grad is not None]
+    moments = [t for state in engine.optimizer.state.values() for t in state.values()]
+    held = storages([*policy.parameters(), *reference.parameters(), *engine.masters, *grads, *moments])
+    c, size, ddp = count(policy), dtype.itemsize, engines(1)[0]
+    counted = sum(state_bytes(c, ddp, 1, size).values()) + reference_bytes(c, ddp, 1, size, 0.04)
+    assert sum(held.values()) == counted
+    per_parameter = {torch.float32: 4 + 4 + 8, torch.bfloat16: 2 + 4 + 4 + 8}[dtype]
+    assert counted == per_parameter * c.trained + size * (c.frozen + c.decoder) + 4 * c.tensors
+    assert reference_bytes(c, ddp, 1, size, 0.0) == reference_bytes(c, Engine("lora", 0, lora=True), 1, size, 1.0) == 0
+
+
+def test_a_cache_holds_what_is_counted():
+    config = tiny_config(160, SPECIAL_IDS, heads=4, kv_heads=1)
+    prompts = [group.prompt for group in groups([(30, []), (30, [])])]
+    decoding = prefill(
+        trained(config),
+        prompts,
+        prompt_ids=[0, 1],
+        eos_token_ids=[101],
+        num_generations=3,
+        max_completion_length=7,
+    )
+    cache = decoding.cache
+    tensors = [t for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair]
+    held = storages([*tensors, cache.bias, cache.at])
+    assert sum(held.values()) == cache_bytes(config, 2, 30, 6, 7, 4)
+
+
+def test_the_published_models_have_their_published_sizes():
+    for name, size in (("2B", 2_208_985_600), ("7B", 8_291_375_616), ("72B", 73_405_560_320)):
+        c = count(trained(read(name), device="meta"))
+        assert c.trained + c.frozen == size and c.trained == c.decoder
+
+
+def test_zero_shares_what_its_stage_shares():
+    c = count(trained(read("7B"), device="meta"))
+    states = {e.name: state_bytes(c, e, 8, 2) for e in engines(16)}
+    one, two, three = (states[f"zero {stage}"] for stage in (1, 2, 3))
+    share = c.trained / 8
+    for state in (one, two, three):
+        assert state["masters"] + state["moments"] == pytest.approx(12 * share)
+    assert one["gradients"] == 2 * c.trained  # bf16; from stage 2 on sums in fp32
+    assert two["gradients"] == three["gradients"] == pytest.approx(4 * share)
+    assert one["weights"] == two["weights"] == 2 * (c.trained + c.frozen)
+    assert three["weights"] == pytest.approx((c.trained + c.frozen) / 4, rel=0.001)
+    for stage in (1, 2, 3):
+        offloaded = states[f"zero {stage}, offload"]
+        assert offloaded["masters"] == offloaded["moments"] == 0
+        assert offloaded["host"] == pytest.approx({1: 18, 2: 18, 3: 20}[stage] * share)
+        assert offloaded["gradients"] <= states[f"zero {stage}"]["gradients"]
+
+
+def test_the_total_is_of_the_phase_that_needs_most():
+    model = trained(read("7B"), device="meta")
+    zero3 = Engine("zero 3", 3)
+    found = memory(model, zero3, MemoryOptions(gpus=64, prompts_per_step=64, num_generations=2))
+    resident = found["state"] + found["reference"]
+    assert found["total"] == resident + found["training"]
+    assert found["total_checkpointed"] == resident + found["cache"] + found["gathered"] > resident + found["step"]
+    assert found["gathered"] == 2 * 8_291_375_616
+    assert memory(model, zero3, MemoryOptions(beta=0.0))["reference"] == 0
+    layers = memory(model, zero3, MemoryOptions(ds3_gather_for_generation=False))
+    assert layers["gathered"] == 2 * 1_050_000_000
+
+
+def test_the_total_on_a_cpu_is_what_the_step_benchmark_measured():
+    """Peak resident memory above the loaded model, the process's own buffers and fragments included."""
+    config = make_config(MODELS["44M"], demo_tokenizer(["a"]))
+    model = trained(config, device="meta")
+    for row in newest()["step"]["rows"]:
+        o = MemoryOptions(gpus=1, device="cpu", dtype=row["dtype"], prompt_tokens=round(row["prompt_tokens"]))
+        o.prompts_per_step, o.max_completion_length = row["prompts"], row["tokens"]
+        found = memory(model, engines(1)[0], o)
+        counted = (found["total"] - found["weights"]) / 1e6
+        assert 0.85 < counted / row["ours_peak_mb"] <= 1.0, row["case"]
+
+
+def test_gradients_stand_beside_activations_where_a_step_has_several_packs():
+    model = trained(read("2B"), device="meta")
+    one, several = (memory(model, engines(1)[0], MemoryOptions(tokens_per_pass=n)) for n in (16384, 8192))
+    assert one["total"] - one["training"] == one["state"] + one["reference"] - one["gradients"]
+    assert several["total"] - several["training"] == several["state"] + several["reference"]
+
+
+def test_traffic():
+    """Two GPUs: each receives half of what it gathers."""
+    model = trained(tiny_config(160, SPECIAL_IDS), device="meta")
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.model, model.visual)]
+    moved = traffic(count(model), 2, 2, tokens=10, packs=3, beta=0.04)
+    assert list(moved.values()) == [sum(sizes), 10 * sizes[0] + sizes[1], 9 * sizes[0], 3 * sizes[0]]
+    assert traffic(count(model), 1, 2, tokens=10, beta=0.04) == dict.fromkeys(moved, 0)
+    assert traffic(count(model), 2, 2, tokens=10)["forward and backward"] == 2 * sizes[0]
+
+
+def test_the_readme_holds_what_the_command_prints():
+    text = README.read_text()
+    assert table(report(MemoryOptions()), MemoryOptions()) in text
+    (flags,) = re.findall(r"boxgrpo\.trainer\.memory (--model 72B.*?)`", text, re.DOTALL)
+    plan = parse(MemoryOptions, [flag.strip("'") for flag in re.findall(r"'[^']*'|\S+", flags)])
+    assert table(report(plan), plan) in text
+    whole = memory(trained(read("72B"), device="meta"), Engine("zero 3", 3), MemoryOptions())["gathered"]
+    assert f"{whole / 1e9:.0f} GB" in text
+
+
+def test_json_and_refusals(capsys, tmp_path):
+    tiny_config(160, SPECIAL_IDS).save_pretrained(tmp_path)
+    main(["--model", str(tmp_path), "--engine", "ddp", "--dtype", "float32", "--json", "-"])
+    (of,) = json.loads(capsys.readouterr().out).values()
+    assert of["engines"]["ddp"]["masters"] == 0 and of["engines"]["ddp"]["total"] > of["engines"]["ddp"]["state"] > 0
+    with pytest.raises(ValueError, match="engine is 'fsdp'; it must begin one of: ddp; zero 1"):
+        main(["--engine", "fsdp"])
+    with pytest.raises(ValueError, match="gpus is 0; it must be at least 1. Raise --gpus"):
+        main(["--gpus", "0"])
+    with pytest.raises(ValueError, match="dtype is 'fp8'; it must be bfloat16 or float32. Change --dtype"):
+        main(["--dtype", "fp8"])
+    with pytest.raises(ValueError, match="device is 'tpu'; it must be cuda or cpu. Change --device"):
+        main(["--device", "tpu"])

@@ -1,0 +1,304 @@
+"""The page to ask on: in a real browser, and what it refuses."""
+
+import functools
+import http.client
+import io
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from PIL import Image
+
+import runs
+from boxgrpo.trainer.apps import webpage
+from boxgrpo.trainer.apps.grounding import Grounder
+from boxgrpo.trainer.apps.webpage import LIMITS, make_app, serve
+
+pytest.importorskip("flask")
+pytest.importorskip("waitress")
+
+QUESTION = "<script>document.title = 'run'</script>Where is it?"
+THOUGHT = "<img src=x onerror=\"document.title='run'\"> it is &amp; there"  # what a page must show as it stands
+ANSWER = f"<think>{THOUGHT}</think><answer>(125, 250), (500, 750)</answer>"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """two.png is 80 x 160."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, size in (("one", (112, 84)), ("two", (80, 160))):
+        Image.effect_noise(size, 60).save(folder / f"{name}.png")
+    return [folder / "one.png", folder / "two.png"]
+
+
+@pytest.fixture(scope="module")
+def certain(newborn, images, tmp_path_factory):
+    """A checkpoint that gives ANSWER."""
+    one, two = images
+    folder = tmp_path_factory.mktemp("certain") / "run"
+    return runs.make_certain(newborn, folder, QUESTION, ANSWER, [[one, two]])
+
+
+def loaded(folder, **changes):
+    options = {"dtype": "float32", "min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 120}
+    return Grounder.load(folder, torch.device("cpu"), **options | changes)
+
+
+@pytest.fixture(scope="module")
+def app(certain):
+    return make_app(loaded(certain), name="certain")
+
+
+def question(*images, text=QUESTION, **fields):
+    return {"image": images, "question": text} | fields
+
+
+def post(app, form, **headers):
+    """The whole response, and the request ended as a server ends it."""
+    files = [(io.BytesIO(data), "../a.png") for data in form["image"]]
+    return app.test_client().post("/ask", data=form | {"image": files}, headers=headers, buffered=True)
+
+
+def png(*size):
+    file = io.BytesIO()
+    Image.new("1", size).save(file, "PNG")
+    return file.getvalue()
+
+
+def new_page(browser):
+    page = browser.new_page()
+    page.set_default_timeout(120_000)  # ms: a busy machine is no fault of the page
+    return page
+
+
+@contextmanager
+def served(model):
+    """The real command's page, by its address."""
+    program = [sys.executable, "-P", "-m", "boxgrpo.trainer.ground", f"--model={model}", "--serve", "--port=0"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            told = []
+            for line in process.stderr:
+                told.append(line)
+                if address := re.search(r"answers on (http://127\.0\.0\.1:\d+)", line):
+                    break
+            assert told and address, f"the command said {told}"
+            yield address[1]
+        finally:
+            process.kill()
+
+
+def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(browser, certain, images):
+    """The real command in a real browser; what model and person write is never run, and no request leaves."""
+    requests, errors = [], []
+    with served(certain) as address:
+        page = new_page(browser)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        title = page.title()
+
+        page.click("#ask")
+        assert page.inner_text("#error") == "Add an image first."
+        page.set_input_files("#files", [str(path) for path in reversed(images)])
+        page.click("text=Ask >> nth=-1")
+        assert page.inner_text("#error") == "Write a question first."
+        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["two.png", "one.png"]
+        page.get_by_label("move image 1 back").click()
+        page.set_input_files("#files", str(images[0]))
+        page.get_by_label("remove image 3").click()
+        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["one.png", "two.png"]
+        assert page.locator("#images img").evaluate_all("all => all.map(i => i.naturalWidth)") == [112, 80]
+
+        page.fill("#question", QUESTION)
+        page.select_option("#target", "2")
+        page.press("#question", "Control+Enter")
+        page.wait_for_selector("#figure:not([hidden])")
+        assert page.inner_text("#status") == "in image 2, of 80 × 160 pixels"
+        assert page.locator("#box td").all_inner_texts() == ["10", "40", "40", "120"]
+        assert page.inner_text("#text") == THOUGHT
+        assert page.text_content("#answer") == ANSWER
+        assert page.locator("#picture").evaluate("picture => picture.naturalHeight") > 420
+        with page.expect_download() as download:
+            page.click("#save")
+        assert Image.open(download.value.path()).format == "PNG"
+        assert page.title() == title and page.locator("main img").count() == 3, "the text of a model or a person ran"
+        page.close()
+    assert not errors
+    assert {url.split("/")[-1] for url in requests if url.startswith(address)} == {"", "page.css", "page.js", "ask"}
+    held = ("data:", f"blob:{address}/")  # pictures within the page
+    assert all(url.startswith((f"{address}/", *held)) for url in requests), requests
+
+
+def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browser, newborn, images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    host, port = serving(loaded(newborn, max_completion_length=5))
+    page = new_page(browser)
+    page.goto(f"http://{host}:{port}")
+    page.set_input_files("#files", str(images[0]))
+    page.fill("#question", "Where?")
+    page.click("#ask")
+    page.wait_for_selector("#figure:not([hidden])")
+    assert "no box found in the answer, which was cut off after 5 tokens" in page.inner_text("#status")
+    assert not page.is_visible("#box") and page.inner_text("#said") == "Answer"
+
+    page.set_input_files("#files", str(tmp_path / "broken.png"))
+    page.click("#ask")
+    page.wait_for_selector("#error:not([hidden])")
+    assert page.inner_text("#error").startswith("image 2 cannot be opened as an image")
+    assert not page.is_visible("#result")
+    page.close()
+
+
+def test_a_visitor_who_leaves_ends_the_question(newborn, images):
+    """Else a page closed over a long answer would keep everybody waiting; the newborn's never ends by itself."""
+    grounder = loaded(newborn, max_completion_length=100_000)
+    body, kind = multipart(images[0].read_bytes())
+    address = serving(grounder)
+    first = http.client.HTTPConnection(*address, timeout=30)
+    first.request("POST", "/ask", body, kind)
+    answer = first.getresponse()
+    assert "text" in json.loads(answer.readline()), "an answer is shown as it comes"
+
+    def ask_again():
+        other = http.client.HTTPConnection(*address, timeout=30)
+        other.request("POST", "/ask", body, kind)
+        response = other.getresponse()
+        said = json.loads(response.readline())
+        other.close()
+        return response.status, said
+
+    status, said = ask_again()
+    assert status == 503 and "another question is being answered" in said["error"]
+    answer.close()
+    first.close()
+    until = time.monotonic() + 20
+    while (found := ask_again())[0] == 503:
+        assert time.monotonic() < until, "the question of a visitor who has left goes on"
+        time.sleep(0.05)
+    assert found[0] == 200
+
+
+def multipart(image):
+    boundary = "5d1f0c"
+    part = f'--{boundary}\r\nContent-Disposition: form-data; name="'.encode()
+    body = part + b'question"\r\n\r\nWhere?\r\n' + part + b'image"; filename="a"\r\n\r\n' + image
+    return body + f"\r\n--{boundary}--\r\n".encode(), {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+
+
+def serving(grounder):
+    """Serve in a thread of this process; the address."""
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", told)
+        options = {"name": "newborn", "host": "127.0.0.1", "port": 0}
+        threading.Thread(target=serve, args=(grounder,), kwargs=options, daemon=True).start()
+        while "until" not in told.getvalue():
+            time.sleep(0.01)
+    return "127.0.0.1", int(re.search(r":(\d+) until", told.getvalue())[1])
+
+
+def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, images):
+    response = post(app, question(*(path.read_bytes() for path in images)))
+    *parts, last = [json.loads(line) for line in response.data.splitlines()]
+    assert len(parts) > 10 and all(part.keys() == {"text"} for part in parts) and parts[-1]["text"] == ANSWER
+    assert (last["box"], last["target_image"], last["reasoning"]) == ([10, 40, 40, 120], 2, THOUGHT)
+    assert last["picture"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (question(), "there are 0 images"),
+        (question(png(40, 40), text=" "), "the question is ''"),
+        (question(b"no picture"), "image 1 cannot be opened as an image (cannot identify image file 'image 1')"),
+        (question(png(40, 40), png(400, 400)[:50]), "image 2 cannot be decoded"),
+        (question(*[png(40, 40)] * 9), "there are 9 images; the page takes 8"),
+        (question(png(40, 40), text="a" * 4001), "the question has 4001 characters; the limit is 4000"),
+        (question(png(40, 40), target_image="2"), "target_image is 2 of 1 images"),
+        (question(png(40, 40), target_image="-1"), "target_image is '-1'; it must be a number"),
+        (question(png(40, 40), answer_format="list"), "answer_format is 'list'"),
+        (question(*[png(8000, 5000)] * 3), "the images have 120 million pixels together; the limit is 100"),
+        (question(png(9000, 8000)), "image 1 has 9000 x 8000 = 72000000 pixels"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(app, form, says):
+    """None of it shows a path of this machine, and the next question is answered."""
+    for _ in range(2):
+        response = post(app, form)
+        assert response.status_code == 400 and response.json["error"].startswith(says)
+        assert "/" not in response.json["error"]
+
+
+def test_too_large_a_request_is_refused(app, monkeypatch):
+    monkeypatch.setitem(app.config, "MAX_CONTENT_LENGTH", 1000)
+    response = post(app, question(bytes(2000)))
+    assert response.status_code == 413 and "over 64 MB together" in response.json["error"]
+    monkeypatch.undo()
+    assert app.config["MAX_CONTENT_LENGTH"] == LIMITS["bytes"]
+    assert post(app, question(bytes(2000))).status_code == 400, "still busy"
+
+
+def test_another_sites_page_cannot_ask(app):
+    """Neither by sending a form here, nor by a name of its own that points here."""
+    foreign = post(app, question(png(40, 40)), Origin="http://elsewhere.example")
+    assert foreign.status_code == 403
+    assert app.test_client().get("/", headers={"Host": "elsewhere.example"}).status_code == 400
+    own = post(app, question(b""), Origin="http://localhost")
+    assert own.status_code == 400 and "image 1" in own.json["error"], "its own page may ask"
+
+
+@pytest.mark.parametrize("path", ["/page.css", "/page.js"])
+def test_its_own_files_are_served(app, path):
+    assert app.test_client().get(path).data == (webpage.PAGE / path[1:]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path", ["/index.html", "/page.css/../../ground.py", "/../webpage.py", "/static/page.js", "/%2e%2e/ground.py"]
+)
+def test_nothing_else_is_served(app, path):
+    assert app.test_client().get(path).status_code == 404
+
+
+def test_the_page_may_load_its_own_files_alone_and_the_models_name_is_text(certain):
+    app = make_app(loaded(certain), name="<script>alert(1)</script>")
+    response = app.test_client().get("/")
+    assert "<script>alert" not in response.text and "&lt;script&gt;alert" in response.text
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert not re.findall(r"(?:src|href)=\"(?!page\.|data:)", response.text)
+
+
+def test_a_failure_in_the_model_is_told_and_the_next_question_is_answered(app, images, monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("secret")
+        yield
+
+    data = images[0].read_bytes()
+    monkeypatch.setattr(Grounder, "completion", broken)
+    response = post(app, question(data))
+    assert json.loads(response.data) == {"error": "the question failed (RuntimeError). The terminal says why."}
+    assert "secret" in caplog.text
+    monkeypatch.undo()
+    assert b"picture" in post(app, question(data)).data
+
+
+def test_a_missing_server_says_how_to_get_it(monkeypatch):
+    for missing, call in (("flask", make_app), ("waitress", functools.partial(serve, host="127.0.0.1", port=0))):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ValueError, match=rf"an import fails: .*{missing}.*pip install 'flask>=3\.1' waitress"):
+            call(None, name="none")
+        monkeypatch.undo()
+
+
+def test_an_address_that_cannot_be_served_on_is_named(certain):
+    grounder = loaded(certain)
+    host, port = serving(grounder)
+    with pytest.raises(ValueError, match=rf"host is {host} and port {port}; they cannot be served on .*--port"):
+        serve(grounder, name="certain", host=host, port=port)

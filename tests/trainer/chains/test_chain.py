@@ -1,0 +1,177 @@
+"""The drawn scenes' reasoning chains are true: every sentence is read back and held against what stands where.
+
+The reader knows no task and none of the planner's choices, only layouts: kinds, boxes, frames. A chain is true when
+every sentence is one that it can read and all of them hold.
+"""
+
+import itertools
+import re
+
+import pytest
+
+from boxgrpo.trainer.world.scenes import PLACES, TASKS, draw_scene
+from boxgrpo.trainer.world.shapes import COLOURS, SHAPES, Kind
+
+SEEDS = range(40)
+KIND = rf"((?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}))"
+PLACE = rf"({'|'.join(sorted(PLACES, key=len, reverse=True))})"
+AT = rf"in image (\d) at the {PLACE}"
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def of(kind):
+    return Kind(*kind.split())
+
+
+def things(scene, number):
+    """What stands in an image, counted from 1; nothing in one that is not there."""
+    return scene.layouts[int(number) - 1].things if int(number) <= len(scene.layouts) else ()
+
+
+def found(scene, kind, number):
+    return [t.box for t in things(scene, number) if t.kind == of(kind)]
+
+
+def middle(box):
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def lies(box, words):
+    """Whether the middle of the box is in that ninth of the image."""
+    x, y = middle(box)
+    across = "left" if x < 1000 / 3 else "right" if x >= 2000 / 3 else ""
+    down = "top" if y < 1000 / 3 else "bottom" if y >= 2000 / 3 else ""
+    return words == (f"{down} {across}".strip() or "centre")
+
+
+def stands(scene, kind, number, words):
+    return any(lies(box, words) for box in found(scene, kind, number))
+
+
+def numbers(scene):
+    return range(1, len(scene.layouts) + 1)
+
+
+def shows(scene, number, kind):
+    """The image holds nothing else."""
+    return [t.kind for t in things(scene, number)] == [of(kind)]
+
+
+def everywhere(scene, kind, word, number, words):
+    right_word = word == ("both" if len(scene.layouts) == 2 else "all")
+    return right_word and all(found(scene, kind, n) for n in numbers(scene)) and stands(scene, kind, number, words)
+
+
+def only(scene, kind, number, words):
+    """It is in this one of two images, and not in the other."""
+    (other,) = set(numbers(scene)) - {int(number)}
+    return stands(scene, kind, number, words) and not found(scene, kind, other)
+
+
+def became(scene, former, kind, number, words):
+    """One was in the other image and no longer is, the other one was not and now is."""
+    (other,) = set(numbers(scene)) - {int(number)}
+    gone = found(scene, former, other) and not found(scene, former, number)
+    return gone and not found(scene, kind, other) and stands(scene, kind, number, words)
+
+
+def moves(scene, kind, way):
+    path = [middle(box) for n in numbers(scene) for box in found(scene, kind, n)]
+    steps = [(bx - ax, by - ay) for (ax, ay), (bx, by) in itertools.pairwise(path)]
+    return len(path) == len(scene.layouts) and all(
+        (dx > 0) - (dx < 0) == WAYS[way][0] and (dy > 0) - (dy < 0) == WAYS[way][1] for dx, dy in steps
+    )
+
+
+def framed(scene, kind):
+    return scene.layouts[0].framed.kind == of(kind)
+
+
+def corresponds(scene, kind, other, number, words):
+    """The framed object, and the one of the other image that has its shape."""
+    alike = [t for t in things(scene, number) if t.kind.shape == of(kind).shape]
+    return framed(scene, kind) and [t.kind for t in alike] == [of(other)] and stands(scene, other, number, words)
+
+
+def odd(scene, shared, kind):
+    """All objects but that one share the colour or the shape, and it does not."""
+    word = shared.removesuffix("es") if shared.removesuffix("es") in SHAPES else shared.removesuffix("s")
+    word = word if word in SHAPES else shared
+    kinds = [t.kind for layout in scene.layouts for t in layout.things]
+    return all((word in k) == (k != of(kind)) for k in kinds) and kinds.count(of(kind)) == 1
+
+
+SENTENCES = {  # what a chain can say, and when it holds; "it" is the object named before
+    rf"Image (\d) shows the {KIND}\.": lambda scene, it, n, kind: shows(scene, n, kind),
+    rf"The {KIND} is in (both|all) images, {AT}\.": lambda scene, it, *said: everywhere(scene, *said),
+    rf"The {KIND} is only {AT}\.": lambda scene, it, *said: only(scene, *said),
+    rf"The {KIND} became the {KIND} {AT}\.": lambda scene, it, *said: became(scene, *said),
+    rf"The {KIND} moves (left|right|up|down)\.": lambda scene, it, *said: moves(scene, *said),
+    rf"The framed {KIND} is {AT}\.": lambda scene, it, kind, *at: framed(scene, kind) and stands(scene, kind, *at),
+    rf"The {KIND} corresponds to the {KIND} {AT}\.": lambda scene, it, *said: corresponds(scene, *said),
+    r"All others are (\w+)\.": lambda scene, it, shared: True,  # of whom, the next sentence says: `odd` below
+    rf"The {KIND} is {AT}\.": lambda scene, it, *said: stands(scene, *said),
+    rf"It is {AT}\.": lambda scene, it, *at: stands(scene, it, *at),
+}
+
+
+def true(scene, chain):
+    """Whether every sentence of the chain is understood and holds, and the last one points at the gold object."""
+    it = shared = None
+    for sentence in re.findall(r"[^.]+\.", chain):
+        read = [(m, holds) for form, holds in SENTENCES.items() if (m := re.fullmatch(form, sentence.strip()))]
+        if len(read) != 1:
+            return False
+        ((match, holds),) = read
+        if not holds(scene, it, *match.groups()):
+            return False
+        kinds = re.findall(KIND, sentence)
+        if shared and not odd(scene, shared, kinds[0]):
+            return False
+        it, shared = (kinds or [it])[-1], (re.match(r"All others are (\w+)", sentence) or [None, None])[1]
+    gold = [t.kind for t in scene.layouts[scene.target_image].things if t.box == scene.gold]
+    last = re.search(rf"{AT}\.$", chain)
+    return (
+        gold == [of(it)]
+        and int(last[1]) == scene.target_image + 1
+        and lies(scene.gold, last[2])
+        and shared is None
+        and found(scene, it, last[1]) == [scene.gold]
+    )
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_chain_is_true_of_its_scene_and_of_hardly_another(task, level):
+    scenes = [draw_scene(task, seed, level=level) for seed in SEEDS]
+    assert [s.chain for s in scenes if not true(s, s.chain)] == []
+    others = [(s, o.chain) for s, o in itertools.permutations(scenes, 2) if s.chain != o.chain]
+    believed = [(s, chain) for s, chain in others if true(s, chain)]
+    assert len(believed) < 0.01 * len(others)
+
+
+ELSEWHERE = dict(zip(PLACES, PLACES[1:] + PLACES[:1]))
+SWAPPED = {"left": "right", "right": "left", "up": "down", "down": "up", "both": "all", "all": "both"}
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("common_object", lambda c: re.sub("both|all", lambda m: SWAPPED[m[0]], c)),
+        ("object_tracking", lambda c: re.sub("(?<=moves )[a-z]+", lambda m: SWAPPED[m[0]], c)),
+        ("region", lambda c: re.sub(r"(?<=Image )\d", lambda m: str(5 - int(m[0])), c)),
+        ("reasoning", lambda c: re.sub(r"(?<=are )\w+", "striped", c)),
+        ("group_grounding", lambda c: re.sub(PLACE + r"\.$", lambda m: ELSEWHERE[m[1]] + ".", c)),
+        ("view_diff", lambda c: c.replace("only", "not")),
+        ("view_diff", lambda c: re.sub(rf"{KIND} became the {KIND}", r"\2 became the \1", c)),
+        ("multi_view", lambda c: c.replace("framed ", "framed small ")),
+        ("refer_grounding", lambda c: re.sub(r"(?<=shows the )\w+", "white", c)),
+        ("correspondence", lambda c: re.sub(rf"{KIND} corresponds to the {KIND}", r"\2 corresponds to the \1", c)),
+    ],
+)
+def test_a_chain_with_a_word_changed_is_false(task, change):
+    """So the test above would see it: each is a mistake that a planner could make."""
+    scenes = [draw_scene(task, seed, level=1) for seed in SEEDS]
+    changed = [(s, change(s.chain)) for s in scenes if change(s.chain) != s.chain]
+    believed = [chain for s, chain in changed if true(s, chain)]
+    assert len(changed) >= 5 and not believed

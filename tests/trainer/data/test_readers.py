@@ -1,0 +1,405 @@
+"""Records in the users' formats become examples; each kind of faulty record is refused by name."""
+
+import json
+import logging
+import os
+import pickle
+import time
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.data import readers
+from boxgrpo.trainer.data.example import Place, image_size
+from boxgrpo.trainer.data.readers import most_images, plain_text, read_examples
+from boxgrpo.trainer.data.scan import scan
+from boxgrpo.trainer.run import read_usable
+
+GOOD = {"images": ["a.png", "b.png"], "question": "Where is it?", "answer": [100, 200, 300, 400]}
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "<image><image>Where is the cup?"},
+        {"role": "assistant", "content": "<think>On it.</think><answer>(125, 250), (500, 750)</answer>"},
+    ],
+    "images": ["a.png", "b.png"],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_records(records, name="data.json"):
+        path = tmp_path / name
+        if name.endswith("l"):
+            path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+        else:
+            path.write_text(json.dumps(records))
+        return path
+
+    return write_records
+
+
+def test_all_real_records_parse(shared):
+    examples, faults = read_examples(shared / "data/mig_bench/MIG_data.sample.json")
+    assert len(examples) == 121 and not faults
+    assert len({e.task for e in examples}) == 10
+    first = examples[0]
+    assert first.gold == (0.0, 51.0, 573.0, 887.0)  # fractions times 1000
+    assert first.source == "MIG_data.sample.json#0"
+    assert first.images[0].endswith("mig_bench/MIG-Bench/images/common/Stuffed_Toy/objects365_v2_01293223.jpg")
+    assert any("<|box_start|>(146,211),(237,593)<|box_end|>" in e.question for e in examples)  # marks stay text
+
+
+def test_real_questions_name_their_target_image(shared):
+    examples, _ = read_examples(shared / "data/mig_bench/MIG_data.sample.json")
+    by_question = {e.question.strip(): e.target_image for e in examples}
+    in_the_third = "These images share one object in common. Recognize and locate this object in the 3th image."
+    assert by_question[in_the_third] == 2
+    assert by_question["Find and locate where does the object in image-1 locate in the image-2."] == 1
+    assert all(e.target_image == 0 for e in examples if e.task == "region")  # "in the source image", the first
+    ship = next(e for e in examples if "a large ship in the water" in e.question)
+    assert ship.target_image == 0  # only additional_info says so
+
+
+def test_the_two_real_faulty_records_are_refused_by_name(shared, tmp_path):
+    folder = shared / "data/mig_bench"
+    records = [json.loads((folder / f"MIG_data.{name}.json").read_text()) for name in ("faulty", "sample")]
+    (tmp_path / "both.json").write_text(json.dumps([*records[0], *records[1]]))
+    examples, faults = read_examples(tmp_path / "both.json")
+    assert len(examples) == 121
+    assert [(f.source, f.reason) for f in faults] == [("both.json#0", "box_inverted"), ("both.json#1", "box_outside")]
+    assert "[0.027, 0.18, 0.143, 0.051]" in faults[0].message
+    assert "[0.319, 0.186, 1.048, 0.535]" in faults[1].message and "0 to 1." in faults[1].message
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "value"),
+    [
+        ({"answer": None}, "no_gold_box", "None"),
+        ({"answer": [1, 2, 3]}, "box_length", "[1, 2, 3]"),
+        ({"answer": [1, 2, 3, "4"]}, "box_not_numbers", "'4'"),
+        ({"answer": [1, 2, 3, float("nan")]}, "box_not_numbers", "nan"),
+        ({"answer": [1, 2, 3, 10**400]}, "box_not_numbers", "1000"),
+        ({"answer": [300, 200, 100, 400]}, "box_inverted", "[300, 200, 100, 400]"),
+        ({"answer": [100, 200, 100, 400]}, "box_inverted", "[100, 200, 100, 400]"),
+        ({"answer": [-1, 200, 300, 400]}, "box_outside", "-1"),
+        ({"answer": [100, 200, 300, 1001]}, "box_outside", "0 to 1000"),
+        ({"images": None}, "no_images", "None"),
+        ({"images": []}, "no_images", "[]"),
+        ({"question": " <image> "}, "no_question", "<image>"),
+        ({"question": "half \ud83e"}, "bad_text", "surrogates"),
+        ({"target_image": 2}, "bad_target_image", "0 to 1"),
+        ({"answer_format": "json"}, "bad_answer_format", "'json'"),
+    ],
+)
+def test_a_faulty_record_names_itself_the_rule_and_the_value(write, change, reason, value):
+    examples, faults = read_examples(write([GOOD, GOOD | change]), schema="univg_stage2")
+    assert len(examples) == 1
+    (fault,) = faults
+    assert (fault.source, fault.reason) == ("data.json#1", reason)
+    assert fault.message.startswith("data.json#1: ") and value in fault.message
+
+
+def test_a_missing_key_is_a_fault_too(write):
+    without = [{k: v for k, v in GOOD.items() if k != key} for key in ("images", "question", "answer")]
+    _, faults = read_examples(write([GOOD, *without]))
+    assert [f.reason for f in faults] == ["no_images", "no_question", "no_gold_box"]
+
+
+def test_a_file_without_one_good_record_counts_the_reasons(write):
+    bad = [GOOD | {"answer": [9, 9, 1, 1]}, GOOD | {"answer": [9, 9, 1, 2]}, GOOD | {"images": []}]
+    with pytest.raises(ValueError, match=r"0 of 3 records.*box_inverted 2, no_images 1.*data\.json#0"):
+        read_examples(write(bad))
+    with pytest.raises(ValueError, match="0 of 0 records"):
+        read_examples(write([]))
+
+
+def test_unknown_schemas_are_refused_with_the_known_ones(write):
+    with pytest.raises(ValueError, match=r"'coco'.*univg_stage1, mig_bench, univg_stage2"):
+        read_examples(write([GOOD]), schema="coco")
+    with pytest.raises(ValueError, match=r"\['caption', 'img'\].*univg_stage2 has images, question and answer"):
+        read_examples(write([{"img": "a.png", "caption": "x"}]))
+
+
+def test_auto_says_what_it_chose_and_why(write, caplog):
+    caplog.set_level(logging.INFO)
+    read_examples(write([GOOD]))
+    assert "schema univg_stage2, because 1 of 1 records have images, question and answer" in caplog.text
+    read_examples(write([GOOD | {"need_format": True}]))
+    assert "schema mig_bench, because" in caplog.text
+    read_examples(write([CHAT]))
+    assert "schema univg_stage1, because" in caplog.text
+
+
+def test_box_units_are_told_for_the_whole_file(write):
+    fractions = [GOOD | {"need_format": True, "answer": answer} for answer in ([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1])]
+    assert [e.gold for e in read_examples(write(fractions))[0]] == [(100, 200, 300, 400), (0, 0, 1000, 1000)]
+    # The revised file is in 0-1000; a tiny box in the corner does not make it a file of fractions.
+    thousands = [
+        GOOD | {"need_format": True, "answer": answer} for answer in ([0, 0, 1, 1], [1, 2, 30, 40], [5, 5, 9, 9])
+    ]
+    assert [e.gold for e in read_examples(write(thousands))[0]] == [(0, 0, 1, 1), (1, 2, 30, 40), (5, 5, 9, 9)]
+
+
+@pytest.mark.parametrize("spelling", ["messages", "conversations"])
+def test_chats_of_both_spellings(write, spelling):
+    record = CHAT
+    if spelling == "conversations":
+        turns = [
+            {"from": {"user": "human", "assistant": "gpt"}[t["role"]], "value": t["content"]} for t in CHAT["messages"]
+        ]
+        record = {"id": 7, "conversations": turns, "images": CHAT["images"]}
+    ((example,), faults) = read_examples(write([record]))
+    assert not faults
+    assert [role for role, _ in example.turns] == ["user", "assistant"]
+    assert example.gold == (125, 250, 500, 750)
+    assert example.id == ("7" if spelling == "conversations" else "data-0")
+
+
+def test_chats_that_cannot_be_learned(write):
+    user, assistant = CHAT["messages"]
+    inverted = {"role": "assistant", "content": "<answer>(500, 750), (125, 250)</answer>"}
+    silent = {"role": "assistant", "content": " "}
+    odd = {"role": ["user"], "content": "Where?"}
+    chats = [[user, assistant], [], [user], [assistant, user], [user, inverted], [user, silent], [odd, assistant]]
+    examples, faults = read_examples(write([CHAT | {"messages": chat} for chat in chats]))
+    assert len(examples) == 1
+    assert [f.reason for f in faults] == [
+        "no_turns",
+        "no_answer",
+        "turn_order",
+        "box_inverted",
+        "no_answer",
+        "turn_order",
+    ]
+
+
+def test_a_chat_need_not_hold_a_box(write):
+    turns = [
+        CHAT["messages"][0],
+        {"role": "assistant", "content": "<answer>none</answer> (1, 2), (3, 4) <answer>b</answer>"},
+    ]
+    ((example,), _) = read_examples(write([CHAT | {"messages": turns}]))
+    assert example.gold is None
+
+
+def test_the_papers_single_image_records_ask_for_a_box_only(write):
+    refcoco = GOOD | {"images": ["dataset/coco/train2014/COCO_train2014_000000000009.jpg"]}
+    examples, _ = read_examples(write([refcoco, GOOD, GOOD | {"answer_format": "box"}]))
+    assert [e.answer_format for e in examples] == ["box", "think", "box"]
+
+
+def test_jsonl_reads_the_same_and_a_broken_line_is_a_fault(write):
+    examples, faults = read_examples(write([GOOD, '{"images": [', "3", GOOD], "data.jsonl"))
+    assert [e.source for e in examples] == ["data.jsonl#0", "data.jsonl#3"]
+    assert sorted((f.source, f.reason) for f in faults) == [
+        ("data.jsonl#1", "not_json"),
+        ("data.jsonl#2", "not_a_record"),
+    ]
+    (path := write([GOOD])).write_text(json.dumps([GOOD])[:-5])
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_examples(path)
+
+
+def test_image_paths_stay_under_the_image_root(write, tmp_path):
+    (example,), _ = read_examples(write([GOOD]))
+    assert example.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))  # beside the file
+    escapes = [["../secret.png"], ["/etc/passwd"], ["x/../../secret.png"], ["../root2/a.png"]]
+    records = [GOOD | {"images": ["./sub/../a.png"]}, *(GOOD | {"images": images} for images in escapes)]
+    examples, faults = read_examples(write(records), image_root=tmp_path / "root")
+    assert [e.images for e in examples] == [(str(tmp_path / "root/a.png"),)]
+    assert [f.reason for f in faults] == ["image_outside_root"] * 4 and "../secret.png" in faults[0].message
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "a.png",
+        "x/y/z.png",
+        "x y/ä.png",
+        ".a",
+        "x/.a",
+        "./a",
+        "x/../a",
+        "x//a",
+        "x/",
+        "/a",
+        "//a",
+        "..",
+        "x/..",
+        "a..",
+        "x\\..\\a",
+    ],
+)
+def test_every_spelling_of_a_path_is_resolved_alike(image):
+    """A short way leads round the resolving of plain ones."""
+    for root in ("/data/images", "/"):
+        assert Place(root, bounded=False).path(image) == os.path.abspath(os.path.join(root, image))
+
+
+@pytest.mark.parametrize(
+    ("question", "target"),
+    [
+        ("Locate the item in Image-2 that can cook the stuff in Image-1.", 1),
+        ("For the object in the first image, please locate it in the 3th image.", 2),
+        ("The second image shows it too. Find it in the first image.", 0),
+        ("Compare the images and find the difference.", 3),
+        ("Find it in image-9.", 3),
+    ],
+)
+def test_the_wording_tells_the_target_image(write, question, target):
+    ((example,), _) = read_examples(write([GOOD | {"question": question, "images": ["a", "b", "c", "d"]}]))
+    assert example.target_image == target
+
+
+def test_plain_text_drops_image_marks():
+    assert plain_text("<image>\n<image>\nIn <image> find it. ") == "In  find it."
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "data.json").write_bytes(b"[\xff\xfe]")
+    with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
+        read_examples(tmp_path / "data.json")
+
+
+def of_sources(data, seed=0):
+    return SimpleNamespace(data=data, schema="auto", image_root="", seed=seed)
+
+
+def test_sources_are_mixed_by_count_and_seed(write, caplog):
+    """As the paper mixes its stages: so many of each, drawn by the seed, under names that tell them apart."""
+    a = write([GOOD | {"id": f"a{i}"} for i in range(50)], "a.json")
+    b = write([GOOD | {"id": f"b{i}"} for i in range(20)], "b.json")
+    mixed, faults = read_usable(of_sources([f"{a}#7", f"{b}#3"]), needs="gold")
+    ids = [e.id for e in mixed]
+    assert len(ids) == len(set(ids)) == 10 and [i[0] for i in ids] == ["a"] * 7 + ["b"] * 3 and not faults
+    assert (
+        [e.source.split("#")[0] for e in mixed]
+        == ["a.json"] * 7 + ["b.json"] * 3
+        == [s.split("#")[0] for s in mixed.sources]
+    )
+    again, other = (read_usable(of_sources([f"{a}#7", f"{b}#3"], seed), needs="gold")[0] for seed in (0, 1))
+    assert [e.id for e in again] == ids != [e.id for e in other]
+    whole, _ = read_usable(of_sources([str(a), f"{b}#99"]), needs="gold")
+    assert len(whole) == 70 and "b.json: 99 records are asked for and 20 can be used; all are taken" in caplog.text
+
+
+def test_a_source_without_one_usable_record_is_refused(write):
+    """Beside another that has some: the run would go on without it."""
+    a, b = write([CHAT], "a.json"), write([GOOD], "b.json")
+    with pytest.raises(ValueError, match=r"b\.json: 0 of 1 records can be used; they need the assistant's answer"):
+        read_usable(of_sources([str(a), str(b)]), needs="turns")
+
+
+def test_the_log_stays_short_whatever_is_faulty(write, caplog):
+    path = write([GOOD] + [GOOD | {"answer": [300, 200, 100, 400]}] * 1500)
+    _, faults = read_usable(of_sources([str(path)]), needs="gold")
+    assert len(faults) == 1500 and caplog.text.count("box [300, 200, 100, 400] is inverted") == 100
+    assert "skipped 1400 more (box_inverted 1400); boxgrpo.trainer.inspect_data" in caplog.text
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.json").write_text(json.dumps([GOOD]))
+    examples, _ = read_usable(of_sources([str(tmp_path / f / "train.json") for f in "xy"]), needs="gold")
+    assert len({e.source for e in examples}) == 2 and examples[0].images != examples[1].images
+
+
+@pytest.mark.parametrize(("source", "message"), [("#0", "at least 1"), ("#x", "no such file"), ("x", "no such file")])
+def test_a_source_that_cannot_be_is_refused(write, source, message):
+    with pytest.raises(ValueError, match=message):
+        read_usable(of_sources([f"{write([GOOD])}{source}"]), needs="gold")
+
+
+def test_examples_are_read_when_they_are_asked_for_in_other_processes_too(write):
+    path = write([GOOD | {"id": i, "images": ["a.png"] * (i + 1)} for i in range(5)])
+    examples, _ = read_examples(path)
+    assert examples.most_images == 5 == most_images(list(examples))
+    again = pickle.loads(pickle.dumps(examples[1:4]))
+    assert [e.id for e in again] == ["1", "2", "3"] and len(pickle.dumps(examples)) < 3000
+    assert again[-1] == examples[3] and examples.sources == [e.source for e in examples]
+
+
+def test_records_without_what_is_needed_are_named(write):
+    silent = CHAT | {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "Nowhere."}]}
+    examples, faults = read_usable(of_sources([str(write([CHAT, silent]))]), needs="gold")
+    assert len(examples) == 1 and [(f.source, f.reason) for f in faults] == [("data.json#1", "no_gold")]
+
+
+def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
+    """Until it changes, or another schema or root is asked for. A cache that is no cache is made anew."""
+    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
+    scans = []
+    monkeypatch.setattr(readers, "scan", lambda path: scans.append(path) or scan(path))
+    path = write([GOOD, GOOD | {"images": []}, GOOD | {"id": "third"}])
+
+    def look(**options):
+        examples, faults = read_examples(path, **options)
+        assert [e.id for e in examples] == ["data-0", "third"] and [f.source for f in faults] == ["data.json#1"]
+        return len(scans)
+
+    caplog.set_level(logging.INFO)
+    assert [look(), look()] == [1, 1] and caplog.text.count("schema univg_stage2, because 3 of 3") == 2
+    assert [look(image_root=tmp_path), look(schema="univg_stage2"), look()] == [2, 3, 3]
+    os.utime(path, ns=(1, 1))
+    assert [look(), look()] == [4, 4]
+    for kept in (tmp_path / "cache/scans").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert [look(), look()] == [5, 5] and "the data is scanned again" in caplog.text
+
+
+def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
+    """They are fetched, and the same command finds them; one that goes later is named, and no bug."""
+    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
+    path = write([{"image": "photo.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}])
+    examples, (fault,) = read_examples(path, least=0)
+    assert not examples and fault.reason == "missing_image"
+    Image.new("RGB", (200, 100)).save(tmp_path / "photo.jpg")
+    for _ in range(2):
+        examples, faults = read_examples(path)
+        assert len(examples) == 1 and not faults
+    (tmp_path / "photo.jpg").unlink()
+    image_size.cache_clear()  # as in the next process
+    with pytest.raises(ValueError, match=r"data\.json#0: .*there is no image at .*photo\.jpg"):
+        read_examples(path)[0][0]
+
+
+DIGITS = "9" * 5000  # more than Python converts
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps(GOOD).replace("100", DIGITS),
+        json.dumps(GOOD | {"question": f"Find it in image-{DIGITS}"}),
+        json.dumps(GOOD | {"question": "what " * 20_000 + "in image-1"}),
+        "[" * 100_000,
+        '{"images": "\udcff"}',
+    ],
+    ids=["a number of 5000 digits", "an image of 5000 digits", "a long question", "nesting", "half a character"],
+)
+def test_no_record_ends_a_run_or_stalls_it(tmp_path, line):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n", errors="surrogateescape")
+    started = time.monotonic()
+    examples, faults = read_examples(path)
+    assert {"data.jsonl#0", "data.jsonl#2"} <= set(examples.sources) and len(examples) + len(faults) == 3
+    assert time.monotonic() - started < 2
+
+
+def test_a_number_without_end_in_an_array_is_its_records_fault(write):
+    path = write([GOOD, GOOD])
+    path.write_text(path.read_text().replace("[100", f"[{DIGITS}", 1))
+    examples, (fault,) = read_examples(path)
+    assert len(examples) == 1 and fault.source == "data.json#0"
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(write, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "file"))
+    examples, _ = read_examples(write([GOOD]))
+    assert len(examples) == 1 and "cannot be kept" in caplog.text

@@ -1,0 +1,225 @@
+"""Input as it comes: real photos and the real vocabulary through all three loops, and records with every fault."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from boxgrpo.model.checkpoint import load_model, save_model
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.trainer import grpo, sft
+from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, qwen2_tokenizer
+from boxgrpo.trainer.evaluator import evaluate, grade_texts
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.world.tiny import tiny_config
+
+DEFAULTS = GrpoOptions()
+LIMITS = {"min_pixels": DEFAULTS.min_pixels, "max_pixels": DEFAULTS.max_pixels}
+ANSWER = "<think>The box marks the bird's tail; the tiger's is at the top.</think><answer>(502, 8), (839, 392)</answer>"
+GOLD = [502, 8, 839, 392]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory):
+    """One real record: SFT on it as stage 1, GRPO on it as stage 2, evaluation on it as MIG-Bench has it.
+
+    The model is a Qwen2-VL in all but its widths and depths. 30 steps are enough to learn one answer by heart.
+    """
+    root = tmp_path_factory.mktemp("real")
+    tokenizer = qwen2_tokenizer(shared / "data/qwen2_tokenizer/merges.txt")
+    special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
+    config = tiny_config(151_936, special, hidden_size=64, layers=2, vision_width=64)
+    save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(0)), root / "newborn")
+    Processor(tokenizer, Qwen2VLImageProcessorPil(), **LIMITS).save_pretrained(root / "newborn")
+
+    benchmark = shared / "data/mig_bench/with_images.json"
+    (record,) = json.loads(benchmark.read_text())
+    user = f"<image><image>{record['question'].strip()}{THINK_SUFFIX}"
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": ANSWER}]
+    (root / "stage1.json").write_text(json.dumps([{"messages": messages, "images": record["images"]}]))
+    stage2 = {"images": record["images"], "question": record["question"], "answer": GOLD}
+    (root / "stage2.json").write_text(json.dumps([stage2]))
+
+    def options(kind, model, data, run, **changes):
+        values = {"model": str(root / model), "data": str(data), "output_dir": str(root / run)}
+        return kind(**values, image_root=str(benchmark.parent), dataloader_num_workers=0, **changes)
+
+    learning = {"train_batch_size": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    sft.train(options(SftOptions, "newborn", root / "stage1.json", "sft", max_steps=30, **learning), Ranks())
+    step = {"prompts_per_step": 1, "num_generations": 4, "max_completion_length": 48, "learning_rate": 1e-5}
+    grpo.train(options(GrpoOptions, "sft", root / "stage2.json", "grpo", max_steps=2, **step), Ranks())
+    evaluate(options(EvalOptions, "grpo", benchmark, "eval", max_completion_length=48), Ranks())
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(real, shared):
+    """The benchmark's record as an example, and its prompt."""
+    ((example,), _) = read_examples(shared / "data/mig_bench/with_images.json")
+    return example, Processor.from_pretrained(real / "grpo", **LIMITS).prompt(example)
+
+
+def test_photos_and_vocabulary_have_their_real_sizes(photos):
+    """900 x 616 is reduced to 756 x 504, under max_pixels; 474 x 739 becomes 476 x 728: sides in multiples of 28."""
+    _, prompt = photos
+    assert prompt.image_grid_thw.tolist() == [[1, 504 // 14, 756 // 14], [1, 728 // 14, 476 // 14]]
+    image_tokens = 18 * 27 + 26 * 17
+    assert (prompt.input_ids == 151655).sum() == image_tokens
+    assert prompt.input_ids[0] == 151644 and len(prompt.input_ids) == image_tokens + 94
+
+
+def test_sft_learns_the_real_record(real):
+    losses = [m["loss"] for m in metrics(real / "sft")]
+    assert losses[0] == pytest.approx(math.log(151_936), abs=0.3)  # nothing known: every token alike
+    assert losses[-1] < 0.1
+
+
+def test_grpo_rewards_the_learned_answer(real):
+    first, second = metrics(real / "grpo")
+    assert first["reward"] > 0 and second["reward"] > 0
+    assert 1022 < first["num_tokens"] <= 1022 + 4 * 48  # the prompt once for its four completions
+    assert first["data/skipped"] == 0
+
+
+def test_evaluation_finds_the_box_and_draws_it(real, photos):
+    example, _ = photos
+    results = json.loads((real / "eval/results.json").read_text())
+    (graded,) = results["answers"]
+    assert example.gold == tuple(GOLD) == tuple(graded["box"])  # MIG-Bench's fractions, stage 2's thousandths
+    assert (graded["answer"], graded["iou"], graded["format"]) == (ANSWER, 1.0, 1.0)
+    assert results["summary"]["tasks"]["correspondence"]["accuracy_at_0.5"] == 1.0
+    assert grade_texts([example], [graded["answer"]]) == [graded]  # from text as from token ids
+    with Image.open(real / "eval/pictures/00.png") as picture:
+        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    assert {(0, 150, 60), (225, 30, 30)} <= colours  # both boxes
+
+
+def test_transformers_reads_what_was_saved_and_says_the_same(real, photos):
+    """Its own classes on our checkpoint, prompt and answer: the same logits, and ids of its own tokenizer's making."""
+    example, prompt = photos
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(real / "grpo", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(real / "grpo")
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": example.question.strip() + THINK_SUFFIX}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    for tokens in (prompt.image_grid_thw.prod(1) // 4).tolist():
+        text = text.replace("<|image_pad|>", "<|placeholder|>" * tokens, 1)
+    prompt_ids = tokenizer.encode(text.replace("<|placeholder|>", "<|image_pad|>"))
+    assert prompt_ids == prompt.input_ids.tolist()
+
+    completion = torch.tensor(tokenizer.encode(f"{ANSWER}<|im_end|>"))
+    ids = torch.cat((prompt.input_ids, completion))[None]
+    images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    ours = load_model(real / "grpo")
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=ids, mm_token_type_ids=(ids == 151655).int(), **images, logits_to_keep=len(completion) + 1
+        ).logits[0, :-1]
+        hidden = ours(pack_groups([Group(prompt, [completion], 0)], image_token_id=151655))
+    logits = hidden @ ours.head_weight.T
+    assert logits.shape == (len(completion), 151_936)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+    assert torch.equal(expected.argmax(1), completion)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images of every kind: those that can be used, and what the log says of those that cannot."""
+    folder = tmp_path_factory.mktemp("pictures")
+    photo = Image.effect_noise((84, 56), 60).convert("RGB")
+    for name in ("plain", "other", "truncated"):
+        photo.save(folder / f"{name}.png")
+    Image.new("RGB", (10, 10), "green").save(folder / "tiny.png")
+    photo.convert("RGBA").save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    photo.save(folder / "turned.jpg", exif=exif)
+    (folder / "truncated.png").write_bytes((folder / "truncated.png").read_bytes()[:2000])
+    Image.new("1", (9000, 8000)).save(folder / "bomb.png")
+    Image.new("1", (20000, 10000)).save(folder / "larger_bomb.png")
+    usable = ["plain.png", "other.png", "tiny.png", "alpha.png", "turned.jpg"]
+    return (
+        folder,
+        usable,
+        {
+            "missing.png": "no image at",
+            "truncated.png": "cannot be decoded",
+            "bomb.png": "the limit is 64000000",
+            "larger_bomb.png": "over Pillow's own limit",
+        },
+    )
+
+
+def faulty_records(pictures, chats):
+    """Records for the loops, the bad ones last, and for each of those what the log says of it."""
+    _, usable, spoilt = pictures
+    question, answer = "Where is it?", "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"
+    inverted = answer.replace("(0, 0), (500, 500)", "(500, 500), (0, 0)")
+
+    def record(image, question=question, answer=answer, gold=(0, 0, 500, 500)):
+        if not chats:
+            return {"images": [image], "question": question, "answer": gold}
+        turns = [("user", question), ("assistant", answer)]
+        return {"images": [image], "messages": [{"role": role, "content": text} for role, text in turns if text]}
+
+    bad = [(record(image), says) for image, says in spoilt.items()]
+    bad += [
+        (record("plain.png", answer=None, gold=None), "must end with an answer" if chats else "a gold box"),
+        (record("plain.png", answer=inverted, gold=(500, 500, 0, 0)), "is inverted"),
+        (record("plain.png", question="Where is it? " * 200), "over the budget of 300"),
+        (record("plain.png", question="Where is <|image_pad|>?"), "delimits turns or images"),
+    ]
+    return [*map(record, usable), *(faulty for faulty, _ in bad)], [says for _, says in bad]
+
+
+@pytest.mark.parametrize("loop", ["sft", "grpo"])
+def test_bad_records_cost_only_themselves(newborn, pictures, tmp_path, caplog, loop):
+    """One epoch a step, two steps: every bad record is met twice, counted and named once, and every step is full."""
+    records, reasons = faulty_records(pictures, chats=loop == "sft")
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    values = {"model": str(newborn), "data": str(tmp_path / "records.json"), "output_dir": str(tmp_path / "run")}
+    values |= {"image_root": str(pictures[0]), "max_steps": 2, "dataloader_num_workers": 0}
+    if loop == "sft":
+        sft.train(SftOptions(**values, train_batch_size=len(records), cutoff_len=300), Ranks())
+    else:
+        step = {"prompts_per_step": len(records), "num_generations": 2, "max_completion_length": 4}
+        grpo.train(GrpoOptions(**values, **step, max_prompt_length=300), Ranks())
+    lines = metrics(tmp_path / "run")
+    assert [m["data/skipped"] for m in lines] == [len(reasons)] * 2
+    assert all(m["grad_norm"] >= 0 and m["num_tokens"] > 0 for m in lines)
+    for number, says in enumerate(reasons, len(records) - len(reasons)):
+        named = [message for message in caplog.messages if re.search(rf"records\.json#{number}\b", message)]
+        assert len(named) == 1 and says in named[0], f"record {number}: {named}"
+    skipped = [message for message in caplog.messages if message.startswith("skipped")]
+    assert len(skipped) == len(reasons), "small, transparent and turned pictures are no fault"
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("loop", ["sft", "grpo", "evaluate"])
+def test_a_run_of_bad_records_alone_stops(newborn, pictures, tmp_path, loop):
+    records, _ = faulty_records(pictures, chats=loop == "sft")
+    spoilt = [record for record in records if record["images"][0] in pictures[2]]
+    (tmp_path / "records.json").write_text(json.dumps(spoilt))
+    values = {"model": str(newborn), "data": str(tmp_path / "records.json"), "output_dir": str(tmp_path / "run")}
+    values |= {"image_root": str(pictures[0]), "dataloader_num_workers": 0}
+    runs = {
+        "sft": lambda: sft.train(SftOptions(**values), Ranks()),
+        "grpo": lambda: grpo.train(GrpoOptions(**values), Ranks()),
+        "evaluate": lambda: evaluate(EvalOptions(**values), Ranks()),
+    }
+    with pytest.raises(ValueError, match="none of the 4 records can be prepared"):
+        runs[loop]()

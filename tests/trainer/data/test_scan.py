@@ -1,0 +1,118 @@
+"""Records of files read in pieces: the same as json reads whole, wherever the pieces end."""
+
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+
+from boxgrpo.trainer.data import scan as records
+from boxgrpo.trainer.data.scan import Records, scan
+
+MIXED = [
+    {"a": 'quote " backslash \\ brace } bracket ]', "b": [1, -2.5, 1e3, None, True]},
+    {"text": "größer 漢字 🦊", "nested": {"x": [{}, [], ""]}},
+    {},
+    17,
+    -3.25,
+    "alone ]",
+    None,
+    {"long": "x" * 500},
+    [1, [2]],
+    True,
+]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(records, "CHUNK", 7)
+
+
+def test_one_object_over_several_lines_is_no_jsonl(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(MIXED[1], indent=1))
+    with pytest.raises(ValueError, match=r"a\.json is one JSON object over several lines. Put \[ before it"):
+        list(scan(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("ascii_only", [True, False], ids=["escapes", "UTF-8"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_pieces_of_seven_bytes_give_what_the_whole_file_holds(tmp_path, small_pieces, ascii_only, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(MIXED, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
+    rows = list(scan(path))
+    assert [row.value for row in rows] == MIXED
+    raw = path.read_bytes()
+    assert [json.loads(raw[row.start : row.stop]) for row in rows] == MIXED
+
+
+def test_any_piece_length_gives_the_same(tmp_path, monkeypatch):
+    """A number, a string, an escape or a character of several bytes cut in two at every place."""
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff " + json.dumps(MIXED[:7], ensure_ascii=False) + " \n", encoding="utf-8")
+    for chunk in range(1, 60):
+        monkeypatch.setattr(records, "CHUNK", chunk)
+        assert [row.value for row in scan(path)] == MIXED[:7], chunk
+
+
+def test_lines_and_their_places(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"n": 1}\r\n\n  {"n": "é"}\n{"n": \n{"n": 4}'.encode())
+    rows = list(scan(path))
+    assert [row.value for row in rows] == [{"n": 1}, {"n": "é"}, None, {"n": 4}]
+    assert rows[2].fault and not rows[3].fault
+    raw = path.read_bytes()
+    assert [json.loads(raw[r.start : r.stop].decode("utf-8-sig")) for r in rows if not r.fault] == [
+        row.value for row in rows if not row.fault
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "byte"),
+    [
+        ('[{"a": 1}, {"b": 2]', 18),
+        ('[{"a": 1} {"b": 2}]', 10),
+        ('[{"a": 1}, ]', 11),
+        ('[{"a": 1}', 9),
+        ('[{"a": 1}] x', 11),
+        ('[{"é": 1}, {"b: 2}]', 13),
+        ("[", 1),
+        ('[{"a": tru}]', 7),
+    ],
+)
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_a_broken_array_is_refused_with_its_byte(tmp_path, monkeypatch, text, byte, chunk):
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"a\.json is not JSON .*byte {byte}\b"):
+        list(scan(path))
+
+
+def test_a_record_broken_early_in_a_large_file_is_not_waited_out(tmp_path, monkeypatch):
+    """What is broken in the middle of a piece is told at once; the rest of the file is never read."""
+    monkeypatch.setattr(records, "CHUNK", 1000)
+    path = tmp_path / "a.json"
+    path.write_text('[{"a" 1}, ' + '{"b": 2}, ' * 10_000 + "{}]")
+    with path.open("rb") as file:
+        with pytest.raises(json.JSONDecodeError):
+            list(records._array(file))
+        assert file.tell() <= 2000
+
+
+def test_nesting_without_end_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        list(scan(path))
+
+
+def test_records_are_found_again_one_by_one_in_other_processes_too(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(MIXED, ensure_ascii=False), encoding="utf-8")
+    spans = np.array([(row.start, row.stop) for row in scan(path)])
+    found = Records(path, spans[:, 0], spans[:, 1])
+    assert len(found) == len(MIXED)
+    order = random.Random(0).sample(range(len(MIXED)), len(MIXED))
+    for again in (found, pickle.loads(pickle.dumps(found))):
+        assert isinstance(again, Records) and [again[i] for i in order] == [MIXED[i] for i in order]

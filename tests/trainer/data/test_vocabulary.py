@@ -1,0 +1,122 @@
+"""The Qwen2 tokenizer has Qwen2's ids; the demo's spends one token on each piece of an answer."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from boxgrpo.trainer.data.vocabulary import (
+    BOX_MARKS,
+    SPECIAL_TOKENS,
+    box_mark_ids,
+    demo_tokenizer,
+    qwen2_tokenizer,
+    token_bytes,
+)
+
+MIXED = "Où est 这只猫 🦊?\n\n  (125, 250)\t½ ﬁ\u0000"
+COMPLETION = "<think>The red circle is at the top left.</think><answer>(125, 250), (500, 750)</answer>"
+
+
+@pytest.fixture(scope="module")
+def qwen2(shared):
+    return qwen2_tokenizer(shared / "data/qwen2_tokenizer/merges.txt")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return demo_tokenizer([COMPLETION, "Find it in image 2."])
+
+
+@pytest.fixture(scope="module", params=["qwen2", "demo"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_qwen2_ids_are_the_published_ones(qwen2):
+    assert len(qwen2) == 151657
+    assert qwen2.encode("<|im_start|>") == [151644]
+    assert qwen2.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(151643, 151657))
+    assert qwen2.encode("Hello world") == [9707, 1879]
+    assert qwen2.encode("2024") == [17, 15, 17, 19]  # a digit is a token
+    assert qwen2.encode("<|image_pad|><|vision_end|>") == [151655, 151653]
+
+
+def test_multi_byte_text_round_trips(tokenizer):
+    assert tokenizer.decode(tokenizer.encode(MIXED), clean_up_tokenization_spaces=False) == MIXED
+
+
+def test_loads_back_through_autotokenizer_beside_a_qwen2_vl_config(tokenizer, tmp_path):
+    # With that config AutoTokenizer prefers Qwen2's class, whose own rules would split the demo's numbers into digits.
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.encode(COMPLETION + MIXED + "<|im_end|>") == tokenizer.encode(COMPLETION + MIXED + "<|im_end|>")
+    assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_chat_template_gives_qwen2_vls_prompt(tokenizer):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Where is it?"}]}
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{image}{image}Where is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Here."}
+    assert tokenizer.apply_chat_template([system, user, answer], tokenize=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        f"<|im_start|>user\n{image}{image}Where is it?<|im_end|>\n<|im_start|>assistant\nHere.<|im_end|>\n"
+    )
+
+
+def test_a_demo_completion_is_one_token_a_piece(demo):
+    pieces = [demo.decode([i]) for i in demo.encode(COMPLETION)]
+    words = ["The", " red", " circle", " is", " at", " the", " top", " left"]
+    assert pieces == [
+        "<think>",
+        *words,
+        ".</think><answer>(",
+        "125",
+        ", ",
+        "250",
+        "), (",
+        "500",
+        ", ",
+        "750",
+        ")</answer>",
+    ]
+    assert demo.decode(demo.encode(" image 2")[-1:]) == " 2"
+
+
+def test_demo_vocabulary_keeps_the_most_frequent_pieces_and_ends_in_the_special_tokens():
+    tokenizer = demo_tokenizer(["cat cat cat dog dog emu"], vocab_size=256 + 2 + len(SPECIAL_TOKENS))
+    assert len(tokenizer.encode(" cat dog")) == 2
+    assert tokenizer.encode(" emu") == [*tokenizer.encode(" "), *tokenizer.encode("emu")]  # bytes: no room for it
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(258, 272))
+    assert len(demo_tokenizer(["cat"], vocab_size=4096)) == 256 + 1 + len(SPECIAL_TOKENS)
+    with pytest.raises(ValueError, match=r"vocab_size is 100; .* need 270"):
+        demo_tokenizer(["cat"], vocab_size=100)
+
+
+def test_token_bytes_spell_the_text(tokenizer):
+    table = token_bytes(tokenizer)
+    assert len(table) == len(tokenizer)
+    assert b"".join(table[i] for i in tokenizer.encode(COMPLETION + MIXED)).decode() == COMPLETION + MIXED
+    for name, i in zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True):
+        assert table[i] == (name.encode() if name in BOX_MARKS else b"")
+    assert [tokenizer.convert_ids_to_tokens(i) for i in box_mark_ids(tokenizer)] == list(BOX_MARKS)
+    assert all(table[i] for i in range(len(table) - len(SPECIAL_TOKENS)))
+    padded = token_bytes(tokenizer, vocab_size=len(table) + 3)
+    assert padded == table + [b""] * 3
+
+
+def test_token_bytes_of_an_added_token_are_its_own_text():
+    tokenizer = demo_tokenizer(["cat"])
+    tokenizer.add_tokens(["<höhe>"])
+    assert token_bytes(tokenizer)[tokenizer.encode("<höhe>")[0]].decode() == "<höhe>"
+
+
+def test_foreign_merges_are_refused(tmp_path):
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match=r"merges\.txt holds 1 lines .* 151387"):
+        qwen2_tokenizer(tmp_path / "merges.txt")

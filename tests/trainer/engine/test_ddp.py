@@ -1,0 +1,133 @@
+"""The engine: clipping, schedule, master weights, and gradients averaged over ranks whatever each rank computed."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from boxgrpo.trainer.engine.ddp import Engine
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).to(dtype)
+
+
+def options(**changes):
+    return GrpoOptions(**{"learning_rate": 0.1, "lr_scheduler_type": "constant", **changes})
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient():
+    model = network()
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 3)
+    engine = Engine(model, options(max_grad_norm=0.5), Ranks(), 10)
+    engine.backward(model(x).square().sum())
+    norm, updated = engine.step()
+    assert updated
+
+    twin(x).square().sum().backward()
+    expected_norm = nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+    torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.0).step()
+    assert norm == pytest.approx(float(expected_norm))
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.grad is None
+
+
+def test_the_schedule_falls_linearly_to_zero():
+    model = network()
+    engine = Engine(model, options(lr_scheduler_type="linear"), Ranks(), 4)
+    rates = []
+    for _ in range(4):
+        engine.backward(model(torch.ones(1, 3)).sum())
+        engine.step()
+        rates.append(engine.learning_rate)
+    assert rates == pytest.approx([0.075, 0.05, 0.025, 0.0])
+
+
+def test_warmup_stable_decay_falls_only_in_the_last_fifth():
+    model = network()
+    engine = Engine(model, options(lr_scheduler_type="warmup_stable_decay", warmup_ratio=0.1), Ranks(), 20)
+    rates = []
+    for _ in range(20):
+        rates.append(engine.learning_rate)
+        engine.backward(model(torch.ones(1, 3)).sum())
+        engine.step()
+    assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
+    assert rates[2:17] == pytest.approx([0.1] * 15)
+    assert 0 < rates[-1] < rates[-2] < 0.1
+    assert engine.learning_rate == pytest.approx(0.0)
+
+
+def test_bf16_weights_keep_updates_smaller_than_their_precision():
+    model = network(torch.bfloat16)
+    before = model[0].weight.detach().clone()
+    engine = Engine(model, options(learning_rate=1e-5), Ranks(), 1000)
+    for _ in range(300):  # each update is far below bf16's spacing, all of them together are not
+        engine.backward(model(torch.ones(1, 3, dtype=torch.bfloat16)).sum())
+        engine.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_gradients_of_bf16_packs_add_up_in_fp32():
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    engine = Engine(model, options(max_grad_norm=0.0), Ranks(), 10)
+    for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
+        engine.backward(model(torch.full((1, 1), value, dtype=torch.bfloat16)).sum())
+        assert model.weight.grad is None  # moved on: no second set of gradients
+    assert engine.step()[0] == 258.0
+
+
+TWO_RANKS = """
+import logging, sys, torch
+from torch import nn
+from boxgrpo.trainer.engine.ddp import Engine
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.runtime.ranks import ranks
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+with ranks() as r:
+    if r.rank == 1:
+        nn.init.zeros_(model[0].weight)  # rank 0's weights are everybody's
+    options = GrpoOptions(learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0)
+    engine = Engine(model, options, r, 10)
+    if r.is_main:
+        engine.backward(model(torch.tensor([[1.0, 2.0, 3.0]])).sum())
+        engine.backward(model(torch.tensor([[0.0, 1.0, 0.0]])).sum())
+    engine.step()  # rank 1 had no pack at all
+    torch.save(model.state_dict(), f"{sys.argv[1]}/{r.rank}.pt")
+    logging.getLogger("boxgrpo.trainer.data.loader").warning("rank %d met a bad record", r.rank)
+    logging.getLogger("boxgrpo.trainer.run").warning("rank %d read the file", r.rank)
+    # Ranks hold different keys, in different orders.
+    means = r.mean_metrics({"b": 1.0, "a": 2.0} if r.is_main else {"c": 5.0, "a": 4.0})
+    assert means == {"a": 3.0, "b": 1.0, "c": 5.0}, means
+    assert r.sum(1.0 + r.rank, 10.0) == [3.0, 20.0]
+"""
+
+
+def test_ranks_average_gradients_and_agree_on_weights_and_metrics(tmp_path):
+    (tmp_path / "script.py").write_text(TWO_RANKS)
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, timeout=200, capture_output=True, text=True)
+    told = done.stderr
+    assert done.returncode == 0, told
+    assert [f"rank {rank} met a bad record" in told for rank in (0, 1)] == [True, True]  # nobody else saw it
+    assert [f"rank {rank} read the file" in told for rank in (0, 1)] == [True, False]  # both did
+    zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = network()
+    engine = Engine(alone, options(max_grad_norm=0.0), Ranks(), 10)
+    for row in ([1.0, 2.0, 3.0], [0.0, 1.0, 0.0]):
+        engine.backward(alone(torch.tensor([row])).sum() / 2)
+    engine.step()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(zero[name], one[name])
+        torch.testing.assert_close(zero[name], tensor)

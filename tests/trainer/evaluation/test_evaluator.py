@@ -1,0 +1,242 @@
+"""The evaluator: every usable record is answered once, killed or not; answers from elsewhere are scored alike."""
+
+import json
+import re
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from boxgrpo.bench.launches import kill
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.evaluation import answer as answering
+from boxgrpo.trainer.evaluation.grade import grade_texts
+from boxgrpo.trainer.evaluator import draw, evaluate, main
+from boxgrpo.trainer.options import EvalOptions
+from boxgrpo.trainer.run import read_usable
+from boxgrpo.trainer.runtime.ranks import Ranks
+from runs import ROOT, eval_options, finish, start
+from scoring import text
+
+ANSWERING = {"batch_size": 64, "max_completion_length": 6, "workers": 0}
+
+
+def test_what_cannot_be_evaluated_is_refused_by_name(shared, tmp_path):
+    faulty = shared / "data/mig_bench/MIG_data.faulty.json"
+    with pytest.raises(ValueError, match=r"0 of 2 records.*box_inverted 1, box_outside 1.*MIG_data\.faulty\.json#0"):
+        read_usable(EvalOptions(data=str(faulty)), needs="gold")
+    with pytest.raises(ValueError, match=r"data is .*gone\.json; there is no such file"):
+        read_usable(EvalOptions(data=str(tmp_path / "gone.json")), needs="gold")
+    with pytest.raises(ValueError, match="no data"):
+        read_usable(EvalOptions(), needs="gold")
+    for given, message in (
+        ([], "no model"),
+        (["--model=a", "--predictions=b"], "model is a and predictions b; answers come from one of them"),
+        (["--model=a", "--bench=coco"], "bench is 'coco'; it must be one of mig, refcoco"),
+        (["--model=a", "--answer_format=json"], "answer_format is 'json'; it must be one of auto, think"),
+        (["--model=a", "--eval_batch_size=0"], "eval_batch_size is 0; it must be at least 1"),
+        (["--model=a", "--resamples=-1"], "resamples is -1; it must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(given)
+
+
+def test_chats_without_a_box_are_no_benchmark(tmp_path):
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"images": ["a.png"], "messages": turns}]))
+    options = SimpleNamespace(data=[str(tmp_path / "chat.json")], schema="auto", image_root="")
+    with pytest.raises(ValueError, match=r"0 of 1 records can be used; they need the gold box.*chat\.json#0.*--data"):
+        read_usable(options, needs="gold")
+    assert len(read_usable(options, needs="turns")[0]) == 1
+
+
+def test_every_fault_is_named_however_many(tmp_path, caplog):
+    good = {"images": ["a.png"], "question": "Where?", "answer": [1, 2, 30, 40]}
+    (tmp_path / "many.json").write_text(json.dumps([good, *[good | {"answer": None}] * 30]))
+    _, faults = read_usable(EvalOptions(data=str(tmp_path / "many.json")), needs="gold")
+    assert len(faults) == 30
+    for fault in faults:
+        assert sum(bool(re.search(rf"{fault.source}\b", message)) for message in caplog.messages) == 1
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The records that any model decodes from here on, batch by batch."""
+    batches, whole = [], answering.LocalRollout.__call__
+
+    def noting(rollout, policy, samples, embeds):
+        batches.append([s.example.source.split("#")[1] for s in samples])
+        return whole(rollout, policy, samples, embeds)
+
+    monkeypatch.setattr(answering.LocalRollout, "__call__", noting)
+    return batches
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(newborn, record_file, decoded, caplog):
+    summary = evaluate(eval_options(newborn, record_file, bench="mig", eval_batch_size=3, pictures=100), Ranks())
+    folder = record_file.parent / "eval"
+    results = results_of(folder)
+    assert results["summary"] == summary
+    assert summary["count"] == 6 and summary["skipped"] == 1
+    assert [a["source"] for a in results["answers"]] == [f"benchmark.json#{i}" for i in (0, 1, 3, 4, 5, 6)]
+    assert {task: found["count"] for task, found in summary["tasks"].items()} == {"diff": 3, "region": 3}
+    assert decoded == [["0", "1"], ["3", "4", "5"], ["6"]]
+    (fault,) = results["skipped_records"]
+    assert re.search(r"benchmark\.json#2: There is no image at .*2\.png", fault) and fault in caplog.text
+    assert results["mean"] == 100 * summary["accuracy_at_0.5"] and results["tasks"].keys() == {"diff", "region"}
+    assert fault.replace("'", "&#39;") in (folder / "report.html").read_text()
+    assert "| newborn0 | this run |" in (folder / "table.md").read_text()
+    assert len(list((folder / "pictures").iterdir())) == 6
+
+    (folder / "pictures/0001.png").write_text("not ours")
+    assert evaluate(eval_options(newborn, record_file, limit=2, pictures=1), Ranks())["count"] == 2
+    assert len(decoded) == 3, "what is answered already is not answered again"
+    left = {p.name for p in (folder / "pictures").iterdir()}
+    assert left == {"00.png", "0001.png"}, "its own earlier cases go, what it never drew stays"
+
+
+def test_a_broken_off_evaluation_goes_on_where_it_was(newborn, record_file, decoded, monkeypatch):
+    """After two batches it dies, in the middle of a line; then it goes on, and a third run has nothing left to do."""
+    options = eval_options(newborn, record_file, eval_batch_size=2, pictures=0)
+    whole = evaluate(eval_options(newborn, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
+    decoded.clear()
+    noting = answering.LocalRollout.__call__
+
+    def dying(rollout, policy, samples, embeds):
+        if len(decoded) == 2:
+            raise KeyboardInterrupt
+        return noting(rollout, policy, samples, embeds)
+
+    monkeypatch.setattr(answering.LocalRollout, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options, Ranks())
+    monkeypatch.setattr(answering.LocalRollout, "__call__", noting)
+    assert decoded == [["0", "1"], ["3"]]
+    folder = record_file.parent / "eval"
+    assert not (folder / "results.json").exists()
+    with (folder / "answers/rank0.jsonl").open("a") as file:
+        file.write('{"record": 4, "answer": "<thi')  # what a kill can leave
+    assert evaluate(options, Ranks()) == whole
+    assert decoded == [["0", "1"], ["3"], ["4"], ["5", "6"]]
+    lines = [json.loads(line) for line in (folder / "answers/rank0.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in lines] == [0, 1, 3, 4, 5, 6]
+    Image.effect_noise((56, 56), 60).save(record_file.parent / "2.png")  # the lost image is found
+    assert evaluate(options, Ranks())["count"] == 7
+    assert decoded[4:] == [["2"]]
+
+
+def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, decoded, tmp_path, caplog):
+    options = eval_options(newborn, record_file, pictures=0)
+    evaluate(options, Ranks())
+    records = json.loads(record_file.read_text())
+    records[0]["question"] = "Where is the other?"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/benchmark.json").write_text(json.dumps(records))
+    for changes, named in (
+        ({"max_completion_length": 5}, "max_completion_length"),
+        ({"answer_format": "list"}, "answer_format"),
+        ({"max_pixels": 20000}, "max_pixels"),
+        ({"data": str(tmp_path / "other/benchmark.json"), "image_root": str(tmp_path)}, "questions"),
+    ):
+        with pytest.raises(ValueError, match=rf"eval holds the answers of another evaluation \(other: {named}\)"):
+            evaluate(eval_options(newborn, record_file, **changes), Ranks())
+    other = tmp_path / "model"
+    shutil.copytree(newborn, other)
+    evaluate(eval_options(other, record_file), Ranks())
+    assert len(decoded) == 1, "the same model, wherever it lies"
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors")
+    with pytest.raises(ValueError, match=r"\(other: model\)\. Name another .* --overwrite_output_dir true"):
+        evaluate(eval_options(other, record_file), Ranks())
+    assert len(decoded) == 1
+    evaluate(eval_options(other, record_file, overwrite_output_dir=True, pictures=0), Ranks())
+    assert len(decoded) == 2 and "an earlier evaluation is removed" in caplog.text
+    with pytest.raises(ValueError, match=r"\(other: model\)"):
+        evaluate(options, Ranks())
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on(newborn, tmp_path):
+    """SIGKILL for both as soon as some answers are there; afterwards each record has one answer, as one process has."""
+    records = []
+    for i in range(60):
+        Image.effect_noise((56 + 14 * (i % 7), 56), 60).save(tmp_path / f"{i}.png")
+        records.append({"task": "diff", "images": [f"{i}.png"], "question": "Where is it?", "answer": [1, 2, 30, 40]})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    options = eval_options(newborn, tmp_path / "records.json", eval_batch_size=1, pictures=0, cases=0)
+    options.max_completion_length = 24
+    folder = tmp_path / "eval"
+
+    def answers():
+        files = sorted((folder / "answers").glob("rank*.jsonl"))
+        return [[json.loads(line)["record"] for line in f.read_text().split("\n")[:-1]] for f in files]
+
+    run = start(ROOT / "trainer/evaluator.py", options)
+    while sum(map(len, answers())) < 4:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+    kill(run)
+    before = answers()
+    assert 4 <= sum(map(len, before)) < 60 and not (folder / "results.json").exists()
+    out = finish(start(ROOT / "trainer/evaluator.py", options))
+    assert f"{sum(map(len, before))} answers are there already" in out
+    after = answers()
+    assert sorted(n for part in after for n in part) == list(range(60))
+    assert all(now[: len(then)] == then for now, then in zip(after, before))
+    alone = evaluate(
+        eval_options(newborn, tmp_path / "records.json", **vars(options) | {"output_dir": str(tmp_path / "alone")}),
+        Ranks(),
+    )
+    assert results_of(folder)["summary"] == alone
+    assert results_of(folder)["answers"] == results_of(tmp_path / "alone")["answers"]
+
+
+def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
+    examples = [e for e in read_examples(record_file)[0] if not e.source.endswith("#2")]
+    graded = grade_texts(examples, [text(e.gold) for e in examples])
+
+    def drawn(answers, count):
+        folder = tmp_path / f"pictures of {count}"
+        draw(answers, examples, folder, count)
+        return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+    more = drawn(graded, 100)
+    assert list(more) == [f"{i:02d}.png" for i in range(6)]
+    assert len(set(more.values())) == 6, "each case once, also where more pictures are asked for than there are cases"
+    fewer = drawn(graded, 2)
+    assert list(fewer.values()) == [more["00.png"], more["03.png"]], "one of each task"
+
+
+CHOICES = {
+    "task": "person_reid",
+    "options": "A: The second image\nB: The third image",
+    "question": "Please retrieve the most similar person to the query in the candidate.",
+    "context": "Select from the following choices.\nA: The second image\nB: The third image",
+    "output": "A",
+}
+
+
+def test_multiple_choice_is_asked_read_and_scored_by_its_own_module(newborn, tmp_path, capsys):
+    """MMIU: by the model, which gives no letter, and with answers made elsewhere."""
+    Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
+    records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    (tmp_path / "answers.json").write_text(json.dumps(["<think>B?</think><answer>A</answer>", "The answer is A."]))
+
+    def scored(**changes) -> dict:
+        options = eval_options(newborn, tmp_path / "all.json", bench="mmiu", **changes)
+        lists = ["--data", *options.data]
+        main([*(f"--{k}={v}" for k, v in vars(options).items() if v != "" and k != "data"), *lists, "--json=-"])
+        return json.loads(capsys.readouterr().out)
+
+    assert scored()["mean"] == 0 and len(results_of(tmp_path / "eval")["answers"]) == 2
+    assert "| UniVG-R1 | published | 53.03 |" in (tmp_path / "eval/table.md").read_text()
+    found = scored(predictions=str(tmp_path / "answers.json"), model="", output_dir=str(tmp_path / "elsewhere"))
+    assert found["mean"] == 50 and found["tasks"] == {"person_reid": 50} and found["skipped"] == 0

@@ -1,0 +1,205 @@
+"""Scores on real records: gold scores 100, a wrong box costs its own task alone, another scorer finds the same."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.data.readers import Example, read_examples
+from boxgrpo.trainer.evaluation.grade import bootstrap, grade_texts, summarize
+from boxgrpo.trainer.evaluation.tables import table
+from scoring import scored_by_counting, text, varied_answers
+
+GOLD = (200.0, 200.0, 600.0, 600.0)
+WHOLE = Example("0", "region", (), "Where?", (0.0, 0.0, 1000.0, 1000.0), source="data.json#0")
+MEASURES = ("accuracy_at_0.3", "accuracy_at_0.5", "accuracy_at_least_0.5", "accuracy_at_0.7", "mean_iou")
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+    examples, faults = read_examples(shared / "data/mig_bench/MIG_data.sample.json")
+    assert len(examples) == 121 and not faults
+    return list(examples)
+
+
+def accuracies(summary):
+    return {task: found["accuracy_at_0.5"] for task, found in summary["tasks"].items()}
+
+
+def test_gold_boxes_score_100_on_each_task(real):
+    summary = summarize(grade_texts(real, [text(e.gold) for e in real]))
+    assert summary["count"] == 121 and summary["format"] == 1.0
+    assert len(summary["tasks"]) == 10
+    for found in (summary, *summary["tasks"].values()):
+        assert all(found[name] == 1.0 for name in MEASURES)
+    shown = table(summary).splitlines()
+    assert len(shown) == 1 + 10 + 1 and all("100.00" in line for line in shown[1:])
+
+
+def test_one_wrong_box_lowers_exactly_its_task(real):
+    texts = [text(e.gold) for e in real]
+    counts = {task: sum(e.task == task for e in real) for task in {e.task for e in real}}
+    for task, count in counts.items():
+        wrong = next(i for i, e in enumerate(real) if e.task == task)
+        *_, x2, y2 = real[wrong].gold
+        beside = text((x2, y2, x2 + 100, y2 + 100))  # touches the gold box in a corner
+        summary = summarize(grade_texts(real, [*texts[:wrong], beside, *texts[wrong + 1 :]]))
+        assert accuracies(summary) == dict.fromkeys(counts, 1.0) | {task: pytest.approx(1 - 1 / count)}
+        assert summary["accuracy_at_0.5"] == pytest.approx(1 - 1 / count / 10)  # tasks weigh alike, records do not
+
+
+@pytest.mark.parametrize(
+    ("answered", "iou"),
+    [
+        (text(GOLD, think="Not (0, 0), (100, 100)."), 1.0),
+        (text((0, 0, 100, 100), think="It is (200, 200), (600, 600)."), 0.0),
+        ("<think>It is (200, 200), (600, 600).</think><answer>I do not know.</answer>", 0.0),
+        ("<think>It is (200, 200), (600, 600).</think>", 0.0),
+        ("<answer>(0, 0), (100, 100)</answer><answer>(200, 200), (600, 600)</answer>", 0.0),  # the first answer counts
+        ("<think></think><answer>In image 2: (200, 200), (600, 600).</answer>", 1.0),
+    ],
+)
+def test_only_the_answer_counts(answered, iou):
+    (graded,) = grade_texts([dataclasses.replace(WHOLE, gold=GOLD)], [answered])
+    assert graded["iou"] == iou
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "answered"),
+    [
+        ("marked", "<|object_ref_start|>it<|object_ref_end|><|box_start|>(200,200),(600,600)<|box_end|>"),
+        ("list", "The box is [200, 200, 600, 600]."),
+        ("list", "<box>[[200,200,600,600]]</box>"),  # InternVL2's
+        ("fractions", "[0.2, 0.200, 0.6, 0.6]"),
+        ("fractions", "(0.2,0.2),(0.6,0.6)"),
+        ("fractions", "(0.2, 0.2, 0.6, 0.6)"),
+        ("tagged", "<ref>it</ref><box>200 200 600 600</box>"),  # MiniCPM-V's
+        ("box", "(200,200),(600,600)"),
+    ],
+)
+def test_another_models_boxes_are_read_as_it_writes_them(answer_format, answered):
+    example = dataclasses.replace(WHOLE, gold=GOLD)
+    (graded,) = grade_texts([example], [answered], answer_format=answer_format)
+    assert (graded["iou"], graded["format"], graded["box"]) == (1.0, 1.0, list(GOLD))
+    (graded,) = grade_texts([example], [answered])  # as the example asks: thinking, and an answer in tags
+    assert (graded["iou"], graded["format"], graded["box"]) == (0.0, 0.0, None)
+    with pytest.raises(ValueError, match="answer_format is 'json'; it must be one of auto, think, box"):
+        grade_texts([example], [answered], answer_format="json")
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "box"),
+    [
+        ("think", "({0}00, {0}00), ({1}00, {1}00)"),
+        ("box", "({0}00, {0}00), ({1}00, {1}00)"),
+        ("marked", "<|box_start|>({0}00,{0}00),({1}00,{1}00)<|box_end|>"),
+        ("list", "[{0}00, {0}00, {1}00, {1}00]"),
+        ("fractions", "[0.{0}, 0.{0}, 0.{1}, 0.{1}]"),
+        ("tagged", "<box>{0}00 {0}00 {1}00 {1}00</box>"),
+    ],
+)
+def test_a_box_in_the_reasoning_is_none(answer_format, box):
+    """In every format: neither with another box in the answer, nor alone."""
+    gold, wrong = box.format(2, 6), box.format(7, 9)
+    example = dataclasses.replace(WHOLE, gold=GOLD)
+    texts = [f"<think>{gold}</think><answer>{wrong}</answer>", f"<think>{gold}</think><answer>there</answer>"]
+    texts += [f"<think>{wrong}</think><answer>{gold}</answer>"]
+    graded = grade_texts([example] * 3, texts, answer_format=answer_format)
+    assert [g["iou"] for g in graded] == [0.0, 0.0, 1.0]
+
+
+def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):
+    """Of several images the one that is asked for; a photo with an EXIF turn has its sides swapped."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    Image.new("RGB", (300, 400)).save(tmp_path / "turned.jpg", exif=turn)
+    images = (str(tmp_path / "other.png"), str(tmp_path / "turned.jpg"))
+    example = dataclasses.replace(WHOLE, gold=GOLD, images=images, target_image=1)
+    (graded,) = grade_texts([example], ["bbox: [80.0, 60, 240.0, 180]"], answer_format="pixels")
+    assert graded["box"] == pytest.approx(GOLD) and graded["iou"] == pytest.approx(1.0)
+    gone = dataclasses.replace(example, images=(images[0], str(tmp_path / "gone.png")))
+    with pytest.raises(ValueError, match=r"data\.json#0: the box is in pixels and there is no image at .*gone\.png"):
+        grade_texts([gone], ["[1, 2, 3, 4]"], answer_format="pixels")
+
+
+def test_an_iou_of_exactly_a_half_is_not_above_it():
+    (graded,) = grade_texts([WHOLE], [text((0, 0, 500, 1000))])
+    summary = summarize([graded])
+    assert graded["iou"] == 0.5
+    assert (summary["accuracy_at_0.5"], summary["accuracy_at_least_0.5"]) == (0.0, 1.0)
+    more = summarize(grade_texts([WHOLE], [text((0, 0, 501, 1000))]))
+    assert more["accuracy_at_0.5"] == more["accuracy_at_least_0.5"] == 1.0
+    narrower = dataclasses.replace(WHOLE, gold=(0.0, 0.0, 999.999999, 1000.0))
+    (graded,) = grade_texts([narrower], [text((0, 0, 500, 1000))])
+    assert 0.5 < graded["iou"] < 0.5 + 1e-8, "fp32 would say 0.5"
+
+
+def test_scores_are_those_of_an_independent_scorer(real):
+    texts = varied_answers(real)
+    assert any(int(n) > 1000 for answered in texts for n in re.findall(r"\d+", answered))
+    summary, expected = summarize(grade_texts(real, texts)), scored_by_counting(real, texts)
+    assert summary["tasks"].keys() == expected.keys()
+    for task, (accuracy, iou) in expected.items():
+        assert summary["tasks"][task]["accuracy_at_0.5"] == pytest.approx(accuracy)
+        assert summary["tasks"][task]["mean_iou"] == pytest.approx(iou, abs=1e-6)
+    assert summary["accuracy_at_0.5"] == pytest.approx(np.mean([a for a, _ in expected.values()]))
+    assert 0.2 < summary["accuracy_at_0.5"] < 0.9  # the answers tell something
+
+
+def test_iou_of_well_formed_answers_leaves_the_others_out():
+    bare = "<answer>(0, 0), (1000, 1000)</answer>"  # right, but without its thinking
+    summary = summarize(grade_texts([WHOLE, WHOLE], [bare, text((0, 0, 500, 1000))]))
+    assert (summary["format"], summary["mean_iou"], summary["well_formed_iou"]) == (0.5, 0.75, 0.5)
+    assert summarize(grade_texts([WHOLE], [bare]))["well_formed_iou"] == 0.0
+
+
+def test_answers_and_records_must_match():
+    with pytest.raises(ValueError, match="1 answers for 2 usable records"):
+        grade_texts([WHOLE, WHOLE], ["one"])
+    with pytest.raises(ValueError, match="there are 0 answers"):
+        summarize([])
+
+
+def answers_with(ious: dict[str, list[float]]) -> list[dict]:
+    return [{"task": task, "iou": iou, "format": 1.0} for task, found in ious.items() for iou in found]
+
+
+def test_an_interval_is_the_binomials_and_the_same_for_the_same_seed():
+    """60 hits of 100: a bootstrap's share of hits is binomial, with 2.5 % below 0.50 and above 0.69 or 0.70."""
+    answers = answers_with({"region": [0.9] * 60 + [0.1] * 40})
+    once, again, other = (summarize(answers, resamples=4000, seed=seed)["interval"] for seed in (1, 1, 2))
+    assert once == again != other
+    assert once["accuracy_at_0.5"] == pytest.approx([0.50, 0.695], abs=0.011)
+    assert once["mean_iou"] == pytest.approx([0.1 + 0.8 * 0.50, 0.1 + 0.8 * 0.695], abs=0.011)
+    few = summarize(answers[:55] + answers[-5:], resamples=4000)["interval"]["accuracy_at_0.5"]
+    assert few[0] < 55 / 60 < few[1]
+    assert "interval" not in summarize(answers)
+
+
+def test_records_are_drawn_within_their_task():
+    """One task all right, the other all wrong: whatever is drawn, the mean over tasks is a half."""
+    sure = answers_with({"diff": [0.9] * 30, "region": [0.0] * 10})
+    assert summarize(sure, resamples=500)["interval"]["accuracy_at_0.5"] == [0.5, 0.5]
+    open_ones = {"diff": [0.9, 0.1] * 20, "region": [0.9, 0.1] * 20}
+    both = summarize(answers_with(open_ones), resamples=4000)
+    alone = summarize(answers_with({"diff": open_ones["diff"]}), resamples=4000)
+    assert both["tasks"]["diff"]["interval"] == alone["tasks"]["diff"]["interval"], "a task's do not hang on others"
+
+    def width(interval):
+        low, high = interval["accuracy_at_0.5"]
+        return high - low
+
+    # Two tasks drawn alike would be as wide as one.
+    assert width(both["interval"]) == pytest.approx(width(alone["interval"]) / 2**0.5, rel=0.1)
+
+
+def test_many_records_are_drawn_in_parts(monkeypatch):
+    """As many values at once as memory is meant for, and all resamples in the end."""
+    ious = np.linspace(0, 1, 300)
+    monkeypatch.setattr("boxgrpo.trainer.evaluation.grade.AT_ONCE", 700)  # two rows
+    drawn = bootstrap(ious, 15, np.random.default_rng(0))
+    assert {name: len(values) for name, values in drawn.items()} == dict.fromkeys(MEASURES, 15)
+    assert drawn["mean_iou"].std() == pytest.approx(ious.std() / 300**0.5, rel=0.5)

@@ -1,0 +1,214 @@
+"""MMIU's published records become questions, answers become accuracies."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.evaluation.mmiu import RELATIONSHIPS, grade, read, score
+
+# As FanqingM/MMIU-Benchmark publishes them: every task spells its options and its context a little differently.
+FORENSIC = {
+    "task": "forensic_detection_blink",
+    "visual_input_component": "natural image and synthetic image",
+    "source": "blink",
+    "options": "A: the first image\nB: the second image\nC: the third image\nD: the fourth image",
+    "question": "Which image is most likely to be a real photograph?",
+    "context": "You are a judge in a photography competition.\nSelect from the following choices.\nA: the first image\n"
+    "B: the second image\nC: the third image\nD: the fourth image\n",
+    "input_image_path": [f"./Low-level-semantic/forensic_detection_blink/blink_0_{i}.jpg" for i in range(4)],
+    "output": "D",
+}
+REID = {
+    "task": "person_reid",
+    "visual_input_component": "['natural_image']",
+    "source": "market_1501",
+    "options": "A: The second image\nB: The third image",
+    "question": "Please retrieve the most similar person to the query in the candidate.",
+    "context": "Select from the following choices.\nA: The second image\nB: The third image",
+    "input_image_path": ["./High-level-obj-semantic/person_reid/person_reid_0_0.jpg"],
+    "output": "A",
+}
+QUALITY = {
+    "task": "visual_quality_assessment_q_bench+",
+    "options": "A: No\nB: Yes\n",
+    "question": "Are both of these images relatively realistic?",
+    "context": "Candidates: A. No B. Yes",
+    "input_image_path": ["./Low-level-semantic/visual_quality_assessment_q_bench+/q_0_0.bmp"],
+    "output": "B",
+}
+HOMOGRAPHY = {
+    "task": "Homography_estimation",
+    "options": "A: 0.2 0.04 -122\n-0.3 0.6 172\n\nB: 0.6 0.002 123\n-0.005 0.6 83\n",
+    "question": "Please compute the matrix.",
+    "context": "Select from these choices.\nA: 0.2 0.04 -122\n-0.3 0.6 172\n\nB: 0.6 0.002 123\n-0.005 0.6 83\n",
+    "input_image_path": ["./2D-spatial/Homography_estimation/Homography_estimation_0_0.png"],
+    "output": "B",
+}
+RECORDS = [FORENSIC, REID, QUALITY, HOMOGRAPHY]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_records(records, name="all.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(records))
+        return path
+
+    return write_records
+
+
+def test_records_become_questions(write, tmp_path):
+    questions, faults = read(write(RECORDS), tmp_path)
+    assert not faults
+    forensic, reid, quality, homography = questions
+    assert forensic.options == {
+        "A": "the first image", "B": "the second image", "C": "the third image", "D": "the fourth image"
+    }  # fmt: skip
+    assert (forensic.letter, forensic.task, forensic.source) == ("D", "forensic_detection_blink", "all.json#0")
+    assert forensic.images[3] == str(tmp_path / "Low-level-semantic/forensic_detection_blink/blink_0_3.jpg")
+    assert [q.relationship for q in questions] == [
+        "Low-level-semantic", "High-level-obj-semantic", "Low-level-semantic", "2D-spatial"
+    ]  # fmt: skip
+    assert quality.options == {"A": "No", "B": "Yes"}
+    assert homography.options == {"A": "0.2 0.04 -122\n-0.3 0.6 172", "B": "0.6 0.002 123\n-0.005 0.6 83"}
+    assert reid.gold is None
+
+
+def test_prompts_hold_context_question_and_options_once(write):
+    (forensic, reid, quality, homography), _ = read(write(RECORDS), answer_format="letter")
+    asks = "\nAnswer with the letter of the chosen option only."
+    assert forensic.prompt == FORENSIC["context"] + FORENSIC["question"] + asks
+    assert reid.prompt == REID["question"] + "\n" + REID["context"] + asks  # one of the tasks that ask first
+    assert quality.prompt == QUALITY["context"] + "\n" + QUALITY["question"] + asks
+    assert homography.prompt.count("0.002") == 1
+
+
+def test_options_that_the_context_does_not_list_are_added(write):
+    (question,), _ = read(write([REID | {"context": None}]), answer_format="letter")
+    assert question.prompt.startswith(REID["question"] + "\nA: The second image\nB: The third image\nAnswer with")
+    (question,), _ = read(write([REID | {"context": "Not B: The third image"}]), answer_format="letter")
+    assert question.prompt.count("A: The second image") == 1  # half a list is none
+
+
+def test_thinking_is_asked_for_in_the_house_tags(write):
+    (question, *_), _ = read(write(RECORDS))
+    assert question.prompt.startswith(
+        FORENSIC["context"] + FORENSIC["question"] + "\nFirst output the thinking process"
+    )
+    assert question.prompt.endswith("the letter of the chosen option in <answer> </answer> tags.")
+    with pytest.raises(ValueError, match="'box'; MMIU is asked in think, letter"):
+        read(write(RECORDS), answer_format="box")
+
+
+def test_the_processor_takes_a_question_as_it_is(write, tmp_path, shared):
+    """All images first, then the prompt and nothing else: no box is asked for."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from boxgrpo.trainer.data.processor import Processor
+    from boxgrpo.trainer.data.vocabulary import qwen2_tokenizer
+
+    (question, *_), _ = read(write(RECORDS), tmp_path)
+    for path in question.images:
+        (tmp_path / "Low-level-semantic/forensic_detection_blink").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((56, 56), 60).save(path)
+    tokenizer = qwen2_tokenizer(shared / "data/qwen2_tokenizer/merges.txt")
+    processor = Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=784, max_pixels=50_000)
+    prompt = processor.prompt(question)
+    text = processor.decode(prompt.input_ids)
+    assert len(prompt.image_grid_thw) == 4
+    assert text.partition("<|vision_end|>You are")[2] == (
+        question.prompt.removeprefix("You are") + "\n<|im_start|>assistant\n"  # decode leaves <|im_end|> out
+    )
+
+
+@pytest.mark.parametrize("name", ["all.parquet", "all.json"])
+def test_the_published_parquet_reads_like_the_json(write, tmp_path, name):
+    path = write(RECORDS)
+    if name == "all.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        path = tmp_path / name
+        parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    questions, faults = read(path, tmp_path)
+    assert [(q.prompt, q.letter) for q in questions] == [(q.prompt, q.letter) for q in read(write(RECORDS))[0]]
+    assert not faults and questions[0].source == f"{name}#0"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "value"),
+    [
+        ({"output": None}, "bad_output", "None"),
+        ({"output": "E"}, "bad_output", "'E'"),
+        ({"output": ["A"]}, "bad_output", "['A']"),
+        ({"options": "the first\nthe second"}, "bad_options", "the first"),
+        ({"options": "A: only one"}, "bad_options", "only one"),
+        ({"options": ["A: x", "B: y"]}, "no_options", "['A: x', 'B: y']"),
+        ({"task": ""}, "no_task", "''"),
+        ({"question": "", "context": " "}, "no_question", "''"),
+        ({"question": "half \ud83e"}, "bad_text", "surrogates"),
+        ({"input_image_path": []}, "no_images", "input_image_path is []"),
+        ({"input_image_path": ["../../secret.png"]}, "image_outside_root", "'../../secret.png'"),
+        ({"input_image_path": ["/etc/passwd"]}, "image_outside_root", "'/etc/passwd'"),
+    ],
+)
+def test_a_faulty_record_names_itself_the_rule_and_the_value(write, tmp_path, change, reason, value):
+    questions, faults = read(write([REID, REID | change, FORENSIC]), tmp_path)
+    assert [q.source for q in questions] == ["all.json#0", "all.json#2"]
+    (fault,) = faults
+    assert (fault.source, fault.reason) == ("all.json#1", reason)
+    assert fault.message.startswith("all.json#1: ") and value in fault.message
+
+
+def test_files_that_hold_nothing_are_refused_by_name(write, tmp_path):
+    with pytest.raises(ValueError, match=r"0 of 2 records.*not_a_record 1, bad_output 1|bad_output 1, not_a_record 1"):
+        read(write([7, REID | {"output": ""}]))
+    with pytest.raises(ValueError, match="a JSON dict; MMIU's annotations are an array"):
+        read(write({"data": []}))
+    (tmp_path / "all.json").write_text("{")
+    with pytest.raises(ValueError, match=r"all\.json is not JSON"):
+        read(tmp_path / "all.json")
+    pytest.importorskip("pyarrow")
+    (tmp_path / "all.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="is not a Parquet file"):
+        read(tmp_path / "all.parquet")
+
+
+def test_an_output_with_marks_is_a_letter(write):
+    (question,), _ = read(write([REID | {"output": " b. "}]))
+    assert question.letter == "B"
+
+
+def test_accuracies_by_hand(write):
+    """Three questions of one task, one of each of two others: means over tasks and over questions differ."""
+    questions, _ = read(write([FORENSIC, FORENSIC, FORENSIC, REID, QUALITY]))
+    texts = ["D", "<think>D</think><answer>A</answer>", "I cannot tell.", "Answer: A", "no"]
+    result = score(questions, texts)
+    third = 100 / 3
+    assert result["tasks"] == pytest.approx(
+        {"forensic_detection_blink": third, "person_reid": 100, "visual_quality_assessment_q_bench+": 0}
+    )
+    assert result["mean"] == pytest.approx((third + 100 + 0) / 3)
+    assert result["overall"] == pytest.approx(100 * 2 / 5)
+    assert result["relationships"] == pytest.approx({"Low-level-semantic": third / 2, "High-level-obj-semantic": 100})
+    assert (result["count"], result["unread"], result["counts"]["forensic_detection_blink"]) == (5, 1, 3)
+    graded = grade(questions, texts)
+    assert [(g["chosen"], g["gold"], g["correct"]) for g in graded] == [
+        ("D", "D", True), ("A", "D", False), (None, "D", False), ("A", "A", True), ("A", "B", False)
+    ]  # fmt: skip
+    json.dumps([result, graded])
+
+
+def test_paths_without_a_known_folder_have_no_relationship(write):
+    questions, _ = read(write([REID | {"input_image_path": ["images/a.png"]}]))
+    assert questions[0].relationship == "" and "images" not in RELATIONSHIPS
+    assert score(questions, ["A"])["relationships"] == {}
+
+
+def test_scores_need_a_question_and_one_text_each(write):
+    questions, _ = read(write(RECORDS))
+    with pytest.raises(ValueError, match="1 answers for 4 questions"):
+        score(questions, ["A"])
+    with pytest.raises(ValueError, match="0 questions"):
+        score([], [])

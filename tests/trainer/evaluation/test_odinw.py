@@ -1,0 +1,207 @@
+"""ODinW-13's folders become questions, one an image and category; answers become AP of each set."""
+
+import json
+import random
+
+import pytest
+
+from boxgrpo.trainer.evaluation.odinw import SETS, grade, read, score
+
+pytest.importorskip("pycocotools")
+
+PISTOLS = {
+    "images": [
+        {"id": 0, "file_name": "a.jpg", "height": 500, "width": 1000},
+        {"id": 1, "file_name": "b.jpg", "height": 100, "width": 100},
+    ],
+    "categories": [{"id": 1, "name": "pistol", "supercategory": "Guns"}],
+    "annotations": [
+        {"id": 0, "image_id": 0, "category_id": 1, "bbox": [100, 50, 200, 100], "area": 20000, "iscrowd": 0},
+        {"id": 1, "image_id": 0, "category_id": 1, "bbox": [500, 250, 500, 250], "area": 125000, "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 0},
+    ],
+}
+THERMAL = {
+    "images": [{"id": 4, "file_name": "t.jpg", "height": 100, "width": 100}],
+    "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "person"}],
+    "annotations": [{"id": 0, "image_id": 4, "category_id": 1, "bbox": [10, 10, 40, 40], "iscrowd": 0}],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_sets(**sets):
+        for name, data in sets.items():
+            path = tmp_path / "odinw" / SETS[name]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(data))
+        return tmp_path / "odinw"
+
+    return write_sets
+
+
+def answer(question, *, shift=0.0):
+    """What a perfect model writes, moved to the right by `shift` thousandths; in one of the forms it may take."""
+    return "".join(
+        f"<|box_start|>({x1 + shift:g},{y1:g}),({x2 + shift:g},{y2:g})<|box_end|>"
+        for x1, y1, x2, y2 in grade([question], [""])[0]["gold"]
+    )
+
+
+def test_the_thirteen_sets_lie_where_glip_unpacks_them():
+    assert len(SETS) == 13
+    assert all(file.startswith(f"{name}/") and file.endswith("without_background.json") for name, file in SETS.items())
+
+
+def test_every_image_is_asked_for_every_category(write):
+    folder = write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL)
+    questions, faults = read(folder)
+    assert [(q.task, q.image_id, q.category, len(q.truth)) for q in questions] == [
+        ("pistols", 0, "pistol", 2),
+        ("pistols", 1, "pistol", 1),
+        ("thermalDogsAndPeople", 4, "dog", 1),
+        ("thermalDogsAndPeople", 4, "person", 0),
+    ]
+    assert questions[0].images == (str(folder / "pistols/export/a.jpg"),)
+    assert [q.source for q in questions[1:3]] == ["pistols#1/1", "thermalDogsAndPeople#4/1"]
+    assert len({q.source for q in questions}) == 4
+    assert len(faults) == 11 and {f.reason for f in faults} == {"no_annotations"}  # the sets that are not there
+    present, _ = read(folder, present_only=True)
+    assert [q.category for q in present] == ["pistol", "pistol", "dog"]
+
+
+def test_prompts_in_three_forms(write):
+    folder = write(pistols=PISTOLS)
+    asked = {form: read(folder, answer_format=form)[0][0].prompt for form in ("think", "box", "json")}
+    assert asked["json"] == "Locate every pistol in the image and output the coordinates in JSON format."  # Qwen's
+    assert asked["box"] == "Locate every pistol in the image. Format: <|box_start|>(x1,y1),(x2,y2)<|box_end|>."
+    assert asked["think"].startswith("Locate every pistol in the image. First output the thinking process in <think>")
+    assert asked["think"].endswith("the bounding boxes in <answer> </answer> tags.")
+    with pytest.raises(ValueError, match="'xml'; ODinW is asked in think, box, json"):
+        read(folder, answer_format="xml")
+
+
+def test_the_prompt_is_the_users_whole_turn(write):
+    """`Processor.prompt` adds its own request for one box to a question without turns."""
+    question = read(write(pistols=PISTOLS))[0][0]
+    assert question.turns == (("user", question.prompt),) and question.question == question.prompt
+
+
+def test_one_file_is_a_set_of_its_own(write, tmp_path):
+    folder = write(pistols=PISTOLS)
+    questions, faults = read(folder / SETS["pistols"], tmp_path / "photos")
+    assert not faults and {q.task for q in questions} == {"pistols"}
+    assert questions[0].images == (str(tmp_path / "photos/a.jpg"),)
+    (tmp_path / "mine.json").write_text(json.dumps(THERMAL))
+    assert {q.task for q in read(tmp_path / "mine.json")[0]} == {"mine"}
+
+
+def test_images_stay_under_their_root(write, tmp_path):
+    images = [*PISTOLS["images"], {"id": 2, "file_name": "../../../secret.jpg", "height": 1, "width": 1}]
+    folder = write(pistols=PISTOLS | {"images": images})
+    questions, faults = read(folder, folder)
+    assert questions[0].images == (str(folder / "pistols/export/a.jpg"),)
+    (fault,) = [f for f in faults if f.reason != "no_annotations"]
+    assert (fault.source, fault.reason) == ("pistols/images#2", "image_outside_root")
+    elsewhere, _ = read(folder, tmp_path / "photos")
+    assert elsewhere[0].images == (str(tmp_path / "photos/pistols/export/a.jpg"),)
+
+
+def test_faulty_annotations_are_named_and_passed_over(write):
+    bad = {"id": 3, "image_id": 0, "category_id": 1, "bbox": [1, 1, 0, 0]}
+    questions, faults = read(write(pistols=PISTOLS | {"annotations": [bad, *PISTOLS["annotations"]]}))
+    assert [len(q.truth) for q in questions] == [2, 1]
+    (fault,) = [f for f in faults if f.reason != "no_annotations"]
+    assert (fault.source, fault.reason) == ("pistols/annotations#0", "box_empty")
+
+
+def test_a_folder_without_sets_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"0 of 13 records can be used \(no_annotations 13\).*odinw/download\.py"):
+        read(tmp_path)
+
+
+def test_a_perfect_answer_scores_100(write):
+    questions, _ = read(write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL))
+    result = score(questions, [answer(q) for q in questions])
+    assert result["mean"] == result["mean_equal_scores"] == pytest.approx(100)
+    assert result["tasks"] == pytest.approx({"pistols": 100, "thermalDogsAndPeople": 100})
+    assert result["sets"]["pistols"] == pytest.approx(
+        {"ap": 100, "ap50": 100, "ap75": 100, "ap_equal_scores": 100, "images": 2, "true_boxes": 3, "boxes": 3}
+    )
+    assert len(result["missing"]) == 11 and "pistols" not in result["missing"]
+    assert (result["count"], result["unread"]) == (4, 1)  # nobody is asked for, and none is found
+    json.dumps(result)
+
+
+def test_ap_by_hand(write):
+    """Both of image a's pistols exactly, b's with IoU 0.6: worked out on COCO's 101 points of recall."""
+    questions, _ = read(write(pistols=PISTOLS))
+    texts = ["<think>(0, 0), (1, 1)</think><answer>(100, 100), (300, 300)\n(500, 500), (1000, 1000)</answer>"]
+    texts += ["<answer>(0, 0), (300, 500)</answer>"]  # 30 of the 50 pixels wide
+    by_iou = 3 / 10 * 1 + 7 / 10 * (34 * 1 + 33 * 2 / 3) / 101  # from 0.65 on: right, wrong, right
+    assert score(questions, texts)["mean"] == pytest.approx(100 * by_iou)
+
+
+def test_the_first_box_of_an_answer_is_held_to_be_surest(write):
+    """A wrong box after the right one: with equal scores it comes before the next image's right one."""
+    questions, _ = read(
+        write(pistols=PISTOLS | {"annotations": [*PISTOLS["annotations"][:1], PISTOLS["annotations"][2]]})
+    )
+    texts = ["(100, 100), (300, 300), (900, 0), (950, 50)", answer(questions[1])]
+    result = score(questions, texts)
+    assert result["mean"] == pytest.approx(100)
+    assert result["mean_equal_scores"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
+    assert grade(questions, texts)[0]["scores"] == [1, 0.5]
+    sure = '[{"bbox_2d": [900, 0, 950, 50], "score": 0.9}, {"bbox_2d": [100, 100, 300, 300], "score": 0.2}]'
+    assert grade(questions, [sure, ""])[0]["scores"] == [0.9, 0.2]
+
+
+def test_an_inverted_box_is_wrong_and_no_error(write):
+    questions, _ = read(write(thermalDogsAndPeople=THERMAL))
+    inverted = "(250, 100), (0, 500)"  # turned round about its corner, it would have IoU 0.625
+    assert score(questions, [inverted, ""])["mean"] == 0
+    assert score(questions, [f"{inverted}, (100, 100), (500, 500)", ""])["mean"] == pytest.approx(50)
+
+
+def test_equal_to_pycocotools_on_the_file_itself(write, tmp_path):
+    """Answers moved at random, against COCO's own loader on the annotation file (its ids from 1) and pixel results."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    g = random.Random(1)
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(20)]
+    annotations = [
+        {"id": n + 1, "image_id": n % 20, "category_id": 1 + n % 3, "iscrowd": 0}
+        | {"bbox": [w := g.randrange(200), h := g.randrange(200), 20 + w, 30 + h], "area": (20 + w) * (30 + h)}
+        for n in range(90)
+    ]
+    data = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": f"c{i}"} for i in (1, 2, 3)]}
+    folder = write(Aquarium=data)
+    questions, _ = read(folder)
+    texts = [answer(q, shift=g.choice([0, 10, 30])) for q in questions]
+    results = [
+        {"image_id": q.image_id, "category_id": q.category_id, "score": 1 / (1 + n)}
+        | {"bbox": [x1 * 0.64, y1 * 0.48, (x2 - x1) * 0.64, (y2 - y1) * 0.48]}
+        for q, graded in zip(questions, grade(questions, texts))
+        for n, (x1, y1, x2, y2) in enumerate(graded["boxes"])
+    ]
+    coco = COCO(str(folder / SETS["Aquarium"]))
+    direct = COCOeval(coco, coco.loadRes(results), "bbox")
+    direct.evaluate()
+    direct.accumulate()
+    direct.summarize()
+    ours = score(questions, texts)
+    assert ours["tasks"]["Aquarium"] == pytest.approx(100 * direct.stats[0], abs=1e-9)
+    assert 10 < ours["mean"] < 95
+
+
+def test_scores_need_truth_and_one_text_each(write):
+    questions, _ = read(write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL))
+    with pytest.raises(ValueError, match="1 answers for 4 questions"):
+        score(questions, [""])
+    with pytest.raises(ValueError, match="1 questions have 0 true boxes"):
+        score(questions[3:], [""])
+    people = [q for q in questions if q.category != "dog"]
+    result = score(people, [answer(q) for q in people])
+    assert result["tasks"] == {"pistols": pytest.approx(100), "thermalDogsAndPeople": None}
+    assert result["mean"] == pytest.approx(100)

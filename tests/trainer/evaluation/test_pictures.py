@@ -1,0 +1,158 @@
+"""Pictures show the boxes where they are, survive any prediction, and the curves of a run become a file."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.evaluation.pictures import (
+    GOLD,
+    IMAGE_HEIGHT,
+    LEAST_WIDTH,
+    MARGIN,
+    PREDICTED,
+    _curve,
+    _running_mean,
+    annotate,
+    contact_sheet,
+    plot_run,
+)
+
+GREY = Image.new("RGB", (IMAGE_HEIGHT, IMAGE_HEIGHT), (128, 128, 128))  # shown at its own size
+TEXT = {"question": "Where is it?", "reasoning": "It is at the top left."}
+
+
+def near(page, colour, x, y, reach=4):
+    """Is `colour` within `reach` pixels of (x, y)?"""
+    patch = np.asarray(page)[y - reach : y + reach + 1, x - reach : x + reach + 1]
+    return (patch == colour).all(-1).any()
+
+
+@pytest.mark.parametrize("predicted", [(500, 625, 1000, 875), (1000, 875, 500, 625)], ids=["upright", "inverted"])
+def test_both_boxes_are_drawn_at_their_edges_on_the_target_image_only(predicted):
+    page = annotate([GREY, GREY], gold=(250, 125, 500, 750), predicted=predicted, target_image=1, **TEXT)
+    left, top = 2 * MARGIN + IMAGE_HEIGHT, MARGIN
+    edges = {
+        GOLD: [(60, 100), (120, 100), (90, 30), (90, 180)],  # left, right, top, bottom
+        PREDICTED: [(120, 195), (239, 180), (180, 150), (180, 210)],
+    }
+    for colour, points in edges.items():
+        for x, y in points:
+            assert near(page, colour, left + x, top + y), (colour, x, y)
+        drawn = (np.asarray(page)[: top + IMAGE_HEIGHT] == colour).all(-1).sum()
+        assert drawn == pytest.approx({GOLD: 3 * 2 * (60 + 150), PREDICTED: 2 * 2 * (120 + 60)}[colour], rel=0.15)
+    first = np.asarray(page)[MARGIN : MARGIN + IMAGE_HEIGHT, MARGIN : MARGIN + IMAGE_HEIGHT]
+    assert (first == 128).all()
+
+
+def test_equal_boxes_show_both_colours_and_an_edge_shows_on_an_object_of_its_colour():
+    red = Image.new("RGB", GREY.size, PREDICTED)
+    box = (250, 250, 750, 750)
+    page = annotate([red], gold=box, predicted=box, target_image=0, **TEXT)
+    edge = np.asarray(page)[MARGIN + 120, MARGIN + 52 : MARGIN + 68]  # across the left edge at 60
+    assert [tuple(p) for p in edge].count(GOLD) == 3
+    inside = [tuple(p) for p in edge[8:]]
+    assert inside[:3] == [PREDICTED, PREDICTED, (255, 255, 255)], "no seam between the red line and the red object"
+
+
+def test_the_page_holds_all_images_at_one_height_and_grows_with_the_text():
+    photo = Image.new("RGB", (1000, 500))
+    page = annotate([photo, GREY], gold=None, predicted=None, target_image=0, **TEXT)
+    assert page.width == 480 + 240 + 3 * MARGIN and page.mode == "RGB"
+    longer = annotate(
+        [photo, GREY], gold=None, predicted=None, target_image=0, question="Where?", reasoning="word " * 200
+    )
+    titled = annotate([photo, GREY], gold=None, predicted=None, target_image=0, title="common_object", **TEXT)
+    assert longer.height > page.height + 100 and titled.height > page.height
+    assert annotate([GREY], gold=None, predicted=None, target_image=0, **TEXT).width == LEAST_WIDTH
+    strip = annotate([Image.new("L", (2000, 10))], gold=(0, 0, 1000, 1000), predicted=None, target_image=0, **TEXT)
+    assert strip.width == 3 * IMAGE_HEIGHT + 2 * MARGIN
+    options = {"gold": None, "predicted": None, "target_image": 0, "image_height": 2 * IMAGE_HEIGHT}
+    large = annotate([photo, GREY], **options, **TEXT)
+    assert large.size == (960 + 480 + 3 * MARGIN, page.height + IMAGE_HEIGHT)
+
+
+@pytest.mark.parametrize(
+    "predicted",
+    [
+        None,
+        (750, 750, 250, 250),  # inverted
+        (500, 500, 500, 500),  # no area
+        (-300, 100, 5000, 10**30),  # outside
+        (1000, 1000, 1000, 1000),  # in the last corner
+    ],
+)
+def test_any_prediction_can_be_drawn(predicted):
+    page = annotate([GREY], gold=(0, 0, 1000, 1000), predicted=predicted, target_image=0, **TEXT)
+    assert (np.asarray(page) == PREDICTED).all(-1).any() == (predicted is not None)
+    assert near(page, GOLD, MARGIN, MARGIN + 120)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "混合 ∑ naïve 🙂", "x" * 3000, "line\nbreak\ttab\x00\ud800", "<answer>(1, 2), (3, 4)</answer>", "עברית"],
+)
+def test_any_text_can_be_shown(text):
+    page = annotate([GREY], gold=None, predicted=None, target_image=0, question=text, reasoning=text, title=text)
+    ink = (np.asarray(page) < 200).any(-1)
+    assert not ink[:, -MARGIN + 2 :].any(), "text runs over the right edge"
+
+
+def test_a_target_image_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="target_image is 1 of 1 images; count from 0"):
+        annotate([GREY], gold=None, predicted=None, target_image=1, **TEXT)
+
+
+def test_a_contact_sheet_keeps_every_picture_whole_and_in_order():
+    pictures = [Image.new("RGB", (20 + 10 * k, 30 + 5 * k), (k * 40, 0, 200)) for k in range(5)]
+    sheet = contact_sheet(pictures, columns=2)
+    assert sheet.size == (60 + 50 + 3 * MARGIN, 35 + 45 + 50 + 4 * MARGIN)
+    counted = {colour: count for count, colour in sheet.getcolors()}
+    for picture in pictures:
+        assert counted[picture.getpixel((0, 0))] == picture.width * picture.height
+    assert sheet.getpixel((MARGIN, MARGIN)) == (0, 0, 200)
+    assert sheet.getpixel((MARGIN + 60 + MARGIN, MARGIN + 35 + MARGIN)) == (120, 0, 200)
+    with pytest.raises(ValueError, match="a sheet of 0 pictures in 2 columns is empty"):
+        contact_sheet([], columns=2)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_run_is_plotted_from_whatever_its_lines_hold(tmp_path):
+    records = [{"step": t, "rewards/accuracy/mean": t / 50, "difficulty/easy": 0.5} for t in range(50)]
+    records += [
+        {"step": 50, "eval/miou": 0.3},
+        {"note": "no step"},
+        {"step": 51, "rewards/accuracy/mean": float("nan")},
+    ]
+    plot_run(write_lines(tmp_path / "metrics.jsonl", records), tmp_path / "run.png", title="a run")
+    with Image.open(tmp_path / "run.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_a_curve_has_the_later_of_two_values_of_a_step_and_only_finite_ones():
+    lines = [(2, 9.0), (1, 1.0), (2, 2.0), (3, None), (4, float("nan"))]
+    steps, values = _curve([{"step": step, "kl": value} for step, value in lines] + [{"kl": 7.0}, {"step": 5}], "kl")
+    assert steps == [1, 2] and values.tolist() == [1.0, 2.0]
+
+
+def test_the_running_mean_keeps_a_constant_and_averages_its_window():
+    assert _running_mean(np.full(40, 0.25)) == pytest.approx(np.full(40, 0.25))
+    values = np.arange(32.0) ** 2
+    assert _running_mean(values)[[0, 10, 31]] == pytest.approx(
+        [values[:3].mean(), values[8:13].mean(), values[29:].mean()]
+    )
+    assert _running_mean(np.array([0.7])) == pytest.approx([0.7])
+
+
+def test_metrics_without_a_curve_or_with_a_broken_line_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds none of rewards/accuracy/mean"):
+        plot_run(write_lines(tmp_path / "empty.jsonl", [{"step": 1, "loss": 2.0}]), tmp_path / "run.png")
+    (tmp_path / "cut.jsonl").write_text('{"step": 1}\n{"step": 2, "rew')
+    with pytest.raises(ValueError, match=r"cut\.jsonl, line 2 is not JSON .* Remove that line"):
+        plot_run(tmp_path / "cut.jsonl", tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()

@@ -1,0 +1,137 @@
+"""Answers that were made elsewhere: scored without a model, without an image, and by the record that they belong to."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.evaluation.benches import BENCHES
+from boxgrpo.trainer.evaluator import main
+from scoring import scored_by_counting, text, varied_answers
+
+
+@pytest.fixture
+def predictions(shared, tmp_path):
+    """predictions(texts, *flags) -> the flags that score them on the sample of MIG-Bench."""
+
+    def flags(texts, *more, data=shared / "data/mig_bench/MIG_data.sample.json"):
+        (tmp_path / "answers.json").write_text(json.dumps(texts))
+        return ["--bench=mig", f"--data={data}", f"--predictions={tmp_path / 'answers.json'}", *more]
+
+    return flags
+
+
+def test_answers_made_elsewhere_are_scored_without_a_model_or_an_image(shared, predictions, tmp_path):
+    """The command as documented, in a folder without anything: JSON on stdout and nothing else, no file written."""
+    examples, _ = read_examples(shared / "data/mig_bench/MIG_data.sample.json")
+    texts = varied_answers(examples)
+    command = [sys.executable, "-P", "-m", "boxgrpo.trainer.evaluator", *predictions(texts, "--json", "-")]
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, expected = json.loads(done.stdout), scored_by_counting(examples, texts)
+    assert list(found["tasks"]) == list(BENCHES["mig"].columns)
+    assert found["tasks"] == pytest.approx({task: 100 * accuracy for task, (accuracy, _) in expected.items()})
+    assert found["mean"] == pytest.approx(sum(100 * accuracy for accuracy, _ in expected.values()) / 10)
+    low, high = found["summary"]["interval"]["accuracy_at_0.5"]
+    assert low < found["mean"] / 100 < high
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_predictions_are_for_all_records_or_for_the_usable_ones(shared, predictions, tmp_path, capsys):
+    """Two faulty records stand among 121: lists of 123 and 121 answers give the same, one of 122 is refused."""
+    faulty = json.loads((shared / "data/mig_bench/MIG_data.faulty.json").read_text())
+    records = json.loads((shared / "data/mig_bench/MIG_data.sample.json").read_text())
+    records[5:5], records[50:50] = faulty[:1], faulty[1:]
+    data = tmp_path / "MIG_data.json"
+    data.write_text(json.dumps(records))
+    usable, faults = read_examples(data)
+    assert [f.source for f in faults] == ["MIG_data.json#5", "MIG_data.json#50"]
+    draw = random.Random(1)
+    texts = [text(e.gold if draw.random() < 0.7 else (0, 0, 10, 10)) for e in usable]
+    of_all = [*texts[:5], "lost", *texts[5:49], "lost too", *texts[49:]]
+    found = []
+    for given in (texts, of_all):
+        main(predictions(given, "--json=-", data=data))
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] and found[0]["summary"]["skipped"] == 2
+    expected = {task: 100 * accuracy for task, (accuracy, _) in scored_by_counting(usable, texts).items()}
+    assert found[0]["tasks"] == pytest.approx(expected)
+    with pytest.raises(
+        ValueError, match=r"holds 122 answers; .*MIG_data.json has 123 records, of which 121 can be used"
+    ):
+        main(predictions(of_all[1:], data=data))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"a": 1}', "holds a JSON dict; it must be a list of answer strings"),
+        ('["a", null]', "answer 1 is None; it must be a string"),
+        (None, "there is no such file"),
+    ],
+)
+def test_predictions_that_are_no_list_of_answers_are_refused(record_file, tmp_path, content, message):
+    path = tmp_path / "answers.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=rf"answers\.json.*{message}"):
+        main([f"--data={record_file}", f"--predictions={path}"])
+
+
+def test_predictions_leave_a_page_where_they_are_told_to(record_file, tmp_path, capsys):
+    """With pictures of the images that are there; other predictions are another evaluation."""
+    (tmp_path / "answers.json").write_text(json.dumps([text((10, 20, 300, 400))] * 6 + ["\ud800 half a character"]))
+    flags = [f"--data={record_file}", f"--predictions={tmp_path / 'answers.json'}", f"--output_dir={tmp_path / 'out'}"]
+    main([*flags, "--pictures=7", f"--json={tmp_path / 'scores.json'}"])
+    shown = capsys.readouterr().out
+    assert re.search(r"mean +7 +87\.50", shown) and f"see {tmp_path / 'out'}/report.html" in shown
+    assert json.loads((tmp_path / "scores.json").read_text())["mean"] == 87.5
+    assert len(json.loads((tmp_path / "out/results.json").read_text())["answers"]) == 7
+    assert "2.png cannot be shown" in (tmp_path / "out/report.html").read_text()
+    assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 6
+    (tmp_path / "answers.json").write_text(json.dumps(["other"] * 7))
+    with pytest.raises(ValueError, match=r"\(other: predictions\)"):
+        main(flags)
+
+
+def test_the_files_of_refcoco_are_its_columns(tmp_path, capsys):
+    """Pixels and both forms of record; the split is the file's name. The answers follow the files' order."""
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
+    found = {"image": "a.jpg", "problem": "Where?", "solution": [20, 10, 100, 50]}
+    other = {"image": "a.jpg", "width": 200, "height": 100, "expression": "the cup", "bbox": [20, 10, 80, 40]}
+    files = {"refcoco_val.json": [found] * 4, "refcocop_testA.json": [other] * 2, "refcocog_test.json": [other, found]}
+    for name, records in files.items():
+        (tmp_path / name).write_text(json.dumps(records))
+    right, wrong = "(100, 100), (500, 500)", "(0, 0), (10, 10)"
+    (tmp_path / "answers.json").write_text(json.dumps([right, right, right, wrong, right, wrong, wrong, wrong]))
+    data = ["--data", *(str(tmp_path / name) for name in files)]
+    flags = ["--bench=refcoco", *data, f"--predictions={tmp_path / 'answers.json'}"]
+    main([*flags, "--json=-"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["tasks"] == {"refcoco_val": 75.0, "refcoco+_testA": 50.0, "refcocog_test": 0.0}
+    main([*flags, f"--output_dir={tmp_path / 'out'}"])
+    assert (
+        "| answers | this run | 75.00 | – | – | – | 50.00 | – | – | 0.00 | – |"
+        in (tmp_path / "out/table.md").read_text()
+    )
+
+
+def test_a_video_is_asked_for_its_third_frame(tmp_path, capsys):
+    """ReasonVOS: the box of the third frame, in its pixels; one task, one column of Table 2."""
+    for n in range(6):
+        Image.new("RGB", (100 + 100 * n, 100)).save(tmp_path / f"{n}.jpg")
+    boxes = [f"[{10 * n}, 10, {10 * n + 30}, 50]" for n in range(6)]
+    record = {"image_list": [f"{n}.jpg" for n in range(6)], "question": "What moves?", "bbox_list": boxes}
+    (tmp_path / "ReasonVOS_eval.json").write_text(json.dumps([record]))
+    (tmp_path / "answers.json").write_text(json.dumps(["<think></think><answer>(67, 100), (167, 500)</answer>"]))
+    flags = ["--bench=reasonvos", f"--data={tmp_path / 'ReasonVOS_eval.json'}"]
+    main([*flags, f"--predictions={tmp_path / 'answers.json'}", "--json=-"])
+    assert json.loads(capsys.readouterr().out)["tasks"] == {"reasonvos": 100.0}

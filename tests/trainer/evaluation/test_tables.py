@@ -1,0 +1,124 @@
+"""The published rows are the paper's, and a run stands in its own columns beside them."""
+
+import re
+
+import pytest
+
+from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.evaluation import published
+from boxgrpo.trainer.evaluation.benches import BENCHES
+from boxgrpo.trainer.evaluation.grade import summarize
+from boxgrpo.trainer.evaluation.tables import comparison, markdown, one_number
+
+TABLES = (
+    *(published.MIG, published.REASONING, published.REFCOCO),
+    *(published.STAGES, published.DIFFICULTY_FUNCTIONS, published.MIG_2B),
+)
+ROWS = [(table, model) for table in TABLES for model in table.rows]
+
+
+@pytest.mark.parametrize(("table", "model"), ROWS, ids=[f"{t.name}-{m}" for t, m in ROWS])
+def test_a_published_rows_average_is_near_its_mean(table, model):
+    """A wrong digit moves a mean of ten by more than this. (GroundingGPT's own average is 0.11 beside its mean.)"""
+    *values, average = table.rows[model]
+    assert len(values) == len(table.columns)
+    allowed = 0.12 if model == "GroundingGPT" else 0.05
+    assert sum(values) / len(values) == pytest.approx(average, abs=allowed)
+
+
+def test_every_published_row_stands_in_the_paper(shared):
+    papers = list((shared / "seeds").glob("001*.txt"))
+    if not papers:
+        pytest.skip(f"no text of the paper in {shared / 'seeds'}")
+    paper = papers[0].read_text()
+    lines = [re.findall(r"(?<=\s)\d+\.\d+(?=\s)", f" {line} ") for line in paper.splitlines()]
+    found = [tuple(map(float, numbers)) for numbers in lines]  # a line may begin with those of a formula
+    missing = [(t.name, m) for t, m in ROWS if not any(line[-len(t.rows[m]) :] == t.rows[m] for line in found)]
+    assert missing == []
+    for table in TABLES:
+        assert f"{table.name}: " in paper
+    header = next(line for line in paper.splitlines() if line.startswith("Static Robust"))
+    assert header.split() == list(published.MIG_COLUMNS)
+
+
+def summary_of(ious: dict[str, list[float]], **options) -> dict:
+    answers = [{"task": task, "iou": iou, "format": 1.0} for task, found in ious.items() for iou in found]
+    return summarize(answers, **options) | {"skipped": 0}
+
+
+def test_a_run_stands_in_the_papers_columns_whatever_its_tasks_order():
+    """Task k of MIG-Bench has k of 10 right; the tasks come in the records' order, the columns in the paper's."""
+    mig = BENCHES["mig"]
+    ious = {task: [0.9] * k + [0.1] * (10 - k) for k, task in enumerate(mig.columns)}
+    columns, rows = comparison(mig, summary_of(dict(sorted(ious.items())), resamples=100), "out/grpo")
+    assert columns[2:] == "Static Robust Common OT MV Region Refer GG Reason Co-Re AVG".split()
+    assert [row[:2] for row in rows[:2] + rows[9:10]] == [
+        ["Qwen2-VL-72B", "Table 1"],
+        ["Mantis", "Table 1"],
+        ["Qwen2-VL-2B", "Table 6"],
+    ]
+    assert len(rows) == 9 + 4 + 2
+    run, interval = rows[-2:]
+    assert run == ["out/grpo", "this run", *(f"{10 * k}.00" for k in range(10)), "45.00"]
+    assert interval[2] == "0.0–0.0" and re.fullmatch(r"\d+\.\d–\d+\.\d", interval[-1])
+    expected = dict(zip(mig.columns, columns[2:]))
+    assert expected["correspondence"] == "Co-Re" and expected["view_diff"] == "Robust" and expected["diff"] == "Static"
+
+
+def test_an_average_of_part_of_the_columns_is_none():
+    _, rows = comparison(BENCHES["lisa"], summary_of({"lisa_val": [0.9], "lisa_test": [0.9, 0.1]}), "ours")
+    assert rows[-1] == ["ours", "this run", "100.00", "50.00", "–", "–", "–", "–"]
+    columns, rows = comparison(BENCHES[""], summary_of({"b": [0.9], "a": [0.1]}), "ours")
+    assert (columns[2:], rows) == (["a", "b", "AVG"], [["ours", "this run", "0.00", "100.00", "50.00"]])
+
+
+def test_the_markdown_holds_every_row_and_no_markup_of_ours_is_theirs():
+    page = markdown(BENCHES["mig"], summary_of({"diff": [0.5], "a|b <b>`*": [0.9]}), "out|[x](y)")
+    assert (
+        "| UniVG-R1 | Table 1 | 71.97 | 58.51 | 93.13 | 76.36 | 66.32 | 81.71 | 82.83 | 88.04 | 62.89 | 44.44 | 72.64 |"
+        in page
+    )
+    assert r"| out\|\[x\](y) | this run | 0.00 |" in page
+    assert r"| a\|b \<b\>\`\* | 1 |" in page
+    assert "its scorer counts 0.5 too: the mean here is then 100.00" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {15, 10}
+
+
+def test_a_benchmark_of_another_kind_has_its_published_mean_beside_it():
+    page = one_number(
+        "MMIU", "ours", {"mean": 50.0, "tasks": {"a": 40.0, "b": 60.0}, "skipped": 3}, {"UniVG-R1": 53.03}
+    )
+    assert "| UniVG-R1 | published | 53.03 |\n| ours | this run | 50.00 |" in page
+    assert "| b | this run | 60.00 |" in page and "3 records skipped" in page
+
+
+@pytest.mark.parametrize(
+    ("bench", "task", "file", "expected"),
+    [
+        ("refcoco", "grounding", "refcoco_val.json", "refcoco_val"),
+        ("refcoco", "grounding", "refcocop_testA.json", "refcoco+_testA"),
+        ("refcoco", "grounding", "RefCOCO+_testB.jsonl", "refcoco+_testB"),
+        ("refcoco", "grounding", "refcocog_test.json", "refcocog_test"),
+        ("refcoco", "refcoco_plus_test_a", "records.json", "refcoco+_testA"),
+        ("refcoco", "grounding", "refcoco_train.json", "grounding"),
+        ("lisa", "grounding", "lisa_test.json", "lisa_test"),
+        ("lisa", "val", "records.json", "lisa_val"),
+        ("lisa", "grounding", "lisa_eval_test.json", "lisa_test"),
+        ("lisa", "grounding", "records.json", "lisa"),
+        ("llmseg", "grounding", "LLMSeg_eval.json", "llmseg"),
+        ("reasonvos", "grounding", "x.json", "reasonvos"),
+        ("revos", "grounding", "x.json", "revos"),
+        ("mig", "diff", "refcoco_val.json", "diff"),
+        ("", "anything", "x.json", "anything"),
+    ],
+)
+def test_a_records_split_is_its_tasks_or_its_files(bench, task, file, expected):
+    example = Example("0", task, (), "Where?", None, source=f"{file}#3")
+    assert BENCHES[bench].labelled(example).task == expected
+
+
+def test_every_bench_has_a_task_for_each_published_column():
+    for bench in BENCHES.values():
+        for table in bench.published:
+            assert tuple(bench.columns.values()) == table.columns

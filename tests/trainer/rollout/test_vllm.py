@@ -1,0 +1,208 @@
+"""What vLLM is asked, which weights it gets and when, and what is refused; vLLM itself is a fake here."""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import fake_vllm
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data.loader import Sample
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.rollout.local import LocalRollout, Sampled, Vocabulary, make_rollout
+from boxgrpo.trainer.rollout.vllm import request_seed
+from boxgrpo.trainer.runtime.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def options(newborn):
+    values = {"min_pixels": 784, "max_pixels": 50_000, "num_generations": 3, "max_completion_length": 12}
+    return GrpoOptions(model=str(newborn), rollout="vllm", **values)
+
+
+@pytest.fixture(scope="module")
+def processor(newborn):
+    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000)
+
+
+@pytest.fixture
+def policy(newborn):
+    model = load_model(newborn)
+    model.freeze_vision()
+    return model
+
+
+@pytest.fixture(scope="module")
+def samples(processor, tmp_path_factory):
+    """Prompts with none, two and three images, one of them over the limit of pixels."""
+    folder = tmp_path_factory.mktemp("images")
+    made = []
+    for serial, sizes in {7: (), 3: ((61, 90), (400, 300)), 12: ((56, 56), (28, 140), (84, 56))}.items():
+        paths = tuple(str(folder / f"{serial}_{k}.png") for k in range(len(sizes)))
+        for path, size in zip(paths, sizes):
+            Image.effect_noise(size, 60).convert("RGB").save(path)
+        example = Example(str(serial), "diff", paths, "Where is it?", (0.0, 0.0, 500.0, 500.0), source=f"data#{serial}")
+        made.append(Sample(serial, example, processor.prompt(example)))
+    return made
+
+
+@pytest.fixture
+def start(options, processor, policy, samples, monkeypatch):
+    """start(**changes) -> the rollout and its engine."""
+
+    def make(noise=0.0, **changes):
+        o = dataclasses.replace(options, **changes)
+        engines = fake_vllm.install(monkeypatch, seed=o.seed, noise=noise)
+        vocabulary = Vocabulary.of(processor, policy.config, "cpu")
+        rollout = make_rollout(o, processor, vocabulary, policy, [s.example for s in samples], Ranks(), {})
+        return rollout, engines[0]
+
+    return make
+
+
+def test_the_engine_is_this_ranks_own_and_starts_asleep(start, options):
+    _, engine = start()
+    assert engine.events == ["sleep 1"]
+    expected = {
+        "model": options.model,
+        "dtype": "float32",
+        "distributed_executor_backend": "external_launcher",
+        "enable_sleep_mode": True,
+        "gpu_memory_utilization": 0.3,
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "limit_mm_per_prompt": {"image": 3, "video": 0},
+        "max_model_len": 4096,  # the tiny model's longest; the options' budgets are over it
+        "mm_processor_kwargs": {"size": {"shortest_edge": 784, "longest_edge": 50_000}},
+    }
+    assert {name: engine.arguments[name] for name in expected} == expected
+    _, hot = start(temperature=1.3, max_prompt_length=1000)
+    assert hot.arguments["logprobs_mode"] == "processed_logprobs"
+    assert hot.arguments["max_model_len"] == 1012
+
+
+def test_a_request_has_one_placeholder_an_image_and_the_images_at_our_size(start, samples, policy, processor):
+    rollout, engine = start()
+    rollout(policy, samples, None)
+    for sample, request in zip(samples, engine.prompts, strict=True):
+        images = request.get("multi_modal_data", {"image": []})["image"]
+        grids = sample.item.image_grid_thw
+        assert [(i.height // 14, i.width // 14) for i in images] == [(h, w) for _, h, w in grids.tolist()]
+        pad, tokens = processor.image_token_id, request["prompt_token_ids"]
+        assert tokens.count(pad) == len(grids)
+        assert [i for i in tokens if i != pad] == [i for i in sample.item.input_ids.tolist() if i != pad]
+    assert "multi_modal_data" not in engine.prompts[0]
+    assert max(i.width * i.height for i in engine.prompts[1]["multi_modal_data"]["image"]) <= 50_000
+
+
+def test_sampling_is_asked_for_as_the_options_say(start, samples, policy, processor):
+    rollout, engine = start(temperature=1.3, max_prompt_length=500)
+    rollout(policy, samples, None)
+    for params in engine.params:
+        assert (params.n, params.max_tokens, params.temperature, params.top_k, params.top_p) == (3, 12, 1.3, 0, 1.0)
+        assert params.logprobs == 0 and params.detokenize is False
+        assert params.stop_token_ids == processor.eos_ids
+        beyond = range(len(processor.tokenizer), policy.config.text_config.vocab_size)
+        assert params.logit_bias == dict.fromkeys([*processor.vision_ids, *beyond], -100.0)
+    rollout, engine = start(top_k=5, top_p=0.9)
+    rollout(policy, samples[:1], None)
+    assert (engine.params[0].top_k, engine.params[0].top_p) == (5, 0.9)
+
+
+def test_seeds_follow_the_sample_and_lie_apart():
+    seeds = sorted(request_seed(seed, serial) for seed in (0, 42) for serial in range(5000))
+    assert seeds[0] >= 0 and seeds[-1] < 2**63 - 1000  # vLLM adds a completion's index
+    assert min(b - a for a, b in itertools.pairwise(seeds)) > 1000
+    assert request_seed(42, 7) == 12574737069870113  # of any process
+
+
+def test_what_trains_is_handed_over_under_the_published_names(start, samples, policy, newborn):
+    rollout, engine = start()
+    with safe_open(Path(newborn) / "model.safetensors", "pt") as file:
+        published = set(file.keys())
+    rollout(policy, samples, None)
+    assert engine.loaded == [{name for name in published if not name.startswith("visual.")}]
+    policy.freeze_vision(False)
+    rollout(policy, samples, None)
+    assert engine.loaded[1] == published
+
+
+def test_every_call_wakes_loads_forgets_generates_and_sleeps(start, samples, policy):
+    rollout, engine = start()
+    for _ in range(2):
+        engine.events.clear()
+        rollout(policy, samples, None)
+        assert engine.events == [
+            "wake weights",
+            "load_weights",
+            "wake kv_cache",
+            "reset_prefix_cache",
+            "reset_encoder_cache",
+            "generate",
+            "sleep 1",
+        ]
+
+
+def test_completions_are_those_of_the_weights_at_hand(start, samples, policy, processor, options):
+    """The engine loaded the checkpoint, the policy has moved on: what is sampled is the moved policy's."""
+    with torch.no_grad():
+        policy.model.norm.weight *= 3
+    rollout, _ = start()
+    sampled = rollout(policy, samples, None)
+    local = LocalRollout(options, Vocabulary.of(processor, policy.config, "cpu"), Ranks())(policy, samples, None)
+    assert isinstance(sampled, Sampled) and local.logps is None
+    for theirs, ours, logps in zip(sampled.completions, local.completions, sampled.logps, strict=True):
+        assert [c.tolist() for c in theirs] == [c.tolist() for c in ours]
+        assert [len(c) for c in theirs] == [len(x) for x in logps]
+        assert all(x.dtype == torch.float32 and c.dtype == torch.int64 for x, c in zip(logps, theirs))
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda answers: answers.pop(), "vLLM answered 2 of 3 requests"),
+        (lambda answers: answers[1].outputs.pop(), "data#3: vLLM gave 2 completions; num_generations is 3"),
+        (lambda answers: answers[2].prompt_token_ids.append(0), r"data#12: vLLM read \d+ tokens, .* the prompt has"),
+        (lambda answers: answers[0].outputs[0].logprobs.pop(), "data#7: vLLM gave .* log-probabilities of"),
+        (lambda answers: setattr(answers[0].outputs[1], "logprobs", None), "log-probabilities of 0"),
+        (lambda answers: answers[0].outputs[1].__dict__.update(token_ids=[], logprobs=[]), "gave 0 tokens"),
+    ],
+)
+def test_an_answer_that_does_not_fit_is_refused(start, samples, policy, monkeypatch, damage, says):
+    rollout, engine = start()
+    generate = engine.generate
+
+    def damaged(*args, **kwargs):
+        answers = generate(*args, **kwargs)
+        damage(answers)
+        return answers
+
+    monkeypatch.setattr(engine, "generate", damaged)
+    with pytest.raises(ValueError, match=says):
+        rollout(policy, samples, None)
+
+
+def test_without_vllm_or_torchrun_the_error_names_the_remedy(options, processor, policy, samples, monkeypatch):
+    arguments = (
+        options,
+        processor,
+        Vocabulary.of(processor, policy.config, "cpu"),
+        policy,
+        [samples[0].example],
+        Ranks(),
+        {},
+    )
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match="importing it fails.*pip install 'vllm.*--rollout local"):
+        make_rollout(*arguments)
+    fake_vllm.install(monkeypatch, seed=0)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ValueError, match="RANK is not set.*Start with torchrun"):
+        make_rollout(*arguments)

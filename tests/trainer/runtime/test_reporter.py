@@ -1,0 +1,181 @@
+"""What a run tells: its numbers are what they are called, its lines are whole, and another run's are never touched."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.reporter import Reporter, claim_output_dir
+from boxgrpo.trainer.step.metrics import length_metrics, policy_metrics, reward_metrics
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def report(tmp_path):
+    reporter = Reporter(tmp_path, Ranks(), total_steps=3, title="test")
+    yield reporter
+    reporter.close()
+
+
+def test_a_line_a_step_readable_at_once(report, tmp_path):
+    report.log(1, {"loss": 0.5, "rewards/accuracy/mean": 0.25})
+    report.log(2, {"loss": 0.125})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # the run still goes on
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.5, "rewards/accuracy/mean": 0.25},
+        {"step": 2, "loss": 0.125},
+    ]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_without_tensorboard_the_metrics_are_written(tmp_path, monkeypatch, caplog):
+    """As on a machine that runs a bare checkout with what is there."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    reporter = Reporter(tmp_path, Ranks(), total_steps=3, title="test")
+    reporter.log(1, {"loss": 0.5})
+    reporter.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    assert "pip install tensorboard" in caplog.text and not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("text", ["[bold]box[/bold]", r"\[red] (1, 2) [/]", ":dog: [", "世界 🦊"])
+def test_a_table_shows_the_models_text_as_it_is(report, capsys, text):
+    report.table("step 1", ["question", "completion"], [["Where?", text]])
+    assert text in capsys.readouterr().out
+
+
+def test_a_table_steers_no_terminal(report, capsys):
+    report.table("step 1", ["completion"], [["one\x1b[2J\rtwo\nthree\x9b1m"]])
+    shown = capsys.readouterr().out
+    assert "one\ufffd[2J\ufffdtwo" in shown and "three\ufffd1m" in shown
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    silent = Reporter(tmp_path, Ranks(rank=1, world_size=2), total_steps=3, title="test")
+    silent.advance(loss=1.0)
+    silent.log(1, {"loss": 1.0})
+    silent.table("step 1", ["completion"], [["text"]])
+    silent.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        *("metrics.jsonl", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        *("checkpoint-1000/trainer_state.json", "adapter/adapter_config.json", "tensorboard/events"),
+    ],
+)
+def test_another_runs_folder_is_refused_and_stays_as_it_is(tmp_path, left):
+    """A downloaded checkpoint too, in one file or in shards, and another trainer's: they would be overwritten."""
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text('{"step": 1}\n')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"output_dir {tmp_path} already holds a run\. .*--overwrite_output_dir true"):
+        claim_output_dir(GrpoOptions(output_dir=str(tmp_path)), Ranks())
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_other_things_is_taken_and_they_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    options = GrpoOptions(output_dir=str(tmp_path), num_generations=6)
+    assert claim_output_dir(options, Ranks()) == tmp_path
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "num_generations: 6" in (tmp_path / "options.yaml").read_text()
+
+
+def test_overwriting_starts_the_metrics_anew(tmp_path):
+    options = GrpoOptions(output_dir=str(tmp_path), overwrite_output_dir=True)
+    for loss in (1.0, 2.0):
+        folder = claim_output_dir(options, Ranks())
+        reporter = Reporter(folder, Ranks(), total_steps=1, title="test")
+        reporter.log(1, {"loss": loss})
+        reporter.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+
+
+def test_going_back_is_refused_while_later_checkpoints_are_there(tmp_path):
+    """Killed before it is as far again, the run would go on from what it had left behind."""
+    for step in (4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/manifest.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("four\nten\n")
+    before, found = contents(tmp_path), tmp_path / "checkpoint-4"
+    options = GrpoOptions(output_dir=str(tmp_path), resume=str(found))
+    with pytest.raises(ValueError, match=r"also holds checkpoint-10\. .*--overwrite_output_dir true"):
+        claim_output_dir(options, Ranks(), found, metrics_bytes=5)
+    assert contents(tmp_path) == before
+    options.overwrite_output_dir = True
+    claim_output_dir(options, Ranks(), found, metrics_bytes=5)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "metrics.jsonl", "options.yaml"}
+    assert (tmp_path / "metrics.jsonl").read_text() == "four\n"
+
+
+def test_going_on_without_metrics_keeps_the_checkpoints(tmp_path):
+    """Of a user who has moved metrics.jsonl away."""
+    found = tmp_path / "checkpoint-4"
+    found.mkdir()
+    claim_output_dir(GrpoOptions(output_dir=str(tmp_path), resume="auto"), Ranks(), found, metrics_bytes=5)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "options.yaml"}
+
+
+def test_rewards_by_hand():
+    accuracy = torch.tensor([[1.0, 0.8], [0.3, 0.3], [0.2, 0.0]])
+    form = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    total = accuracy + form
+    weights = torch.tensor([0.5, 1.0, 3.0])
+    metrics = reward_metrics(total, accuracy, form, accuracy.mean(1), weights)
+    assert metrics["reward"] == pytest.approx((2.0 + 0.8 + 1.3 + 1.3 + 1.2 + 1.0) / 6)
+    assert metrics["reward_std"] == pytest.approx((1.2 + 0.0 + 0.2) / 2**0.5 / 3)  # of two values: |a - b| / sqrt 2
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["rewards/accuracy/mean"] == pytest.approx(2.6 / 6)
+    assert metrics["rewards/format/mean"] == pytest.approx(5 / 6)
+    # Mean IoU 0.9 is easy, 0.1 hard, and 0.3 itself still medium.
+    shares = [metrics[f"difficulty/{name}"] for name in ("easy", "medium", "hard")]
+    assert shares == pytest.approx([1 / 3] * 3)
+    assert metrics["difficulty/weight_mean"] == pytest.approx(1.5)
+
+
+def test_lengths_by_hand():
+    """Clipped is what reached the limit without an end token, not what ended there."""
+    completions = [[torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6, 7, 9])], [torch.tensor([9]), torch.tensor([5, 9])]]
+    assert length_metrics(completions, 4, eos=(9,)) == {
+        "completions/mean_length": 11 / 4,
+        "completions/min_length": 1,
+        "completions/max_length": 4,
+        "completions/clipped_ratio": 1 / 4,
+    }
+
+
+def test_policy_metrics_weigh_every_token_alike():
+    """Packs of 1 and 3 tokens: the mean over four tokens, not over two packs."""
+
+    def pack(kl, entropy, clip):
+        low, high, region = map(torch.tensor, clip)
+        return SimpleNamespace(
+            kl=torch.tensor(kl),
+            entropy=torch.tensor(entropy),
+            logps=torch.zeros(len(entropy)),
+            clip_low=low,
+            clip_high=high,
+            clip_region=region,
+        )
+
+    stats = [pack(0.4, [2.0], (1.0, 0.0, 1.0)), pack(0.0, [1.0, 1.0, 4.0], (0.0, 1 / 3, 1 / 3))]
+    assert policy_metrics(stats, Ranks()) == pytest.approx(
+        {
+            "kl": 0.1,
+            "entropy": 2.0,
+            "clip_ratio/low_mean": 0.25,
+            "clip_ratio/high_mean": 0.25,
+            "clip_ratio/region_mean": 0.5,
+        }
+    )

@@ -1,0 +1,105 @@
+"""A rank that is gone is named by the others, which end: killed, stopped, or never started again."""
+
+import os
+import signal
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from boxgrpo.bench.launches import kill
+from boxgrpo.trainer.runtime.watch import Watch
+from runs import start
+
+STEPS = """
+import os, sys, time
+from boxgrpo.trainer.runtime.ranks import ranks
+
+with ranks(timeout=20) as r:
+    os.write(1, f"rank {r.rank} is {os.getpid()}\\n".encode())  # in one piece
+    for step in range(1000):
+        r.sum(1.0)
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A run of three ranks that meet again and again; `three.pids` by rank."""
+    script = tmp_path / "script.py"
+    script.write_text(STEPS)
+    run = start(script, SimpleNamespace(), ranks=3)
+    pids = {}
+    while len(pids) < 3:
+        words = run.stdout.readline().split()
+        if words[:1] == ["rank"]:
+            pids[int(words[1])] = int(words[3])
+    yield SimpleNamespace(run=run, pids=pids)
+    kill(run)
+
+
+def test_a_stopped_rank_ends_the_others_who_name_it(three):
+    """It hangs, but lives: no launcher notices, and no collective would end before the timeout of 20 s."""
+    time.sleep(1)
+    os.kill(three.pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    told = ""
+    while "sign of life" not in told and time.monotonic() < began + 15:
+        told = three.run.stdout.readline()
+    assert f"rank 1 (pid {three.pids[1]} on " in told and "gave no sign of life for 2 s" in told, told
+    assert "--resume auto" in told
+    assert time.monotonic() - began < 10
+    os.kill(three.pids[1], signal.SIGCONT)
+
+
+def test_a_killed_rank_ends_the_run_with_its_name(three):
+    time.sleep(1)
+    os.kill(three.pids[2], signal.SIGKILL)
+    out, _ = three.run.communicate(timeout=40)
+    assert three.run.returncode != 0
+    assert "rank      : 2" in out and "Signal 9" in out  # torchrun's own words
+
+
+def test_a_lost_machine_is_named_by_the_other(tmp_path):
+    """Two launchers, as on two machines, of which one and its rank are killed: no launcher tells the other rank."""
+    script = tmp_path / "script.py"
+    script.write_text(STEPS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free.getsockname()[1]} --nnodes=2".split()
+    here = start(script, SimpleNamespace(), 1, meeting)
+    time.sleep(3)  # this one holds the meeting place
+    there = start(script, SimpleNamespace(), 1, meeting)
+    pid = int(there.stdout.readline().split()[-1])
+    while not here.stdout.readline().startswith("rank"):
+        pass
+    kill(there)
+    out, _ = here.communicate(timeout=60)
+    assert here.returncode != 0 and f"(pid {pid} on " in out and "gave no sign of life" in out, out
+
+
+def test_who_is_gone(monkeypatch):
+    """By the signs in the store alone: silent too long, not silent for long, finished."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    watch = Watch(0, 4, silence=30.0)
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for rank in (1, 2, 3):
+        watch.store.set(str(rank), "0")
+    assert watch.gone() == {}
+    now = 129.0
+    watch.store.set("1", "1")
+    watch.store.set("3", "finished")
+    assert watch.gone() == {}
+    now = 131.0
+    assert watch.gone() == {2: "gave no sign of life for 30 s"}
+    now = 200.0
+    assert watch.gone().keys() == {1, 2}
+    watch.store.set("2", "1")
+    assert watch.gone().keys() == {1}, "one that comes back is not gone"
+    watch.store.set("1", "failed ValueError: no such file")
+    assert watch.gone() == {1: "has failed with ValueError: no such file"}

@@ -1,0 +1,211 @@
+"""From groups to packs: who trains what, and that nothing is lost, doubled or mixed up on the way."""
+
+import itertools
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from boxgrpo.model.packing import Group, Prompt, pack_groups
+from boxgrpo.trainer.engine.ddp import MemoryElsewhere
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.rollout.local import Sampled
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.step.pack import Budget, even_out, in_packs_that_fit, make_packs, plan_moves, trained_groups
+from runs import finish, start
+
+
+def prompt(length: int) -> Prompt:
+    ids = torch.arange(length)
+    return Prompt(ids, ids.expand(3, -1), None, torch.empty(0, 3, dtype=torch.int64))
+
+
+def loads(costs, moves):
+    """Each rank's work after the moves."""
+    found = [sum(items) for items in costs]
+    for move in moves:
+        found[move.source] -= costs[move.source][move.index]
+        found[move.target] += costs[move.source][move.index]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("costs", "most"),
+    [
+        ([[5, 5, 5, 5], [1, 1, 1, 1]], 13),  # two of the four go over: 10 and 14; one comes back for balance
+        ([[9, 1], []], 9),  # one group cannot be cut
+        ([[8, 4, 4], [8], [0.5]], 9),
+        ([[1, 2], [3, 4], [5, 6], [7, 8]], 11),
+    ],
+)
+def test_moves_even_out_the_ranks(costs, most):
+    moves = plan_moves(costs)
+    assert len({(m.source, m.index) for m in moves}) == len(moves), "each group moves once"
+    assert all(m.source != m.target for m in moves)
+    after = loads(costs, moves)
+    assert max(after) <= most < max(map(sum, costs)), after
+    assert sum(after) == pytest.approx(sum(map(sum, costs)))
+
+
+@pytest.mark.parametrize("costs", [[[4, 4], [4, 4]], [[10], [0.1]], [[], []], [[100, 1], [100]], [[7, 5], [9]]])
+def test_nothing_moves_where_it_would_not_help(costs):
+    """Even ranks, single groups, no groups, a difference not worth an exchange, or one that a move would turn round."""
+    assert plan_moves(costs) == []
+
+
+def test_one_rank_keeps_its_groups():
+    groups = [Group(prompt(3), ()), Group(prompt(9), ())]
+    assert even_out(groups, [1.0, 5.0], Ranks()) == groups
+
+
+THREE_RANKS = """
+import json, sys, torch
+from boxgrpo.model.packing import Group, Prompt
+from boxgrpo.trainer.step.pack import even_out
+from boxgrpo.trainer.runtime.ranks import ranks
+
+with ranks() as r:
+    groups = []
+    for i in range(6 if r.rank == 1 else 1):
+        number = 10 * r.rank + i
+        ids = torch.full((number + 1,), number)
+        prompt = Prompt(ids, ids.expand(3, -1), None, torch.empty(0, 3, dtype=torch.int64))
+        completions = [torch.tensor([number, g]) for g in range(2)]
+        groups.append(
+            Group(prompt, completions, i, torch.full((1, 4), float(number)), torch.tensor([1.0, -1.0]) * number,
+                  torch.tensor(number / 7), [torch.full((2,), -float(number))] * 2))
+    mine = even_out(groups, [1.0] * len(groups), r)
+    for g in mine:
+        number = int(g.prompt.input_ids[0])
+        assert len(g.prompt.input_ids) == number + 1
+        assert [c.tolist() for c in g.completions] == [[number, 0], [number, 1]]
+        assert g.image_embeds.tolist() == [[number] * 4] and g.advantages.tolist() == [number, -number]
+        assert g.weight == torch.tensor(number / 7) and g.sampler_logps[1].tolist() == [-number] * 2
+    everyone = r.gather([int(g.prompt.input_ids[0]) for g in mine])
+    if r.is_main:
+        print(json.dumps(everyone))
+"""
+
+
+def test_groups_arrive_whole(tmp_path):
+    """Rank 1 has six groups, the others one each: afterwards three each, with every tensor that belongs to them."""
+    (tmp_path / "script.py").write_text(THREE_RANKS)
+    found = json.loads(finish(start(tmp_path / "script.py", SimpleNamespace(), ranks=3)).strip().splitlines()[-1])
+    assert sorted(n for rank in found for n in rank) == [0, 10, 11, 12, 13, 14, 15, 20]
+    assert sorted(map(len, found)) == [2, 3, 3]
+
+
+def scored_groups(options, advantages, **more):
+    samples = [SimpleNamespace(item=prompt(n), example=SimpleNamespace(source=f"{n} tokens")) for n in (5, 8)]
+    completions = [[torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.tensor([5, 6]), torch.tensor([7, 8])]]
+    weights = torch.tensor([0.5, 2.0])
+    return trained_groups(options, samples, Sampled(completions, **more), None, torch.tensor(advantages), weights)
+
+
+def test_a_groups_parts_keep_what_is_theirs(twins):
+    """A budget that holds no group whole: prompt by prompt, completion by completion, nothing changes place."""
+    config = twins("tiny")[0].config
+    logps = [[torch.tensor([-1.0, -2, -3]), torch.tensor([-4.0])], [torch.tensor([-5.0, -6]), torch.tensor([-7.0, -8])]]
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]], logps=logps)
+    found = {}
+    packs = make_packs(config, Room(0), groups, 10)
+    for pack in packs:
+        assert len(pack.input_ids) <= 10
+        for i, (first, last) in enumerate(itertools.pairwise(pack.completion_cu)):
+            ids = tuple(pack.targets[first:last].tolist())
+            found[ids] = (float(pack.advantages[i]), float(pack.weights[i]), pack.sampler_logps[first:last].tolist())
+    assert len(packs) == 3
+    assert found == {
+        (1, 2, 3): (1.0, 0.5, [-1, -2, -3]),
+        (4,): (-1.0, 0.5, [-4]),
+        (5, 6): (3.0, 2.0, [-5, -6]),
+        (7, 8): (-3.0, 2.0, [-7, -8]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"), [({"beta": 0.0}, [1]), ({"beta": 0.1}, [0, 1]), ({"beta": 0.0, "loss_type": "bnpo"}, [0, 1])]
+)
+def test_groups_without_gradient_are_left_out(changes, kept):
+    groups = scored_groups(GrpoOptions(**changes), [[0.0, 0.0], [1.0, -1.0]])
+    assert [g.group_id for g in groups] == kept
+
+
+class Room:
+    """Stands for memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
+
+    lockstep, least_packs = False, 0  # of the engine that it also stands for
+    ranks = Ranks()
+
+    def __init__(self, tokens: int):
+        self.tokens, self.gradients, self.tries = tokens, [], 0
+
+    def check_room(self, packs) -> None:
+        pass
+
+    def start_over(self, error) -> None:
+        assert error.__traceback__ is None, "it would hold on to the activations"
+        self.gradients.clear()
+
+    def run(self, packs):
+        self.tries += 1
+        for pack in packs:
+            self.gradients += pack.targets.tolist()
+            if len(pack.input_ids) > self.tokens:
+                raise torch.OutOfMemoryError("no room")
+        return len(packs)
+
+
+def test_packs_shrink_until_they_fit(twins, caplog):
+    """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is forgotten."""
+    config, room = twins("tiny")[0].config, Room(tokens=10)
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    budget = Budget(100)
+    assert in_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert room.tries == 2 and "memory ran out in a pack of 21 tokens (no room); again with 10" in caplog.text
+    assert in_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert room.tries == 3, "the next step knows"
+
+
+def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
+    config, room = twins("tiny")[0].config, Room(tokens=8)
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    in_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run)
+    assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
+    assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
+    room.tokens = 3
+    assert in_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run) == 0, (
+        "and where none fits, no pack is left"
+    )
+
+
+def test_where_nothing_is_left_to_make_smaller_the_run_ends(twins):
+    """An empty pack, in step with other ranks' full ones, or the packs' own tensors."""
+    room = Room(tokens=-1)
+    with pytest.raises(ValueError, match="memory ran out .no room. with 0 groups and 1 packs.*--prompts_per_step"):
+        in_packs_that_fit([], Budget(100), room, lambda groups, tokens: [pack_groups([], image_token_id=0)], room.run)
+
+    def no_room(groups, tokens):
+        raise torch.OutOfMemoryError("no room")
+
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    with pytest.raises(ValueError, match="with 2 groups and 0 packs"):
+        in_packs_that_fit(groups, Budget(100), room, no_room, room.run)
+
+
+def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog):
+    """Memory lasted here."""
+    room, packed = Room(tokens=100), []
+
+    def run(packs):
+        packed.append([len(p.input_ids) for p in packs])
+        if len(packed) == 1:
+            raise MemoryElsewhere("on another rank")
+        return room.run(packs)
+
+    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
+    assert in_packs_that_fit(groups, Budget(100), room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
+    assert packed == [[21], [21]] and caplog.text == ""

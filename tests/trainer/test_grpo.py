@@ -1,0 +1,345 @@
+"""The loops on a tiny model: they learn, they replay, two ranks equal one, and bad input costs only itself."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fake_vllm
+import runs
+from boxgrpo.kernels import fused_grpo_loss
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer import grpo, sft
+from boxgrpo.trainer.evaluator import evaluate
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
+from runs import ROOT, finish, lines, start
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return runs.make_world(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def cold(world):
+    """The newborn after a few steps of SFT: enough to write boxes now and then."""
+    return world / "sft"
+
+
+def grpo_options(world, cold, name, **changes) -> GrpoOptions:
+    return runs.grpo_options(world, name, **{"model": str(cold)} | changes)
+
+
+def on_two_ranks(script, options):
+    finish(start(ROOT / "trainer" / script, options))
+
+
+def test_sft_learns_and_says_so(world, cold):
+    losses = [m["loss"] for m in lines(cold)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert {p.name for p in cold.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "options.yaml",
+        "tensorboard",
+    }
+
+
+def test_grpo_reports_under_trls_names(world, cold, capsys):
+    grpo.train(grpo_options(world, cold, "names", log_completions=1, max_steps=1), Ranks())
+    (metrics,) = lines(world / "names")
+    expected = """loss grad_norm learning_rate epoch num_tokens step_time reward reward_std frac_reward_zero_std
+        rewards/accuracy/mean rewards/accuracy/std rewards/format/mean rewards/format/std completions/mean_length
+        completions/min_length completions/max_length completions/clipped_ratio kl entropy clip_ratio/low_mean
+        clip_ratio/high_mean clip_ratio/region_mean difficulty/easy difficulty/medium difficulty/hard
+        difficulty/weight_mean timing_s/data timing_s/rollout timing_s/reward timing_s/reference timing_s/policy
+        timing_s/optimizer perf/tokens_per_second perf/peak_memory_gb data/skipped""".split()
+    assert not set(expected) - metrics.keys()
+    assert all(metrics[k] == metrics[k] for k in expected)  # no NaN
+    shares = [metrics[f"difficulty/{k}"] for k in ("easy", "medium", "hard")]
+    assert sum(shares) == pytest.approx(1)
+    assert "completion" in capsys.readouterr().out  # the table of sampled completions
+
+
+def test_a_replay_repeats_the_run(world, cold):
+    stored = str(world / "stored.jsonl")
+    grpo.train(grpo_options(world, cold, "first", rollout_file=stored), Ranks())
+    grpo.train(grpo_options(world, cold, "again", rollout_file=stored, rollout="replay"), Ranks())
+    for a, b in zip(lines(world / "first"), lines(world / "again"), strict=True):
+        assert a["reward"] == b["reward"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    other = grpo_options(world, cold, "other", rollout_file=stored, rollout="replay", max_steps=9)
+    with pytest.raises(ValueError, match="holds no completions for sample 8"):
+        grpo.train(other, Ranks())
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("dapo", {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.0, "num_iterations": 2}),
+        ("cispo", {"loss_type": "cispo", "epsilon_high": 5.0, "gradient_accumulation_steps": 2}),
+        ("gspo", {"importance_sampling_level": "sequence", "scale_rewards": "batch", "tokens_per_pass": 150}),
+        ("trained_tower", {"freeze_vision": False, "difficulty": "log", "loss_type": "bnpo"}),
+        ("dr", {"loss_type": "dr_grpo", "gradient_checkpointing": True, "difficulty": "none"}),
+    ],
+)
+def test_every_variant_trains(world, cold, name, changes):
+    grpo.train(grpo_options(world, cold, name, **changes), Ranks())
+    first, second = lines(world / name)
+    assert first["grad_norm"] > 0
+    assert second["epoch"] > first["epoch"]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "global_count"),
+    [("grpo", 128), ("dapo", 3000), ("cispo", 3000), ("dr_grpo", 128 * 32), ("bnpo", None)],
+)
+def test_the_denominator_is_the_steps_global_count_over_the_ranks(loss_type, global_count):
+    """128 completions of 3000 tokens on two ranks: each divides by half, since gradients are averaged afterwards."""
+    options = GrpoOptions(loss_type=loss_type, max_completion_length=32)
+    denominator = grpo.loss_denominator(options, 128.0, 3000.0, Ranks(0, 2))
+    assert (denominator if global_count is None else float(denominator) * 2) == global_count
+
+
+def test_batch_scaled_advantages_use_the_rewards_of_all_ranks():
+    class Two(Ranks):
+        def gather(self, value):
+            return [(theirs, theirs / 2), value]  # we are rank 1
+
+    ours, theirs = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[0.5, 1.0], [2.0, 2.0]])
+    options = GrpoOptions(scale_rewards="batch", difficulty="none")
+    advantages, weights, miou = grpo.step_advantages(options, ours, ours / 2, Two(1, 2))
+    std = torch.cat([ours, theirs]).std() + 1e-4
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / std)
+    assert miou.tolist() == [0.5, 0.5] and weights.tolist() == [1.0, 1.0]
+
+
+def seen_by_the_loss(monkeypatch) -> list[tuple]:
+    """Arguments and options of every call of the loss from here on."""
+    seen = []
+
+    def door(*args, **options):
+        seen.append((args, options))
+        return fused_grpo_loss(*args, **options)
+
+    monkeypatch.setattr(grpo, "fused_grpo_loss", door)
+    return seen
+
+
+def test_the_loss_gets_every_option(world, cold, monkeypatch):
+    """What the flags say arrives at the kernel's door, and so do the pack's tensors."""
+    seen = seen_by_the_loss(monkeypatch)
+    flags = {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.3}
+    flags |= {"delta": 5.0, "beta": 0.02, "temperature": 0.9}
+    grpo.train(grpo_options(world, cold, "door", max_steps=1, num_iterations=2, **flags), Ranks())
+    (_, _, targets, advantages, completion_cu), options = seen[-1]
+    assert options["sampler_factor"] is None
+    assert {name: options[name] for name in flags} == flags
+    assert options["old_logps"].shape == options["ref_logps"].shape == targets.shape
+    assert options["weights"].shape == advantages.shape == (len(completion_cu) - 1,)
+    assert options["denominator"] > 0
+
+
+def test_vllm_with_the_policys_weights_repeats_the_local_run(world, cold, monkeypatch):
+    """Two rollouts, two optimizer steps on each, packs too small for the whole: a weight handed over wrongly, or a
+    log-probability at another token's place, and the second rollout or the factors are others."""
+    changes = {"num_iterations": 2, "tokens_per_pass": 150, "freeze_vision": False}
+    grpo.train(grpo_options(world, cold, "by_policy", **changes), Ranks())
+    engines = fake_vllm.install(monkeypatch, seed=42)
+    seen = seen_by_the_loss(monkeypatch)
+    grpo.train(grpo_options(world, cold, "by_vllm", rollout="vllm", **changes), Ranks())
+    local, theirs = lines(world / "by_policy"), lines(world / "by_vllm")
+    assert any(abs(m["loss"]) > 1e-3 for m in local) and len(engines[0].loaded) == len(local) == 2
+    for a, b in zip(local, theirs, strict=True):
+        assert a["reward"] == b["reward"] and a["completions/mean_length"] == b["completions/mean_length"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert b["sampling/sampling_logp_difference/max"] < 1e-4
+        for part in ("min", "mean", "max"):
+            assert b[f"sampling/importance_sampling_ratio/{part}"] == pytest.approx(1, abs=1e-4)
+        assert not any(name.startswith("sampling/") for name in a)
+    assert all(torch.allclose(o["sampler_factor"], torch.ones(()), atol=1e-4) for _, o in seen)
+
+
+def test_a_sampler_that_is_off_is_corrected_token_by_token(world, cold, monkeypatch):
+    packs = []
+    logps = grpo.logps
+
+    def spy(model, pack, temperature):
+        packs.append((pack, logps(model, pack, temperature)))
+        return packs[-1][1]
+
+    monkeypatch.setattr(grpo, "logps", spy)
+    fake_vllm.install(monkeypatch, seed=42, noise=0.1)
+    seen = seen_by_the_loss(monkeypatch)
+    flags = {"beta": 0.0, "max_steps": 1, "vllm_importance_sampling_clip_max": 1.5, "loss_type": "bnpo"}
+    grpo.train(grpo_options(world, cold, "off", rollout="vllm", **flags), Ranks())
+    (metrics,), ((_, options),), ((pack, old),) = lines(world / "off"), seen, packs
+    factor = (old - pack.sampler_logps).exp().clamp(max=1.5)
+    assert torch.equal(options["sampler_factor"], factor) and torch.equal(options["old_logps"], old)
+    assert factor.max() == 1.5 and factor.min() < 0.9
+    assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(float(factor.min()))
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(float(factor.mean()))
+    assert metrics["sampling/importance_sampling_ratio/max"] == 1.5
+    difference = (old - pack.sampler_logps).abs()
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(float(difference.mean()))
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(float(difference.max()))
+    # At ratio 1 the loss is the mean of -phi A factor over the tokens.
+    advantages = (pack.advantages * pack.weights).repeat_interleave(pack.completion_cu.diff())
+    assert metrics["loss"] == pytest.approx(-float((advantages * factor).mean()), abs=1e-6)
+
+
+def test_small_packs_do_not_change_the_step(world, cold):
+    stored = str(world / "packs.jsonl")
+    grpo.train(grpo_options(world, cold, "whole", rollout_file=stored), Ranks())
+    small = grpo_options(world, cold, "small", rollout_file=stored, rollout="replay", tokens_per_pass=140)
+    grpo.train(small, Ranks())
+    for a, b in zip(lines(world / "whole"), lines(world / "small"), strict=True):
+        for key in ("loss", "grad_norm", "kl", "entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_two_ranks_equal_one_on_stored_completions(world, cold):
+    """`torchrun --nproc_per_node 2` gives, over 5 steps, the losses of one rank at the same global batch."""
+    stored = str(world / "ranks.jsonl")
+    changes = {"max_steps": 5, "num_iterations": 2, "rollout_file": stored}
+    grpo.train(grpo_options(world, cold, "one", **changes), Ranks())
+    two = grpo_options(world, cold, "two", **changes, rollout="replay")
+    on_two_ranks("grpo.py", two)
+    one, both = lines(world / "one"), lines(world / "two")
+    assert len(one) == len(both) == 5
+    for a, b in zip(one, both, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["reward"] == pytest.approx(b["reward"])
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-4)  # far above 1 at this rate: its last digits are rounding
+    assert any(abs(m["loss"]) > 1e-3 for m in one)  # there was something to agree on
+
+
+def test_two_ranks_of_sft_equal_one(world):
+    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 4}
+    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
+    sft.train(SftOptions(**values, output_dir=str(world / "sft_one")), Ranks())
+    on_two_ranks("sft.py", SftOptions(**values, output_dir=str(world / "sft_two")))
+    losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_one", "sft_two")]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_an_output_folder_with_another_run_is_refused(world, cold):
+    grpo.train(grpo_options(world, cold, "mine", max_steps=1), Ranks())
+    with pytest.raises(ValueError, match="already holds a run.*--overwrite_output_dir"):
+        grpo.train(grpo_options(world, cold, "mine", max_steps=1), Ranks())
+    grpo.train(grpo_options(world, cold, "mine", max_steps=2, overwrite_output_dir=True), Ranks())
+    assert len(lines(world / "mine")) == 2
+
+
+def test_bad_records_are_skipped_counted_and_named(world, cold, caplog):
+    records = json.loads((world / "world/train.json").read_text())[:8]
+    records[1]["images"] = ["images/nowhere.png"] * 2
+    records[2]["answer"] = [500, 500, 250, 250]
+    del records[3]["answer"]
+    (world / "world/bad.json").write_text(json.dumps(records))
+    options = grpo_options(world, cold, "bad", data=str(world / "world/bad.json"), max_steps=3)
+    grpo.train(options, Ranks())
+    assert lines(world / "bad")[-1]["data/skipped"] == 3
+    for source in ("bad.json#1", "bad.json#2", "bad.json#3"):
+        assert source in caplog.text
+
+    for record in records:
+        record["images"] = ["images/nowhere.png"] * len(record["images"])
+    (world / "world/bad.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="none of the 6 records can be prepared"):
+        grpo.train(grpo_options(world, cold, "worse", data=str(world / "world/bad.json")), Ranks())
+
+
+def test_a_prompt_over_the_budget_is_skipped_or_stops_the_run(world, cold):
+    with pytest.raises(ValueError, match="over the budget of 20"):
+        grpo.train(grpo_options(world, cold, "long", max_prompt_length=20), Ranks())
+
+
+def test_evaluation_gives_every_record_an_answer(world, cold):
+    options = EvalOptions(
+        model=str(cold),
+        data=str(world / "world/held_out.json"),
+        output_dir=str(world / "eval"),
+        eval_batch_size=3,  # does not divide 8
+        max_completion_length=32,
+        dataloader_num_workers=0,
+        pictures=2,
+    )
+    summary = evaluate(options, Ranks())
+    results = json.loads((world / "eval/results.json").read_text())
+    assert summary["count"] == len(results["answers"]) == 8
+    assert [a["id"] for a in results["answers"]] == [
+        r["id"] for r in json.loads((world / "world/held_out.json").read_text())
+    ]
+    assert len(list((world / "eval/pictures").glob("*.png"))) == 2
+
+
+def test_the_policy_keeps_a_frozen_tower_and_the_reference_needs_none(cold):
+    from boxgrpo.model.checkpoint import load_model
+
+    policy = load_model(cold)
+    policy.freeze_vision()
+    reference = grpo.frozen_copy(policy, share_vision=True)
+    assert reference.visual is None and policy.visual is not None
+    assert reference.model is not policy.model
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for p in policy.model.parameters())
+    assert torch.equal(reference.head_weight, policy.head_weight)
+
+
+def test_groups_of_equal_rewards_cost_no_policy_pass(world, cold, monkeypatch):
+    """Without KL they have no gradient: leaving them out changes the packs, not the step, even if all are left out."""
+    stored = world / "equal.jsonl"
+    grpo.train(grpo_options(world, cold, "equal", rollout_file=str(stored), beta=0.0), Ranks())
+    groups = [json.loads(line) for line in stored.read_text().splitlines()]
+    groups[1]["ids"] = groups[1]["ids"][:1] * 4
+    for group in groups[4:]:  # the second step
+        group["ids"] = group["ids"][:1] * 4
+    stored.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    options = {"rollout": "replay", "rollout_file": str(stored), "beta": 0.0}
+    scored = []
+    loss = grpo.fused_grpo_loss
+
+    def watched(hidden, weight, targets, advantages, *args, **kwargs):
+        scored.append(len(advantages))
+        return loss(hidden, weight, targets, advantages, *args, **kwargs)
+
+    monkeypatch.setattr(grpo, "fused_grpo_loss", watched)
+    grpo.train(grpo_options(world, cold, "without", **options), Ranks())
+    assert sum(scored) % 4 == 0 and sum(scored) <= 12
+    scored.clear()
+    of = grpo.trained_groups
+    # A KL so small that it changes nothing keeps every group.
+    monkeypatch.setattr(grpo, "trained_groups", lambda o, *rest: of(dataclasses.replace(o, beta=1e-30), *rest))
+    grpo.train(grpo_options(world, cold, "with", **options), Ranks())
+    assert sum(scored) == 32
+    for a, b in zip(lines(world / "without"), lines(world / "with"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=1e-9)
+    assert lines(world / "without")[1]["grad_norm"] == 0
+
+
+def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
+    """The model refuses packs above 150 tokens: SFT starts over with smaller ones, and learns the same."""
+    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 3}
+    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
+    sft.train(SftOptions(**values, output_dir=str(world / "roomy")), Ranks())
+    forward, sizes = Qwen2VL.forward, []
+
+    def limited(model, batch, head=None):
+        sizes.append(len(batch.input_ids))
+        if len(batch.input_ids) > 150:
+            raise torch.OutOfMemoryError("no room")
+        return forward(model, batch, head)
+
+    monkeypatch.setattr(Qwen2VL, "forward", limited)
+    sft.train(SftOptions(**values, output_dir=str(world / "narrow")), Ranks())
+    assert max(sizes) > 300
+    roomy, narrow = (lines(world / name) for name in ("roomy", "narrow"))
+    assert [m["loss"] for m in narrow] == pytest.approx([m["loss"] for m in roomy], abs=1e-5)
+    assert [m["grad_norm"] for m in narrow] == pytest.approx([m["grad_norm"] for m in roomy], rel=1e-3)

@@ -1,0 +1,129 @@
+"""Options: one dataclass is the only place of a default; flags, help and YAML follow it; bad values say what to do."""
+
+import dataclasses
+
+import pytest
+
+from boxgrpo.trainer import grpo, sft
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, parse, read_yaml, validate_grpo, validate_sft
+from boxgrpo.trainer.run import total_steps
+
+
+@pytest.mark.parametrize("kind", [SftOptions, GrpoOptions, EvalOptions])
+def test_no_flags_give_the_dataclass_and_help_explains_every_field(kind, capsys):
+    assert parse(kind, []) == kind()
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(kind):
+        assert f"--{f.name}" in text
+        assert f.metadata["help"][:25] in text
+
+
+def test_flags_overrule_yaml_and_yaml_overrules_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-5\nbeta: 0\nmax_steps: 7\nfreeze_vision: false\nepsilon_high: 0.28\n")
+    options = parse(GrpoOptions, ["--config", str(path), "--max_steps", "9"])
+    assert (options.learning_rate, options.beta, options.max_steps) == (1e-5, 0.0, 9)
+    assert (options.freeze_vision, options.epsilon_high, options.num_generations) == (False, 0.28, 8)
+
+
+def test_of_several_files_the_later_one_counts(tmp_path):
+    """So `grpo.py --config mine.yaml` changes the demo's recipe where it says so, and keeps the rest."""
+    (tmp_path / "recipe.yaml").write_text("beta: 0\nmax_steps: 7\n")
+    (tmp_path / "mine.yaml").write_text("max_steps: 9\n")
+    files = [f"--config={tmp_path / name}.yaml" for name in ("recipe", "mine")]
+    assert parse(GrpoOptions, files) == GrpoOptions(beta=0.0, max_steps=9)
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(5, 5), (0, 20), (-1, 20)])
+def test_steps_are_given_or_follow_from_the_epochs(max_steps, steps):
+    assert total_steps(GrpoOptions(max_steps=max_steps, num_train_epochs=2.0), examples=160, per_step=16) == steps
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("learing_rate: 1", "did you mean learning_rate"),
+        ("max_steps: many", "max_steps is 'many'; it must be of type int"),
+        ("learning_rate: fast", "learning_rate is 'fast'; it must be a number"),
+        ("- 1", "must map option names"),
+    ],
+)
+def test_bad_yaml_is_refused_by_name(tmp_path, text, says):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_yaml(GrpoOptions, tmp_path / "x.yaml")
+
+
+def test_missing_yaml_is_refused():
+    with pytest.raises(ValueError, match="no such file"):
+        parse(GrpoOptions, ["--config", "nowhere.yaml"])
+
+
+def test_an_unknown_flag_names_its_neighbour(capsys):
+    with pytest.raises(SystemExit):
+        parse(GrpoOptions, ["--num_generation", "4"])
+    assert "unknown flag '--num_generation'; did you mean --num_generations?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"num_generations": 1}, "num_generations is 1; a group needs at least 2"),
+        ({"prompts_per_step": 6}, "prompts_per_step is 6; .* multiple of 4"),
+        ({"gradient_accumulation_steps": 3}, "multiple of 12"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'"),
+        ({"loss_type": "cispo"}, "epsilon_high"),
+        ({"delta": 1.0}, "delta"),
+        ({"difficulty": "sqrt"}, "difficulty is 'sqrt'"),
+        ({"scale_rewards": "yes"}, "scale_rewards is 'yes'"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
+        ({"rollout": "replay"}, "Give --rollout_file"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"rollout": "vlm"}, "rollout is 'vlm'; it must be one of local, vllm, replay"),
+        ({"rollout": "vllm", "rollout_file": "x.jsonl"}, "rollout_file is x.jsonl; vLLM's completions are not stored"),
+        ({"rollout": "vllm", "temperature": 0.9, "top_p": 0.9}, "temperature is 0.9 with top_k 0 and top_p 0.9"),
+        (
+            {"rollout": "vllm", "vllm_gpu_memory_utilization": 30.0},
+            "gpu_memory_utilization is 30.0; it is a share",
+        ),
+        ({"rollout": "vllm", "vllm_importance_sampling_clip_max": 0.5}, "clip_max is 0.5; below 1"),
+        ({"num_iterations": 0}, "num_iterations is 0"),
+        ({"logging_steps": 0}, "logging_steps is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, says):
+    with pytest.raises(ValueError, match=says):
+        validate_grpo(dataclasses.replace(GrpoOptions(), **change), world_size=4)
+
+
+@pytest.mark.parametrize("change", [{}, {"temperature": 0.9}, {"top_k": 5, "top_p": 0.9}])
+def test_what_vllm_can_sample_is_taken(change):
+    assert validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4) is None
+
+
+def test_an_sft_batch_divides_among_the_ranks():
+    validate_sft(SftOptions(), world_size=8)
+    with pytest.raises(ValueError, match="train_batch_size is 24; it must divide by 5 ranks"):
+        validate_sft(SftOptions(), world_size=5)
+
+
+def test_the_recipes_are_valid(pytestconfig):
+    recipes = pytestconfig.rootpath / "trainer" / "recipes"
+    assert {p.name for p in recipes.glob("*.yaml")} >= {"demo_sft.yaml", "demo_grpo.yaml"}
+    for path in recipes.glob("*.yaml"):
+        read_yaml(SftOptions if "sft" in path.name else GrpoOptions, path)
+
+
+@pytest.mark.parametrize("loop", [grpo, sft])
+def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def ranks(timeout):
+        raise Reached(timeout)
+
+    monkeypatch.setattr(loop, "ranks", ranks)
+    with pytest.raises(Reached, match="33"):
+        loop.main(["--model=m", "--data=d", "--timeout=33"])

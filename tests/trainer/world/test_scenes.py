@@ -1,0 +1,270 @@
+"""The drawn scenes: pixels, boxes, questions and reasoning agree, for every task at every level."""
+
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.world.scenes import IMAGES, OTHERS, TASKS, box_text, draw_scene
+from boxgrpo.trainer.world.shapes import COLOURS, FRAME, SHAPES, Kind, Layout, Thing, paint, ruled
+
+SEEDS = range(12)
+SCENES = [(task, level) for task in TASKS for level in (0, 1, 2)]
+every_scene = pytest.mark.parametrize(("task", "level"), SCENES)
+
+
+def scenes(task, level):
+    return [draw_scene(task, seed, level=level) for seed in SEEDS]
+
+
+def pixels(box, size):
+    return [v * size // 1000 for v in box]
+
+
+def extent(mask):
+    """x1, y1, x2, y2 of the True pixels, upper corners excluded."""
+    rows, columns = np.nonzero(mask)
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def painted(image, colour):
+    return (np.asarray(image) == COLOURS[colour]).all(-1)
+
+
+def kinds(layout):
+    return Counter(thing.kind for thing in layout.things)
+
+
+def gold_thing(scene):
+    (thing,) = (t for t in scene.layouts[scene.target_image].things if t.box == scene.gold)
+    return thing
+
+
+@every_scene
+def test_gold_box_is_snapped_inside_the_image_and_of_a_learnable_size(task, level):
+    for scene in scenes(task, level):
+        x1, y1, x2, y2 = scene.gold
+        assert all(v in range(0, 1001, 125) for v in scene.gold)
+        assert {x2 - x1, y2 - y1} <= ({250, 500} if level == 0 else {250, 375, 500})
+        fixed = task in ("diff", "view_diff", "correspondence")
+        low, high = (2, 2) if fixed else IMAGES[level]
+        assert low <= len(scene.images) <= high and 0 <= scene.target_image < len(scene.images)
+        assert all(image.size == (112, 112) and image.mode == "RGB" for image in scene.images)
+
+
+@every_scene
+def test_the_pixels_of_a_colour_fill_exactly_the_boxes_of_its_things(task, level):
+    for scene in scenes(task, level):
+        for layout, image in ((layout, paint(layout, scene.size)) for layout in scene.layouts):
+            assert len(kinds(layout)) == len(layout.things), "two objects of one kind in one image"
+            covered = np.zeros((112, 112), bool)
+            for thing in layout.things:
+                x1, y1, x2, y2 = pixels(thing.box, 112)
+                mask = np.zeros_like(covered)
+                mask[y1:y2, x1:x2] = painted(image, thing.kind.colour)[y1:y2, x1:x2]
+                assert extent(mask) == [x1, y1, x2, y2]
+                assert not covered[y1:y2, x1:x2].any(), "boxes overlap"
+                covered[y1:y2, x1:x2] = True
+            background = (np.asarray(image) == layout.tint).all(-1) | (np.asarray(image) == FRAME).all(-1)
+            assert background[~covered].all() and all(100 <= v <= 130 for v in layout.tint)
+
+
+@every_scene
+def test_the_chain_is_short_and_names_the_gold_object_its_image_and_its_place(task, level):
+    for scene in scenes(task, level):
+        x, y = ((scene.gold[k] + scene.gold[k + 2]) / 2 for k in (0, 1))
+        across = "left" if x < 1000 / 3 else "right" if x > 2000 / 3 else ""
+        down = "top" if y < 1000 / 3 else "bottom" if y > 2000 / 3 else ""
+        words = f"{down} {across}".strip() or "centre"
+        assert scene.chain.endswith(f"in image {scene.target_image + 1} at the {words}.")
+        assert str(gold_thing(scene).kind) in scene.chain
+        assert 8 <= len(scene.chain.split()) <= 17
+        assert len(scene.question.split()) <= 20
+        if task not in ("group_grounding", "diff", "reasoning"):  # these leave it to the model to find the image
+            assert f"image {scene.target_image + 1}" in scene.question
+
+
+@every_scene
+def test_a_scene_is_the_same_every_time_and_another_seed_is_another_scene(task, level):
+    again = [draw_scene(task, seed, level=level) for seed in SEEDS]
+    for one, two in zip(scenes(task, level), again):
+        assert one == two and [i.tobytes() for i in one.images] == [i.tobytes() for i in two.images]
+    assert len({scene.layouts for scene in again}) == len(SEEDS)
+
+
+def test_a_seed_names_one_scene_on_every_machine():
+    scene = draw_scene("group_grounding", 7)
+    assert (scene.question, scene.target_image, scene.gold) == ("Where is the red diamond?", 0, (375, 625, 750, 1000))
+
+
+@pytest.mark.parametrize("size", [56, 168, 224])
+def test_the_size_changes_the_pixels_alone(size):
+    for task in TASKS:
+        small, scene = draw_scene(task, 3), draw_scene(task, 3, size=size)
+        assert (scene.gold, scene.chain, scene.layouts) == (small.gold, small.chain, small.layouts)
+        x1, y1, x2, y2 = pixels(scene.gold, size)
+        mask = painted(paint(scene.layouts[scene.target_image], scene.size), gold_thing(scene).kind.colour)
+        assert extent(mask[y1:y2, x1:x2]) == [0, 0, x2 - x1, y2 - y1]
+
+
+def test_every_shape_has_its_area_and_looks_like_no_other():
+    star = 5 * 0.45 * np.sin(np.pi / 5) / (2 * np.sin(2 * np.pi / 5) * (1 + np.cos(np.pi / 5)))  # inner radius 0.45
+    share = {"circle": np.pi / 4, "square": 1, "triangle": 0.5, "cross": 5 / 9, "diamond": 0.5, "star": star}
+    masks = {}
+    for shape in SHAPES:
+        image = paint(Layout((Thing(Kind("red", shape), (0, 0, 1000, 1000)),), (240, 240, 240)), 560)
+        masks[shape] = painted(image, "red")
+        assert masks[shape].mean() == pytest.approx(share[shape], abs=0.01)
+        assert (masks[shape] == masks[shape][:, ::-1]).mean() > 0.99, "lopsided"
+    for a, b in itertools.combinations(SHAPES, 2):
+        assert (masks[a] != masks[b]).mean() > 0.12
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_wrong_objects_are_as_many_and_as_like_as_the_level_says(level):
+    for scene in scenes("group_grounding", level):
+        subject = gold_thing(scene).kind
+        for k, layout in enumerate(scene.layouts):
+            others = [thing.kind for thing in layout.things if thing.kind != subject]
+            low, high = OTHERS[level]
+            assert low <= len(others) <= high and len(layout.things) == len(others) + (k == scene.target_image)
+            shared = [(kind.colour == subject.colour) + (kind.shape == subject.shape) for kind in others]
+            assert not shared or max(shared) == {0: 0, 2: 1}.get(level, max(shared))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+class TestTheQuestionHasOneAnswer:
+    """Each task's meaning, checked against what stands in the images; gold must be the only object that fits."""
+
+    def test_common_object(self, level):
+        for scene in scenes("common_object", level):
+            common = set.intersection(*(set(kinds(layout)) for layout in scene.layouts))
+            assert common == {gold_thing(scene).kind}
+            assert ("both" if len(scene.layouts) == 2 else "all") + " images" in scene.chain
+
+    def test_refer_grounding(self, level):
+        for scene in scenes("refer_grounding", level):
+            (shown,) = scene.layouts[0].things
+            assert shown.kind == gold_thing(scene).kind and shown.box == (125, 125, 875, 875)
+            assert sum((kinds(layout) for layout in scene.layouts[1:]), Counter())[shown.kind] == 1
+
+    def test_group_grounding(self, level):
+        for scene in scenes("group_grounding", level):
+            colour, shape = re.search(r"the (\w+) (\w+)[.?]$", scene.question).groups()
+            assert gold_thing(scene).kind == (colour, shape)
+            assert sum(map(kinds, scene.layouts), Counter())[colour, shape] == 1
+
+    def test_diff(self, level):
+        changes = set()
+        for scene in scenes("diff", level):
+            first, second = (np.asarray(paint(layout, scene.size)) for layout in scene.layouts)
+            different = (first != second).any(-1)
+            x1, y1, x2, y2 = pixels(scene.gold, 112)
+            assert different[y1:y2, x1:x2].any()
+            different[y1:y2, x1:x2] = False
+            assert not different.any(), "the images differ outside the gold box"
+            gold = gold_thing(scene)
+            there = [t.kind for t in scene.layouts[1 - scene.target_image].things if t.box == scene.gold]
+            if not there:
+                assert f"The {gold.kind} is only in image {scene.target_image + 1}" in scene.chain
+                changes.add("removed" if scene.target_image == 0 else "added")
+            else:
+                (former,) = there
+                assert f"The {former} became the {gold.kind} in image 2" in scene.chain
+                assert (former.colour == gold.kind.colour) != (former.shape == gold.kind.shape)
+                changes.add("reshaped" if former.colour == gold.kind.colour else "recoloured")
+        assert changes >= {"added", "removed"}
+
+    def test_view_diff(self, level):
+        for scene in scenes("view_diff", level):
+            before, after = ({thing.box: thing.kind for thing in layout.things} for layout in scene.layouts)
+            assert after.pop(scene.gold) == gold_thing(scene).kind and scene.target_image == 1
+            fitting = []
+            for dx, dy in itertools.product((-125, 0, 125), repeat=2):
+                moved = {(x1 + dx, y1 + dy, x2 + dx, y2 + dy): kind for (x1, y1, x2, y2), kind in before.items()}
+                former = moved.pop(scene.gold, None)
+                if moved == after and former != gold_thing(scene).kind:
+                    fitting.append((dx, dy))
+            assert fitting and fitting != [(0, 0)], "image 2 is not image 1 moved, plus the gold object"
+
+    def test_object_tracking(self, level):
+        way = {(-1, 0): "left", (1, 0): "right", (0, -1): "up", (0, 1): "down"}
+        for scene in scenes("object_tracking", level):
+            subject = scene.layouts[0].framed.kind
+            assert subject == gold_thing(scene).kind
+            path = [next(t.box for t in layout.things if t.kind == subject) for layout in scene.layouts]
+            steps = {tuple(b - a for a, b in zip(one, two)) for one, two in itertools.pairwise(path)}
+            ((dx, dy, *far),) = steps
+            assert far == [dx, dy], "the object changed its size"
+            assert f"moves {way[np.sign(dx), np.sign(dy)]}." in scene.chain
+            still = {frozenset(t for t in layout.things if t.kind != subject) for layout in scene.layouts}
+            assert len(still) == 1, "something else moved"
+
+    def test_multi_view(self, level):
+        for scene in scenes("multi_view", level):
+            assert scene.layouts[0].framed.kind == gold_thing(scene).kind and scene.target_image > 0
+            assert len({frozenset(kinds(layout)) for layout in scene.layouts}) == 1, "the views show different objects"
+
+    def test_region(self, level):
+        for scene in scenes("region", level):
+            asked = int(re.search(r"[iI]mage (\d) (?:in|was)", scene.question)[1])
+            (cut_out,) = scene.layouts[asked - 1].things
+            assert cut_out == (gold_thing(scene).kind, (0, 0, 1000, 1000)) and scene.target_image == 0
+            assert kinds(scene.layouts[0])[cut_out.kind] == 1
+
+    def test_reasoning(self, level):
+        for scene in scenes("reasoning", level):
+            everything = [kind for layout in scene.layouts for kind in kinds(layout).elements()]
+            odd = []
+            for kind, field in itertools.product(everything, Kind._fields):
+                others = {getattr(other, field) for other in everything if other != kind}
+                if len(others) == 1 and getattr(kind, field) not in others:
+                    odd.append(kind)
+                    assert re.search(rf"All others are {others.pop()}(e?s)?\.", scene.chain)
+            assert odd == [gold_thing(scene).kind]
+
+    def test_correspondence(self, level):
+        for scene in scenes("correspondence", level):
+            framed, gold = scene.layouts[0].framed.kind, gold_thing(scene).kind
+            assert f"The {framed} corresponds to the {gold} in image 2" in scene.chain and framed.colour != gold.colour
+            assert [t.kind for t in scene.layouts[1].things if t.kind.shape == framed.shape] == [gold]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        ("counting", {}, "task is 'counting'; the world draws diff"),
+        ("diff", {"level": 3}, "level is 3; the world has levels 0"),
+        ("diff", {"size": 100}, "size is 100; an image side must be a multiple of 56"),
+    ],
+)
+def test_what_the_world_cannot_draw_is_refused(task, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw_scene(task, 0, **arguments)
+
+
+def test_ruling_touches_only_the_lines_and_tells_every_patch_where_it_lies():
+    scene = draw_scene("diff", 3, level=1)
+    plain, image = (np.asarray(i) for i in (paint(scene.layouts[0], 112), scene.images[0]))
+    lines = np.zeros((112, 112), bool)
+    lines[::14] = lines[:, ::14] = True
+    assert (plain == image)[~lines].all()
+    patches = [image[y : y + 14, x : x + 14] for y in range(0, 112, 14) for x in range(0, 112, 14)]
+    assert len({patch[:, 0].tobytes() + patch[0].tobytes() for patch in patches}) == 64
+    assert ruled(Image.fromarray(plain)).tobytes() == scene.images[0].tobytes()
+
+
+@every_scene
+def test_asides_ask_for_every_other_object_and_answer_with_its_box(task, level):
+    for scene in scenes(task, level):
+        everything = {
+            (f"Where is the {t.kind} in image {k}?", box_text(t.box))
+            for k, layout in enumerate(scene.layouts, 1)
+            for t in layout.things
+        }
+        assert set(scene.asides) < everything
+        assert len(everything - set(scene.asides)) == 1
+        assert all(answer != box_text(scene.gold) or str(scene.target_image + 1) not in q for q, answer in scene.asides)

@@ -1,0 +1,119 @@
+"""Ask a checkpoint where something is: its reasoning, the box in pixels, and a picture of it.
+
+    python -P -m boxgrpo.trainer.ground --model CHECKPOINT --image a.jpg --image b.jpg "question"
+    python -P -m boxgrpo.trainer.ground --model CHECKPOINT --serve      the same as a web page on this machine
+
+Pixels are those of the image file, turned upright. The exit status is 0 with a box, 3 with an answer that has none,
+1 for what cannot be asked and 2 for a flag that does not exist. The checkpoint answers greedily, one question at a
+time; there is no conversation.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from boxgrpo.trainer.apps.grounding import Answer, Asked, Grounder, as_json, check_question, headline
+from boxgrpo.trainer.options import EvalOptions, option, parse, repeated
+from boxgrpo.trainer.runtime.ranks import ranks
+
+NO_BOX = 3
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass
+class GroundOptions:
+    """Ask a checkpoint where something is in some images; or serve a page that does."""
+
+    model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
+    image: list[str] = field(
+        default_factory=list, metadata=repeated("An image file; once for each image, in the question's order.")
+    )
+    question: str = option("", "What to find.")
+    target_image: int = option(0, "Number of the image that the box lies in, from 1; 0: as the question says.")
+    answer_format: str = option("think", "think; or box: a simple reference in a single image, without reasoning.")
+    output: str = option("grounded.png", "The picture to write, replaced where it is there.")
+    json: str = option("", "- writes the answer as JSON to standard output; empty: as text.")
+    serve: bool = option(False, "Serve a page to ask on, until Ctrl-C.")
+    host: str = option("127.0.0.1", "Address to serve on; any other than this machine's own lets others in.")
+    port: int = option(7860, "Port to serve on; 0: any free one.")
+    max_completion_length: int = option(EvalOptions.max_completion_length, "Tokens of an answer at most.")
+    min_pixels: int = option(EvalOptions.min_pixels, "Images are enlarged to at least this many pixels.")
+    max_pixels: int = option(EvalOptions.max_pixels, "Images are reduced to at most this many pixels.")
+    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
+
+
+def check(o: GroundOptions) -> None:
+    """Refuse what cannot be asked, before the model is loaded."""
+    if not o.model:
+        raise ValueError("no model. Name a checkpoint folder with --model.")
+    if o.max_completion_length < 1:
+        raise ValueError(
+            f"max_completion_length is {o.max_completion_length}; it must be at least 1. Raise --max_completion_length."
+        )
+    if o.serve:
+        if o.question or o.image:
+            raise ValueError("serve is given with a question or an image; both are put on the page. Leave them out.")
+        if not 0 <= o.port <= 65535:
+            raise ValueError(f"port is {o.port}; it must be 0 to 65535. Change --port.")
+        return
+    check_question(o.question)
+    if o.json not in ("", "-"):
+        raise ValueError(f"json is {o.json!r}; it must be - for standard output. Use --json -.")
+    output = Path(o.output)
+    if output.suffix.lower() not in PICTURES:
+        raise ValueError(f"output is {o.output!r}; it must end in {', '.join(PICTURES)}. Change --output.")
+    if output.resolve() in {Path(path).resolve() for path in o.image}:
+        raise ValueError(f"output is {o.output}, one of the images; it would be lost. Change --output.")
+
+
+def told(asked: Asked, answer: Answer) -> str:
+    """The answer for a terminal; what a model writes must not steer one."""
+    said = answer.text if answer.reasoning is None or answer.box_px is None else answer.reasoning
+    said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in said)
+    name = "answer" if said == answer.text else "reasoning"
+    return f"{name}: {said}\n{'box: ' if answer.box_px else ''}{headline(asked, answer)}"
+
+
+def ask(o: GroundOptions, grounder: Grounder) -> bool:
+    """Put the question, print the answer, write the picture; whether there is a box."""
+    asked = grounder.prepare(o.question, o.image, target=o.target_image, answer_format=o.answer_format)
+    *_, ids = grounder.completion(asked)
+    answer = grounder.read(asked, ids)
+    try:
+        Path(o.output).parent.mkdir(parents=True, exist_ok=True)
+        grounder.picture(asked, answer).save(o.output)
+    except OSError as error:
+        raise ValueError(f"output is {o.output}; it cannot be written ({error}). Change --output.") from error
+    if o.json:
+        print(json.dumps(as_json(asked, answer) | {"images": o.image, "picture": o.output}, indent=1))
+    else:
+        print(f"{told(asked, answer)}\npicture: {o.output}")
+    return answer.box_px is not None
+
+
+def main(args: list[str] | None = None) -> int:
+    o = parse(GroundOptions, args, prog="ground.py", bare="question")
+    check(o)
+    with ranks() as r:
+        grounder = Grounder.load(
+            o.model,
+            r.device,
+            dtype=o.dtype,
+            min_pixels=o.min_pixels,
+            max_pixels=o.max_pixels,
+            max_completion_length=o.max_completion_length,
+        )
+        if o.serve:
+            from boxgrpo.trainer.apps.webpage import serve  # Flask and waitress come with the extra "serve"
+
+            serve(grounder, name=Path(o.model).name, host=o.host, port=o.port)
+            return 0
+        return 0 if ask(o, grounder) else NO_BOX
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"ground.py: {error}")

@@ -1,0 +1,179 @@
+"""What a file of records holds: counts, tasks, lengths, faults by reason, and a sheet of pictures with the gold boxes.
+
+    python -P -m boxgrpo.trainer.inspect_data PATH [--model CHECKPOINT] [--no_images] [--json -]
+
+A checkpoint's tokenizer gives lengths in tokens; without one they are in characters.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import random
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from boxgrpo.trainer.data.example import Example, Fault, Refused, image_size
+from boxgrpo.trainer.data.images import load_image
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.data.schemas import SCHEMAS
+from boxgrpo.trainer.evaluation.pictures import annotate, contact_sheet
+
+MEASURED = 2000  # records whose length is taken, drawn by chance
+COLUMNS = 3  # of the sheet
+
+
+def inspect(path: Path, args: argparse.Namespace) -> dict:
+    """Counts of the file, and the sheet if it is asked for.
+
+    Returns:
+        records, usable, faulty {reason: n}, tasks {task: usable records}, images_per_record {n: records},
+        answer_formats, gold_boxes, chats, the schema, and `lengths` of a sample in tokens or characters.
+    """
+    examples, faults = read_examples(
+        path, schema=args.schema, image_root=args.image_root or None, least=0, sized=not args.no_images
+    )
+    if not (records := len(examples) + len(faults)):
+        raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
+    there = lru_cache(maxsize=None)(lambda image: Path(image).is_file())
+    draw, good = random.Random(args.seed), []
+    tasks, formats, images, boxes, chats = Counter(), Counter(), Counter(), 0, 0
+    for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
+        try:
+            example = examples[index]
+        except Refused as refused:  # its image has gone since the file was scanned
+            faults.append(Fault(examples.sources[index], refused.reason, str(refused)))
+            continue
+        if gone := [] if args.no_images else [image for image in example.images if not there(image)]:
+            message = f"{example.source}: there is no image at {gone[0]}. Check --image_root."
+            faults.append(Fault(example.source, "missing_image", message))
+            continue
+        good.append(index)
+        tasks[example.task] += 1
+        formats[example.answer_format] += 1
+        images[len(example.images)] += 1
+        boxes += example.gold is not None
+        chats += bool(example.turns)
+    measured = [examples[i] for i in sorted(draw.sample(good, min(MEASURED, len(good))))]
+    found = {
+        "records": records,
+        "usable": len(good),
+        "faulty": dict(Counter(f.reason for f in faults).most_common()),
+        "tasks": dict(tasks.most_common()),
+        "schema": examples.files[0][0].schema,
+        "images_per_record": {str(n): c for n, c in sorted(images.items())},
+        "answer_formats": dict(formats),
+        "gold_boxes": boxes,
+        "chats": chats,
+        "lengths": lengths(measured, args),
+        "faults": [f.message for f in faults[: args.faults]],
+    }
+    if args.sheet:
+        pictures = list(_pictures(examples[i] for i in draw.sample(good, min(args.samples, len(good)))))
+        if pictures:
+            contact_sheet(pictures, COLUMNS).save(args.sheet)
+    return found
+
+
+def lengths(examples: Sequence[Example], args: argparse.Namespace) -> dict:
+    """Median, 95th percentile and largest of the prompts' and the answers' lengths; `unit` says of what."""
+    prompts, answers, unit = [], [], "characters"
+    if args.model:
+        from boxgrpo.trainer.data.processor import Processor  # whose imports take seconds
+
+        processor = Processor.from_pretrained(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        unit = "tokens"
+    for example in examples:
+        said = "".join(text for role, text in example.turns if role == "assistant")
+        if unit == "characters":
+            prompts.append(len(example.question))
+            answers.append(len(said))
+            continue
+        try:
+            sizes = [] if args.no_images else [image_size(path) for path in example.images]
+        except Refused:  # there, but no image: the run will name it
+            continue
+        prompts.append(processor.prompt_tokens(example, sizes))
+        answers.append(len(processor.tokenizer(said).input_ids) if said else 0)
+    return {"unit": unit, "measured": len(prompts), "prompts": _spread(prompts), "answers": _spread(answers)}
+
+
+def _spread(values: list[int]) -> dict:
+    if not values:
+        return {}
+    ordered = sorted(values)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return {"median": int(statistics.median(ordered)), "p95": p95, "max": ordered[-1]}
+
+
+def _pictures(examples: Iterable[Example]) -> Iterator[Image.Image]:
+    """Each example's images with its gold box; none of one that cannot be read."""
+    for example in examples:
+        with contextlib.suppress(ValueError):
+            yield annotate(
+                [load_image(path) for path in example.images],
+                gold=example.gold,
+                predicted=None,
+                target_image=example.target_image,
+                question=example.question,
+                reasoning="",
+                answered=False,
+                title=f"{example.task}  {example.source}",
+            )
+
+
+def table(found: dict) -> str:
+    """What was found, for people."""
+    lines = [f"{found['records']} records of schema {found['schema']}, {found['usable']} usable"]
+    images = ", ".join(f"{count} of {n}" for n, count in found["images_per_record"].items())
+    lines.append(f"{found['gold_boxes']} with a gold box, {found['chats']} with answers; images a record: {images}")
+    for name in ("faulty", "tasks"):
+        lines += ["", name] + [f"  {key:<24}{n:>9}" for key, n in found[name].items()] * bool(found[name])
+        if not found[name]:
+            lines.append("  none")
+    measured = found["lengths"]
+    lines += ["", f"length in {measured['unit']}, of {measured['measured']} records"]
+    for name in ("prompts", "answers"):
+        lines.append(f"  {name:<24}" + "  ".join(f"{k} {v}" for k, v in measured[name].items()))
+    return "\n".join(lines + [""] * bool(found["faults"]) + found["faults"])
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("path", type=Path, help="JSON array or JSONL file of records")
+    parser.add_argument("--schema", default="auto", choices=["auto", *SCHEMAS])
+    parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the file's own")
+    parser.add_argument("--no_images", action="store_true", help="do not look whether the image files are there")
+    parser.add_argument("--model", default="", help="checkpoint whose tokenizer measures lengths")
+    parser.add_argument("--min_pixels", type=int, default=3136)
+    parser.add_argument("--max_pixels", type=int, default=401408)
+    parser.add_argument("--sheet", default="", help="picture of sampled records to write, such as sheet.png")
+    parser.add_argument("--samples", type=int, default=12, help="records on the sheet")
+    parser.add_argument("--faults", type=int, default=20, help="faulty records to name")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", default="", help="- prints JSON alone, a path writes it")
+    options = parser.parse_args(args)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # what was recognised, and why
+    if not options.path.is_file():
+        raise ValueError(f"{options.path}: there is no such file. Name a JSON or JSONL file of records.")
+    found = inspect(options.path, options)
+    if options.json == "-":
+        print(json.dumps(found, indent=1))
+        return
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"inspect_data: {error}")

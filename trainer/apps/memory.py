@@ -1,0 +1,199 @@
+"""Memory per GPU for GRPO on Qwen2-VL by engine, and what a ZeRO-3 step moves between GPUs; nothing is loaded.
+
+    python -P -m boxgrpo.trainer.memory        2B and 7B on 8 GPUs, a Markdown table
+    python -P -m boxgrpo.trainer.memory --model 72B --gpus 64 --prompts_per_step 64 --engine 'zero 3' \\
+        --ds3_gather_for_generation false --gigabits 400
+
+The tower is frozen, attention is a varlen call, liger-kernel (which keeps less) is absent. GB are 10^9 bytes. Left out:
+the CUDA context, NCCL's buffers, the allocator's fragments, images, the tower's forward and a prefill's widest layer.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen2VLConfig
+
+from boxgrpo.model.checkpoint import read_config
+from boxgrpo.model.cost import (
+    Engine,
+    Pack,
+    activation_bytes,
+    bucket_bytes,
+    cache_bytes,
+    count,
+    layer_bytes,
+    live_bytes,
+    loss_bytes,
+    reference_bytes,
+    state_bytes,
+    step_bytes,
+    tied_bytes,
+    traffic,
+)
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.options import GrpoOptions, option, parse
+
+# The config.json of Qwen/Qwen2-VL-*-Instruct: hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head.
+PUBLISHED = {
+    "2B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "72B": (8192, 29_568, 80, 64, 8, 152_064, False),
+}
+
+
+@dataclass
+class MemoryOptions:
+    """Memory per GPU by engine, computed; nothing is loaded or downloaded."""
+
+    model: str = option("", "2B, 7B or 72B, or a folder with a config.json; empty: 2B and 7B.")
+    engine: str = option("", "Only the engines whose name in the table begins like this; empty: all.")
+    gpus: int = option(8, "GPUs that share the step.")
+    dtype: str = option("bfloat16", "Of weights and activations: bfloat16 or float32.")
+    device: str = option("cuda", "cuda, or cpu: attention, norms and loss of torch, which keep more or less.")
+    lora_rank: int = option(16, "Rank of the LoRA rows, on all matrices of the decoder's layers.")
+    prompt_tokens: int = option(2198, "Tokens of every prompt: four images of 512 each and 150 of text.")
+    prompts_per_step: int = option(GrpoOptions.prompts_per_step, "Prompts per optimizer step, over all GPUs.")
+    num_generations: int = option(GrpoOptions.num_generations, "Completions per prompt.")
+    max_completion_length: int = option(GrpoOptions.max_completion_length, "Tokens of every completion.")
+    tokens_per_pass: int = option(GrpoOptions.tokens_per_pass, "Token budget of one packed pass.")
+    beta: float = option(GrpoOptions.beta, "Weight of the KL; 0 keeps no reference.")
+    ds3_gather_for_generation: bool = option(True, "ZeRO-3 samples with all weights gathered; false: layer by layer.")
+    gigabits: float = option(0.0, "Gigabits a second that reach each GPU, for the traffic of ZeRO-3; 0: left out.")
+    json: str = option("", "- writes bytes as JSON to standard output; empty: the table.")
+
+
+def engines(lora_rank: int) -> list[Engine]:
+    zero = [Engine(f"zero {s}{', offload' * cpu}", s, cpu) for s in (1, 2, 3) for cpu in (False, True)]
+    lora = [Engine(f"lora {lora_rank}, {name}", stage, lora=True) for name, stage in (("ddp", 0), ("zero 3", 3))]
+    return [Engine("ddp", 0), *zero, *lora]
+
+
+def read(model: str) -> Qwen2VLConfig:
+    """The config of a published size or of a checkpoint's folder."""
+    if model not in PUBLISHED:
+        return read_config(model)
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = PUBLISHED[model]
+    text = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate}
+    text |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": hidden}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
+    """The largest that `make_packs` makes of `prompts` groups; a group above the budget stands in several."""
+    fitting = (o.tokens_per_pass - o.prompt_tokens) // o.max_completion_length
+    completions = min(o.num_generations, max(fitting, 1))
+    scored = completions * o.max_completion_length
+    tokens = o.prompt_tokens + scored
+    groups = max(1, min(prompts, o.tokens_per_pass // tokens))
+    keys = tokens + completions * o.prompt_tokens
+    on_cpu = o.device == "cpu"  # where completions attend through an explicit mask
+    masks = scored * (o.prompt_tokens + o.max_completion_length) * on_cpu
+    return Pack(groups * tokens, groups * keys, groups * scored, groups * masks, on_cpu)
+
+
+def memory(model: Qwen2VL, engine: Engine, o: MemoryOptions) -> dict[str, int]:
+    """Bytes per GPU. `total` is what the phase that needs most holds, with the state and the reference.
+
+    Our own engine drops gradients with each update: they stand beside activations only where a step has several packs.
+    `*_checkpointed` are with gradient checkpointing. There the loss and a recomputed layer come one after the other.
+    """
+    config, size = model.config, getattr(torch, o.dtype).itemsize
+    rank, prompts = o.lora_rank if engine.lora else 0, math.ceil(o.prompts_per_step / o.gpus)
+    c, pack = count(model, rank), largest_pack(o, prompts)
+    found = state_bytes(c, engine, o.gpus, size)
+    found["state"] = sum(found[name] for name in ("weights", "gradients", "masters", "moments"))
+    found["reference"] = reference_bytes(c, engine, o.gpus, size, o.beta)
+    completions = prompts * o.num_generations
+    found["cache"] = cache_bytes(config, prompts, o.prompt_tokens, completions, o.max_completion_length, size)
+    found["gathered"] = 0
+    if engine.stage == 3:
+        found["gathered"] = size * (c.trained + c.frozen) if o.ds3_gather_for_generation else live_bytes(c, size)
+    found["step"] = step_bytes(c, engine, o.gpus, size)
+    held = found["state"] + found["reference"]
+    before_backward = held if engine.stage else held - found["gradients"]
+    in_one_pack = pack.scored == completions * o.max_completion_length
+    rollout = before_backward + found["cache"] + found["gathered"]
+    loss = loss_bytes(config, pack, size, head_trained=c.head_trained)
+    layer = layer_bytes(config.text_config, pack, size, rank)
+    last_layer = held + max(layer, tied_bytes(config, size, head_trained=c.head_trained))
+    for suffix, checkpointing, beside in (("", False, loss), ("_checkpointed", True, max(loss, layer))):
+        options = {"checkpointing": checkpointing, "head_trained": c.head_trained, "lora_rank": rank}
+        training = activation_bytes(config, pack, size, **options) + beside + bucket_bytes(c, engine, size)
+        found[f"training{suffix}"] = training
+        packs = training + (before_backward if in_one_pack else held)
+        found[f"total{suffix}"] = max(packs, rollout, last_layer, held + found["step"])
+    return found
+
+
+def report(o: MemoryOptions) -> dict[str, dict]:
+    """Bytes per GPU by model and engine; with `gigabits` also each model's traffic under ZeRO-3, bytes a step."""
+    check(o)
+    found = {}
+    for name in [o.model] if o.model else ["2B", "7B"]:
+        with torch.device("meta"):
+            model = Qwen2VL(read(name))
+        model.freeze_vision()
+        chosen = [e for e in engines(o.lora_rank) if e.name.startswith(o.engine)]
+        found[name] = {"engines": {e.name: memory(model, e, o) for e in chosen}}
+        if o.gigabits:
+            size, tokens = getattr(torch, o.dtype).itemsize, o.max_completion_length
+            found[name]["traffic"] = traffic(count(model), o.gpus, size, tokens=tokens, beta=o.beta)
+    return found
+
+
+def check(o: MemoryOptions) -> None:
+    for name in ("gpus", "lora_rank", "prompts_per_step", "prompt_tokens", "num_generations", "max_completion_length"):
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
+    if o.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is {o.dtype!r}; it must be bfloat16 or float32. Change --dtype.")
+    if o.device not in ("cuda", "cpu"):
+        raise ValueError(f"device is {o.device!r}; it must be cuda or cpu. Change --device.")
+    names = [e.name for e in engines(o.lora_rank)]
+    if not any(name.startswith(o.engine) for name in names):
+        raise ValueError(f"engine is {o.engine!r}; it must begin one of: {'; '.join(names)}. Change --engine.")
+
+
+def table(found: dict[str, dict], o: MemoryOptions) -> str:
+    """Markdown, in GB; (c) is with gradient checkpointing."""
+    lines = []
+    for model, of in found.items():
+        lines += [f"| {model} | weights, gradients, AdamW | on the host | reference | rollout | training | (c) "]
+        lines[-1] += "| total | (c) |"
+        lines.append("|---" * 9 + "|")
+        for engine, row in of["engines"].items():
+            rollout = row["cache"] + row["gathered"]
+            cells = [
+                row["state"],
+                row["host"],
+                row["reference"],
+                rollout,
+                row["training"],
+                row["training_checkpointed"],
+            ]
+            cells += [row["total"], row["total_checkpointed"]]
+            lines.append(f"| {engine} | " + " | ".join(f"{cell / 1e9:.1f}" for cell in cells) + " |")
+        if "traffic" in of:
+            lines += ["", f"| {model}, received by each GPU | GB | s at {o.gigabits:g} Gb/s |", "|---|---|---|"]
+            for name, moved in of["traffic"].items():
+                lines.append(f"| {name} | {moved / 1e9:.0f} | {8e-9 * moved / o.gigabits:.1f} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def main(args: list[str] | None = None) -> None:
+    options = parse(MemoryOptions, args, prog="memory.py")
+    found = report(options)
+    print(json.dumps(found, indent=1) if options.json == "-" else table(found, options))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"memory.py: {error}")

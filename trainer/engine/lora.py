@@ -1,0 +1,97 @@
+"""LoRA through PEFT: adapters on the decoder's linear layers, trained in place of its weights, merged to be read."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASE = ".base_layer"  # PEFT's name for the layer that it wraps
+
+
+def add_adapters(model: Qwen2VL, options) -> None:
+    """Wrap the decoder's linear layers; from here on the adapters alone are trained, B A x * alpha / rank.
+
+    A is drawn from `options.seed`, B is zero: the model is what it was. Adapters are fp32, as by PEFT's and TRL's
+    default; in a bf16 model a layer's input is cast to fp32 for them, and the sum with its own result back to bf16.
+    (DeepSpeed, which keeps fp32 copies of its own, makes them bf16 with the rest.)
+
+    Raises:
+        ValueError: no peft to import.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError(
+            f"lora_rank is {options.lora_rank} and importing peft fails: {error}. Install it "
+            "(pip install 'peft>=0.18'), or use --lora_rank 0."
+        ) from error
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=options.model,
+    )
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
+        torch.default_generator.manual_seed(options.seed)
+        inject_adapter_in_model(config, model)
+    for layer in _adapted(model).values():
+        layer.lora_A.float()
+        layer.lora_B.float()
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's layers by name; none without adapters."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is what it was before `add_adapters`; one that has no adapters stays as it is."""
+    layers = _adapted(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Published name and tensor of every weight, with the adapters added where there are some.
+
+    The model is left alone: merged tensors are new, one at a time, and rounded once to the weight's dtype.
+
+    Args:
+        trained: only those that training changes.
+    """
+    adapted = {f"{name}{BASE}.weight": layer for name, layer in _adapted(model).items()}
+    for name, weight in model.named_parameters():
+        if name in adapted:
+            weight = (weight.float() + adapted[name].get_delta_weight("default")).to(weight.dtype)
+        elif ".lora_" in name or (trained and not weight.requires_grad):
+            continue
+        yield name.replace(BASE, ""), weight.detach()
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the adapter, if there is one, for `PeftModel.from_pretrained(base, folder)`, in fp32.
+
+    `base` is transformers' model: the adapter goes by its names, which nest the decoder.
+    """
+    tensors = {
+        "base_model.model.model.language_model." + name.removeprefix("model.").replace(".default", ""): p.detach().cpu()
+        for name, p in model.named_parameters()
+        if ".lora_" in name
+    }
+    if tensors:
+        model.peft_config["default"].save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,74 @@
+"""Whether a step's packs have room, asked before any rank begins.
+
+Where ranks meet within a pass, as under ZeRO-3 and in the backward pass of ZeRO-2, one whose memory runs out leaves the
+others waiting: none can start over. What a pack needs is known from its shape (`footprint`) to about a tenth.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from boxgrpo.model.attention import pick_backend
+from boxgrpo.model.cost import Engine, Pack, activation_bytes, bucket_bytes, count, layer_bytes, loss_bytes
+from boxgrpo.model.packing import PackedBatch
+from boxgrpo.trainer.runtime.ranks import Ranks
+
+from .ddp import MemoryElsewhere
+
+MARGIN = 1.15  # for what the formulas leave out
+
+
+class NoRoom(torch.OutOfMemoryError):
+    """This rank's packs need more memory than is free. No rank has begun; there is nothing to start over."""
+
+
+class NoRoomElsewhere(NoRoom, MemoryElsewhere):
+    """Another rank's do."""
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a GPU can still give, with what the allocator holds and nobody uses; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callable[[Sequence[PackedBatch]], None]:
+    """A function of packs which raises NoRoom on a rank that lacks the room for one of them, and NoRoomElsewhere on the
+    others. A trained tower's activations are not counted.
+
+    Args:
+        model: before DeepSpeed takes the weights apart.
+    """
+    rank, dtype = options.lora_rank, model.head_weight.dtype
+    size = dtype.itemsize
+    buckets = bucket_bytes(count(model), Engine("", stage), size)
+    head_trained, checkpointing = model.head_weight.requires_grad, options.gradient_checkpointing
+
+    def needed(batch: PackedBatch) -> int:
+        config, pack = model.config, shape_of(batch, dtype)
+        kept = {"checkpointing": checkpointing, "head_trained": head_trained, "lora_rank": rank}
+        beside = loss_bytes(config, pack, size, head_trained=head_trained)
+        if checkpointing:
+            beside = max(beside, layer_bytes(config.text_config, pack, size, rank))
+        return round(MARGIN * (activation_bytes(config, pack, size, **kept) + beside)) + buckets
+
+    def check(packs: Sequence[PackedBatch]) -> None:
+        free = free_bytes(ranks.device)
+        most = max(map(needed, packs), default=0) if free is not None else 0
+        lacking = free is not None and most > free
+        if ranks.sum(lacking)[0]:
+            if lacking:
+                raise NoRoom(f"it needs about {most / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
+            raise NoRoomElsewhere("on another rank")
+
+    return check
+
+
+def shape_of(batch: PackedBatch, dtype: torch.dtype) -> Pack:
+    plain = pick_backend(batch.input_ids.new_empty(0, dtype=dtype)) == "sdpa"
+    # Without the padding of SDPA's buckets, which is at most a third.
+    masks = sum(length * (length + parent) for _, length, _, parent in batch.spans if parent) if plain else 0
+    return Pack(len(batch.input_ids), len(batch.kv_index), len(batch.targets), masks, plain)

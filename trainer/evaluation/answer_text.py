@@ -1,0 +1,169 @@
+"""What an answer text says: the option that it chooses, the boxes that it lists."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from boxgrpo.trainer.data.example import Box
+
+# ---- the part that is the answer
+
+
+def answer_part(text: str) -> str:
+    """What stands in the first `<answer>` tag, else what follows the reasoning, else the whole text.
+
+    An `<answer>` that was cut off runs to the end; reasoning that was cut off leaves no answer.
+    """
+    _, opened, rest = text.partition("<answer>")
+    if opened:
+        return rest.partition("</answer>")[0]
+    if "</think>" in text:
+        return text.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
+# ---- the letter of an option
+
+_EDGES = " \t\r\n.,:;!?()[]{}*\"'“”‘’$"
+_LETTER = re.compile(r"(?<!\w)(?<!\w['’/-])([A-Za-z])(?!\w)(?!['’/-]\w)")
+_CLOSED = re.compile(r"[ \t]*(?:\Z|[\n.,:;!?)\]}*\"”'’]|[-–—] )")
+# What may follow the letter A or I, and never the article or the pronoun.
+_CONNECTED = re.compile(r"\s+(?:is|was|because|since|as|due|based|which|and|or|but|not)\b")
+_LABELLED = re.compile(r"\b(?:image|option|choice|candidate|letter)\s+\Z", re.I)
+_NEGATED = re.compile(r"\b(?:not|nor|neither|except|than|unlike|isn't):?\s+(?:option |image )?[(\[\"'*]*\Z", re.I)
+_STATED = re.compile(  # an answer is announced, and nothing but marks follow
+    r"\b(?:answer|choice)[\"'*]*(?:\s+to\s+\w+\s+question)?"
+    r"(?:\s*[:=]|\s+(?:is|was|would be|should be|must be)\b:?)\**\s*"
+    r"(?:(?:the\s+)?(?:option|choice|letter)\s*:?)?\s*(?:\$?\\[a-z]+)?[$(\[{*\"'“]*\Z",
+    re.I,
+)
+_NAMED = re.compile(r"\b(?:option|answer|choice|choose|select|pick|go with)\s+[(\[\"'*]*\Z", re.I)
+_LEADING = re.compile(r"[*\"']*([A-Z])(?:[*\"']*[.:\n]|[*\"']*\Z|\)|\s+[-–—] )")
+
+
+def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option that an answer chooses; None if it chooses none, or more than one.
+
+    Read from the `answer_part`, in this order: a bare letter; an option's own text; the last "answer: B"; a letter at
+    the beginning ("B. ...", "B) ..."); one on the last line alone; the only one in brackets; the only "option B"; the
+    only capital letter at all; the only option whose text stands in the answer. The article "A", the pronoun "I", and
+    a letter behind "not" are no letters.
+
+    Args:
+        text: a completion.
+        options: letter (A, B, ...) to the option's text.
+    """
+    said = answer_part(text).strip()
+    if (bare := said.strip(_EDGES).upper()) in options:
+        return bare
+    texts = {letter: _plain(option) for letter, option in options.items()}
+    if (own := _only(letter for letter, option in texts.items() if option and option == _plain(said))) is not None:
+        return own
+
+    found = [m for m in _LETTER.finditer(said) if m[1].upper() in options and not _NEGATED.search(_before(said, m))]
+    stated = [m for m in found if _is_letter(said, m, lower=True) and _STATED.search(_before(said, m))]
+    if stated:
+        return stated[-1][1].upper()
+    leading = _LEADING.match(said)
+    if leading and leading[1] in options:
+        return leading[1]
+    if (last := said.rpartition("\n")[2].strip(_EDGES)) in options:
+        return last
+    in_brackets = [m for m in found if _before(said, m).endswith("(") and said.startswith(")", m.end())]
+    bracketed = _only(m[1].upper() for m in in_brackets)
+    capitals = [m for m in found if _is_letter(said, m)]
+    named = _only(m[1] for m in capitals if _NAMED.search(_before(said, m)))
+    return bracketed or named or _only(m[1] for m in capitals) or _mentioned(_plain(said), texts)
+
+
+def _before(said: str, match: re.Match) -> str:
+    return said[max(0, match.start() - 60) : match.start()]
+
+
+def _is_letter(said: str, match: re.Match, lower: bool = False) -> bool:
+    """Whether the letter stands for an option; `lower`: a small one may, where nothing goes on from it."""
+    closed = _CLOSED.match(said, match.end()) is not None
+    if match[1].islower():
+        return lower and closed
+    return (
+        match[1] not in "AI"
+        or closed
+        or _CONNECTED.match(said, match.end()) is not None
+        or _LABELLED.search(_before(said, match)) is not None
+    )
+
+
+def _only(letters: Iterator[str]) -> str | None:
+    distinct = set(letters)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(_EDGES)
+
+
+def _mentioned(said: str, texts: Mapping[str, str]) -> str | None:
+    """The only option whose text stands in `said`, not as part of a longer one's; short words only at its beginning."""
+
+    def stands(option: str) -> bool:
+        if not option:
+            return False
+        start = r"\A" if len(option) < 3 and option.isalpha() else r"(?<![\w.-])"
+        return re.search(rf"{start}{re.escape(option)}(?!\w|\.\d)", said) is not None
+
+    found = {letter: option for letter, option in texts.items() if stands(option)}
+    return _only(
+        letter
+        for letter, option in found.items()
+        if not any(option != other and option in other for other in found.values())
+    )
+
+
+# ---- boxes that the kernels do not read
+
+_NUMBER = r"\s{0,4}([0-9]{1,4}(?:\.[0-9]{1,9})?)\s{0,4}"
+_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s{{0,4}},?\s{{0,4}}\({_NUMBER},{_NUMBER}\)"
+_LIST = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
+_BOX = re.compile(f"{_PAIRS}|{_LIST}")
+_FIRST = {
+    "fractions": re.compile(rf"{_PAIRS}|[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]"),
+    "tagged": re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>"),  # MiniCPM-V's
+}
+_FIRST["pixels"] = _FIRST["fractions"]
+_OBJECT = re.compile(r"\{[^{}]{1,1000}\}")
+
+
+def first_box(text: str, answer_format: str) -> Box | None:
+    """The first box of "fractions", "pixels" or "tagged", as it is numbered there; None where there is none."""
+    match = _FIRST[answer_format].search(text)
+    return tuple(float(n) for n in match.groups() if n is not None) if match else None
+
+
+def listed_boxes(text: str) -> list[tuple[Box, float | None]]:
+    """The boxes in the `answer_part`, as they are numbered there (0-1000), and each one's score if it has one.
+
+    Understood are JSON objects with `bbox_2d` or `bbox` and perhaps a `score` or `confidence` (Qwen2.5-VL's form), and
+    else `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Of an answer that was cut
+    off, the complete boxes count.
+    """
+    part = answer_part(text)
+    objects = [found for match in _OBJECT.finditer(part) if (found := _box_object(match[0]))]
+    if objects:
+        return objects
+    return [(tuple(float(n) for n in match.groups() if n is not None), None) for match in _BOX.finditer(part)]
+
+
+def _box_object(text: str) -> tuple[Box, float | None] | None:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    numbers = record.get("bbox_2d", record.get("bbox"))
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(_is_number(n, 10_000) for n in numbers):
+        return None
+    score = record.get("score", record.get("confidence"))
+    return tuple(map(float, numbers)), float(score) if _is_number(score, 1) else None
+
+
+def _is_number(value: object, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most

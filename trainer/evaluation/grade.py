@@ -1,0 +1,152 @@
+"""Scores of answers that hold a box: IoU with gold, accuracies per task, their mean over tasks, and intervals."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
+from boxgrpo.trainer.data.example import Example, Refused, image_size
+from boxgrpo.trainer.options import BOX_FORMATS
+
+from .answer_text import answer_part, first_box
+
+LEVEL = 0.95  # of the intervals
+AT_ONCE = 4_000_000  # resampled values in memory
+
+
+def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str = "auto") -> list[dict]:
+    """Read the box of each answer, one text an example, and compare it with gold.
+
+    A box in the reasoning is none: but in "think", which has rules of its own, `answer_part` is what is read.
+
+    Args:
+        answer_format: how boxes are written: "think", "box", "marked" or "list" (see `grounding_rewards`); "fractions"
+            of the image, "pixels" of the target image, whose file is then looked at (both `[x1, y1, x2, y2]` or pairs,
+            with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": as each example asks.
+
+    Returns:
+        A dictionary each: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64), format (0
+        or 1).
+
+    Raises:
+        ValueError: not one text for each example, an unknown format, or in "pixels" an image that is not there.
+    """
+    if len(texts) != len(examples):
+        raise ValueError(f"{len(texts)} answers for {len(examples)} usable records; there must be one each, in order.")
+    if answer_format not in BOX_FORMATS:
+        raise ValueError(
+            f"answer_format is {answer_format!r}; it must be one of {', '.join(BOX_FORMATS)}. Change --answer_format."
+        )
+    gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
+    if answer_format in _WHOLE:
+        read = [first_box(answer_part(text), answer_format) for text in texts]
+        sizes = torch.tensor([_WHOLE[answer_format](e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
+        boxes = 1000 * torch.tensor([box or (0.0,) * 4 for box in read], dtype=torch.float64).view(-1, 4) / sizes
+        found = form = torch.tensor([box is not None for box in read])
+    else:
+        formats = [e.answer_format if answer_format == "auto" else answer_format for e in examples]
+        said = [t if f == "think" else answer_part(t) for t, f in zip(texts, formats, strict=True)]
+        codes = torch.tensor([ANSWER_FORMATS[f] for f in formats], dtype=torch.uint8)
+        text, offsets = pack_texts([t.encode(errors="replace") for t in said])
+        rewards = grounding_rewards(text, offsets, gold.float(), answer_format=codes)
+        boxes, found, form = rewards.boxes.double(), rewards.found, rewards.format
+    # In fp64: rounded to fp32, an IoU a hair above a threshold would stand on it.
+    columns = (c.tolist() for c in (box_iou(boxes, gold), form.float(), boxes, found))
+    return [
+        {
+            "source": e.source,
+            "id": e.id,
+            "task": e.task,
+            "question": e.question,
+            "answer": text,
+            "box": box if found else None,
+            "gold": list(e.gold),
+            "iou": iou,
+            "format": form,
+        }
+        for e, text, iou, form, box, found in zip(examples, texts, *columns, strict=True)
+    ]
+
+
+def _size(example: Example) -> tuple[int, int]:
+    """Width and height of the target image in pixels."""
+    try:
+        return image_size(example.images[example.target_image])
+    except Refused as refused:
+        raise ValueError(f"{example.source}: {refused}") from refused
+
+
+# Formats that the kernels do not read: width and height of the image in their units.
+_WHOLE = {"fractions": lambda e: (1, 1), "tagged": lambda e: (1000, 1000), "pixels": _size}
+
+
+def measures(iou: np.ndarray) -> dict[str, np.ndarray]:
+    """Accuracies and mean along the last axis of IoUs in 0-1.
+
+    `accuracy_at_0.5` counts IoU above 0.5, the paper's words; `accuracy_at_least_0.5` counts equality too, as its
+    scorer does.
+    """
+    return {
+        "accuracy_at_0.3": (iou > 0.3).mean(-1),
+        "accuracy_at_0.5": (iou > 0.5).mean(-1),
+        "accuracy_at_least_0.5": (iou >= 0.5).mean(-1),
+        "accuracy_at_0.7": (iou > 0.7).mean(-1),
+        "mean_iou": iou.mean(-1),
+    }
+
+
+def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> dict:
+    """Scores of `grade_texts`' answers: per task, and the mean over tasks as the paper reports it.
+
+    All are `measures`, in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
+
+    Args:
+        resamples: for `interval`, [low, high] of each measure at a level of 0.95: a percentile bootstrap that draws the
+            records of each task anew, with replacement, and takes the mean over tasks of those. 0: no `interval`.
+        seed: of the draws; a task's do not depend on the other tasks.
+
+    Raises:
+        ValueError: no answers.
+    """
+    if not answers:
+        raise ValueError("there are 0 answers; a summary needs at least 1. Check --data and --limit.")
+    by_task = defaultdict(list)
+    for a in answers:
+        by_task[a["task"]].append(a["iou"])
+    tasks = {}
+    drawn = defaultdict(list)  # measure -> resampled values of each task, (resamples) each
+    for task, ious in sorted(by_task.items()):
+        ious = np.array(ious)
+        tasks[task] = {"count": len(ious)} | {name: float(value) for name, value in measures(ious).items()}
+        if resamples:
+            redrawn = bootstrap(ious, resamples, np.random.default_rng([seed, *task.encode(errors="replace")]))
+            tasks[task]["interval"] = {name: _interval(values) for name, values in redrawn.items()}
+            for name, values in redrawn.items():
+                drawn[name].append(values)
+    names = list(measures(np.zeros(1)))
+    well_formed = [a["iou"] for a in answers if a["format"]]
+    summary = {
+        "count": len(answers),
+        **{name: sum(t[name] for t in tasks.values()) / len(tasks) for name in names},
+        "format": len(well_formed) / len(answers),
+        "well_formed_iou": sum(well_formed) / max(1, len(well_formed)),
+    }
+    if resamples:
+        summary["interval"] = {name: _interval(np.mean(values, axis=0)) for name, values in drawn.items()}
+    return summary | {"tasks": tasks}
+
+
+def bootstrap(ious: np.ndarray, resamples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """`measures` of `resamples` draws of as many IoUs, with replacement: (resamples) each."""
+    rows = max(1, AT_ONCE // len(ious))
+    parts = [
+        measures(ious[generator.integers(len(ious), size=(min(rows, resamples - start), len(ious)))])
+        for start in range(0, resamples, rows)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()

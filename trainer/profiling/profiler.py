@@ -1,0 +1,165 @@
+"""`--profile_steps 10:13`: a profile of some steps of a run, a file for each rank in output_dir/profile.
+
+Under nsys, whose timeline has everything, only the steps are marked off: `nsys profile -c cudaProfilerApi
+--capture-range-end stop`. Elsewhere torch.profiler writes a Chrome trace (ui.perfetto.dev opens it) and the table of
+its ranges.
+
+`--memory_snapshot true` adds snapshots of the GPU's memory for pytorch.org/memory_viz. They are pickles that torch
+writes; nothing here ever reads one.
+"""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.spans import UNDER_NSYS, named_range
+
+from .chrome_trace import read_chrome_trace
+from .timeline import rows, table
+
+log = logging.getLogger(__name__)
+
+FOLDER = "profile"
+SNAPSHOTS = 3  # at lacks of memory: a run may live through many
+EVENTS = 100_000  # the last allocations and frees that a snapshot tells of
+
+
+def profile_window(text: str) -> range:
+    """The steps of `first:end`, without `end`; none for an empty text.
+
+    Raises:
+        ValueError: it is no such pair, or no step lies in it.
+    """
+    if not text:
+        return range(0)
+    pair = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if not pair:
+        raise ValueError(f"profile_steps is {text!r}; it must be two numbers, such as 10:13. Correct --profile_steps.")
+    window = range(int(pair[1]), int(pair[2]))
+    if not window or window.start < 1:
+        raise ValueError(
+            f"profile_steps is {text}; steps count from 1, and the second number, the first step not to be profiled, "
+            "must be the larger. Correct --profile_steps."
+        )
+    return window
+
+
+def validate_profile(o) -> None:
+    """Refuse what cannot be profiled, before anything is loaded."""
+    window = profile_window(o.profile_steps)
+    if window and 0 < o.max_steps < window.start:
+        raise ValueError(_too_late(o.profile_steps, o.max_steps))
+    if o.memory_snapshot and not torch.cuda.is_available():
+        raise ValueError("memory_snapshot is True and there is no GPU here, whose memory it shows. Leave it out.")
+    if o.peak_tflops < 0:
+        raise ValueError(f"peak_tflops is {o.peak_tflops:g}; it must be at least 0. Raise --peak_tflops.")
+
+
+def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
+    """The loop's steps, each a range of the timeline; those that `o.profile_steps` names are profiled.
+
+    The profile is written when its last step ends, or the run does, and of several runs into a folder each has its own.
+
+    Raises:
+        ValueError: the run ends before the first of them.
+    """
+    window = profile_window(o.profile_steps)
+    if window and window.start >= steps.stop:
+        raise ValueError(_too_late(o.profile_steps, steps.stop - 1))
+    if window and window.stop <= steps.start:
+        log.warning("profile_steps is %s; the run goes on from step %d.", o.profile_steps, steps.start)
+    return _profiled(steps, window, o, r)
+
+
+def _profiled(steps: range, window: range, o, r: Ranks) -> Iterator[int]:
+    folder = Path(o.output_dir) / FOLDER
+    with contextlib.ExitStack() as memory, contextlib.ExitStack() as profile:
+        if o.memory_snapshot:
+            memory.enter_context(_memory_history(folder, r))
+        for step in steps:
+            if step in window and (step == window.start or step == steps.start):
+                seen = range(step, min(window.stop, steps.stop))
+                profile.enter_context(_profile(folder, f"steps{seen.start}-{seen.stop - 1}-rank{r.rank}", o, r))
+            with named_range("step", step):
+                yield step
+            if step == window.stop - 1:
+                profile.close()
+
+
+def _too_late(asked: str, last: int) -> str:
+    return f"profile_steps is {asked}; the run ends with step {last}. Choose earlier ones, or raise --max_steps."
+
+
+@contextlib.contextmanager
+def _profile(folder: Path, name: str, o, r: Ranks):
+    """Profile the block, by nsys where it watches this process and there is a GPU, else by torch."""
+    by_nsys = r.device.type == "cuda" and UNDER_NSYS in os.environ
+    folder.mkdir(parents=True, exist_ok=True)
+    with _marked_for_nsys() if by_nsys else _recorded_by_torch(folder / name, r):
+        yield
+    if o.memory_snapshot:
+        _dump(folder / f"{name}-memory.pickle")
+
+
+@contextlib.contextmanager
+def _marked_for_nsys():
+    torch.cuda.synchronize()  # what was launched before is no part of it
+    torch.cuda.profiler.start()
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+@contextlib.contextmanager
+def _recorded_by_torch(path: Path, r: Ranks):
+    """Writes `path`.trace.json.gz and, what that says of the ranges, `path`.md."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if r.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    recorded = torch.profiler.profile(activities=activities)
+    recorded.start()
+    try:
+        yield
+    finally:
+        if r.device.type == "cuda":
+            torch.cuda.synchronize()
+        recorded.stop()
+        trace = path.with_name(f"{path.name}.trace.json.gz")
+        recorded.export_chrome_trace(str(trace))
+        timeline = read_chrome_trace(trace)
+        path.with_name(f"{path.name}.md").write_text(table(rows(timeline), timeline.on_gpu) + "\n")
+        log.info("profile written to %s", trace)
+
+
+@contextlib.contextmanager
+def _memory_history(folder: Path, r: Ranks):
+    """Remember who allocated what, and write it down where memory runs out, also if the step is then begun anew."""
+    numbers = iter(range(1, SNAPSHOTS + 1))
+
+    def note(*_) -> None:
+        if number := next(numbers, None):
+            folder.mkdir(parents=True, exist_ok=True)
+            _dump(folder / f"out-of-memory{number}-rank{r.rank}.pickle")
+
+    torch.cuda.memory._record_memory_history(max_entries=EVENTS)
+    torch._C._cuda_attach_out_of_memory_observer(note)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+        for _ in numbers:  # an observer cannot be taken off: it finds no number any more
+            pass
+
+
+def _dump(path: Path) -> None:
+    torch.cuda.memory._dump_snapshot(str(path))
+    log.info("memory written to %s", path)

@@ -1,0 +1,161 @@
+"""`--rollout vllm`: completions from an installed vLLM, one engine in each rank's own process.
+
+The engine and the trainer take turns on the GPU: between rollouts the engine sleeps, its weights in host memory and its
+KV cache given up. It wakes with the policy's weights of that step.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.packing import Prompt
+from boxgrpo.trainer.data.loader import Sample
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.engine.lora import merged_weights
+from boxgrpo.trainer.runtime.spans import span
+
+from .local import NOTHING, Sampled, Vocabulary
+
+NEVER = -100.0  # the lowest bias that vLLM documents: e^-100 of a token's odds
+OTHERWISE = "Use another version of vLLM, or --rollout local."
+
+
+def request_seed(seed: int, serial: int) -> int:
+    """The same for the same sample, whatever the batch and the ranks. vLLM adds g to it for completion g of a prompt,
+    so the seeds of two prompts lie far apart: 56 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {serial}".encode(), digest_size=7).digest())
+
+
+class VllmRollout:
+    """Samples with vLLM and says how likely it found each token.
+
+    Args:
+        options: GrpoOptions; `model` is the folder that vLLM starts from.
+        policy: says the dtype and the longest context; its weights come with each call.
+        max_images: most images that a prompt has; vLLM sets memory aside for them.
+
+    Raises:
+        ValueError: no vllm to import, or not started by torchrun.
+    """
+
+    written: Mapping[str, int] = NOTHING
+
+    def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(
+                f"rollout is 'vllm' and importing it fails: {error}. Install it (pip install 'vllm>=0.22'), "
+                "or use --rollout local."
+            ) from error
+        if "RANK" not in os.environ:
+            raise ValueError(
+                "rollout is 'vllm' and RANK is not set; its engines join the processes that torchrun starts. "
+                "Start with torchrun, for a single GPU too."
+            )
+        self.vllm, self.options, self.processor, self.vocabulary = vllm, options, processor, vocabulary
+        o = options
+        self.llm = vllm.LLM(
+            model=o.model,
+            dtype=str(policy.head_weight.dtype).removeprefix("torch."),
+            seed=o.seed,
+            generation_config="vllm",  # Qwen's own holds top_k 1
+            distributed_executor_backend="external_launcher",  # this process, this rank's GPU, no pickling
+            gpu_memory_utilization=o.vllm_gpu_memory_utilization,
+            enable_sleep_mode=True,
+            max_model_len=min(
+                o.max_prompt_length + o.max_completion_length, policy.config.text_config.max_position_embeddings
+            ),
+            limit_mm_per_prompt={"image": max_images, "video": 0},
+            mm_processor_kwargs={"size": {"shortest_edge": o.min_pixels, "longest_edge": o.max_pixels}},
+            mm_processor_cache_gb=0,  # an image comes once an epoch
+            # Raw: before temperature and forbidden ids, at temperature 1 the trainer's own definition. Processed: at
+            # the temperature, but without the forbidden ids, of which a trained policy has next to nothing.
+            logprobs_mode="raw_logprobs" if o.temperature == 1 else "processed_logprobs",
+        )
+        self.llm.sleep(level=1)
+
+    def __call__(self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None) -> Sampled:
+        """As `LocalRollout`, with the sampler's own logps. `embeds` are not used: vLLM runs the tower itself."""
+        with span("hand_over"):
+            self.hand_over(policy)
+        with span("generate"):
+            requests = [self.request(s.item) for s in samples]
+            outputs = self.llm.generate(requests, [self.sampling(s.serial) for s in samples], use_tqdm=False)
+        self.llm.sleep(level=1)
+        return self.collect(samples, outputs)
+
+    def hand_over(self, policy: Qwen2VL) -> None:
+        """Wake the engine with the policy's weights. What was computed with the former ones is forgotten."""
+        torch.cuda.empty_cache()  # blocks that the trainer holds and does not use; the engine maps its memory anew
+        self.llm.wake_up(tags=["weights"])
+        self.llm.apply_model(lambda model: model.load_weights(merged_weights(policy, trained=True)))
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()  # embeddings are kept under their image, whatever the tower's weights
+
+    def request(self, prompt: Prompt) -> dict:
+        """A prompt as vLLM takes it: one placeholder an image, which vLLM repeats, and the images at our size."""
+        is_image = prompt.input_ids == self.processor.image_token_id
+        again = is_image & is_image.roll(1)  # a prompt does not begin with an image
+        request = {"prompt_token_ids": prompt.input_ids[~again].tolist()}
+        if images := self.processor.images_of(prompt):
+            request["multi_modal_data"] = {"image": images}
+        return request
+
+    def sampling(self, serial: int):
+        """SamplingParams of one prompt's group."""
+        o = self.options
+        return self.vllm.SamplingParams(
+            n=o.num_generations,
+            seed=request_seed(o.seed, serial),
+            temperature=o.temperature,
+            top_k=o.top_k,
+            top_p=o.top_p,
+            max_tokens=o.max_completion_length,
+            stop_token_ids=list(self.vocabulary.eos_token_ids),
+            logit_bias=dict.fromkeys(self.vocabulary.forbidden.tolist(), NEVER),
+            logprobs=0,  # the sampled token's and no other's
+            detokenize=False,
+        )
+
+    def collect(self, samples: Sequence[Sample], outputs: Sequence) -> Sampled:
+        """vLLM's answers, checked against what was asked."""
+        if len(outputs) != len(samples):
+            raise ValueError(f"vLLM answered {len(outputs)} of {len(samples)} requests. {OTHERWISE}")
+        completions, logps = [], []
+        for sample, output in zip(samples, outputs, strict=True):
+            self._check(sample, output)
+            completions.append([torch.tensor(list(c.token_ids)) for c in output.outputs])
+            logps.append(
+                [
+                    torch.tensor([at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)])
+                    for c in output.outputs
+                ]
+            )
+        return Sampled(completions, logps)
+
+    def _check(self, sample: Sample, output) -> None:
+        ours, theirs = sample.item.input_ids.tolist(), list(output.prompt_token_ids)
+        if theirs != ours:
+            image = self.processor.image_token_id
+            raise ValueError(
+                f"{sample.example.source}: vLLM read {len(theirs)} tokens, {theirs.count(image)} of them for images; "
+                f"the prompt has {len(ours)} and {ours.count(image)}. {OTHERWISE}"
+            )
+        if len(output.outputs) != self.options.num_generations:
+            raise ValueError(
+                f"{sample.example.source}: vLLM gave {len(output.outputs)} completions; num_generations is "
+                f"{self.options.num_generations}. {OTHERWISE}"
+            )
+        for completion in output.outputs:
+            told = 0 if completion.logprobs is None else len(completion.logprobs)
+            if not 0 < len(completion.token_ids) == told:
+                raise ValueError(
+                    f"{sample.example.source}: vLLM gave {len(completion.token_ids)} tokens and log-probabilities of "
+                    f"{told}; a completion has at least one token, and each has one. {OTHERWISE}"
+                )

@@ -1,0 +1,174 @@
+"""Processes under torchrun: who am I, what do the others have."""
+
+import ctypes
+import logging
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .watch import Watch
+
+SILENCE = 0.1  # of the timeout
+STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher asked to stop
+OWN = (
+    "data.loader",
+    "step.prefetch",
+    "rollout.local",
+    "step.pack",
+)  # what befalls one rank, and only that rank can tell
+
+
+class Ranks:
+    """This process among `world_size`; a run without torchrun is rank 0 of 1."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.stop_asked = False  # by a launcher's SIGTERM
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Element-wise sums over all ranks, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value) -> list:
+        """The picklable `value` of every rank, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def hand_over(self, value, source: int, target: int):
+        """The picklable `value` of rank `source` on rank `target`; None elsewhere.
+
+        Every rank calls it, in the same order: two ranks that wait for each other would do so for ever.
+        """
+        received = [value]
+        if self.rank == source:
+            dist.send_object_list(received, dst=target, device=self.device)
+        elif self.rank == target:
+            dist.recv_object_list(received, src=source, device=self.device)
+        return received[0] if self.rank == target else None
+
+    def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Mean over the ranks that have the key, in one collective whatever keys each rank holds.
+
+        A last part that begins with min_, max_ or peak_ says which one to keep instead.
+        """
+        if self.world_size == 1:
+            return metrics
+        everyone = self.gather(metrics)
+        keys = sorted(set().union(*everyone))
+        keep = {"min": min, "max": max, "peak": max}
+        return {
+            k: keep.get(k.split("/")[-1].split("_")[0], statistics.fmean)([m[k] for m in everyone if k in m])
+            for k in keys
+        }
+
+    @contextmanager
+    def noting_sigterm(self):
+        """Within the block SIGTERM only sets `stop_asked`. (torchrun may send two, and SIGKILL when it gets late.)"""
+
+        def note(*_) -> None:
+            self.stop_asked = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks.
+
+    By default each activation is mapped, zeroed page by page and given back, a seventh of a tiny model's step.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: only blocks above 32 MiB, glibc's limit, are mapped anew
+
+
+@contextmanager
+def ranks(timeout: float = 1800.0):
+    """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere.
+
+    Args:
+        timeout: seconds after which a collective that not all ranks have joined is an error. A rank without a sign of
+            life is missed after a tenth of that, and ends the others.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # each fault is named once
+    logging.getLogger("boxgrpo").setLevel(level)
+    for name in OWN:
+        logging.getLogger(f"boxgrpo.trainer.{name}").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    if world_size == 1:
+        yield Ranks(device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    watch = Watch(dist.get_rank(), world_size, SILENCE * timeout).start()
+    failed = None
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # a gloo peer that leaves while another still reads from it aborts that one
+    except SystemExit as left:
+        if left.code == STOPPED:  # which all ranks do after the same step
+            dist.barrier()
+        raise
+    except Exception as error:
+        failed = error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # another rank's doing: the watch knows which
+            watch.wait_for_the_dead()
+        raise
+    finally:
+        watch.stop(failed)
+
+
+def run_as_script(main: Callable[[], None], name: str) -> None:
+    """main(), its errors told in a line; one of several ranks then ends without taking the interpreter down.
+
+    There threads of gloo and DeepSpeed have aborted ranks whose work was done.
+    """
+    status = 0
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        status = 1
+        print(f"{name}: {error}", file=sys.stderr)
+    except SystemExit as left:
+        if left.code and not isinstance(left.code, int):
+            print(left.code, file=sys.stderr)
+        status = left.code if isinstance(left.code, int) else bool(left.code)
+    if not dist.is_initialized():
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

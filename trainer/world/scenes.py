@@ -1,0 +1,347 @@
+"""Drawn scenes for the demo: coloured shapes over several small images, asked about in MIG-Bench's ten ways.
+
+A scene is planned first (what stands where, the question, the reasoning) and drawn when its pixels are asked for. All
+boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. What was left
+out: perspective, texture, occlusion and noise; a model of a million parameters has minutes to learn this, not days.
+
+The three levels differ in images per scene, objects per image, kinds of object, how alike the wrong objects are, and
+the grid that boxes are snapped to:
+
+    level 0   2 images   0 or 1 other objects   4 shapes in 4 colours   others differ in colour and in shape    quarters
+    level 1   2 or 3     1 or 2                 5 in 5                  others differ in at least one of them   eighths
+    level 2   3          2 or 3                 6 in 6                  one other shares the colour or shape    eighths
+
+`diff`, `view_diff` and `correspondence` compare two images at every level. A shape fills its box, so a "circle" may
+be an ellipse and a "square" a rectangle: width and height are drawn independently.
+"""
+
+import contextlib
+import functools
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image
+
+from boxgrpo.trainer.data.example import box_text
+
+from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, paint, ruled
+
+IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
+KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
+OTHERS = ((0, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
+CELL = 125  # an eighth of the image
+STEP = (2, 1, 1)  # cells: sizes and places of objects are multiples of it, by level
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One drawn question with one gold box: `gold` lies on `images[target_image]`, 0-1000, both corners continuous."""
+
+    task: str
+    size: int  # pixels, the side of every image
+    layouts: tuple[Layout, ...]
+    question: str
+    gold: Box
+    target_image: int  # counted from 0; texts count from 1
+    chain: str
+
+    @functools.cached_property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The RGB images, drawn at first use."""
+        return tuple(ruled(paint(layout, self.size)) for layout in self.layouts)
+
+    @property
+    def completion(self) -> str:
+        """The ideal answer in the trainer's format (DESIGN section 3)."""
+        return f"<think>{self.chain}</think><answer>{box_text(self.gold)}</answer>"
+
+    @property
+    def objects(self) -> list[tuple[int, Thing]]:
+        """Every object, with the number of its image from 1."""
+        return [(number, thing) for number, layout in enumerate(self.layouts, 1) for thing in layout.things]
+
+    @property
+    def asides(self) -> list[tuple[str, str]]:
+        """Plain questions about the scene's other objects, each with its box: more to learn from the same images."""
+        gold = self.target_image + 1, self.gold
+        return [(where(n, thing), box_text(thing.box)) for n, thing in self.objects if (n, thing.box) != gold]
+
+
+def where(number: int, thing: Thing) -> str:
+    """The plain question about one object of one image."""
+    return f"Where is the {thing.kind} in image {number}?"
+
+
+def with_margin(box: Box) -> Box:
+    """`box` as a generous annotator draws it: a cell of background on every side, as far as the image goes."""
+    x1, y1, x2, y2 = box
+    return max(x1 - CELL, 0), max(y1 - CELL, 0), min(x2 + CELL, 1000), min(y2 + CELL, 1000)
+
+
+def place(box: Box) -> str:
+    """Where the middle of `box` (0-1000) lies on a 3x3 grid, one of `PLACES`."""
+    column, row = ((low + high) * 3 // 2000 for low, high in ((box[0], box[2]), (box[1], box[3])))
+    return PLACES[3 * row + column]
+
+
+class _NoRoom(Exception):
+    """The random layout came to a dead end; plan the scene again."""
+
+
+class _Sketch:
+    """The random choices of one scene. No kind is handed out twice, so only what a task repeats is ever repeated."""
+
+    def __init__(self, rng: random.Random, level: int):
+        self.rng, self.level = rng, level
+        self.colours, self.shapes = (list(words)[:n] for words, n in zip((COLOURS, SHAPES), KINDS[level]))
+        self.kinds = [Kind(*pair) for pair in itertools.product(self.colours, self.shapes)]
+        rng.shuffle(self.kinds)
+
+    def image_count(self) -> int:
+        return self.rng.randint(*IMAGES[self.level])
+
+    def take(self, accept: Callable[[Kind], bool] = lambda kind: True) -> Kind:
+        kind = next(filter(accept, self.kinds))
+        self.kinds.remove(kind)
+        return kind
+
+    def others(self, subject: Kind, accept: Callable[[Kind], bool] = lambda kind: True) -> list[Kind]:
+        """Kinds to stand beside `subject`, as like it as the level says."""
+        kinds = []
+        for k in range(self.rng.randint(*OTHERS[self.level])):
+            alike = (0,) if self.level == 0 else (1,) if self.level == 2 and k == 0 else (0, 1)
+            kinds.append(self.take(lambda kind: accept(kind) and _alike(kind, subject) in alike))  # noqa: B023
+        return kinds
+
+    def place(self, kinds: Sequence[Kind], taken: Sequence[Thing] = ()) -> list[Thing]:
+        """Gives each kind a box 2-4 cells wide and high, clear of `taken` and of the others, in the order given."""
+        things, step = [], STEP[self.level]
+        for kind in kinds:
+            for _ in range(100):
+                width, height = (self.rng.randrange(2, 5, step) for _ in range(2))
+                x, y = (self.rng.randrange(0, 9 - side, step) for side in (width, height))
+                thing = Thing(kind, (x * CELL, y * CELL, (x + width) * CELL, (y + height) * CELL))
+                if not any(_clash(thing, other) for other in (*taken, *things)):
+                    break
+            else:
+                raise _NoRoom
+            things.append(thing)
+        return things
+
+    def layout(self, kinds: Sequence[Kind]) -> Layout:
+        return Layout(tuple(self.place(kinds)), self.tint())
+
+    def tint(self) -> tuple[int, int, int]:
+        return tuple(self.rng.randint(100, 130) for _ in range(3))
+
+
+def _alike(a: Kind, b: Kind) -> int:
+    return (a.colour == b.colour) + (a.shape == b.shape)
+
+
+def _clash(a: Thing, b: Thing) -> bool:
+    gap = CELL * (a.kind.colour == b.kind.colour)  # two of one colour side by side would look like one
+    return all(a.box[k] < b.box[k + 2] + gap and b.box[k] < a.box[k + 2] + gap for k in (0, 1))
+
+
+def _shifted(thing: Thing, dx: int, dy: int) -> Thing:
+    box = tuple(v + d for v, d in zip(thing.box, (dx, dy, dx, dy)))
+    if min(box) < 0 or max(box) > 1000:
+        raise _NoRoom
+    return thing._replace(box=box)
+
+
+class _Plan(NamedTuple):
+    layouts: Sequence[Layout]
+    target_image: int
+    gold: Thing
+    questions: tuple[str, ...]  # wordings of the same question
+    finding: str  # the chain up to "in image k at the <place>."
+
+
+def _common_object(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    layouts = [s.layout([subject, *s.others(subject)]) for _ in range(count)]
+    target = s.rng.randrange(count)
+    questions = (
+        f"Which object is in all images? Find it in image {target + 1}.",
+        f"The images share one object. Locate it in image {target + 1}.",
+    )
+    finding = f"The {subject} is in {'both' if count == 2 else 'all'} images,"
+    return _Plan(layouts, target, layouts[target].things[0], questions, finding)
+
+
+def _refer_grounding(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    target = s.rng.randrange(1, count)
+    shown = Layout((Thing(subject, (CELL, CELL, 7 * CELL, 7 * CELL)),), s.tint())
+    scenes = [s.layout([subject] * (k == target) + s.others(subject)) for k in range(1, count)]
+    layouts = [shown, *scenes]
+    questions = (
+        f"Find the object of image 1 in image {target + 1}.",
+        f"Where is the object of image 1 in image {target + 1}?",
+    )
+    return _Plan(layouts, target, layouts[target].things[0], questions, f"Image 1 shows the {subject}. It is")
+
+
+def _group_grounding(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    target = s.rng.randrange(count)
+    layouts = [s.layout([subject] * (k == target) + s.others(subject)) for k in range(count)]
+    questions = (f"Find the {subject}.", f"Where is the {subject}?")
+    return _Plan(layouts, target, layouts[target].things[0], questions, f"The {subject} is")
+
+
+def _diff(s: _Sketch, changes: Sequence[str] = ("added", "removed", "changed")) -> _Plan:
+    subject = s.take()
+    whole = s.layout([subject, *s.others(subject)])
+    gold, *rest = whole.things
+    change = s.rng.choice(changes)
+    finding = f"The {subject} is only"
+    less = whole._replace(things=tuple(rest))
+    if change == "changed":  # in colour or in shape
+        former = s.take(lambda kind: _alike(kind, subject) == 1)
+        less = whole._replace(things=(gold._replace(kind=former), *rest))
+        finding = f"The {former} became the {subject}"
+    layouts, target = ([whole, less], 0) if change == "removed" else ([less, whole], 1)
+    questions = ("Compare the images and find the difference.", "What differs between the images? Locate it.")
+    return _Plan(layouts, target, gold, questions, finding)
+
+
+def _view_diff(s: _Sketch) -> _Plan:
+    plan = _diff(s, changes=("added", "changed"))
+    steps = [(dx * CELL, dy * CELL) for dx, dy in itertools.product((-1, 0, 1), repeat=2) if dx or dy]
+    dx, dy = s.rng.choice(steps)
+    before, after = plan.layouts
+    before = Layout(tuple(_shifted(thing, dx, dy) for thing in before.things), s.tint())
+    questions = (
+        "The view moved. Find the real difference in image 2.",
+        "Seen from two places, what really changed? Locate it in image 2.",
+    )
+    return plan._replace(layouts=[before, after], questions=questions)
+
+
+def _object_tracking(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    (start,) = s.place([subject])
+    way, dx, dy = s.rng.choice((("left", -CELL, 0), ("right", CELL, 0), ("up", 0, -CELL), ("down", 0, CELL)))
+    stride = s.rng.randint(1, 2)
+    path = [_shifted(start, k * stride * dx, k * stride * dy) for k in range(count)]
+    others, tint = s.place(s.others(subject), taken=path), s.tint()
+    layouts = [Layout((thing, *others), tint) for thing in path]
+    layouts[0] = layouts[0]._replace(framed=start)
+    target = s.rng.randrange(1, count)
+    questions = (
+        f"The framed object of image 1 moves. Find it in image {target + 1}.",
+        f"Track the framed object of image 1. Where is it in image {target + 1}?",
+    )
+    return _Plan(layouts, target, path[target], questions, f"The {subject} moves {way}. It is")
+
+
+def _multi_view(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    first = s.layout([subject, *s.others(subject)])
+    layouts = [first._replace(framed=first.things[0])]
+    for flip_x, flip_y in s.rng.sample(((True, False), (False, True), (True, True)), count - 1):
+        things = []
+        for kind, (x1, y1, x2, y2) in first.things:
+            x1, x2 = (1000 - x2, 1000 - x1) if flip_x else (x1, x2)
+            y1, y2 = (1000 - y2, 1000 - y1) if flip_y else (y1, y2)
+            things.append(Thing(kind, (x1, y1, x2, y2)))
+        layouts.append(Layout(tuple(things), s.tint()))
+    target = s.rng.randrange(1, count)
+    questions = (
+        f"The images show one scene from several sides. Find the framed object of image 1 in image {target + 1}.",
+        f"Where is the framed object of image 1 in the view of image {target + 1}?",
+    )
+    return _Plan(layouts, target, layouts[target].things[0], questions, f"The framed {subject} is")
+
+
+def _region(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    source = s.layout([subject, *s.others(subject)])
+    cut_out = s.rng.sample(source.things, count - 1)
+    layouts = [source] + [Layout((thing._replace(box=(0, 0, 1000, 1000)),), source.tint) for thing in cut_out]
+    asked = s.rng.randrange(1, count)
+    gold = cut_out[asked - 1]
+    questions = (
+        f"Find the region of image {asked + 1} in image 1.",
+        f"Image {asked + 1} was cut out of image 1. Where?",
+    )
+    return _Plan(layouts, 0, gold, questions, f"Image {asked + 1} shows the {gold.kind}. It is")
+
+
+def _reasoning(s: _Sketch) -> _Plan:
+    subject, count = s.take(), s.image_count()
+    rule = s.rng.choice(Kind._fields)  # what all others share
+    free = Kind._fields[rule == "colour"]  # no two objects share this one, or there would be a second odd one out
+    shared = getattr(s.take(lambda kind: _alike(kind, subject) == 0), rule)
+    kinds = [subject]
+    for _ in range(3 + s.level):
+        seen = {getattr(kind, free) for kind in kinds}
+        value = s.rng.choice([v for v in (s.colours if free == "colour" else s.shapes) if v not in seen])
+        kinds.append(Kind(**{rule: shared, free: value}))
+    s.rng.shuffle(kinds)
+    layouts = [s.layout(kinds[k::count]) for k in range(count)]
+    target = kinds.index(subject) % count
+    gold = next(thing for thing in layouts[target].things if thing.kind == subject)
+    questions = ("All objects but one have something in common. Find the odd one.", "Which object is the odd one out?")
+    if rule == "shape":
+        shared += "es" if shared == "cross" else "s"
+    return _Plan(layouts, target, gold, questions, f"All others are {shared}. The {subject} is")
+
+
+def _correspondence(s: _Sketch) -> _Plan:
+    framed = s.take()
+    subject = s.take(lambda kind: kind.shape == framed.shape)
+    first = s.layout([framed, *s.others(framed)])
+    second = s.layout([subject, *s.others(framed, accept=lambda kind: kind.shape != framed.shape)])
+    questions = (
+        "Which object of image 2 corresponds to the framed object of image 1?",
+        "Find in image 2 what the framed object of image 1 is in image 1.",
+    )
+    layouts = [first._replace(framed=first.things[0]), second]
+    return _Plan(layouts, 1, second.things[0], questions, f"The {framed} corresponds to the {subject}")
+
+
+TASKS: dict[str, Callable[[_Sketch], _Plan]] = {
+    "diff": _diff,
+    "view_diff": _view_diff,
+    "common_object": _common_object,
+    "object_tracking": _object_tracking,
+    "multi_view": _multi_view,
+    "region": _region,
+    "refer_grounding": _refer_grounding,
+    "group_grounding": _group_grounding,
+    "reasoning": _reasoning,
+    "correspondence": _correspondence,
+}
+
+
+def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scene:
+    """Draws the scene that (task, seed, level) names; the same on every machine and at every size.
+
+    `task` is one of MIG-Bench's ten (`TASKS`); `level` is 0, 1 or 2 (see the module's table); `size` is the side of the
+    images in pixels, a multiple of 56: Qwen2-VL reads 28x28 pixels as one vision token, and boxes snap to eighths.
+    Raises ValueError for anything else.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; the world draws {', '.join(TASKS)}. Name one of these.")
+    if level not in (0, 1, 2):
+        raise ValueError(
+            f"level is {level!r}; the world has levels 0 (plain), 1 and 2 (confusable). Name one of these."
+        )
+    if size <= 0 or size % 56:
+        raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Take 112.")
+    rng = random.Random(f"{task} {level} {seed}")
+    plan = None
+    while plan is None:
+        with contextlib.suppress(_NoRoom):
+            plan = TASKS[task](_Sketch(rng, level))
+    chain = f"{plan.finding} in image {plan.target_image + 1} at the {place(plan.gold.box)}."
+    question = rng.choice(plan.questions)
+    return Scene(task, size, tuple(plan.layouts), question, plan.gold.box, plan.target_image, chain)
