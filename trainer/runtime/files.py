@@ -1,0 +1,116 @@
+"""Files that a kill cannot leave half written: replaced whole, appended line by line, or sealed with checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all. Half a character, which JSON can spell, becomes a "?"."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` when the block ends, and is removed when the block fails."""
+    part, earlier = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "old"))
+    for left in (part, earlier):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.exists():
+            path.rename(earlier)
+        part.rename(path)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+class JsonLines:
+    """An append-only file of JSON values, one a line.
+
+    A line is handed to the system before `append` returns, so a killed process loses none. What it was just writing is
+    a line without an end, which is cut off when the file is opened for more.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self.path, self._file = path, path.open("ab")
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self._file.tell()
+
+    def append(self, *values) -> None:
+        self._file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(paths: Iterable[Path]) -> Iterator:
+    """The values in files that `JsonLines` wrote, without a line that has no end."""
+    for path in paths:
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            yield json.loads(line)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of everything in `folder`, when all of it is on the disk."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        flush_to_disk(path)
+        flush_to_disk(path.parent)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    flush_to_disk(folder / MANIFEST)
+    flush_to_disk(folder)
+
+
+def find_fault(folder: Path, *needed: str) -> str | None:
+    """What is missing, or other than the manifest says; None for a whole folder that holds the `needed` files."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        listed = [(folder / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"no manifest: {error}"
+    for path, size, checksum in listed:
+        name = path.relative_to(folder)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{name} lies outside it"
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or has another size"
+        try:
+            if _sha256(path) != checksum:
+                return f"{name} has another checksum"
+        except OSError as error:  # a block that cannot be read
+            return f"{name}: {error}"
+    return next((f"no {name}" for name in needed if name not in files), None)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until what was written is there after a loss of power, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
