@@ -1,4 +1,4 @@
-"""Evaluation while a loop trains: the policy in memory is scored every so many steps, and the best one is kept.
+"""Evaluation during training: the policy in memory is scored every `eval_every` steps, and the best one is saved.
 
 `best/` in the output folder holds weights, config, tokenizer ... as `from_pretrained` reads them, the scores in
 scores.json, and checksums in manifest.json.
@@ -7,15 +7,14 @@ scores.json, and checksums in manifest.json.
 import dataclasses
 import json
 import logging
-import os
-import shutil
 import time
 from pathlib import Path
 
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.options import DataOptions
 from boxgrpo.trainer.run import read_usable, save_pretrained
-from boxgrpo.trainer.runtime.checkpoints import Progress, seal, to_disk
+from boxgrpo.trainer.runtime.checkpoints import Progress
+from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, seal
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
 from boxgrpo.trainer.runtime.spans import unclocked
@@ -27,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Validation:
-    """Scores a policy on `eval_data`, as the evaluator does, and keeps the checkpoint with the best mean Acc@0.5.
+    """Scores a policy on `eval_data`, as the evaluator does, and saves the policy with the best mean Acc@0.5.
 
     Args:
-        options: of the run. Without `eval_every` nothing is read, and nothing ever happens.
+        options: of the run. Without `eval_every` no file is read and `after_step` does nothing.
 
     Raises:
         ValueError: no file, or no record with a gold box.
@@ -38,22 +37,23 @@ class Validation:
 
     def __init__(self, options: DataOptions, processor: Processor, r: Ranks):
         self.options, self.processor, self.r = options, processor, r
-        self.told: set[int] = set()  # records whose faults the log has named
+        self.logged: set[int] = set()  # records whose faults are in the log
         if options.eval_every:
             held_out = {"data": options.eval_data, "schema": "auto", "image_root": options.eval_image_root}
             self.examples, self.faults = read_usable(dataclasses.replace(options, **held_out), needs="gold")
             if r.is_main:
-                _mend(Path(options.output_dir))
+                restore_folder(Path(options.output_dir) / BEST)
 
     def after_step(
         self, progress: Progress, steps: int, policy, engine, report: Reporter, *, stop: bool = False
     ) -> None:
-        """Evaluate where it is due and has not been done; every rank calls it.
+        """Evaluate if an evaluation is due after this step and is not done yet; every rank calls it.
 
-        What `progress` then knows a checkpoint must keep: a run that goes on compares with the best so far.
+        The best score so far is stored in `progress`, for a checkpoint: a resumed run compares with it.
 
         Args:
-            stop: the run is about to end, and has no time: it is done when the run goes on.
+            steps: of the whole run; the last one is always evaluated.
+            stop: the run is about to end early and has no time: the evaluation is done when the run is resumed.
         """
         o, step = self.options, progress.step
         due = o.eval_every and (step % o.eval_every == 0 or step == steps)
@@ -63,7 +63,7 @@ class Validation:
         with unclocked(), engine.gathered_weights():
             summary = self.scores(policy)
             if summary["accuracy_at_0.5"] > progress.best_accuracy:
-                self._keep(policy, {"step": step, **summary})
+                self._save_best(policy, {"step": step, **summary})
                 progress.best_accuracy, progress.best_step = summary["accuracy_at_0.5"], step
         progress.evaluated = step
         metrics = {f"eval/{name}": value for name, value in summary.items() if name != "tasks"}
@@ -72,7 +72,7 @@ class Validation:
         report.log(step, metrics | {"timing_s/eval": time.perf_counter() - started})
 
     def scores(self, policy) -> dict:
-        """`summarize`'s of the policy's greedy answers, and `skipped`; the same on every rank."""
+        """`summarize`'s scores of the policy's greedy answers, and `skipped`; the same on every rank."""
         o, examples = self.options, self.examples
         texts, reasons = answer(
             policy,
@@ -85,9 +85,9 @@ class Validation:
             workers=o.dataloader_num_workers,
         )
         for n, reason in reasons.items():
-            if self.r.is_main and n not in self.told:
+            if self.r.is_main and n not in self.logged:
                 log.warning("skipped %s: %s", examples[n].source, reason)
-        self.told |= reasons.keys()
+        self.logged |= reasons.keys()
         if not texts:
             raise ValueError(
                 f"none of the {len(examples)} records of {o.eval_data} can be prepared. The first: "
@@ -96,38 +96,19 @@ class Validation:
         summary = summarize(grade_texts([examples[n] for n in texts], list(texts.values())))
         return summary | {"skipped": len(reasons) + len(self.faults)}
 
-    def _keep(self, policy, scores: dict) -> None:
-        """Write `best/` aside, then put it in the earlier one's place. All ranks stop where it cannot be written."""
-        error = None
+    def _save_best(self, policy, scores: dict) -> None:
+        """Replace `best/`. Every rank raises ValueError where it cannot be written; the earlier one is then kept."""
+        error, best = None, Path(self.options.output_dir) / BEST
         if self.r.is_main:
             try:
-                self._write(Path(self.options.output_dir), policy, scores)
+                with replace_folder(best) as folder:
+                    save_pretrained(policy, self.processor, folder)
+                    (folder / SCORES).write_text(json.dumps(scores, indent=1))
+                    seal(folder)
             except Exception as failed:  # of a full disk: an OSError, a SafetensorError, the tokenizer's bare Exception
-                error = failed
-        error = self.r.gather(error and str(error))[0]
-        if error:
+                error = str(failed) or type(failed).__name__
+        if error := self.r.gather(error)[0]:
             raise ValueError(
-                f"{self.options.output_dir}/{BEST} cannot be written ({error}); an earlier one is as it was. Make "
-                "room, or give another --output_dir."
+                f"{best} cannot be written ({error}); an earlier one is as it was. Make room, or give another "
+                "--output_dir."
             )
-
-    def _write(self, root: Path, policy, scores: dict) -> None:
-        target, aside, earlier = root / BEST, root / f".{BEST}.part", root / f".{BEST}.earlier"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        save_pretrained(policy, self.processor, aside)
-        (aside / SCORES).write_text(json.dumps(scores, indent=1))
-        seal(aside)
-        if target.exists():
-            shutil.rmtree(earlier, ignore_errors=True)
-            os.rename(target, earlier)
-        os.rename(aside, target)
-        to_disk(root)
-        shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _mend(root: Path) -> None:
-    """After a kill between `_write`'s renames the earlier best has another name: give it its own back."""
-    target, earlier = root / BEST, root / f".{BEST}.earlier"
-    if earlier.exists() and not target.exists():
-        os.rename(earlier, target)

@@ -20,7 +20,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends, and is removed when the block fails."""
+    """A folder to fill, which takes the place of `path` when the block ends, and is removed when the block fails.
+
+    A kill between the two renames leaves no `path`; `restore_folder` brings the earlier one back.
+    """
+    restore_folder(path)
     part, earlier = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "old"))
     for left in (part, earlier):
         shutil.rmtree(left, ignore_errors=True)
@@ -30,10 +34,19 @@ def replace_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(earlier)
         part.rename(path)
+        flush_to_disk(path.parent)
         shutil.rmtree(earlier, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        restore_folder(path)
         raise
+
+
+def restore_folder(path: Path) -> None:
+    """Rename the earlier folder back to `path` where a kill interrupted `replace_folder` between its two renames."""
+    earlier = path.with_name(f".{path.name}.old")
+    if earlier.exists() and not path.exists():
+        earlier.rename(path)
 
 
 class JsonLines:
