@@ -1,7 +1,7 @@
 """Sampling: every prompt is prefilled once, then all G·B completions decode together; those that have ended leave."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -134,23 +134,29 @@ class Decoding:
         self.graph, self.steps = None, 0
 
     @torch.no_grad()
-    def run(self, *, anywhere: Callable[[bool], bool] = bool, **options) -> Rollout:
-        """Decode until every completion has ended or is full; `options` are those of `sample_tokens`.
-
-        anywhere(going here) -> going on any rank: for ranks that share out the weights, and meet in every layer.
-        """
+    def run_steps(self, *, anywhere: Callable[[bool], bool] = bool, **options) -> Iterator[int]:
+        """Decode as `run` does, and give after each step how many tokens every completion has at most."""
         self.sample(**options)
+        yield 1
         on_cpu = self.hidden.device.type == "cpu"
         for t in range(1, self.results.ids.shape[1]):
             # Asking costs a synchronisation: every 16 tokens is enough on a GPU.
             if on_cpu or t % 16 == 0:
                 going = self.rows.going.cpu()
                 if not anywhere(bool(going.any())):
-                    return self.results.shortened(t)
+                    return
                 if 0 < going.sum() <= DROP_AT * len(going):
                     self.drop(going)
             self.step(**options)
-        return self.results
+            yield t + 1
+
+    def run(self, **options) -> Rollout:
+        """Decode until every completion has ended or is full; `options` are those of `sample_tokens`.
+
+        anywhere(going here) -> going on any rank: for ranks that share out the weights, and meet in every layer.
+        """
+        *_, length = self.run_steps(**options)
+        return self.results.shortened(length)
 
 
 @torch.no_grad()

@@ -121,6 +121,21 @@ def newborn(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def drawn_world(tmp_path_factory):
+    import runs
+
+    return runs.make_world(tmp_path_factory.mktemp("drawn_world"))
+
+
+@pytest.fixture(scope="module")
+def world(drawn_world, tmp_path_factory):
+    """A module's own copy of a folder with a small drawn world, a newborn model for it, and `sft/`, a cold start."""
+    import shutil
+
+    return shutil.copytree(drawn_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
+
+
 @pytest.fixture
 def record_file(tmp_path):
     """Seven records of two tasks, of which the third has lost its image: a file and its examples."""

@@ -20,8 +20,9 @@ from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
+from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
-from boxgrpo.trainer.evaluator import evaluate, table
+from boxgrpo.trainer.evaluation.tables import scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, option, parse
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world.tiny import tiny_config
@@ -157,7 +158,7 @@ def scores(options: DemoOptions, run: str) -> dict:
         Ranks(device=device),
     )
     print(f"\n{run}: format {summary['format']:.3f}, IoU of well-formed answers {summary['well_formed_iou']:.3f}")
-    print(table(summary), flush=True)
+    print(scores_table(summary), flush=True)
     return summary
 
 

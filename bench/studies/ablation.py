@@ -27,9 +27,9 @@ from boxgrpo.bench.studies.ablation_tables import report, summary
 from boxgrpo.bench.studies.curves import binned, plot
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
-from boxgrpo.trainer.evaluation.answer_files import write_whole
-from boxgrpo.trainer.evaluator import evaluate
+from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, option, parse
+from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world.scenes import TASKS
 from boxgrpo.trainer.world.world import all_texts, write_world
@@ -139,7 +139,7 @@ def train(o: AblationOptions, recipe: str, method: Method, path: Path, model: Pa
     started, found = time.perf_counter(), machine()
     demo.torchrun(method.script, demo.DemoOptions(processes=o.processes), [*flags, "--overwrite_output_dir=true"])
     ended = {"seconds": round(time.perf_counter() - started, 1), "revision": found["revision"], "settings": settings}
-    write_whole(path / ENDED, json.dumps(ended, indent=1) + "\n")
+    replace_file(path / ENDED, json.dumps(ended, indent=1) + "\n")
     return ended
 
 
@@ -176,7 +176,7 @@ def score(world: Path, held_out: str, model: Path, path: Path) -> dict:
     hits = {n: [a["iou"] > 0.5 for a in answers if level[a["id"]] == n] for n in LEVELS}
     scores = demo.flat(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in hits.items()}
     scores |= {name: found[name] for name in ("format", "mean_iou")}
-    write_whole(path / SCORES, json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
+    replace_file(path / SCORES, json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
     return scores
 
 

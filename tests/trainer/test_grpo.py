@@ -11,7 +11,7 @@ import runs
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
-from boxgrpo.trainer.evaluator import evaluate
+from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, lines, start

@@ -1,4 +1,4 @@
-"""The answers of an evaluation as they come, so that a killed one goes on where it was.
+"""The answers of an evaluation as they come, so that a killed evaluation can be resumed.
 
     evaluation.json          what is evaluated: the model's files, the questions, how they are asked
     answers/rank0.jsonl      {"record": 12, "answer": "..."} a line, of each rank that ever answered
@@ -10,75 +10,71 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.runtime.files import JsonLines, read_lines, replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "evaluation.json"
-MADE = ("answers/rank*.jsonl", "results.json", "table.md", "report.html", IDENTITY)
+ANSWERS = "answers/rank*.jsonl"
+WRITTEN = (ANSWERS, "results.json", "table.md", "report.html", IDENTITY)
 
 
-def questions_identity(examples: Sequence[Example]) -> str:
-    """SHA-256 of all that a model is asked and judged by."""
+def hash_questions(examples: Sequence[Example]) -> str:
+    """SHA-256 of everything that a model's prompt and score depend on."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(dataclasses.astuple(example)).encode())
     return digest.hexdigest()
 
 
-class AnswerFiles:
-    """The answers in `folder`, this rank's open for more.
+def claim_folder(folder: Path, identity: dict, r: Ranks, *, anew: bool) -> dict[int, str]:
+    """Make `folder` this evaluation's; every rank calls it.
 
     Args:
-        identity: JSON values that tell this evaluation from another.
-        anew: throw away what an earlier evaluation made in the folder.
+        identity: JSON values that distinguish this evaluation from another.
+        anew: remove what an earlier evaluation wrote into the folder.
 
-    Attributes:
-        found: text by record number, of earlier runs of this evaluation on any number of ranks; the same on each rank.
+    Returns:
+        Text by record number, of earlier runs of this evaluation on any number of ranks; the same on each rank.
 
     Raises:
         ValueError: the folder holds the answers to another evaluation. On every rank.
     """
+    error, found = None, {}
+    if r.is_main:
+        if anew:
+            _remove_earlier(folder)
+        error = _difference(folder, identity)
+        if not error:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / IDENTITY, json.dumps(identity, indent=1))
+            found = {row["record"]: row["answer"] for row in read_lines(sorted(folder.glob(ANSWERS)))}
+    error, found = r.gather((error, found))[0]
+    if error:
+        raise ValueError(error)
+    if found and r.is_main:
+        log.info("%s: %d answers are there already; the others follow", folder, len(found))
+    return found
 
-    def __init__(self, folder: Path, identity: dict, r: Ranks, *, anew: bool):
-        self.path = folder / "answers" / f"rank{r.rank}.jsonl"
-        error, found = None, {}
-        if r.is_main:
-            if anew:
-                _remove(folder)
-            error = _difference(folder, identity)
-            if not error:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(folder / IDENTITY, json.dumps(identity, indent=1))
-                found = _read(folder)
-        error, self.found = r.gather((error, found))[0]
-        if error:
-            raise ValueError(error)
-        if self.found and r.is_main:
-            log.info("%s: %d answers are there already; going on behind them", folder, len(self.found))
-        _end_with_a_whole_line(self.path)
+
+class AnswerFile(JsonLines):
+    """This rank's answers, open for more."""
+
+    def __init__(self, folder: Path, r: Ranks):
+        super().__init__(folder / ANSWERS.replace("*", str(r.rank)))
 
     def keep(self, answers: dict[int, str]) -> None:
-        """Add answers by record number; a kill afterwards does not lose them."""
-        lines = [json.dumps({"record": record, "answer": text}) + "\n" for record, text in answers.items()]
-        with self.path.open("a") as file:
-            file.write("".join(lines))
+        """Add answers by record number."""
+        self.append(*({"record": record, "answer": text} for record, text in answers.items()))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all. Half a character, which JSON can spell, becomes a "?"."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    aside.replace(path)
-
-
-def _remove(folder: Path) -> None:
-    earlier = [path for pattern in MADE for path in folder.glob(pattern)]
+def _remove_earlier(folder: Path) -> None:
+    earlier = [path for pattern in WRITTEN for path in folder.glob(pattern)]
     if earlier:
         log.warning("%s: an earlier evaluation is removed", folder)
     for path in earlier:
@@ -86,7 +82,7 @@ def _remove(folder: Path) -> None:
 
 
 def _difference(folder: Path, identity: dict) -> str | None:
-    """Why the folder is another evaluation's."""
+    """Which values of the folder's identity are not this evaluation's, as a message; None: it has none, or the same."""
     if not (folder / IDENTITY).exists():
         return None
     try:
@@ -100,18 +96,3 @@ def _difference(folder: Path, identity: dict) -> str | None:
         f"output_dir {folder} holds the answers of another evaluation (other: {', '.join(changed)}). Name another with "
         "--output_dir, or begin anew with --overwrite_output_dir true."
     )
-
-
-def _read(folder: Path) -> dict[int, str]:
-    answers = {}
-    for path in sorted((folder / "answers").glob("rank*.jsonl")):
-        for line in path.read_text().split("\n")[:-1]:  # behind the last newline: what a kill cut off
-            row = json.loads(line)
-            answers[row["record"]] = row["answer"]
-    return answers
-
-
-def _end_with_a_whole_line(path: Path) -> None:
-    if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
-        os.truncate(path, whole)

@@ -4,10 +4,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from boxgrpo.trainer.data.readers import Example
 
-from . import published
+from . import mmiu, odinw, published
 from .published import Table
 
 
@@ -19,11 +20,11 @@ class Bench:
         title: as a page shows it.
         schema: name of the reader's schema for its files.
         columns: column of the published tables, by task, in their order. A task that is not there has none.
-        published: tables to stand beside, all with the same columns.
+        published: tables to compare with, all with the same columns.
         task_of: the task of a record.
-        module: of this package, for a benchmark whose answer is not one box. It has `read(path, image_root)`, which
-            gives questions (Examples) and faults, `grade(questions, texts)`, a dictionary for each answer,
-            `score(questions, texts)`, with `mean` and `tasks` in %, and `PUBLISHED`, such means by model.
+        module: for a benchmark whose answer is not one box. It has `read(path, image_root)`, which gives questions
+            (Examples) and faults, `grade(questions, texts)`, a dictionary for each answer, and
+            `score(questions, answers)`, with `mean` and `tasks` in %.
     """
 
     title: str
@@ -31,7 +32,7 @@ class Bench:
     columns: Mapping[str, str] = field(default_factory=dict)
     published: tuple[Table, ...] = ()
     task_of: Callable[[Example], str] = lambda example: example.task
-    module: str = ""
+    module: ModuleType | None = None
 
     def labelled(self, example: Example) -> Example:
         """The example under its task in this benchmark."""
@@ -101,6 +102,6 @@ BENCHES = {
     "llmseg": Bench("LLMSeg-Grounding", "llmseg", _reasoning, (published.REASONING,), _named("llmseg")),
     "reasonvos": Bench("ReasonVOS-Grounding", "reasonvos", _reasoning, (published.REASONING,), _named("reasonvos")),
     "revos": Bench("ReVOS-Grounding", "revos", _reasoning, (published.REASONING,), _named("revos")),
-    "mmiu": Bench("MMIU", module="mmiu"),
-    "odinw": Bench("ODinW-13", module="odinw"),
+    "mmiu": Bench("MMIU", published=(published.MMIU,), module=mmiu),
+    "odinw": Bench("ODinW-13", published=(published.ODINW,), module=odinw),
 }

@@ -8,7 +8,6 @@ import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
 from boxgrpo.trainer.data.example import Example, Refused, image_size
-from boxgrpo.trainer.options import BOX_FORMATS
 
 from .answer_text import answer_part, first_box
 
@@ -31,14 +30,8 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
         or 1).
 
     Raises:
-        ValueError: not one text for each example, an unknown format, or in "pixels" an image that is not there.
+        ValueError: in "pixels" an image that is not there.
     """
-    if len(texts) != len(examples):
-        raise ValueError(f"{len(texts)} answers for {len(examples)} usable records; there must be one each, in order.")
-    if answer_format not in BOX_FORMATS:
-        raise ValueError(
-            f"answer_format is {answer_format!r}; it must be one of {', '.join(BOX_FORMATS)}. Change --answer_format."
-        )
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
     if answer_format in _WHOLE:
         read = [first_box(answer_part(text), answer_format) for text in texts]
@@ -106,12 +99,7 @@ def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> 
         resamples: for `interval`, [low, high] of each measure at a level of 0.95: a percentile bootstrap that draws the
             records of each task anew, with replacement, and takes the mean over tasks of those. 0: no `interval`.
         seed: of the draws; a task's do not depend on the other tasks.
-
-    Raises:
-        ValueError: no answers.
     """
-    if not answers:
-        raise ValueError("there are 0 answers; a summary needs at least 1. Check --data and --limit.")
     by_task = defaultdict(list)
     for a in answers:
         by_task[a["task"]].append(a["iou"])

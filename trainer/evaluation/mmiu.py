@@ -1,11 +1,10 @@
 """MMIU: multiple-choice questions about several images, scored by accuracy (arXiv 2408.02718).
 
-The same four names serve every benchmark of this kind, here and in odinw.py:
+A benchmark whose answer is not one box has the same names here and in odinw.py:
 
     questions, faults = read(path, image_root)  # no image is opened; a question is an Example, for Processor.prompt
-    question.prompt                             # the text that asks
-    answers = grade(questions, texts)           # one dictionary a question, to be kept or shown
-    score(questions, texts)                     # {"mean": ..., "tasks": {task: ...}, ...}, in percent
+    answers = grade(questions, texts)           # one dictionary a question, to be stored or shown
+    score(questions, answers)                   # {"mean": ..., "tasks": {task: ...}, ...}, in percent
 
 The format is that of the data set FanqingM/MMIU-Benchmark on Hugging Face (README.md, "Data Fields"), which publishes
 the annotations as all.parquet, and of OpenGVLab/MMIU on GitHub (VLMEvalKit/all.json): records of `task`,
@@ -14,7 +13,6 @@ the annotations as all.parquet, and of OpenGVLab/MMIU on GitHub (VLMEvalKit/all.
 11,698 records. The first folder of a path is the images' relationship, and the name of the archive that they are in.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -23,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from boxgrpo.trainer.data.example import Example, Fault, Place, Refused, require_some, resolve_images, text_of
+from boxgrpo.trainer.data.scan import scan
 
 from .answer_text import chosen_letter
-
-PUBLISHED = {"UniVG-R1": 53.03}  # accuracy in percent
 
 RELATIONSHIPS = (
     "Low-level-semantic",
@@ -47,11 +44,10 @@ QUESTION_FIRST = frozenset(
     "point_tracking threed_cad_recognition single_object_tracking".split()
 )
 
-ANSWER_FORMATS = {  # what a prompt ends with
-    "think": "\nFirst output the thinking process in <think> </think> tags"
-    " and then output the letter of the chosen option in <answer> </answer> tags.",
-    "letter": "\nAnswer with the letter of the chosen option only.",
-}
+ANSWER_SUFFIX = (
+    "\nFirst output the thinking process in <think> </think> tags"
+    " and then output the letter of the chosen option in <answer> </answer> tags."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,41 +56,32 @@ class Question(Example):
 
     options: dict[str, str] = field(hash=False)  # letter to text
     letter: str  # of the right option
-    relationship: str  # one of RELATIONSHIPS; "" where the image paths do not say it
-
-    @property
-    def prompt(self) -> str:
-        return self.question
+    relationship: str  # one of RELATIONSHIPS; "" where the image paths name none
 
 
-def read(
-    path: str | os.PathLike, image_root: str | os.PathLike | None = None, *, answer_format: str = "think"
-) -> tuple[list[Question], list[Fault]]:
+def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple[list[Question], list[Fault]]:
     """Read all.parquet, or a JSON array of the same records. No image is opened.
 
     Args:
         path: the file.
         image_root: folder that the archives were unpacked in, each into a folder of its own name; image paths must not
             leave it. None: the file's own folder, and any path is allowed.
-        answer_format: what is asked for: "think", reasoning and the letter in its tags, or "letter" alone.
 
     Returns:
         The questions in file order, and one `Fault` for each record refused.
 
     Raises:
-        ValueError: unknown answer format, a broken file or one without a usable record, or pyarrow needed and missing.
+        ValueError: a broken file or one without a usable record, or pyarrow needed and missing.
         OSError: the file cannot be read.
     """
-    if answer_format not in ANSWER_FORMATS:
-        raise ValueError(f"answer_format is {answer_format!r}; MMIU is asked in {', '.join(ANSWER_FORMATS)}.")
     path = Path(path)
+    place = Place.of(path, image_root)
     questions, faults = [], []
     for index, record in enumerate(_records(path)):
-        source = f"{path.name}#{index}"
         try:
-            questions.append(_question(record, source, path, image_root, answer_format))
+            questions.append(_question(record, path, index, place))
         except Refused as refused:
-            faults.append(refused.fault(source))
+            faults.append(refused.fault(f"{path.name}#{index}"))
     require_some(path, questions, faults, remedy="Pass MMIU's all.parquet or all.json.")
     return questions, faults
 
@@ -103,13 +90,8 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
     """A dictionary each: source, id, task, relationship, question, answer, chosen and gold (letters), correct.
 
     `answer` is the text; `chosen` is None where `chosen_letter` finds no choice; that counts as wrong.
-
-    Raises:
-        ValueError: not one text a question.
     """
-    if len(texts) != len(questions):
-        raise ValueError(f"{len(texts)} answers for {len(questions)} questions; there must be one each, in order.")
-    letters = [chosen_letter(text, q.options) for q, text in zip(questions, texts)]
+    letters = [chosen_letter(text, q.options) for q, text in zip(questions, texts, strict=True)]
     return [
         {
             "source": q.source,
@@ -122,38 +104,32 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
             "gold": q.letter,
             "correct": letter == q.letter,
         }
-        for q, text, letter in zip(questions, texts, letters)
+        for q, text, letter in zip(questions, texts, letters, strict=True)
     ]
 
 
-def score(questions: Sequence[Question], texts: Sequence[str]) -> dict:
-    """Accuracies in percent.
+def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
+    """Accuracies of `grade`'s answers in percent.
 
     `mean` is the mean over the tasks. So OpenGVLab/MMIU reports it (evaluate_correct.py), over the 60 values that
     `task` has in the data; the paper speaks of 52. `overall` counts every question alike. `relationships` are means
     over the tasks of each. Unlike there no language model reads the answers: `unread` of `count` chose no option.
-
-    Raises:
-        ValueError: no question, or not one text a question.
     """
-    graded = grade(questions, texts)
-    if not graded:
-        raise ValueError("there are 0 questions; a score needs at least 1. Check --data and --limit.")
     by_task = defaultdict(list)
     tasks_of = defaultdict(set)
-    for answer in graded:
+    for answer in answers:
         by_task[answer["task"]].append(answer["correct"])
         if answer["relationship"]:
             tasks_of[answer["relationship"]].add(answer["task"])
     tasks = {task: 100 * _mean(by_task[task]) for task in sorted(by_task)}
     return {
         "mean": _mean(tasks.values()),
-        "overall": 100 * _mean(answer["correct"] for answer in graded),
+        "overall": 100 * _mean(answer["correct"] for answer in answers),
         "tasks": tasks,
         "relationships": {r: _mean(tasks[t] for t in tasks_of[r]) for r in RELATIONSHIPS if r in tasks_of},
         "counts": {task: len(by_task[task]) for task in tasks},
-        "count": len(graded),
-        "unread": sum(answer["chosen"] is None for answer in graded),
+        "count": len(answers),
+        "unread": sum(answer["chosen"] is None for answer in answers),
     }
 
 
@@ -163,46 +139,37 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _records(path: Path) -> list:
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import ArrowException, parquet
-        except ImportError as error:
-            raise ValueError(f"{path} needs pyarrow, which is not installed. Run `pip install pyarrow`.") from error
-        try:
-            return parquet.read_table(path).to_pylist()
-        except ArrowException as error:
-            raise ValueError(f"{path} is not a Parquet file ({error}). Fetch it again.") from error
+    if path.suffix != ".parquet":
+        return [row.value for row in scan(path)]
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}). Fetch it again.") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path} holds a JSON {type(records).__name__}; MMIU's annotations are an array of records.")
-    return records
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow, which is not installed. Run `pip install pyarrow`.") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"{path} is not a Parquet file ({error}). Fetch it again.") from error
 
 
-def _question(
-    record: object, source: str, path: Path, image_root: str | os.PathLike | None, answer_format: str
-) -> Question:
+def _question(record: object, path: Path, index: int, place: Place) -> Question:
     if not isinstance(record, dict):
         raise Refused("not_a_record", f"{record!r:.80} is no JSON object. Drop it.")
     task = text_of(record.get("task"), "task")
-    images = resolve_images(record.get("input_image_path"), Place.of(path, image_root), name="input_image_path")
+    images = resolve_images(record.get("input_image_path"), place, name="input_image_path")
     options = _options(record.get("options"))
     letter = str(record.get("output") or "").strip(" .:()").upper()
     if letter not in options:
         raise Refused("bad_output", f"output is {record.get('output')!r:.80}; one of {', '.join(options)} is needed.")
-    text = _asked(record, task, options) + ANSWER_FORMATS[answer_format]
+    text = _question_text(record, task, options) + ANSWER_SUFFIX
     folders = Path(record["input_image_path"][0]).parts
     return Question(
-        id=f"{path.stem}-{source.rpartition('#')[2]}",
+        id=f"{path.stem}-{index}",
         task=task,
         images=images,
         question=text,
         gold=None,
         turns=(("user", text),),
-        answer_format="think" if answer_format == "think" else "box",  # an Example's word for no thinking
-        source=source,
+        source=f"{path.name}#{index}",
         options=options,
         letter=letter,
         relationship=next((r for r in RELATIONSHIPS if r in folders), ""),
@@ -226,7 +193,7 @@ def _options(value: object) -> dict[str, str]:
     return options
 
 
-def _asked(record: dict, task: str, options: dict[str, str]) -> str:
+def _question_text(record: dict, task: str, options: dict[str, str]) -> str:
     """Question and context in the task's order, then the options unless the context lists them, as most do."""
     parts = [record.get("context"), record.get("question")]
     if task in QUESTION_FIRST:

@@ -1,21 +1,28 @@
 """Pictures of what a run did: predictions drawn over their images, sheets of them, and the curves of a run."""
 
-import json
+import logging
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from boxgrpo.kernels import box_iou
+from boxgrpo.trainer.data.example import Example
+from boxgrpo.trainer.data.images import load_image
+from boxgrpo.trainer.runtime.files import read_lines
+
+log = logging.getLogger(__name__)
 
 GOLD = (0, 150, 60)
 PREDICTED = (225, 30, 30)
 INK = (30, 30, 30)
 FAINT = (110, 110, 110)
+FRAME = (200, 200, 200)
 PAPER = (255, 255, 255)
 MARGIN = 12  # pixels, as are the sizes below
 IMAGE_HEIGHT = 240
@@ -30,10 +37,9 @@ def annotate(
     gold: Sequence[float] | None,
     predicted: Sequence[float] | None,
     target_image: int,
-    question: str,
-    reasoning: str,
-    title: str | None = None,
-    answered: bool = True,
+    question: str = "",
+    reasoning: str | None = None,
+    title: str = "",
     image_height: int = IMAGE_HEIGHT,
 ) -> Image.Image:
     """Draws the images side by side with the gold box (green) and the predicted box (red) on the target image.
@@ -42,18 +48,17 @@ def annotate(
     Boxes are x1, y1, x2, y2 on the 0-1000 scale of `images[target_image]` (counted from 0); None draws none. A
     predicted box that is inverted or leaves the image is drawn as far as it can be seen, and gets the IoU it deserves.
     Underneath stand the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
-    show as boxes. `answered` false: nobody was asked, so no box is missed. Returns an RGB image. Raises ValueError for
-    a target image that is not there.
+    show as boxes. `reasoning` None: there is no answer, so no predicted box is missing. Returns an RGB image. Raises
+    ValueError for a target image that is not there.
     """
     if not 0 <= target_image < len(images):
         raise ValueError(f"target_image is {target_image} of {len(images)} images; count from 0 to the last one.")
-    shown = [_fit(image, image_height) for image in images]
+    largest = (3 * image_height, image_height)
+    shown = [ImageOps.contain(image.convert("RGB"), largest, Image.Resampling.LANCZOS) for image in images]
     width = max(sum(image.width for image in shown) + MARGIN * (len(shown) + 1), LEAST_WIDTH)
     large, regular, small = (ImageFont.load_default(TEXT_SIZE + step) for step in (3, 0, -2))
-    heading, asked, thought = (
-        _wrap(text, font, width - 2 * MARGIN)
-        for text, font in ((title or "", large), (question, regular), (reasoning, regular))
-    )
+    texts = ((title, large), (question, regular), (reasoning or "", regular))
+    heading, asked, thought = (_wrap(text, font, width - 2 * MARGIN) for text, font in texts)
     top = MARGIN + len(heading) * LINE + (8 if heading else 0)
     captions = top + max(image.height for image in shown) + 6
     legend = captions + LINE
@@ -61,38 +66,48 @@ def annotate(
     page = Image.new("RGB", (width, text + LINE * (len(asked) + len(thought)) + 4 + MARGIN), PAPER)
     pen = ImageDraw.Draw(page)
     pen.multiline_text((MARGIN, MARGIN - 4), "\n".join(heading), INK, large, spacing=LINE - TEXT_SIZE)
-
     x = MARGIN
     for k, image in enumerate(shown):
         page.paste(image, (x, top))
-        pen.rectangle([x - 1, top - 1, x + image.width, top + image.height], outline=(200, 200, 200))
+        pen.rectangle([x - 1, top - 1, x + image.width, top + image.height], outline=FRAME)
         pen.text((x, captions), f"image {k + 1}", INK if k == target_image else FAINT, small)
-        if k == target_image:
-            corner = (x, top)
+        if (
+            k == target_image
+        ):  # the gold box grows outwards from its edge, the prediction inwards: equal boxes show both
+            for box, colour, outwards in ((gold, GOLD, 3), (predicted, PREDICTED, 0)):
+                if box is not None:
+                    _outline(pen, box, image, (x, top), colour, outwards)
         x += image.width + MARGIN
-    target = shown[target_image]
-    if gold is not None:  # outwards from the box's edge, and the prediction inwards: equal boxes show both
-        _outline(pen, gold, target, corner, GOLD, outwards=3)
-    if predicted is not None:
-        _outline(pen, predicted, target, corner, PREDICTED, outwards=0)
-
-    x = MARGIN
-    for name, colour, box in (("gold", GOLD, gold), ("predicted", PREDICTED, predicted)):
-        if box is not None:
-            pen.rectangle([x, legend + 4, x + 12, legend + 14], outline=colour, width=3)
-            pen.text((x + 18, legend), name, INK, regular)
-            x += 34 + round(regular.getlength(name))
-    if gold is not None and answered:
-        found = "no box found"
-        if predicted is not None:
-            one, other = (torch.tensor([box], dtype=torch.float64) for box in (gold, predicted))
-            found = f"IoU {box_iou(one, other).item():.2f}"
-        pen.text((x, legend), found, INK, regular)
-    for k, line in enumerate(asked):
-        pen.text((MARGIN, text + k * LINE), line, INK, regular)
-    for k, line in enumerate(thought, len(asked)):
-        pen.text((MARGIN, text + 4 + k * LINE), line, FAINT, regular)
+    _draw_legend(pen, (MARGIN, legend), regular, gold, predicted, answered=reasoning is not None)
+    for k, line in enumerate(asked + thought):
+        later = k >= len(asked)
+        pen.text((MARGIN, text + 4 * later + k * LINE), line, FAINT if later else INK, regular)
     return page
+
+
+def annotate_example(example: Example, **options) -> Image.Image:
+    """`annotate` of an example's images and gold box. Raises ValueError for an image that cannot be loaded."""
+    images = [load_image(path) for path in example.images]
+    return annotate(images, **{"gold": example.gold, "target_image": example.target_image} | options)
+
+
+def draw_cases(answers: Sequence[dict], examples: Sequence[Example], folder: Path, count: int) -> None:
+    """Writes pictures of `count` cases spread evenly over the tasks, as 00.png, 01.png ...
+
+    Args:
+        answers, examples: of `grade_texts`. A case without its images, which may be on another machine where the
+            answers come from a file, has no picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count = min(count, len(answers))
+    by_task = sorted(zip(answers, examples, strict=True), key=lambda case: case[0]["task"])
+    for number in range(count):
+        a, example = by_task[number * len(answers) // count]
+        texts = {"question": example.question, "reasoning": a["answer"], "title": example.task}
+        try:
+            annotate_example(example, predicted=a["box"], **texts).save(folder / f"{number:02d}.png")
+        except ValueError as error:
+            log.info("no picture of %s: %s", a["source"], error)
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -104,8 +119,8 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
     widths = [max(picture.width for picture in pictures[k::columns]) for k in range(min(columns, len(pictures)))]
     heights = [max(picture.height for picture in row) for row in rows]
-    sheet = Image.new("RGB", (sum(widths) + MARGIN * (len(widths) + 1), sum(heights) + MARGIN * (len(rows) + 1)))
-    sheet.paste((225, 225, 225), (0, 0, *sheet.size))
+    size = sum(widths) + MARGIN * (len(widths) + 1), sum(heights) + MARGIN * (len(rows) + 1)
+    sheet = Image.new("RGB", size, (225, 225, 225))
     y = MARGIN
     for row, height in zip(rows, heights):
         x = MARGIN
@@ -117,11 +132,19 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def _fit(image: Image.Image, image_height: int) -> Image.Image:
-    """An RGB copy at the display height; very wide images are held to three heights of width."""
-    scale = min(image_height / image.height, 3 * image_height / image.width)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _draw_legend(pen, corner: tuple[int, int], font, gold, predicted, *, answered: bool) -> None:
+    x, y = corner
+    for name, colour, box in (("gold", GOLD, gold), ("predicted", PREDICTED, predicted)):
+        if box is not None:
+            pen.rectangle([x, y + 4, x + 12, y + 14], outline=colour, width=3)
+            pen.text((x + 18, y), name, INK, font)
+            x += 34 + round(font.getlength(name))
+    if gold is not None and answered:
+        found = "no box found"
+        if predicted is not None:
+            one, other = (torch.tensor([box], dtype=torch.float64) for box in (gold, predicted))
+            found = f"IoU {box_iou(one, other).item():.2f}"
+        pen.text((x, y), found, INK, font)
 
 
 def _outline(
@@ -164,40 +187,27 @@ DIFFICULTY = (
 def plot_run(metrics_jsonl_path: str | os.PathLike, out_png: str | os.PathLike, title: str | None = None) -> None:
     """Plots a run's rewards and its shares of easy, medium and hard groups (the paper's Figure 3) by step.
 
-    Reads one JSON object a line; a line without `step` or without a key is passed over for that curve, and of a step
-    written twice (a resumed run) the later line counts. Thin lines are the raw values, thick ones their running mean.
-    Raises ValueError for a line that is not JSON and for a file without any of the curves.
+    A line without `step` or without a key is passed over for that curve, and of a step written twice (a resumed run)
+    the later line counts. Thin lines are the raw values, thick ones their running mean. Raises ValueError for a line
+    that is not JSON and for a file without any of the curves.
     """
-    records = []
-    with open(metrics_jsonl_path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{metrics_jsonl_path}, line {number} is not JSON ({error}). Remove that line."
-                ) from error
-
+    records = list(read_lines([Path(metrics_jsonl_path)]))
     figure = Figure(figsize=(10, 3.8), layout="constrained")  # no pyplot: no global state, no window
-    drawn = 0
     for axes, panel, curves in zip(figure.subplots(1, 2), ("mean reward", "share of groups"), (REWARDS, DIFFICULTY)):
         for key, label, colour in curves:
             steps, values = _curve(records, key)
-            if not steps:
-                continue
-            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, _running_mean(values), color=colour, linewidth=2, label=label)
-            drawn += 1
+            if steps:
+                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, _running_mean(values), color=colour, linewidth=2, label=label)
         axes.set(xlabel="step", ylabel=panel, ylim=(-0.02, 1.02))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False, loc="best")
-    if not drawn:
+    if not any(axes.lines for axes in figure.axes):
         known = ", ".join(key for key, *_ in REWARDS + DIFFICULTY)
         raise ValueError(f"{metrics_jsonl_path} holds none of {known}. Give the metrics file of a GRPO run.")
-    if title:
-        figure.suptitle(title)
+    figure.suptitle(title)
     figure.savefig(out_png, dpi=130)
 
 
@@ -210,7 +220,6 @@ def _curve(records: Sequence[dict], key: str) -> tuple[list[int], np.ndarray]:
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """The mean over a window of an eighth of the run around each value; the window shrinks at the ends."""
     half = max(len(values) // 16, 1)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    centre = np.arange(len(values))
-    low, high = np.maximum(centre - half, 0), np.minimum(centre + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    window = np.ones(2 * half + 1)
+    sums, counts = (np.convolve(v, window)[half : half + len(values)] for v in (values, np.ones(len(values))))
+    return sums / counts

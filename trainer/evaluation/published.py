@@ -99,3 +99,7 @@ REFCOCO = Table(
         "UniVG-R1": (91.64, 93.11, 87.16, 85.91, 90.53, 80.04, 88.67, 88.56, 88.20),
     },
 )
+
+MMIU = Table("published", (), {"UniVG-R1": (53.03,)})  # accuracy in %
+
+ODINW = Table("published", (), {"UniVG-R1": (33.3,)})  # AP in %; how it was asked and scored is not published with it

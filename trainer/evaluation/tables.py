@@ -1,105 +1,109 @@
 """Scores as tables: for the terminal, and in Markdown beside the published rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from .benches import Bench
+from .benches import BENCHES, Bench
 
 ABSENT = "–"
+HIT = "accuracy_at_0.5"  # the measure that the paper reports
 
 
-def table(summary: dict) -> str:
-    """Task, records, Acc@0.5 and mean IoU as text."""
-    rows = [f"{'task':<18}{'records':>8}{'Acc@0.5':>9}{'mean IoU':>10}"]
-    for task, t in summary["tasks"].items():
-        rows.append(f"{task:<18}{t['count']:>8}{100 * t['accuracy_at_0.5']:>9.2f}{t['mean_iou']:>10.3f}")
-    rows.append(
-        f"{'mean':<18}{summary['count']:>8}{100 * summary['accuracy_at_0.5']:>9.2f}{summary['mean_iou']:>10.3f}"
-    )
-    return "\n".join(rows)
+def in_percent(bench: Bench, summary: dict) -> dict:
+    """`mean` and `tasks`: Acc@0.5 where the answers are boxes, else the benchmark's own score."""
+    if bench.module:
+        return {"mean": summary["mean"], "tasks": summary["tasks"]}
+    tasks = {task: 100 * summary["tasks"][task][HIT] for task in bench.ordered(summary["tasks"])}
+    return {"mean": 100 * summary[HIT], "tasks": tasks}
 
 
 def comparison(bench: Bench, summary: dict, name: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows in % Acc@0.5: the published ones, then `name`'s with its interval, if there is one.
+    """Columns and rows in %: the published ones, then `name`'s with its interval, if there is one.
 
-    The average is there where every published column is; a benchmark without published rows has its tasks as columns.
+    The average is there where every published column is; boxes without published rows have their tasks as columns.
     """
-    tasks = list(bench.columns) or bench.ordered(summary["tasks"])
-    columns = ["model", "from", *(bench.columns.get(task, task) for task in tasks), "AVG"]
+    scores = in_percent(bench, summary)
+    tasks = [] if bench.module else list(bench.columns) or list(scores["tasks"])
+    columns = ["model", "from", *(bench.columns.get(task, task) for task in tasks), "mean" if bench.module else "AVG"]
     rows = [
-        [model, published.name, *(f"{value:.2f}" for value in values)]
+        [model, published.name, *map(_percent, values)]
         for published in bench.published
         for model, values in published.rows.items()
     ]
-    whole = summary["tasks"].keys() == set(tasks)
-    scored = [summary["tasks"].get(task) for task in tasks] + [summary if whole else None]
-    rows.append([name, "this run", *(f"{100 * s['accuracy_at_0.5']:.2f}" if s else ABSENT for s in scored)])
+    whole = bench.module or scores["tasks"].keys() == set(tasks)
+    own = [*(scores["tasks"].get(task) for task in tasks), scores["mean"] if whole else None]
+    rows.append([name, "this run", *map(_percent, own)])
     if "interval" in summary:
-        ranges = [s and s["interval"]["accuracy_at_0.5"] for s in scored]
-        rows.append(["", "95 % interval", *(f"{100 * r[0]:.1f}–{100 * r[1]:.1f}" if r else ABSENT for r in ranges)])
+        scored = [*(summary["tasks"].get(task) for task in tasks), summary if whole else None]
+        rows.append(["", "95 % interval", *map(_interval, scored)])
     return columns, rows
 
 
 def details(bench: Bench, summary: dict) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of every measure, task by task and their mean; accuracies in %."""
+    scores = in_percent(bench, summary)
+    if bench.module:
+        named = [*scores["tasks"].items(), ("mean over tasks", scores["mean"])]
+        return ["task", "score"], [[task, _percent(score)] for task, score in named]
     columns = ["task", "records", "Acc@0.3", "Acc@0.5", "95 % interval", "IoU ≥ 0.5", "Acc@0.7", "mean IoU"]
+    named = [*((task, summary["tasks"][task]) for task in scores["tasks"]), ("mean over tasks", summary)]
     rows = []
-    named = [(t, summary["tasks"][t]) for t in bench.ordered(summary["tasks"])] + [("mean over tasks", summary)]
     for task, s in named:
-        low, high = s.get("interval", {}).get("accuracy_at_0.5", (None, None))
-        rows.append(
-            [
-                task,
-                str(s["count"]),
-                f"{100 * s['accuracy_at_0.3']:.2f}",
-                f"{100 * s['accuracy_at_0.5']:.2f}",
-                ABSENT if low is None else f"{100 * low:.1f}–{100 * high:.1f}",
-                f"{100 * s['accuracy_at_least_0.5']:.2f}",
-                f"{100 * s['accuracy_at_0.7']:.2f}",
-                f"{s['mean_iou']:.3f}",
-            ]
-        )
+        low, middle, equal, high = (_percent(100 * s[f"accuracy_at_{t}"]) for t in ("0.3", "0.5", "least_0.5", "0.7"))
+        rows.append([task, str(s["count"]), low, middle, _interval(s), equal, high, f"{s['mean_iou']:.3f}"])
     return columns, rows
 
 
 def notes(bench: Bench, summary: dict) -> list[str]:
-    """What a reader of the tables has to know."""
-    said = [f"{summary['count']} records scored, {summary['skipped']} skipped."]
-    if bench.published:
-        said.append(
+    """What a reader of the tables needs to know."""
+    found = [f"{summary['count']} records scored, {summary['skipped']} skipped."]
+    if bench.columns:
+        found.append(
             "Published rows are the paper's, on its own records. Acc@0.5 counts an IoU above 0.5, the paper's words; "
             f"its scorer counts 0.5 too: the mean here is then {100 * summary['accuracy_at_least_0.5']:.2f}."
         )
     if "interval" in summary:
-        said.append(
+        found.append(
             "Intervals are percentiles of a bootstrap over the records of each task; the tasks stay as they are."
         )
-    return said
+    return found
 
 
 def markdown(bench: Bench, summary: dict, name: str) -> str:
     """`comparison`, `details` and `notes` as a Markdown page."""
-    parts = [f"# {_cell(bench.title)}: Acc@0.5 in %", _grid(*comparison(bench, summary, name))]
-    parts += [_grid(*details(bench, summary)), "\n".join(f"- {note}" for note in notes(bench, summary))]
-    return "\n\n".join(parts) + "\n"
+    title = _cell(bench.title) + ("" if bench.module else ": Acc@0.5 in %")
+    parts = [f"# {title}", _grid(*comparison(bench, summary, name)), _grid(*details(bench, summary))]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(bench, summary))]) + "\n"
 
 
-def percentages(summary: dict) -> str:
-    """Task and score in %, of a benchmark that is not one of boxes, as text."""
-    rows = summary["tasks"] | {"mean": summary["mean"]}
-    return "\n".join(f"{task:<40}{score:>8.2f}" for task, score in rows.items())
+def scores_table(summary: dict, bench: Bench = BENCHES[""]) -> str:
+    """`details` for the terminal; of boxes task, records, Acc@0.5 and mean IoU."""
+    columns, rows = details(bench, summary)
+    shown = (0, 1) if bench.module else (0, 1, 3, 7)
+    return align([[row[i] for i in shown] for row in [columns, *rows]])
 
 
-def one_number(title: str, name: str, summary: dict, published: Mapping[str, float]) -> str:
-    """The mean beside the published ones, and the tasks, of a benchmark that is not one of boxes, in Markdown."""
-    compared = [[model, "published", f"{value:.2f}"] for model, value in published.items()]
-    compared.append([name, "this run", f"{summary['mean']:.2f}"])
-    tasks = [[task, "this run", f"{score:.2f}"] for task, score in summary["tasks"].items()]
-    parts = [f"# {_cell(title)}", _grid(["model", "from", "mean"], compared), _grid(["task", "from", "score"], tasks)]
-    return "\n\n".join([*parts, f"- {summary['skipped']} records skipped."]) + "\n"
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as text in columns, the first one flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}"
+
+
+def _interval(scores: dict | None) -> str:
+    if not scores or "interval" not in scores:
+        return ABSENT
+    low, high = scores["interval"][HIT]
+    return f"{100 * low:.1f}–{100 * high:.1f}"
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * 2 + ["---:"] * (len(columns) - 2), *rows]
+    left = min(2, len(columns) - 1)
+    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 

@@ -17,7 +17,8 @@ from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, qwen2_tokenizer
-from boxgrpo.trainer.evaluator import evaluate, grade_texts
+from boxgrpo.trainer.evaluation.evaluate import evaluate
+from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world.tiny import tiny_config

@@ -1,4 +1,4 @@
-"""Answers of a model: shared out among ranks, in parts where memory is short, in the form that a model is asked for."""
+"""Answers of a model: shared out among ranks, in parts where memory is short, in the format that is requested."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example, read_examples
-from boxgrpo.trainer.evaluation.answer import REQUESTS, answer, asked, spoken
+from boxgrpo.trainer.evaluation.answer import REQUESTS, answer, decode_answer, in_format
+from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.grade import grade_texts
-from boxgrpo.trainer.rollout.local import LocalRollout
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 ANSWERING = {"batch_size": 64, "max_completion_length": 6, "workers": 0}
@@ -25,7 +25,7 @@ def processor(newborn):
 
 
 class OneOfTwo(Ranks):
-    """A rank that hears nothing of the other."""
+    """A rank whose collectives return its own value alone."""
 
     def gather(self, value):
         return [value]
@@ -35,48 +35,47 @@ def test_two_ranks_answer_what_one_does(model, processor, record_file):
     examples, _ = read_examples(record_file)
     alone, reasons = answer(model, processor, examples, range(7), Ranks(), **ANSWERING)
     assert list(alone) == [0, 1, 3, 4, 5, 6] and list(reasons) == [2]
-    kept = []
+    kept, options = [], ANSWERING | {"batch_size": 2}
     parts = [
-        answer(
-            model, processor, examples, range(7), OneOfTwo(rank, 2), **ANSWERING | {"batch_size": 2}, keep=kept.append
-        )
-        for rank in (0, 1)
+        answer(model, processor, examples, range(7), OneOfTwo(rank, 2), **options, keep=kept.append) for rank in (0, 1)
     ]
     assert [(list(texts), list(why)) for texts, why in parts] == [([0, 4, 6], [2]), ([1, 3, 5], [])]
     assert parts[0][0] | parts[1][0] == alone
-    assert [list(batch) for batch in kept] == [[0], [4, 6], [1, 3], [5]], "each batch is kept as soon as it is there"
+    assert [list(batch) for batch in kept] == [[0], [4, 6], [1, 3], [5]], "each batch is kept as soon as it is decoded"
 
 
-def test_what_memory_has_no_room_for_is_answered_in_parts_or_left_out(model, processor, record_file, monkeypatch):
-    """The model takes two prompts at once, and never the one of the largest image."""
+def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(model, processor, record_file, monkeypatch):
+    """Two prompts fit into memory together, and the one with the largest image not at all."""
     examples, _ = read_examples(record_file)
     whole, _ = answer(model, processor, examples, range(7), Ranks(), **ANSWERING)
-    prefill = LocalRollout._sample
-    largest = max(len(processor.prompt(examples[n]).input_ids) for n in whole)
-    huge = [n for n in whole if len(processor.prompt(examples[n]).input_ids) == largest]
+    run = GreedyDecoder._run
+    lengths = {n: len(processor.prompt(examples[n]).input_ids) for n in whole}
+    largest = max(lengths.values())
+    huge = [n for n, length in lengths.items() if length == largest]
+    sizes = []
 
-    def limited(rollout, policy, samples, embeds):
-        if len(samples) > 2 or max(len(s.item.input_ids) for s in samples) == largest:
+    def limited(decoder, prompts):
+        sizes.append(len(prompts))
+        if len(prompts) > 2 or max(len(p.input_ids) for p in prompts) == largest:
             raise torch.OutOfMemoryError("no room")
-        return prefill(rollout, policy, samples, embeds)
+        return run(decoder, prompts)
 
-    monkeypatch.setattr(LocalRollout, "_sample", limited)
+    monkeypatch.setattr(GreedyDecoder, "_run", limited)
     texts, reasons = answer(model, processor, examples, range(7), Ranks(), **ANSWERING)
     assert texts == {n: t for n, t in whole.items() if n not in huge}
     assert {n: reasons[n] for n in huge} == dict.fromkeys(huge, "decoding it alone runs out of memory")
+    assert sizes[:2] == [6, 3] and max(sizes[2:]) <= 3, "a number of prompts that failed is not tried again"
 
 
-def test_other_models_are_asked_for_their_own_form(processor):
-    """The question as it stands, and the form; box marks are then part of what is read."""
+def test_other_models_get_a_request_for_their_own_format(processor):
+    """The question unchanged, and the request; box marks are then part of what is read."""
     example = Example("0", "diff", ("a.png",), "<image>Where is it?", (0.0, 0.0, 500.0, 500.0), answer_format="think")
-    marked = asked(example, "marked")
-    assert (
-        marked.turns == (("user", "Where is it?" + REQUESTS["marked"]),)
-        and "<|box_start|>(x1,y1)" in REQUESTS["marked"]
-    )
-    assert asked(example, "auto") is example and asked(example, "box").answer_format == "box"
+    marked = in_format(example, "marked")
+    assert marked.turns == (("user", "Where is it?" + REQUESTS["marked"]),)
+    assert "<|box_start|>(x1,y1)" in REQUESTS["marked"]
+    assert in_format(example, "auto") is example and in_format(example, "box").answer_format == "box"
     ids = processor.tokenizer("<|box_start|>(0, 0), (500, 500)<|box_end|><|im_end|>", return_tensors="pt").input_ids[0]
-    assert spoken(processor, ids, "think") == "(0, 0), (500, 500)"
-    assert spoken(processor, ids, "marked") == "<|box_start|>(0, 0), (500, 500)<|box_end|>"
-    (graded,) = grade_texts([example], [spoken(processor, ids, "marked")], answer_format="marked")
+    assert decode_answer(processor, ids, "think") == "(0, 0), (500, 500)"
+    assert decode_answer(processor, ids, "marked") == "<|box_start|>(0, 0), (500, 500)<|box_end|>"
+    (graded,) = grade_texts([example], [decode_answer(processor, ids, "marked")], answer_format="marked")
     assert graded["iou"] == 1.0

@@ -11,17 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from boxgrpo.bench.launches import kill
-from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.evaluation import answer as answering
-from boxgrpo.trainer.evaluation.grade import grade_texts
-from boxgrpo.trainer.evaluator import draw, evaluate, main
+from boxgrpo.trainer.evaluation.answer_files import AnswerFile
+from boxgrpo.trainer.evaluation.decode import GreedyDecoder
+from boxgrpo.trainer.evaluation.evaluate import evaluate
+from boxgrpo.trainer.evaluator import main
 from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.run import read_usable
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, eval_options, finish, start
-from scoring import text
-
-ANSWERING = {"batch_size": 64, "max_completion_length": 6, "workers": 0}
 
 
 def test_what_cannot_be_evaluated_is_refused_by_name(shared, tmp_path):
@@ -64,14 +61,14 @@ def test_every_fault_is_named_however_many(tmp_path, caplog):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The records that any model decodes from here on, batch by batch."""
-    batches, whole = [], answering.LocalRollout.__call__
+    """The numbers of the records that are answered from here on, batch by batch, as they are written to the disk."""
+    batches, keep = [], AnswerFile.keep
 
-    def noting(rollout, policy, samples, embeds):
-        batches.append([s.example.source.split("#")[1] for s in samples])
-        return whole(rollout, policy, samples, embeds)
+    def noting(file, answers):
+        keep(file, answers)
+        batches.append(list(answers))
 
-    monkeypatch.setattr(answering.LocalRollout, "__call__", noting)
+    monkeypatch.setattr(AnswerFile, "keep", noting)
     return batches
 
 
@@ -87,7 +84,7 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
     assert summary["count"] == 6 and summary["skipped"] == 1
     assert [a["source"] for a in results["answers"]] == [f"benchmark.json#{i}" for i in (0, 1, 3, 4, 5, 6)]
     assert {task: found["count"] for task, found in summary["tasks"].items()} == {"diff": 3, "region": 3}
-    assert decoded == [["0", "1"], ["3", "4", "5"], ["6"]]
+    assert decoded == [[0, 1], [3, 4, 5], [6]]
     (fault,) = results["skipped_records"]
     assert re.search(r"benchmark\.json#2: There is no image at .*2\.png", fault) and fault in caplog.text
     assert results["mean"] == 100 * summary["accuracy_at_0.5"] and results["tasks"].keys() == {"diff", "region"}
@@ -107,29 +104,28 @@ def test_a_broken_off_evaluation_goes_on_where_it_was(newborn, record_file, deco
     options = eval_options(newborn, record_file, eval_batch_size=2, pictures=0)
     whole = evaluate(eval_options(newborn, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
     decoded.clear()
-    noting = answering.LocalRollout.__call__
+    complete = GreedyDecoder.complete
 
-    def dying(rollout, policy, samples, embeds):
+    def dying(decoder, prompts):
         if len(decoded) == 2:
             raise KeyboardInterrupt
-        return noting(rollout, policy, samples, embeds)
+        return complete(decoder, prompts)
 
-    monkeypatch.setattr(answering.LocalRollout, "__call__", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GreedyDecoder, "complete", dying)
         evaluate(options, Ranks())
-    monkeypatch.setattr(answering.LocalRollout, "__call__", noting)
-    assert decoded == [["0", "1"], ["3"]]
+    assert decoded == [[0, 1], [3]]
     folder = record_file.parent / "eval"
     assert not (folder / "results.json").exists()
     with (folder / "answers/rank0.jsonl").open("a") as file:
         file.write('{"record": 4, "answer": "<thi')  # what a kill can leave
     assert evaluate(options, Ranks()) == whole
-    assert decoded == [["0", "1"], ["3"], ["4"], ["5", "6"]]
+    assert decoded == [[0, 1], [3], [4], [5, 6]]
     lines = [json.loads(line) for line in (folder / "answers/rank0.jsonl").read_text().splitlines()]
     assert [line["record"] for line in lines] == [0, 1, 3, 4, 5, 6]
     Image.effect_noise((56, 56), 60).save(record_file.parent / "2.png")  # the lost image is found
     assert evaluate(options, Ranks())["count"] == 7
-    assert decoded[4:] == [["2"]]
+    assert decoded[4:] == [[2]]
 
 
 def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, decoded, tmp_path, caplog):
@@ -196,22 +192,6 @@ def test_two_processes_that_are_killed_go_on(newborn, tmp_path):
     )
     assert results_of(folder)["summary"] == alone
     assert results_of(folder)["answers"] == results_of(tmp_path / "alone")["answers"]
-
-
-def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
-    examples = [e for e in read_examples(record_file)[0] if not e.source.endswith("#2")]
-    graded = grade_texts(examples, [text(e.gold) for e in examples])
-
-    def drawn(answers, count):
-        folder = tmp_path / f"pictures of {count}"
-        draw(answers, examples, folder, count)
-        return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-    more = drawn(graded, 100)
-    assert list(more) == [f"{i:02d}.png" for i in range(6)]
-    assert len(set(more.values())) == 6, "each case once, also where more pictures are asked for than there are cases"
-    fewer = drawn(graded, 2)
-    assert list(fewer.values()) == [more["00.png"], more["03.png"]], "one of each task"
 
 
 CHOICES = {

@@ -9,7 +9,7 @@ from PIL import Image
 
 from boxgrpo.trainer.data.readers import Example, read_examples
 from boxgrpo.trainer.evaluation.grade import bootstrap, grade_texts, summarize
-from boxgrpo.trainer.evaluation.tables import table
+from boxgrpo.trainer.evaluation.tables import scores_table
 from scoring import scored_by_counting, text, varied_answers
 
 GOLD = (200.0, 200.0, 600.0, 600.0)
@@ -34,7 +34,7 @@ def test_gold_boxes_score_100_on_each_task(real):
     assert len(summary["tasks"]) == 10
     for found in (summary, *summary["tasks"].values()):
         assert all(found[name] == 1.0 for name in MEASURES)
-    shown = table(summary).splitlines()
+    shown = scores_table(summary).splitlines()
     assert len(shown) == 1 + 10 + 1 and all("100.00" in line for line in shown[1:])
 
 
@@ -85,8 +85,6 @@ def test_another_models_boxes_are_read_as_it_writes_them(answer_format, answered
     assert (graded["iou"], graded["format"], graded["box"]) == (1.0, 1.0, list(GOLD))
     (graded,) = grade_texts([example], [answered])  # as the example asks: thinking, and an answer in tags
     assert (graded["iou"], graded["format"], graded["box"]) == (0.0, 0.0, None)
-    with pytest.raises(ValueError, match="answer_format is 'json'; it must be one of auto, think, box"):
-        grade_texts([example], [answered], answer_format="json")
 
 
 @pytest.mark.parametrize(
@@ -154,13 +152,6 @@ def test_iou_of_well_formed_answers_leaves_the_others_out():
     summary = summarize(grade_texts([WHOLE, WHOLE], [bare, text((0, 0, 500, 1000))]))
     assert (summary["format"], summary["mean_iou"], summary["well_formed_iou"]) == (0.5, 0.75, 0.5)
     assert summarize(grade_texts([WHOLE], [bare]))["well_formed_iou"] == 0.0
-
-
-def test_answers_and_records_must_match():
-    with pytest.raises(ValueError, match="1 answers for 2 usable records"):
-        grade_texts([WHOLE, WHOLE], ["one"])
-    with pytest.raises(ValueError, match="there are 0 answers"):
-        summarize([])
 
 
 def answers_with(ious: dict[str, list[float]]) -> list[dict]:

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.evaluation.mmiu import RELATIONSHIPS, grade, read, score
+from boxgrpo.trainer.evaluation.mmiu import ANSWER_SUFFIX, RELATIONSHIPS, grade, read, score
 
 # As FanqingM/MMIU-Benchmark publishes them: every task spells its options and its context a little differently.
 FORENSIC = {
@@ -76,29 +76,18 @@ def test_records_become_questions(write, tmp_path):
 
 
 def test_prompts_hold_context_question_and_options_once(write):
-    (forensic, reid, quality, homography), _ = read(write(RECORDS), answer_format="letter")
-    asks = "\nAnswer with the letter of the chosen option only."
-    assert forensic.prompt == FORENSIC["context"] + FORENSIC["question"] + asks
-    assert reid.prompt == REID["question"] + "\n" + REID["context"] + asks  # one of the tasks that ask first
-    assert quality.prompt == QUALITY["context"] + "\n" + QUALITY["question"] + asks
-    assert homography.prompt.count("0.002") == 1
+    (forensic, reid, quality, homography), _ = read(write(RECORDS), None)
+    assert forensic.question == FORENSIC["context"] + FORENSIC["question"] + ANSWER_SUFFIX
+    assert reid.question == REID["question"] + "\n" + REID["context"] + ANSWER_SUFFIX  # one of the tasks that ask first
+    assert quality.question == QUALITY["context"] + "\n" + QUALITY["question"] + ANSWER_SUFFIX
+    assert homography.question.count("0.002") == 1
 
 
 def test_options_that_the_context_does_not_list_are_added(write):
-    (question,), _ = read(write([REID | {"context": None}]), answer_format="letter")
-    assert question.prompt.startswith(REID["question"] + "\nA: The second image\nB: The third image\nAnswer with")
-    (question,), _ = read(write([REID | {"context": "Not B: The third image"}]), answer_format="letter")
-    assert question.prompt.count("A: The second image") == 1  # half a list is none
-
-
-def test_thinking_is_asked_for_in_the_house_tags(write):
-    (question, *_), _ = read(write(RECORDS))
-    assert question.prompt.startswith(
-        FORENSIC["context"] + FORENSIC["question"] + "\nFirst output the thinking process"
-    )
-    assert question.prompt.endswith("the letter of the chosen option in <answer> </answer> tags.")
-    with pytest.raises(ValueError, match="'box'; MMIU is asked in think, letter"):
-        read(write(RECORDS), answer_format="box")
+    (question,), _ = read(write([REID | {"context": None}]), None)
+    assert question.question.startswith(REID["question"] + "\nA: The second image\nB: The third image\nFirst output")
+    (question,), _ = read(write([REID | {"context": "Not B: The third image"}]), None)
+    assert question.question.count("A: The second image") == 1  # half a list is none
 
 
 def test_the_processor_takes_a_question_as_it_is(write, tmp_path, shared):
@@ -118,7 +107,7 @@ def test_the_processor_takes_a_question_as_it_is(write, tmp_path, shared):
     text = processor.decode(prompt.input_ids)
     assert len(prompt.image_grid_thw) == 4
     assert text.partition("<|vision_end|>You are")[2] == (
-        question.prompt.removeprefix("You are") + "\n<|im_start|>assistant\n"  # decode leaves <|im_end|> out
+        question.question.removeprefix("You are") + "\n<|im_start|>assistant\n"  # decode leaves <|im_end|> out
     )
 
 
@@ -132,7 +121,9 @@ def test_the_published_parquet_reads_like_the_json(write, tmp_path, name):
         path = tmp_path / name
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
     questions, faults = read(path, tmp_path)
-    assert [(q.prompt, q.letter) for q in questions] == [(q.prompt, q.letter) for q in read(write(RECORDS))[0]]
+    assert [(q.question, q.letter) for q in questions] == [
+        (q.question, q.letter) for q in read(write(RECORDS), None)[0]
+    ]
     assert not faults and questions[0].source == f"{name}#0"
 
 
@@ -163,28 +154,29 @@ def test_a_faulty_record_names_itself_the_rule_and_the_value(write, tmp_path, ch
 
 def test_files_that_hold_nothing_are_refused_by_name(write, tmp_path):
     with pytest.raises(ValueError, match=r"0 of 2 records.*not_a_record 1, bad_output 1|bad_output 1, not_a_record 1"):
-        read(write([7, REID | {"output": ""}]))
-    with pytest.raises(ValueError, match="a JSON dict; MMIU's annotations are an array"):
-        read(write({"data": []}))
-    (tmp_path / "all.json").write_text("{")
+        read(write([7, REID | {"output": ""}]), None)
+    with pytest.raises(ValueError, match="0 of 1 records can be used .no_task 1.*Pass MMIU's all.parquet or all.json"):
+        read(write({"data": []}), None)
+    (tmp_path / "all.json").write_text("[{")
     with pytest.raises(ValueError, match=r"all\.json is not JSON"):
-        read(tmp_path / "all.json")
+        read(tmp_path / "all.json", None)
     pytest.importorskip("pyarrow")
     (tmp_path / "all.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="is not a Parquet file"):
-        read(tmp_path / "all.parquet")
+        read(tmp_path / "all.parquet", None)
 
 
 def test_an_output_with_marks_is_a_letter(write):
-    (question,), _ = read(write([REID | {"output": " b. "}]))
+    (question,), _ = read(write([REID | {"output": " b. "}]), None)
     assert question.letter == "B"
 
 
 def test_accuracies_by_hand(write):
     """Three questions of one task, one of each of two others: means over tasks and over questions differ."""
-    questions, _ = read(write([FORENSIC, FORENSIC, FORENSIC, REID, QUALITY]))
+    questions, _ = read(write([FORENSIC, FORENSIC, FORENSIC, REID, QUALITY]), None)
     texts = ["D", "<think>D</think><answer>A</answer>", "I cannot tell.", "Answer: A", "no"]
-    result = score(questions, texts)
+    graded = grade(questions, texts)
+    result = score(questions, graded)
     third = 100 / 3
     assert result["tasks"] == pytest.approx(
         {"forensic_detection_blink": third, "person_reid": 100, "visual_quality_assessment_q_bench+": 0}
@@ -193,7 +185,6 @@ def test_accuracies_by_hand(write):
     assert result["overall"] == pytest.approx(100 * 2 / 5)
     assert result["relationships"] == pytest.approx({"Low-level-semantic": third / 2, "High-level-obj-semantic": 100})
     assert (result["count"], result["unread"], result["counts"]["forensic_detection_blink"]) == (5, 1, 3)
-    graded = grade(questions, texts)
     assert [(g["chosen"], g["gold"], g["correct"]) for g in graded] == [
         ("D", "D", True), ("A", "D", False), (None, "D", False), ("A", "A", True), ("A", "B", False)
     ]  # fmt: skip
@@ -201,14 +192,6 @@ def test_accuracies_by_hand(write):
 
 
 def test_paths_without_a_known_folder_have_no_relationship(write):
-    questions, _ = read(write([REID | {"input_image_path": ["images/a.png"]}]))
+    questions, _ = read(write([REID | {"input_image_path": ["images/a.png"]}]), None)
     assert questions[0].relationship == "" and "images" not in RELATIONSHIPS
-    assert score(questions, ["A"])["relationships"] == {}
-
-
-def test_scores_need_a_question_and_one_text_each(write):
-    questions, _ = read(write(RECORDS))
-    with pytest.raises(ValueError, match="1 answers for 4 questions"):
-        score(questions, ["A"])
-    with pytest.raises(ValueError, match="0 questions"):
-        score([], [])
+    assert score(questions, grade(questions, ["A"]))["relationships"] == {}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.evaluation.pictures import (
     GOLD,
     IMAGE_HEIGHT,
@@ -16,8 +18,10 @@ from boxgrpo.trainer.evaluation.pictures import (
     _running_mean,
     annotate,
     contact_sheet,
+    draw_cases,
     plot_run,
 )
+from scoring import text
 
 GREY = Image.new("RGB", (IMAGE_HEIGHT, IMAGE_HEIGHT), (128, 128, 128))  # shown at its own size
 TEXT = {"question": "Where is it?", "reasoning": "It is at the top left."}
@@ -104,6 +108,22 @@ def test_a_target_image_that_is_not_there_is_refused():
         annotate([GREY], gold=None, predicted=None, target_image=1, **TEXT)
 
 
+def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
+    examples = [e for e in read_examples(record_file)[0] if not e.source.endswith("#2")]
+    graded = grade_texts(examples, [text(e.gold) for e in examples])
+
+    def drawn(answers, count):
+        folder = tmp_path / f"pictures of {count}"
+        draw_cases(answers, examples, folder, count)
+        return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+    more = drawn(graded, 100)
+    assert list(more) == [f"{i:02d}.png" for i in range(6)]
+    assert len(set(more.values())) == 6, "each case once, also where more pictures are asked for than there are cases"
+    fewer = drawn(graded, 2)
+    assert list(fewer.values()) == [more["00.png"], more["03.png"]], "one of each task"
+
+
 def test_a_contact_sheet_keeps_every_picture_whole_and_in_order():
     pictures = [Image.new("RGB", (20 + 10 * k, 30 + 5 * k), (k * 40, 0, 200)) for k in range(5)]
     sheet = contact_sheet(pictures, columns=2)
@@ -152,7 +172,7 @@ def test_the_running_mean_keeps_a_constant_and_averages_its_window():
 def test_metrics_without_a_curve_or_with_a_broken_line_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds none of rewards/accuracy/mean"):
         plot_run(write_lines(tmp_path / "empty.jsonl", [{"step": 1, "loss": 2.0}]), tmp_path / "run.png")
-    (tmp_path / "cut.jsonl").write_text('{"step": 1}\n{"step": 2, "rew')
-    with pytest.raises(ValueError, match=r"cut\.jsonl, line 2 is not JSON .* Remove that line"):
-        plot_run(tmp_path / "cut.jsonl", tmp_path / "run.png")
+    (tmp_path / "broken.jsonl").write_text('{"step": 1}\n{"step": 2, "rew\n')
+    with pytest.raises(ValueError, match="Unterminated string"):
+        plot_run(tmp_path / "broken.jsonl", tmp_path / "run.png")
     assert not (tmp_path / "run.png").exists()

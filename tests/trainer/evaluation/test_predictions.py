@@ -92,7 +92,7 @@ def test_predictions_leave_a_page_where_they_are_told_to(record_file, tmp_path, 
     flags = [f"--data={record_file}", f"--predictions={tmp_path / 'answers.json'}", f"--output_dir={tmp_path / 'out'}"]
     main([*flags, "--pictures=7", f"--json={tmp_path / 'scores.json'}"])
     shown = capsys.readouterr().out
-    assert re.search(r"mean +7 +87\.50", shown) and f"see {tmp_path / 'out'}/report.html" in shown
+    assert re.search(r"mean over tasks +7 +87\.50", shown) and f"see {tmp_path / 'out'}/report.html" in shown
     assert json.loads((tmp_path / "scores.json").read_text())["mean"] == 87.5
     assert len(json.loads((tmp_path / "out/results.json").read_text())["answers"]) == 7
     assert "2.png cannot be shown" in (tmp_path / "out/report.html").read_text()

@@ -8,7 +8,7 @@ from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.evaluation import published
 from boxgrpo.trainer.evaluation.benches import BENCHES
 from boxgrpo.trainer.evaluation.grade import summarize
-from boxgrpo.trainer.evaluation.tables import comparison, markdown, one_number
+from boxgrpo.trainer.evaluation.tables import comparison, markdown, scores_table
 
 TABLES = (
     *(published.MIG, published.REASONING, published.REFCOCO),
@@ -85,12 +85,12 @@ def test_the_markdown_holds_every_row_and_no_markup_of_ours_is_theirs():
     assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {15, 10}
 
 
-def test_a_benchmark_of_another_kind_has_its_published_mean_beside_it():
-    page = one_number(
-        "MMIU", "ours", {"mean": 50.0, "tasks": {"a": 40.0, "b": 60.0}, "skipped": 3}, {"UniVG-R1": 53.03}
-    )
+def test_a_benchmark_without_boxes_is_compared_by_its_mean():
+    summary = {"mean": 50.0, "tasks": {"a": 40.0, "b": None}, "skipped": 3, "count": 8}
+    page = markdown(BENCHES["mmiu"], summary, "ours")
     assert "| UniVG-R1 | published | 53.03 |\n| ours | this run | 50.00 |" in page
-    assert "| b | this run | 60.00 |" in page and "3 records skipped" in page
+    assert "| a | 40.00 |\n| b | – |" in page and "8 records scored, 3 skipped" in page
+    assert re.search(r"^a +40\.00\nb +–\n", scores_table(summary, BENCHES["mmiu"]), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""Greedy decoding with the policy's own decoder: many prompts together, or one prompt token by token."""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.generate import Decoding, prefill
+from boxgrpo.model.packing import Prompt
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.rollout.local import Vocabulary
+from boxgrpo.trainer.runtime.spans import span
+
+log = logging.getLogger(__name__)
+
+
+class GreedyDecoder:
+    """The likeliest token at every step, images included in the prompt.
+
+    Args:
+        model: with all of its weights on this rank.
+        max_completion_length: tokens of a completion at most.
+    """
+
+    def __init__(self, model: Qwen2VL, processor: Processor, max_completion_length: int):
+        self.model, self.max_completion_length = model, max_completion_length
+        vocabulary = Vocabulary.of(processor, model.config, model.device)
+        self.eos_token_ids = vocabulary.eos_token_ids
+        self.sampling = {"seed": 0, "temperature": 0.0, "forbidden": vocabulary.forbidden}
+        self.at_once: int | None = None  # prompts that fit into memory together; None: no limit known
+
+    def complete(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        """Token ids of each completion, (C_i) int64 on the CPU, end token included.
+
+        Where memory runs out, fewer prompts are decoded together from then on. A prompt that does not fit alone gets
+        None.
+        """
+        found: list[Tensor | None] = []
+        while len(found) < len(prompts):
+            part = prompts[len(found) :][: self.at_once]
+            try:
+                completions = self._run(part)
+            except torch.OutOfMemoryError:
+                completions = None  # the cache is freed after this block: the traceback refers to what filled memory
+            if completions is None:
+                torch.cuda.empty_cache()
+                if len(part) > 1:
+                    self.at_once = len(part) // 2
+                    log.warning("memory ran out while answering; from now on %d prompts together", self.at_once)
+                    continue
+                completions = [None]
+            found += completions
+        return found
+
+    @torch.no_grad()
+    def stream(self, prompt: Prompt) -> Iterator[list[int]]:
+        """The completion's token ids after every token, all so far; close the iterator to stop.
+
+        Raises:
+            torch.OutOfMemoryError: the GPU's memory runs out.
+        """
+        decoding = self._prefill([prompt])
+        for length in decoding.run_steps(**self.sampling):
+            ids = decoding.results.ids[0, :length].tolist()
+            yield ids
+            if ids[-1] in self.eos_token_ids:
+                return
+
+    def _run(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        with span("decode", len(prompts), self.max_completion_length):
+            return self._prefill(prompts).run(**self.sampling).completions()
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> Decoding:
+        return prefill(
+            self.model,
+            prompts,
+            prompt_ids=range(len(prompts)),
+            eos_token_ids=self.eos_token_ids,
+            max_completion_length=self.max_completion_length,
+        )

@@ -1,0 +1,203 @@
+"""One evaluation from end to end: the records of a benchmark, answers by a model or from a file, scores, files.
+
+A killed evaluation is resumed by the same call. In its folder it writes
+
+    results.json    every score and every answer
+    table.md        the benchmark's columns beside the published rows
+    report.html     the same, with worst, best and random cases; of answers that are boxes, as the pictures
+    pictures/       some cases as pictures
+    answers/        the answers as they came
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.readers import Example, Fault
+from boxgrpo.trainer.options import EvalOptions, validate_evaluator
+from boxgrpo.trainer.run import chosen_dtype, read_usable
+from boxgrpo.trainer.runtime.checkpoints import fingerprint
+from boxgrpo.trainer.runtime.files import replace_file
+from boxgrpo.trainer.runtime.ranks import Ranks
+
+from .answer import answer
+from .answer_files import AnswerFile, claim_folder, hash_questions
+from .benches import BENCHES, Bench
+from .grade import grade_texts, summarize
+from .page import page
+from .pictures import draw_cases
+from .tables import in_percent, markdown
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(options: EvalOptions, r: Ranks) -> dict:
+    """Score `options.model`, or `options.predictions`, on `options.data`; every rank calls it.
+
+    Returns:
+        `summarize`'s scores, or those of the bench's own module, and `skipped`: how many records have no answer.
+
+    Raises:
+        ValueError: options, records, answers or the folder do not fit.
+    """
+    validate_evaluator(options)
+    bench = BENCHES[options.bench]
+    examples, faults = read_records(options, bench)
+    numbers = range(min(options.limit or len(examples), len(examples)))
+    if options.predictions:
+        texts, reasons = read_predictions(options, examples, faults, r), {}
+        texts = {n: texts[n] for n in numbers}
+    else:
+        texts, reasons = answer_records(options, examples, numbers, r)
+    skipped = [fault.message for fault in faults] + list(reasons.values())
+    scored = [bench.labelled(examples[n]) for n in texts]
+    answers, summary = grade(options, bench, scored, list(texts.values()))
+    summary |= {"skipped": len(skipped)}
+    folder = output_folder(options)
+    if r.is_main and folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(options, bench, summary, answers, scored, skipped, folder)
+    return summary
+
+
+def report(options: EvalOptions, summary: dict) -> dict:
+    """The scores as JSON: `mean` and `tasks` in %, Acc@0.5 where the answers are boxes, and all of the summary."""
+    bench = BENCHES[options.bench]
+    return {"bench": options.bench, **in_percent(bench, summary), **(summary if bench.module else {"summary": summary})}
+
+
+def output_folder(options: EvalOptions) -> Path | None:
+    if options.predictions and not options.output_dir:
+        return None
+    return Path(options.output_dir or "out/eval")
+
+
+def read_records(options: EvalOptions, bench: Bench) -> tuple[Sequence[Example], list[Fault]]:
+    """The records that can be scored, in the bench's form unless --schema names another, and why others cannot."""
+    if bench.module:
+        if len(options.data) != 1 or not Path(options.data[0]).exists():
+            raise ValueError(f"data is {' '.join(options.data)}; {bench.title} is one file or folder. Correct --data.")
+        return bench.module.read(options.data[0], options.image_root or None)
+    schema = bench.schema if options.schema == "auto" else options.schema
+    return read_usable(dataclasses.replace(options, schema=schema), needs="gold")
+
+
+def answer_records(
+    options: EvalOptions, examples: Sequence[Example], numbers: Sequence[int], r: Ranks
+) -> tuple[dict[int, str], dict[int, str]]:
+    """The model's answers by record number, those of an earlier run among them, and why other records have none."""
+    how = ("answer_format", "min_pixels", "max_pixels", "dtype", "max_completion_length")
+    identity = {"model": fingerprint(options.model), "questions": hash_questions(examples)}
+    identity |= {name: getattr(options, name) for name in how}
+    folder = output_folder(options)
+    found = claim_folder(folder, identity, r, anew=options.overwrite_output_dir)
+    texts, reasons = {n: found[n] for n in numbers if n in found}, {}
+    if missing := [n for n in numbers if n not in texts]:
+        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+        processor = Processor.from_pretrained(options.model, **limits)
+        model = load_model(options.model, dtype=chosen_dtype(options.dtype, r.device), device=r.device).eval()
+        file = AnswerFile(folder, r)
+        answered, reasons = answer(
+            model,
+            processor,
+            examples,
+            missing,
+            r,
+            answer_format=options.answer_format,
+            batch_size=options.eval_batch_size,
+            max_completion_length=options.max_completion_length,
+            workers=options.dataloader_num_workers,
+            keep=file.keep,
+        )
+        file.close()
+        texts = dict(sorted((texts | answered).items()))
+    reasons = {n: f"{examples[n].source}: {reason}" for n, reason in reasons.items()}
+    for reason in reasons.values() if r.is_main else ():
+        log.warning("skipped %s", reason)
+    if not texts:
+        first = next(iter(reasons.values()))
+        raise ValueError(f"none of the {len(numbers)} records can be prepared. The first: {first}")
+    return texts, reasons
+
+
+def read_predictions(options: EvalOptions, examples: Sequence[Example], faults: Sequence[Fault], r: Ranks) -> list[str]:
+    """The answers in a JSON list, one for each example.
+
+    The list has one for each record of the one file, or one for each record that can be used.
+    """
+    path = Path(options.predictions)
+    texts = _read_texts(path)
+    records = len(examples) + len(faults)
+    whole = len(options.data) == 1 and Path(options.data[0]).is_file()  # not a part of it, as file.json#7000
+    if len(texts) != len(examples) and not (whole and len(texts) == records):
+        raise ValueError(
+            f"{path} holds {len(texts)} answers; {', '.join(options.data)} has {records} records, of which "
+            f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in order."
+        )
+    if folder := output_folder(options):
+        identity = {"predictions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+        identity |= {"questions": hash_questions(examples), "answer_format": options.answer_format}
+        claim_folder(folder, identity, r, anew=options.overwrite_output_dir)
+    if len(texts) == len(examples):
+        if faults:
+            log.warning("%s: taken for the answers to the %d usable records alone, in order", path, len(examples))
+        return texts
+    return [texts[int(e.source.rsplit("#", 1)[1])] for e in examples]
+
+
+def _read_texts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"predictions is {path}; there is no such file. Correct --predictions.")
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write a list of answer strings.") from error
+    if not isinstance(texts, list):
+        raise ValueError(f"{path} holds a JSON {type(texts).__name__}; it must be a list of answer strings.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: answer {i} is {text!r:.80}; it must be a string. Write '' where there is none.")
+    return texts
+
+
+def grade(
+    options: EvalOptions, bench: Bench, examples: Sequence[Example], texts: Sequence[str]
+) -> tuple[list[dict], dict]:
+    """Every answer with its score, and the scores of all."""
+    if bench.module:
+        answers = bench.module.grade(examples, texts)
+        return answers, bench.module.score(examples, answers)
+    answers = grade_texts(examples, texts, answer_format=options.answer_format)
+    if without := sum(a["box"] is None for a in answers):
+        form = options.answer_format
+        log.warning("%d of %d answers hold no box that --answer_format %s reads", without, len(answers), form)
+    return answers, summarize(answers, resamples=options.resamples, seed=options.seed)
+
+
+def write(
+    options: EvalOptions,
+    bench: Bench,
+    summary: dict,
+    answers: Sequence[dict],
+    examples: Sequence[Example],
+    skipped: Sequence[str],
+    folder: Path,
+) -> None:
+    """Write results, table, page and pictures into the folder."""
+    if (folder / "results.json").exists():  # the pictures are an earlier evaluation's
+        for earlier in folder.glob("pictures/[0-9][0-9].png"):
+            earlier.unlink()
+    results = report(options, summary) | {"skipped_records": skipped, "answers": answers}
+    replace_file(folder / "results.json", json.dumps(results, indent=1))
+    name = Path(options.model).name or Path(options.predictions).stem
+    replace_file(folder / "table.md", markdown(bench, summary, name))
+    if bench.module:
+        return
+    shown = page(bench, summary, answers, examples, name=name, skipped=skipped, count=options.cases, seed=options.seed)
+    replace_file(folder / "report.html", shown)
+    draw_cases(answers, examples, folder / "pictures", options.pictures)
