@@ -77,6 +77,7 @@ setup(
     packages=[f"boxgrpo.{package}" for folder in FOLDERS for package in (folder, *subpackages(folder))],
     package_data={
         "boxgrpo.trainer": ["recipes/*.yaml"],
+        "boxgrpo.trainer.chains": ["templates/*.html"],
         "boxgrpo.trainer.evaluation": ["templates/*.html"],
         "boxgrpo.trainer.apps": ["page/*"],
     },

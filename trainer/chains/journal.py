@@ -1,88 +1,87 @@
-"""Every answer that make_cot was given, a JSON line each, kept so that nothing is asked twice."""
+"""The answers of a server, kept in an SQLite file, so that no request that was answered is sent again."""
 
-import fcntl
 import json
 import os
-from collections import Counter, defaultdict
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+
+from boxgrpo.trainer.runtime.files import read_lines
+
+_TOTALS = """
+SELECT json_extract(entry, '$.kind'), COUNT(*), COUNT(json_extract(entry, '$.tokens')),
+       COALESCE(SUM(json_extract(entry, '$.tokens[0]')), 0), COALESCE(SUM(json_extract(entry, '$.tokens[1]')), 0)
+FROM entries WHERE key IS NOT NULL GROUP BY 1
+"""
+_FAILURES = "SELECT json_extract(entry, '$.failure'), COUNT(*) FROM entries WHERE key IS NULL GROUP BY 1"
 
 
 class Journal:
-    """An append-only file of answers by key, and of failed requests.
+    """`answers.sqlite3`: one table with a JSON object for each answer, under its key, and for each failed request.
 
-    A line is handed to the system before `add` returns, so a killed process loses none. What it was just writing is a
-    line without an end, which the next `Journal` cuts off. Only places in the file are kept in memory.
+    Each entry is a transaction in SQLite's write-ahead log, so a killed process loses no entry that `add` returned.
+    The lock on the file is held until the journal is closed, or its process ends.
 
     Args:
-        path: the file; begun where there is none.
+        folder: where the file is, or is created. A new one begins with the entries of an earlier version's
+            `answers.jsonl` in the same folder.
 
     Raises:
-        ValueError: another process has it open, or a line that was written to its end is not one of ours.
+        ValueError: another process has it open, it is not such a file, or a line of `answers.jsonl` is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.answers: Counter[str] = Counter()  # by kind
-        self.tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # kind: in, out
-        self.without_usage = 0  # answers whose server did not say what they cost
-        self.failures: Counter[str] = Counter()  # requests without an answer, by reason
-        self._places: dict[str, tuple[int, int]] = {}  # key: offset, length
-        self._file = open(self.path, "a+b")  # noqa: SIM115, closed by __exit__
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder) / "answers.sqlite3"
+        self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise ValueError(
-                f"another process writes to {self.path}. Wait for it, or choose another --output_dir."
-            ) from error
-        self._read()
+            self._open()
+        except sqlite3.Error as error:
+            self._database.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                fault = f"another process has {self.path} open. Wait for it"
+            else:
+                fault = f"{self.path} cannot be read ({error}). Remove it"
+            raise ValueError(f"{fault}, or choose another --output_dir.") from error
+
+    def _open(self) -> None:
+        execute, earlier = self._database.execute, self.path.with_suffix(".jsonl")
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        execute("PRAGMA journal_mode = WAL")
+        execute("BEGIN EXCLUSIVE")
+        if not execute("SELECT name FROM sqlite_master").fetchone():
+            execute("CREATE TABLE entries (key TEXT UNIQUE, entry TEXT NOT NULL)")
+            try:
+                for entry in read_lines([earlier] if earlier.is_file() else []):
+                    self.add(entry)
+            except (ValueError, KeyError, TypeError) as error:
+                self._database.close()
+                raise ValueError(f"{earlier} has a line that is no answer ({error!r}). Remove that line.") from error
+        execute("COMMIT")
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        self._database.close()
 
     def get(self, key: str) -> dict | None:
         """The answer under this key, or None."""
-        if key not in self._places:
-            return None
-        offset, length = self._places[key]
-        return json.loads(os.pread(self._file.fileno(), length, offset))
+        row = self._database.execute("SELECT entry FROM entries WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
 
     def add(self, entry: dict) -> dict:
-        """Append an answer (`key`, `kind`, `tokens`, ...) or a failed request (`failure`, ...), and return it."""
-        line = json.dumps(entry).encode() + b"\n"
-        offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(line)
-        self._file.flush()
-        self._count(entry, offset, len(line))
+        """Store an answer (`key`, `kind`, `tokens`, ...) or a failed request (`failure`), and return it."""
+        key = None if "failure" in entry else entry["key"]
+        self._database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (key, json.dumps(entry)))
         return entry
 
-    def _read(self) -> None:
-        offset = 0
-        self._file.seek(0)
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(offset)
-                break
-            try:
-                self._count(json.loads(line), offset, len(line))
-            except (ValueError, KeyError, TypeError) as error:
-                self._file.close()
-                raise ValueError(
-                    f"{self.path}, line {number} is not a line of this file ({error!r}). Remove that line."
-                ) from error
-            offset += len(line)
-
-    def _count(self, entry: dict, offset: int, length: int) -> None:
-        if "failure" in entry:
-            self.failures[entry["failure"]] += 1
-            return
-        self._places[entry["key"]] = offset, length
-        self.answers[entry["kind"]] += 1
-        if entry["tokens"] is None:
-            self.without_usage += 1
-        else:
-            for k, count in enumerate(entry["tokens"]):
-                self.tokens[entry["kind"]][k] += count
+    def summary(self, kinds: Sequence[str]) -> dict:
+        """Counts of `answers` and `tokens` by kind, of `answers_without_usage`, and of `failed_requests` by reason."""
+        totals = {kind: counts for kind, *counts in self._database.execute(_TOTALS)}
+        totals = {kind: totals.get(kind, (0, 0, 0, 0)) for kind in kinds}
+        return {
+            "answers": {kind: answers for kind, (answers, *_) in totals.items()},
+            "answers_without_usage": sum(answers - counted for answers, counted, *_ in totals.values()),
+            "failed_requests": dict(self._database.execute(_FAILURES)),
+            "tokens": {kind: {"in": sent, "out": got} for kind, (*_, sent, got) in totals.items()},
+        }

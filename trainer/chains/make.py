@@ -4,21 +4,20 @@ export OPENAI_API_KEY=...
 python -P -m boxgrpo.trainer.make_cot --base_url https://HOST/v1 --model MODEL --data RECORDS.json
 
 The paper's section 3.2: three chains for each record, from question, images and gold box; of those in the right form
-and with the right box the judge picks the best. One that is alone is judged, too, and the judge may refuse all: the
-paper has chains evaluated and validated, not only ranked. What is left out is counted by its reason.
+and with the right box the judge chooses the best. A single one is judged, too, and the judge may refuse all: in the
+paper chains are evaluated and validated, not only ranked. Records that are left out are counted by reason.
 
-Every answer is kept in `answers.jsonl` as it comes. The same command goes on from there, after a kill as well, and asks
-nothing again that was answered; `--ask false` writes what is there. Then see accept_cot.
+Every answer is kept in `answers.sqlite3` as it comes. The same command continues from there, after a kill as well, and
+sends no request again that was answered; `--ask false` writes the records of the answers so far. Then see accept_cot.
 
-Left out: streaming, batch APIs, `n` for several answers at once, which many servers do not know, and models that take
-no `max_tokens`, `temperature` or `seed`.
+Not supported: streaming, batch APIs, `n` for several answers at once, which many servers lack, and models without
+`max_tokens`, `temperature` or `seed`.
 """
 
 import asyncio
 import json
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,29 +25,31 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from boxgrpo.trainer.chains.chain import Outcome, settle
+from boxgrpo.trainer.chains.ask import Asker, RecordImages
 from boxgrpo.trainer.chains.journal import Journal
-from boxgrpo.trainer.chains.server import Asker, Pictures, connect
+from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.readers import Example, read_examples
 from boxgrpo.trainer.options import option, parse
+from boxgrpo.trainer.runtime.files import replace_file
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 
 @dataclass
 class CotOptions:
-    """Ask an OpenAI-compatible server for reasoning chains; the API key comes from OPENAI_API_KEY."""
+    """Request reasoning chains from an OpenAI-compatible server; the API key comes from OPENAI_API_KEY."""
 
     base_url: str = option("", "The server, such as http://localhost:8000/v1.")
     model: str = option("", "Name of the model that writes the chains.")
-    judge_model: str = option("", "Name of the model that picks the best; empty: the same.")
+    judge_model: str = option("", "Name of the model that chooses the best; empty: the same.")
     judge_base_url: str = option("", "The judge's server, its key in JUDGE_API_KEY; empty: the same.")
     data: str = option("", "JSON or JSONL file of records with gold boxes.")
-    schema: str = option("auto", "Form of the records; auto: the log says what was recognised.")
+    schema: str = option("auto", "Form of the records; auto: the log names the one that was recognised.")
     image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
-    output_dir: str = option("out/cot", "Folder for answers.jsonl, cold_start.json and summary.json.")
-    sample: int = option(0, "Ask about so many records, drawn by seed; 0: all.")
+    output_dir: str = option("out/cot", "Folder for answers.sqlite3, cold_start.json and summary.json.")
+    sample: int = option(0, "Records to take, drawn by seed; 0: all.")
     seed: int = option(42, "Seed of that draw.")
     chains: int = option(3, "Chains for each record.")
-    min_iou: float = option(0.9, "A chain's box must have more IoU than this with the gold box that it was told.")
+    min_iou: float = option(0.9, "A chain's box must have more IoU than this with the gold box in its prompt.")
     temperature: float = option(1.0, "Of the chains.")
     judge_temperature: float = option(0.0, "Of the judge.")
     max_tokens: int = option(1024, "Longest answer.")
@@ -56,71 +57,63 @@ class CotOptions:
     concurrency: int = option(16, "Requests under way at once.")
     requests_per_minute: float = option(0.0, "Requests that may begin in a minute, evenly spaced; 0: any number.")
     tries: int = option(6, "Tries of a request that gets no answer, or half of one.")
-    backoff: float = option(1.0, "Seconds before the second try; each further wait is twice as long.")
+    backoff: float = option(
+        1.0, "Seconds before the second try, doubled for each further one; Retry-After overrules it."
+    )
     timeout: float = option(180.0, "Seconds until a request counts as failed.")
     max_failures: int = option(50, "Stop when so many requests in a row have failed for good.")
     input_price: float = option(0.0, "Of a million tokens sent, in any currency.")
     output_price: float = option(0.0, "Of a million tokens answered.")
     judge_input_price: float | None = option(None, "The judge's; empty: as input_price.")
     judge_output_price: float | None = option(None, "The judge's; empty: as output_price.")
-    ask: bool = option(True, "false: send nothing and write what answers.jsonl holds.")
+    ask: bool = option(True, "false: send nothing and write the records of the answers so far.")
 
 
-async def settle_all(examples: Sequence[Example], chosen: Sequence[int], journal: Journal, o: CotOptions):
+async def make_records(
+    examples: Sequence[Example], chosen: Sequence[int], journal: Journal, o: CotOptions
+) -> list[Outcome]:
     """The outcome of each chosen example, in order. At most `concurrency` of them are in memory with their images."""
-    clients = {}
-    if o.ask:
-        writer = connect(o.base_url, "OPENAI_API_KEY", o.timeout)
-        judge = connect(o.judge_base_url, "JUDGE_API_KEY", o.timeout) if o.judge_base_url else writer
-        clients = {"chain": writer, "judge": judge}
-    rules = ("concurrency", "requests_per_minute", "tries", "backoff", "timeout", "max_failures")
-    asker = Asker(clients, journal, **{name: getattr(o, name) for name in rules})
+    asker, slots = Asker(journal, o), asyncio.Semaphore(o.concurrency)
     root, seen = o.image_root or Path(o.data).parent, set()
-    outcomes: list[Outcome | None] = [None] * len(chosen)
-    waiting = iter(enumerate(chosen))
 
-    async def work():
-        for place, index in waiting:
+    async def outcome(index: int) -> Outcome:
+        async with slots:
             example = examples[index]
             names = tuple(os.path.relpath(path, root) for path in example.images)
             if (same := (names, example.question, example.gold)) in seen:
-                outcomes[place] = Outcome(None, "duplicate")
-            else:
-                seen.add(same)
-                outcomes[place] = await settle(example, Pictures(example.images, names, o.max_pixels), asker, o)
-            bar.update()
+                return Outcome(None, "duplicate")
+            seen.add(same)
+            images = RecordImages(example.source, example.images, names, o.max_pixels)
+            return await make_record(example, images, asker, o)
 
     try:
         with tqdm(total=len(chosen), desc="chains") as bar:
-            await asyncio.gather(*(work() for _ in range(min(o.concurrency, len(chosen)))))
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(outcome(index)) for index in chosen]
+                for task in tasks:
+                    task.add_done_callback(lambda _: bar.update())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     finally:
-        for client in set(clients.values()):
-            await client.close()
-    return outcomes
+        await asker.close()
+    return [task.result() for task in tasks]
 
 
 def summarize(outcomes: Sequence[Outcome], faulty: Counter, journal: Journal, o: CotOptions) -> dict:
     """Counts and cost. Those of requests, answers and tokens are of the whole journal, earlier runs included."""
-    prices = {
-        "chain": (o.input_price, o.output_price),
-        "judge": (
-            o.input_price if o.judge_input_price is None else o.judge_input_price,
-            o.output_price if o.judge_output_price is None else o.judge_output_price,
-        ),
-    }
-    tokens = {kind: journal.tokens[kind] for kind in prices}
-    return {
+    judge_in = o.input_price if o.judge_input_price is None else o.judge_input_price
+    judge_out = o.output_price if o.judge_output_price is None else o.judge_output_price
+    prices = {"chain": (o.input_price, o.output_price), "judge": (judge_in, judge_out)}
+    summary = {
         "records": len(outcomes),
         "written": sum(outcome.record is not None for outcome in outcomes),
         "left_out": dict(Counter(outcome.reason for outcome in outcomes if outcome.record is None).most_common()),
         "faulty": dict(faulty.most_common()),
-        "chains": dict(Counter(word for outcome in outcomes for word in outcome.chains).most_common()),
-        "answers": {kind: journal.answers[kind] for kind in prices},
-        "answers_without_usage": journal.without_usage,
-        "failed_requests": dict(journal.failures.most_common()),
-        "tokens": {kind: {"in": sent, "out": got} for kind, (sent, got) in tokens.items()},
-        "cost": sum(n * price / 1e6 for kind in prices for n, price in zip(tokens[kind], prices[kind])),
-    }
+        "chains": dict(Counter(label for outcome in outcomes for label in outcome.labels).most_common()),
+    } | journal.summary(tuple(prices))
+    tokens = summary["tokens"]
+    cost = sum(n * price / 1e6 for kind in prices for n, price in zip(tokens[kind].values(), prices[kind]))
+    return summary | {"cost": cost}
 
 
 def make(o: CotOptions) -> dict:
@@ -129,8 +122,8 @@ def make(o: CotOptions) -> dict:
     The records' image paths start from `image_root` where one is given, else from `output_dir`.
 
     Raises:
-        ValueError: options that cannot be, records that cannot be read, or a server that refuses everything. What was
-            answered until then is kept; files of an earlier run stay as they are.
+        ValueError: impossible options, records that cannot be read, or a server that refuses everything. The answers
+            until then are kept; files of an earlier run stay as they are.
     """
     check(o)
     examples, faults = read_examples(o.data, schema=o.schema, image_root=o.image_root or None)
@@ -139,34 +132,27 @@ def make(o: CotOptions) -> dict:
         chosen = sorted(random.Random(o.seed).sample(chosen, o.sample))
     folder = Path(o.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / "answers.jsonl") as journal:
-        outcomes = asyncio.run(settle_all(examples, chosen, journal, o))
+    with Journal(folder) as journal:
+        outcomes = asyncio.run(make_records(examples, chosen, journal, o))
         records = [outcome.record for outcome in outcomes if outcome.record]
         summary = summarize(outcomes, Counter(fault.reason for fault in faults), journal, o)
-        _replace(folder / "cold_start.json", "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
-        _replace(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        replace_file(folder / "cold_start.json", "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+        replace_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 def check(o: CotOptions) -> None:
-    """Refuse what cannot be asked, before anything is read."""
+    """Refuse impossible options before anything is read."""
     if not Path(o.data).is_file():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a JSON or JSONL file with --data.")
     for name in ("model", "base_url") if o.ask else ("model",):
         if not getattr(o, name):
-            raise ValueError(f"{name} is empty; it says what to ask. Give --{name}.")
-    for name in ("chains", "max_tokens", "concurrency", "tries", "max_failures", "max_pixels"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
-    for name in ("sample", "requests_per_minute", "backoff", "temperature", "judge_temperature"):
-        if getattr(o, name) < 0:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 0. Raise --{name}.")
+            raise ValueError(f"{name} is empty; no request can be sent without one. Give --{name}.")
+    least = dict.fromkeys(("chains", "max_tokens", "concurrency", "tries", "max_failures", "max_pixels"), 1)
+    least |= dict.fromkeys(("sample", "requests_per_minute", "backoff", "temperature", "judge_temperature"), 0)
+    for name, bound in least.items():
+        if getattr(o, name) < bound:
+            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least {bound}. Raise --{name}.")
     if o.timeout <= 0:
         raise ValueError(f"timeout is {o.timeout:g}; it must be above 0 seconds. Raise --timeout.")
     if not 0 <= o.min_iou < 1:
@@ -187,13 +173,11 @@ def report(s: dict, o: CotOptions) -> str:
 
 def main(args: list[str] | None = None) -> None:
     o = parse(CotOptions, args, prog="make_cot.py")
-    print(report(make(o), o))
+    try:
+        print(report(make(o), o))
+    except KeyboardInterrupt:
+        raise SystemExit("make_cot.py: interrupted; the same command continues from here") from None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"make_cot.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("make_cot.py: interrupted; the same command goes on from here")
+    run_as_script(main, "make_cot.py")

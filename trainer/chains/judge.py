@@ -1,0 +1,158 @@
+"""From a record with a gold box to one with a reasoning chain: several are requested, checked, and the best is kept.
+
+The prompts (the wording is ours) are part of the keys of kept answers: after a change all are requested again.
+"""
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from boxgrpo.kernels import grounding_rewards, pack_texts
+from boxgrpo.trainer.data.example import box_text
+from boxgrpo.trainer.data.processor import THINK_SUFFIX
+from boxgrpo.trainer.data.readers import Example, plain_text
+
+from .ask import TRUNCATED, Asker, RecordImages
+
+log = logging.getLogger(__name__)
+
+# 150 words leave room in the 256 tokens that GRPO samples.
+_CHAIN = """\
+You are shown {images} and a question about {them}. The answer is known: it is a bounding box.
+
+Question: {question}
+Box: {box}
+
+A box is written (x1, y1), (x2, y2), its top left and its bottom right corner, in thousandths of the width and of the \
+height of the image in which the question wants something found.
+
+Write down how a careful observer who was not told the box would find it: what is asked for, what each image that \
+matters shows, how the images belong together, which other candidates there are and why they are not meant, and where \
+the object lies that remains. Say only what can be seen. Never say or hint that the box was given. At most 150 words.
+
+Reply in this form and add nothing:
+<think>the reasoning</think><answer>{box}</answer>"""
+
+_JUDGE = """\
+You are shown {images} and a question about {them}, whose correct answer is the box {box}: its top left and its bottom \
+right corner, in thousandths of the width and of the height of the image in which the question wants something found.
+
+Question: {question}
+
+{replies}
+
+Judge each reply by its reasoning. Is everything that it says to be seen really there? Does one step follow from \
+another, and do they lead to this box and no other object? Does it find the box by itself, without having been told? \
+Is it clear and free of repetition?
+
+Write one short sentence about each reply, then a last line with the number of the best one, or with 0 if none of \
+them is sound:
+Best: N"""
+
+_BEST = re.compile(r"\bbest\b[^\n0-9]{0,20}([0-9]{1,3})(?![0-9])", re.IGNORECASE)
+_BARE = re.compile(r"\W*([0-9]{1,3})\W*")
+_FORBIDDEN = re.compile("<\\||<image>|[\ud800-\udfff]")  # marks of chat templates and of records; half a character
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def chain_prompt(question: str, box: Sequence[float], images: int) -> str:
+    """The request for one reasoning chain; the images stand before it."""
+    return _CHAIN.format(question=question, box=box_text(box), **_image_words(images))
+
+
+def judge_prompt(question: str, box: Sequence[float], images: int, chains: Sequence[str]) -> str:
+    """The request for the number of the best chain, counted from 1; the images stand before it."""
+    replies = "\n\n".join(f"Reply {k}:\n{chain}" for k, chain in enumerate(chains, 1))
+    return _JUDGE.format(question=question, box=box_text(box), replies=replies, **_image_words(images))
+
+
+def _image_words(images: int) -> dict[str, str]:
+    return {"images": "an image", "them": "it"} if images == 1 else {"images": f"{images} images", "them": "them"}
+
+
+def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) -> tuple[list[str], list[float]]:
+    """`passed`, `bad_form` or `wrong_box` for each text, and its box's IoU with gold (0-1000).
+
+    The form is the format reward's and stricter: nothing before `<think>`, something in it, each tag once, and no mark
+    that a chat template or a reader of records would misread.
+    """
+    packed = pack_texts([text.encode(errors="replace") for text in texts])
+    rewards = grounding_rewards(*packed, torch.tensor([gold] * len(texts), dtype=torch.float32))
+    ious, labels = rewards.accuracy.tolist(), []
+    for text, form, iou in zip(texts, rewards.format.tolist(), ious):
+        thought = text.removeprefix("<think>").partition("</think>")[0].strip()
+        once = all(text.count(tag) == 1 for tag in _TAGS)
+        good = form == 1 and text.startswith("<think>") and thought and once and not _FORBIDDEN.search(text)
+        labels.append("bad_form" if not good else "passed" if iou > min_iou else "wrong_box")
+    return labels, ious
+
+
+def read_verdict(text: str, chains: int) -> int | None:
+    """The number after the last "Best", or the only word there is: 1 to `chains`, 0 for none; None: no such number."""
+    *_, last = None, *_BEST.finditer(text)
+    found = last or _BARE.fullmatch(text)
+    return int(found[1]) if found and int(found[1]) <= chains else None
+
+
+@dataclass
+class Outcome:
+    """The new record of an example, or the reason why there is none; and a label for each of its chains."""
+
+    record: dict | None
+    reason: str = ""
+    labels: Sequence[str] = ()  # passed, half_answer, bad_form or wrong_box
+
+
+async def make_record(example: Example, images: RecordImages, asker: Asker, o) -> Outcome:
+    """Request an example's chains, check them, have the best chosen, and make its stage-1 record."""
+    if example.gold is None:
+        return Outcome(None, "no_gold_box")
+    if example.answer_format != "think":
+        return Outcome(None, "no_thinking_asked")
+    x1, y1, x2, y2 = gold = tuple(float(round(v)) for v in example.gold)  # chains write whole numbers
+    if x1 == x2 or y1 == y2:
+        return Outcome(None, "box_too_small")
+
+    question, count = plain_text(example.question).removesuffix(THINK_SUFFIX), len(example.images)
+    prompt = chain_prompt(question, gold, count)
+    answers = await asyncio.gather(*(asker.answer("chain", prompt, images, number=k) for k in range(o.chains)))
+    for answer in answers:
+        if "failure" in answer:
+            return _left_out(example, answer)
+    texts = [answer["text"].strip() for answer in answers]
+    labels, ious = check_chains(texts, gold, o.min_iou)
+    labels = ["half_answer" if a["finish"] in TRUNCATED else label for a, label in zip(answers, labels)]
+    passed = [k for k, label in enumerate(labels) if label == "passed"]
+    if not passed:
+        return Outcome(None, "no_chain_passed", labels)
+
+    prompt = judge_prompt(question, gold, count, [texts[k] for k in passed])
+    verdict = await asker.answer("judge", prompt, images)
+    if "failure" in verdict:
+        return _left_out(example, verdict, labels)
+    best = read_verdict(verdict["text"], len(passed)) if verdict["finish"] not in TRUNCATED else None
+    if not best:
+        return Outcome(None, "verdict_unreadable" if best is None else "none_sound", labels)
+    k = passed[best - 1]
+    turns = (("user", "<image>" * count + question + THINK_SUFFIX), ("assistant", texts[k]))
+    record = {
+        "id": example.id,
+        "task": example.task,
+        "images": [os.path.relpath(path, o.image_root or o.output_dir) for path in example.images],
+        "target_image": example.target_image,
+        "messages": [{"role": role, "content": text} for role, text in turns],
+    }
+    cot = {"source": example.source, "gold": list(example.gold), "iou": ious[k], "model": answers[k]["model"]}
+    cot |= {"judge": verdict["model"], "chain": answers[k]["key"], "verdict": verdict["key"], "passed": len(passed)}
+    return Outcome(record | {"cot": cot}, labels=labels)
+
+
+def _left_out(example: Example, answer: dict, labels: Sequence[str] = ()) -> Outcome:
+    if answer["message"]:
+        log.warning("%s is left out: %s (%s)", example.source, answer["failure"], answer["message"])
+    return Outcome(None, answer["failure"], labels)
