@@ -67,7 +67,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         "usable": len(good),
         "faulty": dict(Counter(f.reason for f in faults).most_common()),
         "tasks": dict(tasks.most_common()),
-        "schema": examples.files[0][0].schema,
+        "schema": examples.files[0].schema,
         "images_per_record": {str(n): c for n, c in sorted(images.items())},
         "answer_formats": dict(formats),
         "gold_boxes": boxes,

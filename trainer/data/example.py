@@ -53,11 +53,11 @@ class Fault:
 
 
 class Refused(ValueError):
-    """Raised within a reader, which makes a `Fault` of it; afterwards where an image that was there has gone."""
+    """A record breaks a rule: a `Fault` while its file is scanned; later, with its `source`, an image has gone."""
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, source: str = ""):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.source = reason, source
 
     def fault(self, source: str) -> Fault:
         return Fault(source, self.reason, f"{source}: {self}")
@@ -78,23 +78,23 @@ class Place:
         root = os.path.abspath(path.parent if image_root is None else image_root)
         return cls(root, image_root is not None, sized=sized)
 
-    def path(self, image: object) -> str:
-        if not isinstance(image, str) or not image or "\0" in image:
-            raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
-        if _PLAIN.fullmatch(image):  # nothing to resolve, and eight times as fast: a file may name millions
-            return os.path.join(self.root, image)
-        # Lexical on purpose: a link inside the root was put there by its owner, a ".." by whoever wrote the record.
-        full = os.path.abspath(os.path.join(self.root, image))
-        if self.bounded and os.path.commonpath([self.root, full]) != self.root:
-            raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {self.root}. Correct it.")
-        return full
-
 
 def resolve_images(images: object, place: Place, *, name: str = "images") -> tuple[str, ...]:
     """Paths of a record's images; `name` is the record's key for them."""
     if not isinstance(images, list) or not images:
         raise Refused("no_images", f"{name} is {images!r:.80}; a list of at least one path is needed.")
-    return tuple(place.path(image) for image in images)
+    root, paths = place.root, []
+    for image in images:
+        if not isinstance(image, str) or not image or "\0" in image:
+            raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
+        full = os.path.join(root, image)
+        if not _PLAIN.fullmatch(image):  # else nothing is to be resolved, and a file may name millions of images
+            # Lexical on purpose: a link inside the root was put there by its owner, a ".." by the record's author.
+            full = os.path.abspath(full)
+            if place.bounded and os.path.commonpath([root, full]) != root:
+                raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {root}. Correct it.")
+        paths.append(full)
+    return tuple(paths)
 
 
 def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, least: int = 1, remedy: str) -> None:

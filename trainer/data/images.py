@@ -7,7 +7,7 @@ from PIL import ExifTags, Image, ImageOps
 
 MIN_SIDE = 28  # pixels: one vision token is 28 x 28
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # EPS, for one, would start another program
-MAX_ASPECT_RATIO = 200  # the limit of Qwen2-VL's smart_resize
+MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
 
 
 def load_image(path: str | os.PathLike, *, max_image_pixels: int = 64_000_000) -> Image.Image:
@@ -18,13 +18,13 @@ def load_image(path: str | os.PathLike, *, max_image_pixels: int = 64_000_000) -
 
     Args:
         path: an image file of one of `FORMATS`.
-        max_image_pixels: largest width x height to decode; the file's header tells before any pixel is.
+        max_image_pixels: largest width x height to decode, checked by the file's header.
 
     Raises:
         ValueError: no file, no image, truncated, too many pixels, longer than 200 times its width, or a mode without a
             defined white (32-bit integers and floats). Names the path and the remedy.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
         raise ValueError(f"{path} is no regular file. Replace it or drop the record.")
     try:
         image = Image.open(path, formats=FORMATS)

@@ -10,7 +10,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from boxgrpo.trainer.data.readers import Example
+from .example import Example
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +34,12 @@ class Sample(NamedTuple):
 class Loader:
     """An endless stream of prepared examples in steps of `batch_size`.
 
-    The stream is a row of slots, numbered from 0. Slot k asks for one of the n records, at place k mod n in the order
-    of epoch k // n, and belongs to rank k mod `world_size`. A step takes the next `batch_size` x `world_size` slots, so
-    its records are the same for any number of ranks, and one number, `position`, says where to go on after a restart.
+    The stream is a row of slots, numbered from 0. Slot k takes one of the n records, at place k mod n in the order of
+    epoch k // n, and belongs to rank k mod `world_size`. A step takes the next `batch_size` x `world_size` slots, so
+    its records are the same for any number of ranks, and one number, `position`, is enough to resume.
 
     A record that cannot be prepared (ValueError or OSError) is logged once, and its slot takes the next record of the
-    epoch's order that can. This is the slot's own affair: no rank has to know of another's bad records, and no later
-    slot moves.
+    epoch's order that can. No other slot moves, and no rank needs to know of another's bad records.
 
     Args:
         examples: the records.
@@ -49,10 +47,10 @@ class Loader:
             always give the same.
         batch_size: samples a step and rank.
         seed: of the order; each epoch is shuffled anew.
-        workers: processes that prepare ahead, one thread each; 0 prepares in this process when asked. They are started
-            by a fork server, so neither CUDA nor threads of this process are in their way, send their results through
-            pipes, so /dev/shm cannot run full, and end with this process, however it ends. A script that uses them
-            needs its `if __name__ == "__main__"`.
+        workers: processes that prepare ahead, one thread each; 0 prepares in this process on demand. A fork server
+            starts them, free of CUDA and of this process's threads. They send results through pipes, so /dev/shm cannot
+            run full, and end with this process, however it ends. A script that uses them needs its
+            `if __name__ == "__main__"`.
         rank, world_size: this process's part of the stream.
         start: first slot: 0, or the `position` of a former run with the same batch_size x world_size.
         shuffle: False keeps the records in the order given.
@@ -91,7 +89,7 @@ class Loader:
         self._slots = _Slots(examples, prepare, seed, shuffle)
 
     def __len__(self) -> int:
-        """Examples, of which a step takes some again and again."""
+        """Number of examples; the stream repeats them."""
         return len(self._slots.examples)
 
     @property
@@ -104,13 +102,22 @@ class Loader:
         numbers = itertools.count(self.position + self.rank, self.world_size)
         prepared = self._in_workers(numbers) if self.workers else map(self._slots.prepare, numbers)
         while True:
-            step = [self._unwrap(next(prepared)) for _ in range(self.batch_size)]
+            step = []
+            for outcome in itertools.islice(prepared, self.batch_size):
+                for source, reason in outcome.faults:
+                    if source not in self.faults:
+                        self.faults[source] = reason
+                        logger.warning("skipped %s: %s", source, reason)
+                if outcome.example is None:
+                    ((reason, times),) = Counter(reason for _, reason in outcome.faults).most_common(1)
+                    raise ValueError(f"none of the {len(self)} records can be prepared. {times} of them: {reason}")
+                step.append(Sample(outcome.slot, outcome.example, outcome.item))
             self.position += self.batch_size * self.world_size
             yield step
 
     def _in_workers(self, numbers: Iterator[int]) -> Iterator["_Outcome"]:
         context = multiprocessing.get_context("forkserver")
-        # Imported once in the server, not in each worker: torch, and whatever `prepare` comes with.
+        # Imported once in the server, not in each worker: torch, and the module of `prepare`.
         context.set_forkserver_preload([__name__, self._slots.prepare_example.__module__])
         loader = DataLoader(
             self._slots,
@@ -122,85 +129,75 @@ class Loader:
             worker_init_fn=_end_with_parent,
             prefetch_factor=max(2, -(-self.batch_size // self.workers)),  # a whole step is prepared while one is used
         )
-        with _ctrl_c_waits(), _sigterm_blocked():
+        with _ctrl_c_delayed(), _sigterm_blocked():
             arriving = iter(loader)
         while True:
-            with _ctrl_c_waits():
+            with _ctrl_c_delayed():
                 outcome = next(arriving)
             yield pickle.loads(outcome)
 
-    def _unwrap(self, outcome: "_Outcome") -> Sample:
-        examples = self._slots.examples
-        for index, reason in outcome.faults:
-            source = examples[index].source
-            if source not in self.faults:
-                self.faults[source] = reason
-                logger.warning("skipped %s: %s", source, reason)
-        if outcome.index is None:
-            (reason, times), *_ = Counter(reason for _, reason in outcome.faults).most_common(1)
-            raise ValueError(f"none of the {len(examples)} records can be prepared. {times} of them: {reason}")
-        return Sample(outcome.slot, examples[outcome.index], outcome.item)
 
-
-@dataclass
-class _Outcome:
+class _Outcome(NamedTuple):
     slot: int
-    index: int | None  # of the record that was used; None: there is none
+    example: Example | None  # the one that was used; None: no record can be prepared
     item: object
-    faults: list[tuple[int, str]]  # (index, reason) of the records passed over
+    faults: list[tuple[str, str]]  # (source, reason) of the records passed over
 
 
 class _Slots(Dataset):
-    """What every process can work out alone: the record of a slot, prepared."""
+    """The prepared record of each slot, which every process can work out alone."""
 
     def __init__(self, examples: Sequence[Example], prepare: Callable[[Example], object], seed: int, shuffle: bool):
         self.examples, self.prepare_example, self._seed, self._shuffle = examples, prepare, seed, shuffle
+        self._count = len(examples)
 
     def __getitem__(self, slot: int) -> bytes:
         # Plain pickle copies tensors into the bytes; torch's own would leave them in shared memory.
         return pickle.dumps(self.prepare(slot), protocol=pickle.HIGHEST_PROTOCOL)
 
     def prepare(self, slot: int) -> _Outcome:
-        n = len(self.examples)
+        n = self._count
         epoch, place = divmod(slot, n)
         order = _order(n, self._seed, epoch) if self._shuffle else range(n)
         faults = []
         for step in range(n):
-            index = int(order[(place + step) % n])
+            source = None
             try:
-                return _Outcome(slot, index, self.prepare_example(self.examples[index]), faults)
-            except (ValueError, OSError) as error:
-                faults.append((index, str(error)))
+                example = self.examples[int(order[(place + step) % n])]
+                source = example.source
+                return _Outcome(slot, example, self.prepare_example(example), faults)
+            except (ValueError, OSError) as error:  # reading the record gives a Refused with its source
+                faults.append((source or getattr(error, "source", "a record"), str(error)))
         return _Outcome(slot, None, None, faults)
 
 
 @contextlib.contextmanager
-def _ctrl_c_waits():
-    """Keep a KeyboardInterrupt for the end of the block.
+def _ctrl_c_delayed():
+    """Delay a KeyboardInterrupt to the end of the block.
 
-    One that strikes while a queue's lock is being taken leaves it held, and the interpreter's exit waits for it for
-    ever. Outside the main thread, and where Ctrl-C does not interrupt, nothing is changed.
+    Raised while a queue's lock is being taken, it would leave the lock held, and the interpreter's exit would wait for
+    it forever. Outside the main thread, and where Ctrl-C does not interrupt, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
-    came = []
-    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
+    received = []
+    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
+        if received:
+            handler(*received[0])
 
 
 @contextlib.contextmanager
 def _sigterm_blocked():
-    """Processes started in the block never see a SIGTERM, which a launcher sends to all of a run's processes.
+    """Processes started in the block ignore SIGTERM, which a launcher sends to all processes of a run.
 
-    The run still finishes its step and saves, for which its loader has to live; it ends the workers itself.
+    The run still finishes its step and saves, for which it needs its workers; it ends them itself.
     """
-    resource_tracker.ensure_running()  # which unblocks SIGTERM when it has to start
+    resource_tracker.ensure_running()  # whose own start would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
@@ -209,10 +206,10 @@ def _sigterm_blocked():
 
 
 def _end_with_parent(_worker: int) -> None:
-    """Let a worker die when the run is killed.
+    """End a worker when the run is killed.
 
-    DataLoader's own watch looks at the process that forked the worker, which is the fork server, and the server lives
-    as long as its workers do: without this a killed run leaves both behind.
+    DataLoader only checks that the worker's parent is alive, which is the fork server, and the server lives as long as
+    its workers do: without this a killed run would leave both behind.
     """
     sentinel = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()

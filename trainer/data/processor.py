@@ -1,4 +1,4 @@
-"""Examples become token ids, patches and positions (DESIGN section 3, Qwen2-VL's chat format)."""
+"""Examples become token ids, patches and positions in Qwen2-VL's chat format."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -9,18 +9,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.packing import Conversation, Prompt
 from boxgrpo.model.rope import mrope_position_ids
 
-from .example import box_text
+from .example import Example, box_text, plain_text
 from .images import MIN_SIDE, load_image
-from .readers import Example, plain_text
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
 
-# DESIGN section 3, as in the paper's code.
+# As in the paper's code (ARCHITECTURE.md, section "The mathematics").
 THINK_SUFFIX = (
     " First output the thinking process in <think> </think> tags"
     " and then output the bounding box in <answer> </answer> tags."
@@ -72,27 +71,25 @@ class Processor:
         self.eos_ids = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]
         self._reserved = {*self.vision_ids, *self.eos_ids, vocabulary["<|im_start|>"]}  # may not stand inside a text
         self._image_marks = vocabulary["<|vision_start|>"], vocabulary["<|vision_end|>"]
-        self._head = self._encode(f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n")
-        self._to_assistant = self._encode("<|im_end|>\n<|im_start|>assistant\n")
-        self._to_user = self._encode("\n<|im_start|>user\n")  # after the answer's <|im_end|>, which is learned
+        encode = tokenizer.backend_tokenizer.encode
+        head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
+        pieces = head, "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n"
+        # The last one follows an answer's <|im_end|>, which is learned.
+        self._head, self._to_assistant, self._to_user = (encode(p, add_special_tokens=False).ids for p in pieces)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike, *, min_pixels: int, max_pixels: int, max_prompt_tokens: int | None = None
-    ) -> "Processor":
+    def from_pretrained(cls, folder: str | os.PathLike, **limits: int | None) -> "Processor":
         """The tokenizer and image processor of a Qwen2-VL checkpoint folder, Hugging Face's or ours.
 
+        Args:
+            limits: min_pixels, max_pixels and max_prompt_tokens, as above.
+
         Raises:
-            ValueError: there is no such folder, or it holds another model; nothing is asked of the network.
+            ValueError: there is no such folder, or it holds another model; the network is not used.
         """
         read_config(folder)
-        return cls(
-            AutoTokenizer.from_pretrained(folder),
-            Qwen2VLImageProcessorPil.from_pretrained(folder),
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            max_prompt_tokens=max_prompt_tokens,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder), **limits)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write both in Hugging Face's format."""
@@ -106,27 +103,20 @@ class Processor:
             ValueError: an image cannot be loaded, the prompt is over `max_prompt_tokens`, or a text holds a token such
                 as `<|image_pad|>` that delimits turns or images.
         """
-        pixel_values, grids = self._images(example)
-        ids, _ = self._tokens(example, grids, self._turns(example)[:1])
-        return Prompt(*self._tensors(example, ids, pixel_values, grids))
+        tensors, _ = self._tensors(example, answered=False)
+        return Prompt(*tensors)
 
     def prompt_tokens(self, example: Example, sizes: Sequence[tuple[int, int]]) -> int:
         """Length of the example's `prompt` with images of these (width, height) in pixels; none is opened."""
-        p, grids = self.image_processor, []
+        p, counts = self.image_processor, []
         for width, height in sizes:
             enlarged = max(1.0, MIN_SIDE / min(width, height))  # as load_image does
-            height, width = smart_resize(
-                max(MIN_SIDE, round(height * enlarged)),
-                max(MIN_SIDE, round(width * enlarged)),
-                factor=p.patch_size * p.merge_size,
-                min_pixels=p.size["shortest_edge"],
-                max_pixels=p.size["longest_edge"],
-            )
-            grids.append([1, height // p.patch_size, width // p.patch_size])
-        return len(self._tokens(example, torch.tensor(grids).view(-1, 3), self._turns(example)[:1])[0])
+            sides = [max(MIN_SIDE, round(side * enlarged)) for side in (height, width)]
+            counts.append(p.get_number_of_image_patches(*sides) // p.merge_size**2)
+        return len(self._tokens(example, counts, answered=False)[0])
 
     def conversation(self, example: Example) -> Conversation:
-        """Every turn of an example. Learned are the texts of its answers and the `<|im_end|>` that closes each.
+        """Every turn of an example. The loss covers the texts of its answers and the `<|im_end|>` that closes each.
 
         Raises:
             ValueError: as `prompt`, or the example has no answer.
@@ -135,14 +125,11 @@ class Processor:
             raise ValueError(
                 f"{example.source}: the record has no answer to learn; SFT needs chats. Pass stage-1 records."
             )
-        pixel_values, grids = self._images(example)
-        ids, learned = self._tokens(example, grids, self._turns(example))
-        return Conversation(
-            *self._tensors(example, ids, pixel_values, grids), loss_mask=torch.tensor(learned, dtype=torch.bool)
-        )
+        tensors, learned = self._tensors(example, answered=True)
+        return Conversation(*tensors, loss_mask=torch.tensor(learned, dtype=torch.bool))
 
     def images_of(self, prompt: Prompt) -> list[Image.Image]:
-        """A prompt's images in the very pixels that its patches hold, at the size they were scaled to."""
+        """A prompt's images, restored exactly from its patches, at the size they were scaled to."""
         p, images, row = self.image_processor, [], 0
         for _, height, width in prompt.image_grid_thw.tolist():  # in patches
             patches = prompt.pixel_values[row : row + height * width].numpy()
@@ -159,52 +146,17 @@ class Processor:
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         return self.tokenizer.decode([i for i in ids if i not in self.eos_ids], clean_up_tokenization_spaces=False)
 
-    def _turns(self, example: Example) -> tuple[tuple[str, str], ...]:
-        if example.turns:  # a chat's questions already ask for what its answers give
-            return example.turns
-        question = plain_text(example.question)
-        if example.answer_format == "think":
-            return (("user", question + THINK_SUFFIX),)
-        answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
-        return ("user", BOX_PREFIX + question), *answer
-
-    def _images(self, example: Example) -> tuple[Tensor | None, Tensor]:
-        """(p, 1176) fp32 patches, or None without images, and (I, 3) int64 patches per image."""
-        if not example.images:
-            return None, torch.zeros(0, 3, dtype=torch.int64)
-        # One after the other: of many large ones, only one is there in full.
-        features = [self.image_processor(images=[load_image(path)], return_tensors="np") for path in example.images]
-        pixel_values = np.concatenate([f["pixel_values"] for f in features]).astype(np.float32, copy=False)
-        return torch.from_numpy(pixel_values), torch.from_numpy(np.concatenate([f["image_grid_thw"] for f in features]))
-
-    def _tokens(
-        self, example: Example, grids: Tensor, turns: tuple[tuple[str, str], ...]
-    ) -> tuple[list[int], list[bool]]:
-        """Ids of the chat through its last answer, or up to where the next one starts; which of them are learned."""
-        ids = list(self._head)
-        start, end = self._image_marks
-        for image_tokens in (grids.prod(1) // self.image_processor.merge_size**2).tolist():
-            ids += [start, *[self.image_token_id] * image_tokens, end]
-        learned = [False] * len(ids)
-        for index, (role, text) in enumerate(turns):
-            text_ids = self._encode(plain_text(text))
-            for reserved in self._reserved.intersection(text_ids):
-                raise ValueError(
-                    f"{example.source}: the {role}'s text holds {self.tokenizer.convert_ids_to_tokens(reserved)}, "
-                    "which delimits turns or images. Remove it from the record."
-                )
-            if role == "user":
-                opening = self._to_user if index else []
-                piece = opening + text_ids + self._to_assistant
-            else:
-                piece = [*text_ids, self.eos_ids[0]]
-            ids += piece
-            learned += [role == "assistant"] * len(piece)
-        return ids, learned
-
-    def _tensors(
-        self, example: Example, ids: list[int], pixel_values: Tensor | None, grids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _tensors(self, example: Example, *, answered: bool):
+        """The fields of a `Prompt`, or of a chat through its last answer, and which of its tokens are learned."""
+        pixel_values, grids = None, torch.zeros(0, 3, dtype=torch.int64)
+        if example.images:
+            # One after the other: of many large images, only one at a time is in memory in full size.
+            features = [self.image_processor(images=[load_image(path)], return_tensors="np") for path in example.images]
+            pixels = np.concatenate([f["pixel_values"] for f in features]).astype(np.float32, copy=False)
+            pixel_values = torch.from_numpy(pixels)  # (p, 1176)
+            grids = torch.from_numpy(np.concatenate([f["image_grid_thw"] for f in features]))  # (I, 3) patches
+        merge = self.image_processor.merge_size
+        ids, learned = self._tokens(example, (grids.prod(1) // merge**2).tolist(), answered=answered)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             of_images = f"{ids.count(self.image_token_id)} of them for {len(grids)} images"
             raise ValueError(
@@ -212,14 +164,34 @@ class Processor:
                 "Raise it, or lower --max_pixels."
             )
         input_ids = torch.tensor(ids, dtype=torch.int64)
-        positions = mrope_position_ids(
-            input_ids,
-            grids,
-            image_token_id=self.image_token_id,
-            spatial_merge_size=self.image_processor.merge_size,
-        )
-        return input_ids, positions, pixel_values, grids
+        positions = mrope_position_ids(input_ids, grids, image_token_id=self.image_token_id, spatial_merge_size=merge)
+        return (input_ids, positions, pixel_values, grids), learned
 
-    def _encode(self, text: str) -> list[int]:
-        # The Rust tokenizer itself: transformers' wrapper costs several times the encoding.
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    def _tokens(self, example: Example, image_tokens: list[int], *, answered: bool) -> tuple[list[int], list[bool]]:
+        """Ids of the chat through its last answer, or of its first question, and which of them are learned."""
+        turns, asked = example.turns, plain_text(example.question)
+        if not turns and example.answer_format == "think":  # a chat's questions already name the answer's format
+            turns = (("user", asked + THINK_SUFFIX),)
+        elif not turns:
+            answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
+            turns = (("user", BOX_PREFIX + asked), *answer)
+        encode = self.tokenizer.backend_tokenizer.encode  # several times as fast as transformers' wrapper
+        ids = list(self._head)
+        start, end = self._image_marks
+        for count in image_tokens:
+            ids += [start, *[self.image_token_id] * count, end]
+        learned = [False] * len(ids)
+        for index, (role, text) in enumerate(turns if answered else turns[:1]):
+            text_ids = encode(plain_text(text), add_special_tokens=False).ids
+            for reserved in self._reserved.intersection(text_ids):
+                raise ValueError(
+                    f"{example.source}: the {role}'s text holds {self.tokenizer.convert_ids_to_tokens(reserved)}, "
+                    "which delimits turns or images. Remove it from the record."
+                )
+            if role == "user":
+                piece = (self._to_user if index else []) + text_ids + self._to_assistant
+            else:
+                piece = [*text_ids, self.eos_ids[0]]
+            ids += piece
+            learned += [role == "assistant"] * len(piece)
+        return ids, learned

@@ -1,87 +1,93 @@
-"""Users' record files become `Example`s, one at a time as they are asked for (DESIGN section 7).
+"""Users' record files become `Example`s, read one at a time (ARCHITECTURE.md, section "Data").
 
-A file is scanned once: which of its records are good, and where they stand. Of a large one the outcome is kept in
-`BOXGRPO_CACHE` (else ~/.cache/boxgrpo), so that it opens at once from then on. A faulty record is refused by name and
-never fatal.
+A file is scanned once, for which of its records are good and where they begin. The scan of a large file is cached in
+`BOXGRPO_CACHE` (else ~/.cache/boxgrpo), so that later runs open it at once. A faulty record is named with its reason
+and left out; it never ends a run.
 """
 
+import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import logging
 import os
-import tempfile
 import zipfile
-from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from boxgrpo.trainer.runtime.files import replace_file
+
 from .example import Example, Fault, Place, Refused, plain_text, require_some
-from .scan import Records, Row, scan
+from .scan import Row, scan
 from .schemas import SCHEMAS, box_scale, parse, recognise
 
 __all__ = ["Example", "Examples", "Fault", "most_images", "plain_text", "read_examples"]
 
 logger = logging.getLogger(__name__)
 
-# Faults that images bring about, and that may be gone when the next run looks.
-PASSING = {"missing_image", "image_unreadable", "bad_frames"}
-LOOKED_AT = 1000  # records that tell a file's schema and the scale of its boxes
-KEPT_FROM = 16 << 20  # bytes of a file whose scan is kept
-VERSION = 2  # of what is kept, and of the rules that it was found by
+TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of images, which may be there for the next run
+SNIFF_RECORDS = 1000  # read to find a file's schema and the scale of its boxes
+CACHE_MIN_BYTES = 16 << 20  # of a file whose scan is cached
+CACHE_VERSION = 3  # of the cache's format, and of the rules by which records were checked
 GOLD, TURNS = 1, 2  # bits of `has`
+# One good record: its file, its number and bytes there, how many images, and whether it has a gold box or answers.
+TABLE = np.dtype([("file", "i2"), ("number", "i4"), ("start", "i8"), ("stop", "i8"), ("images", "i4"), ("has", "u1")])
 
 
 @dataclass(frozen=True)
-class Format:
-    """All that is needed to read a file's records again."""
+class Source:
+    """A file of records, and what is needed to read one of them again."""
 
+    path: Path
+    label: str  # of the file, in `Example.source`
     schema: str
     place: Place
-    label: str  # of the file, in `Example.source`
-    stem: str
-
-    def read(self, record: dict, number: int, *, scanned: bool = False) -> Example:
-        told = {"name": f"{self.stem}-{number}", "source": f"{self.label}#{number}"}
-        return parse(record, self.schema, self.place, **told, scanned=scanned)
 
 
 class Examples(Sequence):
-    """Good records of one or several files, read and parsed when they are asked for. Pickles as places in files."""
+    """Good records of one or several files, read and parsed on access. Pickled, they are places in files."""
 
-    def __init__(self, files: list[tuple[Format, Records]], table: np.ndarray):
+    def __init__(self, files: list[Source], table: np.ndarray):
         self.files = files
-        self.table = table  # (n) of file, row, number, images, has: `TABLE`
+        self.table = table  # (n) TABLE
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
+        """One example, or for a slice or an array those records, unread.
+
+        Raises:
+            Refused: with its `source`, where an image that was there during the scan has gone.
+        """
+        if isinstance(index, slice | np.ndarray):
             return Examples(self.files, self.table[index])
-        entry = self.table[index]
-        form, records = self.files[entry["file"]]
+        number_of_file, number, start, stop, *_ = self.table[index].item()
+        file = self.files[number_of_file]
+        source = f"{file.label}#{number}"
+        with file.path.open("rb") as content:
+            content.seek(start)
+            record = json.loads(content.read(stop - start))
         try:
-            return form.read(records[entry["row"]], int(entry["number"]))
-        except Refused as refused:  # its image was there when the file was scanned
-            source = f"{form.label}#{entry['number']}"
-            raise Refused(refused.reason, f"{source}: {refused}") from refused
+            return parse(record, file.schema, file.place, name=f"{file.path.stem}-{number}", source=source)
+        except Refused as refused:
+            raise Refused(refused.reason, f"{source}: {refused}", source) from refused
 
     def having(self, bit: int) -> tuple["Examples", "Examples"]:
         """Those with a gold box (GOLD) or with answers (TURNS), and those without."""
         there = (self.table["has"] & bit) > 0
-        return Examples(self.files, self.table[there]), Examples(self.files, self.table[~there])
+        return self[there], self[~there]
 
     def drawn(self, count: int, seed: int) -> "Examples":
         """`count` of them by chance, in their order; all where there are no more."""
         if count >= len(self):
             return self
-        chosen = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
-        return Examples(self.files, self.table[chosen])
+        return self[np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))]
 
     def __add__(self, other: "Examples") -> "Examples":
         later = other.table.copy()
@@ -91,19 +97,14 @@ class Examples(Sequence):
     @property
     def sources(self) -> list[str]:
         """`Example.source` of each, without reading any."""
-        return [f"{self.files[e['file']][0].label}#{e['number']}" for e in self.table]
-
-    @property
-    def most_images(self) -> int:
-        return int(self.table["images"].max(initial=0))
-
-
-TABLE = np.dtype([("file", "i2"), ("row", "i4"), ("number", "i4"), ("images", "i2"), ("has", "u1")])
+        return [f"{self.files[file].label}#{number}" for file, number, *_ in self.table.tolist()]
 
 
 def most_images(examples: Sequence[Example]) -> int:
     """Images of the example that has the most."""
-    return examples.most_images if isinstance(examples, Examples) else max(len(e.images) for e in examples)
+    return max(
+        examples.table["images"].tolist() if isinstance(examples, Examples) else (len(e.images) for e in examples)
+    )
 
 
 def read_examples(
@@ -139,76 +140,65 @@ def read_examples(
             f"schema is {schema!r}; known schemas are auto, {', '.join(SCHEMAS)}. Pass one of them as --schema."
         )
     place = Place.of(path, image_root, sized=sized)
-    kept = _Kept(path, schema, place)
-    found = kept.load() or kept.save(_looked_through(path, schema, place))
-    for line in found.told:
-        logger.info("%s: %s", label, line)
+    found = _cached_scan(path, schema, place)
+    for note in found.notes:
+        logger.info("%s: %s", label, note)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
     remedy = "Correct the file, or name its format with --schema."
     require_some(path, found.table, faults, least=least, remedy=remedy)
-    form = Format(found.schema, replace(place, scale=found.scale), label, path.stem)
-    return Examples([(form, found.records(path))], found.table), faults
+    source = Source(path, label, found.schema, dataclasses.replace(place, scale=found.scale))
+    return Examples([source], found.table), faults
 
 
 @dataclass
-class _Scanned:
+class _Scan:
     """What a file was found to hold."""
 
     schema: str
-    scale: float
-    told: list[str]
+    scale: float  # of its boxes
+    notes: list[str]  # for the log
     faults: list[tuple[int, str, str]]  # (number, reason, message)
-    table: np.ndarray  # of the good records
-    spans: np.ndarray  # (n, 2) int64, their bytes
-
-    def records(self, path: Path) -> Records:
-        return Records(path, self.spans[:, 0], self.spans[:, 1])
+    table: np.ndarray | None = None  # of the good records
 
 
-def _looked_through(path: Path, schema: str, place: Place) -> _Scanned:
+def _scan_file(path: Path, schema: str, place: Place) -> _Scan:
     rows = enumerate(scan(path))
-    head = list(itertools.islice(rows, LOOKED_AT))
+    head = list(itertools.islice(rows, SNIFF_RECORDS))
     records = [row.value for _, row in head if isinstance(row.value, dict)]
-    told = []
+    notes = []
     if schema == "auto" and records:
-        schema, why = _recognised(path, records)
-        told.append(why)
+        schema, why = _recognise_most(path, records)
+        notes.append(why)
     scale = box_scale(records)
     if scale != 1:
-        told.append(f"boxes are fractions of the image (half of them end at 2 or less); times {scale:g}")
-    form = Format(schema, replace(place, scale=scale), path.name, path.stem)
-    faults, good, spans = [], array("q"), array("q")
-    for number, row in itertools.chain(head, rows):
+        notes.append(f"boxes are fractions of the image (half of them end at 2 or less); times {scale:g}")
+    found = _Scan(schema, scale, notes, faults=[])
+    good = _good_rows(itertools.chain(head, rows), schema, dataclasses.replace(place, scale=scale), found.faults)
+    found.table = np.fromiter(good, dtype=TABLE)
+    return found
+
+
+def _good_rows(rows: Iterable[tuple[int, Row]], schema: str, place: Place, faults: list) -> Iterator[tuple]:
+    """A row of the table for each good record; the others are appended to `faults`."""
+    for number, row in rows:
         try:
-            example = form.read(_record(row), number, scanned=True)
+            if row.fault:
+                raise Refused("not_json", f"the line is not JSON ({row.fault}). Write it again.")
+            if not isinstance(row.value, dict):
+                raise Refused("not_a_record", f"{row.value!r:.80} is no JSON object. Drop it.")
+            example = parse(row.value, schema, place, name="", source="", scanned=True)
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
-            continue
-        except Exception as error:  # a record is anybody's, and no rule foresees everything: it must not end a run
-            faults.append(
-                (number, "unreadable", f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it.")
-            )
-            continue
-        has = GOLD * (example.gold is not None) + TURNS * example.can_be_learned
-        good.extend((number, min(len(example.images), 2**15 - 1), has))
-        spans.extend((row.start, row.stop))
-    columns = np.array(good, dtype=np.int64).reshape(-1, 3)
-    table = np.zeros(len(columns), dtype=TABLE)
-    table["row"] = np.arange(len(columns))
-    for i, name in enumerate(("number", "images", "has")):
-        table[name] = columns[:, i]
-    return _Scanned(schema, scale, told, faults, table, np.array(spans, dtype=np.int64).reshape(-1, 2))
+        except Exception as error:  # a record may hold anything, and what no rule foresees must not end a run
+            message = f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it."
+            faults.append((number, "unreadable", message))
+        else:
+            has = GOLD * (example.gold is not None) + TURNS * example.can_be_learned
+            yield 0, number, row.start, row.stop, len(example.images), has
 
 
-def _record(row: Row) -> dict:
-    if row.fault:
-        raise Refused("not_json", f"the line is not JSON ({row.fault}). Write it again.")
-    if not isinstance(row.value, dict):
-        raise Refused("not_a_record", f"{row.value!r:.80} is no JSON object. Drop it.")
-    return row.value
-
-
-def _recognised(path: Path, records: list[dict]) -> tuple[str, str]:
+def _recognise_most(path: Path, records: list[dict]) -> tuple[str, str]:
+    """The schema that most of the records fit, and why it was chosen."""
     fits = Counter(name for record in records if (name := recognise(record)))
     if not fits:
         known = "; ".join(f"{name} has {schema.sign}" for name, schema in SCHEMAS.items())
@@ -217,59 +207,40 @@ def _recognised(path: Path, records: list[dict]) -> tuple[str, str]:
             "Rename the keys, or name the format with --schema."
         )
     ((name, count), *_) = fits.most_common(1)
-    among = f"of the first {len(records)} records" if len(records) == LOOKED_AT else f"of {len(records)} records"
+    among = f"of the first {len(records)} records" if len(records) == SNIFF_RECORDS else f"of {len(records)} records"
     return name, f"schema {name}, because {count} {among} have {SCHEMAS[name].sign}"
 
 
-class _Kept:
-    """The scan of a large file, kept until the file changes."""
+def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
+    """The file's scan, which for a large file is cached until the file changes.
 
-    def __init__(self, path: Path, schema: str, place: Place):
-        stat = path.stat()
-        self.large = stat.st_size >= KEPT_FROM
-        self.key = [
-            VERSION,
-            str(path.resolve()),
-            stat.st_size,
-            stat.st_mtime_ns,
-            schema,
-            place.root,
-            place.bounded,
-            place.sized,
-        ]
-        name = hashlib.sha256(json.dumps(self.key[:2] + self.key[4:]).encode()).hexdigest()[:32]
-        folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
-        self.path = Path(folder) / "scans" / f"{name}.npz"
-
-    def load(self) -> _Scanned | None:
-        """What was kept of this very file; None: nothing, or of an earlier one."""
-        if not self.large or not self.path.exists():
-            return None
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                about = json.loads(arrays["about"].tobytes())
-                if about.pop("key") != self.key:
-                    return None
-                return _Scanned(**about, table=arrays["table"], spans=arrays["spans"])
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            logger.warning("%s cannot be used (%s); the data is scanned again", self.path, error)
-            return None
-
-    def save(self, found: _Scanned) -> _Scanned:
-        """Written aside and renamed: another process may be reading. Where it cannot be, the next run scans again.
-
-        So it does after faults that lie with the images.
-        """
-        if not self.large or any(reason in PASSING for _, reason, _ in found.faults):
-            return found
-        about = {k: v for k, v in asdict(found).items() if k not in ("table", "spans")} | {"key": self.key}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=self.path.parent, suffix=".npz")
-            with os.fdopen(handle, "wb") as file:
-                raw = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-                np.savez(file, about=raw, table=found.table, spans=found.spans)
-            os.replace(aside, self.path)
-        except OSError as error:
-            logger.warning("the scan of %s cannot be kept (%s); it takes its time again", self.key[1], error)
+    A scan with faults that lie with the images is not cached, and a cache that cannot be written costs only time.
+    """
+    stat = path.stat()
+    if stat.st_size < CACHE_MIN_BYTES:
+        return _scan_file(path, schema, place)
+    identity = json.dumps([CACHE_VERSION, str(path.resolve()), schema, *dataclasses.astuple(place)])
+    folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
+    cache = Path(folder) / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    state = [stat.st_size, stat.st_mtime_ns]
+    try:
+        with np.load(cache, allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if about.pop("state") == state:
+                return _Scan(**about, table=arrays["table"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be used (%s); the data is scanned again", cache, error)
+    found = _scan_file(path, schema, place)
+    if any(reason in TRANSIENT_FAULTS for _, reason, _ in found.faults):
         return found
+    about = vars(found) | {"state": state}
+    table = about.pop("table")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(content := io.BytesIO(), about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8), table=table)
+        replace_file(cache, content.getvalue())
+    except OSError as error:
+        logger.warning("the scan of %s cannot be kept (%s); the next run scans it again", path, error)
+    return found

@@ -1,16 +1,14 @@
-"""Records of a JSON array or a JSONL file, found again by their place in it: a file of any size, read one at a time."""
+"""Records of a JSON array or a JSONL file with their places in it: a file of any size, read one record at a time."""
 
-import codecs
 import json
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 CHUNK = 8 << 20  # bytes read at once
-LONGEST = 64 << 20  # characters: a record that has not ended by then never will
+LONGEST = 64 << 20  # bytes: a record that has not ended by then never will
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Row(NamedTuple):
@@ -22,30 +20,6 @@ class Row(NamedTuple):
     fault: str | None = None  # why it is no JSON
 
 
-class Records:
-    """The records at given places of a file. Each is read when it is asked for; pickled, it is places alone."""
-
-    def __init__(self, path: Path, starts: np.ndarray, stops: np.ndarray):
-        self.path, self.starts, self.stops = path, starts, stops  # (n) int64 bytes
-        self._file: tuple[int, int] | None = None  # process, descriptor
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int):
-        if self._file is None or self._file[0] != os.getpid():  # a forked worker opens its own
-            self._file = os.getpid(), os.open(self.path, os.O_RDONLY)
-        start, stop = int(self.starts[index]), int(self.stops[index])
-        return json.loads(os.pread(self._file[1], stop - start, start))
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None}
-
-    def __del__(self):
-        if self._file is not None and self._file[0] == os.getpid():
-            os.close(self._file[1])
-
-
 def scan(path: Path) -> Iterator[Row]:
     """Every record of the file, in order. A line of a JSONL file that is not JSON is a row with a fault.
 
@@ -54,14 +28,18 @@ def scan(path: Path) -> Iterator[Row]:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = file.read(4096)
+        text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if text.partition(b"\n")[0].strip() == b"{":
+            raise ValueError(f"{path} is one JSON object over several lines. Put [ before it and ] behind it.")
+        if not text.startswith(b"["):
+            yield from _lines(file)
+            return
         try:
-            if head.partition(b"\n")[0].strip() == b"{":
-                raise ValueError(f"{path} is one JSON object over several lines. Put [ before it and ] behind it.")
-            yield from _array(file) if head.startswith(b"[") else _lines(file)
+            yield from _array(file, len(head) - len(text) + 1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}). Write the file again.") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}). Write the file again.") from error
 
 
@@ -78,88 +56,42 @@ def _lines(file) -> Iterator[Row]:
         start = stop
 
 
-def _array(file) -> Iterator[Row]:
-    """Elements of the file's array, decoded chunk by chunk."""
-    text = _Text(file)
-    text.skip("[")
+def _array(file, first: int) -> Iterator[Row]:
+    """Elements of the array whose first one begins at byte `first` or after white space.
+
+    The text is decoded as Latin-1, one character a byte, because JSON's own marks are ASCII: a chunk may end anywhere,
+    and a place in the text is a place in the file. An element with other characters is decoded again.
+    """
+    file.seek(first)
     decode = json.JSONDecoder(parse_int=_integer).raw_decode
-    if text.peek() == "]":
-        text.skip("]")
-    else:
-        while True:
-            text.peek()  # past white space
-            while True:
-                try:
-                    value, end = decode(text.text, text.at)
-                except json.JSONDecodeError as error:
-                    # Cut off, or broken? What is cut off breaks at the end, or in a string that does not.
-                    cut = error.pos > len(text.text) - 16 or "Unterminated" in error.msg
-                    if not cut or text.ended or len(text.text) - text.at > LONGEST:
-                        raise text.located(error) from None
-                else:
-                    if end + 3 < len(text.text) or text.ended:  # else it may be a number that goes on: 1e+
-                        break
-                text.more()
-            start = text.byte
-            text.advance(end)
-            yield Row(start, text.byte, value)
-            if text.peek() == "]":
-                text.skip("]")
+    text, byte, at = "", first, 0  # a window of the file, the byte where it begins, and where the next element does
+    while True:
+        start = _SPACE.match(text, at).end()
+        try:
+            if text.startswith("]", start) and byte + at == first:
+                end = start
                 break
-            text.skip(",")
-    if text.peek():
-        raise text.located(json.JSONDecodeError("Extra data", text.text, text.at))
+            value, stop = decode(text, start)
+            end = _SPACE.match(text, stop).end()
+            if text[end : end + 1] not in (",", "]"):  # or a number is cut off here: 1e+
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except json.JSONDecodeError as error:  # broken, or it goes on in the next chunk
+            more = file.read(CHUNK) if len(text) - at < LONGEST else b""
+            if not more:
+                raise ValueError(f"{error.msg} at byte {byte + error.pos}") from error
+            text, byte, at = text[at:] + more.decode("latin-1"), byte + at, 0
+            continue
+        if not text[start:stop].isascii():
+            value, _ = decode(text[start:stop].encode("latin-1").decode())
+        yield Row(byte + start, byte + stop, value)
+        if text[end] == "]":
+            break
+        at = end + 1
+    rest = text[end + 1 :] + file.read(LONGEST).decode("latin-1")
+    if (begins := _SPACE.match(rest).end()) < len(rest):
+        raise ValueError(f"Extra data at byte {byte + end + 1 + begins}")
 
 
 def _integer(digits: str) -> float:
     """An int, or what no check lets pass: Python converts no more than some thousand digits."""
     return int(digits) if len(digits) < 1000 else float("inf")
-
-
-class _Text:
-    """A window of a UTF-8 file: its characters from `at` on, and the byte that they begin at."""
-
-    def __init__(self, file):
-        file.seek(0)
-        self.file, self.text, self.at, self.byte, self.ended = file, "", 0, 0, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        while not self.text and not self.ended:  # a piece may end within the first character
-            self.more()
-        if self.text.startswith("\ufeff"):
-            self.advance(1)
-
-    def more(self) -> None:
-        """Take another piece, if there is one."""
-        raw = self.file.read(CHUNK)
-        self.ended = not raw
-        self.text = self.text[self.at :] + self.decoder.decode(raw, final=self.ended)
-        self.at = 0
-
-    def advance(self, end: int) -> None:
-        passed = end - self.at
-        self.byte += passed if self.text.isascii() else len(self.text[self.at : end].encode())
-        self.at = end
-
-    def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
-        while True:
-            end = self.at
-            while end < len(self.text) and self.text[end] in " \t\r\n":
-                end += 1
-            self.advance(end)
-            if end < len(self.text):
-                return self.text[end]
-            if self.ended:
-                return ""
-            self.more()
-
-    def skip(self, mark: str) -> None:
-        if self.peek() != mark:
-            raise self.located(json.JSONDecodeError(f"Expecting {mark!r}", self.text, self.at))
-        self.advance(self.at + 1)
-
-    def located(self, error: json.JSONDecodeError) -> json.JSONDecodeError:
-        """The error told by its byte in the file, not by its place in this window."""
-        byte = self.byte + len(self.text[self.at : error.pos].encode())
-        error.args = (f"{error.msg} at byte {byte}",)
-        return error

@@ -1,7 +1,7 @@
-"""The record formats of all data sets (DESIGN section 7): how to tell one, and how to read it into an `Example`.
+"""The record formats of all data sets (ARCHITECTURE.md, section "Data"): how to recognise and how to read each.
 
-Where a format was read: UniVG-R1's own loaders (AMAP-ML/UniVG-R1: grpo_univg.py, eval/zero_shot/*/eval.py), which also
-give the questions that the zero-shot sets are asked with; VLM-R1's files for RefCOCO; MGrounding-630k's records.
+The formats follow UniVG-R1's own loaders (AMAP-ML/UniVG-R1: grpo_univg.py, eval/zero_shot/*/eval.py), which also give
+the questions of the zero-shot sets; VLM-R1's files for RefCOCO; MGrounding-630k's records.
 """
 
 import functools
@@ -17,7 +17,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 
 from .example import Box, Example, Place, Refused, checked_box, is_numbers, pixel_box, resolve_images, text_of
 
-FRAMES, ASKED_FRAME = 6, 2  # of a video; the box is asked for in the third
+FRAMES, ASKED_FRAME = 6, 2  # shown of a video, and the one whose box is asked for: the third
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
 ON_VIDEO = (
     "This is a sequence of images from a video. Please understand the entire video content, and then output the "
@@ -30,9 +30,9 @@ _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)"
 
 @dataclass(frozen=True)
 class Schema:
-    """How to tell a record format and how to read it. `parse(record, place)` gives the `Example` fields it knows."""
+    """How to recognise a record format and how to read it: `parse(record, place)` gives fields of the `Example`."""
 
-    sign: str
+    sign: str  # by which it is recognised, for the log
     recognise: Callable[[dict], bool]
     parse: Callable[[dict, Place], dict]
 
@@ -40,7 +40,7 @@ class Schema:
 def parse(record: dict, schema: str, place: Place, *, name: str, source: str, scanned: bool = False) -> Example:
     """The record as an example; `name` is its id where it has none.
 
-    `scanned`: only looked at for what it has, so its target image is not worked out of the question's wording.
+    `scanned`: only checked, so its target image is not worked out from the question's wording.
 
     Raises:
         Refused: it breaks a rule.
@@ -64,29 +64,26 @@ def recognise(record: dict) -> str | None:
 
 
 def box_scale(records: Sequence[dict]) -> float:
-    """What brings a file's boxes to 0-1000: 1000 for a file of fractions, of which half the boxes end at 2 or less.
+    """The factor that brings a file's boxes to 0-1000: 1000 where they are fractions, half of them ending at 2 or less.
 
-    Decided for a file, because one bad record may say 1.048.
+    It is one factor for the whole file, because a single bad record may hold 1.048.
     """
     ends = [max(record["answer"]) for record in records if is_numbers(record.get("answer"))]
     return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
 
 
-def _parse_question(record: dict, place: Place) -> dict:
+def _parse_question(record: dict, place: Place, box_only: str | None = None) -> dict:
+    """A question with its box; one whose first image's path holds `box_only` is asked without thinking."""
     gold = checked_box(record.get("answer"), (place.scale, place.scale))
-    return {
-        "images": resolve_images(record.get("images"), place),
-        "question": text_of(record.get("question"), "question"),
-        "gold": gold,
-    }
-
-
-def _parse_stage2(record: dict, place: Place) -> dict:
-    fields = _parse_question(record, place)
-    # The paper's code tells its single-image RefCOCO records, asked without thinking, by this path.
-    if "answer_format" not in record and "coco/train2014/COCO" in record["images"][0]:
+    images = resolve_images(record.get("images"), place)
+    fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
+    if box_only and "answer_format" not in record and box_only in record["images"][0]:
         fields["answer_format"] = "box"
     return fields
+
+
+# By this path the paper's code recognises its single-image RefCOCO records.
+_parse_stage2 = functools.partial(_parse_question, box_only="coco/train2014/COCO")
 
 
 def _turns(record: dict) -> tuple[tuple[str, str], ...]:
@@ -108,32 +105,30 @@ def _turns(record: dict) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _parse_chat(record: dict, place: Place) -> dict:
+def _tagged_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
+    answer = turns[1][1]
+    if "<answer>" not in answer:  # a quick check before the kernel
+        return None
+    read = grounding_rewards(*pack_texts([answer.encode()]), torch.zeros(1, 4))
+    return checked_box(read.boxes[0].tolist()) if read.found else None
+
+
+def _parse_chat(record: dict, place: Place, gold_box: Callable = _tagged_box) -> dict:
     """A chat with answers. The gold box is the one in the first answer's tags, if there is one."""
     turns = _turns(record)
-    gold = None
-    if "<answer>" in turns[1][1]:  # the reader below is a kernel: it is not asked for nothing
-        read = grounding_rewards(*pack_texts([turns[1][1].encode()]), torch.zeros(1, 4))
-        gold = checked_box(read.boxes[0].tolist()) if read.found else None
-    return {
-        "images": resolve_images(record.get("images"), place),
-        "question": turns[0][1],
-        "turns": turns,
-        "gold": gold,
-    }
+    gold = gold_box(turns)
+    images = resolve_images(record.get("images"), place)
+    return {"images": images, "question": turns[0][1], "turns": turns, "gold": gold}
 
 
 def _parse_mgrounding(record: dict, place: Place) -> dict:
     """A chat of MGrounding-630k: several turns, boxes between marks. The gold box is the first answer's only one."""
-    turns = _turns(record)
+    return _parse_chat(record, place, _only_marked_box)
+
+
+def _only_marked_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
     boxes = [[_marked_box(found) for found in _MARKED.findall(text)] for _, text in turns[1::2]]
-    gold = boxes[0][0] if len(boxes[0]) == 1 else None
-    return {
-        "images": resolve_images(record.get("images"), place),
-        "question": turns[0][1],
-        "turns": turns,
-        "gold": gold,
-    }
+    return boxes[0][0] if len(boxes[0]) == 1 else None
 
 
 def _marked_box(found: tuple[str, ...]) -> Box:
@@ -145,7 +140,7 @@ def _marked_box(found: tuple[str, ...]) -> Box:
 
 def _parse_refcoco(record: dict, place: Place) -> dict:
     """RefCOCO/+/g: `problem` and `solution`, or `expression` and `bbox` (x, y, width, height); boxes in pixels."""
-    image = place.path(record.get("image"))
+    (image,) = resolve_images([record.get("image")], place)
     if "expression" in record:
         box, what = record.get("bbox"), "bbox"
         if is_numbers(box) and len(box) == 4:
@@ -159,14 +154,14 @@ def _parse_refcoco(record: dict, place: Place) -> dict:
 
 
 def _parse_lisa(record: dict, place: Place) -> dict:
-    image, boxes = place.path(record.get("image_path")), record.get("boxes")
+    (image,), boxes = resolve_images([record.get("image_path")], place), record.get("boxes")
     box = boxes[0] if isinstance(boxes, list) and boxes else boxes
     question = ON_IMAGE.format(_instruction(record, "instruction"))
     return {"images": (image,), "question": question, "gold": pixel_box(box, image, place, "boxes[0]", record)}
 
 
 def _parse_llmseg(record: dict, place: Place) -> dict:
-    image, box = place.path(record.get("image_path")), record.get("bbox")
+    (image,), box = resolve_images([record.get("image_path")], place), record.get("bbox")
     if isinstance(box, list) and all(isinstance(part, list) for part in box):
         box = [value for part in box for value in part][:4]
     question = ON_IMAGE.format(_instruction(record, "question"))
@@ -189,7 +184,7 @@ def _parse_revos(record: dict, place: Place) -> dict:
     frames, video = record.get("frames"), record.get("video_id")
     if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
         raise Refused("too_few_frames", f"frames is {frames!r:.80}; the third frame is asked for.")
-    folder = place.path(str(video))
+    (folder,) = resolve_images([str(video)], place)
     if all(isinstance(frame, str) for frame in frames):
         return _video(record, place, [os.path.join(folder, frame) for frame in frames])
     if not is_numbers(frames) or any(frame != int(frame) or frame < 0 for frame in frames):
@@ -220,7 +215,7 @@ def _video(record: dict, place: Place, frames: list) -> dict:
         raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
     count = min(len(frames), FRAMES)
     chosen = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
-    images = tuple(place.path(frames[i]) for i in chosen)
+    images = resolve_images([frames[i] for i in chosen], place)
     box = boxes[chosen[ASKED_FRAME]]
     if isinstance(box, str):
         box = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", box)]
@@ -229,43 +224,36 @@ def _video(record: dict, place: Place, frames: list) -> dict:
     return {"images": images, "question": question, "gold": gold, "target_image": ASKED_FRAME}
 
 
+def _has(*alternatives: str) -> Callable[[dict], bool]:
+    """Whether a record has all the keys of one of the alternatives."""
+    return lambda record: any(record.keys() >= set(keys.split()) for keys in alternatives)
+
+
 def _has_marks(record: dict) -> bool:
     chat = record.get("conversations", record.get("messages"))
     return isinstance(chat, list) and "<|box_start|>" in str(chat)
 
 
-# A new format is one more entry; the first that recognises a record wins.
+# A new format is one more entry; the first that recognises a record is its format.
 SCHEMAS: dict[str, Schema] = {
     "mgrounding": Schema("conversations with <|box_start|>", _has_marks, _parse_mgrounding),
-    "univg_stage1": Schema("messages or conversations", lambda r: "messages" in r or "conversations" in r, _parse_chat),
+    "univg_stage1": Schema("messages or conversations", _has("messages", "conversations"), _parse_chat),
     "mig_bench": Schema(
         "question, answer and additional_info or need_format",
-        lambda r: {"question", "answer"} <= r.keys() and ("additional_info" in r or "need_format" in r),
+        _has("question answer additional_info", "question answer need_format"),
         _parse_question,
     ),
-    "univg_stage2": Schema(
-        "images, question and answer", lambda r: {"images", "question", "answer"} <= r.keys(), _parse_stage2
-    ),
+    "univg_stage2": Schema("images, question and answer", _has("images question answer"), _parse_stage2),
     "refcoco": Schema(
         "image, and problem with solution or expression with bbox",
-        lambda r: "image" in r and ({"problem", "solution"} <= r.keys() or {"expression", "bbox"} <= r.keys()),
+        _has("image problem solution", "image expression bbox"),
         _parse_refcoco,
     ),
-    "lisa": Schema(
-        "image_path, instruction and boxes", lambda r: {"image_path", "instruction", "boxes"} <= r.keys(), _parse_lisa
-    ),
-    "llmseg": Schema(
-        "image_path, question and bbox", lambda r: {"image_path", "question", "bbox"} <= r.keys(), _parse_llmseg
-    ),
-    "reasonvos": Schema(
-        "image_list, question and bbox_list",
-        lambda r: {"image_list", "question", "bbox_list"} <= r.keys(),
-        _parse_reasonvos,
-    ),
+    "lisa": Schema("image_path, instruction and boxes", _has("image_path instruction boxes"), _parse_lisa),
+    "llmseg": Schema("image_path, question and bbox", _has("image_path question bbox"), _parse_llmseg),
+    "reasonvos": Schema("image_list, question and bbox_list", _has("image_list question bbox_list"), _parse_reasonvos),
     "revos": Schema(
-        "video_id, frames, question and bbox_list",
-        lambda r: {"video_id", "frames", "question", "bbox_list"} <= r.keys(),
-        _parse_revos,
+        "video_id, frames, question and bbox_list", _has("video_id frames question bbox_list"), _parse_revos
     ),
 }
 

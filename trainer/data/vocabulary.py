@@ -1,4 +1,4 @@
-"""Tokenizers made here: the real Qwen2 one from its merges, and a small one for the demo (DESIGN section 7)."""
+"""The tokenizers: the real Qwen2 one from its merges, and a small one for the demo."""
 
 import os
 import re
@@ -10,28 +10,17 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",  # 151643 in Qwen2's vocabulary, and on from there
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+# From 151643 on in Qwen2's vocabulary.
+_SPECIAL_NAMES = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+    "vision_start vision_end vision_pad image_pad video_pad"
 )
-
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _SPECIAL_NAMES.split())
 BOX_MARKS = ("<|box_start|>", "<|box_end|>")
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# Gives what Qwen2-VL's template gives for text and images. A message's content is a string or a list of parts.
+# For text and images the same result as Qwen2-VL's own. A message's content is a string or a list of parts.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if loop.first and message.role != 'system' %}"
@@ -88,7 +77,7 @@ def demo_tokenizer(
     Args:
         texts: what the vocabulary is made from; the most frequent pieces stay.
         phrases: fixed wordings, such as a template's sentences, that are one piece where they occur in the texts.
-        vocab_size: most tokens to have; the result has fewer when the texts do (`len(tokenizer)` tells).
+        vocab_size: most tokens to have; the result has fewer when the texts do.
 
     Raises:
         ValueError: `vocab_size` leaves no room for the bytes and the special tokens.
@@ -143,7 +132,7 @@ def box_mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _finish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    # Added first and named second: the names' own order would hand out other ids.
+    # Before the roles are set: adding these tokens by role would give them other ids.
     tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -13,9 +13,12 @@ MANIFEST = "manifest.json"
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file that is there whole or not at all. Half a character, which JSON can spell, becomes a "?"."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write the same file
+    try:
+        part.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

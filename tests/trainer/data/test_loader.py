@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.bench.launches import descendants
-from boxgrpo.trainer.data.loader import Loader, _ctrl_c_waits
+from boxgrpo.trainer.data.loader import Loader, _ctrl_c_delayed
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
@@ -180,9 +180,9 @@ def test_workers_end_with_the_run(tmp_path, interruptible, how):
     assert how == "kill" or b"KeyboardInterrupt" in errors
 
 
-def test_ctrl_c_waits_until_a_queue_has_been_left(interruptible):
+def test_ctrl_c_delayed_until_a_queue_has_been_left(interruptible):
     handler, finished = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(KeyboardInterrupt), _ctrl_c_waits():
+    with pytest.raises(KeyboardInterrupt), _ctrl_c_delayed():
         signal.raise_signal(signal.SIGINT)
         finished.append(True)
     assert finished and signal.getsignal(signal.SIGINT) is handler

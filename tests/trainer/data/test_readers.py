@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from boxgrpo.trainer.data import readers
-from boxgrpo.trainer.data.example import Place, image_size
+from boxgrpo.trainer.data.example import Place, image_size, resolve_images
 from boxgrpo.trainer.data.readers import most_images, plain_text, read_examples
 from boxgrpo.trainer.data.scan import scan
 from boxgrpo.trainer.run import read_usable
@@ -234,7 +234,7 @@ def test_image_paths_stay_under_the_image_root(write, tmp_path):
 def test_every_spelling_of_a_path_is_resolved_alike(image):
     """A short way leads round the resolving of plain ones."""
     for root in ("/data/images", "/"):
-        assert Place(root, bounded=False).path(image) == os.path.abspath(os.path.join(root, image))
+        assert resolve_images([image], Place(root, bounded=False)) == (os.path.abspath(os.path.join(root, image)),)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_plain_text_drops_image_marks():
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "data.json").write_bytes(b"[\xff\xfe]")
+    (tmp_path / "data.json").write_bytes(b'["\xff\xfe"]')
     with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
         read_examples(tmp_path / "data.json")
 
@@ -315,7 +315,7 @@ def test_a_source_that_cannot_be_is_refused(write, source, message):
 def test_examples_are_read_when_they_are_asked_for_in_other_processes_too(write):
     path = write([GOOD | {"id": i, "images": ["a.png"] * (i + 1)} for i in range(5)])
     examples, _ = read_examples(path)
-    assert examples.most_images == 5 == most_images(list(examples))
+    assert most_images(examples) == 5 == most_images(list(examples))
     again = pickle.loads(pickle.dumps(examples[1:4]))
     assert [e.id for e in again] == ["1", "2", "3"] and len(pickle.dumps(examples)) < 3000
     assert again[-1] == examples[3] and examples.sources == [e.source for e in examples]
@@ -329,7 +329,7 @@ def test_records_without_what_is_needed_are_named(write):
 
 def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
     """Until it changes, or another schema or root is asked for. A cache that is no cache is made anew."""
-    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
     scans = []
     monkeypatch.setattr(readers, "scan", lambda path: scans.append(path) or scan(path))
@@ -352,7 +352,7 @@ def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
 
 def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
     """They are fetched, and the same command finds them; one that goes later is named, and no bug."""
-    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
     path = write([{"image": "photo.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}])
     examples, (fault,) = read_examples(path, least=0)
@@ -398,7 +398,7 @@ def test_a_number_without_end_in_an_array_is_its_records_fault(write):
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(write, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(readers, "KEPT_FROM", 0)
+    monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "file"))
     examples, _ = read_examples(write([GOOD]))

@@ -27,7 +27,7 @@ def photo(tmp_path):
 def only(path, **options):
     examples, faults = read_examples(path, **options)
     assert not faults and len(examples) == 1, faults
-    return examples[0], examples.files[0][0].schema
+    return examples[0], examples.files[0].schema
 
 
 BOX = "<|box_start|>({},{}),({},{})<|box_end|>"
