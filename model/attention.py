@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import PackedBatch
+from .batch import PackedBatch
 
 BACKENDS = ("flash_attn", "varlen", "sdpa")
 

@@ -1,14 +1,18 @@
-"""Bytes that training holds on each GPU and moves between them, from shapes alone.
+"""FLOP that training computes, and bytes that it holds on each GPU and moves between them, from shapes alone.
 
-Formulas of our own code stand beside it and are tested against it; those of DeepSpeed are read in the source of 0.19.8.
+FLOP are those that the method needs, whatever the code computes: a prompt once for its G completions, a layer's forward
+once however often checkpointing repeats it. A product's backward is two of its forward, and one where its weight is
+frozen. The byte formulas of our own code are tested against it; those of DeepSpeed follow the source of 0.19.8.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .batch import Group
 from .families.qwen2_vl import Qwen2VL
 
 FP32 = 4  # bytes
@@ -16,7 +20,66 @@ FP32 = 4  # bytes
 REDUCE_BUCKET, SUB_GROUP, MAX_LIVE, PREFETCH, PERSISTS = 500_000_000, 10**9, 10**9, 50_000_000, 100_000
 
 
-class Engine(NamedTuple):
+# Dense bf16 products in 1e12 FLOP/s, by words of the device's name: NVIDIA's data sheets. The first that fits counts.
+PEAKS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+}
+
+
+def published_peak(name: str) -> float | None:
+    """FLOP a second for a device's name, `NVIDIA H200` or `NVIDIA A100-SXM4-80GB`; a slice of one (MIG) is unknown."""
+    words = f" {name.replace('-', ' ')} "
+    if " MIG " in words:
+        return None
+    return next((1e12 * peak for part, peak in PEAKS.items() if f" {part} " in words), None)
+
+
+def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
+    """FLOP of decoder and head over a prompt of that many tokens, those of its images among them, and its completions.
+
+    Linear layers, causal attention, and the head over its scored rows. Backward costs twice as much in each of them, so
+    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
+    """
+    text = config.text_config
+    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
+    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
+    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+    return layers + 2 * scored * text.vocab_size * width
+
+
+def tower_flop(config, grids: Tensor) -> float:
+    """FLOP of the vision tower over images of these patches (I, 3); attention is within each image."""
+    vision = config.vision_config
+    patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
+    merged = vision.embed_dim * vision.spatial_merge_size**2
+    merger = (merged**2 + merged * config.text_config.hidden_size) / vision.spatial_merge_size**2
+    linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
+    return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
+
+
+def decoder_flop(config, group: Group) -> float:
+    """FLOP of a forward of decoder and head over a group; sampling its completions costs as much, prefill included.
+
+    A group without completions is a conversation, scored where its `loss_mask` is set.
+    """
+    lengths = [len(c) for c in group.completions]
+    scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
+    return forward_flop(config, len(group.prompt.input_ids), lengths, scored)
+
+
+class Sharding(NamedTuple):
     """Who keeps what; `stage` 0 is our own data parallelism, 1 to 3 are DeepSpeed's ZeRO."""
 
     name: str
@@ -70,7 +133,7 @@ def count(model: Qwen2VL, lora_rank: int = 0) -> Counts:
     )
 
 
-def state_bytes(c: Counts, engine: Engine, gpus: int, size: int) -> dict[str, int]:
+def state_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> dict[str, int]:
     """Bytes that stay through a step: weights, gradients, masters and moments on the GPU; all that is on the host.
 
     Source: `trainer/engine/ddp.py`; DeepSpeed's `runtime/zero/stage_1_and_2.py`, `stage3.py` and
@@ -97,7 +160,7 @@ def state_bytes(c: Counts, engine: Engine, gpus: int, size: int) -> dict[str, in
     return {"weights": weights, "gradients": gradients, "masters": masters, "moments": moments, "host": host}
 
 
-def reference_bytes(c: Counts, engine: Engine, gpus: int, size: int, beta: float) -> int:
+def reference_bytes(c: Counts, engine: Sharding, gpus: int, size: int, beta: float) -> int:
     """A copy of decoder and head beside a frozen tower, sharded as the policy is; LoRA takes its adapters off."""
     if engine.lora or not beta:
         return 0
@@ -163,7 +226,7 @@ def tied_bytes(config, size: int, *, head_trained: bool) -> int:
     return size * text.hidden_size * text.vocab_size if head_trained and config.tie_word_embeddings else 0
 
 
-def bucket_bytes(c: Counts, engine: Engine, size: int) -> int:
+def bucket_bytes(c: Counts, engine: Sharding, size: int) -> int:
     """DeepSpeed's bucket of gradients and, in stage 3, the weights that it holds gathered at a time."""
     buckets = size * min(REDUCE_BUCKET, c.trained) if engine.stage else 0
     return buckets + (live_bytes(c, size) if engine.stage == 3 else 0)
@@ -173,7 +236,7 @@ def live_bytes(c: Counts, size: int) -> int:
     return size * min(max(MAX_LIVE, c.largest) + PREFETCH, c.trained + c.frozen)
 
 
-def step_bytes(c: Counts, engine: Engine, gpus: int, size: int) -> int:
+def step_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> int:
     """What the optimizer's step needs: ours a flat copy of the largest gradient, ZeRO fp32 gradients of its share."""
     if engine.stage == 0:
         return FP32 * c.largest if gpus > 1 else 0

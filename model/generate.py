@@ -9,9 +9,10 @@ from torch import Tensor
 
 from boxgrpo.kernels import sample_tokens
 
+from .batch import Group
 from .cache import DecodeCache, Prefill
 from .families.qwen2_vl import Qwen2VL
-from .packing import Group, Prompt, pack_groups
+from .packing import pack_groups
 
 DROP_AT = 0.5  # of the rows still going the others leave: each time costs a copy of the cache
 
@@ -162,34 +163,32 @@ class Decoding:
 @torch.no_grad()
 def prefill(
     model: Qwen2VL,
-    prompts: Sequence[Prompt],
+    groups: Sequence[Group],
     *,
-    prompt_ids: Sequence[int],
     eos_token_ids: Sequence[int],
-    image_embeds: Sequence[Tensor | None] | None = None,
     num_generations: int = 1,
     max_completion_length: int = 256,
     static: bool = True,
 ) -> Decoding:
-    """Take every prompt through the model once, ready to decode its completions; arguments as in `generate`.
+    """Take every group's prompt through the model once, ready to decode its completions.
 
-    `static` false: no CUDA graph, for a model whose layers do more than launch kernels.
+    Args:
+        groups: B prompts without completions; their tensors are moved to the model's device. With the run's seed their
+            serial numbers fix the noise, whatever the batch. Without `image_embeds` the tower runs here.
+        eos_token_ids: a completion ends with the first of these.
+        num_generations, max_completion_length: completions of each prompt, and their tokens at most.
+        static: false: no CUDA graph, for a model whose layers do more than launch kernels.
+
+    Raises:
+        ValueError: no prompts.
     """
-    if not prompts or len(prompts) != len(prompt_ids):
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(prompt_ids)} prompt_ids; generate takes at least one prompt and a serial "
-            "number for each. Pass prompt_ids of the same length."
-        )
-    device = model.device
-    groups = [Group(p, (), i, None if image_embeds is None else image_embeds[i]) for i, p in enumerate(prompts)]
+    if not groups:
+        raise ValueError("there are 0 prompts to sample from; at least 1 is needed. Pass some.")
+    device, prompts = model.device, [g.prompt for g in groups]
     batch = pack_groups(groups, image_token_id=model.config.image_token_id).to(device)
     attend = Prefill(batch)
     hidden = model.hidden(batch, attend)[(batch.cu_seqlens[1:] - 1).long()]  # (B, H), of the prompts' last tokens
     cache = DecodeCache(attend, num_generations, max_completion_length, static=static and is_static(device))
-
-    def per_completion(values):
-        return torch.as_tensor(values, dtype=torch.int64, device=device).repeat_interleave(num_generations)
-
     n = len(prompts) * num_generations
     eos = torch.tensor(list(eos_token_ids), device=device)
     results = Rollout(
@@ -197,20 +196,21 @@ def prefill(
         lengths=torch.full((n,), max_completion_length, device=device),
         logps=torch.zeros(n, max_completion_length, device=device),
     )
+    serials = torch.tensor([g.serial for g in groups], device=device)
+    positions = torch.tensor([int(p.position_ids.max()) + 1 for p in prompts], device=device)
     rows = Rows(
         place=torch.arange(n, device=device),
-        serial=per_completion(list(prompt_ids)),
+        serial=serials.repeat_interleave(num_generations),
         completion=torch.arange(num_generations, device=device).repeat(len(prompts)),
-        position=per_completion([int(p.position_ids.max()) + 1 for p in prompts]),
+        position=positions.repeat_interleave(num_generations),
         going=torch.ones(n, dtype=torch.bool, device=device),
     )
     return Decoding(model, cache, rows, hidden.repeat_interleave(num_generations, 0), results, eos)
 
 
-@torch.no_grad()
 def generate(
     model: Qwen2VL,
-    prompts: Sequence[Prompt],
+    groups: Sequence[Group],
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -219,19 +219,11 @@ def generate(
     forbidden: Tensor | None = None,
     **prefill_options,
 ) -> Rollout:
-    """Sample `num_generations` completions of every prompt.
+    """Sample `num_generations` completions of every group's prompt; further options are those of `prefill`.
 
     Args:
-        prompts: B prompts; their tensors are moved to the model's device.
         temperature: 0 is greedy.
         forbidden: (F) int64 ids never sampled, vision tokens above all.
-        prompt_ids: B serial numbers in the run's stream; with `seed` they fix the noise, whatever the batch.
-        eos_token_ids: a completion ends with the first of these.
-        image_embeds: B results of `embed_images`; None runs the tower here.
-        num_generations, max_completion_length: by default 1 completion, of up to 256 tokens.
-
-    Raises:
-        ValueError: no prompts, or not one serial number for each.
     """
     options = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "forbidden": forbidden}
-    return prefill(model, prompts, **prefill_options).run(**options)
+    return prefill(model, groups, **prefill_options).run(**options)

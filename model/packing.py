@@ -1,92 +1,11 @@
-"""`PackedBatch`: prompts and completions in one row of tokens, without padding (DESIGN section 2)."""
+"""Packing: prompts and completions in one row of tokens, without padding (ARCHITECTURE.md, Packed batch)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Prompt:
-    """One prompt, ready for the model. P tokens, p patches, I images."""
-
-    input_ids: Tensor  # (P) int64
-    position_ids: Tensor  # (3, P) int64
-    pixel_values: Tensor | None  # (p, 1176) fp32
-    image_grid_thw: Tensor  # (I, 3) int64
-
-
-@dataclass
-class Conversation(Prompt):
-    """A prompt with its answers. `loss_mask` is True on every token to be learned."""
-
-    loss_mask: Tensor  # (P) bool
-
-
-@dataclass
-class Group:
-    """A prompt, its number in the step, and the sampled completions that share it."""
-
-    prompt: Prompt
-    completions: Sequence[Tensor]  # each (C_i) int64
-    group_id: int = 0
-    image_embeds: Tensor | None = None  # (p / 4, H): the tower's output, when it is at hand
-    advantages: Tensor | None = None  # (G) fp32
-    weight: Tensor | None = None  # 0-dim fp32, difficulty weight
-    sampler_logps: Sequence[Tensor] | None = None  # each (C_i) fp32, of the foreign sampler that drew them
-    source: str = ""  # the record that the prompt was made of
-
-    def to(self, device) -> "Group":
-        """The same group with its own tensors on `device`; the prompt's stay on the CPU, where packs are made."""
-        own = {name: getattr(self, name) for name in ("image_embeds", "advantages", "weight")}
-        return replace(self, **{name: value.to(device) for name, value in own.items() if value is not None})
-
-    def part(self, start: int, stop: int) -> "Group":
-        """The same prompt with some of its completions."""
-        return replace(
-            self,
-            completions=self.completions[start:stop],
-            advantages=None if self.advantages is None else self.advantages[start:stop],
-            sampler_logps=None if self.sampler_logps is None else self.sampler_logps[start:stop],
-        )
-
-
-@dataclass
-class PackedBatch:
-    """One row of T tokens in S segments; N of them are scored; BG completions (SFT: examples)."""
-
-    input_ids: Tensor  # (T) int64
-    position_ids: Tensor  # (3, T) int64
-    cu_seqlens: Tensor  # (S+1) int32, offsets of the segments into T
-    parent: Tensor  # (S) int32, the prompt segment that this one also attends to; -1: none
-    kv_index: Tensor  # (T_kv) int64, rows of T whose keys the segments read, one after the other
-    cu_seqlens_k: Tensor  # (S+1) int32, offsets of the segments into T_kv
-    max_q: int  # longest segment
-    max_k: int  # longest key run
-    predict_from: Tensor  # (N) int64, row of T whose hidden state predicts scored token n
-    targets: Tensor  # (N) int64
-    completion_cu: Tensor  # (BG+1) int32, offsets of the completions into N
-    group_ids: Tensor | None  # (BG) int64, prompt of each completion; None for SFT
-    image_rows: Tensor  # (P/4) int64, rows of T that hold image tokens
-    pixel_values: Tensor | None  # (P, 1176); None when the embeddings are given
-    image_embeds: Tensor | None  # (P/4, H)
-    image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
-    spans: tuple[tuple[int, int, int, int], ...]  # a segment's first row and length, its parent's; as Python ints
-    advantages: Tensor | None = None  # (BG) fp32
-    weights: Tensor | None = None  # (BG) fp32, difficulty weight
-    old_logps: Tensor | None = None  # (N) fp32, nats at the sampling temperature
-    ref_logps: Tensor | None = None  # (N) fp32
-    sampler_logps: Tensor | None = None  # (N) fp32, of the foreign sampler that drew the targets
-
-    def to(self, device) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "image_grid_thw"
-        }
-        return replace(self, **moved)
+from .batch import Conversation, Group, PackedBatch, Prompt
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
@@ -207,32 +126,6 @@ def pack_conversations(conversations: Sequence[Conversation], *, image_token_id:
         completion_cu=_offsets(lengths),
         group_ids=None,
     )
-
-
-def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
-    """FLOP of decoder and head over a prompt of that many tokens, those of its images among them, and its completions.
-
-    Linear layers, causal attention, and the head over its scored rows. Backward costs twice as much in each of them, so
-    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
-    """
-    text = config.text_config
-    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
-    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
-    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
-    return layers + 2 * scored * text.vocab_size * width
-
-
-def tower_flop(config, grids: Tensor) -> float:
-    """FLOP of the vision tower over images of these patches (I, 3); attention is within each image."""
-    vision = config.vision_config
-    patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
-    merged = vision.embed_dim * vision.spatial_merge_size**2
-    merger = (merged**2 + merged * config.text_config.hidden_size) / vision.spatial_merge_size**2
-    linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
-    return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
 
 
 def plan_packs(sizes: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:

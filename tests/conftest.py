@@ -63,7 +63,7 @@ def make_prompt():
     """make_prompt(grids, words=6, seed=0): images between <|vision_start|> and <|vision_end|>, then random words."""
     import torch
 
-    from boxgrpo.model.packing import Prompt
+    from boxgrpo.model.batch import Prompt
     from boxgrpo.model.rope import mrope_position_ids
 
     def make(grids, words=6, seed=0):

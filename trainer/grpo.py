@@ -7,194 +7,142 @@ Left out, on purpose: a critic, a reward model, padding, logits, and any rollout
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import sys
-import time
 
 import torch
 
-from boxgrpo.kernels import fused_grpo_loss, group_advantages, token_logps
-from boxgrpo.model.packing import PackedBatch
-from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.engine.ddp import make_engine
-from boxgrpo.trainer.engine.lora import add_adapters, without_adapters
-from boxgrpo.trainer.evaluation.validation import Validation
+from boxgrpo.kernels import LossOptions, fused_grpo_loss, token_logps
+from boxgrpo.model.batch import PackedBatch
+from boxgrpo.trainer import sft
+from boxgrpo.trainer.data.readers import most_images
+from boxgrpo.trainer.engine.lora import without_adapters
 from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
-from boxgrpo.trainer.profiling.profiler import profiled
-from boxgrpo.trainer.rollout.local import Vocabulary, make_rollout, sampler_factor, score
-from boxgrpo.trainer.run import loaded_model, make_loader, read_usable, save_pretrained, total_steps
-from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
+from boxgrpo.trainer.rewards.grounding import score, step_advantages
+from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
+from boxgrpo.trainer.rollout.local import LocalRollout, ReplayRollout
+from boxgrpo.trainer.rollout.vllm import VllmRollout
+from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
-from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.runtime.spans import named_range, span, take_seconds
-from boxgrpo.trainer.step.flop import grpo_flop, peak_flop
+from boxgrpo.trainer.runtime.spans import named_range, span
+from boxgrpo.trainer.step.balance import balance_across_ranks
 from boxgrpo.trainer.step.metrics import (
     completion_table,
+    grpo_flop,
     length_metrics,
     policy_metrics,
     reward_metrics,
-    run_metrics,
     sampling_metrics,
 )
-from boxgrpo.trainer.step.pack import (
-    Budget,
-    even_out,
-    group_flop,
-    in_packs_that_fit,
-    make_packs,
-    naming_the_remedy,
-    trained_groups,
-)
-from boxgrpo.trainer.step.prefetch import Ahead
+from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, trained_groups, training_cost
+from boxgrpo.trainer.step.prefetch import PrefetchedBatches
+from boxgrpo.trainer.world import recipe
 
 
-def train(options: GrpoOptions, r: Ranks) -> None:
+def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     """Train `options.model` on `options.data`; leaves the checkpoint and the metrics in `options.output_dir`."""
-    o = options
+    o, hooks = options, hooks or Hooks()
     validate_grpo(o, r.world_size)
-    processor = Processor.from_pretrained(
-        o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.max_prompt_length
-    )
-    examples, faults = read_usable(o, needs="gold")
-    validation = Validation(o, processor, r)
-    checkpoints = Checkpoints(o, r)
-    found = checkpoints.find()
-    check_output_dir(o, r, found)
-    policy = loaded_model(o, r)
-    policy.freeze_vision(o.freeze_vision)
-    policy.model.gradient_checkpointing = o.gradient_checkpointing
-    if o.lora_rank:
-        add_adapters(policy, o)
-    copied = frozen_copy(policy, share_vision=o.freeze_vision) if o.beta and not o.lora_rank else None
-    vocabulary = Vocabulary.of(processor, policy.config, r.device)
-    steps = total_steps(o, len(examples), o.prompts_per_step)
-    engine = make_engine(policy, o, r, steps * o.num_iterations)
-    reference = engine.frozen(copied) if copied else engine.model if o.beta else None
-    progress = checkpoints.load(found, engine) if found else Progress()
+    size = {"max_tokens": o.max_prompt_length, "batch_size": o.prompts_per_step, "updates": o.num_iterations}
+    run = Run(o, r, hooks, needs="gold", reference=bool(o.beta), **size)
+    policy, engine, progress = run.policy, run.engine, run.progress
+    vocabulary = hooks.vocabulary(Vocabulary.of(run.processor, policy.config, r.device))
     sharded = engine.shards_weights and not o.ds3_gather_for_generation
-    rollout = make_rollout(o, processor, vocabulary, policy, examples, r, progress.rollout_bytes, sharded)
-    folder = claim_output_dir(o, r, found, progress.metrics_bytes)
-    loader = make_loader(examples, processor.prompt, o.prompts_per_step // r.world_size, o, r, progress)
+    rollout = make_rollout(run, vocabulary, sharded=sharded)
+    loader = run.begin("grpo", run.processor.prompt)
     early = False if engine.shards_weights else None
-    images = Ahead(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
-    report = Reporter(folder, r, steps, "grpo", start=progress.step)
-    logged, budget = progress.step, Budget(o.tokens_per_pass)
-    write_model = functools.partial(save_pretrained, policy, processor)
+    batches = PrefetchedBatches(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
+    tower_passes = 0.0 if o.freeze_vision else 1.0
+    make = functools.partial(make_packs, policy.config, engine, tower_passes=tower_passes)
+    loss_settings = loss_options(o)
 
-    def first_pass(packs: list[PackedBatch]):
-        """Gradients at the rollout's weights; the packs then hold what further iterations compare with."""
-        with span("reference", sum(len(p.input_ids) for p in packs)):
-            if reference is not None:
-                with without_adapters(reference):
-                    packs = [dataclasses.replace(p, ref_logps=logps(reference, p, o.temperature)) for p in packs]
-            if o.num_iterations > 1 or sampled.logps is not None:
-                packs = [dataclasses.replace(p, old_logps=logps(engine.model, p, o.temperature)) for p in packs]
-        return packs, *accumulate(o, engine, packs, denominator)
-
-    validation.after_step(progress, steps, policy, engine, report)  # where the run was stopped before it
-    for step in profiled(range(progress.step + 1, steps + 1), o, r):
-        started = time.perf_counter()
+    for step in run.steps(lambda: batches.position, lambda: rollout.written):
         with span("data"):
-            samples = images.samples()
+            groups = batches.next()
         with span("rollout"), contextlib.nullcontext() if sharded else engine.gathered_weights():
-            with span("vision", sum(len(s.item.image_grid_thw) for s in samples)):
-                samples, embeds = images.embedded()
-            sampled = rollout(policy, samples, embeds)
-            samples, embeds = sampled.of(samples), sampled.of(embeds)
-            completions = sampled.completions
-        with span("reward", sum(map(len, completions))):
-            rewards = score(completions, samples, vocabulary, r.device)
-            accuracy = rewards.accuracy.view(len(samples), o.num_generations)  # (B, G), IoU in 0-1
+            with span("vision", sum(len(g.prompt.image_grid_thw) for g in groups)):
+                groups = batches.embed(groups)
+            groups = rollout(policy, groups)
+        with span("reward", sum(len(g.completions) for g in groups)):
+            rewards = hooks.rewards(groups, score(groups, vocabulary.bytes, r.device))
+            accuracy = rewards.accuracy.view(len(groups), o.num_generations)  # (B, G), IoU in 0-1
             total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
             advantages, weights, miou = step_advantages(o, total, accuracy, r)
-        with span("pack", len(samples)):
-            groups = trained_groups(o, samples, sampled, embeds, advantages, weights)
-            if o.loss_type != "bnpo":  # its mean is over a rank's own tokens
-                groups = even_out(groups, [group_flop(policy.config, g) for g in groups], r)
-            counts = r.sum(sum(map(len, completions)), sum(len(c) for g in completions for c in g))
-            denominator = loss_denominator(o, *counts, r)
-        skipped = 0
+        with span("pack", len(groups)):
+            trained = trained_groups(o, groups, advantages, weights)
+            if o.loss_type != "bnpo" and r.world_size > 1:  # bnpo's mean is over a rank's own tokens
+                costs = [training_cost(policy.config, g, tower_passes=tower_passes) for g in trained]
+                trained = balance_across_ranks(trained, costs, r)
+            counts = r.sum(sum(len(g.completions) for g in groups), sum(len(c) for g in trained for c in g.completions))
+            settings = loss_settings._replace(denominator=loss_denominator(o, *counts, r))
+        update = functools.partial(update_gradients, run, settings)
+        packs, loss, stats = run_packs_that_fit(trained, run.budget, engine, make, update)
         for iteration in range(o.num_iterations):
-            if iteration == 0:
-                make = functools.partial(make_packs, policy.config, engine)
-                packs, loss, stats = in_packs_that_fit(groups, budget, engine, make, first_pass)
-            else:
-                with naming_the_remedy():
-                    loss, stats = accumulate(o, engine, packs, denominator)
+            if iteration:
+                loss, stats = accumulate_again(run, settings, packs)
             with span("optimizer"):
                 grad_norm, updated = engine.step()
-            skipped += not updated
-
-        flop = grpo_flop(o, policy.config, samples, completions, groups)
-        tokens, flop, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), flop, r.stop_asked)  # of all ranks
-        progress.step, progress.position, progress.faults = step, images.position, images.faults
-        progress.num_tokens += int(tokens)
-        progress.skipped_steps += skipped
-        report.advance(reward=float(total.mean()), iou=float(accuracy.mean()))
-        if step % o.logging_steps == 0 or step == steps:
-            metrics = run_metrics(
-                r,
-                engine,
-                progress,
-                loss=loss,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                flop=flop,
-                peak=peak_flop(o, r.device),
-                epoch=images.epoch,
-                seconds=time.perf_counter() - started,
-                unusable=len(faults),
-            )
-            metrics |= reward_metrics(total, accuracy, rewards.format, miou, weights)
-            metrics |= length_metrics(completions, o.max_completion_length, vocabulary.eos_token_ids)
-            metrics |= policy_metrics(stats, r)
-            metrics |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
-            metrics |= take_seconds(step - logged)
-            report.log(step, r.mean_metrics(metrics))
-            logged = step
+            progress.skipped_steps += not updated
+        more = {}
+        if run.is_logged:
+            more |= reward_metrics(total, accuracy, rewards.format, miou, weights)
+            more |= length_metrics(groups, o.max_completion_length, vocabulary.eos_token_ids)
+            more |= policy_metrics(stats, r)
+            more |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
+        tokens, flop = sum(len(p.input_ids) for p in packs), grpo_flop(o, policy.config, groups, trained)
+        shown = {"reward": float(total.mean()), "iou": float(accuracy.mean())}
+        run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, more=more)
         if o.log_completions and step % o.log_completions == 0:
-            report.table(f"step {step}", *completion_table(processor, samples, completions, rewards))
-        validation.after_step(progress, steps, policy, engine, report, stop=asked_to_stop > 0)
-        progress.metrics_bytes, progress.rollout_bytes = report.bytes_written, rollout.written
-        checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
-    checkpoints.save_result(folder, engine, write_model)
-    report.close()
+            run.report.table(f"step {step}", *completion_table(run.processor, groups, accuracy))
 
 
-def frozen_copy(policy, *, share_vision: bool):
-    """The reference. With a frozen tower it has none: the embeddings come with the packs."""
-    memo = {id(policy.visual): None} if share_vision else {}
-    return copy.deepcopy(policy, memo).requires_grad_(False)
+def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
+    """The rollout that `--rollout` names."""
+    o = run.options
+    if o.rollout == "replay":
+        return ReplayRollout(o)
+    if o.rollout == "vllm":
+        return VllmRollout(o, run.processor, vocabulary, run.policy, most_images(run.examples))
+    return LocalRollout(o, vocabulary, run.ranks, run.progress.rollout_bytes, sharded=sharded)
 
 
-def accumulate(o, engine, packs: list[PackedBatch], denominator):
-    """Add the packs' gradients up; the loss (0-dim, this rank's) and each pack's statistics."""
-    loss, stats = torch.zeros((), device=engine.ranks.device), []
+def update_gradients(run: Run, settings: LossOptions, packs: list[PackedBatch]):
+    """Gradients at the rollout's weights; the packs with the log-probabilities that further iterations compare with."""
+    o = run.options
+    with span("reference", sum(len(p.input_ids) for p in packs)):
+        if run.reference is not None:
+            with without_adapters(run.reference) if o.lora_rank else contextlib.nullcontext():
+                packs = [dataclasses.replace(p, ref_logps=logps(run.reference, p, o.temperature)) for p in packs]
+        if o.num_iterations > 1 or o.rollout == "vllm":
+            packs = [dataclasses.replace(p, old_logps=logps(run.engine.model, p, o.temperature)) for p in packs]
+    return packs, *accumulate(run, settings, packs)
+
+
+def accumulate(run: Run, settings: LossOptions, packs: list[PackedBatch]):
+    """Add the packs' gradients up; the loss (0-dim, this rank's) and the statistics of each pack with tokens."""
+    engine, loss, stats = run.engine, torch.zeros((), device=run.ranks.device), []
     with span("policy", len(packs)):
         for pack in packs:
             with span("forward", len(pack.input_ids)):
-                pack_loss, pack_stats = engine.model(pack, loss_head(o, pack, denominator))
-                if denominator is None:
+                pack_loss, pack_stats = engine.model(pack, loss_head(run.options, settings, pack))
+                pack_loss = run.hooks.pack_loss(pack_loss)
+                if settings.denominator is None:
                     pack_loss = pack_loss / max(1, sum(len(p.targets) > 0 for p in packs))
             with span("backward", len(pack.input_ids)):
                 engine.backward(pack_loss)
             loss += pack_loss.detach()
-            if len(pack.targets):  # else it only keeps other ranks company
+            if len(pack.targets):  # an empty pack keeps the number of collectives equal on all ranks
                 stats.append(pack_stats)
     return loss, stats
 
 
-def step_advantages(o, total, accuracy, r: Ranks):
-    """This rank's advantages (B, G), weights (B) and mean IoUs (B); `batch` scales by the std over all ranks."""
-    if o.scale_rewards != "batch" or r.world_size == 1:
-        return group_advantages(total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards)
-    everyone = r.gather((total.cpu(), accuracy.cpu()))
-    whole = [torch.cat(part).to(total.device) for part in zip(*everyone, strict=True)]
-    before = sum(len(theirs) for theirs, _ in everyone[: r.rank])
-    mine = slice(before, before + len(total))
-    return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))
+def accumulate_again(run: Run, settings: LossOptions, packs: list[PackedBatch]):
+    """`accumulate` of packs that fitted in the iteration before: they are not made anew where memory runs out."""
+    try:
+        return accumulate(run, settings, packs)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"memory ran out in a later iteration ({error}). Lower --tokens_per_pass.") from error
 
 
 def loss_denominator(o, completions: float, tokens: float, r: Ranks):
@@ -209,28 +157,16 @@ def loss_denominator(o, completions: float, tokens: float, r: Ranks):
     return None if whole is None else torch.tensor(whole / r.world_size, device=r.device, dtype=torch.float32)
 
 
-def loss_head(o, pack: PackedBatch, denominator):
+def loss_head(o, settings: LossOptions, pack: PackedBatch):
     """The loss as the model's head: called with hidden states (N, H) and the head's weight (V, H)."""
+    factor = None if pack.sampler_logps is None else sampler_factor(pack, o.vllm_importance_sampling_clip_max)
+    tensors = {"old_logps": pack.old_logps, "ref_logps": pack.ref_logps, "weights": pack.weights}
+    options = settings._replace(**tensors, sampler_factor=factor)._asdict()
 
     def head(hidden, weight):
-        options = loss_options(
-            o,
-            old_logps=pack.old_logps,
-            ref_logps=pack.ref_logps,
-            weights=pack.weights,
-            sampler_factor=sampler_factor(pack, o.vllm_importance_sampling_clip_max),
-            denominator=denominator,
-        )
         with named_range("head+loss", len(hidden), len(weight)):
-            return fused_grpo_loss(
-                hidden,
-                weight,
-                pack.targets,
-                pack.advantages,
-                pack.completion_cu,
-                temperature=o.temperature,
-                **options._asdict(),
-            )
+            scored = (pack.targets, pack.advantages, pack.completion_cu)
+            return fused_grpo_loss(hidden, weight, *scored, temperature=o.temperature, **options)
 
     return head
 
@@ -248,20 +184,24 @@ def logps(model, pack: PackedBatch, temperature: float) -> torch.Tensor:
 
 def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
     """Without a model and data: the drawn world and its cold start, made first where there is none."""
-    from boxgrpo.trainer import demo  # draws and trains; nobody else pays for its imports
-
+    demo = recipe.DemoOptions()
     if r.is_main:
-        demo.cold_start(demo.DemoOptions())
-    r.barrier()
-    return parse(GrpoOptions, [*demo.grpo_flags(demo.DemoOptions()), *(sys.argv[1:] if args is None else args)])
+        recipe.draw_world(demo)
+    cold_start = recipe.sft_options(demo)
+    if not r.gather((recipe.Path(cold_start.output_dir) / "model.safetensors").exists())[0]:
+        if r.is_main:
+            recipe.make_initial_checkpoint(demo)
+        r.barrier()
+        sft.train(cold_start, r)
+    return parse(GrpoOptions, [*recipe.grpo_flags(demo), *(sys.argv[1:] if args is None else args)])
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None, hooks: Hooks | None = None) -> None:
     options = parse(GrpoOptions, args, prog="grpo.py")
     with ranks(options.timeout) as r, r.noting_sigterm():
         if not options.model and not options.data:
             options = demo_options(args, r)
-        train(options, r)
+        train(options, r, hooks)
 
 
 if __name__ == "__main__":

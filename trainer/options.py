@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
@@ -11,11 +12,49 @@ import yaml
 from transformers import HfArgumentParser
 
 from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
-from boxgrpo.trainer.data.schemas import SCHEMAS
-from boxgrpo.trainer.profiling.profiler import validate_profile
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # of boxes; the kernels read ANSWER_FORMATS
+SCHEMAS = (
+    *("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco"),
+    *("lisa", "llmseg", "reasonvos", "revos"),
+)
+# What a value must be, by option name, in every dataclass that has the option.
+CHOICES = {
+    "schema": ("auto", *SCHEMAS),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "engine": ("ddp", "deepspeed"),
+    "zero_stage": (1, 2, 3),
+    "optimizer": ("adamw", "cpu_adam", "apex"),
+    "scale_rewards": ("group", "batch", "none"),
+    "difficulty": ("exp", "power", "log", "none"),
+    "rollout": ("local", "vllm", "replay"),
+    "bench": ("", *BENCHES),
+    "answer_format": BOX_FORMATS,
+}
+AT_LEAST = {
+    "num_generations": 2,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+    "tokens_per_pass": 1,
+    "logging_steps": 1,
+    "cutoff_len": 1,
+    "eval_batch_size": 1,
+    "eval_max_completion_length": 1,
+    "save_steps": 0,
+    "save_total_limit": 0,
+    "max_skipped": 0,
+    "eval_every": 0,
+    "lora_rank": 0,
+    "lora_alpha": 0,
+    "peak_tflops": 0,
+    "limit": 0,
+    "resamples": 0,
+    "pictures": 0,
+    "cases": 0,
+    "dataloader_num_workers": 0,
+}
+ABOVE = {"timeout": 0}  # seconds
 
 
 def option(default, help: str):
@@ -237,8 +276,8 @@ def _strings(what: str, value) -> list[str]:
     return value
 
 
-def loss_options(o: GrpoOptions, **tensors) -> LossOptions:
-    """The kernels' loss options, of the run's flags and a pack's tensors."""
+def loss_options(o: GrpoOptions) -> LossOptions:
+    """The kernels' loss options of a run; each pack adds its tensors."""
     return LossOptions(
         beta=o.beta,
         epsilon=o.epsilon,
@@ -246,25 +285,53 @@ def loss_options(o: GrpoOptions, **tensors) -> LossOptions:
         delta=o.delta,
         loss_type=o.loss_type,
         importance_sampling_level=o.importance_sampling_level,
-        **tensors,
     )
 
 
-def _validate_engine(o: DataOptions) -> None:
-    _one_of("engine", o.engine, ("ddp", "deepspeed"))
-    _one_of("optimizer", o.optimizer, ("adamw", "cpu_adam", "apex"))
-    if o.timeout <= 0:
-        raise ValueError(f"timeout is {o.timeout:g}; it must be above 0 seconds. Raise --timeout.")
-    if o.zero_stage not in (1, 2, 3):
-        raise ValueError(f"zero_stage is {o.zero_stage}; DeepSpeed has 1, 2 and 3. Change --zero_stage.")
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or for `auto` bfloat16 on a GPU and float32 elsewhere."""
+    check_values({"dtype": name})
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and device.type == "cuda") else torch.float32
+
+
+def check_values(values: dict) -> None:
+    """Refuse option values, by name, that are not among CHOICES, not AT_LEAST or not ABOVE."""
+    for name, value in values.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            choices = ", ".join(str(choice) for choice in CHOICES[name] if choice != "")
+            raise ValueError(f"{name} is {value!r}; it must be one of {choices}. Change --{name}.")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise ValueError(f"{name} is {value}; it must be at least {AT_LEAST[name]}. Raise --{name}.")
+        if name in ABOVE and value <= ABOVE[name]:
+            raise ValueError(f"{name} is {value:g}; it must be above {ABOVE[name]}. Raise --{name}.")
+
+
+def _check_run(o: DataOptions) -> None:
+    """What both loops refuse, before anything is loaded."""
+    check_values(vars(o))
     if o.offload_optimizer and o.engine != "deepspeed":
         raise ValueError(f"offload_optimizer is true with engine {o.engine!r}; add --engine deepspeed.")
+    if o.eval_every and not o.eval_data:
+        raise ValueError(f"eval_every is {o.eval_every} and no file is named. Give --eval_data, or --eval_every 0.")
+    if o.eval_data and not o.eval_every:
+        raise ValueError(f"eval_data is {o.eval_data} and eval_every 0. Give --eval_every, or leave --eval_data out.")
+    if o.lora_rank and not o.freeze_vision:
+        raise ValueError(
+            f"freeze_vision is False and lora_rank {o.lora_rank}; adapters train the decoder alone. "
+            "Use --freeze_vision true, or --lora_rank 0."
+        )
+    if o.lora_alpha and not o.lora_rank:
+        raise ValueError(f"lora_alpha is {o.lora_alpha} and lora_rank 0; there is nothing to scale. Give --lora_rank.")
+    window = profile_window(o.profile_steps)
+    if window and 0 < o.max_steps < window.start:
+        raise ValueError(profile_is_too_late(o.profile_steps, o.max_steps))
+    if o.memory_snapshot and not torch.cuda.is_available():
+        raise ValueError("memory_snapshot is True and there is no GPU here, whose memory it shows. Leave it out.")
 
 
 def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
-    if o.num_generations < 2:
-        raise ValueError(f"num_generations is {o.num_generations}; a group needs at least 2. Raise --num_generations.")
+    _check_run(o)
     parts = world_size * o.gradient_accumulation_steps
     if o.gradient_accumulation_steps < 1 or o.prompts_per_step < 1 or o.prompts_per_step % parts:
         raise ValueError(
@@ -272,25 +339,16 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {max(parts, 1)}."
         )
     nothing = torch.empty(0)
-    loss_options(o, denominator=torch.ones(())).checked(0, nothing, torch.zeros(1, dtype=torch.int32))
-    _one_of("scale_rewards", o.scale_rewards, ("group", "batch", "none"))
-    _one_of("difficulty", o.difficulty, ("exp", "power", "log", "none"))
-    _one_of("rollout", o.rollout, ("local", "vllm", "replay"))
-    if o.rollout == "replay" and not o.rollout_file:
-        raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
+    loss_options(o)._replace(denominator=torch.ones(())).checked(0, nothing, torch.zeros(1, dtype=torch.int32))
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
-    _at_least_one(o, "num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps")
-    _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
-    _validate_engine(o)
-    _validate_eval(o)
-    _validate_lora(o)
-    validate_profile(o)
+    if o.rollout == "replay" and not o.rollout_file:
+        raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
     if o.rollout == "vllm":
-        _validate_vllm(o)
+        _check_vllm(o)
 
 
-def _validate_vllm(o: GrpoOptions) -> None:
+def _check_vllm(o: GrpoOptions) -> None:
     if not o.ds3_gather_for_generation:
         raise ValueError(
             "ds3_gather_for_generation is False with rollout 'vllm', which is given whole weights. Leave it true, or "
@@ -318,66 +376,46 @@ def _validate_vllm(o: GrpoOptions) -> None:
 
 def validate_sft(o: SftOptions, world_size: int) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
+    _check_run(o)
     if o.train_batch_size < 1 or o.train_batch_size % world_size:
         raise ValueError(
             f"train_batch_size is {o.train_batch_size}; it must divide by {world_size} ranks. "
             f"Use a multiple of {world_size}."
         )
-    _at_least_one(o, "cutoff_len", "tokens_per_pass", "logging_steps")
-    _at_least_zero(o, "save_steps", "save_total_limit", "max_skipped")
-    _validate_engine(o)
-    _validate_eval(o)
-    _validate_lora(o)
-    validate_profile(o)
-
-
-def _validate_eval(o: DataOptions) -> None:
-    _at_least_zero(o, "eval_every")
-    _at_least_one(o, "eval_batch_size", "eval_max_completion_length")
-    if o.eval_every and not o.eval_data:
-        raise ValueError(f"eval_every is {o.eval_every} and no file is named. Give --eval_data, or --eval_every 0.")
-    if o.eval_data and not o.eval_every:
-        raise ValueError(f"eval_data is {o.eval_data} and eval_every 0. Give --eval_every, or leave --eval_data out.")
-
-
-def _validate_lora(o: DataOptions) -> None:
-    _at_least_zero(o, "lora_rank", "lora_alpha")
-    if o.lora_rank and not o.freeze_vision:
-        raise ValueError(
-            f"freeze_vision is False and lora_rank {o.lora_rank}; adapters train the decoder alone. "
-            "Use --freeze_vision true, or --lora_rank 0."
-        )
-    if o.lora_alpha and not o.lora_rank:
-        raise ValueError(f"lora_alpha is {o.lora_alpha} and lora_rank 0; there is nothing to scale. Give --lora_rank.")
 
 
 def validate_evaluator(o: EvalOptions) -> None:
     """Refuse what cannot be evaluated, before anything is loaded."""
+    check_values(vars(o))
     if not o.model and not o.predictions:
         raise ValueError("no model. Name a checkpoint folder with --model, or a file of answers with --predictions.")
     if o.model and o.predictions:
         raise ValueError(
             f"model is {o.model} and predictions {o.predictions}; answers come from one of them. Leave one out."
         )
-    if o.bench:
-        _one_of("bench", o.bench, BENCHES)
-    _one_of("answer_format", o.answer_format, BOX_FORMATS)
-    _at_least_one(o, "eval_batch_size", "max_completion_length")
-    _at_least_zero(o, "limit", "resamples", "seed", "pictures", "cases")
+    if o.seed < 0:
+        raise ValueError(f"seed is {o.seed}; it must be at least 0. Raise --seed.")
 
 
-def _at_least_one(o: DataOptions, *names: str) -> None:
-    for name in names:
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
+def profile_window(text: str) -> range:
+    """The steps of `first:end`, without `end`; none for an empty text.
+
+    Raises:
+        ValueError: it is no such pair, or no step lies in it.
+    """
+    if not text:
+        return range(0)
+    pair = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if not pair:
+        raise ValueError(f"profile_steps is {text!r}; it must be two numbers, such as 10:13. Correct --profile_steps.")
+    window = range(int(pair[1]), int(pair[2]))
+    if not window or window.start < 1:
+        raise ValueError(
+            f"profile_steps is {text}; steps count from 1, and the second number, the first step not to be profiled, "
+            "must be the larger. Correct --profile_steps."
+        )
+    return window
 
 
-def _at_least_zero(o: DataOptions, *names: str) -> None:
-    for name in names:
-        if getattr(o, name) < 0:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 0. Raise --{name}.")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}. Change --{name}.")
+def profile_is_too_late(asked: str, last: int) -> str:
+    return f"profile_steps is {asked}; the run ends with step {last}. Choose earlier ones, or raise --max_steps."

@@ -1,109 +1,216 @@
-"""What the two loops and the evaluator do alike."""
+"""What both loops need around their steps: model, engine, data, checkpoints, reports, evaluation, and when to stop."""
 
+import copy
 import functools
-import logging
-import operator
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from boxgrpo.model.checkpoint import load_model, save_model
+from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import GOLD, TURNS, Examples, Fault, read_examples
-from boxgrpo.trainer.engine.lora import merged_weights, save_adapter
-from boxgrpo.trainer.runtime.checkpoints import Progress
+from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.engine.base import Engine
+from boxgrpo.trainer.engine.ddp import DataParallelEngine
+from boxgrpo.trainer.engine.deepspeed import DeepSpeedEngine
+from boxgrpo.trainer.engine.lora import add_adapters, save_pretrained
+from boxgrpo.trainer.evaluation.validation import Validation
+from boxgrpo.trainer.options import DataOptions, resolve_dtype
+from boxgrpo.trainer.profiling.profiler import profiled
+from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.runtime.ranks import Ranks
-
-from .options import DataOptions
-
-log = logging.getLogger(__name__)
-NAMED = 100  # faulty records that a run names: most of MGrounding has two boxes, which GRPO cannot use
-
-
-def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`float32`, `bfloat16`, or by the device for `auto`."""
-    choices = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }
-    if name not in choices:
-        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(choices)}. Change --dtype.")
-    return choices[name]
+from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir, peak_memory_gb
+from boxgrpo.trainer.runtime.spans import pop_timings
+from boxgrpo.trainer.step.metrics import peak_flop
+from boxgrpo.trainer.step.pack import Budget
 
 
-def sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
-    """Path, count and label of each `path` or `path#count`. The label is the file's name where that tells it apart.
+def make_engine(model: nn.Module, options: DataOptions, ranks: Ranks, total_steps: int) -> Engine:
+    """The engine that `options.engine` names."""
+    kind = DeepSpeedEngine if options.engine == "deepspeed" else DataParallelEngine
+    return kind(model, options, ranks, total_steps)
 
-    Raises:
-        ValueError: there is no such file, or nothing to take from it.
+
+@dataclass
+class Hooks:
+    """Calls from a loop to the program around it, such as a benchmark; by default they change nothing."""
+
+    model_loaded: Callable[[Qwen2VL], Any] = lambda model: None
+    make_engine: Callable[..., Engine] = make_engine
+    vocabulary: Callable[[Any], Any] = lambda vocabulary: vocabulary  # a rollout.base.Vocabulary
+    rewards: Callable[[list, Any], Any] = lambda groups, rewards: rewards  # of sampled groups, GroundingRewards
+    pack_loss: Callable[[Tensor], Tensor] = lambda loss: loss  # before its backward pass
+    step_taken: Callable[[int], Any] = lambda step: None
+    write_model: Callable | None = None  # called with a folder in place of writing the weights there
+
+
+class Run:
+    """A training run. `needs` and the other arguments are what the loop's records and steps are made of.
+
+    Args:
+        needs: what a usable record has, `gold` or `turns`.
+        max_tokens: of a prompt or conversation.
+        batch_size: records a step, over all ranks.
+        updates: optimizer updates a step.
+        reference: whether the policy is compared with its beginning.
+
+    Attributes:
+        policy: the model that is trained; `engine.model` is what to call.
+        reference: the model to compare with, None without one. With LoRA it is the policy without its adapters.
+        progress: where the run is.
     """
-    found = []
-    for source in data:
-        path, _, count = source.rpartition("#")
-        path, count = (path, int(count)) if count.isdigit() and path and not Path(source).is_file() else (source, None)
-        if not Path(path).is_file():
-            raise ValueError(f"data is {source}; there is no such file. Correct --data.")
-        if count == 0:
-            raise ValueError(f"data is {source}; at least 1 record is to be taken. Correct --data.")
-        found.append((Path(path), count))
-    names = Counter(path.name for path, _ in found)
-    return [(path, count, path.name if names[path.name] == 1 else str(path)) for path, count in found]
+
+    def __init__(
+        self,
+        options: DataOptions,
+        r: Ranks,
+        hooks: Hooks,
+        *,
+        needs: str,
+        max_tokens: int,
+        batch_size: int,
+        updates: int = 1,
+        reference: bool = False,
+    ):
+        o = self.options = options
+        self.ranks, self.hooks, self.batch_size = r, hooks, batch_size
+        self.processor = Processor.from_pretrained(
+            o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=max_tokens
+        )
+        self.examples, self.unusable = read_usable(o, needs=needs)
+        self.validation = Validation(o, self.processor, r)
+        self.checkpoints = Checkpoints(o, r)
+        self.found = self.checkpoints.find()
+        check_output_dir(o, r, self.found)
+        self.policy = load_policy(o, r)
+        hooks.model_loaded(self.policy)
+        copied = frozen_copy(self.policy, share_vision=o.freeze_vision) if reference and not o.lora_rank else None
+        self.total_steps = total_steps(o, len(self.examples), batch_size)
+        self.engine = hooks.make_engine(self.policy, o, r, self.total_steps * updates)
+        self.reference = None
+        if reference:
+            self.reference = self.engine.model if copied is None else self.engine.frozen(copied)
+        self.progress = self.checkpoints.load(self.found, self.engine) if self.found else Progress()
+        self.budget = Budget(o.tokens_per_pass)
+        self.peak_flop = peak_flop(o, r.device)
+
+    def begin(self, title: str, prepare: Callable) -> Loader:
+        """Claim the output folder and start the report; the stream of records, prepared, from where the run stands."""
+        o, r, progress = self.options, self.ranks, self.progress
+        self.folder = claim_output_dir(o, r, self.found, progress.metrics_bytes)
+        self.loader = make_loader(self.examples, prepare, self.batch_size // r.world_size, o, r, progress)
+        self.report = Reporter(self.folder, r, self.total_steps, title, start=progress.step)
+        self.logged = progress.step
+        return self.loader
+
+    def steps(self, position: Callable[[], int], written: Callable[[], dict] = dict) -> Iterator[int]:
+        """The numbers of the steps to take; each ends with `log_step`, then evaluation and checkpoint where due.
+
+        Args:
+            position: of the data stream, behind the records of the step.
+            written: bytes by name of the files of completions.
+        """
+        o, r, progress, total = self.options, self.ranks, self.progress, self.total_steps
+        self.position = position
+        write_model = self.hooks.write_model or functools.partial(save_pretrained, self.policy, self.processor)
+        evaluate = functools.partial(self.validation.after_step, progress, total, self.policy, self.engine, self.report)
+        if o.eval_every:
+            evaluate()  # where the run was stopped before it
+        for step in profiled(range(progress.step + 1, total + 1), o, r):
+            self.started = time.perf_counter()
+            progress.step = step
+            yield step
+            progress.position, progress.faults = position(), self.loader.faults
+            stop = r.sum(r.stop_asked)[0] > 0
+            if o.eval_every:
+                evaluate(stop=stop)
+            progress.metrics_bytes, progress.rollout_bytes = self.report.bytes_written, written()
+            self.checkpoints.after_step(progress, total, self.engine, write_model, stop=stop)
+            self.hooks.step_taken(step)
+        self.checkpoints.save_result(self.folder, self.engine, write_model)
+        self.report.close()
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether a line of metrics is due for this step."""
+        step = self.progress.step
+        return step % self.options.logging_steps == 0 or step == self.total_steps
+
+    def log_step(
+        self,
+        *,
+        loss: Tensor,
+        grad_norm: Tensor,
+        tokens: int,
+        flop: float,
+        shown: dict[str, float],
+        more: dict[str, float] | None = None,
+    ) -> None:
+        """Report the step that `steps` gave last.
+
+        Args:
+            loss, grad_norm: 0-dim tensors.
+            tokens, flop: of this rank's packs and part of the step.
+            shown: on the progress bar.
+            more: the loop's own metrics of this rank, where the step `is_logged`.
+        """
+        r, progress = self.ranks, self.progress
+        tokens, flop = r.sum(tokens, flop)
+        progress.num_tokens += int(tokens)
+        self.report.advance(**shown)  # waits for the device: the clock below then shows the whole step
+        if not self.is_logged:
+            return
+        seconds = time.perf_counter() - self.started
+        metrics = {} if self.peak_flop is None else {"perf/mfu": flop / (seconds * self.peak_flop * r.world_size)}
+        metrics |= {
+            "loss": float(loss),
+            "grad_norm": float(grad_norm),
+            "learning_rate": self.engine.learning_rate,
+            "epoch": self.position() / len(self.loader),
+            "num_tokens": progress.num_tokens,
+            "skipped_steps": progress.skipped_steps,
+            "step_time": seconds,
+            "data/skipped": len(self.unusable) + len(set().union(*r.gather(set(self.loader.faults)))),
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/peak_memory_gb": peak_memory_gb(r.device),
+        }
+        metrics |= (more or {}) | pop_timings(progress.step - self.logged)
+        self.report.log(progress.step, r.mean_metrics(metrics))
+        self.logged = progress.step
 
 
-def loaded_model(options, r: Ranks) -> Qwen2VL:
-    """`options.model`. For ZeRO-3 on the host: its engine moves it on, a model at a time, and shares it out."""
-    sharded = options.engine == "deepspeed" and options.zero_stage == 3
+def load_policy(o: DataOptions, r: Ranks) -> Qwen2VL:
+    """`o.model`, ready to train; for ZeRO-3 in host memory, from where the engine moves and shards it."""
+    sharded = o.engine == "deepspeed" and o.zero_stage == 3
     device = torch.device("cpu") if sharded else r.device
-    return load_model(options.model, dtype=chosen_dtype(options.dtype, r.device), device=device)
+    policy = load_model(o.model, dtype=resolve_dtype(o.dtype, r.device), device=device)
+    policy.freeze_vision(o.freeze_vision)
+    policy.model.gradient_checkpointing = o.gradient_checkpointing
+    if o.lora_rank:
+        add_adapters(policy, o)
+    return policy
 
 
-def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
-    """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
-
-    Of a source with a count so many are taken, drawn by the seed. The log names the first faults and counts them all.
-
-    Raises:
-        ValueError: no data named, no such file, or one without a record that can be used.
-    """
-    if not options.data:
-        raise ValueError("no data. Name a JSON or JSONL file with --data.")
-    kind, bit = {"gold": ("gold box", GOLD), "turns": ("assistant's answer", TURNS)}[needs]
-    parts, faults = [], []
-    for number, (path, count, label) in enumerate(sources(options.data)):
-        good, refused = read_examples(path, schema=options.schema, image_root=options.image_root or None, label=label)
-        good, without = good.having(bit)
-        refused += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
-        if not good:
-            raise ValueError(
-                f"{path}: 0 of {len(refused)} records can be used; they need the {kind}. The first: "
-                f"{refused[0].message} Pass other records with --data."
-            )
-        if count and count > len(good):
-            log.warning("%s: %d records are asked for and %d can be used; all are taken", label, count, len(good))
-        parts.append(good.drawn(count, getattr(options, "seed", 0) + number) if count else good)
-        faults += refused
-    for fault in faults[:NAMED]:
-        log.warning("skipped %s", fault.message)
-    if more := faults[NAMED:]:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in more).most_common())
-        log.warning("skipped %d more (%s); boxgrpo.trainer.inspect_data --faults N names them", len(more), reasons)
-    return functools.reduce(operator.add, parts), faults
+def frozen_copy(policy: Qwen2VL, *, share_vision: bool) -> Qwen2VL:
+    """The reference. With a frozen tower it has none: the embeddings come with the packs."""
+    memo = {id(policy.visual): None} if share_vision else {}
+    return copy.deepcopy(policy, memo).requires_grad_(False)
 
 
 def total_steps(options: DataOptions, examples: int, per_step: int) -> int:
-    """Optimizer steps of the run: `max_steps`, or what the epochs ask for."""
+    """Optimizer steps of the run: `max_steps`, or as many as the epochs take."""
     return options.max_steps if options.max_steps > 0 else max(1, round(options.num_train_epochs * examples / per_step))
 
 
 def make_loader(
     examples, prepare, per_rank: int, options: DataOptions, r: Ranks, progress: Progress | None = None
 ) -> Loader:
-    """The stream of prepared examples, from where `progress` stands."""
+    """The stream of prepared examples, from the position of `progress`."""
     loader = Loader(
         examples,
         prepare,
@@ -116,13 +223,3 @@ def make_loader(
     )
     loader.faults |= progress.faults if progress else {}
     return loader
-
-
-def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
-    """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them.
-
-    Adapters are merged into the weights, and stand in `adapter/` as PEFT reads them.
-    """
-    save_model(model, folder, weights=merged_weights(model))
-    save_adapter(model, folder / "adapter")
-    processor.save_pretrained(folder)

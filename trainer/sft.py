@@ -7,147 +7,72 @@ Left out, on purpose: padding, truncation (a conversation over --cutoff_len is s
 """
 
 import functools
-import time
-from collections.abc import Sequence
 
 import torch
 
 from boxgrpo.kernels import token_logps
-from boxgrpo.model.packing import (
-    Conversation,
-    Group,
-    PackedBatch,
-    forward_flop,
-    pack_conversations,
-    plan_packs,
-    tower_flop,
-)
-from boxgrpo.trainer.data.loader import Sample
-from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.engine.ddp import make_engine
-from boxgrpo.trainer.engine.lora import add_adapters
-from boxgrpo.trainer.evaluation.validation import Validation
+from boxgrpo.model.batch import Group, PackedBatch
 from boxgrpo.trainer.options import SftOptions, parse, validate_sft
-from boxgrpo.trainer.profiling.profiler import profiled
-from boxgrpo.trainer.run import loaded_model, make_loader, read_usable, save_pretrained, total_steps
-from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
+from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
-from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir
-from boxgrpo.trainer.runtime.spans import named_range, span, take_seconds
-from boxgrpo.trainer.step.flop import peak_flop, sft_flop
-from boxgrpo.trainer.step.metrics import run_metrics
-from boxgrpo.trainer.step.pack import Budget, even_out, in_packs_that_fit, missing_packs
+from boxgrpo.trainer.runtime.spans import named_range, span
+from boxgrpo.trainer.step.balance import balance_across_ranks
+from boxgrpo.trainer.step.metrics import sft_flop
+from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, training_cost
 
 
-def train(options: SftOptions, r: Ranks) -> None:
+def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     """Train `options.model` on `options.data`; leaves the checkpoint and the metrics in `options.output_dir`."""
     o = options
     validate_sft(o, r.world_size)
-    processor = Processor.from_pretrained(
-        o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=o.cutoff_len
-    )
-    examples, faults = read_usable(o, needs="turns")
-    validation = Validation(o, processor, r)
-    checkpoints = Checkpoints(o, r)
-    found = checkpoints.find()
-    check_output_dir(o, r, found)
-    model = loaded_model(o, r)
-    model.freeze_vision(o.freeze_vision)
-    model.model.gradient_checkpointing = o.gradient_checkpointing
-    if o.lora_rank:
-        add_adapters(model, o)
-    steps = total_steps(o, len(examples), o.train_batch_size)
-    engine = make_engine(model, o, r, steps)
-    progress = checkpoints.load(found, engine) if found else Progress()
-    folder = claim_output_dir(o, r, found, progress.metrics_bytes)
-    loader = make_loader(examples, processor.conversation, o.train_batch_size // r.world_size, o, r, progress)
+    size = {"max_tokens": o.cutoff_len, "batch_size": o.train_batch_size}
+    run = Run(o, r, hooks or Hooks(), needs="turns", **size)
+    config, engine, progress = run.policy.config, run.engine, run.progress
+    loader = run.begin("sft", run.processor.conversation)
     batches = iter(loader)
-    report = Reporter(folder, r, steps, "sft", start=progress.step)
-    logged, budget = progress.step, Budget(o.tokens_per_pass)
-    write_model = functools.partial(save_pretrained, model, processor)
+    # A third of forward and backward passes; a frozen tower has no backward pass, which is twice a forward.
+    tower_passes = 1 / 3 if o.freeze_vision else 1.0
+    make = functools.partial(make_packs, config, engine, tower_passes=tower_passes)
 
-    make = functools.partial(make_packs, o, model.config, engine)
-
-    def accumulate(packs: list[PackedBatch]):
-        """Add the packs' gradients up; the packs and the loss (0-dim, this rank's)."""
-        loss = torch.zeros((), device=r.device)
-        for pack in packs:
-            with named_range("forward", len(pack.input_ids)):
-                logps = engine.model(pack, functools.partial(head, pack.targets))  # (N)
-                pack_loss = -logps.sum() * (r.world_size / scored)  # ranks average their gradients afterwards
-            with named_range("backward", len(pack.input_ids)):
-                engine.backward(pack_loss)
-            loss += pack_loss.detach()
-        return packs, loss
-
-    validation.after_step(progress, steps, model, engine, report)  # where the run was stopped before it
-    for step in profiled(range(progress.step + 1, steps + 1), o, r):
-        started = time.perf_counter()
+    for _ in run.steps(lambda: loader.position):
         with span("data"):
-            samples = next(batches)
-            groups = shared_out(o, model.config, samples, r)
-            scored = r.sum(sum(int(s.item.loss_mask[1:].sum()) for s in samples))[0]
-        with span("policy", len(groups)):
-            packs, loss = in_packs_that_fit(groups, budget, engine, make, accumulate)
+            groups = [Group(s.item, serial=s.serial, record=s.example) for s in next(batches)]
+            costs = [training_cost(config, g, tower_passes=tower_passes) for g in groups]
+            own = balance_across_ranks(groups, costs, r)
+            scored = r.sum(sum(int(g.prompt.loss_mask[1:].sum()) for g in groups))[0]
+        with span("policy", len(own)):
+            update = functools.partial(accumulate, run, scored)
+            packs, loss = run_packs_that_fit(own, run.budget, engine, make, update)
         with span("optimizer"):
             grad_norm, updated = engine.step()
-
-        flop = sft_flop(o, model.config, [g.prompt for g in groups])
-        tokens, flop, asked_to_stop = r.sum(sum(len(p.input_ids) for p in packs), flop, r.stop_asked)  # of all ranks
-        progress.step, progress.position, progress.faults = step, loader.position, loader.faults
-        progress.num_tokens += int(tokens)
         progress.skipped_steps += not updated
-        report.advance(loss=float(loss))  # waits for the device: the clock below then shows the whole step
-        if step % o.logging_steps == 0 or step == steps:
-            metrics = run_metrics(
-                r,
-                engine,
-                progress,
-                loss=loss,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                flop=flop,
-                peak=peak_flop(o, r.device),
-                epoch=loader.epoch,
-                seconds=time.perf_counter() - started,
-                unusable=len(faults),
-            )
-            metrics |= take_seconds(step - logged)
-            report.log(step, r.mean_metrics(metrics))
-            logged = step
-        validation.after_step(progress, steps, model, engine, report, stop=asked_to_stop > 0)
-        progress.metrics_bytes = report.bytes_written
-        checkpoints.after_step(progress, steps, engine, write_model, stop=asked_to_stop > 0)
-    checkpoints.save_result(folder, engine, write_model)
-    report.close()
+        run.log_step(
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=sum(len(p.input_ids) for p in packs),
+            flop=sft_flop(o, config, own),
+            shown={"loss": float(loss)},
+        )
+
+
+def accumulate(run: Run, scored: float, packs: list[PackedBatch]):
+    """Add the packs' gradients up; the packs and the loss (0-dim, this rank's). `scored`: tokens of all ranks."""
+    loss = torch.zeros((), device=run.ranks.device)
+    for pack in packs:
+        with named_range("forward", len(pack.input_ids)):
+            logps = run.engine.model(pack, functools.partial(head, pack.targets))  # (N)
+            pack_loss = -logps.sum() * (run.ranks.world_size / scored)  # ranks average their gradients afterwards
+            pack_loss = run.hooks.pack_loss(pack_loss)
+        with named_range("backward", len(pack.input_ids)):
+            run.engine.backward(pack_loss)
+        loss += pack_loss.detach()
+    return packs, loss
 
 
 def head(targets, hidden, weight):
     """(N) fp32 log-probabilities of the targets: the model's head, called with (N, H) and (V, H)."""
     with named_range("head+loss", len(hidden), len(weight)):
         return token_logps(hidden, weight, targets)
-
-
-def conversation_flop(o, config, c: Conversation) -> float:
-    """A third of forward and backward; a frozen tower has no backward, which elsewhere is twice the forward."""
-    decoder = forward_flop(config, len(c.input_ids), (), int(c.loss_mask.sum()))
-    return decoder + tower_flop(config, c.image_grid_thw) / (3 if o.freeze_vision else 1)
-
-
-def shared_out(o, config, samples: list[Sample], r: Ranks) -> list[Group]:
-    """This rank's part of all ranks' conversations, as costly as the others'."""
-    groups = [Group(s.item, (), source=s.example.source) for s in samples]
-    return even_out(groups, [conversation_flop(o, config, g.prompt) for g in groups], r)
-
-
-def make_packs(o, config, engine, groups: Sequence[Group], budget: int) -> list[PackedBatch]:
-    """Packs of at most `budget` tokens and of like cost; where ranks must run as many as each other, empty ones too."""
-    conversations = [g.prompt for g in groups]
-    sizes = [len(c.input_ids) for c in conversations]
-    plan = plan_packs(sizes, budget, [conversation_flop(o, config, c) for c in conversations])
-    plan += [[]] * missing_packs(engine, len(plan))
-    image, device = config.image_token_id, engine.ranks.device
-    return [pack_conversations([conversations[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.engine.ddp import Engine
+from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rollout import local as rollout
 from boxgrpo.trainer.runtime.ranks import keep_freed_memory, ranks
@@ -44,7 +44,7 @@ CHECKPOINTED = ("7B",)  # whose activations the peers can only hold with activat
 FREED_MEMORY = "kept by glibc on a CPU"  # on both sides: less time, for memory that is not given back
 
 
-class WithoutMasters(Engine):
+class WithoutMasters(DataParallelEngine):
     """The weights themselves are updated, and moments are of their dtype."""
 
     @staticmethod
@@ -52,8 +52,8 @@ class WithoutMasters(Engine):
         return p
 
 
-def engine_of(case: StepCase) -> type[Engine]:
-    return Engine if case.masters else WithoutMasters
+def engine_of(case: StepCase) -> type[DataParallelEngine]:
+    return DataParallelEngine if case.masters else WithoutMasters
 
 
 @dataclass

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
 from boxgrpo.bench.reward_bench.rewards_table import decoded_and_searched
-from boxgrpo.model.packing import Prompt
+from boxgrpo.model.batch import Prompt
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.options import GrpoOptions

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from boxgrpo.model.attention import PackedAttention
+from boxgrpo.model.batch import PackedBatch
 from boxgrpo.model.decoder import Attend, Decoder
-from boxgrpo.model.packing import PackedBatch
 from boxgrpo.model.vision import VisionTower
 
 

@@ -26,9 +26,10 @@ from boxgrpo.bench.step_bench.step_table import (
     steps_table,
 )
 from boxgrpo.model.attention import PackedAttention
+from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer

@@ -13,8 +13,9 @@ from boxgrpo.bench.step_bench.sides import engine_of, ours
 from boxgrpo.bench.step_bench.step_table import row
 from boxgrpo.bench.step_bench.univg import Batch, completion_logps, generated, mask_of, micro_loss, rewards_of, univg_r1
 from boxgrpo.kernels import group_advantages
+from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model, save_model
-from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from boxgrpo.model.attention import PackedAttention, pick_backend
-from boxgrpo.model.packing import Group, Prompt, pack_groups
+from boxgrpo.model.batch import Group, Prompt
+from boxgrpo.model.packing import pack_groups
 
 HEADS, KV_HEADS = 4, 2
 

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
+from boxgrpo.model.batch import Conversation
 from boxgrpo.model.checkpoint import load_model, read_config, save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import Conversation, pack_conversations
+from boxgrpo.model.packing import pack_conversations
 
 SHARDS = {"one file": "5GB", "shards": "400KB"}
 

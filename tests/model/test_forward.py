@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from boxgrpo.model.packing import Conversation, pack_conversations
+from boxgrpo.model.batch import Conversation
+from boxgrpo.model.packing import pack_conversations
 from boxgrpo.model.rope import mrope_position_ids
 
 GRIDS = {  # (t, h, w) patches: wide, tall, the smallest there is, square, equal ones, two frames

@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 
+from boxgrpo.model.batch import Group
 from boxgrpo.model.cache import DecodeCache
 from boxgrpo.model.generate import generate
-from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.model.packing import pack_groups
 
 IMAGE, VISION = (
     102,

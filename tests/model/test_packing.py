@@ -5,16 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.model.packing import (
-    Conversation,
-    Group,
-    Prompt,
-    forward_flop,
-    pack_conversations,
-    pack_groups,
-    plan_packs,
-    tower_flop,
-)
+from boxgrpo.model.batch import Conversation, Group, Prompt
+from boxgrpo.model.cost import forward_flop, tower_flop
+from boxgrpo.model.packing import pack_conversations, pack_groups, plan_packs
 
 IMAGE = 102  # <|image_pad|> of the fixtures
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import torch
 
+from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import generate
-from boxgrpo.model.packing import Prompt
 from boxgrpo.model.rope import mrope_position_ids
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.rollout.vllm import request_seed

@@ -33,7 +33,7 @@ import sys
 from boxgrpo.trainer import demo
 options = demo.DemoOptions(output_dir=sys.argv[1], cold_start=320, train=400, held_out=16)
 demo.draw_world(options)
-getattr(demo, "newborn", None) and demo.newborn(options) or demo.make_initial_checkpoint(options)
+getattr(demo, "newborn", demo.make_initial_checkpoint if hasattr(demo, "make_initial_checkpoint") else None)(options)
 """
 
 

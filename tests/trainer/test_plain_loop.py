@@ -9,9 +9,12 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from boxgrpo.trainer import demo, grpo, sft
 from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.sources import read_usable
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
-from boxgrpo.trainer.rollout.local import ReplayRollout, Vocabulary, score
-from boxgrpo.trainer.run import make_loader, read_usable
+from boxgrpo.trainer.rewards.grounding import score
+from boxgrpo.trainer.rollout.base import Vocabulary
+from boxgrpo.trainer.rollout.local import ReplayRollout
+from boxgrpo.trainer.run import make_loader
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 STEPS, PROMPTS, GENERATIONS = 20, 2, 4

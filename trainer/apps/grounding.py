@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
+from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
-from boxgrpo.model.packing import Prompt
 from boxgrpo.trainer.data.example import Example, plain_text
 from boxgrpo.trainer.data.images import upright_size
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.schemas import target_image
 from boxgrpo.trainer.evaluation.pictures import annotate
-from boxgrpo.trainer.rollout.local import Vocabulary
-from boxgrpo.trainer.run import chosen_dtype
+from boxgrpo.trainer.options import resolve_dtype
+from boxgrpo.trainer.rollout.base import Vocabulary
 
 PICTURE_HEIGHT = 420  # pixels, of each image in the picture
 
@@ -72,7 +72,7 @@ class Grounder:
         Raises:
             ValueError: no checkpoint there, a broken one, or options that do not fit.
         """
-        number_type = chosen_dtype(dtype, device)
+        number_type = resolve_dtype(dtype, device)
         try:
             processor = Processor.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels)
             model = load_model(folder, dtype=number_type, device=device)

@@ -18,8 +18,8 @@ from transformers import Qwen2VLConfig
 
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.cost import (
-    Engine,
     Pack,
+    Sharding,
     activation_bytes,
     bucket_bytes,
     cache_bytes,
@@ -65,10 +65,10 @@ class MemoryOptions:
     json: str = option("", "- writes bytes as JSON to standard output; empty: the table.")
 
 
-def engines(lora_rank: int) -> list[Engine]:
-    zero = [Engine(f"zero {s}{', offload' * cpu}", s, cpu) for s in (1, 2, 3) for cpu in (False, True)]
-    lora = [Engine(f"lora {lora_rank}, {name}", stage, lora=True) for name, stage in (("ddp", 0), ("zero 3", 3))]
-    return [Engine("ddp", 0), *zero, *lora]
+def engines(lora_rank: int) -> list[Sharding]:
+    zero = [Sharding(f"zero {s}{', offload' * cpu}", s, cpu) for s in (1, 2, 3) for cpu in (False, True)]
+    lora = [Sharding(f"lora {lora_rank}, {name}", stage, lora=True) for name, stage in (("ddp", 0), ("zero 3", 3))]
+    return [Sharding("ddp", 0), *zero, *lora]
 
 
 def read(model: str) -> Qwen2VLConfig:
@@ -96,7 +96,7 @@ def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
     return Pack(groups * tokens, groups * keys, groups * scored, groups * masks, on_cpu)
 
 
-def memory(model: Qwen2VL, engine: Engine, o: MemoryOptions) -> dict[str, int]:
+def memory(model: Qwen2VL, engine: Sharding, o: MemoryOptions) -> dict[str, int]:
     """Bytes per GPU. `total` is what the phase that needs most holds, with the state and the reference.
 
     Our own engine drops gradients with each update: they stand beside activations only where a step has several packs.

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from boxgrpo.model.batch import Conversation, Prompt
 from boxgrpo.model.checkpoint import read_config
-from boxgrpo.model.packing import Conversation, Prompt
 from boxgrpo.model.rope import mrope_position_ids
 
 from .example import Example, box_text, plain_text

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO behind the same few names as `Engine`. Schedule, packs and checkpoints stay ours."""
+"""DeepSpeed's ZeRO as an `Engine`. Schedule, packs and checkpoints stay ours."""
 
 import os
 import warnings
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from boxgrpo.trainer.runtime.ranks import Ranks
 
-from .ddp import (
+from .base import PeerOutOfMemory, poison_if_nonfinite
+from .optimizer import (
     STATE,
-    MemoryElsewhere,
     make_optimizer,
     make_schedule,
     optimizer_state,
-    place_of,
-    return_to,
+    schedule_state,
     set_optimizer_state,
-    told,
+    set_schedule_state,
 )
 from .room import NoRoom, room_checker
 
@@ -56,7 +55,7 @@ class DeepSpeedEngine:
         if self.stage == 3:
             # The root runs the fused head: the weight must be there after the module that owns it has let it go.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
-        self.config = settings(options, model, self.stage)
+        self.config = deepspeed_config(options, model, self.stage)
         self.model, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(trained, options), config=self.config
         )
@@ -75,17 +74,16 @@ class DeepSpeedEngine:
         """Before a step's packs are run, where no rank could start them over alone.
 
         Raises:
-            NoRoom: this rank or, NoRoomElsewhere, another has a pack that needs more memory than is free.
+            NoRoom: this rank or, PeerHasNoRoom, another has a pack that needs more memory than is free.
         """
         if self.stage > 1:
             self._check_room(packs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
         if self.stage == 2 and self.ranks.sum(0)[0]:
-            raise MemoryElsewhere("on another rank")
+            raise PeerOutOfMemory("on another rank")
         try:
-            self.model.backward(told(loss), scale_wrt_gas=False)
+            self.model.backward(poison_if_nonfinite(loss), scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             if self.stage == 1:
                 raise
@@ -107,7 +105,7 @@ class DeepSpeedEngine:
                 f"memory ran out ({error}), and at --zero_stage 3 no rank can start over alone. Lower "
                 "--tokens_per_pass, or set --gradient_checkpointing true."
             ) from error
-        if self.stage == 2 and not isinstance(error, MemoryElsewhere):
+        if self.stage == 2 and not isinstance(error, PeerOutOfMemory):
             self.ranks.sum(1)  # what the others ask before their backward pass
         self._forget()
 
@@ -122,13 +120,6 @@ class DeepSpeedEngine:
         zero.micro_step_id = -1
 
     def step(self) -> tuple[Tensor, bool]:
-        """Average over ranks, clip, update, clear.
-
-        Where a loss or a gradient of any rank is NaN or infinite, no rank updates; the schedule goes on.
-
-        Returns:
-            The gradient's norm before clipping, a 0-dim tensor, and whether there was an update; alike on every rank.
-        """
         self.model.step()
         updated = not self.optimizer.overflow
         if not updated and self.stage < 3:
@@ -165,7 +156,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """This rank's partitions: fp32 weights and moments, and the schedule's place."""
-        tensors = {"schedule": place_of(self.schedule)}
+        tensors = {"schedule": schedule_state(self.schedule)}
         for i, partition in enumerate(self._partitions()):
             tensors[f"{i}/weight"] = partition.detach()
             tensors |= {f"{i}/{key}": value for key, value in optimizer_state(self.inner, partition).items()}
@@ -179,7 +170,7 @@ class DeepSpeedEngine:
             partition.data.copy_(tensors[f"{i}/weight"])
             set_optimizer_state(self.inner, partition, {k: tensors.get(f"{i}/{k}") for k in STATE})
         self._to_the_model()
-        return_to(self.schedule, tensors["schedule"])
+        set_schedule_state(self.schedule, tensors["schedule"])
 
     def _file(self) -> str:
         return f"rank{self.ranks.rank}.safetensors"
@@ -219,7 +210,7 @@ def import_deepspeed():
     return deepspeed
 
 
-def settings(options, model: nn.Module, stage: int) -> dict:
+def deepspeed_config(options, model: nn.Module, stage: int) -> dict:
     """DeepSpeed's configuration. Packs are accumulated by hand: the step ends when we say so."""
     bf16 = next(model.parameters()).dtype == torch.bfloat16
     zero: dict = {"stage": stage, "overlap_comm": False}

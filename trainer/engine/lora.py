@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.data.processor import Processor
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASE = ".base_layer"  # PEFT's name for the layer that it wraps
@@ -95,3 +97,13 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     if tensors:
         model.peft_config["default"].save_pretrained(folder)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
+    """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them.
+
+    Adapters are merged into the weights, and stand in `adapter/` as PEFT reads them.
+    """
+    save_model(model, folder, weights=merged_weights(model))
+    save_adapter(model, folder / "adapter")
+    processor.save_pretrained(folder)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from boxgrpo.model.attention import pick_backend
-from boxgrpo.model.cost import Engine, Pack, activation_bytes, bucket_bytes, count, layer_bytes, loss_bytes
-from boxgrpo.model.packing import PackedBatch
+from boxgrpo.model.batch import PackedBatch
+from boxgrpo.model.cost import Pack, Sharding, activation_bytes, bucket_bytes, count, layer_bytes, loss_bytes
 from boxgrpo.trainer.runtime.ranks import Ranks
 
-from .ddp import MemoryElsewhere
+from .base import PeerOutOfMemory
 
 MARGIN = 1.15  # for what the formulas leave out
 
@@ -23,8 +23,8 @@ class NoRoom(torch.OutOfMemoryError):
     """This rank's packs need more memory than is free. No rank has begun; there is nothing to start over."""
 
 
-class NoRoomElsewhere(NoRoom, MemoryElsewhere):
-    """Another rank's do."""
+class PeerHasNoRoom(NoRoom, PeerOutOfMemory):
+    """The packs of another rank need more memory than is free there."""
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callable[[Sequence[PackedBatch]], None]:
-    """A function of packs which raises NoRoom on a rank that lacks the room for one of them, and NoRoomElsewhere on the
+    """A function of packs which raises NoRoom on a rank that lacks the room for one of them, and PeerHasNoRoom on the
     others. A trained tower's activations are not counted.
 
     Args:
@@ -44,7 +44,7 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
     """
     rank, dtype = options.lora_rank, model.head_weight.dtype
     size = dtype.itemsize
-    buckets = bucket_bytes(count(model), Engine("", stage), size)
+    buckets = bucket_bytes(count(model), Sharding("", stage), size)
     head_trained, checkpointing = model.head_weight.requires_grad, options.gradient_checkpointing
 
     def needed(batch: PackedBatch) -> int:
@@ -62,7 +62,7 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
         if ranks.sum(lacking)[0]:
             if lacking:
                 raise NoRoom(f"it needs about {most / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
-            raise NoRoomElsewhere("on another rank")
+            raise PeerHasNoRoom("on another rank")
 
     return check
 

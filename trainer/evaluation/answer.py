@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from boxgrpo.model.batch import Prompt
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import Prompt
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example, plain_text

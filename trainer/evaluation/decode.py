@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import Decoding, prefill
-from boxgrpo.model.packing import Prompt
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.rollout.local import Vocabulary
+from boxgrpo.trainer.rollout.base import Vocabulary
 from boxgrpo.trainer.runtime.spans import span
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ class GreedyDecoder:
     def _prefill(self, prompts: Sequence[Prompt]) -> Decoding:
         return prefill(
             self.model,
-            prompts,
-            prompt_ids=range(len(prompts)),
+            [Group(prompt) for prompt in prompts],
             eos_token_ids=self.eos_token_ids,
             max_completion_length=self.max_completion_length,
         )

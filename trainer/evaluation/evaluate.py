@@ -19,8 +19,8 @@ from pathlib import Path
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example, Fault
-from boxgrpo.trainer.options import EvalOptions, validate_evaluator
-from boxgrpo.trainer.run import chosen_dtype, read_usable
+from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.options import EvalOptions, resolve_dtype, validate_evaluator
 from boxgrpo.trainer.runtime.checkpoints import fingerprint
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -100,7 +100,7 @@ def answer_records(
     if missing := [n for n in numbers if n not in texts]:
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         processor = Processor.from_pretrained(options.model, **limits)
-        model = load_model(options.model, dtype=chosen_dtype(options.dtype, r.device), device=r.device).eval()
+        model = load_model(options.model, dtype=resolve_dtype(options.dtype, r.device), device=r.device).eval()
         file = AnswerFile(folder, r)
         answered, reasons = answer(
             model,

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.engine.lora import save_pretrained
 from boxgrpo.trainer.options import DataOptions
-from boxgrpo.trainer.run import read_usable, save_pretrained
 from boxgrpo.trainer.runtime.checkpoints import Progress
 from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, seal
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
-from boxgrpo.trainer.runtime.spans import unclocked
+from boxgrpo.trainer.runtime.spans import untimed
 
 from .answer import answer
 from .grade import grade_texts, summarize
@@ -60,7 +61,7 @@ class Validation:
         if not due or stop or progress.evaluated >= step:
             return
         started = time.perf_counter()
-        with unclocked(), engine.gathered_weights():
+        with untimed(), engine.gathered_weights():
             summary = self.scores(policy)
             if summary["accuracy_at_0.5"] > progress.best_accuracy:
                 self._save_best(policy, {"step": step, **summary})

@@ -11,12 +11,12 @@ writes; nothing here ever reads one.
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from boxgrpo.trainer.options import profile_is_too_late, profile_window
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.spans import UNDER_NSYS, named_range
 
@@ -30,37 +30,6 @@ SNAPSHOTS = 3  # at lacks of memory: a run may live through many
 EVENTS = 100_000  # the last allocations and frees that a snapshot tells of
 
 
-def profile_window(text: str) -> range:
-    """The steps of `first:end`, without `end`; none for an empty text.
-
-    Raises:
-        ValueError: it is no such pair, or no step lies in it.
-    """
-    if not text:
-        return range(0)
-    pair = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if not pair:
-        raise ValueError(f"profile_steps is {text!r}; it must be two numbers, such as 10:13. Correct --profile_steps.")
-    window = range(int(pair[1]), int(pair[2]))
-    if not window or window.start < 1:
-        raise ValueError(
-            f"profile_steps is {text}; steps count from 1, and the second number, the first step not to be profiled, "
-            "must be the larger. Correct --profile_steps."
-        )
-    return window
-
-
-def validate_profile(o) -> None:
-    """Refuse what cannot be profiled, before anything is loaded."""
-    window = profile_window(o.profile_steps)
-    if window and 0 < o.max_steps < window.start:
-        raise ValueError(_too_late(o.profile_steps, o.max_steps))
-    if o.memory_snapshot and not torch.cuda.is_available():
-        raise ValueError("memory_snapshot is True and there is no GPU here, whose memory it shows. Leave it out.")
-    if o.peak_tflops < 0:
-        raise ValueError(f"peak_tflops is {o.peak_tflops:g}; it must be at least 0. Raise --peak_tflops.")
-
-
 def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
     """The loop's steps, each a range of the timeline; those that `o.profile_steps` names are profiled.
 
@@ -71,7 +40,7 @@ def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
     """
     window = profile_window(o.profile_steps)
     if window and window.start >= steps.stop:
-        raise ValueError(_too_late(o.profile_steps, steps.stop - 1))
+        raise ValueError(profile_is_too_late(o.profile_steps, steps.stop - 1))
     if window and window.stop <= steps.start:
         log.warning("profile_steps is %s; the run goes on from step %d.", o.profile_steps, steps.start)
     return _profiled(steps, window, o, r)
@@ -90,10 +59,6 @@ def _profiled(steps: range, window: range, o, r: Ranks) -> Iterator[int]:
                 yield step
             if step == window.stop - 1:
                 profile.close()
-
-
-def _too_late(asked: str, last: int) -> str:
-    return f"profile_steps is {asked}; the run ends with step {last}. Choose earlier ones, or raise --max_steps."
 
 
 @contextlib.contextmanager

@@ -6,19 +6,18 @@ KV cache given up. It wakes with the policy's weights of that step.
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import Prompt
-from boxgrpo.trainer.data.loader import Sample
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.engine.lora import merged_weights
 from boxgrpo.trainer.runtime.spans import span
 
-from .local import NOTHING, Sampled, Vocabulary
+from .base import Vocabulary
 
 NEVER = -100.0  # the lowest bias that vLLM documents: e^-100 of a token's odds
 OTHERWISE = "Use another version of vLLM, or --rollout local."
@@ -42,8 +41,6 @@ class VllmRollout:
         ValueError: no vllm to import, or not started by torchrun.
     """
 
-    written: Mapping[str, int] = NOTHING
-
     def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
         try:
             import vllm
@@ -58,6 +55,7 @@ class VllmRollout:
                 "Start with torchrun, for a single GPU too."
             )
         self.vllm, self.options, self.processor, self.vocabulary = vllm, options, processor, vocabulary
+        self.written: dict[str, int] = {}
         o = options
         self.llm = vllm.LLM(
             model=o.model,
@@ -79,15 +77,15 @@ class VllmRollout:
         )
         self.llm.sleep(level=1)
 
-    def __call__(self, policy: Qwen2VL, samples: Sequence[Sample], embeds: Sequence[Tensor | None] | None) -> Sampled:
-        """As `LocalRollout`, with the sampler's own logps. `embeds` are not used: vLLM runs the tower itself."""
+    def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
+        """As `LocalRollout`, with the sampler's own logps. `image_embeds` are not used: vLLM runs the tower itself."""
         with span("hand_over"):
             self.hand_over(policy)
         with span("generate"):
-            requests = [self.request(s.item) for s in samples]
-            outputs = self.llm.generate(requests, [self.sampling(s.serial) for s in samples], use_tqdm=False)
+            requests = [self.request(g.prompt) for g in groups]
+            outputs = self.llm.generate(requests, [self.sampling(g.serial) for g in groups], use_tqdm=False)
         self.llm.sleep(level=1)
-        return self.collect(samples, outputs)
+        return self.collect(groups, outputs)
 
     def hand_over(self, policy: Qwen2VL) -> None:
         """Wake the engine with the policy's weights. What was computed with the former ones is forgotten."""
@@ -123,39 +121,38 @@ class VllmRollout:
             detokenize=False,
         )
 
-    def collect(self, samples: Sequence[Sample], outputs: Sequence) -> Sampled:
-        """vLLM's answers, checked against what was asked."""
-        if len(outputs) != len(samples):
-            raise ValueError(f"vLLM answered {len(outputs)} of {len(samples)} requests. {OTHERWISE}")
-        completions, logps = [], []
-        for sample, output in zip(samples, outputs, strict=True):
-            self._check(sample, output)
-            completions.append([torch.tensor(list(c.token_ids)) for c in output.outputs])
-            logps.append(
-                [
-                    torch.tensor([at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)])
-                    for c in output.outputs
-                ]
-            )
-        return Sampled(completions, logps)
+    def collect(self, groups: Sequence[Group], outputs: Sequence) -> list[Group]:
+        """vLLM's answers, checked against what was requested."""
+        if len(outputs) != len(groups):
+            raise ValueError(f"vLLM answered {len(outputs)} of {len(groups)} requests. {OTHERWISE}")
+        found = []
+        for group, output in zip(groups, outputs, strict=True):
+            self._check(group, output)
+            completions = [torch.tensor(list(c.token_ids)) for c in output.outputs]
+            logps = [
+                torch.tensor([at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)])
+                for c in output.outputs
+            ]
+            found.append(replace(group, completions=completions, sampler_logps=logps))
+        return found
 
-    def _check(self, sample: Sample, output) -> None:
-        ours, theirs = sample.item.input_ids.tolist(), list(output.prompt_token_ids)
+    def _check(self, group: Group, output) -> None:
+        ours, theirs = group.prompt.input_ids.tolist(), list(output.prompt_token_ids)
         if theirs != ours:
             image = self.processor.image_token_id
             raise ValueError(
-                f"{sample.example.source}: vLLM read {len(theirs)} tokens, {theirs.count(image)} of them for images; "
+                f"{group.source}: vLLM read {len(theirs)} tokens, {theirs.count(image)} of them for images; "
                 f"the prompt has {len(ours)} and {ours.count(image)}. {OTHERWISE}"
             )
         if len(output.outputs) != self.options.num_generations:
             raise ValueError(
-                f"{sample.example.source}: vLLM gave {len(output.outputs)} completions; num_generations is "
+                f"{group.source}: vLLM gave {len(output.outputs)} completions; num_generations is "
                 f"{self.options.num_generations}. {OTHERWISE}"
             )
         for completion in output.outputs:
-            told = 0 if completion.logprobs is None else len(completion.logprobs)
-            if not 0 < len(completion.token_ids) == told:
+            reported = 0 if completion.logprobs is None else len(completion.logprobs)
+            if not 0 < len(completion.token_ids) == reported:
                 raise ValueError(
-                    f"{sample.example.source}: vLLM gave {len(completion.token_ids)} tokens and log-probabilities of "
-                    f"{told}; a completion has at least one token, and each has one. {OTHERWISE}"
+                    f"{group.source}: vLLM gave {len(completion.token_ids)} tokens and log-probabilities of "
+                    f"{reported}; a completion has at least one token, and each has one. {OTHERWISE}"
                 )

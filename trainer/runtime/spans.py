@@ -16,6 +16,7 @@ import torch
 DOMAIN = "boxgrpo"  # of our NVTX ranges
 UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"  # set by nsys for what it starts
 seconds: dict[str, float] = defaultdict(float)
+listeners: list = []  # objects with enter(name) and leave(name), which every `span` calls
 _NOTHING = contextlib.nullcontext()
 
 
@@ -23,13 +24,17 @@ _NOTHING = contextlib.nullcontext()
 def span(name: str, *size: int):
     """Time a stage, and name it on the timeline. Without a profiler this is two clock reads.
 
-    A GPU works behind the CPU's back, so a stage's seconds are the CPU's own; the timeline has the rest.
+    A GPU works asynchronously, so a stage's seconds are those of the CPU; the timeline has the rest.
     """
     start = time.perf_counter()
+    for listener in listeners:
+        listener.enter(name)
     try:
         with named_range(name, *size):
             yield
     finally:
+        for listener in listeners:
+            listener.leave(name)
         seconds[name] += time.perf_counter() - start
 
 
@@ -74,8 +79,8 @@ def _nvtx():
 
 
 @contextmanager
-def unclocked():
-    """What happens in the block is no part of a step: its spans leave no seconds."""
+def untimed():
+    """What happens in the block is not part of a step: its spans add no seconds."""
     before = dict(seconds)
     try:
         yield
@@ -84,7 +89,7 @@ def unclocked():
         seconds.update(before)
 
 
-def take_seconds(steps: int) -> dict[str, float]:
+def pop_timings(steps: int) -> dict[str, float]:
     """`timing_s/...` of every span since the last call, which was `steps` steps ago: the mean of a step."""
     taken = {f"timing_s/{name}": value / steps for name, value in seconds.items()}
     seconds.clear()

@@ -1,32 +1,54 @@
 """A step's metrics, under TRL's names where TRL has one."""
 
+from collections.abc import Sequence
+
 import torch
 
-from boxgrpo.trainer.rollout.local import sampler_factor, sampler_gap
+from boxgrpo.model.batch import Group
+from boxgrpo.model.cost import decoder_flop, published_peak, tower_flop
+from boxgrpo.trainer.rollout.base import sampler_factor, sampler_gap
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.runtime.reporter import peak_memory_gb
 
 
-def run_metrics(
-    r: Ranks, engine, progress, *, loss, grad_norm, tokens, flop, peak, epoch, seconds, unusable: int
-) -> dict[str, float]:
-    """What both loops tell of a step: `tokens`, `flop` and `seconds` are the step's, `progress` the run's.
+def peak_flop(o, device: torch.device) -> float | None:
+    """FLOP a second that a device can do; None where neither `peak_tflops` nor the table of published peaks has it.
 
-    `peak`: FLOP a second of a device; None where it is not known, and no utilisation is told.
+    The table is of bf16; at another dtype nothing is known.
     """
-    utilisation = {} if peak is None else {"perf/mfu": flop / (seconds * peak * r.world_size)}
-    return utilisation | {
-        "loss": float(loss),
-        "grad_norm": float(grad_norm),
-        "learning_rate": engine.learning_rate,
-        "epoch": epoch,
-        "num_tokens": progress.num_tokens,
-        "skipped_steps": progress.skipped_steps,
-        "step_time": seconds,
-        "data/skipped": unusable + len(set().union(*r.gather(set(progress.faults)))),
-        "perf/tokens_per_second": tokens / seconds,
-        "perf/peak_memory_gb": peak_memory_gb(r.device),
-    }
+    if o.peak_tflops:
+        return 1e12 * o.peak_tflops
+    if device.type != "cuda" or o.dtype not in ("auto", "bfloat16"):
+        return None
+    return published_peak(torch.cuda.get_device_name(device))
+
+
+def grpo_flop(o, config, sampled: Sequence[Group], trained: Sequence[Group]) -> float:
+    """FLOP of this rank's part of a GRPO step.
+
+    Args:
+        config: the policy's Qwen2VLConfig.
+        sampled: the groups that were sampled here.
+        trained: the groups that are trained here; those without a gradient are not among them.
+    """
+    flop = 0.0
+    for group in sampled:
+        if o.rollout != "replay":
+            flop += decoder_flop(config, group)
+        if o.rollout != "replay" or o.freeze_vision:  # a frozen tower runs once for all passes
+            flop += tower_flop(config, group.prompt.image_grid_thw)
+    compared = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forwards of reference and older weights
+    for group in trained:
+        tower = 0.0 if o.freeze_vision else tower_flop(config, group.prompt.image_grid_thw)
+        decoder = decoder_flop(config, group)
+        flop += compared * (decoder + tower) + o.num_iterations * ((2 if o.lora_rank else 3) * decoder + 3 * tower)
+    return flop
+
+
+def sft_flop(o, config, groups: Sequence[Group]) -> float:
+    """FLOP of this rank's part of a step of supervised training."""
+    decoder = sum(decoder_flop(config, group) for group in groups)
+    tower = sum(tower_flop(config, group.prompt.image_grid_thw) for group in groups)
+    return (2 if o.lora_rank else 3) * decoder + (1 if o.freeze_vision else 3) * tower
 
 
 def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:
@@ -49,9 +71,9 @@ def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:
     }
 
 
-def length_metrics(completions, limit: int, eos: tuple[int, ...]) -> dict[str, float]:
+def length_metrics(groups: Sequence[Group], limit: int, eos: tuple[int, ...]) -> dict[str, float]:
     """Tokens per completion, and the share that never reached its end token."""
-    flat = [c for group in completions for c in group]
+    flat = [c for group in groups for c in group.completions]
     lengths = [len(c) for c in flat]
     if not lengths:
         return {}
@@ -97,12 +119,11 @@ def sampling_metrics(packs, cap: float) -> dict[str, float]:
     }
 
 
-def completion_table(processor, samples, completions, rewards) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: the first prompts of the step with their best and worst completion."""
+def completion_table(processor, groups: Sequence[Group], accuracy) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: the first prompts of the step with their best and worst completion, by IoU (B, G)."""
     rows = []
-    accuracy = rewards.accuracy.view(len(samples), -1).tolist()
-    for sample, group, ious in list(zip(samples, completions, accuracy, strict=True))[:4]:
+    for group, ious in list(zip(groups, accuracy.tolist(), strict=True))[:4]:
         for g in sorted({ious.index(max(ious)), ious.index(min(ious))}):
-            gold = ", ".join(f"{v:.0f}" for v in sample.example.gold)
-            rows.append([sample.example.question, gold, processor.decode(group[g]), f"{ious[g]:.2f}"])
+            gold = ", ".join(f"{v:.0f}" for v in group.record.gold)
+            rows.append([group.record.question, gold, processor.decode(group.completions[g]), f"{ious[g]:.2f}"])
     return ["question", "gold", "completion", "IoU"], rows

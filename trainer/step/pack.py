@@ -1,86 +1,73 @@
-"""From a step's groups to its packs: which have a gradient, which rank trains them, which share a forward pass."""
+"""From a step's groups to its packs: which groups have a gradient, and which share a forward pass."""
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from boxgrpo.model.packing import Group, PackedBatch, forward_flop, pack_groups, plan_packs, tower_flop
-from boxgrpo.trainer.data.loader import Sample
-from boxgrpo.trainer.engine.ddp import MemoryElsewhere
-from boxgrpo.trainer.rollout.local import Sampled
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.cost import decoder_flop, tower_flop
+from boxgrpo.model.packing import pack_conversations, pack_groups, plan_packs
+from boxgrpo.trainer.engine.base import Engine, PeerOutOfMemory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-WORTH_MOVING = 0.05  # of the ranks' mean work: a smaller difference costs less than the exchange
 
 
-def trained_groups(
-    o, samples: Sequence[Sample], sampled: Sampled, embeds: Sequence[Tensor | None] | None, advantages, weights
-) -> list[Group]:
+def trained_groups(o, groups: Sequence[Group], advantages, weights) -> list[Group]:
     """The groups that have a gradient, with their advantages (G each) and weights.
 
-    Without KL one of equal rewards has none, and is left out. (Not with bnpo, a mean over each pack's own.)
+    Without KL a group of equal rewards has none, and is left out. (Not with bnpo, a mean over each pack's own tokens.)
     """
-    has_gradient = [True] * len(samples)
-    if not o.beta and o.loss_type != "bnpo":
-        has_gradient = (advantages != 0).any(1).tolist()
-    return [
-        Group(
-            sample.item if embeds is None else replace(sample.item, pixel_values=None),  # they have been seen
-            sampled.completions[i],
-            i,
-            image_embeds=None if embeds is None else embeds[i],
-            advantages=advantages[i],
-            weight=weights[i],
-            sampler_logps=None if sampled.logps is None else sampled.logps[i],
-            source=sample.example.source,
-        )
-        for i, sample in enumerate(samples)
-        if has_gradient[i]
-    ]
+    every = bool(o.beta) or o.loss_type == "bnpo"
+    has_gradient = [True] * len(groups) if every else (advantages != 0).any(1).tolist()
+    filled = [replace(g, advantages=advantages[i], weight=weights[i]) for i, g in enumerate(groups) if has_gradient[i]]
+    # With embeddings at hand the pixels are not needed any more.
+    return [replace(g, prompt=replace(g.prompt, pixel_values=None)) if o.freeze_vision else g for g in filled]
 
 
-def group_flop(config, group: Group) -> float:
-    """What a forward of the group costs; its images count where the tower is trained, and runs in each pack."""
-    lengths = [len(c) for c in group.completions]
-    flop = forward_flop(config, len(group.prompt.input_ids), lengths, sum(lengths))
-    return flop + (tower_flop(config, group.prompt.image_grid_thw) if group.image_embeds is None else 0.0)
+def training_cost(config, group: Group, *, tower_passes: float) -> float:
+    """FLOP of a forward of the group, with that many passes of the tower over its images."""
+    tower = tower_passes * tower_flop(config, group.prompt.image_grid_thw) if tower_passes else 0.0
+    return decoder_flop(config, group) + tower
 
 
-def make_packs(config, engine, groups: Sequence[Group], budget: int) -> list[PackedBatch]:
-    """Packs of at most `budget` tokens and of like cost. A group too long for one stands in several.
+def make_packs(config, engine: Engine, groups: Sequence[Group], budget: int, *, tower_passes: float = 0.0):
+    """Packs of at most `budget` tokens and of similar cost, on the engine's device.
 
-    Where ranks must run as many as each other, empty ones too.
+    A group too long for one pack is split over several. Where ranks must run the same number of packs, empty ones are
+    added. Groups without completions are conversations.
     """
-    parts: list[Group] = []
-    for group in groups:
-        start, size = 0, len(group.prompt.input_ids)
-        for g, completion in enumerate(group.completions):
-            if g > start and size + len(completion) > budget:
-                parts.append(group.part(start, g))
-                start, size = g, len(group.prompt.input_ids)
-            size += len(completion)
-        parts.append(group.part(start, len(group.completions)))
-    sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
-    plan = plan_packs(sizes, budget, [group_flop(config, p) for p in parts])
     device, image = engine.ranks.device, config.image_token_id
-    packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
-    if missing := missing_packs(engine, len(packs)):
+    conversations = bool(groups) and not groups[0].completions
+    parts = groups if conversations else [part for group in groups for part in _parts(group, budget)]
+    sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
+    plan = plan_packs(sizes, budget, [training_cost(config, p, tower_passes=tower_passes) for p in parts])
+    packs = []
+    for chosen in plan:
+        if conversations:
+            pack = pack_conversations([parts[i].prompt for i in chosen], image_token_id=image)
+        else:
+            pack = pack_groups([parts[i] for i in chosen], image_token_id=image)
+        packs.append(pack.to(device))
+    most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
+    if missing := max(most, engine.least_packs) - len(packs):
         nothing = pack_groups([], image_token_id=image)
         packs += [replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)] * missing
     return packs
 
 
-def missing_packs(engine, count: int) -> int:
-    """Empty packs that this rank runs beside `count` others, to keep step with the other ranks."""
-    most = max(engine.ranks.gather(count)) if engine.lockstep else count
-    return max(most, engine.least_packs) - count
+def _parts(group: Group, budget: int) -> list[Group]:
+    """The group with as many completions at a time as the budget of tokens allows, at least one."""
+    parts, start, size = [], 0, len(group.prompt.input_ids)
+    for g, completion in enumerate(group.completions):
+        if g > start and size + len(completion) > budget:
+            parts.append(group.part(start, g))
+            start, size = g, len(group.prompt.input_ids)
+        size += len(completion)
+    return [*parts, group.part(start, len(group.completions))]
 
 
 @dataclass
@@ -90,21 +77,20 @@ class Budget:
     tokens: int
 
 
-def in_packs_that_fit(
+def run_packs_that_fit(
     groups: Sequence[Group],
     budget: Budget,
-    engine,
+    engine: Engine,
     make: Callable[[Sequence[Group], int], list[PackedBatch]],
     run: Callable[[list[PackedBatch]], T],
 ) -> T:
-    """run(make(groups, tokens)): where memory runs out, again from the start with packs of half the size.
+    """run(make(groups, tokens)); where memory runs out, again from the start with packs of half the size.
 
-    The next step knows. What `run` has added to the gradients by then is forgotten. A group of which a single
-    completion does not fit is left out, and named.
+    The smaller size stays for the steps that follow. What `run` has added to the gradients by then is forgotten. A
+    group of which a single completion does not fit is left out and named.
 
     Raises:
-        ValueError: the engine's ranks meet where memory ran out, so that none can start over alone; or nothing is left
-            to make smaller.
+        ValueError: the engine's ranks cannot start over alone where memory ran out; or nothing is left to make smaller.
     """
     groups = list(groups)
     while True:
@@ -114,8 +100,8 @@ def in_packs_that_fit(
             engine.check_room(packs)
             return run(packs)
         except torch.OutOfMemoryError as error:
-            here = not isinstance(error, MemoryElsewhere)
-            failure = error.with_traceback(None)  # which would hold on to what filled the memory
+            here = not isinstance(error, PeerOutOfMemory)
+            failure = error.with_traceback(None)  # a traceback holds references to what filled the memory
         engine.start_over(failure)
         torch.cuda.empty_cache()
         if not here:
@@ -134,53 +120,3 @@ def in_packs_that_fit(
             longest = max(groups, key=lambda g: len(g.prompt.input_ids) + max(map(len, g.completions), default=0))
             groups = [g for g in groups if g is not longest]
             log.warning("left out %s: one of its completions alone runs out of memory", longest.source)
-
-
-@contextmanager
-def naming_the_remedy():
-    """For packs that fitted in the iteration before: they are not made anew, and a lack of memory ends the run."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"memory ran out in a later iteration ({error}). Lower --tokens_per_pass.") from error
-
-
-class Move(NamedTuple):
-    """Item `index` of rank `source` is trained by rank `target`."""
-
-    source: int
-    index: int
-    target: int
-
-
-def plan_moves(costs: Sequence[Sequence[float]]) -> list[Move]:
-    """Moves that even out the ranks' sums of `costs`, one list a rank; the same on every rank that has the same costs.
-
-    Again and again the costliest rank gives the cheapest one the item that brings the two closest to each other.
-    """
-    owner = {(rank, i): rank for rank, items in enumerate(costs) for i in range(len(items))}
-    load = [sum(items) for items in costs]
-    least = WORTH_MOVING * sum(load) / len(load)
-    while True:
-        heavy, light = load.index(max(load)), load.index(min(load))
-        gap = load[heavy] - load[light]
-        # Afterwards the pair is |gap - 2 cost| apart.
-        after = {(r, i): abs(gap - 2 * costs[r][i]) for (r, i), at in owner.items() if at == heavy}
-        best = min(after, key=after.__getitem__, default=None)
-        if best is None or gap - after[best] <= 2 * least:
-            return [Move(rank, i, at) for (rank, i), at in owner.items() if at != rank]
-        owner[best] = light
-        load[heavy] -= costs[best[0]][best[1]]
-        load[light] += costs[best[0]][best[1]]
-
-
-def even_out(groups: Sequence[Group], costs: Sequence[float], r: Ranks) -> list[Group]:
-    """What this rank trains after an exchange: its groups without those it gave away, then those it was given."""
-    if r.world_size == 1:
-        return list(groups)
-    moves = plan_moves(r.gather(list(costs)))
-    # From CPU to CPU: a tensor of cuda:0 would come back on cuda:0, whatever the receiver's device.
-    given = [r.hand_over(groups[m.index].to("cpu") if m.source == r.rank else None, m.source, m.target) for m in moves]
-    gone = {m.index for m in moves if m.source == r.rank}
-    kept = [group for i, group in enumerate(groups) if i not in gone]
-    return kept + [group.to(r.device) for group, m in zip(given, moves, strict=True) if m.target == r.rank]

@@ -12,16 +12,17 @@ from boxgrpo.bench.publish.result_files import newest
 from boxgrpo.bench.step_bench.cases import MODELS, make_config
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder
-from boxgrpo.model.cost import Engine, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
+from boxgrpo.model.batch import Group, Prompt
+from boxgrpo.model.cost import Sharding, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
-from boxgrpo.model.packing import Group, Prompt, pack_groups
+from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.apps.memory import MemoryOptions, engines, largest_pack, main, memory, read, report, table
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
-from boxgrpo.trainer.engine.ddp import Engine as Ddp
+from boxgrpo.trainer.engine.ddp import DataParallelEngine as Ddp
 from boxgrpo.trainer.engine.room import shape_of
-from boxgrpo.trainer.grpo import frozen_copy
 from boxgrpo.trainer.options import GrpoOptions, parse
+from boxgrpo.trainer.run import frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.pack import make_packs
 from boxgrpo.trainer.world.tiny import tiny_config
@@ -156,7 +157,9 @@ def test_ddp_holds_what_is_counted(dtype):
     assert sum(held.values()) == counted
     per_parameter = {torch.float32: 4 + 4 + 8, torch.bfloat16: 2 + 4 + 4 + 8}[dtype]
     assert counted == per_parameter * c.trained + size * (c.frozen + c.decoder) + 4 * c.tensors
-    assert reference_bytes(c, ddp, 1, size, 0.0) == reference_bytes(c, Engine("lora", 0, lora=True), 1, size, 1.0) == 0
+    assert (
+        reference_bytes(c, ddp, 1, size, 0.0) == reference_bytes(c, Sharding("lora", 0, lora=True), 1, size, 1.0) == 0
+    )
 
 
 def test_a_cache_holds_what_is_counted():
@@ -202,7 +205,7 @@ def test_zero_shares_what_its_stage_shares():
 
 def test_the_total_is_of_the_phase_that_needs_most():
     model = trained(read("7B"), device="meta")
-    zero3 = Engine("zero 3", 3)
+    zero3 = Sharding("zero 3", 3)
     found = memory(model, zero3, MemoryOptions(gpus=64, prompts_per_step=64, num_generations=2))
     resident = found["state"] + found["reference"]
     assert found["total"] == resident + found["training"]
@@ -248,7 +251,7 @@ def test_the_readme_holds_what_the_command_prints():
     (flags,) = re.findall(r"boxgrpo\.trainer\.memory (--model 72B.*?)`", text, re.DOTALL)
     plan = parse(MemoryOptions, [flag.strip("'") for flag in re.findall(r"'[^']*'|\S+", flags)])
     assert table(report(plan), plan) in text
-    whole = memory(trained(read("72B"), device="meta"), Engine("zero 3", 3), MemoryOptions())["gathered"]
+    whole = memory(trained(read("72B"), device="meta"), Sharding("zero 3", 3), MemoryOptions())["gathered"]
     assert f"{whole / 1e9:.0f} GB" in text
 
 

@@ -14,7 +14,7 @@ from boxgrpo.trainer.data import readers
 from boxgrpo.trainer.data.example import Place, image_size, resolve_images
 from boxgrpo.trainer.data.readers import most_images, plain_text, read_examples
 from boxgrpo.trainer.data.scan import scan
-from boxgrpo.trainer.run import read_usable
+from boxgrpo.trainer.data.sources import read_usable
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Where is it?", "answer": [100, 200, 300, 400]}
 CHAT = {

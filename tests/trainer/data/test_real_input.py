@@ -10,9 +10,10 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model, save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import Group, pack_groups
+from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples

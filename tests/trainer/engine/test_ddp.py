@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from boxgrpo.trainer.engine.ddp import Engine
+from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 
@@ -27,7 +27,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
     model = network()
     twin = copy.deepcopy(model)
     x = torch.randn(5, 3)
-    engine = Engine(model, options(max_grad_norm=0.5), Ranks(), 10)
+    engine = DataParallelEngine(model, options(max_grad_norm=0.5), Ranks(), 10)
     engine.backward(model(x).square().sum())
     norm, updated = engine.step()
     assert updated
@@ -43,7 +43,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
 
 def test_the_schedule_falls_linearly_to_zero():
     model = network()
-    engine = Engine(model, options(lr_scheduler_type="linear"), Ranks(), 4)
+    engine = DataParallelEngine(model, options(lr_scheduler_type="linear"), Ranks(), 4)
     rates = []
     for _ in range(4):
         engine.backward(model(torch.ones(1, 3)).sum())
@@ -54,7 +54,7 @@ def test_the_schedule_falls_linearly_to_zero():
 
 def test_warmup_stable_decay_falls_only_in_the_last_fifth():
     model = network()
-    engine = Engine(model, options(lr_scheduler_type="warmup_stable_decay", warmup_ratio=0.1), Ranks(), 20)
+    engine = DataParallelEngine(model, options(lr_scheduler_type="warmup_stable_decay", warmup_ratio=0.1), Ranks(), 20)
     rates = []
     for _ in range(20):
         rates.append(engine.learning_rate)
@@ -69,7 +69,7 @@ def test_warmup_stable_decay_falls_only_in_the_last_fifth():
 def test_bf16_weights_keep_updates_smaller_than_their_precision():
     model = network(torch.bfloat16)
     before = model[0].weight.detach().clone()
-    engine = Engine(model, options(learning_rate=1e-5), Ranks(), 1000)
+    engine = DataParallelEngine(model, options(learning_rate=1e-5), Ranks(), 1000)
     for _ in range(300):  # each update is far below bf16's spacing, all of them together are not
         engine.backward(model(torch.ones(1, 3, dtype=torch.bfloat16)).sum())
         engine.step()
@@ -78,7 +78,7 @@ def test_bf16_weights_keep_updates_smaller_than_their_precision():
 
 def test_gradients_of_bf16_packs_add_up_in_fp32():
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
-    engine = Engine(model, options(max_grad_norm=0.0), Ranks(), 10)
+    engine = DataParallelEngine(model, options(max_grad_norm=0.0), Ranks(), 10)
     for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
         engine.backward(model(torch.full((1, 1), value, dtype=torch.bfloat16)).sum())
         assert model.weight.grad is None  # moved on: no second set of gradients
@@ -88,7 +88,7 @@ def test_gradients_of_bf16_packs_add_up_in_fp32():
 TWO_RANKS = """
 import logging, sys, torch
 from torch import nn
-from boxgrpo.trainer.engine.ddp import Engine
+from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import ranks
 
@@ -98,7 +98,7 @@ with ranks() as r:
     if r.rank == 1:
         nn.init.zeros_(model[0].weight)  # rank 0's weights are everybody's
     options = GrpoOptions(learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0)
-    engine = Engine(model, options, r, 10)
+    engine = DataParallelEngine(model, options, r, 10)
     if r.is_main:
         engine.backward(model(torch.tensor([[1.0, 2.0, 3.0]])).sum())
         engine.backward(model(torch.tensor([[0.0, 1.0, 0.0]])).sum())
@@ -124,7 +124,7 @@ def test_ranks_average_gradients_and_agree_on_weights_and_metrics(tmp_path):
     assert [f"rank {rank} read the file" in told for rank in (0, 1)] == [True, False]  # both did
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = network()
-    engine = Engine(alone, options(max_grad_norm=0.0), Ranks(), 10)
+    engine = DataParallelEngine(alone, options(max_grad_norm=0.0), Ranks(), 10)
     for row in ([1.0, 2.0, 3.0], [0.0, 1.0, 0.0]):
         engine.backward(alone(torch.tensor([row])).sum() / 2)
     engine.step()

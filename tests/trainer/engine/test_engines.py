@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import runs
 from boxgrpo.trainer import grpo
-from boxgrpo.trainer.engine.ddp import make_engine, make_optimizer
+from boxgrpo.trainer.engine.optimizer import make_optimizer
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.run import make_engine
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, grpo_options, lines, start, told
 

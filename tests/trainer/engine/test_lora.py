@@ -12,12 +12,12 @@ from transformers import Qwen2VLForConditionalGeneration
 import fake_vllm
 import runs
 from boxgrpo.kernels import token_logps
+from boxgrpo.model.batch import Conversation
 from boxgrpo.model.checkpoint import load_model, save_model
-from boxgrpo.model.packing import Conversation, pack_conversations
+from boxgrpo.model.packing import pack_conversations
 from boxgrpo.trainer import grpo, sft
-from boxgrpo.trainer.engine.lora import add_adapters, merged_weights, without_adapters
+from boxgrpo.trainer.engine.lora import add_adapters, merged_weights, save_pretrained, without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
-from boxgrpo.trainer.run import save_pretrained
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import claim_output_dir
 from runs import ROOT, finish, lines, start, told

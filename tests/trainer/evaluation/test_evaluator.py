@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from boxgrpo.bench.launches import kill
+from boxgrpo.trainer.data.sources import read_usable
 from boxgrpo.trainer.evaluation.answer_files import AnswerFile
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluator import main
 from boxgrpo.trainer.options import EvalOptions
-from boxgrpo.trainer.run import read_usable
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, eval_options, finish, start
 

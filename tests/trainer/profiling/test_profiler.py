@@ -10,17 +10,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.cost import published_peak
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
+from boxgrpo.trainer.options import GrpoOptions, SftOptions, profile_window, validate_grpo, validate_sft
 from boxgrpo.trainer.profiling import profiler
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
-from boxgrpo.trainer.profiling.profiler import profile_window, profiled
+from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.profiling.timeline import rows
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.step.flop import grpo_flop, peak_flop, published, sft_flop
-from boxgrpo.trainer.step.metrics import run_metrics
+from boxgrpo.trainer.step.metrics import grpo_flop, peak_flop, run_metrics, sft_flop
 
 SIZES = {"min_pixels": 784, "max_pixels": 9408, "dataloader_num_workers": 0}
 
@@ -144,9 +144,14 @@ def test_steps_behind_the_end_that_the_data_sets_are_refused(tmp_path):
 
 
 def test_peaks_are_known_by_name_or_by_flag():
-    assert published("NVIDIA H200") == published("NVIDIA H100 80GB HBM3") == 989e12
-    assert published("NVIDIA H100 PCIe") == 756e12 and published("NVIDIA A100-SXM4-80GB") == 312e12
-    assert published("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is published("Tesla T4") is published("NVIDIA L40") is None
+    assert published_peak("NVIDIA H200") == published_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert published_peak("NVIDIA H100 PCIe") == 756e12 and published_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert (
+        published_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+        is published_peak("Tesla T4")
+        is published_peak("NVIDIA L40")
+        is None
+    )
     cpu = torch.device("cpu")
     assert peak_flop(GrpoOptions(), cpu) is None and peak_flop(GrpoOptions(peak_tflops=1.5), cpu) == 1.5e12
     assert peak_flop(GrpoOptions(dtype="float32"), torch.device("cuda")) is None

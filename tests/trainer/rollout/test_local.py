@@ -16,7 +16,9 @@ from boxgrpo.trainer.data.loader import Sample
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.rollout.local import LocalRollout, ReplayRollout, Vocabulary, embed_prompts, sampler_factor, score
+from boxgrpo.trainer.rewards.grounding import score
+from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
+from boxgrpo.trainer.rollout.local import LocalRollout, ReplayRollout, embed_images
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 OPTIONS = GrpoOptions(num_generations=3, max_completion_length=12, temperature=1.2)
@@ -62,7 +64,7 @@ def as_lists(completions):
 @pytest.mark.parametrize("rounds", [2, 4])
 @pytest.mark.parametrize("embedded", [False, True], ids=["tower in every round", "tower once"])
 def test_rounds_sample_what_one_round_does(model, samples, vocabulary, rounds, embedded):
-    embeds = embed_prompts(model, [s.item for s in samples]) if embedded else None
+    embeds = embed_images(model, [s.item for s in samples]) if embedded else None
     whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, embeds).completions
     options = changed(gradient_accumulation_steps=rounds)
     parts = LocalRollout(options, vocabulary, Ranks())(model, samples, embeds).completions
@@ -114,16 +116,16 @@ def test_a_rank_without_samples_has_rewards_and_advantages_of_none(vocabulary):
 
 
 def test_embeddings_are_each_prompts_own(model, samples):
-    embeds = embed_prompts(model, [s.item for s in samples])
+    embeds = embed_images(model, [s.item for s in samples])
     assert embeds[0] is None, "a prompt without images"
     for sample, found in list(zip(samples, embeds))[1:]:
         alone = model.embed_images(sample.item.pixel_values, sample.item.image_grid_thw)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
-    assert embed_prompts(model, [samples[0].item]) == [None]
+    assert embed_images(model, [samples[0].item]) == [None]
 
 
 def test_the_tower_takes_as_many_prompts_as_fit(model, samples, monkeypatch):
-    whole = embed_prompts(model, [s.item for s in samples])
+    whole = embed_images(model, [s.item for s in samples])
     patches = []
 
     def limited(pixels, grids):
@@ -133,7 +135,7 @@ def test_the_tower_takes_as_many_prompts_as_fit(model, samples, monkeypatch):
         return type(model).embed_images(model, pixels, grids)
 
     monkeypatch.setattr(model, "embed_images", limited)
-    found = embed_prompts(model, [s.item for s in samples])
+    found = embed_images(model, [s.item for s in samples])
     assert len(patches) > 3
     assert found[0] is None
     for a, b in zip(found[1:], whole[1:], strict=True):
@@ -145,7 +147,7 @@ def test_images_that_never_fit_have_no_embedding(model, samples, monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(model, "embed_images", none)
-    assert [None if e is None else tuple(e.shape) for e in embed_prompts(model, [s.item for s in samples[:2]])] == [
+    assert [None if e is None else tuple(e.shape) for e in embed_images(model, [s.item for s in samples[:2]])] == [
         None,
         (0, model.config.text_config.hidden_size),
     ]

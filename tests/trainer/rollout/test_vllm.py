@@ -16,7 +16,8 @@ from boxgrpo.trainer.data.loader import Sample
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.rollout.local import LocalRollout, Sampled, Vocabulary, make_rollout
+from boxgrpo.trainer.rollout.base import Vocabulary
+from boxgrpo.trainer.rollout.local import LocalRollout, Sampled, make_rollout
 from boxgrpo.trainer.rollout.vllm import request_seed
 from boxgrpo.trainer.runtime.ranks import Ranks
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from boxgrpo.trainer.engine.ddp import Engine, optimizer_state, set_optimizer_state
+from boxgrpo.trainer.engine.ddp import DataParallelEngine
+from boxgrpo.trainer.engine.optimizer import optimizer_state, set_optimizer_state
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.checkpoints import (
     MANIFEST,
@@ -41,7 +42,7 @@ def run(tmp_path):
         return Checkpoints(GrpoOptions(**{"output_dir": str(tmp_path), "resume": "auto"} | changes), Ranks())
 
     model = network()
-    engine = Engine(model, GrpoOptions(learning_rate=0.1), Ranks(), 10)
+    engine = DataParallelEngine(model, GrpoOptions(learning_rate=0.1), Ranks(), 10)
 
     def update() -> None:
         loss = model(torch.ones(1, 3)).sum()
@@ -66,7 +67,7 @@ def test_a_run_goes_on_where_it_was(run):
     expected = {name: p.clone() for name, p in run.model.named_parameters()}
     drawn = random.random(), np.random.rand(), float(torch.rand(()))
     other = network()
-    engine = Engine(other, GrpoOptions(learning_rate=0.1), Ranks(), 10)
+    engine = DataParallelEngine(other, GrpoOptions(learning_rate=0.1), Ranks(), 10)
     progress = run.checkpoints().load(run.checkpoints().find(), engine)
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == drawn
     assert (progress.step, progress.position) == (2, 20) and run.checkpoints().find() == folder

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from boxgrpo.model.packing import Group, Prompt, pack_groups
-from boxgrpo.trainer.engine.ddp import MemoryElsewhere
+from boxgrpo.model.batch import Group, Prompt
+from boxgrpo.model.packing import pack_groups
+from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rollout.local import Sampled
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.step.pack import Budget, even_out, in_packs_that_fit, make_packs, plan_moves, trained_groups
+from boxgrpo.trainer.step.balance import balance_across_ranks, plan_moves
+from boxgrpo.trainer.step.pack import Budget, make_packs, run_packs_that_fit, trained_groups
 from runs import finish, start
 
 
@@ -57,13 +59,13 @@ def test_nothing_moves_where_it_would_not_help(costs):
 
 def test_one_rank_keeps_its_groups():
     groups = [Group(prompt(3), ()), Group(prompt(9), ())]
-    assert even_out(groups, [1.0, 5.0], Ranks()) == groups
+    assert balance_across_ranks(groups, [1.0, 5.0], Ranks()) == groups
 
 
 THREE_RANKS = """
 import json, sys, torch
 from boxgrpo.model.packing import Group, Prompt
-from boxgrpo.trainer.step.pack import even_out
+from boxgrpo.trainer.step.pack import balance_across_ranks
 from boxgrpo.trainer.runtime.ranks import ranks
 
 with ranks() as r:
@@ -76,7 +78,7 @@ with ranks() as r:
         groups.append(
             Group(prompt, completions, i, torch.full((1, 4), float(number)), torch.tensor([1.0, -1.0]) * number,
                   torch.tensor(number / 7), [torch.full((2,), -float(number))] * 2))
-    mine = even_out(groups, [1.0] * len(groups), r)
+    mine = balance_across_ranks(groups, [1.0] * len(groups), r)
     for g in mine:
         number = int(g.prompt.input_ids[0])
         assert len(g.prompt.input_ids) == number + 1
@@ -163,21 +165,21 @@ def test_packs_shrink_until_they_fit(twins, caplog):
     config, room = twins("tiny")[0].config, Room(tokens=10)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
     budget = Budget(100)
-    assert in_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert run_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
     assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert room.tries == 2 and "memory ran out in a pack of 21 tokens (no room); again with 10" in caplog.text
-    assert in_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert run_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
     assert room.tries == 3, "the next step knows"
 
 
 def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
     config, room = twins("tiny")[0].config, Room(tokens=8)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    in_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run)
+    run_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run)
     assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
     assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
     room.tokens = 3
-    assert in_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run) == 0, (
+    assert run_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run) == 0, (
         "and where none fits, no pack is left"
     )
 
@@ -186,14 +188,14 @@ def test_where_nothing_is_left_to_make_smaller_the_run_ends(twins):
     """An empty pack, in step with other ranks' full ones, or the packs' own tensors."""
     room = Room(tokens=-1)
     with pytest.raises(ValueError, match="memory ran out .no room. with 0 groups and 1 packs.*--prompts_per_step"):
-        in_packs_that_fit([], Budget(100), room, lambda groups, tokens: [pack_groups([], image_token_id=0)], room.run)
+        run_packs_that_fit([], Budget(100), room, lambda groups, tokens: [pack_groups([], image_token_id=0)], room.run)
 
     def no_room(groups, tokens):
         raise torch.OutOfMemoryError("no room")
 
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
     with pytest.raises(ValueError, match="with 2 groups and 0 packs"):
-        in_packs_that_fit(groups, Budget(100), room, no_room, room.run)
+        run_packs_that_fit(groups, Budget(100), room, no_room, room.run)
 
 
 def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog):
@@ -203,9 +205,9 @@ def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog
     def run(packs):
         packed.append([len(p.input_ids) for p in packs])
         if len(packed) == 1:
-            raise MemoryElsewhere("on another rank")
+            raise PeerOutOfMemory("on another rank")
         return room.run(packs)
 
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    assert in_packs_that_fit(groups, Budget(100), room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
+    assert run_packs_that_fit(groups, Budget(100), room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
     assert packed == [[21], [21]] and caplog.text == ""

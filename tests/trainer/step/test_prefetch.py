@@ -6,7 +6,7 @@ import torch
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.step import prefetch as ahead
-from boxgrpo.trainer.step.prefetch import Ahead
+from boxgrpo.trainer.step.prefetch import PrefetchedBatches
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def seen(monkeypatch):
     return calls
 
 
-def looking(policy, **options) -> Ahead:
+def looking(policy, **options) -> PrefetchedBatches:
     examples = [f"example {i}" for i in range(5)]
     loader = Loader(examples, lambda e: (torch.tensor(int(e[-1])),), batch_size=2, seed=1, workers=0)
-    return Ahead(loader, policy, **options)
+    return PrefetchedBatches(loader, policy, **options)
 
 
 def test_the_same_samples_with_their_own_embeddings(twins, seen):
@@ -74,7 +74,7 @@ def test_a_sample_whose_images_do_not_fit_is_left_out_and_named(twins, seen, mon
         seed=1,
         workers=0,
     )
-    images = Ahead(loader, twins("tiny")[0], frozen=True)
+    images = PrefetchedBatches(loader, twins("tiny")[0], frozen=True)
     large, small = images.samples()
     assert images.embedded() == ([small], [[1.0]])
     assert f"left out {large.example.source}: its images alone run out of memory" in caplog.text
@@ -86,7 +86,7 @@ def test_on_a_gpu_the_embeddings_of_a_stream_of_its_own_are_the_towers(twins, ma
     try:
         prompts = [make_prompt([(1, 4, 8), (1, 6, 4)], seed=i) for i in range(6)]
         loader = Loader(prompts, lambda p: p, batch_size=2, seed=1, workers=0)
-        images = Ahead(loader, model, frozen=True)
+        images = PrefetchedBatches(loader, model, frozen=True)
         for _ in range(3):
             images.samples()
             for sample, embeds in zip(*images.embedded(), strict=True):

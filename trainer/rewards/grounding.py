@@ -1,0 +1,46 @@
+"""The built-in rewards of a step's completions, and what the policy learns from them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from boxgrpo.kernels import (
+    ANSWER_FORMATS,
+    GroundingRewards,
+    VocabularyBytes,
+    grounding_rewards_from_ids,
+    group_advantages,
+)
+from boxgrpo.model.batch import Group
+from boxgrpo.trainer.runtime.ranks import Ranks
+
+
+def score(groups: Sequence[Group], table: VocabularyBytes, device) -> GroundingRewards:
+    """IoU and format rewards of all completions, prompt-major (n = B·G), computed from token ids on `device`."""
+    flat = [c for group in groups for c in group.completions]
+    records = [group.record for group in groups for _ in group.completions]
+    nothing = torch.zeros(0, 1, dtype=torch.int64)  # of a rank whose groups were all left out
+    ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True) if flat else nothing
+    formats = [ANSWER_FORMATS[record.answer_format] for record in records]
+    return grounding_rewards_from_ids(
+        ids.to(device),
+        torch.tensor([len(c) for c in flat], dtype=torch.int64, device=device),
+        table,
+        torch.tensor([record.gold for record in records], dtype=torch.float32, device=device).view(-1, 4),
+        answer_format=torch.tensor(formats, dtype=torch.uint8, device=device),
+    )
+
+
+def step_advantages(o, total: Tensor, accuracy: Tensor, r: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's advantages (B, G), weights (B) and mean IoUs (B) of rewards and IoUs (B, G).
+
+    With `scale_rewards` "batch" the standard deviation is over the completions of all ranks.
+    """
+    if o.scale_rewards != "batch" or r.world_size == 1:
+        return group_advantages(total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards)
+    everyone = r.gather((total.cpu(), accuracy.cpu()))
+    whole = [torch.cat(part).to(total.device) for part in zip(*everyone, strict=True)]
+    before = sum(len(theirs) for theirs, _ in everyone[: r.rank])
+    mine = slice(before, before + len(total))
+    return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))

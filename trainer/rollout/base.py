@@ -1,0 +1,57 @@
+"""What every rollout takes and gives, and the facts about the vocabulary that sampling and rewards need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from boxgrpo.kernels import VocabularyBytes
+from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.vocabulary import box_mark_ids, token_bytes
+
+
+class Rollout(Protocol):
+    """Samples completions.
+
+    Attributes:
+        written: bytes written so far by file name, for a checkpoint; empty where completions are not stored.
+    """
+
+    written: dict[str, int]
+
+    def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
+        """The groups with their completions; one whose sampling does not fit into memory is left out and named."""
+
+
+@dataclass
+class Vocabulary:
+    """What sampling and rewards need of the tokenizer, on the policy's device."""
+
+    eos_token_ids: tuple[int, ...]
+    forbidden: Tensor  # (F) int64, never sampled: no image stands behind a sampled image token
+    bytes: VocabularyBytes
+
+    @classmethod
+    def of(cls, processor: Processor, config, device) -> "Vocabulary":
+        """End tokens come from the tokenizer, never from generation_config: Qwen's holds top_k 1."""
+        # A head may be wider than the vocabulary: 152064 rows for 151657 tokens.
+        rows = config.text_config.vocab_size
+        table = token_bytes(processor.tokenizer, rows)
+        unknown = range(len(processor.tokenizer), rows)
+        forbidden = torch.tensor([*processor.vision_ids, *unknown], device=device)
+        eos, marks = tuple(processor.eos_ids), box_mark_ids(processor.tokenizer)
+        return cls(eos, forbidden, VocabularyBytes.build(table, eos, device, mark_ids=marks))
+
+
+def sampler_gap(pack: PackedBatch) -> Tensor:
+    """old - sampler of the scored tokens, (N) fp32; 0 where the sampler's own log-probability is NaN."""
+    return (pack.old_logps - pack.sampler_logps).masked_fill(pack.sampler_logps.isnan(), 0)
+
+
+def sampler_factor(pack: PackedBatch, cap: float) -> Tensor:
+    """min(exp(old - sampler), cap) of the scored tokens, (N) fp32: the correction for a foreign sampler."""
+    return sampler_gap(pack).exp().clamp(max=cap)

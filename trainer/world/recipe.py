@@ -1,0 +1,95 @@
+"""The demo as options: its world, its first checkpoint, its cold start and its GRPO.
+
+`trainer/demo.py` runs all of it; `trainer/grpo.py` without a model and data runs the last part.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from boxgrpo.model.checkpoint import save_model
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
+from boxgrpo.trainer.options import SftOptions, option, parse
+
+from .tiny import tiny_config
+from .world import DEMO_TASKS, all_texts, wordings, write_world
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass
+class DemoOptions:
+    """Cold start, GRPO and their scores on a drawn world."""
+
+    output_dir: str = option("out/demo", "Folder for everything the demo makes.")
+    seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
+    tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
+    levels: str = option("0", "Difficulties of the scenes, 0 to 2, which take turns.")
+    size: int = option(56, "Side of the images in pixels, a multiple of 56.")
+    cold_start: int = option(4000, "Scenes with reasoning chains.")
+    margins: float = option(0.5, "Share of the chains whose annotator leaves a margin around the object.")
+    train: int = option(5000, "Scenes with a box only.")
+    held_out: int = option(400, "Scenes to score on.")
+    continued_sft: bool = option(False, "Also train the cold start on for as long as GRPO took, as a comparison.")
+    processes: int = option(0, "Processes to train with; 0: one per GPU, or on a CPU two where there are two cores.")
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """Whole numbers separated by commas, the value of the flag `name`.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; it must be whole numbers and commas. Correct --{name}.") from None
+
+
+def draw_world(options: DemoOptions) -> Path:
+    return write_world(
+        Path(options.output_dir) / "world",
+        tasks=options.tasks.split(","),
+        cold_start=options.cold_start,
+        train=options.train,
+        held_out=options.held_out,
+        seed=options.seed,
+        levels=numbers(options.levels, "levels"),
+        size=options.size,
+        margins=options.margins,
+    )
+
+
+def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None) -> Path:
+    """A checkpoint of random weights, with a tokenizer for the world's words, or for those of `texts`."""
+    folder = Path(options.output_dir) / "newborn"
+    texts = texts or all_texts(options.tasks.split(","), levels=numbers(options.levels, "levels"))
+    template = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"]
+    tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *wordings(texts)])
+    config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})
+    save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
+    Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)
+    return folder
+
+
+def sft_flags(options: DemoOptions) -> list[str]:
+    """What `sft.py` runs the cold start with."""
+    root = Path(options.output_dir)
+    flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={root / 'newborn'}"]
+    flags += [f"--data={root / 'world/cold_start.json'}", f"--output_dir={root / 'sft'}", f"--seed={options.seed}"]
+    return [*flags, "--overwrite_output_dir=true"]
+
+
+def sft_options(options: DemoOptions) -> SftOptions:
+    return parse(SftOptions, sft_flags(options))
+
+
+def grpo_flags(options: DemoOptions) -> list[str]:
+    """What `grpo.py` runs with when it is given no flags."""
+    root = Path(options.output_dir)
+    flags = [f"--config={RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--data={root / 'world/train.json'}"]
+    return [*flags, f"--output_dir={root / 'grpo'}", f"--seed={options.seed}", "--overwrite_output_dir=true"]
