@@ -57,7 +57,7 @@ test-gpu: $(STAMP)
 # The compiled box parser against Python's re, under the sanitizers and with libFuzzer, SECONDS each.
 SECONDS ?= 60
 fuzz: $(STAMP)
-	$(BIN)/python bench/reward_bench/fuzz_rewards.py --seconds $(SECONDS)
+	$(BIN)/python tests/csrc/fuzz_rewards.py --seconds $(SECONDS)
 
 # Runs that are killed, fed corrupt images and made NaN, then ZeRO-2 killed; SOAK passes flags on.
 soak: $(STAMP)

@@ -107,7 +107,7 @@ def build(args, measured: dict, keep: Keep) -> dict:
     """The box parser, compiled in place. Raises ValueError where that does not know the device afterwards."""
     done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"])
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    asked = f"import boxgrpo.kernels; assert ('box_iou', {kind!r}) in boxgrpo.kernels.extension._COMPILED"
+    asked = f"import boxgrpo.kernels; assert ('box_iou', {kind!r}) in boxgrpo.kernels.dispatch._COMPILED"
     if done.returncode or subprocess.run([sys.executable, "-P", "-c", asked]).returncode:  # it was not loaded here
         raise ValueError(f"csrc/ was not compiled for {kind}; what the compiler said stands above.")
     return {}

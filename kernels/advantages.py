@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulation_dtype, check_tensor, use_triton
+from .advantages_torch import group_advantages_torch
+from .checks import FLOATS, accumulation_dtype, check_choice, check_tensor
+from .dispatch import is_fast, register
 
 DIFFICULTIES = ("exp", "power", "log", "none")
 SCALES = ("group", "batch", "none")
-LEAST_MIOU = 0.02  # below it the "log" weight stays at -ln 0.02 = 3.9
 
 
 def group_advantages(
@@ -19,7 +20,9 @@ def group_advantages(
     eps: float = 1e-4,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages within each group of G completions, and the group's difficulty weight (UniVG-R1; DESIGN section 3).
+    """Advantages within each group of G completions, and the group's difficulty weight, as in UniVG-R1.
+
+    Formulas: ARCHITECTURE.md, section "The mathematics".
 
     Args:
         rewards: (B, G) float, G at least 2.
@@ -39,58 +42,19 @@ def group_advantages(
     check_tensor("accuracy", accuracy, tuple(rewards.shape), FLOATS)
     if rewards.shape[1] < 2:
         raise ValueError(f"num_generations is {rewards.shape[1]}; a group needs at least 2. Raise --num_generations.")
-    if difficulty not in DIFFICULTIES:
-        raise ValueError(f"difficulty is {difficulty!r}; it is one of {', '.join(DIFFICULTIES)}.")
-    if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}; it is one of {', '.join(SCALES)}.")
-    triton = use_triton("group_advantages", backend, rewards, accuracy)
+    check_choice("difficulty", difficulty, DIFFICULTIES)
+    check_choice("scale", scale, SCALES)
+    triton = is_fast("group_advantages", backend, rewards, accuracy)
     return torch.ops.boxgrpo.group_advantages(rewards, accuracy, difficulty, scale, eps, triton)
 
 
-def group_advantages_torch(
-    rewards: Tensor, accuracy: Tensor, difficulty: str, scale: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Twin of `group_advantages`."""
-    dtype = accumulation_dtype(rewards, accuracy)
-    rewards, accuracy = rewards.to(dtype), accuracy.to(dtype)
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale != "none" and rewards.numel():
-        std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
-        advantages = advantages / (std + eps)
-    # The mean of eight equal rewards is off by an ulp, and 1e-8 / (1e-8 + eps) is not 0.
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    advantages = advantages.masked_fill(equal, 0)
-
-    miou = accuracy.mean(1)
-    if difficulty == "exp":
-        weights = torch.exp(1 - miou)
-    elif difficulty == "power":
-        weights = (1 - miou).square()
-    elif difficulty == "log":
-        weights = -torch.log(miou.clamp(LEAST_MIOU, 1))
-    else:
-        weights = torch.ones_like(miou)
-    return advantages, weights, miou
-
-
-def _group_advantages(rewards, accuracy, difficulty, scale, eps, triton):
-    if triton:
-        from .advantages_triton import group_advantages_triton as f
-    else:
-        f = group_advantages_torch
-    return f(rewards, accuracy, difficulty, scale, eps)
-
-
-_op = torch.library.custom_op(
-    "boxgrpo::group_advantages",
-    _group_advantages,
-    mutates_args=(),
-    schema="(Tensor rewards, Tensor accuracy, str difficulty, str scale, float eps, bool triton) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-
-
-@_op.register_fake
-def _(rewards, accuracy, difficulty, scale, eps, triton):
+def _fake(rewards, accuracy, *_):
     dtype, groups = accumulation_dtype(rewards, accuracy), rewards.shape[0]
     return tuple(rewards.new_empty(shape, dtype=dtype) for shape in (rewards.shape, groups, groups))
+
+
+register(
+    "(Tensor rewards, Tensor accuracy, str difficulty, str scale, float eps, bool triton) -> (Tensor, Tensor, Tensor)",
+    group_advantages_torch,
+    _fake,
+)

@@ -5,16 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .advantages import LEAST_MIOU
+from .advantages_torch import LEAST_MIOU
 from .launch import Launch
 
-ELEMENTS = 1024  # of a program's tile of whole groups
+ELEMENTS = 1024  # at most, of a program's tile of whole groups
 
 
 @triton.jit
-def _tile(pointer, group, column, groups, size, group_stride, column_stride):
+def _tile(pointer, group, column, groups, size):
+    """Some groups of (groups, size), 0 beyond them, and where they are."""
     mask = (group[:, None] < groups) & (column[None, :] < size)
-    offsets = group[:, None].to(tl.int64) * group_stride + column[None, :] * column_stride
+    offsets = group[:, None].to(tl.int64) * size + column[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32), mask
 
 
@@ -27,10 +28,6 @@ def advantages_kernel(
     miou,
     groups,
     size,
-    rewards_group_stride,
-    rewards_column_stride,
-    accuracy_group_stride,
-    accuracy_column_stride,
     eps,
     least_miou,
     DIFFICULTY: tl.constexpr,
@@ -38,28 +35,24 @@ def advantages_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """A program owns GROUPS groups of at most SIZE; for the batch's std each reads all rewards."""
+    """A program owns GROUPS groups of at most SIZE; each program reads all rewards for the batch's std."""
     column = tl.arange(0, SIZE)
     spread = 1.0
     if SCALE == "batch":
-        # Two passes, the sum first: rewards may be far from 0 and close together.
+        # Two passes, first for the mean: rewards may be far from 0 and close together.
         total = tl.zeros((GROUPS, SIZE), tl.float32)
         for at in range(0, groups, GROUPS):
-            r, _ = _tile(
-                rewards, at + tl.arange(0, GROUPS), column, groups, size, rewards_group_stride, rewards_column_stride
-            )
+            r, _ = _tile(rewards, at + tl.arange(0, GROUPS), column, groups, size)
             total += r
         centre = tl.sum(total) / (groups * size)
         total = tl.zeros((GROUPS, SIZE), tl.float32)
         for at in range(0, groups, GROUPS):
-            r, mask = _tile(
-                rewards, at + tl.arange(0, GROUPS), column, groups, size, rewards_group_stride, rewards_column_stride
-            )
+            r, mask = _tile(rewards, at + tl.arange(0, GROUPS), column, groups, size)
             total += tl.where(mask, (r - centre) * (r - centre), 0.0)
         spread = tl.sqrt(tl.sum(total) / (groups * size - 1)) + eps
 
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    r, mask = _tile(rewards, group, column, groups, size, rewards_group_stride, rewards_column_stride)
+    r, mask = _tile(rewards, group, column, groups, size)
     mean = tl.sum(r, 1) / size
     centred = tl.where(mask, r - mean[:, None], 0.0)
     result = centred
@@ -69,11 +62,11 @@ def advantages_kernel(
         result = centred / spread
     # The mean of equal rewards may be an ulp off, and 1e-8 / (1e-8 + eps) is not 0.
     equal = tl.max(tl.where(mask, r, float("-inf")), 1) == tl.min(tl.where(mask, r, float("inf")), 1)
-    equal &= mean == mean  # NaN, which max and min step over, stays visible
+    equal &= mean == mean  # NaN, which max and min ignore, stays in the result
     result = tl.where(equal[:, None], 0.0, result)
     tl.store(advantages + group[:, None].to(tl.int64) * size + column[None, :], result, mask=mask)
 
-    a, _ = _tile(accuracy, group, column, groups, size, accuracy_group_stride, accuracy_column_stride)
+    a, _ = _tile(accuracy, group, column, groups, size)
     m = tl.sum(a, 1) / size
     if DIFFICULTY == "exp":
         phi = tl.exp(1 - m)
@@ -88,25 +81,12 @@ def advantages_kernel(
 
 
 def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou) -> Launch:
-    """(B, G) rewards and accuracy, results (B, G), (B), (B); any strides of the inputs."""
+    """(B, G) rewards and accuracy -> the other three, (B, G), (B) and (B)."""
     groups, size = rewards.shape
     width = triton.next_power_of_2(size)
     rows = min(max(ELEMENTS // width, 1), triton.next_power_of_2(max(groups, 1)))
-    arguments = {
-        "rewards": rewards,
-        "accuracy": accuracy,
-        "advantages": advantages,
-        "weights": weights,
-        "miou": miou,
-        "groups": groups,
-        "size": size,
-        "rewards_group_stride": rewards.stride(0),
-        "rewards_column_stride": rewards.stride(1),
-        "accuracy_group_stride": accuracy.stride(0),
-        "accuracy_column_stride": accuracy.stride(1),
-        "eps": eps,
-        "least_miou": LEAST_MIOU,
-    }
+    inputs = rewards.contiguous(), accuracy.contiguous()
+    arguments = *inputs, advantages, weights, miou, groups, size, eps, LEAST_MIOU
     constants = {"DIFFICULTY": difficulty, "SCALE": scale, "GROUPS": rows, "SIZE": width}
     return Launch(advantages_kernel, (triton.cdiv(groups, rows),), arguments, constants, num_warps=4)
 
@@ -114,7 +94,7 @@ def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, wei
 def group_advantages_triton(
     rewards: Tensor, accuracy: Tensor, difficulty: str, scale: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """group_advantages_torch on Triton, for anything but fp64."""
+    """`group_advantages_torch` on Triton, for all dtypes but fp64."""
     groups = rewards.shape[0]
     advantages = torch.empty(rewards.shape, device=rewards.device)
     weights, miou = (torch.empty(groups, device=rewards.device) for _ in range(2))

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from . import extension
+from .boxes_torch import box_iou_torch
 from .checks import FLOATS, accumulation_dtype, check_tensor
+from .dispatch import compiled_op, register_compiled
 
 
 def box_iou(
     a: Tensor, b: Tensor, *, pairwise: bool = False, generalized: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """IoU of boxes with continuous coordinates (DESIGN section 3), row by row or of every pair. Forward only.
+    """IoU of boxes with continuous coordinates, row by row or of every pair. Forward only.
 
     Args:
         a, b: (n, 4) and (m, 4) float, x1 y1 x2 y2 in one unit; n = m unless `pairwise`.
@@ -32,28 +33,11 @@ def box_iou(
     dtype = accumulation_dtype(a, b)
     if dtype == torch.float64 and backend == "auto":
         backend = "torch"
-    return extension.chosen("box_iou", backend, a)(a.to(dtype), b.to(dtype), pairwise, generalized)
-
-
-def box_iou_torch(a: Tensor, b: Tensor, pairwise: bool = False, generalized: bool = False) -> Tensor:
-    """Twin of `box_iou`."""
-    dtype = accumulation_dtype(a, b)
-    a, b = a.double(), b.double()
-    if pairwise:
-        a, b = a[:, None], b[None]
-    size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = size_a.prod(-1) + size_b.prod(-1) - overlap
-    proper = (size_a > 0).all(-1) & (size_b > 0).all(-1) & union.isfinite()
-    iou = torch.where(proper, overlap / union, 0).clamp(max=1)
-    if not generalized:
-        return iou.to(dtype)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    return torch.where(proper, iou - ((hull - union) / hull).clamp(min=0), -1).to(dtype)
+    return compiled_op("box_iou", backend, a)(a.to(dtype), b.to(dtype), pairwise, generalized)
 
 
 def _fake(a: Tensor, b: Tensor, pairwise: bool, generalized: bool) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]) if pairwise else a.shape[0])
 
 
-extension.register("box_iou", "(Tensor a, Tensor b, bool pairwise, bool generalized) -> Tensor", box_iou_torch, _fake)
+register_compiled("(Tensor a, Tensor b, bool pairwise, bool generalized) -> Tensor", box_iou_torch, _fake)

@@ -4,13 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .launch import Launch
-from .loss import LossOptions
-
-# Of the scaling, which mostly has nothing to do: no more than run at once, 8 on each of an H200's multiprocessors.
-SCALE_PROGRAMS = 8 * 132
+from .loss_options import LossOptions
 
 
 @triton.jit
@@ -49,15 +45,15 @@ def completion_terms(
 
 @triton.jit(do_not_specialize=["n", "completions"])
 def terms_kernel(
-    terms,
-    sampler_factor,
+    n,
+    completions,
     advantages,
     completion_cu,
     weights,
     denominator,
-    n,
-    completions,
     beta,
+    sampler_factor,
+    terms,
     PER_COMPLETION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -138,22 +134,22 @@ def _load(pointer, at, mask):
 
 @triton.jit(do_not_specialize=["n", "completions"])
 def grpo_kernel(
-    logps,
-    old_logps,
-    ref_logps,
-    sampler_factor,
+    n,
+    completions,
     advantages,
     completion_cu,
     weights,
     denominator,
-    dlogps,
-    tokens,
-    n,
-    completions,
     beta,
+    sampler_factor,
+    logps,
+    old_logps,
+    ref_logps,
     epsilon,
     epsilon_high,
     delta,
+    dlogps,
+    tokens,
     CISPO: tl.constexpr,
     PER_COMPLETION: tl.constexpr,
     SEQUENCE: tl.constexpr,
@@ -244,69 +240,27 @@ def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
     tl.store(scalars + 6, tl.max(most, 0))
 
 
-@triton.jit
-def scale_kernel(gradient, factor, row_stride, column_stride, rows, columns, BLOCK: tl.constexpr):
-    """gradient *= factor, which is read first: a factor of 1 touches nothing else."""
-    by = tl.load(factor).to(tl.float32)
-    if by != 1:
-        blocks = tl.cdiv(columns, BLOCK)
-        for block in range(tl.program_id(0), rows * blocks, tl.num_programs(0)):
-            row = (block // blocks).to(tl.int64)
-            column = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            at = gradient + row * row_stride + column * column_stride
-            value = tl.load(at, mask=column < columns, other=0.0).to(tl.float32) * by
-            tl.store(at, value.to(gradient.dtype.element_ty), mask=column < columns)
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
-def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
-    """gradient (N, K) times a 0-dim factor, in place and in its own strides."""
-    rows = gradient.view(1, gradient.numel()) if gradient.is_contiguous() else gradient
-    arguments = {
-        "gradient": rows,
-        "factor": factor,
-        "row_stride": rows.stride(0),
-        "column_stride": rows.stride(1),
-        "rows": rows.shape[0],
-        "columns": rows.shape[1],
-    }
-    block = 4096
-    programs = min(rows.shape[0] * triton.cdiv(rows.shape[1], block), SCALE_PROGRAMS)
-    return Launch(scale_kernel, (programs,), arguments, {"BLOCK": block}, num_warps=8)
+def objective_arguments(o: LossOptions) -> tuple:
+    """The options that `token_objective` needs: two (N) and its bounds."""
+    return _contiguous(o.old_logps), _contiguous(o.ref_logps), o.epsilon, o.epsilon_high, o.delta
 
 
-def scale_triton(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient (N, K) * factor (0-dim) in gradient's own storage, which autograd is told of."""
-    scale_launch(gradient, factor).run()
-    increment_version(gradient)
-    return gradient
-
-
-def _contiguous(o: LossOptions, *names: str) -> dict[str, Tensor | None]:
-    return {name: None if (x := getattr(o, name)) is None else x.contiguous() for name in names}
-
-
-def objective_arguments(n: int, o: LossOptions) -> tuple[dict, dict]:
-    """Arguments and constants of `token_objective`."""
-    bounds = {"n": n, "epsilon": o.epsilon, "epsilon_high": o.epsilon_high, "delta": o.delta}
-    return _contiguous(o, "old_logps", "ref_logps") | bounds, {"CISPO": o.loss_type == "cispo"}
-
-
-def _completion_arguments(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> tuple[dict, dict]:
-    """Arguments and constants of `completion_terms`, and the factor of each token."""
-    arguments = _contiguous(o, "sampler_factor", "weights", "denominator") | {
-        "advantages": advantages.contiguous(),
-        "completion_cu": completion_cu.contiguous(),
-        "n": n,
-        "completions": completion_cu.shape[0] - 1,
-        "beta": o.beta,
-    }
-    return arguments, {"PER_COMPLETION": o.loss_type == "grpo", "BLOCK": 512}
+def _completion_launch(kernel, n: int, advantages, completion_cu, o: LossOptions, *rest, **constants) -> Launch:
+    """A program for each completion, of which the first arguments are those of `completion_terms`."""
+    factors = (_contiguous(x) for x in (o.weights, o.denominator))
+    completions = completion_cu.shape[0] - 1
+    first = n, completions, advantages.contiguous(), completion_cu.contiguous(), *factors, o.beta
+    constants |= {"PER_COMPLETION": o.loss_type == "grpo", "BLOCK": 512}
+    return Launch(kernel, (completions,), (*first, _contiguous(o.sampler_factor), *rest), constants, num_warps=4)
 
 
 def terms_launch(terms: Tensor, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Launch:
     """-> terms (3, N): each token's advantage, share of the policy term and share of the KL."""
-    arguments, constants = _completion_arguments(terms.shape[1], advantages, completion_cu, o)
-    return Launch(terms_kernel, (completion_cu.shape[0] - 1,), arguments | {"terms": terms}, constants, num_warps=4)
+    return _completion_launch(terms_kernel, terms.shape[1], advantages, completion_cu, o, terms)
 
 
 def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Tensor:
@@ -318,21 +272,16 @@ def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptio
 
 def grpo_launches(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens, loss, scalars) -> list[Launch]:
     """The objective of every completion, then the sums over tokens; see `grpo_loss_triton`."""
-    n = logps.shape[0]
-    arguments, constants = _completion_arguments(n, advantages, completion_cu, o)
-    more, kind = objective_arguments(n, o)
-    arguments |= more | {"logps": logps.contiguous(), "dlogps": dlogps, "tokens": tokens}
-    constants |= kind | {"SEQUENCE": o.importance_sampling_level == "sequence"}
-    per_completion = Launch(grpo_kernel, (completion_cu.shape[0] - 1,), arguments, constants, num_warps=4)
-    return [per_completion, reduce_launch(tokens, loss, scalars)]
+    per_token = logps.contiguous(), *objective_arguments(o), dlogps, tokens
+    kinds = {"CISPO": o.loss_type == "cispo", "SEQUENCE": o.importance_sampling_level == "sequence"}
+    objective = _completion_launch(grpo_kernel, logps.shape[0], advantages, completion_cu, o, *per_token, **kinds)
+    return [objective, reduce_launch(tokens, loss, scalars)]
 
 
 def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
     """tokens (5, N) of `store_token` -> loss (), scalars (7); nothing where N is 0."""
     n = tokens.shape[1]
-    return Launch(
-        reduce_kernel, (min(n, 1),), {"tokens": tokens, "loss": loss, "scalars": scalars, "n": n}, {"BLOCK": 2048}, 8
-    )
+    return Launch(reduce_kernel, (min(n, 1),), (tokens, loss, scalars, n), {"BLOCK": 2048}, num_warps=8)
 
 
 def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options) -> tuple[Tensor, ...]:

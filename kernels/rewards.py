@@ -1,36 +1,16 @@
-"""Format and accuracy rewards of answers that hold a box (DESIGN section 3, "Box answer")."""
+"""Format and accuracy rewards of answers that hold a box (ARCHITECTURE.md, section "The mathematics")."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import extension
-from .boxes import box_iou_torch
 from .checks import INTS, check_tensor
-from .vocabulary import EOS, MARK, VocabularyBytes, unpacked
-
-FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
-ANSWER_FORMATS = {  # codes of an `answer_format` tensor
-    "think": FORMAT_THINK,
-    "box": FORMAT_BOX,
-    "marked": FORMAT_MARKED,
-    "list": FORMAT_LIST,
-    "fractions": FORMAT_FRACTIONS,
-}
-COORDINATE_LIMIT = 2**31 - 1  # larger numbers saturate here
-
-_BOX = rb"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
-_BARE = {  # formats whose box counts wherever it stands
-    FORMAT_BOX: _BOX,
-    FORMAT_MARKED: rb"<\|box_start\|>" + _BOX + rb"<\|box_end\|>",
-    FORMAT_LIST: rb"\[\s*" + rb",\s*".join([rb"(\d+)"] * 4) + rb"\s*\]",
-    FORMAT_FRACTIONS: rb"\[\s*" + rb",\s*".join([rb"(\d+(?:\.\d+)?)"] * 4) + rb"\s*\]",
-}
-_DOTALL_ASCII = re.DOTALL | re.ASCII
+from .dispatch import compiled_op, register_compiled
+from .rewards_torch import ANSWER_FORMATS, grounding_rewards_from_ids_torch, grounding_rewards_torch
+from .vocabulary import VocabularyBytes
 
 
 class GroundingRewards(NamedTuple):
@@ -90,7 +70,7 @@ def grounding_rewards(
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
         IndexError: offsets that fall or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
     """
-    op = extension.chosen("grounding_rewards", backend, gold)
+    op = compiled_op("grounding_rewards", backend, gold)
     check_tensor("text", text, (None,), (torch.uint8,))
     check_tensor("gold", gold, (None, 4), (torch.float32,))
     check_tensor("offsets", offsets, (gold.shape[0] + 1,), (torch.int64,))
@@ -125,7 +105,7 @@ def grounding_rewards_from_ids(
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
         IndexError: an id that counts is outside the table. On a GPU a device-side assertion.
     """
-    op = extension.chosen("grounding_rewards_from_ids", backend, gold)
+    op = compiled_op("grounding_rewards_from_ids", backend, gold)
     check_tensor("ids", ids, (None, None), (torch.int64,))
     check_tensor("lengths", lengths, (ids.shape[0],), INTS)
     check_tensor("gold", gold, (ids.shape[0], 4), (torch.float32,))
@@ -144,76 +124,6 @@ def _formats(answer_format: str | Tensor, gold: Tensor) -> Tensor:
     return torch.full((n,), ANSWER_FORMATS[answer_format], dtype=torch.uint8, device=gold.device)
 
 
-def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats: Tensor) -> tuple[Tensor, ...]:
-    """Twin: Python's `re` on the CPU. (M), (n+1), (n, 4), (n) -> the fields of `GroundingRewards`."""
-    raw, bounds, codes = text.cpu().numpy().tobytes(), offsets.tolist(), formats.tolist()
-    if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(raw):
-        raise IndexError(f"offsets must not fall and must stay inside the {len(raw)} bytes of the text.")
-    if unknown := set(codes) - set(ANSWER_FORMATS.values()):
-        last = max(ANSWER_FORMATS.values())
-        raise ValueError(f"answer_format holds the code {unknown.pop()}; codes are 0 to {last}, see ANSWER_FORMATS.")
-    parsed = [_parse(raw[start:end], code) for start, end, code in zip(bounds, bounds[1:], codes, strict=False)]
-    boxes, found, well_formed, spans = zip(*parsed, strict=True) if parsed else ((), (), (), ())
-    boxes = torch.tensor(boxes, dtype=torch.float32, device=gold.device).view(-1, 4)
-    return (
-        box_iou_torch(boxes.double(), gold.double()).float(),
-        torch.tensor(well_formed, dtype=torch.float32, device=gold.device),
-        boxes,
-        torch.tensor(found, dtype=torch.bool, device=gold.device),
-        torch.tensor(spans, dtype=torch.int32, device=gold.device).view(-1, 4),
-    )
-
-
-def grounding_rewards_from_ids_torch(
-    ids: Tensor, lengths: Tensor, data: Tensor, entries: Tensor, gold: Tensor, formats: Tensor
-) -> tuple[Tensor, ...]:
-    """Twin: writes the text out, then parses it."""
-    n, width = ids.shape
-    starts, sizes, roles = unpacked(entries)
-    live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
-    known = live & (ids >= 0) & (ids < len(entries))
-    live &= ((roles == EOS)[torch.where(known, ids, 0)] & known).cumsum(1) == 0
-    foreign = ids[live & ~known]
-    if len(foreign):
-        raise IndexError(f"ids holds {foreign[0]}; the table covers 0 to {len(entries) - 1}. Build it for every id.")
-    row, token = live.nonzero()[:, 0], ids[live]
-    silent = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)
-    starts, sizes = starts[token], sizes[token].masked_fill(silent, 0)
-    ends = sizes.cumsum(0)
-    within = torch.arange(int(sizes.sum()), device=ids.device) - torch.repeat_interleave(ends - sizes, sizes)
-    text = data[torch.repeat_interleave(starts, sizes) + within]
-    row_sizes = torch.zeros(n + 1, dtype=torch.int64, device=ids.device)
-    row_sizes.index_add_(0, row + 1, sizes)
-    return grounding_rewards_torch(text, row_sizes.cumsum(0), gold, formats)
-
-
-def _parse(text: bytes, answer_format: int) -> tuple[list[float], bool, bool, list[int]]:
-    """Box, whether there is one, whether the format is right, spans."""
-    think = re.search(rb"<think>(.*?)</think>", text, _DOTALL_ASCII)
-    answer = re.search(rb"<answer>(.*?)</answer>", text, _DOTALL_ASCII)
-    spans = [*(think.span(1) if think else (-1, -1)), *(answer.span(1) if answer else (-1, -1))]
-    if answer_format == FORMAT_THINK:
-        box = re.search(_BOX, answer[1], _DOTALL_ASCII) if answer else None
-        well_formed = bool(re.search(rb"<think>.*?</think>\s*<answer>" + _BOX + rb"</answer>$", text, _DOTALL_ASCII))
-    else:
-        box = re.search(_BARE[answer_format], text, _DOTALL_ASCII)
-        well_formed = box is not None
-    number = _thousandths if answer_format == FORMAT_FRACTIONS else _saturated
-    return [number(digits) for digits in box.groups()] if box else [0] * 4, box is not None, well_formed, spans
-
-
-def _saturated(digits: bytes) -> int:
-    # int() refuses more than 4300 digits, and a model can write them.
-    digits = digits.lstrip(b"0")
-    return COORDINATE_LIMIT if len(digits) > 10 else min(int(digits or b"0"), COORDINATE_LIMIT)
-
-
-def _thousandths(decimal: bytes) -> float:
-    whole, _, decimals = decimal.partition(b".")
-    billionths = _saturated(whole) * 10**9 + int(decimals[:9].ljust(9, b"0"))
-    return min(float(billionths) / 1e6, COORDINATE_LIMIT)
-
-
 def _fake(*args: Tensor) -> tuple[Tensor, ...]:
     gold = args[-2]
     n = gold.shape[0]
@@ -227,14 +137,11 @@ def _fake(*args: Tensor) -> tuple[Tensor, ...]:
 
 
 _RESULTS = "(Tensor accuracy, Tensor format, Tensor boxes, Tensor found, Tensor spans)"
-extension.register(
-    "grounding_rewards",
-    f"(Tensor text, Tensor offsets, Tensor gold, Tensor formats) -> {_RESULTS}",
-    grounding_rewards_torch,
-    _fake,
+
+register_compiled(
+    f"(Tensor text, Tensor offsets, Tensor gold, Tensor formats) -> {_RESULTS}", grounding_rewards_torch, _fake
 )
-extension.register(
-    "grounding_rewards_from_ids",
+register_compiled(
     f"(Tensor ids, Tensor lengths, Tensor data, Tensor entries, Tensor gold, Tensor formats) -> {_RESULTS}",
     grounding_rewards_from_ids_torch,
     _fake,

@@ -5,16 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import sample_torch
 from .chunks import LOGIT_FLOOR
 from .launch import Launch
 from .rows_triton import LN2, LOG2E, absorb, floored, load_block
-from .sample import FIRST_GROUP, GROUPS, MIX32, MIX64, ODD, UNIFORM_SCALE, WIDTH, first_key, fp32_inverse, owners_of
+from .sample_torch import GROUPS, WIDTH, first_key, fp32_inverse, is_filtered, owners_of, sample_tokens_torch
 
-_C0, _C1 = (tl.constexpr(factor) for factor in MIX64)
-_D0, _D1 = (tl.constexpr(factor) for factor in MIX32)
-_ODD = tl.constexpr(ODD)
-_SCALE = tl.constexpr(UNIFORM_SCALE)
-_FIRST_GROUP = tl.constexpr(FIRST_GROUP)
+_C0, _C1 = (tl.constexpr(factor) for factor in sample_torch.MIX64)
+_D0, _D1 = (tl.constexpr(factor) for factor in sample_torch.MIX32)
+_ODD = tl.constexpr(sample_torch.ODD)
+_SCALE = tl.constexpr(sample_torch.UNIFORM_SCALE)
+_FIRST_GROUP = tl.constexpr(sample_torch.FIRST_GROUP)
 
 
 @triton.jit
@@ -98,21 +99,21 @@ def _exact_group(
 @triton.jit(do_not_specialize=["first_key", "n_ids"])
 def sample_kernel(
     logits,
-    prompt_ids,
-    completion_ids,
-    positions,
-    ids,
-    owners,
-    forbidden,
-    tokens,
-    logps,
     row_stride,
     column_stride,
     vocabulary,
     inverse_temperature,
     floor,
     first_key,
+    prompt_ids,
+    completion_ids,
+    positions,
+    ids,
     n_ids,
+    owners,
+    forbidden,
+    tokens,
+    logps,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -181,25 +182,13 @@ def sample_kernel(
 def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps) -> Launch:
     """logits (n, V), counters (n), forbidden (F) ids or None -> tokens (n) int64, logps (n) fp32."""
     vocabulary = logits.shape[1]
-    ids = None if forbidden is None else forbidden.contiguous()
-    arguments = {
-        "logits": logits,
-        "prompt_ids": prompt_ids.contiguous(),
-        "completion_ids": completion_ids.contiguous(),
-        "positions": positions.contiguous(),
-        "ids": ids,
-        "owners": None if ids is None else owners_of(ids, vocabulary),
-        "forbidden": None if ids is None else torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, ids, 1),
-        "tokens": tokens,
-        "logps": logps,
-        "row_stride": logits.stride(0),
-        "column_stride": logits.stride(1),
-        "vocabulary": vocabulary,
-        "inverse_temperature": fp32_inverse(temperature),
-        "floor": LOGIT_FLOOR * min(temperature or 1.0, 1.0),
-        "first_key": first_key(seed),
-        "n_ids": 0 if ids is None else ids.shape[0],
-    }
+    floor = LOGIT_FLOOR * min(temperature or 1.0, 1.0)
+    rows = logits, *logits.stride(), vocabulary, fp32_inverse(temperature), floor
+    counters = first_key(seed), *(ids.contiguous() for ids in (prompt_ids, completion_ids, positions))
+    banned = None, 0, None, None
+    if forbidden is not None:
+        is_banned = torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, forbidden, 1)
+        banned = forbidden.contiguous(), forbidden.shape[0], owners_of(forbidden, vocabulary), is_banned
     period = GROUPS * WIDTH
     constants = {
         "GREEDY": temperature == 0,
@@ -208,14 +197,18 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
         "WIDTH": WIDTH,
         "ENTRIES": triton.next_power_of_2(triton.cdiv(vocabulary, period)) * WIDTH,
     }
+    arguments = *rows, *counters, *banned, tokens, logps
     return Launch(sample_kernel, (logits.shape[0],), arguments, constants, num_warps=GROUPS // 32)
 
 
 def sample_tokens_triton(
-    logits, seed, prompt_ids, completion_ids, positions, temperature: float, forbidden
+    logits, seed, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
 ) -> tuple[Tensor, Tensor]:
-    """sample_tokens_torch on Triton, without its filters, for anything but fp64."""
+    """`sample_tokens_torch` on Triton, for all dtypes but fp64; with top-k or top-p it is the twin itself."""
+    counters = seed, prompt_ids, completion_ids, positions
+    if is_filtered(logits.shape[1], temperature, top_k, top_p):
+        return sample_tokens_torch(logits, *counters, temperature, top_k, top_p, forbidden)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     logps = torch.empty(logits.shape[0], device=logits.device)
-    sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperature, forbidden, tokens, logps).run()
+    sample_launch(logits, *counters, temperature, forbidden, tokens, logps).run()
     return tokens, logps

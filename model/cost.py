@@ -208,8 +208,7 @@ def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
 
     Torch's twin makes gradients in the place of logits, and its backward copies the head's gradient.
     """
-    from boxgrpo.kernels.chunks import MIB, chunk_rows
-    from boxgrpo.kernels.doors_triton import GRADIENT_BYTES, LOGIT_BYTES
+    from boxgrpo.kernels.chunks import GRADIENT_BYTES, LOGIT_BYTES, MIB, chunk_rows
 
     text = config.text_config
     logits, head = pack.scored * text.vocab_size, text.hidden_size * text.vocab_size * head_trained

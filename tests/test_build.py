@@ -20,14 +20,14 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ 
 
 USE = """
 import boxgrpo.kernels, pathlib, sys, warnings
-from boxgrpo.kernels import extension, grounding_rewards, pack_texts
+from boxgrpo.kernels import dispatch, grounding_rewards, pack_texts
 import torch
 assert pathlib.Path(boxgrpo.kernels.__file__).is_relative_to(sys.prefix), boxgrpo.kernels.__file__
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     text = pack_texts([b"<think>a</think><answer>(1, 2), (3, 4)</answer>"])
     assert grounding_rewards(*text, torch.tensor([[1.0, 2.0, 3.0, 4.0]])).accuracy == 1
-print(extension.MISSING is None, [str(w.message)[:51] for w in caught])
+print(dispatch.MISSING is None, [str(w.message)[:51] for w in caught])
 """
 
 

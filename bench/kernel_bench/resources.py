@@ -1,4 +1,4 @@
-"""Compile every Triton kernel as its launcher would start it, without a GPU, and report what it asks of the chip.
+"""Compile every Triton kernel as its launcher would start it, without a GPU, and report the resources it needs.
 
     python -P -m boxgrpo.bench.kernel_bench.resources [--capability 90]
 
@@ -20,22 +20,25 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from boxgrpo.kernels import LossOptions
 from boxgrpo.kernels.advantages import DIFFICULTIES, SCALES
 from boxgrpo.kernels.advantages_triton import advantages_launch
+from boxgrpo.kernels.head_triton import fused_launch
 from boxgrpo.kernels.launch import Launch
-from boxgrpo.kernels.loss import LossOptions
-from boxgrpo.kernels.loss_triton import grpo_launches, scale_launch, terms_launch
-from boxgrpo.kernels.rows_triton import fused_launch, gradient_launch, logps_launch
+from boxgrpo.kernels.logps_triton import gradient_launch, logps_launch
+from boxgrpo.kernels.loss_triton import grpo_launches, terms_launch
 from boxgrpo.kernels.sample_triton import sample_launch
+from boxgrpo.kernels.scale_triton import scale_launch
 
 CAPABILITIES = (80, 90, 100)
-VOCABULARIES = (151_936, 152_064, 32_000)  # of the 2B, the 7B, and one that takes the table's other row
+QWEN_2B, QWEN_7B = 151_936, 152_064
+VOCABULARIES = (QWEN_2B, QWEN_7B, 32_000)  # the last one uses the launch table's other row
 N, COMPLETIONS, GROUP = 8192, 128, 8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Logits and their gradients: as a model gives them, and as the head's chunks hold them.
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32))
-# How rows may lie: end to end; of an odd width; padded by an element, or by one word of two; columns apart; beyond
-# int32's offsets.
+# How rows may lie in memory: end to end; of an odd width; padded by one element, or by two; with columns apart; with
+# offsets beyond int32.
 LAYOUTS = ("rows", "odd", "padded", "unaligned", "columns", "far")
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 
@@ -50,9 +53,9 @@ class Resources(NamedTuple):
 def compile_launch(launch: Launch, capability: int):
     """Triton's compiled kernel for compute capability `capability`, specialised as its launcher specialises it."""
     signature, constants, attributes = {}, {}, {}
-    values = launch.arguments | launch.constants
-    for i, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, values[parameter.name]
+    values = [*launch.arguments, *(launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :])]
+    for i, (parameter, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
+        name = parameter.name
         special = not parameter.do_not_specialize
         if name in launch.constants or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
@@ -89,16 +92,17 @@ def resources(compiled) -> Resources:
 
 
 def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) for each kernel at the benchmarks' shapes and dtypes; with or without every option."""
-    for vocabulary, (dtype, gradient) in itertools.product(VOCABULARIES, DTYPES):
+    """(name, launch) for each kernel: of a bf16 step of the 2B, or of every shape, dtype, layout and option."""
+    shapes = itertools.product(VOCABULARIES, DTYPES)
+    for vocabulary, (dtype, gradient) in shapes if every_variant else ((QWEN_2B, DTYPES[0]), (QWEN_2B, DTYPES[2])):
         for name, launch in _row_launches(vocabulary, dtype, gradient, every_variant):
             yield f"{name} V={vocabulary} {_short(dtype)}->{_short(gradient)}", launch
-    widths, dtypes = (VOCABULARIES[1:], (BF16, FP16, FP32)) if every_variant else (VOCABULARIES[:1], (BF16,))
-    for vocabulary, dtype, layout in itertools.product(widths, dtypes, LAYOUTS[1:]):
+    layouts = itertools.product(VOCABULARIES, (BF16, FP16, FP32), LAYOUTS[1:])
+    for vocabulary, dtype, layout in layouts if every_variant else ():
         for name, launch in _row_launches(vocabulary, dtype, dtype, False, layout):
             yield f"{name} V={vocabulary} {_short(dtype)} {layout}", launch
     for dtype, layout in itertools.product((BF16, FP32), ("rows", "padded", "columns")):
-        yield f"scale_kernel {_short(dtype)} {layout}", scale_launch(_rows(VOCABULARIES[0], dtype, layout), _empty())
+        yield f"scale_kernel {_short(dtype)} {layout}", scale_launch(_rows(QWEN_2B, dtype, layout), _empty())
     for kind, o in _options(every_variant, levels=("token", "sequence")):
         over_tokens = terms_launch(_empty(3, N), *_completions(), o)
         whole = grpo_launches(_empty(N), *_completions(), o, _empty(N), _empty(5, N), _empty(), _empty(7))

@@ -1,4 +1,4 @@
-"""Scored rows that other packages know and our doors do not: heads with a bias or a soft cap."""
+"""Log-probabilities of heads with a bias, a scale or a soft cap, which `token_logps` does not take."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from boxgrpo.kernels.checks import FLOATS, check_head, check_tensor
-from boxgrpo.kernels.chunks import HeadRows
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
+from boxgrpo.kernels.rows_torch import HeadRows
 
 # Reported beside the logps, from the logits z (n, V) and targets (n); without a gradient.
 REPORTS = {
@@ -50,14 +50,14 @@ def head_logps(
     entropy: bool = False,
     reports: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """`token_logps` behind any head; a plain one goes to that door, another is swept here, in chunks of rows too.
+    """`token_logps` of any head. A plain one is passed to it; the logits of another are computed here, in chunks.
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].
         weight: (V, H) of hidden's dtype. bias: (V) float.
         targets: (N) int64.
-        entropy: also give "entropy".
-        reports: further names, out of `REPORTS`.
+        entropy: also return "entropy".
+        reports: further names, of those in `REPORTS`.
 
     Returns:
         "log_probs" (N) in nats, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias; with
@@ -78,7 +78,7 @@ def head_logps(
 
 
 class _Sweep(torch.autograd.Function):
-    """The logits of a chunk exist once in the forward and once in the backward: 8·N·V·H FLOP, as `token_logps`."""
+    """Computes the logits of each chunk in the forward and again in the backward: 8·N·V·H FLOP, as `token_logps`."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, reports):
@@ -110,7 +110,7 @@ class _Sweep(torch.autograd.Function):
             (dproduct,) = torch.autograd.grad(found, product, tuple(given[chunk] for given in upstream))
             if want_bias:
                 dbias += dproduct.sum(0)
-            rows.accept(chunk, live[chunk], dproduct)
-        gradients = zip(rows.gradients(hidden, weight), (want_hidden, want_weight), strict=True)
+            rows.finish_chunk(chunk, live[chunk], dproduct)
+        gradients = zip(rows.results(), (want_hidden, want_weight), strict=True)
         dhidden, dweight = (gradient if want else None for gradient, want in gradients)
         return dhidden, dweight, dbias, None, None, None, None

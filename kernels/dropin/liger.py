@@ -2,62 +2,51 @@
 `LigerFusedLinearGRPOLoss`. Its loss types sapo, luspo and vespo are refused.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from boxgrpo.kernels.checks import FLOATS, check_tensor
-from boxgrpo.kernels.fused import fused_grpo_loss
+from boxgrpo.kernels.head import fused_grpo_loss
 from boxgrpo.kernels.logps import token_logps_from_logits
-from boxgrpo.kernels.loss import LOSS_TYPES
+from boxgrpo.kernels.loss_options import LOSS_TYPES, LossOptions
+from boxgrpo.kernels.loss_torch import TokenTerms, token_objective
 
 from .head import LogitMap, head_logps
 
 
 class _Objective(NamedTuple):
-    """What the loss of a token is made of (DESIGN section 3), as both of Liger's signatures say it."""
+    """The options of both signatures, and the loss of a token (ARCHITECTURE.md, section "The mathematics")."""
 
-    beta: float
-    epsilon_low: float
-    epsilon_high: float
-    loss_type: str
+    options: LossOptions  # without tensors
     max_completion_length: int | None
-    importance_sampling_level: str
-    delta: float | None
     use_bias_correction_kl: bool
 
-    def checked(self) -> "_Objective":
-        if self.loss_type not in LOSS_TYPES:
+    @classmethod
+    def checked(cls, max_completion_length: int | None, use_bias_correction_kl: bool, **options) -> Self:
+        """Refuse options that are not Liger's, or loss types that are not ours."""
+        o = LossOptions(**options)
+        if o.loss_type not in LOSS_TYPES:
             raise ValueError(
-                f"loss_type is {self.loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
+                f"loss_type is {o.loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
             )
-        if self.importance_sampling_level not in ("token", "sequence"):
-            raise ValueError(
-                f"importance_sampling_level is {self.importance_sampling_level!r}; it is one of token, sequence."
-            )
-        if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
+        if o.loss_type == "cispo" and o.importance_sampling_level == "sequence":
             raise ValueError("importance_sampling_level is 'sequence'; 'cispo' takes 'token' only, as in Liger.")
-        if self.loss_type == "cispo" and self.delta is not None:
-            raise ValueError(f"delta is {self.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
-        if self.delta is not None and self.delta <= 1 + self.epsilon_high:
-            raise ValueError(
-                f"delta is {self.delta}; the bound of the unclipped ratio must exceed {1 + self.epsilon_high}, 1 plus "
-                "the upper epsilon. Raise delta."
-            )
-        return self
+        return cls(o.with_checked_values(), max_completion_length, use_bias_correction_kl)
 
     def denominator(self, mask: Tensor, num_items_in_batch) -> Tensor:
-        """What the sum over tokens is divided by, 0-dim fp32; for `grpo` the sum over the means of completions."""
-        if self.loss_type == "grpo":
+        """The divisor of the sum over tokens, 0-dim fp32; for `grpo` that of the sum over the means of completions."""
+        loss_type = self.options.loss_type
+        if loss_type == "grpo":
             return mask.new_tensor(mask.shape[0], dtype=torch.float32)
-        if self.loss_type == "dr_grpo":
+        if loss_type == "dr_grpo":
             return mask.new_tensor(mask.shape[0] * self.max_completion_length, dtype=torch.float32)
         tokens = mask.sum(dtype=torch.float32)
-        if self.loss_type == "bnpo":
+        if loss_type == "bnpo":
             return tokens.clamp(min=1)
-        # Tokens of the step over all ranks, a rank's share of them. Counted here they are this call's own.
+        # A rank's share of the step's tokens over all ranks. Without num_items_in_batch they are those of this call.
         distributed = dist.is_available() and dist.is_initialized()
         if num_items_in_batch is not None:
             tokens = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=mask.device)
@@ -70,40 +59,34 @@ class _Objective(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, differentiable in logps, KL and whether it is clipped, (B, L) each, 0 where `mask` is false.
 
-        In torch, over B·L numbers: the doors give no loss of a single token and no KL weighted by the ratio.
+        In torch, over B·L numbers: the public ops return no loss of a single token and no KL weighted by the ratio.
         """
-        # What is not scored may be NaN.
+        o = self.options
+        # Positions that are not scored may hold NaN.
         logps, old, ref = (None if x is None else x.to(logps.dtype).masked_fill(~mask, 0) for x in (logps, old, ref))
-        advantages = advantages.to(logps.dtype).unsqueeze(1)
         log_ratio = logps - (logps.detach() if old is None else old)
-        if self.importance_sampling_level == "sequence":
+        if o.importance_sampling_level == "sequence":
             mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
             log_ratio = mean.expand_as(log_ratio)
-        ratio = log_ratio.exp()
-        if self.loss_type == "cispo":
-            loss = -ratio.detach().clamp(max=self.epsilon_high) * advantages * logps
-            clipped = (ratio > self.epsilon_high) & (advantages > 0)
-        else:
-            low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
-            bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
-            loss = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
-            clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
-        if factor is not None:
-            loss = loss * factor
-        kl = torch.zeros_like(loss)
-        if ref is not None and self.beta:
+        advantage, gain = advantages.to(logps.dtype).unsqueeze(1), 1.0 if factor is None else factor
+        terms = TokenTerms(advantage, gain, kl_gain=0.0, old_logps=None, ref_logps=None)  # the KL is added below
+        token = token_objective(logps, log_ratio.detach() if o.loss_type == "cispo" else log_ratio, terms, o)
+        loss, kl = token.loss, torch.zeros_like(token.loss)
+        if ref is not None and o.beta:
             kl = torch.expm1(ref - logps) - (ref - logps)
-            kl = kl * ratio if self.use_bias_correction_kl else kl
-            loss = loss + self.beta * kl
-        return tuple(x.masked_fill(~mask, 0) for x in (loss, kl.detach(), clipped.to(logps.dtype)))
+            if self.use_bias_correction_kl:
+                kl = kl * (log_ratio.exp() if o.loss_type == "cispo" else token.ratio)
+            loss = loss + o.beta * kl
+        clipped = (token.clip_low | token.clip_high).to(logps.dtype)
+        return tuple(x.masked_fill(~mask, 0) for x in (loss, kl.detach(), clipped))
 
     def reduced(self, losses: tuple[Tensor, ...], mask: Tensor, num_items_in_batch) -> tuple[Tensor, list[Tensor]]:
         """The loss and its metrics: mean KL, if there is a beta, and the clipped share of the tokens."""
         loss, kl, clipped = losses
-        if self.loss_type == "grpo":
+        if self.options.loss_type == "grpo":
             loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
         tokens = mask.sum().clamp(min=1)
-        metrics = [kl.sum() / tokens] if self.beta else []
+        metrics = [kl.sum() / tokens] if self.options.beta else []
         return loss.sum() / self.denominator(mask, num_items_in_batch), [*metrics, clipped.sum() / tokens]
 
 
@@ -136,23 +119,24 @@ def triton_grpo_loss(
 ) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
     """GRPO from logits, by `token_logps_from_logits`: no copy of the logits.
 
-    6·N·V bytes of bf16 logits, as Liger; the gradient of an unscored row is written without reading it again.
+    It moves 6·N·V bytes of bf16 logits, as Liger does; the zero gradient of an unscored row is written without reading
+    the row again.
 
     Args:
-        logits: (B, L+1, V) float, the last row of each completion unread.
+        logits: (B, L+1, V) float; the last row of each completion is unread.
         old_logp, ref_logp: (B, L) float, nats; old None: on-policy. ref is needed with a beta.
         completion_ids: (B, L) int. completion_mask: (B, L), 0 where a token is not scored; None: all are.
         advantages: (B) float.
         temperature: above 0. beta, eps_low, eps_high: for `cispo` eps_high bounds the ratio itself.
         inplace: the backward writes the gradient over the logits, which are gone after it.
-        loss_type: grpo, bnpo, dapo, dr_grpo or cispo; without `reduce` the first four are one.
-        max_completion_length: of `dr_grpo`; None: L.
-        reduce: give the loss and its metrics, not the tokens'.
+        loss_type: grpo, bnpo, dapo, dr_grpo or cispo; without `reduce` the first four give the same.
+        max_completion_length: for `dr_grpo`; None: L.
+        reduce: return the loss and its metrics, and not those of each token.
         vllm_is_ratio: (B, L), (B, 1) or (B) float, a factor of the policy term.
         delta: upper bound of the unclipped ratio, above 1 + eps_high.
-        use_bias_correction_kl: weigh the KL by the ratio.
+        use_bias_correction_kl: multiply the KL by the ratio.
         num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
-        sapo_…, vespo_…: of loss types that are refused; unread.
+        sapo_…, vespo_…: unread, for those loss types are refused.
 
     Returns:
         loss, kl (None without a beta) and is_clipped (0 or 1), (B, L) fp32 (fp64 for fp64 logits), 0 where the mask is;
@@ -162,23 +146,23 @@ def triton_grpo_loss(
     Raises:
         ValueError: a shape, a dtype or an option does not fit.
     """
-    objective = _Objective(
-        beta,
-        eps_low,
-        eps_high,
-        loss_type,
-        completion_ids.shape[1] if max_completion_length is None else max_completion_length,
-        importance_sampling_level,
-        delta,
-        use_bias_correction_kl,
-    ).checked()
     batch, length = completion_ids.shape
+    objective = _Objective.checked(
+        length if max_completion_length is None else max_completion_length,
+        use_bias_correction_kl,
+        beta=beta,
+        epsilon=eps_low,
+        epsilon_high=eps_high,
+        delta=delta,
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+    )
     check_tensor("logits", logits, (batch, length + 1, None), FLOATS)
     mask = _mask(completion_mask, completion_ids)
     old, ref = _logps("old_logp", old_logp, mask), _logps("ref_logp", ref_logp, mask)
     if beta and ref is None:
         raise ValueError(f"ref_logp is None and beta is {beta}; the KL needs the reference's. Pass it, or beta=0.")
-    # Every row is scored, unread ones too: to leave some out would copy the logits.
+    # Every row is scored, the unread ones too: to leave some out would copy the logits.
     targets = torch.nn.functional.pad(completion_ids.long().masked_fill(~mask, 0), (0, 1))
     rows = logits.reshape(-1, logits.shape[-1])
     logps = token_logps_from_logits(rows, targets.flatten(), temperature=temperature, inplace_backward=inplace)
@@ -193,15 +177,15 @@ def triton_grpo_loss(
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """GRPO from hidden states and the head, by `fused_grpo_loss`: no logits, and no logit computed twice.
 
-    A bias and use_bias_correction_kl go by way of log-probabilities instead, 8·N·V·H FLOP in place of 6.
+    With a bias or use_bias_correction_kl it uses log-probabilities instead: 8·N·V·H FLOP in place of 6.
 
     Args:
         beta, epsilon_low, epsilon_high, delta: for `cispo` epsilon_high bounds the ratio itself.
-        use_ref_model: with False the references of a call are unread and the KL is 0.
+        use_ref_model: with False the reference arguments of a call are unread and the KL is 0.
         loss_type: grpo, bnpo, dapo, dr_grpo or cispo.
         max_completion_length: needed by `dr_grpo`.
         temperature: above 0.
-        compiled, chunk_size: Liger's tuning; unread. sapo_…, vespo_…: of loss types that are refused; unread.
+        compiled, chunk_size: unread; they tune Liger's code. sapo_…, vespo_…: unread, for those loss types are refused.
 
     Raises:
         ValueError: an option does not fit.
@@ -229,16 +213,16 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_neg: float = 2.0,
     ):
         super().__init__()
-        self.objective = _Objective(
-            beta,
-            epsilon_low,
-            epsilon_high,
-            loss_type,
+        self.objective = _Objective.checked(
             max_completion_length,
-            importance_sampling_level,
-            delta,
             use_bias_correction_kl,
-        ).checked()
+            beta=beta,
+            epsilon=epsilon_low,
+            epsilon_high=epsilon_high,
+            delta=delta,
+            loss_type=loss_type,
+            importance_sampling_level=importance_sampling_level,
+        )
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length is None; 'dr_grpo' divides by it. Pass it.")
         self.use_ref_model, self.temperature = use_ref_model, temperature
@@ -267,7 +251,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             selected_token_ids: (B, T) int. attention_mask: (B, T), 0 where a token is not scored.
             advantages: (B) float.
             ref_per_token_logps, old_per_token_logps: (B, T) float, nats; old None: on-policy.
-            ref_input, ref_weight, ref_bias: the reference's, for want of its logps.
+            ref_input, ref_weight, ref_bias: of the reference, where its logps are not given.
             vllm_is_ratio: (B, T), (B, 1) or (B) float >= 0, a factor of the policy term.
             num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
 
@@ -278,7 +262,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Raises:
             ValueError: a shape, a dtype or an option does not fit.
         """
-        o = self.objective
+        objective, o = self.objective, self.objective.options
         mask = _mask(attention_mask, selected_token_ids)
         check_tensor("_input", _input, (*mask.shape, None), FLOATS)
         targets, weight = selected_token_ids.long()[mask], lin_weight.to(_input.dtype)
@@ -293,33 +277,24 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             if ref is None and o.beta:
                 ref = self._reference(ref_input, ref_weight, ref_bias, targets, mask)
         factor = _factor(vllm_is_ratio, mask)
-        if bias is None and not (o.beta and o.use_bias_correction_kl):
-            loss, stats = fused_grpo_loss(
-                _input[mask],
-                weight,
-                targets,
-                advantages,
-                torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
-                temperature=self.temperature,
+        if bias is None and not (o.beta and objective.use_bias_correction_kl):
+            o = o._replace(
                 old_logps=None if old is None else old[mask],
                 ref_logps=ref[mask] if ref is not None and o.beta else None,
                 sampler_factor=None if factor is None else factor[mask],
-                denominator=o.denominator(mask, num_items_in_batch),
-                beta=o.beta,
-                epsilon=o.epsilon_low,
-                epsilon_high=o.epsilon_high,
-                delta=o.delta,
-                loss_type=o.loss_type,
-                importance_sampling_level=o.importance_sampling_level,
+                denominator=objective.denominator(mask, num_items_in_batch),
             )
+            completion_cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+            rest = targets, advantages, completion_cu
+            loss, stats = fused_grpo_loss(_input[mask], weight, *rest, temperature=self.temperature, **o._asdict())
             return loss, (*((stats.kl,) if o.beta else ()), stats.clip_region)
         logps = self._scored(_input, weight, bias, targets, mask)
-        losses = o.token_losses(logps, old, ref, factor, advantages, mask)
-        loss, metrics = o.reduced(losses, mask, num_items_in_batch)
+        losses = objective.token_losses(logps, old, ref, factor, advantages, mask)
+        loss, metrics = objective.reduced(losses, mask, num_items_in_batch)
         return loss, tuple(metrics)
 
     def _scored(self, hidden, weight, bias, targets, mask) -> Tensor:
-        """(B, T), 0 where nothing is scored."""
+        """logps (B, T), 0 where `mask` is false."""
         logps = head_logps(hidden[mask], weight, targets, bias=bias, logit_map=LogitMap(self.temperature))["log_probs"]
         return torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
 
@@ -332,7 +307,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
 
 def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
-    """(B, L) bool: the scored ones of `ids` (B, L)."""
+    """(B, L) bool, which of `ids` (B, L) are scored."""
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     if mask.shape != ids.shape:

@@ -1,10 +1,11 @@
-"""The reward functions of VLM-R1 as UniVG-R1 has them: an answer's box and its format (DESIGN section 3)."""
+"""The reward functions of VLM-R1 in UniVG-R1's version: the IoU of an answer's box, and its format."""
 
 import torch
 
-from boxgrpo.kernels.rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
+from boxgrpo.kernels.rewards import GroundingRewards, grounding_rewards, pack_texts
+from boxgrpo.kernels.rewards_torch import ANSWER_FORMATS
 
-COCO = "dataset/coco/train2014/COCO"  # in the path of a single-image example, which UniVG-R1 asks for no thinking
+COCO = "dataset/coco/train2014/COCO"  # in the path of a single-image example, whose prompt requests no thinking
 
 
 def iou_reward(completions: list[list[dict]], solution: list, **kwargs) -> list[float]:
@@ -34,7 +35,7 @@ def iou_reward(completions: list[list[dict]], solution: list, **kwargs) -> list[
 
 
 def format_reward_rec(completions: list[list[dict]], **kwargs) -> list[float]:
-    """1 for each answer in the asked format, else 0, by `grounding_rewards`; arguments and errors as `iou_reward`."""
+    """1 for each answer in the requested format, else 0; arguments and errors as `iou_reward`."""
     return _rewards(completions, torch.zeros(len(completions), 4), kwargs).format.tolist()
 
 

@@ -110,7 +110,7 @@ extern "C" [[noreturn]] void emulated_assert_fail(const char* assertion, const c
 }
 
 #define LAUNCH(kernel, blocks, threads, stream, ...) ((void)stream, launch(kernel, blocks, threads, __VA_ARGS__))
-#include "../csrc/box_parser_cuda.cu"
+#include "box_parser_cuda.cu"
 
 extern "C" {
 const char* failed_assertion() { return failed; }

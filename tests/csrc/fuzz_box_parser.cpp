@@ -2,8 +2,8 @@
 // and as token ids.
 //
 // With -fsanitize=fuzzer and -DBOXGRPO_LIBFUZZER this is a libFuzzer target; without, a program that reads cases
-// (format, size in 4 bytes, text) from standard input and writes what it found in each. bench/reward_bench/fuzz_rewards.py builds and
-// runs both.
+// (format, size in 4 bytes, text) from standard input and writes what it found in each. fuzz_rewards.py builds and runs
+// both.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +28,7 @@ struct Found {
   int32_t spans[4] = {-1, -1, -1, -1};
   uint8_t found = 0, well_formed = 0, padding[2] = {0, 0};
 };
-static_assert(sizeof(Found) == 36, "what bench/reward_bench/fuzz_rewards.py reads");
+static_assert(sizeof(Found) == 36, "what fuzz_rewards.py reads");
 
 // -- the plain matcher -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from boxgrpo.bench.kernel_bench.compile_cuda import CAPABILITIES, KERNELS, SOURCE, compile_cuda
-from boxgrpo.bench.reward_bench.fuzz_rewards import completions, tokenized
 from boxgrpo.kernels import (
     ANSWER_FORMATS,
     GroundingRewards,
@@ -22,6 +21,7 @@ from boxgrpo.kernels import (
     pack_texts,
 )
 from boxgrpo.kernels.vocabulary import unpacked
+from fuzz_rewards import completions, tokenized
 
 HERE = pathlib.Path(__file__).resolve().parent
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
@@ -77,6 +77,7 @@ def emulator(tmp_path_factory):
         pytest.skip("no g++ here")
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-UNDEBUG"]
+    flags += ["-I", str(SOURCE.parent)]
     # A word that is not at a multiple of 8 ends a GPU's kernel, and here the process.
     flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(["g++", *flags, str(HERE / "cuda_on_cpu.cpp"), "-o", str(library)], check=True)

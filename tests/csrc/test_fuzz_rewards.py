@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 
+import fuzz_rewards
 from boxgrpo.bench.machine import RESULTS
-from boxgrpo.bench.reward_bench import fuzz_rewards
-from boxgrpo.bench.reward_bench.fuzz_rewards import MARKS, TAGS, compiled, completions, differential, guided, sanitized
-from boxgrpo.kernels import ANSWER_FORMATS, extension, grounding_rewards, pack_texts
+from boxgrpo.kernels import ANSWER_FORMATS, dispatch, grounding_rewards, pack_texts
+from fuzz_rewards import MARKS, TAGS, compiled, completions, differential, guided, sanitized
 
 SEED = random.SystemRandom().randrange(2**32)  # a failure names it
 
 
-@pytest.mark.skipif(extension.MISSING is not None, reason="csrc/ is not compiled")
+@pytest.mark.skipif(dispatch.MISSING is not None, reason="csrc/ is not compiled")
 def test_the_operators_agree_with_re():
     """Text and token ids, every answer format; enough answers are good for the agreement to mean something."""
     counts = differential(6, SEED)
@@ -44,12 +44,12 @@ BROKEN = {  # what the texts, the matcher and the pieces do not show: the readin
 @pytest.mark.parametrize("fault", BROKEN)
 def test_the_sanitizers_see(tmp_path, monkeypatch, fault):
     name, right, wrong = BROKEN[fault]
-    for path in fuzz_rewards.DRIVER.parent.glob("*.*"):
+    for path in fuzz_rewards.HEADERS.glob("*.h"):
         shutil.copy(path, tmp_path)
     source = (tmp_path / name).read_text()
     assert right in source
     (tmp_path / name).write_text(source.replace(right, wrong))
-    monkeypatch.setattr(fuzz_rewards, "DRIVER", tmp_path / fuzz_rewards.DRIVER.name)
+    monkeypatch.setattr(fuzz_rewards, "HEADERS", tmp_path)
     with pytest.raises(SystemExit, match=f"seed {SEED}"):
         sanitized(200, SEED, compiled(tmp_path, "g++", "-fsanitize=address,undefined"))
 

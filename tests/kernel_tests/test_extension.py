@@ -12,7 +12,7 @@ import torch
 from boxgrpo.kernels import (
     VocabularyBytes,
     box_iou,
-    extension,
+    dispatch,
     grounding_rewards,
     grounding_rewards_from_ids,
     pack_texts,
@@ -20,7 +20,7 @@ from boxgrpo.kernels import (
 
 ANSWER = b"<think>a</think><answer>(100, 200), (300, 400)</answer>"
 GOLD = torch.tensor([[100.0, 200.0, 300.0, 400.0]])
-compiled = pytest.mark.skipif(extension.MISSING is not None, reason=f"csrc/ is not compiled: {extension.MISSING}")
+compiled = pytest.mark.skipif(dispatch.MISSING is not None, reason=f"csrc/ is not compiled: {dispatch.MISSING}")
 
 # Without the compiled module: no warning at import, one at first use, and the twin's results.
 WITHOUT = """
@@ -63,7 +63,7 @@ def test_without_it_the_twin_serves_with_one_warning_at_first_use():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_where_there_is_a_compiler_it_is_there():
     """An installation says nothing of a source that did not compile, and the tests marked so would only be skipped."""
-    assert extension.MISSING is None, f"csrc/ is not compiled: {extension.MISSING}. Run `make install`."
+    assert dispatch.MISSING is None, f"csrc/ is not compiled: {dispatch.MISSING}. Run `make install`."
 
 
 @compiled

@@ -32,9 +32,9 @@ pytestmark = LANE
 def test_the_head(n, vocabulary, wanted, variant, monkeypatch):
     """token_logps and the fused loss, over several chunks of logits and of gradients, a ragged one last."""
     rows = 2 if n == 6 else 16
-    monkeypatch.setattr("boxgrpo.kernels.doors_triton.LOGIT_BYTES", 4 * vocabulary * rows)
-    monkeypatch.setattr("boxgrpo.kernels.doors_triton.GRADIENT_BYTES", 4 * vocabulary * 5 * rows // 2)
-    monkeypatch.setattr("boxgrpo.kernels.doors_triton.ROW_MULTIPLE", rows)
+    monkeypatch.setattr("boxgrpo.kernels.chunks.LOGIT_BYTES", 4 * vocabulary * rows)
+    monkeypatch.setattr("boxgrpo.kernels.chunks.GRADIENT_BYTES", 4 * vocabulary * 5 * rows // 2)
+    monkeypatch.setattr("boxgrpo.kernels.chunks.ROW_MULTIPLE", rows)
     g, width = seeded(), 24
     case = make_case(n, vocabulary, torch.float32, 0.8)
     hidden, weight = (torch.randn(size, width, generator=g).to(DEVICE) for size in (n, vocabulary))

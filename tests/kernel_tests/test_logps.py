@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from boxgrpo.kernels import chunks, fused_grpo_loss, token_logps, token_logps_from_logits
+from boxgrpo.kernels import chunks, fused_grpo_loss, rows_torch, token_logps, token_logps_from_logits
 
 N, V, H = 7, 13, 5
 
@@ -36,7 +36,7 @@ def dense(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("door", ["head", "logits"])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_values_and_any_upstream_gradient(case, door, inplace, entropy, chunk, monkeypatch):
-    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
+    monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_, **__: chunk)
     hidden, weight, targets = case
     got = doors(inplace)[door](hidden, weight, targets, temperature=0.6, entropy=entropy)
     want = dense(hidden, weight, targets, 0.6)
@@ -61,11 +61,11 @@ def test_gradcheck(case, door):
 
 def test_only_the_wanted_gradient_is_made(case, monkeypatch):
     hidden, weight, targets = case
-    made, gradients = [], chunks.HeadRows.gradients
+    made, results = [], chunks.HeadGradients.results
     monkeypatch.setattr(
-        chunks.HeadRows,
-        "gradients",
-        lambda self, *like: made.append((self.dhidden is None, self.dweight is None)) or gradients(self, *like),
+        chunks.HeadGradients,
+        "results",
+        lambda self, dtype: made.append((self.dhidden is None, self.dweight is None)) or results(self, dtype),
     )
     token_logps(hidden, weight.detach(), targets).sum().backward()
     token_logps(hidden.detach(), weight, targets).sum().backward()

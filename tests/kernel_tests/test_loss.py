@@ -5,7 +5,15 @@ import torch
 from torch.autograd import gradcheck
 
 import kernel_cases
-from boxgrpo.kernels import LossOptions, chunks, fused_grpo_loss, fused_grpo_loss_from_logits, grpo_loss, token_logps
+from boxgrpo.kernels import (
+    LossOptions,
+    chunks,
+    fused_grpo_loss,
+    fused_grpo_loss_from_logits,
+    grpo_loss,
+    rows_torch,
+    token_logps,
+)
 
 N, V, H = 11, 13, 5
 CU = torch.tensor([0, 3, 3, 4, 11], dtype=torch.int32)  # one completion is empty
@@ -106,7 +114,7 @@ def gradients(loss, *inputs):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_the_formulas(case, variant, door, chunk, monkeypatch):
     """Loss, both gradients and every statistic, with all rows in one chunk and with a ragged last chunk."""
-    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
+    monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_, **__: chunk)
     hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
     options = options_of(case, **VARIANTS[variant])
     want, want_stats = dense(hidden, weight, case, options)
@@ -193,8 +201,8 @@ def test_micro_batches_with_a_global_count_add_up_to_the_whole(case):
 def test_rows_without_gradient_do_not_reach_the_product(case, level, monkeypatch):
     """A completion with advantage 0 and no KL is dropped: its rows of dhidden are 0, and never multiplied."""
     case |= {"advantages": torch.tensor([0.0, 1.0, 0.0, 1.0]), "ref_logps": None}
-    products, product = [], chunks._product
-    monkeypatch.setattr(chunks, "_product", lambda a, b, out: products.append(a.shape) or product(a, b, out))
+    products, product = [], chunks.product
+    monkeypatch.setattr(chunks, "product", lambda a, b, out: products.append(a.shape) or product(a, b, out))
     hidden = case["hidden"].requires_grad_()
     loss, _ = run("head", case, options_of(case, importance_sampling_level=level, epsilon=1.0, epsilon_high=9.0))
     (dhidden,) = gradients(loss, hidden)
@@ -204,8 +212,9 @@ def test_rows_without_gradient_do_not_reach_the_product(case, level, monkeypatch
 
 def test_a_frozen_head_gets_no_gradient_product(case, monkeypatch):
     wanted = []
+    results = chunks.HeadGradients.results
     monkeypatch.setattr(
-        chunks.HeadRows, "gradients", lambda self, *_: wanted.append(self.dweight) or (self.dhidden, torch.empty(0))
+        chunks.HeadGradients, "results", lambda self, dtype: wanted.append(self.dweight) or results(self, dtype)
     )
     case["hidden"].requires_grad_()
     run("head", case, {})[0].backward()

@@ -175,7 +175,7 @@ def test_nan_does_not_reach_a_row_without_gradient(backend):
 
 def test_a_loss_scale_reaches_every_element(monkeypatch):
     """Far more blocks than programs, whole and strided: each program goes round several times."""
-    monkeypatch.setattr("boxgrpo.kernels.loss_triton.SCALE_PROGRAMS", 2)
+    monkeypatch.setattr("boxgrpo.kernels.scale_triton.SCALE_PROGRAMS", 2)
     case = make_case(6, 20_000, torch.float32, 1.0)
     rest = case["targets"], case["advantages"], case["completion_cu"]
     for logits in (case["logits"], case["logits"].t().contiguous().t()):

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from boxgrpo.bench.reward_bench.fuzz_rewards import completions
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, box_mark_ids, qwen2_tokenizer, token_bytes
+from fuzz_rewards import completions
 
 ROWS = 151_936  # of the 2B's head
 END = 151_645

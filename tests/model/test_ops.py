@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from boxgrpo.kernels.checks import interpreting
+from boxgrpo.kernels.dispatch import interpreting
 from boxgrpo.model import ops
 from boxgrpo.model.rope import mrope
 

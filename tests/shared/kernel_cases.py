@@ -7,7 +7,7 @@ which `make test` does. Otherwise each of them is a `gpu` test.
 import pytest
 import torch
 
-from boxgrpo.kernels.checks import interpreting
+from boxgrpo.kernels.dispatch import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 LANE = [] if interpreting() else [pytest.mark.gpu]

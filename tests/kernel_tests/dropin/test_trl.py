@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from boxgrpo.kernels import chunks, dropin
+from boxgrpo.kernels import dropin, rows_torch
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 utils = pytest.importorskip("trl.trainer.utils")
@@ -70,7 +70,7 @@ def check(ours, theirs, truth, eager):
 @pytest.mark.parametrize("outputs", ["default", ("log_probs", "entropy"), ("log_probs",)])
 @pytest.mark.parametrize("head", HEADS)
 def test_chunked_log_prob_function(head, outputs, chunk, monkeypatch):
-    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
+    monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_, **__: chunk)
     options = {"temperature": 0.7, "softcap": None, "scale": 1.0} | HEADS[head]
     inputs, targets = make_head(**options)
     wanted = NAMES if outputs == "default" else outputs

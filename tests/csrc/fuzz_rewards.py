@@ -1,6 +1,6 @@
 """The compiled box parser against Python's `re`, on completions made to tell them apart.
 
-    python bench/reward_bench/fuzz_rewards.py [--seconds 60] [--seed 0] [--json FILE]
+    python tests/csrc/fuzz_rewards.py [--seconds 60] [--seed 0] [--json FILE]
 
 Three runs of so many seconds: the operators, from text and from token ids that cut it anywhere; the parser's header
 under AddressSanitizer and UndefinedBehaviorSanitizer, by g++; and libFuzzer on it, by clang. A run whose compiler is
@@ -26,7 +26,8 @@ import torch
 from boxgrpo.bench.machine import machine
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 
-DRIVER = Path(__file__).resolve().parents[2] / "tests/csrc/fuzz_box_parser.cpp"
+DRIVER = Path(__file__).resolve().parent / "fuzz_box_parser.cpp"
+HEADERS = DRIVER.parents[2] / "csrc"
 BATCH = 2000
 MARKS = (b"<|box_start|>", b"<|box_end|>")
 TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>", *MARKS)
@@ -150,7 +151,7 @@ def differential(seconds: float, seed: int) -> Counter:
 
 def compiled(folder: Path, compiler: str, *flags: str) -> Path:
     program = folder / "fuzz_box_parser"
-    options = ["-std=c++20", "-O1", "-g", "-fno-sanitize-recover=all", *flags]
+    options = ["-std=c++20", "-O1", "-g", "-fno-sanitize-recover=all", "-I", str(HEADERS), *flags]
     subprocess.run([compiler, *options, str(DRIVER), "-o", str(program)], check=True)
     return program
 

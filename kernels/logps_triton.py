@@ -1,0 +1,151 @@
+"""Triton kernels of the log-probabilities: forward with entropy, and the gradient of any upstream of both."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunks import HeadSweep, LogitSweep
+from .launch import Launch
+from .rows_triton import LN2, LOG2E, absorb, join, load_block, row_arguments, row_config, target_logit, tiles
+
+
+@triton.jit
+def logps_kernel(
+    logits,
+    row_stride,
+    column_stride,
+    vocabulary,
+    inverse_temperature,
+    floor,
+    targets,
+    logps,
+    entropy,
+    peaks,
+    log_masses,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits + row * row_stride
+    scale = inverse_temperature * LOG2E
+    top = tl.full((THREADS,), floor, tl.float32)
+    total = tl.zeros((THREADS,), tl.float32)
+    weighted = tl.zeros((THREADS,), tl.float32)
+    for at in range(0, vocabulary, BLOCK):
+        z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
+        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
+    peak, log_mass, nats = join(top, total, weighted, scale)
+    chosen = target_logit(row_ptr, tl.load(targets + row), column_stride, vocabulary, floor)
+    tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
+    tl.store(entropy + row, nats)
+    tl.store(peaks + row, peak)
+    tl.store(log_masses + row, log_mass)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,
+    row_stride,
+    column_stride,
+    vocabulary,
+    inverse_temperature,
+    floor,
+    targets,
+    dlogps,
+    dentropy,
+    entropy,
+    peaks,
+    log_masses,
+    dlogits,
+    out_row_stride,
+    out_column_stride,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK
+    columns = at + tl.arange(0, BLOCK)
+    dlogp = tl.load(dlogps + row).to(tl.float32) * inverse_temperature
+    slope = 0.0
+    if dentropy is not None:
+        slope = tl.load(dentropy + row).to(tl.float32) * inverse_temperature
+    dz = tl.zeros((BLOCK,), tl.float32)
+    if (dlogp != 0) | (slope != 0):  # otherwise the row is not read
+        z = load_block(logits + row * row_stride, at, column_stride, vocabulary, floor, BLOCK)
+        x = (z - tl.load(peaks + row)) * (inverse_temperature * LOG2E) - tl.load(log_masses + row)
+        factor = dlogp
+        if dentropy is not None:  # d entropy / d z = -p (log p + entropy) / temperature
+            factor = dlogp + slope * (x * LN2 + tl.load(entropy + row))
+        dz = tl.where(columns == tl.load(targets + row), dlogp, 0.0) - factor * tl.exp2(x)
+    out = dlogits + row * out_row_stride + columns.to(tl.int64) * out_column_stride
+    tl.store(out, dz.to(dlogits.dtype.element_ty), mask=columns < vocabulary)
+
+
+def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
+    """logits (N, V), targets (N) -> the other four, (N) fp32 each: one read of the logits."""
+    config = row_config("logps", logits.shape[1], logits.itemsize)
+    arguments = *row_arguments(logits, temperature), targets.contiguous(), logps, entropy, peaks, log_masses
+    constants = tiles(config, logits.itemsize)
+    return Launch(logps_kernel, (logits.shape[0],), arguments, constants, config.num_warps)
+
+
+def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
+    """Upstream (N), and the results of `logps_launch`, -> dlogits (N, V); dentropy and entropy may be None."""
+    config = row_config("gradient", logits.shape[1], logits.itemsize)
+    upstream = dlogps, dentropy, entropy, peaks, log_masses
+    arguments = *row_arguments(logits, temperature), targets.contiguous(), *upstream, dlogits, *dlogits.stride()
+    programs = logits.shape[0] * triton.cdiv(logits.shape[1], config.block)
+    return Launch(gradient_kernel, (programs,), arguments, {"BLOCK": config.block}, config.num_warps)
+
+
+def token_logps_triton(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    """(N, H), (V, H), (N) -> logps (N), entropy (N) or (0), and the backward's state (2, N): 2·N·V·H FLOP.
+
+    The state is each row's maximum and log2 of its sum.
+    """
+    return _wanted(entropy, *sweep_logps(HeadSweep(hidden, weight), targets, temperature))
+
+
+def token_logps_backward_triton(
+    hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight
+) -> tuple[Tensor, Tensor]:
+    """dhidden (N, H), dweight (V, H); an unwanted one is (0). Computes the logits again: 6·N·V·H FLOP."""
+    sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
+    return sweep_gradients(sweep, targets, temperature, state, dlogps, entropy, dentropy)
+
+
+def token_logps_from_logits_triton(logits, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    """As `token_logps_triton`, from logits (N, V). One read of them: 2·N·V bytes in bf16."""
+    return _wanted(entropy, *sweep_logps(LogitSweep(logits), targets, temperature))
+
+
+def token_logps_from_logits_backward_triton(
+    logits, targets, temperature, entropy, state, dlogps, dentropy, overwrite: bool = False
+) -> Tensor:
+    """dlogits (N, V): one read and one write; a row without an upstream gradient is not read."""
+    sweep = LogitSweep(logits, grad=True, overwrite=overwrite)
+    return sweep_gradients(sweep, targets, temperature, state, dlogps, entropy, dentropy)[0]
+
+
+def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """logps (N), entropy (N) and state (2, N)."""
+    logps, entropy, state = (torch.empty(*shape, targets.shape[0], device=targets.device) for shape in ((), (), (2,)))
+    for rows, logits, _ in sweep:
+        logps_launch(logits, targets[rows], temperature, logps[rows], entropy[rows], *state[:, rows]).run()
+    return logps, entropy, state
+
+
+def sweep_gradients(sweep: HeadSweep | LogitSweep, targets, temperature, state, dlogps, entropy=None, dentropy=None):
+    """The sweep's results, from upstream gradients (N). `entropy` may be None or (0): it was not wanted."""
+    with_entropy = entropy is not None and entropy.numel() == targets.numel()
+    for rows, logits, dlogits in sweep:
+        upstream = (dentropy[rows].contiguous(), entropy[rows]) if with_entropy else (None, None)
+        rest = dlogps[rows].contiguous(), *upstream, *state[:, rows], dlogits
+        gradient_launch(logits, targets[rows], temperature, *rest).run()
+    return sweep.results()
+
+
+def _wanted(entropy: bool, logps: Tensor, nats: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return logps, nats if entropy else nats.new_empty(0), state
