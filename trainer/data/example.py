@@ -13,6 +13,12 @@ from PIL import Image
 from .images import upright_size
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+# As in the paper's code (ARCHITECTURE.md, section "The mathematics").
+THINK_SUFFIX = (
+    " First output the thinking process in <think> </think> tags"
+    " and then output the bounding box in <answer> </answer> tags."
+)
+BOX_PREFIX = "This is a single image grounding task with simple reference. "
 UNSIZED = 1_000_000  # pixels of an image whose size is not looked at: only the order of a box's corners is checked
 _PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # a path below: no part is empty or begins with a dot
 

@@ -15,16 +15,9 @@ from boxgrpo.model.batch import Conversation, Prompt
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.rope import mrope_position_ids
 
-from .example import Example, box_text, plain_text
+from .example import BOX_PREFIX, THINK_SUFFIX, Example, box_text, plain_text
 from .images import MIN_SIDE, load_image
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
-
-# As in the paper's code (ARCHITECTURE.md, section "The mathematics").
-THINK_SUFFIX = (
-    " First output the thinking process in <think> </think> tags"
-    " and then output the bounding box in <answer> </answer> tags."
-)
-BOX_PREFIX = "This is a single image grounding task with simple reference. "
 
 _VISION_TOKENS = [token for token in SPECIAL_TOKENS if "vision" in token or "_pad" in token]
 

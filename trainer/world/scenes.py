@@ -1,4 +1,4 @@
-"""Drawn scenes for the demo: coloured shapes over several small images, asked about in MIG-Bench's ten ways.
+"""Drawn scenes for the demo: coloured shapes over several small images, with MIG-Bench's ten kinds of question.
 
 A scene is planned first (what stands where, the question, the reasoning) and drawn when its pixels are asked for. All
 boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. What was left
@@ -27,7 +27,7 @@ from PIL import Image
 
 from boxgrpo.trainer.data.example import box_text
 
-from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, paint, ruled
+from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, add_rulers, paint
 
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
@@ -41,7 +41,6 @@ PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom lef
 class Scene:
     """One drawn question with one gold box: `gold` lies on `images[target_image]`, 0-1000, both corners continuous."""
 
-    task: str
     size: int  # pixels, the side of every image
     layouts: tuple[Layout, ...]
     question: str
@@ -52,11 +51,11 @@ class Scene:
     @functools.cached_property
     def images(self) -> tuple[Image.Image, ...]:
         """The RGB images, drawn at first use."""
-        return tuple(ruled(paint(layout, self.size)) for layout in self.layouts)
+        return tuple(add_rulers(paint(layout, self.size)) for layout in self.layouts)
 
     @property
     def completion(self) -> str:
-        """The ideal answer in the trainer's format (DESIGN section 3)."""
+        """The ideal answer in the trainer's format."""
         return f"<think>{self.chain}</think><answer>{box_text(self.gold)}</answer>"
 
     @property
@@ -65,7 +64,7 @@ class Scene:
         return [(number, thing) for number, layout in enumerate(self.layouts, 1) for thing in layout.things]
 
     @property
-    def asides(self) -> list[tuple[str, str]]:
+    def other_questions(self) -> list[tuple[str, str]]:
         """Plain questions about the scene's other objects, each with its box: more to learn from the same images."""
         gold = self.target_image + 1, self.gold
         return [(where(n, thing), box_text(thing.box)) for n, thing in self.objects if (n, thing.box) != gold]
@@ -74,12 +73,6 @@ class Scene:
 def where(number: int, thing: Thing) -> str:
     """The plain question about one object of one image."""
     return f"Where is the {thing.kind} in image {number}?"
-
-
-def with_margin(box: Box) -> Box:
-    """`box` as a generous annotator draws it: a cell of background on every side, as far as the image goes."""
-    x1, y1, x2, y2 = box
-    return max(x1 - CELL, 0), max(y1 - CELL, 0), min(x2 + CELL, 1000), min(y2 + CELL, 1000)
 
 
 def place(box: Box) -> str:
@@ -93,7 +86,7 @@ class _NoRoom(Exception):
 
 
 class _Sketch:
-    """The random choices of one scene. No kind is handed out twice, so only what a task repeats is ever repeated."""
+    """The random choices of one scene. `take` returns no kind twice, so only what a task repeats occurs twice."""
 
     def __init__(self, rng: random.Random, level: int):
         self.rng, self.level = rng, level
@@ -110,7 +103,7 @@ class _Sketch:
         return kind
 
     def others(self, subject: Kind, accept: Callable[[Kind], bool] = lambda kind: True) -> list[Kind]:
-        """Kinds to stand beside `subject`, as like it as the level says."""
+        """Kinds to stand beside `subject`, as similar to it as the level has them."""
         kinds = []
         for k in range(self.rng.randint(*OTHERS[self.level])):
             alike = (0,) if self.level == 0 else (1,) if self.level == 2 and k == 0 else (0, 1)
@@ -308,18 +301,8 @@ def _correspondence(s: _Sketch) -> _Plan:
     return _Plan(layouts, 1, second.things[0], questions, f"The {framed} corresponds to the {subject}")
 
 
-TASKS: dict[str, Callable[[_Sketch], _Plan]] = {
-    "diff": _diff,
-    "view_diff": _view_diff,
-    "common_object": _common_object,
-    "object_tracking": _object_tracking,
-    "multi_view": _multi_view,
-    "region": _region,
-    "refer_grounding": _refer_grounding,
-    "group_grounding": _group_grounding,
-    "reasoning": _reasoning,
-    "correspondence": _correspondence,
-}
+_PLANS = (_diff, _view_diff, _common_object, _object_tracking, _multi_view, _region, _refer_grounding, _group_grounding)
+TASKS = {plan.__name__[1:]: plan for plan in (*_PLANS, _reasoning, _correspondence)}
 
 
 def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scene:
@@ -331,10 +314,8 @@ def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scen
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; the world draws {', '.join(TASKS)}. Name one of these.")
-    if level not in (0, 1, 2):
-        raise ValueError(
-            f"level is {level!r}; the world has levels 0 (plain), 1 and 2 (confusable). Name one of these."
-        )
+    if level not in range(len(IMAGES)):
+        raise ValueError(f"level is {level!r}; the world has levels 0 (plain), 1 and 2 (confusable). Name one.")
     if size <= 0 or size % 56:
         raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Take 112.")
     rng = random.Random(f"{task} {level} {seed}")
@@ -344,4 +325,4 @@ def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scen
             plan = TASKS[task](_Sketch(rng, level))
     chain = f"{plan.finding} in image {plan.target_image + 1} at the {place(plan.gold.box)}."
     question = rng.choice(plan.questions)
-    return Scene(task, size, tuple(plan.layouts), question, plan.gold.box, plan.target_image, chain)
+    return Scene(size, tuple(plan.layouts), question, plan.gold.box, plan.target_image, chain)

@@ -59,11 +59,11 @@ OUTLINES = {  # corners in the unit square; every outline touches its four sides
 }
 
 
-def ruled(image: Image.Image) -> Image.Image:
-    """The picture under a grid of rulers: on the left and the top of every patch, a tick that tells its row and column.
+def add_rulers(image: Image.Image) -> Image.Image:
+    """The picture under a grid of rulers: a tick on the left and the top of every patch marks its row and column.
 
-    So each patch, of up to 13 x 13, shows where it lies, whatever is drawn on it. Qwen2-VL's positions are purely
-    relative and leave that to be worked out from the borders: a large model can, one that learns for minutes cannot.
+    So each patch, of up to 13 x 13, shows its position, whatever is drawn on it. Qwen2-VL's positions are relative:
+    absolute ones follow from the borders, which a large model can learn and one trained for minutes cannot.
     """
     pixels = np.array(image)
     height, width = pixels.shape[:2]
@@ -77,7 +77,7 @@ def ruled(image: Image.Image) -> Image.Image:
 
 
 def paint(layout: Layout, size: int) -> Image.Image:
-    """An image of the scene before it is ruled."""
+    """An image of the scene, without rulers."""
     image = Image.new("RGB", (size, size), layout.tint)
     pen = ImageDraw.Draw(image)
     if layout.framed:  # first, so that it never covers a pixel of an object

@@ -20,7 +20,7 @@ def tiny_config(
     """A config with the real patch sizes and any vocabulary.
 
     At this width the published init of 0.02 leaves attention flat for hundreds of steps; 0.08 does not. A theta of 30
-    helps where positions must be worked out from M-RoPE alone; the demo's images are ruled and show them.
+    helps where positions must be learned from M-RoPE alone; the demo's images show them by rulers.
 
     Args:
         special_ids: token string -> id of the tokenizer's special tokens, `<|image_pad|>` among them.

@@ -1,7 +1,7 @@
-"""The drawn scenes' reasoning chains are true: every sentence is read back and held against what stands where.
+"""The drawn scenes' reasoning chains are true: every sentence is parsed and compared with the scene's layouts.
 
-The reader knows no task and none of the planner's choices, only layouts: kinds, boxes, frames. A chain is true when
-every sentence is one that it can read and all of them hold.
+The parser uses no task and none of the planner's choices, only layouts: kinds, boxes, frames. A chain is true when
+every sentence can be parsed and all of them hold.
 """
 
 import itertools
@@ -24,7 +24,7 @@ def of(kind):
 
 
 def things(scene, number):
-    """What stands in an image, counted from 1; nothing in one that is not there."""
+    """The objects of an image, counted from 1; none for an image that is not there."""
     return scene.layouts[int(number) - 1].things if int(number) <= len(scene.layouts) else ()
 
 
@@ -101,7 +101,7 @@ def odd(scene, shared, kind):
     return all((word in k) == (k != of(kind)) for k in kinds) and kinds.count(of(kind)) == 1
 
 
-SENTENCES = {  # what a chain can say, and when it holds; "it" is the object named before
+SENTENCES = {  # of a chain, and when each holds; "it" is the object named before
     rf"Image (\d) shows the {KIND}\.": lambda scene, it, n, kind: shows(scene, n, kind),
     rf"The {KIND} is in (both|all) images, {AT}\.": lambda scene, it, *said: everywhere(scene, *said),
     rf"The {KIND} is only {AT}\.": lambda scene, it, *said: only(scene, *said),
@@ -109,14 +109,14 @@ SENTENCES = {  # what a chain can say, and when it holds; "it" is the object nam
     rf"The {KIND} moves (left|right|up|down)\.": lambda scene, it, *said: moves(scene, *said),
     rf"The framed {KIND} is {AT}\.": lambda scene, it, kind, *at: framed(scene, kind) and stands(scene, kind, *at),
     rf"The {KIND} corresponds to the {KIND} {AT}\.": lambda scene, it, *said: corresponds(scene, *said),
-    r"All others are (\w+)\.": lambda scene, it, shared: True,  # of whom, the next sentence says: `odd` below
+    r"All others are (\w+)\.": lambda scene, it, shared: True,  # checked with the next sentence: `odd` below
     rf"The {KIND} is {AT}\.": lambda scene, it, *said: stands(scene, *said),
     rf"It is {AT}\.": lambda scene, it, *at: stands(scene, it, *at),
 }
 
 
 def true(scene, chain):
-    """Whether every sentence of the chain is understood and holds, and the last one points at the gold object."""
+    """Whether every sentence of the chain is parsed and holds, and the last one names the gold object."""
     it = shared = None
     for sentence in re.findall(r"[^.]+\.", chain):
         read = [(m, holds) for form, holds in SENTENCES.items() if (m := re.fullmatch(form, sentence.strip()))]
@@ -142,7 +142,7 @@ def true(scene, chain):
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_chain_is_true_of_its_scene_and_of_hardly_another(task, level):
+def test_every_chain_is_true_of_its_scene_and_false_of_almost_all_others(task, level):
     scenes = [draw_scene(task, seed, level=level) for seed in SEEDS]
     assert [s.chain for s in scenes if not true(s, s.chain)] == []
     others = [(s, o.chain) for s, o in itertools.permutations(scenes, 2) if s.chain != o.chain]
@@ -170,7 +170,7 @@ SWAPPED = {"left": "right", "right": "left", "up": "down", "down": "up", "both":
     ],
 )
 def test_a_chain_with_a_word_changed_is_false(task, change):
-    """So the test above would see it: each is a mistake that a planner could make."""
+    """So the test above can fail: each change is a mistake that a planner could make."""
     scenes = [draw_scene(task, seed, level=1) for seed in SEEDS]
     changed = [(s, change(s.chain)) for s in scenes if change(s.chain) != s.chain]
     believed = [chain for s, chain in changed if true(s, chain)]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from boxgrpo.trainer.world.scenes import IMAGES, OTHERS, TASKS, box_text, draw_scene
-from boxgrpo.trainer.world.shapes import COLOURS, FRAME, SHAPES, Kind, Layout, Thing, paint, ruled
+from boxgrpo.trainer.world.shapes import COLOURS, FRAME, SHAPES, Kind, Layout, Thing, add_rulers, paint
 
 SEEDS = range(12)
 SCENES = [(task, level) for task in TASKS for level in (0, 1, 2)]
@@ -73,17 +73,10 @@ def test_the_pixels_of_a_colour_fill_exactly_the_boxes_of_its_things(task, level
 
 
 @every_scene
-def test_the_chain_is_short_and_names_the_gold_object_its_image_and_its_place(task, level):
+def test_chain_and_question_are_short(task, level):
     for scene in scenes(task, level):
-        x, y = ((scene.gold[k] + scene.gold[k + 2]) / 2 for k in (0, 1))
-        across = "left" if x < 1000 / 3 else "right" if x > 2000 / 3 else ""
-        down = "top" if y < 1000 / 3 else "bottom" if y > 2000 / 3 else ""
-        words = f"{down} {across}".strip() or "centre"
-        assert scene.chain.endswith(f"in image {scene.target_image + 1} at the {words}.")
-        assert str(gold_thing(scene).kind) in scene.chain
-        assert 8 <= len(scene.chain.split()) <= 17
-        assert len(scene.question.split()) <= 20
-        if task not in ("group_grounding", "diff", "reasoning"):  # these leave it to the model to find the image
+        assert 8 <= len(scene.chain.split()) <= 17 and len(scene.question.split()) <= 20
+        if task not in ("group_grounding", "diff", "reasoning"):  # here the image is part of the answer
             assert f"image {scene.target_image + 1}" in scene.question
 
 
@@ -124,7 +117,7 @@ def test_every_shape_has_its_area_and_looks_like_no_other():
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_wrong_objects_are_as_many_and_as_like_as_the_level_says(level):
+def test_wrong_objects_are_as_many_and_as_similar_as_the_level_has_them(level):
     for scene in scenes("group_grounding", level):
         subject = gold_thing(scene).kind
         for k, layout in enumerate(scene.layouts):
@@ -143,7 +136,6 @@ class TestTheQuestionHasOneAnswer:
         for scene in scenes("common_object", level):
             common = set.intersection(*(set(kinds(layout)) for layout in scene.layouts))
             assert common == {gold_thing(scene).kind}
-            assert ("both" if len(scene.layouts) == 2 else "all") + " images" in scene.chain
 
     def test_refer_grounding(self, level):
         for scene in scenes("refer_grounding", level):
@@ -169,11 +161,9 @@ class TestTheQuestionHasOneAnswer:
             gold = gold_thing(scene)
             there = [t.kind for t in scene.layouts[1 - scene.target_image].things if t.box == scene.gold]
             if not there:
-                assert f"The {gold.kind} is only in image {scene.target_image + 1}" in scene.chain
                 changes.add("removed" if scene.target_image == 0 else "added")
             else:
                 (former,) = there
-                assert f"The {former} became the {gold.kind} in image 2" in scene.chain
                 assert (former.colour == gold.kind.colour) != (former.shape == gold.kind.shape)
                 changes.add("reshaped" if former.colour == gold.kind.colour else "recoloured")
         assert changes >= {"added", "removed"}
@@ -191,7 +181,6 @@ class TestTheQuestionHasOneAnswer:
             assert fitting and fitting != [(0, 0)], "image 2 is not image 1 moved, plus the gold object"
 
     def test_object_tracking(self, level):
-        way = {(-1, 0): "left", (1, 0): "right", (0, -1): "up", (0, 1): "down"}
         for scene in scenes("object_tracking", level):
             subject = scene.layouts[0].framed.kind
             assert subject == gold_thing(scene).kind
@@ -199,7 +188,6 @@ class TestTheQuestionHasOneAnswer:
             steps = {tuple(b - a for a, b in zip(one, two)) for one, two in itertools.pairwise(path)}
             ((dx, dy, *far),) = steps
             assert far == [dx, dy], "the object changed its size"
-            assert f"moves {way[np.sign(dx), np.sign(dy)]}." in scene.chain
             still = {frozenset(t for t in layout.things if t.kind != subject) for layout in scene.layouts}
             assert len(still) == 1, "something else moved"
 
@@ -223,13 +211,12 @@ class TestTheQuestionHasOneAnswer:
                 others = {getattr(other, field) for other in everything if other != kind}
                 if len(others) == 1 and getattr(kind, field) not in others:
                     odd.append(kind)
-                    assert re.search(rf"All others are {others.pop()}(e?s)?\.", scene.chain)
             assert odd == [gold_thing(scene).kind]
 
     def test_correspondence(self, level):
         for scene in scenes("correspondence", level):
             framed, gold = scene.layouts[0].framed.kind, gold_thing(scene).kind
-            assert f"The {framed} corresponds to the {gold} in image 2" in scene.chain and framed.colour != gold.colour
+            assert framed.colour != gold.colour
             assert [t.kind for t in scene.layouts[1].things if t.kind.shape == framed.shape] == [gold]
 
 
@@ -241,12 +228,12 @@ class TestTheQuestionHasOneAnswer:
         ("diff", {"size": 100}, "size is 100; an image side must be a multiple of 56"),
     ],
 )
-def test_what_the_world_cannot_draw_is_refused(task, arguments, message):
+def test_unknown_tasks_levels_and_sizes_are_refused(task, arguments, message):
     with pytest.raises(ValueError, match=message):
         draw_scene(task, 0, **arguments)
 
 
-def test_ruling_touches_only_the_lines_and_tells_every_patch_where_it_lies():
+def test_rulers_change_only_their_lines_and_mark_the_position_of_every_patch():
     scene = draw_scene("diff", 3, level=1)
     plain, image = (np.asarray(i) for i in (paint(scene.layouts[0], 112), scene.images[0]))
     lines = np.zeros((112, 112), bool)
@@ -254,17 +241,20 @@ def test_ruling_touches_only_the_lines_and_tells_every_patch_where_it_lies():
     assert (plain == image)[~lines].all()
     patches = [image[y : y + 14, x : x + 14] for y in range(0, 112, 14) for x in range(0, 112, 14)]
     assert len({patch[:, 0].tobytes() + patch[0].tobytes() for patch in patches}) == 64
-    assert ruled(Image.fromarray(plain)).tobytes() == scene.images[0].tobytes()
+    assert add_rulers(Image.fromarray(plain)).tobytes() == scene.images[0].tobytes()
 
 
 @every_scene
-def test_asides_ask_for_every_other_object_and_answer_with_its_box(task, level):
+def test_other_questions_are_about_every_other_object(task, level):
     for scene in scenes(task, level):
         everything = {
             (f"Where is the {t.kind} in image {k}?", box_text(t.box))
             for k, layout in enumerate(scene.layouts, 1)
             for t in layout.things
         }
-        assert set(scene.asides) < everything
-        assert len(everything - set(scene.asides)) == 1
-        assert all(answer != box_text(scene.gold) or str(scene.target_image + 1) not in q for q, answer in scene.asides)
+        assert set(scene.other_questions) < everything
+        assert len(everything - set(scene.other_questions)) == 1
+        assert all(
+            answer != box_text(scene.gold) or str(scene.target_image + 1) not in q
+            for q, answer in scene.other_questions
+        )

@@ -1,4 +1,4 @@
-"""The world on disk: readable records in the users' formats, reproducible, disjoint, and never mixed with another."""
+"""The world on disk: valid records in the users' formats, reproducible, disjoint, and never mixed with another."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
+from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.world.scenes import TASKS, box_text, place
 from boxgrpo.trainer.world.world import DEMO_TASKS, SPLITS, all_texts, scene_of, write_world
@@ -44,18 +44,15 @@ def test_every_record_has_its_images_and_tasks_take_turns(world):
 
 
 def test_stage_1_records_hold_the_trainers_prompt_and_a_well_formed_answer(world):
-    form = r"<think>.+?</think>\s*<answer>\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)</answer>$"
+    box = r"\((\d+), (\d+)\), \((\d+), (\d+)\)"
     for record in read(world)["cold_start"]:
-        (user, assistant), asides = record["messages"][:2], record["messages"][2:]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        assert user["content"].endswith(
-            " First output the thinking process in <think> </think> tags and then output the bounding box in"
-            " <answer> </answer> tags."
-        )
-        assert all(0 <= int(v) <= 1000 for v in re.match(form, assistant["content"]).groups())
-        assert asides  # a level-1 scene has more than the object asked for
-        assert all(m["content"].startswith("Where is the ") for m in asides[::2])
-        assert all(re.fullmatch(r"\(\d+, \d+\), \(\d+, \d+\)", m["content"]) for m in asides[1::2])
+        (user, assistant), others = record["messages"][:2], record["messages"][2:]
+        assert (user["role"], assistant["role"]) == ("user", "assistant") and user["content"].endswith(THINK_SUFFIX)
+        corners = re.fullmatch(rf"<think>.+?</think><answer>{box}</answer>", assistant["content"]).groups()
+        assert all(0 <= int(v) <= 1000 for v in corners)
+        assert others  # a level-1 scene has more than one object
+        assert all(m["content"].startswith("Where is the ") for m in others[::2])
+        assert all(re.fullmatch(box, m["content"]) for m in others[1::2])
 
 
 def test_stage_2_records_hold_question_and_box_but_no_reasoning(world):
@@ -73,9 +70,9 @@ def test_the_files_are_the_scenes_that_the_seeds_name(world):
             assert written.tobytes() == image.tobytes()
 
 
-@pytest.mark.parametrize("task", DEMO_TASKS)
+@pytest.mark.parametrize("task", ["common_object", "diff"])
 def test_no_arrangement_is_both_trained_on_and_held_out(task):
-    """At level 0 there are few: hundreds of scenes of any seeds would meet, but for the tints."""
+    """At level 0 there are so few that hundreds of scenes of any seeds share some."""
 
     def arrangements(split, seeds):
         scenes = [scene_of(split, task, seed, level=0, size=56) for seed in seeds]
@@ -86,8 +83,7 @@ def test_no_arrangement_is_both_trained_on_and_held_out(task):
     assert len(held_out) > 100 and not trained & held_out
 
 
-def test_the_training_scenes_come_with_chains_too(world):
-    """For continued SFT beside GRPO: the same scenes, in the form of the cold start."""
+def test_the_training_scenes_have_chains_in_a_file_of_their_own(world):
     chains = json.loads((world / "train_chains.json").read_text())
     for taught, asked in zip(chains, read(world)["train"], strict=True):
         assert (taught["id"], taught["images"]) == (asked["id"], asked["images"])
@@ -99,7 +95,7 @@ def test_the_same_arguments_write_the_same_bytes_with_any_number_of_processes(wo
     assert contents(write_world(tmp_path / "again", **SMALL | {"processes": 2})) == contents(world)
 
 
-def test_held_out_scenes_stay_when_the_other_splits_grow(world, tmp_path):
+def test_held_out_scenes_are_the_same_when_another_split_grows(world, tmp_path):
     larger = read(write_world(tmp_path / "larger", **SMALL | {"train": 20}))
     assert larger["held_out"] == read(world)["held_out"] and larger["train"][:8] == read(world)["train"]
 
@@ -111,34 +107,21 @@ def test_another_seed_is_another_world(world, tmp_path):
     assert images(write_world(tmp_path / "other", seed=1, **SMALL)).isdisjoint(images(world))
 
 
-def test_without_chains_the_answers_hold_the_box_alone(tmp_path):
-    folder = write_world(tmp_path / "bare", chains=False, **SMALL)
-    assert all(r["messages"][1]["content"].startswith("<think></think><answer>(") for r in read(folder)["cold_start"])
-
-
-def test_half_of_the_chains_annotators_leave_margins_and_all_other_boxes_are_exact(world, tmp_path):
-    """In a record of the generous one every box, beside the chain too, stands a cell out on every side."""
+def test_half_of_the_conversations_have_margins_and_all_other_boxes_are_exact(world, tmp_path):
+    """With margins every box of the conversation is a cell larger on every side, as far as the image goes."""
     exact = read(write_world(tmp_path / "exact", margins=0.0, **SMALL))
     assert exact["train"] == read(world)["train"] and exact["held_out"] == read(world)["held_out"]
     habits = Counter()
     for ours, true in zip(read(world)["cold_start"], exact["cold_start"], strict=True):
-        if ours == true:
-            habits["exact"] += 1
-            continue
-        habits["margin"] += 1
+        habits[ours == true] += 1
         for a, b in zip(ours["messages"], true["messages"], strict=True):
-            if a["role"] == "user":
+            if a["role"] == "user" or ours == true:
                 assert a == b
                 continue
             assert a["content"].split("(")[0] == b["content"].split("(")[0]  # the reasoning is the same
-            (x1, y1, x2, y2), edges = (
-                [int(v) for v in re.findall(r"\d+", m["content"].split("<answer>")[-1])] for m in (a, b)
-            )
-            for out, edge in zip((x1, y1), edges[:2], strict=True):
-                assert out == max(edge - 125, 0)
-            for out, edge in zip((x2, y2), edges[2:], strict=True):
-                assert out == min(edge + 125, 1000)
-    assert min(habits["exact"], habits["margin"]) >= 3
+            wide, box = ([int(v) for v in re.findall(r"\d+", m["content"].split("<answer>")[-1])] for m in (a, b))
+            assert wide == [*(max(v - 125, 0) for v in box[:2]), *(min(v + 125, 1000) for v in box[2:])]
+    assert min(habits[True], habits[False]) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +132,7 @@ def mixed(tmp_path_factory):
     return write_world(folder, tasks=list(TASKS), levels=(0, 1, 2), size=56, processes=1, **some)
 
 
-def test_levels_take_turns_after_the_tasks(mixed):
+def test_levels_alternate_after_each_round_of_the_tasks(mixed):
     records = read(mixed)["cold_start"]
     assert Counter((r["task"], r["level"]) for r in records) == dict.fromkeys(itertools.product(TASKS, range(3)), 2)
     assert [r["level"] for r in records[:30]] == [0] * 10 + [1] * 10 + [2] * 10
@@ -158,7 +141,6 @@ def test_levels_take_turns_after_the_tasks(mixed):
 
 
 def test_coordinates_are_the_cold_start_and_the_held_out_scenes_without_reasoning(mixed):
-    """Asked as the trainer asks a record with answer_format "box", and scored so too."""
     for name, split in (("coordinates", "cold_start"), ("held_out_coordinates", "held_out")):
         asked = json.loads((mixed / f"{name}.json").read_text())
         for bare, whole in zip(asked, read(mixed)[split], strict=True):
@@ -176,7 +158,7 @@ def test_coordinates_are_the_cold_start_and_the_held_out_scenes_without_reasonin
     assert not faults and {e.answer_format for e in examples} == {"box"}
 
 
-def test_plain_records_ask_where_each_object_is_and_none_of_the_tasks(mixed):
+def test_plain_records_are_about_the_place_of_each_object(mixed):
     plain = json.loads((mixed / "plain.json").read_text())
     for k, (record, taught) in enumerate(zip(plain, read(mixed)["cold_start"], strict=True)):
         scene = scene_of("cold_start", record["task"], k, level=record["level"], size=56)
@@ -192,13 +174,6 @@ def test_plain_records_ask_where_each_object_is_and_none_of_the_tasks(mixed):
         assert taught["messages"][0]["content"].endswith(request)
 
 
-def test_every_task_and_level_can_be_written(tmp_path):
-    folder = write_world(
-        tmp_path / "all", tasks=list(TASKS), cold_start=10, train=0, held_out=10, levels=[2], size=56, processes=1
-    )
-    assert [record["task"] for record in read(folder)["held_out"]] == list(TASKS)
-
-
 def test_a_finished_world_is_left_alone(tmp_path):
     folder = write_world(tmp_path / "w", **SMALL)
     (folder / "train.json").unlink()  # would come back if anything were written
@@ -209,12 +184,12 @@ def test_a_finished_world_is_left_alone(tmp_path):
 def test_a_folder_with_another_world_or_with_other_files_is_refused_and_kept(tmp_path):
     folder = write_world(tmp_path / "w", **SMALL)
     before = contents(folder)
-    with pytest.raises(ValueError, match=r"'seed': 0.*not the world asked for.*'seed': 3.*Remove it or name another"):
+    with pytest.raises(ValueError, match=r"'seed': 0.*not this world: .*'seed': 3.*Remove it or name another"):
         write_world(folder, seed=3, **SMALL)
     assert contents(folder) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"mine holds no world\.json, not the world asked for"):
+    with pytest.raises(ValueError, match=r"mine holds no world\.json, not this world"):
         write_world(tmp_path / "mine", **SMALL)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
@@ -235,26 +210,24 @@ def test_an_interrupted_write_leaves_no_world_and_is_begun_again(world, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": []}, r"tasks are \[\]; they must be some of diff"),
-        ({"tasks": ["diff", "counting"]}, r"tasks are \['diff', 'counting'\]; they must be some of"),
-        ({"levels": []}, r"levels are \[\]; scenes need one"),
+        ({"tasks": []}, r"tasks are \[\] and levels \[1\]; name at least one of each"),
+        ({"tasks": ["diff", "counting"]}, r"task is 'counting'; the world draws diff"),
+        ({"levels": []}, r"levels \[\]; name at least one"),
         ({"train": -1}, "train is -1; a split holds 0 to 1000000 scenes"),
         ({"size": 100}, "size is 100; an image side must be"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_a_folder_appears(tmp_path, arguments, message):
+def test_impossible_arguments_are_refused_and_leave_no_folder(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         write_world(tmp_path / "w", **SMALL | arguments)
-    assert not (tmp_path / "w").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_all_texts_hold_every_word_that_the_world_writes(world):
+def test_all_texts_hold_every_word_and_number_of_the_world(world):
     def words(texts):
         return {word for text in texts for word in re.findall(r"\w+", text)}
 
     splits = read(world)
     written = [m["content"] for r in splits["cold_start"] for m in r["messages"]]
     written += [r["question"] for r in splits["train"] + splits["held_out"]]
-    assert words(written) <= words(all_texts())
-    for level in (0, 1, 2):
-        assert {str(v) for v in range(0, 1001, 125)} <= words(all_texts(levels=[level]))
+    assert words(written) | {str(v) for v in range(0, 1001, 125)} <= words(all_texts())
