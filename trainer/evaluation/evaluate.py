@@ -198,6 +198,7 @@ def write(
     replace_file(folder / "table.md", markdown(bench, summary, name))
     if bench.module:
         return
-    shown = page(bench, summary, answers, examples, name=name, skipped=skipped, count=options.cases, seed=options.seed)
+    cases = list(zip(answers, examples, strict=True))
+    shown = page(bench, summary, cases, name=name, skipped=skipped, count=options.cases, seed=options.seed)
     replace_file(folder / "report.html", shown)
-    draw_cases(answers, examples, folder / "pictures", options.pictures)
+    draw_cases(cases, folder / "pictures", options.pictures)

@@ -1,27 +1,33 @@
-"""An evaluation as one HTML page: tables, and cases with their boxes. It loads nothing, so it opens from any disk."""
+"""An evaluation as one HTML page: tables, and cases with their pictures. It loads no other file, so it opens anywhere."""
 
 import base64
 import io
 import random
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.readers import Example
 
 from .benches import Bench
-from .tables import comparison, details, notes
+from .pictures import annotate_example
+from .tables import comparison, details, in_percent, notes
 
-IMAGE_HEIGHT = 300  # pixels; of a very wide image three heights of width
+IMAGE_HEIGHT = 300  # pixels
 JPEG_QUALITY = 82
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).resolve().parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
-
-Case = tuple[dict, Example]  # an answer of `grade_texts` and what was asked
+Case = tuple[dict, Example]  # an answer of `grade_texts` and its example
 
 
 def choose(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, list[Case]]]:
@@ -37,20 +43,19 @@ def choose(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, list
 
 def _in_turns(cases: Sequence[Case], sign: int) -> list[Case]:
     """By sign x IoU: each task's first, then each task's second, and so on."""
-    places: dict[str, int] = defaultdict(int)
-    entries = []
-    for case in sorted(cases, key=lambda case: sign * case[0]["iou"]):
-        answer, _ = case
-        entries.append((places[answer["task"]], sign * answer["iou"], case))
-        places[answer["task"]] += 1
-    return [case for *_, case in sorted(entries, key=lambda entry: entry[:2])]
+    by_iou = sorted(cases, key=lambda case: sign * case[0]["iou"])
+    seen: Counter[str] = Counter()
+    places = []
+    for answer, _ in by_iou:
+        places.append(seen[answer["task"]])
+        seen[answer["task"]] += 1
+    return [by_iou[i] for i in sorted(range(len(by_iou)), key=places.__getitem__)]
 
 
 def page(
     bench: Bench,
     summary: dict,
-    answers: Sequence[dict],
-    examples: Sequence[Example],
+    cases: Sequence[Case],
     *,
     name: str,
     skipped: Sequence[str] = (),
@@ -60,70 +65,46 @@ def page(
     """The page's HTML. Whatever comes from the model or the records is escaped.
 
     Args:
-        answers, examples: of `grade_texts`. An image that cannot be loaded is left out of its case, which says so.
         skipped: why records have no answer.
         count: cases in each section.
     """
-    chosen = choose(list(zip(answers, examples, strict=True)), count, seed)
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).resolve().parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return templates.get_template("evaluation.html").render(
+    sections = [(title, [_shown(*case) for case in chosen]) for title, chosen in choose(cases, count, seed) if chosen]
+    return TEMPLATES.get_template("evaluation.html").render(
         title=bench.title,
         name=name,
-        mean=100 * summary["accuracy_at_0.5"],
+        mean=in_percent(bench, summary)["mean"],
         comparison=comparison(bench, summary, name),
         details=details(bench, summary),
         notes=notes(bench, summary),
-        sections=[(title, [_shown(*case) for case in cases]) for title, cases in chosen if cases],
+        sections=sections,
         skipped=skipped,
     )
 
 
 def _shown(answer: dict, example: Example) -> dict:
+    """What the template shows of a case. An image that cannot be loaded takes the picture's place as a message."""
     thought = _THOUGHT.search(answer["answer"])
-    said = answer["answer"].replace(thought[0], "", 1) if thought else answer["answer"]
-    images = []
-    for number, path in enumerate(example.images):
-        try:
-            images.append(_thumbnail(path) | {"boxes": _boxes(answer) if number == example.target_image else []})
-        except ValueError:
-            images.append({"missing": Path(path).name})
+    picture, missing = "", ""
+    try:
+        picture = _data_uri(annotate_example(example, predicted=answer["box"], image_height=IMAGE_HEIGHT))
+    except ValueError as error:
+        missing = str(error)
     return answer | {
-        "images": images,
-        "target": example.target_image,
+        "picture": picture,
+        "missing": missing,
         "thought": thought[1].strip() if thought else "",
-        "said": said.strip(),
+        "said": answer["answer"].replace(thought[0] if thought else "", "", 1).strip(),
         "verdict": "hit" if answer["iou"] > 0.5 else "miss",
         "gold_text": _written(answer["gold"]),
         "box_text": _written(answer["box"]) if answer["box"] else "no box found",
     }
 
 
-def _boxes(answer: dict) -> list[dict]:
-    """Left, top, width and height in % of the image, of what can be seen of the boxes; an inverted one is turned."""
-    found = []
-    for kind in ("gold", "box"):
-        if answer[kind] is not None:
-            x1, y1, x2, y2 = (min(max(v / 10, 0), 100) for v in answer[kind])
-            left, top = min(x1, x2), min(y1, y2)
-            found.append({"kind": kind, "left": left, "top": top, "width": abs(x2 - x1), "height": abs(y2 - y1)})
-    return found
-
-
 def _written(box: Sequence[float]) -> str:
     return "({:g}, {:g}), ({:g}, {:g})".format(*(round(v, 1) for v in box))
 
 
-def _thumbnail(path: str) -> dict:
-    """An image as a data URI, and its size in pixels."""
-    image = load_image(path)
-    image.thumbnail((3 * IMAGE_HEIGHT, IMAGE_HEIGHT))
+def _data_uri(picture) -> str:
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=JPEG_QUALITY)
-    uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    return {"uri": uri, "width": image.width, "height": image.height}
+    picture.save(data, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

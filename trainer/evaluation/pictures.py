@@ -91,18 +91,18 @@ def annotate_example(example: Example, **options) -> Image.Image:
     return annotate(images, **{"gold": example.gold, "target_image": example.target_image} | options)
 
 
-def draw_cases(answers: Sequence[dict], examples: Sequence[Example], folder: Path, count: int) -> None:
+def draw_cases(cases: Sequence[tuple[dict, Example]], folder: Path, count: int) -> None:
     """Writes pictures of `count` cases spread evenly over the tasks, as 00.png, 01.png ...
 
     Args:
-        answers, examples: of `grade_texts`. A case without its images, which may be on another machine where the
-            answers come from a file, has no picture.
+        cases: answers of `grade_texts` and their examples. Where the answers come from a file, the images may be on
+            another machine: a case without its images has no picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    count = min(count, len(answers))
-    by_task = sorted(zip(answers, examples, strict=True), key=lambda case: case[0]["task"])
+    count = min(count, len(cases))
+    by_task = sorted(cases, key=lambda case: case[0]["task"])
     for number in range(count):
-        a, example = by_task[number * len(answers) // count]
+        a, example = by_task[number * len(cases) // count]
         texts = {"question": example.question, "reasoning": a["answer"], "title": example.task}
         try:
             annotate_example(example, predicted=a["box"], **texts).save(folder / f"{number:02d}.png")

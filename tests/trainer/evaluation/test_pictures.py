@@ -114,7 +114,7 @@ def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
 
     def drawn(answers, count):
         folder = tmp_path / f"pictures of {count}"
-        draw_cases(answers, examples, folder, count)
+        draw_cases(list(zip(answers, examples)), folder, count)
         return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
     more = drawn(graded, 100)
