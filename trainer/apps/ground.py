@@ -4,7 +4,7 @@
     python -P -m boxgrpo.trainer.ground --model CHECKPOINT --serve      the same as a web page on this machine
 
 Pixels are those of the image file, turned upright. The exit status is 0 with a box, 3 with an answer that has none,
-1 for what cannot be asked and 2 for a flag that does not exist. The checkpoint answers greedily, one question at a
+1 for options that do not fit and 2 for a flag that does not exist. The checkpoint answers greedily, one question at a
 time; there is no conversation.
 """
 
@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from boxgrpo.trainer.apps.grounding import Answer, Asked, Grounder, as_json, check_question, headline
+from boxgrpo.trainer.apps.grounding import Answer, Grounder, Question, as_json, check_question, headline
 from boxgrpo.trainer.options import EvalOptions, option, parse, repeated
-from boxgrpo.trainer.runtime.ranks import ranks
+from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 
 NO_BOX = 3
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -44,7 +44,7 @@ class GroundOptions:
 
 
 def check(o: GroundOptions) -> None:
-    """Refuse what cannot be asked, before the model is loaded."""
+    """Refuse options that do not fit, before the model is loaded."""
     if not o.model:
         raise ValueError("no model. Name a checkpoint folder with --model.")
     if o.max_completion_length < 1:
@@ -67,53 +67,44 @@ def check(o: GroundOptions) -> None:
         raise ValueError(f"output is {o.output}, one of the images; it would be lost. Change --output.")
 
 
-def told(asked: Asked, answer: Answer) -> str:
-    """The answer for a terminal; what a model writes must not steer one."""
-    said = answer.text if answer.reasoning is None or answer.box_px is None else answer.reasoning
+def terminal_text(question: Question, answer: Answer) -> str:
+    """The answer for a terminal; control characters of the model's text are replaced, for they would steer it."""
+    name, said = "answer", answer.text
+    if answer.reasoning is not None and answer.box_px is not None:
+        name, said = "reasoning", answer.reasoning
     said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in said)
-    name = "answer" if said == answer.text else "reasoning"
-    return f"{name}: {said}\n{'box: ' if answer.box_px else ''}{headline(asked, answer)}"
+    return f"{name}: {said}\n{'box: ' if answer.box_px else ''}{headline(question, answer)}"
 
 
 def ask(o: GroundOptions, grounder: Grounder) -> bool:
-    """Put the question, print the answer, write the picture; whether there is a box."""
-    asked = grounder.prepare(o.question, o.image, target=o.target_image, answer_format=o.answer_format)
-    *_, ids = grounder.completion(asked)
-    answer = grounder.read(asked, ids)
+    """Answer the question, print the answer, write the picture; whether there is a box."""
+    question = grounder.prepare(o.question, o.image, target=o.target_image, answer_format=o.answer_format)
+    *_, ids = grounder.completion(question)
+    answer = grounder.read(question, ids)
     try:
         Path(o.output).parent.mkdir(parents=True, exist_ok=True)
-        grounder.picture(asked, answer).save(o.output)
+        grounder.picture(question, answer).save(o.output)
     except OSError as error:
         raise ValueError(f"output is {o.output}; it cannot be written ({error}). Change --output.") from error
     if o.json:
-        print(json.dumps(as_json(asked, answer) | {"images": o.image, "picture": o.output}, indent=1))
+        print(json.dumps(as_json(question, answer) | {"images": o.image, "picture": o.output}, indent=1))
     else:
-        print(f"{told(asked, answer)}\npicture: {o.output}")
+        print(f"{terminal_text(question, answer)}\npicture: {o.output}")
     return answer.box_px is not None
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None) -> None:
     o = parse(GroundOptions, args, prog="ground.py", bare="question")
     check(o)
     with ranks() as r:
-        grounder = Grounder.load(
-            o.model,
-            r.device,
-            dtype=o.dtype,
-            min_pixels=o.min_pixels,
-            max_pixels=o.max_pixels,
-            max_completion_length=o.max_completion_length,
-        )
+        grounder = Grounder.load(o, r.device)
         if o.serve:
             from boxgrpo.trainer.apps.webpage import serve  # Flask and waitress come with the extra "serve"
 
             serve(grounder, name=Path(o.model).name, host=o.host, port=o.port)
-            return 0
-        return 0 if ask(o, grounder) else NO_BOX
+        elif not ask(o, grounder):
+            sys.exit(NO_BOX)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"ground.py: {error}")
+    run_as_script(main, "ground.py")

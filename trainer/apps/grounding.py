@@ -1,8 +1,8 @@
 """One question about some images, answered by a checkpoint: the reasoning, and the box in the image's own pixels."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -12,20 +12,19 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.example import Example, plain_text
 from boxgrpo.trainer.data.images import upright_size
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.schemas import target_image
+from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate
 from boxgrpo.trainer.options import resolve_dtype
-from boxgrpo.trainer.rollout.base import Vocabulary
 
 PICTURE_HEIGHT = 420  # pixels, of each image in the picture
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question that is ready for the model."""
 
     example: Example
@@ -35,7 +34,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how its box is to be understood."""
+    """What the model wrote, and its box."""
 
     text: str
     reasoning: str | None  # inside <think> </think>; None: there are no such tags
@@ -45,36 +44,27 @@ class Answer:
 
 
 class Grounder:
-    """A checkpoint that answers, greedily and through the policy's own decoder.
+    """A checkpoint that answers questions greedily, through the policy's own decoder.
 
     Args:
         max_completion_length: tokens of an answer at most.
     """
 
-    def __init__(self, model: Qwen2VL, processor: Processor, *, max_completion_length: int):
-        self.model, self.processor = model.eval(), processor
-        self.vocabulary = Vocabulary.of(processor, model.config, model.device)
-        self.max_completion_length = max_completion_length
+    def __init__(self, model: Qwen2VL, processor: Processor, max_completion_length: int):
+        self.processor = processor
+        self.decoder = GreedyDecoder(model.eval(), processor, max_completion_length)
 
     @classmethod
-    def load(
-        cls,
-        folder: str | os.PathLike,
-        device: torch.device,
-        *,
-        dtype: str,
-        min_pixels: int,
-        max_pixels: int,
-        max_completion_length: int,
-    ) -> "Grounder":
-        """The Qwen2-VL checkpoint in a folder; options as EvalOptions has them.
+    def load(cls, options, device: torch.device) -> "Grounder":
+        """The checkpoint in the folder `options.model`; other options are `GroundOptions`' dtype and limits.
 
         Raises:
             ValueError: no checkpoint there, a broken one, or options that do not fit.
         """
-        number_type = resolve_dtype(dtype, device)
+        folder, number_type = options.model, resolve_dtype(options.dtype, device)
+        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         try:
-            processor = Processor.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+            processor = Processor.from_pretrained(folder, **limits)
             model = load_model(folder, dtype=number_type, device=device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ValueError(
@@ -85,22 +75,23 @@ class Grounder:
                 f"model is {folder}; it cannot be loaded ({error}). Name the folder of a whole Qwen2-VL checkpoint, "
                 "tokenizer included, with --model."
             ) from error
-        return cls(model, processor, max_completion_length=max_completion_length)
+        return cls(model, processor, options.max_completion_length)
 
     def prepare(
-        self, question: str, images: Sequence[str | os.PathLike], *, target: int = 0, answer_format: str = "think"
-    ) -> Asked:
-        """Read the images and put the question.
+        self, text: str, images: Sequence[str | PathLike], *, target: int = 0, answer_format: str = "think"
+    ) -> Question:
+        """Read the images and build the prompt.
 
         Args:
-            target: number of the image that the box lies in, counted from 1 as people do; 0: as the question's wording
-                tells, else the last one.
-            answer_format: "think", or "box" for a simple reference in a single image: no reasoning asked for.
+            text: the question.
+            target: number of the image that the box lies in, counted from 1 as people do; 0: by the question's
+                wording, else the last one.
+            answer_format: "think", or "box" for a simple reference in a single image, answered without reasoning.
 
         Raises:
             ValueError: no question, no image, one that cannot be read, or a target or format that does not fit.
         """
-        check_question(question)
+        check_question(text)
         if not images:
             raise ValueError("there are 0 images; a question needs at least 1. Add one with --image.")
         for path in images:
@@ -115,69 +106,50 @@ class Grounder:
             raise ValueError(f"answer_format is {answer_format!r}; it must be think or box. Change --answer_format.")
         if answer_format == "box" and len(images) > 1:
             raise ValueError(
-                f"answer_format is 'box' with {len(images)} images; it asks for a simple reference in a single one. "
+                f"answer_format is 'box' with {len(images)} images; it is for a simple reference in a single one. "
                 "Use --answer_format think."
             )
         example = Example(
             id="question",
             task="question",
             images=tuple(map(str, images)),
-            question=question,
+            question=text,
             gold=None,
             answer_format=answer_format,
-            target_image=target - 1 if target else target_image({}, question, len(images)),
+            target_image=target - 1 if target else target_image({}, text, len(images)),
             source="question",
         )
         prompt = self.processor.prompt(example)
-        return Asked(example, tuple(upright_size(path) for path in images), prompt)
+        return Question(example, tuple(upright_size(path) for path in images), prompt)
 
-    @torch.no_grad()
-    def completion(self, asked: Asked) -> Iterator[list[int]]:
-        """The answer's token ids as they come, each time all so far; close it to have no more.
-
-        They are those of `generate` at temperature 0, which says nothing before it has ended.
+    def completion(self, question: Question) -> Iterator[list[int]]:
+        """The answer's token ids after every token, all so far; close the iterator to stop.
 
         Raises:
             ValueError: the GPU's memory runs out.
         """
-        greedy = {"seed": 0, "temperature": 0.0, "forbidden": self.vocabulary.forbidden}
-        ends = self.vocabulary.eos_token_ids
         try:
-            decoding = prefill(
-                self.model,
-                [asked.prompt],
-                prompt_ids=[0],
-                eos_token_ids=ends,
-                max_completion_length=self.max_completion_length,
-            )
-            decoding.sample(**greedy)
-            for length in range(1, self.max_completion_length + 1):
-                ids = decoding.results.ids[0, :length].tolist()
-                yield ids
-                if ids[-1] in ends or length == self.max_completion_length:
-                    return
-                decoding.step(**greedy)
+            yield from self.decoder.stream(question.prompt)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"memory ran out over {len(asked.prompt.input_ids)} tokens of question and images ({error}). "
-                "Lower --max_pixels, or ask about fewer images."
+                f"memory ran out over {len(question.prompt.input_ids)} tokens of question and images ({error}). "
+                "Lower --max_pixels, or send fewer images."
             ) from error
 
-    def read(self, asked: Asked, ids: Sequence[int]) -> Answer:
-        """What a completion says; its box is found as the rewards find it."""
+    def read(self, question: Question, ids: Sequence[int]) -> Answer:
+        """The answer in a completion; its box is found as the rewards find it."""
         text = self.processor.decode(ids)
-        raw, example = text.encode(), asked.example
+        raw, example = text.encode(), question.example
         found = grounding_rewards(*pack_texts([raw]), torch.zeros(1, 4), answer_format=example.answer_format)
         start, end, *_ = found.spans[0].tolist()
         reasoning = None if start < 0 else raw[start:end].decode().strip()
         if not found.found:
             note = "no box found in the answer"
-            if ids[-1] not in self.vocabulary.eos_token_ids:
+            if ids[-1] not in self.decoder.eos_token_ids:
                 note += f", which was cut off after {len(ids)} tokens; raise --max_completion_length"
             return Answer(text, reasoning, None, None, note)
         box = tuple(int(v) for v in found.boxes[0])
-        width, height = asked.sizes[example.target_image]
-        pixels = tuple(v * side / 1000 for v, side in zip(box, (width, height) * 2, strict=True))
+        pixels = tuple(v * side / 1000 for v, side in zip(box, question.sizes[example.target_image] * 2, strict=True))
         note = ""
         if box[0] >= box[2] or box[1] >= box[3]:
             note = "the box is inverted or empty: it encloses nothing"
@@ -185,45 +157,47 @@ class Grounder:
             note = "the box leaves the image"
         return Answer(text, reasoning, box, pixels, note)
 
-    def picture(self, asked: Asked, answer: Answer, *, words: bool = True) -> Image.Image:
+    def picture(self, question: Question, answer: Answer, *, words: bool = True) -> Image.Image:
         """The images as the model saw them and the box on its target; with `words`, question and answer as well."""
         return annotate(
-            self.processor.images_of(asked.prompt),
+            self.processor.images_of(question.prompt),
             gold=None,
             predicted=answer.box_1000,
-            target_image=asked.example.target_image,
-            question=asked.example.question if words else "",
+            target_image=question.example.target_image,
+            question=question.example.question if words else "",
             reasoning=answer.text if words else "",
-            title=headline(asked, answer),
+            title=headline(question, answer),
             image_height=PICTURE_HEIGHT,
         )
 
 
-def check_question(question: str) -> None:
-    if not plain_text(question):
-        raise ValueError(f"the question is {question!r}; text is needed. Write one behind the flags.")
+def check_question(text: str) -> None:
+    """Raises ValueError for a question without words, or with bytes that are no text."""
+    if not plain_text(text):
+        raise ValueError(f"the question is {text!r}; text is needed. Write one behind the flags.")
     try:
-        question.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # a shell hands on any bytes; no tokenizer takes half a character
         raise ValueError(f"the question is not UTF-8 text ({error}). Write it again.") from error
 
 
-def headline(asked: Asked, answer: Answer) -> str:
+def headline(question: Question, answer: Answer) -> str:
     """The box in whole pixels of its image, or that there is none."""
     if answer.box_px is None:
         return answer.note
     x1, y1, x2, y2 = map(round, answer.box_px)
-    width, height = asked.sizes[asked.example.target_image]
-    where = f"image {asked.example.target_image + 1}, {width} x {height} pixels"
+    target = question.example.target_image
+    width, height = question.sizes[target]
+    where = f"image {target + 1}, {width} x {height} pixels"
     return f"({x1}, {y1}), ({x2}, {y2}) in {where}" + (f"; {answer.note}" if answer.note else "")
 
 
-def as_json(asked: Asked, answer: Answer) -> dict:
+def as_json(question: Question, answer: Answer) -> dict:
     """Question and answer for machines; `target_image` counts from 1, `box` is in its pixels, null where none is."""
     return {
-        "question": asked.example.question,
-        "target_image": asked.example.target_image + 1,
-        "image_sizes": [list(size) for size in asked.sizes],
+        "question": question.example.question,
+        "target_image": question.example.target_image + 1,
+        "image_sizes": [list(size) for size in question.sizes],
         "answer": answer.text,
         "reasoning": answer.reasoning,
         "box": answer.box_px and [round(v, 2) for v in answer.box_px],

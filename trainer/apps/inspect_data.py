@@ -1,4 +1,4 @@
-"""What a file of records holds: counts, tasks, lengths, faults by reason, and a sheet of pictures with the gold boxes.
+"""The content of a file of records: counts, tasks, lengths, faults by reason, and a sheet of pictures with gold boxes.
 
     python -P -m boxgrpo.trainer.inspect_data PATH [--model CHECKPOINT] [--no_images] [--json -]
 
@@ -11,7 +11,6 @@ import json
 import logging
 import random
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -21,10 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from boxgrpo.trainer.data.example import Example, Fault, Refused, image_size
-from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
-from boxgrpo.trainer.evaluation.pictures import annotate, contact_sheet
+from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
+from boxgrpo.trainer.evaluation.tables import align
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 MEASURED = 2000  # records whose length is taken, drawn by chance
 COLUMNS = 3  # of the sheet
@@ -117,31 +117,24 @@ def _pictures(examples: Iterable[Example]) -> Iterator[Image.Image]:
     """Each example's images with its gold box; none of one that cannot be read."""
     for example in examples:
         with contextlib.suppress(ValueError):
-            yield annotate(
-                [load_image(path) for path in example.images],
-                gold=example.gold,
-                predicted=None,
-                target_image=example.target_image,
-                question=example.question,
-                reasoning="",
-                answered=False,
-                title=f"{example.task}  {example.source}",
-            )
+            title = f"{example.task}  {example.source}"
+            yield annotate_example(example, predicted=None, question=example.question, title=title)
 
 
 def table(found: dict) -> str:
-    """What was found, for people."""
-    lines = [f"{found['records']} records of schema {found['schema']}, {found['usable']} usable"]
+    """The findings as text."""
     images = ", ".join(f"{count} of {n}" for n, count in found["images_per_record"].items())
-    lines.append(f"{found['gold_boxes']} with a gold box, {found['chats']} with answers; images a record: {images}")
+    lines = [
+        f"{found['records']} records of schema {found['schema']}, {found['usable']} usable",
+        f"{found['gold_boxes']} with a gold box, {found['chats']} with answers; images a record: {images}",
+    ]
     for name in ("faulty", "tasks"):
-        lines += ["", name] + [f"  {key:<24}{n:>9}" for key, n in found[name].items()] * bool(found[name])
-        if not found[name]:
-            lines.append("  none")
+        counts = [["  " + key, str(n)] for key, n in found[name].items()]
+        lines += ["", name, align(counts) if counts else "  none"]
     measured = found["lengths"]
     lines += ["", f"length in {measured['unit']}, of {measured['measured']} records"]
     for name in ("prompts", "answers"):
-        lines.append(f"  {name:<24}" + "  ".join(f"{k} {v}" for k, v in measured[name].items()))
+        lines.append(f"  {name}: " + "  ".join(f"{k} {v}" for k, v in measured[name].items()))
     return "\n".join(lines + [""] * bool(found["faults"]) + found["faults"])
 
 
@@ -173,7 +166,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"inspect_data: {error}")
+    run_as_script(main, "inspect_data")

@@ -10,7 +10,6 @@ the CUDA context, NCCL's buffers, the allocator's fragments, images, the tower's
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +34,7 @@ from boxgrpo.model.cost import (
 )
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.options import GrpoOptions, option, parse
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 # The config.json of Qwen/Qwen2-VL-*-Instruct: hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head.
 PUBLISHED = {
@@ -161,29 +161,26 @@ def check(o: MemoryOptions) -> None:
 
 def table(found: dict[str, dict], o: MemoryOptions) -> str:
     """Markdown, in GB; (c) is with gradient checkpointing."""
-    lines = []
+    names = ["weights, gradients, AdamW", "on the host", "reference", "rollout", "training", "(c)", "total", "(c)"]
+    keys = ["state", "host", "reference", "rollout", "training", "training_checkpointed", "total", "total_checkpointed"]
+    parts = []
     for model, of in found.items():
-        lines += [f"| {model} | weights, gradients, AdamW | on the host | reference | rollout | training | (c) "]
-        lines[-1] += "| total | (c) |"
-        lines.append("|---" * 9 + "|")
+        rows = [[model, *names]]
         for engine, row in of["engines"].items():
-            rollout = row["cache"] + row["gathered"]
-            cells = [
-                row["state"],
-                row["host"],
-                row["reference"],
-                rollout,
-                row["training"],
-                row["training_checkpointed"],
-            ]
-            cells += [row["total"], row["total_checkpointed"]]
-            lines.append(f"| {engine} | " + " | ".join(f"{cell / 1e9:.1f}" for cell in cells) + " |")
+            row = row | {"rollout": row["cache"] + row["gathered"]}
+            rows.append([engine, *(f"{row[key] / 1e9:.1f}" for key in keys)])
+        parts.append(_markdown(rows))
         if "traffic" in of:
-            lines += ["", f"| {model}, received by each GPU | GB | s at {o.gigabits:g} Gb/s |", "|---|---|---|"]
+            rows = [[f"{model}, received by each GPU", "GB", f"s at {o.gigabits:g} Gb/s"]]
             for name, moved in of["traffic"].items():
-                lines.append(f"| {name} | {moved / 1e9:.0f} | {8e-9 * moved / o.gigabits:.1f} |")
-        lines.append("")
-    return "\n".join(lines[:-1])
+                rows.append([name, f"{moved / 1e9:.0f}", f"{8e-9 * moved / o.gigabits:.1f}"])
+            parts.append(_markdown(rows))
+    return "\n\n".join(parts)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 def main(args: list[str] | None = None) -> None:
@@ -193,7 +190,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"memory.py: {error}")
+    run_as_script(main, "memory.py")

@@ -1,13 +1,15 @@
-"""The page to ask on: Flask and waitress around one `Grounder`, for the person at this machine.
+"""A web page for questions: Flask and waitress around one `Grounder`, for the person at this machine.
 
-Nothing is kept: images lie in a temporary folder until they are read. One question is answered at a time; a page that
-is left ends its question. The page loads nothing but its own two files, and what a model writes reaches it as text.
+Nothing is stored: images lie in a temporary folder until they are read. One question is answered at a time; closing
+the page ends its question. The page loads nothing but its own two files, and shows a model's words as text only.
 """
 
 import base64
+import contextlib
 import io
 import json
 import logging
+import math
 import socket
 import sys
 import tempfile
@@ -17,7 +19,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .grounding import Asked, Grounder, as_json
+from boxgrpo.trainer.data.images import upright_size
+
+from .grounding import Grounder, Question, as_json
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ LIMITS = {
     "pixels": 100_000_000,  # of a question's images together, as their headers say: 300 MB decoded
     "characters": 4000,  # of a question
 }
+TOO_LARGE = f"the images and the question are over {LIMITS['bytes'] >> 20} MB together. Send smaller or fewer."
 LOCAL = ("127.0.0.1", "localhost")
 # Own files, and pictures that the page holds itself; nobody may frame it.
 POLICY = (
@@ -65,34 +70,26 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
 
     @app.post("/ask")
     def ask():
-        if request.headers.get("Origin", request.host_url.rstrip("/")) != request.host_url.rstrip("/"):
+        own = request.host_url.rstrip("/")
+        if request.headers.get("Origin", own) != own:
             return {"error": "this page answers its own visitors only. Open it by its own address."}, 403
         if not busy.acquire(blocking=False):
             return {"error": "another question is being answered. Ask again when it is done."}, 503
-        try:
-            asked = prepared(grounder, request)
-        except ValueError as error:
-            busy.release()
-            return {"error": str(error)}, 400
-        except BaseException:
-            busy.release()
-            raise
-        # Closed it is in any case: read to its end, left half way, or never begun.
-        response = Response(lines(grounder, asked), mimetype="application/x-ndjson")
-        response.call_on_close(busy.release)
-        return response
-
-    @app.errorhandler(HTTPException)
-    def refused(error: HTTPException):
-        said = error.description
-        if error.code == 413:
-            said = f"the images and the question are over {LIMITS['bytes'] >> 20} MB together. Send smaller or fewer."
-        return {"error": said}, error.code
+        with contextlib.ExitStack() as stack:
+            stack.callback(busy.release)
+            question = prepare(grounder, request)
+            response = Response(answer_lines(grounder, question), mimetype="application/x-ndjson")
+            # Flask closes a response in any case: read to its end, left half way, or never begun.
+            response.call_on_close(stack.pop_all().close)
+            return response
 
     @app.errorhandler(Exception)
-    def failed(error: Exception):
-        log.error("a question failed", exc_info=error)
-        return {"error": f"the question failed ({type(error).__name__}). The terminal says why."}, 500
+    def refused(error: Exception):
+        if isinstance(error, ValueError):
+            return {"error": str(error)}, 400
+        if not isinstance(error, HTTPException):
+            return failure(error), 500
+        return {"error": TOO_LARGE if error.code == 413 else error.description}, error.code
 
     @app.after_request
     def guarded(response):
@@ -105,65 +102,62 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
     return app
 
 
-def prepared(grounder: Grounder, request) -> Asked:
-    """The question that a form puts. Its files get names of ours; errors call them by their numbers.
+def failure(error: Exception) -> dict:
+    """What a visitor sees of an error that is not the question's fault; the log has the rest."""
+    log.error("a question failed", exc_info=error)
+    return {"error": f"the question failed ({type(error).__name__}). The terminal says why."}
+
+
+def prepare(grounder: Grounder, request) -> Question:
+    """The question in a form. Its files get names of ours; errors call them by their numbers.
 
     Raises:
         ValueError: over a limit, or as `Grounder.prepare`.
     """
-    files, question = request.files.getlist("image"), request.form.get("question", "").strip()
+    files, text = request.files.getlist("image"), request.form.get("question", "").strip()
     target = request.form.get("target_image", "0")
     if len(files) > LIMITS["images"]:
         raise ValueError(f"there are {len(files)} images; the page takes {LIMITS['images']}. Remove some.")
-    if len(question) > LIMITS["characters"]:
-        raise ValueError(f"the question has {len(question)} characters; the limit is {LIMITS['characters']}. Cut it.")
+    if len(text) > LIMITS["characters"]:
+        raise ValueError(f"the question has {len(text)} characters; the limit is {LIMITS['characters']}. Cut it.")
     if not target.isdecimal() or len(target) > 3:
         raise ValueError(f"target_image is {target!r}; it must be a number. Choose an image.")
     with tempfile.TemporaryDirectory(prefix="boxgrpo-") as folder:
         paths = [Path(folder) / f"image {number}" for number in range(1, len(files) + 1)]
+        pixels = 0
         for file, path in zip(files, paths, strict=True):
             file.save(path)
-        if (pixels := sum(map(header_pixels, paths))) > LIMITS["pixels"]:
+            with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                pixels += math.prod(upright_size(path))  # by its header; `Grounder.prepare` refuses what is no image
+        if pixels > LIMITS["pixels"]:
             raise ValueError(
                 f"the images have {pixels / 1e6:.0f} million pixels together; the limit is "
                 f"{LIMITS['pixels'] / 1e6:.0f}. Scale them down."
             )
+        answer_format = request.form.get("answer_format", "think")
         try:
-            return grounder.prepare(
-                question, paths, target=int(target), answer_format=request.form.get("answer_format", "think")
-            )
+            return grounder.prepare(text, paths, target=int(target), answer_format=answer_format)
         except ValueError as error:
             raise ValueError(str(error).replace(f"{folder}/", "")) from error
 
 
-def header_pixels(path: Path) -> int:
-    """Pixels that a file says it has; 0 for what is no image, which whoever decodes it refuses by name."""
-    try:
-        with Image.open(path) as image:
-            return image.width * image.height
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 0
-
-
-def lines(grounder: Grounder, asked: Asked) -> Iterator[bytes]:
+def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
     """JSON objects, one a line: {"text": so far} for every token, then the answer with its picture, or {"error"}."""
 
     def line(value: dict) -> bytes:
         return json.dumps(value).encode() + b"\n"
 
     try:
-        for ids in grounder.completion(asked):
+        for ids in grounder.completion(question):
             yield line({"text": grounder.processor.decode(ids)})
-        answer = grounder.read(asked, ids)
-        png = io.BytesIO()
-        grounder.picture(asked, answer, words=False).save(png, "PNG")
+        answer, png = grounder.read(question, ids), io.BytesIO()
+        grounder.picture(question, answer, words=False).save(png, "PNG")
         picture = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        yield line(as_json(asked, answer) | {"picture": picture})
+        yield line(as_json(question, answer) | {"picture": picture})
     except ValueError as error:
         yield line({"error": str(error)})
     except Exception as error:
-        log.exception("a question failed")
-        yield line({"error": f"the question failed ({type(error).__name__}). The terminal says why."})
+        yield line(failure(error))
 
 
 def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page: tables, and cases with their pictures. It loads no other file, so it opens anywhere."""
+"""An evaluation as one HTML page: tables, and cases with their pictures. It opens from any disk, without a network."""
 
 import base64
 import io

@@ -15,7 +15,7 @@ from PIL import Image
 import runs
 from boxgrpo.model.generate import generate
 from boxgrpo.trainer.apps import ground
-from boxgrpo.trainer.apps.ground import GroundOptions, told
+from boxgrpo.trainer.apps.ground import GroundOptions, terminal_text
 from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, Grounder, as_json, headline
 from boxgrpo.trainer.evaluation.pictures import LINE, MARGIN, PREDICTED
 from boxgrpo.trainer.options import parse
@@ -45,8 +45,8 @@ def certain(newborn, images, tmp_path_factory):
 
 
 def loaded(folder, **changes):
-    options = {"dtype": "float32", "min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 64}
-    return Grounder.load(folder, torch.device("cpu"), **options | changes)
+    limits = {"min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 64}
+    return Grounder.load(GroundOptions(model=str(folder), dtype="float32", **limits | changes), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_command_tells_reasoning_and_box_and_writes_the_picture(certain, ima
     """The box is in pixels of the upright second image: 80 x 160, stored as 160 x 80."""
     output = tmp_path / "made" / "grounded.png"
     flags = command(certain, images["one"], images["turned"])
-    assert ground.main([*flags, f"--output={output}", "Where is it?"]) == 0
+    ground.main([*flags, f"--output={output}", "Where is it?"])
     assert capsys.readouterr().out == (
         f"reasoning: Here it is.\nbox: (10, 40), (40, 120) in image 2, 80 x 160 pixels\npicture: {output}\n"
     )
@@ -78,7 +78,7 @@ def test_json_is_all_that_stands_on_standard_output(certain, images, tmp_path, c
     paths = [str(images["one"]), str(images["turned"])]
     output = str(tmp_path / "g.jpg")
     flags = [*command(certain, *paths), "--output", output, "--json", "-", "--target_image", "1"]
-    assert ground.main([*flags, "Where is it?"]) == 0
+    ground.main([*flags, "Where is it?"])
     assert json.loads(capsys.readouterr().out) == {
         "question": "Where is it?",
         "target_image": 1,
@@ -97,7 +97,9 @@ def test_json_is_all_that_stands_on_standard_output(certain, images, tmp_path, c
 def test_without_a_box_the_status_is_3_and_the_picture_has_none(newborn, images, tmp_path, capsys):
     output = tmp_path / "g.png"
     flags = [*command(newborn, images["one"]), f"--output={output}", "--max_completion_length=20"]
-    assert ground.main([*flags, "Where is it?"]) == 3
+    with pytest.raises(SystemExit) as end:
+        ground.main([*flags, "Where is it?"])
+    assert end.value.code == 3
     assert "no box found in the answer, which was cut off after 20 tokens; raise --max_completion_length" in (
         capsys.readouterr().out
     )
@@ -118,11 +120,11 @@ def test_the_answer_is_that_of_the_policys_own_sampling(who, images, request):
     *parts, ids = g.completion(asked)
     assert [len(part) for part in parts] == list(range(1, len(ids))) and parts[-1] == ids[:-1]
     (expected,) = generate(
-        g.model,
+        g.decoder.model,
         [asked.prompt],
         prompt_ids=[0],
-        eos_token_ids=g.vocabulary.eos_token_ids,
-        forbidden=g.vocabulary.forbidden,
+        eos_token_ids=g.decoder.eos_token_ids,
+        forbidden=g.decoder.sampling["forbidden"],
         max_completion_length=40,
         temperature=0.0,
     ).completions()
@@ -139,7 +141,7 @@ def test_the_answer_is_that_of_the_policys_own_sampling(who, images, request):
 )
 def test_the_target_is_the_one_named_else_the_questions_else_the_last(grounder, images, question, target, found):
     asked = grounder.prepare(question, [images["one"], images["turned"]], target=target)
-    assert as_json(asked, grounder.read(asked, [grounder.vocabulary.eos_token_ids[0]]))["target_image"] == found
+    assert as_json(asked, grounder.read(asked, [grounder.decoder.eos_token_ids[0]]))["target_image"] == found
 
 
 def test_a_simple_reference_asks_for_no_reasoning_and_takes_the_first_box(grounder, images):
@@ -152,7 +154,7 @@ def test_a_simple_reference_asks_for_no_reasoning_and_takes_the_first_box(ground
 
 def said(grounder, text):
     """The ids of an answer that has ended."""
-    return [*grounder.processor.tokenizer(text).input_ids, grounder.vocabulary.eos_token_ids[0]]
+    return [*grounder.processor.tokenizer(text).input_ids, grounder.decoder.eos_token_ids[0]]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_what_is_wrong_with_a_box_is_said(grounder, images, text, pixels, note):
 def test_a_models_text_does_not_steer_the_terminal(grounder, images):
     asked = grounder.prepare("Where is it?", [images["one"]])
     answer = grounder.read(asked, said(grounder, f"<think>\x1b[2J\x9b gone\nnext</think><answer>{BOX}</answer>"))
-    shown = told(asked, answer)
+    shown = terminal_text(asked, answer)
     assert "\x1b" not in shown and "\x9b" not in shown and "gone\nnext" in shown
 
 

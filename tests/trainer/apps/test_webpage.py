@@ -17,6 +17,7 @@ from PIL import Image
 
 import runs
 from boxgrpo.trainer.apps import webpage
+from boxgrpo.trainer.apps.ground import GroundOptions
 from boxgrpo.trainer.apps.grounding import Grounder
 from boxgrpo.trainer.apps.webpage import LIMITS, make_app, serve
 
@@ -46,8 +47,8 @@ def certain(newborn, images, tmp_path_factory):
 
 
 def loaded(folder, **changes):
-    options = {"dtype": "float32", "min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 120}
-    return Grounder.load(folder, torch.device("cpu"), **options | changes)
+    limits = {"min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 120}
+    return Grounder.load(GroundOptions(model=str(folder), dtype="float32", **limits | changes), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
