@@ -1,11 +1,7 @@
 """A question about images gets its reasoning, its box in their own pixels and a picture, or a plain word why not."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +9,12 @@ import torch
 from PIL import Image
 
 import runs
-from boxgrpo.model.generate import generate
 from boxgrpo.trainer.apps import ground
 from boxgrpo.trainer.apps.ground import GroundOptions, terminal_text
 from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, Grounder, as_json, headline
 from boxgrpo.trainer.evaluation.pictures import LINE, MARGIN, PREDICTED
 from boxgrpo.trainer.options import parse
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 BOX = "(125, 250), (500, 750)"
 ANSWER = f"<think>Here it is.</think><answer>{BOX}</answer>"
@@ -114,21 +110,12 @@ def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder,
 
 
 @pytest.mark.parametrize("who", ["certain", "newborn"])
-def test_the_answer_is_that_of_the_policys_own_sampling(who, images, request):
+def test_the_answer_token_by_token_is_that_of_a_batch(who, images, request):
     g = loaded(request.getfixturevalue(who), max_completion_length=40)
     asked = g.prepare("Where is it?", [images["one"], images["turned"]])
     *parts, ids = g.completion(asked)
     assert [len(part) for part in parts] == list(range(1, len(ids))) and parts[-1] == ids[:-1]
-    (expected,) = generate(
-        g.decoder.model,
-        [asked.prompt],
-        prompt_ids=[0],
-        eos_token_ids=g.decoder.eos_token_ids,
-        forbidden=g.decoder.sampling["forbidden"],
-        max_completion_length=40,
-        temperature=0.0,
-    ).completions()
-    assert ids == expected.tolist()
+    assert [ids, ids] == [completion.tolist() for completion in g.decoder.complete([asked.prompt, asked.prompt])]
 
 
 @pytest.mark.parametrize(
@@ -241,12 +228,11 @@ def test_a_broken_checkpoint_is_refused_by_name(newborn, tmp_path, broken):
         loaded(folder)
 
 
-def test_the_command_fails_without_a_traceback(newborn, tmp_path):
+def test_the_command_fails_without_a_traceback(newborn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    program = [sys.executable, "-P", "-m", "boxgrpo.trainer.ground"]
-    run = subprocess.run(
-        [*program, *command(newborn, "cut.png"), "Where?"], cwd=tmp_path, env=os.environ, capture_output=True, text=True
-    )
-    assert run.returncode == 1 and run.stdout == ""
-    assert run.stderr.startswith("ground.py: cut.png cannot be opened") and "Traceback" not in run.stderr
-    assert not Path(tmp_path / "grounded.png").exists()
+    with pytest.raises(SystemExit) as end:
+        run_as_script(lambda: ground.main([*command(newborn, "cut.png"), "Where?"]), "ground.py")
+    shown = capsys.readouterr()
+    assert end.value.code == 1 and shown.out == "" and shown.err.startswith("ground.py: cut.png cannot be opened")
+    assert not (tmp_path / "grounded.png").exists()

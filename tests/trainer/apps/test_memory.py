@@ -164,16 +164,8 @@ def test_ddp_holds_what_is_counted(dtype):
 
 def test_a_cache_holds_what_is_counted():
     config = tiny_config(160, SPECIAL_IDS, heads=4, kv_heads=1)
-    prompts = [group.prompt for group in groups([(30, []), (30, [])])]
-    decoding = prefill(
-        trained(config),
-        prompts,
-        prompt_ids=[0, 1],
-        eos_token_ids=[101],
-        num_generations=3,
-        max_completion_length=7,
-    )
-    cache = decoding.cache
+    sizes = {"num_generations": 3, "max_completion_length": 7}
+    cache = prefill(trained(config), groups([(30, []), (30, [])]), eos_token_ids=[101], **sizes).cache
     tensors = [t for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair]
     held = storages([*tensors, cache.bias, cache.at])
     assert sum(held.values()) == cache_bytes(config, 2, 30, 6, 7, 4)
