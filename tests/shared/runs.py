@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from boxgrpo.bench.launches import kill
-from boxgrpo.trainer import demo, sft
+from boxgrpo.trainer import sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.world import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
@@ -18,9 +19,9 @@ UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
 
 def make_world(root: Path) -> Path:
     """A small drawn world, a newborn model for it, and `sft/`: enough of a cold start to write boxes now and then."""
-    options = demo.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
-    demo.draw_world(options)
-    demo.newborn(options)
+    options = recipe.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
+    recipe.draw_world(options)
+    recipe.make_initial_checkpoint(options)
     cold = SftOptions(
         model=str(root / "newborn"),
         data=str(root / "world/cold_start.json"),
