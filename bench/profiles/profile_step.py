@@ -30,8 +30,8 @@ from boxgrpo.bench.step_bench.floors import floors, limits, work
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
-from boxgrpo.trainer.profiling.profiler import FOLDER
-from boxgrpo.trainer.profiling.timeline import Row, Timeline, rows, table
+from boxgrpo.trainer.profiling.profiler import FOLDER, kept_rows
+from boxgrpo.trainer.profiling.timeline import Row, rows, table
 
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
@@ -50,11 +50,15 @@ COUNTED = {
 }
 
 
-def read(trace: Path) -> Timeline:
-    """A Chrome trace of torch.profiler, or what nsys exported to SQLite."""
+def read(trace: Path) -> list[Row]:
+    """The rows of a Chrome trace of torch.profiler, or of what nsys exported to SQLite."""
     if not trace.is_file():
         raise ValueError(f"there is no trace {trace}. Record one with --profile_steps; it is in output_dir/profile.")
-    return read_nsys(trace) if trace.suffix == ".sqlite" else read_chrome_trace(trace)
+    if trace.suffix == ".sqlite":
+        return rows(read_nsys(trace))
+    if kept_rows(trace).is_file():
+        return [Row(**row) for row in json.loads(kept_rows(trace).read_text())]
+    return rows(read_chrome_trace(trace))
 
 
 def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path, float]:
@@ -104,13 +108,12 @@ def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[
         at = Path(scratch) / case.model
         prepare(case, at, tokenizer)
         trace, unwatched = record(case, at, output_dir, steps)
-        timeline = read(trace)
-        found = rows(timeline)
+        found = read(trace)
         floors_found = least(case, read_config(at / "model"), found, measured)
     return {
         "case": case.name,
         "tool": "nsys" if trace.suffix == ".sqlite" else "torch.profiler",
-        "on_gpu": timeline.on_gpu,
+        "on_gpu": found[0].gpu_seconds is not None,
         "steps": steps,
         "unwatched_step_s": round(unwatched, 4),
         "rows": [rounded(row) | {"floor": floors_found.get(row.name)} for row in found],
@@ -127,7 +130,7 @@ def rounded(row: Row) -> dict:
 def shown(result: dict) -> str:
     """The table of a result."""
     counted = {row["name"]: row["floor"] for row in result["rows"] if row["floor"]}
-    return table([row_of(row) for row in result["rows"]], result["on_gpu"], counted)
+    return table([row_of(row) for row in result["rows"]], counted)
 
 
 def row_of(kept: dict) -> Row:
@@ -147,8 +150,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the result there, - for standard output")
     args = parser.parse_args()
     if args.read:
-        timeline = read(Path(args.read))
-        print(table(rows(timeline), timeline.on_gpu))
+        print(table(read(Path(args.read))))
         return
     if args.steps < 1:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")

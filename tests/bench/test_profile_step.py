@@ -33,7 +33,7 @@ def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path):
     assert 0 < head["seconds"] < forward["seconds"] and head["floor"]["gflop"] < forward["floor"]["gflop"]
     assert len(profile_step.shown(found).splitlines()) == 2 + len(by_name)
     (trace,) = (tmp_path / "run/profile").glob("*.gz")
-    again = profile_step.rows(profile_step.read(trace))
+    again = profile_step.rows(profile_step.read_chrome_trace(trace))
     assert [profile_step.rounded(row) | {"floor": by_name[row.name]["floor"]} for row in again] == found["rows"]
 
 

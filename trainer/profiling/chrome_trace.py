@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from .timeline import Range, Timeline, Work
@@ -13,52 +14,43 @@ ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 def read_chrome_trace(path: str | Path) -> Timeline:
     """Ranges are `record_function`s; work is what the GPU ran, or without one the operators, each without its callees.
 
-    A kernel points at its launch by a correlation number; those of a replayed CUDA graph at the graph's launch.
+    A kernel has the correlation number of its launch; those of a replayed CUDA graph have that of the graph's launch.
     """
     path = Path(path)
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
-    by_kind: dict[str, list[dict]] = {}
-    for event in events:
-        by_kind.setdefault(event.get("cat", ""), []).append(event)
+        events = json.load(file)["traceEvents"]
+    by_kind: dict[str, list[tuple[str, float, float, dict]]] = defaultdict(list)  # name, begin and end in seconds
+    for e in events:
+        if e.get("ph") == "X":  # in the file are microseconds
+            by_kind[e.get("cat", "")].append((e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e))
     # Torch names some of its own: Optimizer.step#AdamW.step
-    ranges = [Range(e["name"], *_span(e)) for e in by_kind.get("user_annotation", []) if "#" not in e["name"]]
-    device = [e for kind in ON_GPU for e in by_kind.get(kind, [])]
+    ranges = [Range(name, start, end) for name, start, end, _ in by_kind["user_annotation"] if "#" not in name]
+    device = [event for kind in ON_GPU for event in by_kind[kind]]
     if not device:
-        return Timeline(ranges, _operators(by_kind.get("cpu_op", [])), on_gpu=False)
-    launched = {_correlation(e): _span(e)[0] for kind in LAUNCHES for e in by_kind.get(kind, [])}
-    work = []
-    for event in device:
-        start, end = _span(event)
-        at = launched.get(_correlation(event))
-        if at is not None:  # else launched before the profile began
-            work.append(Work(event["name"], at, start, end, end - start))
+        return Timeline(ranges, _operators(by_kind["cpu_op"]), on_gpu=False)
+    launched = {_correlation(e): start for kind in LAUNCHES for _, start, _, e in by_kind[kind]}
+    work = [
+        Work(name, launched[number], start, end, end - start)
+        for name, start, end, e in device
+        if (number := _correlation(e)) in launched  # else launched before the profile began
+    ]
     return Timeline(ranges, work, on_gpu=True)
 
 
-def _operators(events: list[dict]) -> list[Work]:
-    """Operators of every thread; what one calls is not its own time."""
+def _operators(events: list[tuple[str, float, float, dict]]) -> list[Work]:
+    """Operators of every thread; the time of one that another calls is not that other's."""
     found: list[Work] = []
-    threads: dict[object, list[dict]] = {}
-    for event in events:
-        threads.setdefault((event["pid"], event["tid"]), []).append(event)
-    for of_thread in threads.values():
-        callers: list[tuple[int, float]] = []  # index in `found` and end, outermost first
-        for event in sorted(of_thread, key=lambda e: (e["ts"], -e["dur"])):
-            start, end = _span(event)
-            while callers and callers[-1][1] <= start:
-                callers.pop()
-            if callers:
-                caller = found[callers[-1][0]]
-                found[callers[-1][0]] = caller._replace(busy=caller.busy - (end - start))
-            callers.append((len(found), end))
-            found.append(Work(event["name"], start, start, end, end - start))
+    callers: dict[tuple, list[int]] = defaultdict(list)  # by thread: indices in `found`, outermost first
+    for name, start, end, e in sorted(events, key=lambda event: (event[1], -event[2])):
+        calling = callers[e["pid"], e["tid"]]
+        while calling and found[calling[-1]].end <= start:
+            calling.pop()
+        if calling:
+            caller = found[calling[-1]]
+            found[calling[-1]] = caller._replace(busy=caller.busy - (end - start))
+        calling.append(len(found))
+        found.append(Work(name, start, start, end, end - start))
     return found
-
-
-def _span(event: dict) -> tuple[float, float]:
-    """Begin and end in seconds; the file has microseconds."""
-    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
 
 
 def _correlation(event: dict) -> int | None:

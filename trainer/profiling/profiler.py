@@ -1,17 +1,19 @@
 """`--profile_steps 10:13`: a profile of some steps of a run, a file for each rank in output_dir/profile.
 
-Under nsys, whose timeline has everything, only the steps are marked off: `nsys profile -c cudaProfilerApi
---capture-range-end stop`. Elsewhere torch.profiler writes a Chrome trace (ui.perfetto.dev opens it) and the table of
-its ranges.
+Under nsys, whose timeline has everything, only the steps are marked: `nsys profile -c cudaProfilerApi
+--capture-range-end stop`. Elsewhere torch.profiler writes a Chrome trace (ui.perfetto.dev opens it), and beside it are
+its ranges as JSON and as a table.
 
 `--memory_snapshot true` adds snapshots of the GPU's memory for pytorch.org/memory_viz. They are pickles that torch
 writes; nothing here ever reads one.
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,8 +28,8 @@ from .timeline import rows, table
 log = logging.getLogger(__name__)
 
 FOLDER = "profile"
-SNAPSHOTS = 3  # at lacks of memory: a run may live through many
-EVENTS = 100_000  # the last allocations and frees that a snapshot tells of
+SNAPSHOTS = 3  # of the first times that memory runs out
+EVENTS = 100_000  # the last allocations and frees that a snapshot holds
 
 
 def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
@@ -65,49 +67,39 @@ def _profiled(steps: range, window: range, o, r: Ranks) -> Iterator[int]:
 def _profile(folder: Path, name: str, o, r: Ranks):
     """Profile the block, by nsys where it watches this process and there is a GPU, else by torch."""
     by_nsys = r.device.type == "cuda" and UNDER_NSYS in os.environ
+    recorder = torch.cuda.profiler if by_nsys else torch.profiler.profile()
+    synchronize = torch.cuda.synchronize if r.device.type == "cuda" else lambda: None
     folder.mkdir(parents=True, exist_ok=True)
-    with _marked_for_nsys() if by_nsys else _recorded_by_torch(folder / name, r):
+    synchronize()  # what was launched before is no part of it
+    recorder.start()
+    try:
         yield
+    finally:
+        synchronize()
+        recorder.stop()
+        if not by_nsys:
+            _write(recorder, folder / f"{name}.trace.json.gz")
     if o.memory_snapshot:
         _dump(folder / f"{name}-memory.pickle")
 
 
-@contextlib.contextmanager
-def _marked_for_nsys():
-    torch.cuda.synchronize()  # what was launched before is no part of it
-    torch.cuda.profiler.start()
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+def _write(recorded: torch.profiler.profile, trace: Path) -> None:
+    """Write the trace, its rows as JSON, and their table."""
+    recorded.export_chrome_trace(str(trace))
+    found = rows(read_chrome_trace(trace))
+    kept_rows(trace).write_text(json.dumps([asdict(row) for row in found], indent=1))
+    kept_rows(trace).with_suffix(".md").write_text(table(found) + "\n")
+    log.info("profile written to %s", trace)
 
 
-@contextlib.contextmanager
-def _recorded_by_torch(path: Path, r: Ranks):
-    """Writes `path`.trace.json.gz and, what that says of the ranges, `path`.md."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if r.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.synchronize()
-    recorded = torch.profiler.profile(activities=activities)
-    recorded.start()
-    try:
-        yield
-    finally:
-        if r.device.type == "cuda":
-            torch.cuda.synchronize()
-        recorded.stop()
-        trace = path.with_name(f"{path.name}.trace.json.gz")
-        recorded.export_chrome_trace(str(trace))
-        timeline = read_chrome_trace(trace)
-        path.with_name(f"{path.name}.md").write_text(table(rows(timeline), timeline.on_gpu) + "\n")
-        log.info("profile written to %s", trace)
+def kept_rows(trace: Path) -> Path:
+    """The file beside a run's trace that holds its rows, so that a large trace is parsed once."""
+    return trace.with_name(trace.name.removesuffix(".trace.json.gz") + ".json")
 
 
 @contextlib.contextmanager
 def _memory_history(folder: Path, r: Ranks):
-    """Remember who allocated what, and write it down where memory runs out, also if the step is then begun anew."""
+    """Record what allocated memory, and write a snapshot where it runs out, also if the step is then repeated."""
     numbers = iter(range(1, SNAPSHOTS + 1))
 
     def note(*_) -> None:
@@ -121,8 +113,7 @@ def _memory_history(folder: Path, r: Ranks):
         yield
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-        for _ in numbers:  # an observer cannot be taken off: it finds no number any more
-            pass
+        list(numbers)  # an observer cannot be removed: with no number left it does nothing
 
 
 def _dump(path: Path) -> None:

@@ -1,15 +1,16 @@
 """A profile as ranges and the work launched inside them: where a step's time goes, range by range.
 
 A reader makes a `Timeline` of a file (`chrome_trace.py`; the benchmark's for nsys). Work belongs to the innermost range
-that was open when the host launched it, whichever of its threads did: the backward pass has one of its own. So it does
-not matter when a GPU came to run it.
+that was open when the host launched it, from whichever of its threads: the backward pass has one of its own. When the
+GPU ran it does not matter.
 """
 
-from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 STEP = "step"  # name of the outermost range
 SEPARATOR = " > "
@@ -61,11 +62,11 @@ class Row:
 
 
 class _Visit(NamedTuple):
-    """One time that a range was open, and what was open around it."""
+    """One time that a range was open, with the work launched meanwhile."""
 
+    name: str  # as in `Row`
     range: Range
-    around: "_Visit | None"
-    name: str
+    work: list[Work]
 
 
 def rows(timeline: Timeline, top: int = 3) -> list[Row]:
@@ -74,36 +75,29 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
     Raises:
         ValueError: no range called `step` is there.
     """
-    visits = _nested(timeline.ranges)
+    visits = _visits(timeline)
     steps = sum(visit.name == STEP for visit in visits)
     if not steps:
         raise ValueError("the profile holds no range called step. Record whole steps of a loop, with --profile_steps.")
-    inside: dict[int, list[Work]] = defaultdict(list)  # by id of the visit
-    for work, innermost in zip(timeline.work, _open_at(visits, [w.launched for w in timeline.work]), strict=True):
-        while innermost is not None:
-            inside[id(innermost)].append(work)
-            innermost = innermost.around
-    busy_before = _busy_before(timeline.work)
     found: dict[str, Row] = {}
-    spent: dict[str, Counter[str]] = defaultdict(Counter)
+    spent: dict[str, Counter[str]] = {}
     step = -1
-    for visit in visits:
+    for visit, busy in zip(visits, _busy_seconds(timeline.work, visits)):
         step += visit.name == STEP
-        row = found.setdefault(visit.name, Row(visit.name, [], samples=[0.0] * steps))
-        seconds = visit.range.end - visit.range.start
+        if visit.name not in found:
+            found[visit.name], spent[visit.name] = Row(visit.name, [], samples=[0.0] * steps), Counter()
+        row, seconds = found[visit.name], visit.range.end - visit.range.start
         if visit.range.title not in row.titles:
             row.titles.append(visit.range.title)
         row.samples[step] += seconds
-        mine = inside[id(visit)]
-        row.launches += len(mine) / steps
-        for work in mine:
+        row.launches += len(visit.work) / steps
+        for work in visit.work:
             spent[visit.name][work.name] += work.busy
         if timeline.on_gpu:
-            reach = max(w.end for w in mine) - min(w.start for w in mine) if mine else 0.0
-            idle = seconds - (busy_before(visit.range.end) - busy_before(visit.range.start))
             row.gpu_samples = row.gpu_samples or [0.0] * steps
-            row.gpu_samples[step] += reach
-            row.idle_seconds = (row.idle_seconds or 0.0) + idle / steps
+            if visit.work:
+                row.gpu_samples[step] += max(w.end for w in visit.work) - min(w.start for w in visit.work)
+            row.idle_seconds = (row.idle_seconds or 0.0) + (seconds - busy) / steps
     for name, row in found.items():
         row.seconds = sum(row.samples) / steps
         row.gpu_seconds = sum(row.gpu_samples) / steps if timeline.on_gpu else None
@@ -112,80 +106,61 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
     return list(found.values())
 
 
-def _nested(ranges: Iterable[Range]) -> list[_Visit]:
-    """The ranges with what each lies in, by their begin. Those outside of every step are left out."""
-    visits: list[_Visit] = []
-    around: _Visit | None = None
-    for r in sorted(ranges, key=lambda r: (r.start, -r.end)):
-        while around is not None and around.range.end <= r.start:
-            around = around.around
-        name = r.title.split(" ")[0]
-        if around is None and name != STEP:
+def _visits(timeline: Timeline) -> list[_Visit]:
+    """The ranges inside steps by their begin, each with its work and that of the ranges inside it."""
+    visits, open_now = [], []
+    events = [(r.start, 0, -r.end, r) for r in timeline.ranges] + [(w.launched, 1, 0.0, w) for w in timeline.work]
+    for time, is_work, _, event in sorted(events, key=lambda event: event[:3]):
+        while open_now and open_now[-1].range.end <= time:
+            open_now.pop()
+        if is_work:
+            for visit in open_now:
+                visit.work.append(event)
             continue
-        around = _Visit(r, around, name if around is None else around.name + SEPARATOR + name)
-        visits.append(around)
+        name = event.title.split(" ")[0]
+        if open_now or name == STEP:
+            open_now.append(_Visit(SEPARATOR.join([*(v.name for v in open_now[-1:]), name]), event, []))
+            visits.append(open_now[-1])
     return visits
 
 
-def _open_at(visits: Sequence[_Visit], times: Sequence[float]) -> list[_Visit | None]:
-    """The innermost range that is open at each of the times."""
-    edges: list[tuple[float, _Visit | None]] = []  # from here on this one is the innermost
-    around: _Visit | None = None
-    for visit in visits:
-        while around is not None and around is not visit.around:
-            edges.append((around.range.end, around.around))
-            around = around.around
-        edges.append((visit.range.start, visit))
-        around = visit
-    while around is not None:
-        edges.append((around.range.end, around.around))
-        around = around.around
-    starts = [at for at, _ in edges]
-    return [edges[i - 1][1] if (i := bisect_right(starts, time)) else None for time in times]
-
-
-def _busy_before(work: Sequence[Work]):
-    """A function of time: the seconds before it in which anything ran."""
-    merged: list[list[float]] = []
-    for w in sorted(work, key=lambda w: w.start):
-        if merged and w.start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], w.end)
-        else:
-            merged.append([w.start, w.end])
-    starts, sums = [start for start, _ in merged], [0.0]
-    for start, end in merged:
-        sums.append(sums[-1] + end - start)
-
-    def before(time: float) -> float:
-        i = bisect_right(starts, time)
-        return sums[i] - max(0.0, merged[i - 1][1] - time) if i else 0.0
-
-    return before
+def _busy_seconds(work: Sequence[Work], visits: Sequence[_Visit]) -> np.ndarray:
+    """For each visit, the seconds of its range in which anything ran."""
+    if not work:
+        return np.zeros(len(visits))
+    start, end = np.array(sorted((w.start, w.end) for w in work)).T
+    end = np.maximum.accumulate(end)
+    after_pause = np.append(True, start[1:] > end[:-1])
+    start, end = start[after_pause], end[np.append(after_pause[1:], True)]  # of each time without a pause
+    busy = np.cumsum(end - start)
+    edges, before = np.stack([start, end], 1).ravel(), np.stack([busy - (end - start), busy], 1).ravel()
+    first, last = np.interp(np.array([[v.range.start, v.range.end] for v in visits]), edges, before).T
+    return last - first
 
 
 def title(row: Row) -> str:
-    """The range as the table shows it: with its sizes, or how many there were. A step's number is none."""
+    """The range as the table shows it: with its sizes, or their count. A step's number is not a size."""
     name = row.titles[0].split(" ")[0]
     if name == STEP:
         return name
     return row.titles[0] if len(row.titles) == 1 else f"{name}, {len(row.titles)} sizes"
 
 
-def table(found: Sequence[Row], on_gpu: bool, floors: Mapping[str, Mapping] | None = None) -> str:
-    """Markdown: a line for each range, those inside it below it and set in.
+def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> str:
+    """Markdown: a line for each range, those inside it below it and indented.
 
     Args:
         floors: by `Row.name`, its `gbytes` and `floor_s`, the least that it moves and takes.
     """
     whole = next(row for row in found if row.name == STEP)
+    on_gpu = whole.gpu_seconds is not None
     heads = ["range", "ms", "share", "kernels and copies" if on_gpu else "operator calls"]
     heads += ["GPU ms", "GPU idle, ms"] if on_gpu else ["GPU idle"]
     heads += ["MB at least", "% of floor"] * (floors is not None) + ["most time in"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found:
-        share = row.gpu_seconds / whole.gpu_seconds if on_gpu and whole.gpu_seconds else row.seconds / whole.seconds
-        cells = ["&emsp;" * row.depth + title(row), f"{1e3 * row.seconds:.1f}", f"{share:.0%}"]
-        cells.append(f"{row.launches:.0f}")
+        share = row.gpu_seconds / whole.gpu_seconds if whole.gpu_seconds else row.seconds / whole.seconds
+        cells = ["&emsp;" * row.depth + title(row), f"{1e3 * row.seconds:.1f}", f"{share:.0%}", f"{row.launches:.0f}"]
         cells += [f"{1e3 * row.gpu_seconds:.1f}", f"{1e3 * row.idle_seconds:.1f}"] if on_gpu else ["n/a"]
         if floors is not None:
             least = floors.get(row.name)

@@ -1,11 +1,9 @@
-"""From a profile's events to the table: nesting, launches, idle time, graphs; a Chrome trace and nsys's export."""
+"""From a profile's events to the table: nesting, launches, idle time, graphs; and the reader of Chrome traces."""
 
 import json
-import sqlite3
 
 import pytest
 
-from boxgrpo.bench.profiles.nsys_sqlite import read_nsys
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.timeline import Range, Timeline, Work, rows, table
 
@@ -29,7 +27,7 @@ def found():
     return {row.name: row for row in rows(Timeline(RANGES, WORK, on_gpu=True))}
 
 
-def test_ranges_nest_and_those_of_other_sizes_are_one_row(found):
+def test_ranges_nest_and_all_sizes_of_one_are_one_row(found):
     assert tuple(found) == BY_NAME
     assert [found[name].depth for name in BY_NAME] == [0, 1, 2, 1]
     assert [found[name].seconds for name in BY_NAME] == [10, 3, 0.5, 5]  # of a step
@@ -40,7 +38,7 @@ def test_ranges_nest_and_those_of_other_sizes_are_one_row(found):
 
 
 def test_work_belongs_to_the_range_that_launched_it(found):
-    """Whenever the GPU ran it, and to all ranges around that one."""
+    """Whenever the GPU ran it; and to all ranges around that one."""
     assert [found[name].launches for name in BY_NAME] == [2, 1, 0.5, 1]
     assert found["step > forward"].top == [("gemm", 2 / 3), ("layers", 1 / 3)]
     assert found["step > backward"].top == [("wgrad", 0.5), ("copy", 0.5)]
@@ -59,16 +57,16 @@ def test_a_profile_without_steps_is_refused():
         rows(Timeline([Range("save", 0, 1)], [], on_gpu=False))
 
 
-def test_the_table_says_what_was_counted(found):
+def test_the_table_shows_work_and_floors(found):
     floors = {"step > backward": {"gbytes": 0.5, "floor_s": 1.0}}
-    lines = table(list(found.values()), True, floors).splitlines()
+    lines = table(list(found.values()), floors).splitlines()
     assert [cell.strip() for cell in lines[0].split("|")][4:9] == [
         *("kernels and copies", "GPU ms", "GPU idle, ms", "MB at least", "% of floor")
     ]
     # Its share is of the step's 3500 ms on the GPU.
     assert lines[3] == "| &emsp;forward, 2 sizes | 3000.0 | 71% | 1 | 2500.0 | 2500.0 |  |  | gemm 67%, layers 33% |"
     assert "| 500 | 100 |" in lines[5]  # a second of work in (1 + 1) / 2
-    on_cpu = table(rows(Timeline(RANGES, WORK, on_gpu=False)), False).splitlines()
+    on_cpu = table(rows(Timeline(RANGES, WORK, on_gpu=False))).splitlines()
     assert "operator calls | GPU idle |" in on_cpu[0] and "| n/a |" in on_cpu[2]
 
 
@@ -82,7 +80,7 @@ def written(path, events):
     return path
 
 
-def test_a_chrome_trace_of_a_gpu_goes_by_correlation(tmp_path):
+def test_kernels_of_a_chrome_trace_belong_to_the_launch_with_their_correlation_number(tmp_path):
     """A kernel that the backward's own thread launched, two of one graph launch, one launched before the profile."""
     events = [
         *(event("user_annotation", "step 1", 0, 10), event("user_annotation", "decode 8x64", 1, 3)),
@@ -99,101 +97,10 @@ def test_a_chrome_trace_of_a_gpu_goes_by_correlation(tmp_path):
     assert dict(found["step > backward"].top) == {"wgrad": 1} and found["step"].launches == 3
 
 
-def test_an_operators_time_is_without_those_it_calls(tmp_path):
+def test_an_operators_time_excludes_the_operators_it_calls(tmp_path):
     events = [
         *(event("user_annotation", "step 1", 0, 10), event("cpu_op", "linear", 1, 4), event("cpu_op", "mm", 2, 3)),
         event("cpu_op", "mm", 6, 1),
     ]
     (row,) = rows(read_chrome_trace(written(tmp_path / "a.json", events)))
     assert row.launches == 3 and row.top == [("mm", 0.8), ("linear", 0.2)] and row.gpu_seconds is None
-
-
-PID, OTHER = 5 << 24, 6 << 24
-SCHEMA = """
-CREATE TABLE StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE NVTX_EVENTS (start INTEGER NOT NULL, end INTEGER, eventType INTEGER NOT NULL, rangeId INTEGER,
-    category INTEGER, color INTEGER, text TEXT, globalTid INTEGER, endGlobalTid INTEGER, textId INTEGER,
-    domainId INTEGER);
-CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INTEGER NOT NULL, end INTEGER NOT NULL, eventClass INTEGER NOT NULL,
-    globalTid INTEGER, correlationId INTEGER, nameId INTEGER NOT NULL, returnValue INTEGER NOT NULL,
-    callchainId INTEGER);
-CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INTEGER NOT NULL, end INTEGER NOT NULL, deviceId INTEGER NOT NULL,
-    contextId INTEGER NOT NULL, streamId INTEGER NOT NULL, correlationId INTEGER, globalPid INTEGER,
-    demangledName INTEGER NOT NULL, shortName INTEGER NOT NULL, graphNodeId INTEGER);
-CREATE TABLE CUPTI_ACTIVITY_KIND_MEMCPY (start INTEGER NOT NULL, end INTEGER NOT NULL, deviceId INTEGER NOT NULL,
-    contextId INTEGER NOT NULL, streamId INTEGER NOT NULL, correlationId INTEGER, globalPid INTEGER,
-    bytes INTEGER NOT NULL, copyKind INTEGER NOT NULL);
-"""
-
-
-def nsys_file(path, graph_rows=()):
-    """Two processes; ours pushes registered strings, decodes with a graph, and its backward has a thread of its own."""
-    s = 10**9
-    with sqlite3.connect(path) as db:
-        db.executescript(SCHEMA)
-        db.executemany(
-            "INSERT INTO StringIds VALUES (?, ?)", enumerate(["step 4", "decode 8x64", "attention", "gemm", "wgrad"])
-        )
-        ranges = [  # start, end, type, text, thread, string, domain
-            *((0, None, 75, "boxgrpo", PID + 1, None, 3), (0, None, 75, "NCCL", PID + 1, None, 1)),
-            *((0, 10 * s, 59, None, PID + 1, 0, 3), (1 * s, 4 * s, 59, None, PID + 1, 1, 3)),
-            *(
-                (5 * s, 9 * s, 59, "backward 9", PID + 1, None, 3),
-                (5 * s, 6 * s, 59, "ncclAllReduce", PID + 1, None, 1),
-            ),
-            *((0, None, 75, "boxgrpo", OTHER + 1, None, 1), (0, 9 * s, 59, None, OTHER + 1, 0, 1)),
-        ]
-        db.executemany(
-            "INSERT INTO NVTX_EVENTS (start, end, eventType, text, globalTid, textId, domainId) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            ranges,
-        )
-        calls = [
-            (2 * s, 2 * s + 1, PID + 1, 7),
-            (6 * s, 6 * s + 1, PID + 2, 8),
-            (7 * s, 7 * s + 1, OTHER + 1, 7),
-        ]  # processes count alike
-        db.executemany(
-            "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, 0, ?, ?, 0, 0, NULL)",
-            [(start, end, thread, number) for start, end, thread, number in calls],
-        )
-        kernels = [(8, 9, 8, PID, 4, None), (8, 9, 7, OTHER, 4, None), (9, 10, 99, PID, 4, None)]
-        kernels += [] if graph_rows else [(6, 7, 7, PID, 2, 11), (7, 8, 7, PID, 3, 12)]
-        db.executemany(
-            "INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (? * 1000000000, ? * 1000000000, 0, 1, 7, ?, ?, ?, 0, ?)",
-            kernels,
-        )
-        db.execute("INSERT INTO CUPTI_ACTIVITY_KIND_MEMCPY VALUES (?, ?, 0, 1, 7, 8, ?, 4096, 1)", (9 * s, 10 * s, PID))
-        if graph_rows:
-            db.execute(
-                "CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INTEGER, end INTEGER, deviceId INTEGER, "
-                "graphId INTEGER, graphExecId INTEGER, contextId INTEGER, streamId INTEGER, correlationId INTEGER, "
-                "globalPid INTEGER)"
-            )
-            db.execute("INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES (?, ?, 0, 1, 2, 1, 7, 7, ?)", graph_rows)
-    return path
-
-
-def test_nsys_gives_kernels_to_the_range_of_their_launch(tmp_path):
-    """One process, the domain of its steps, strings looked up; what was launched before the recording is left out."""
-    found = {row.name: row for row in rows(read_nsys(nsys_file(tmp_path / "a.sqlite")))}
-    assert found.keys() == {"step", "step > decode", "step > backward"}
-    assert found["step > decode"].titles == ["decode 8x64"] and found["step"].launches == 4
-    assert dict(found["step > decode"].top) == {"attention": 0.5, "gemm": 0.5}
-    assert dict(found["step > backward"].top) == {"wgrad": 0.5, "memory copy": 0.5}
-    assert found["step > decode"].gpu_seconds == 2 and found["step > backward"].idle_seconds == 1
-
-
-def test_a_graph_that_nsys_traced_whole_is_one_piece_of_work(tmp_path):
-    path = nsys_file(tmp_path / "a.sqlite", graph_rows=(6 * 10**9, 8 * 10**9, PID))
-    found = {row.name: row for row in rows(read_nsys(path))}
-    assert found["step > decode"].top == [("CUDA graph", 1)] and found["step > decode"].gpu_seconds == 2
-
-
-def test_a_file_of_nsys_without_steps_is_refused(tmp_path):
-    with sqlite3.connect(tmp_path / "a.sqlite") as db:
-        db.execute("CREATE TABLE StringIds (id INTEGER, value TEXT)")  # tables of what did not happen are not there
-    with pytest.raises(ValueError, match="holds no range called step"):
-        read_nsys(tmp_path / "a.sqlite")
-    with pytest.raises(ValueError, match="there is no"):
-        read_nsys(tmp_path / "b.sqlite")

@@ -1,0 +1,69 @@
+"""FLOP of a step, against torch's own count, and the peaks that a run compares them with."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from boxgrpo.model.batch import Conversation, Group
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.cost import published_peak
+from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.step.metrics import grpo_flop, peak_flop, sft_flop
+
+
+def test_peaks_are_known_by_name_or_by_flag():
+    assert published_peak("NVIDIA H200") == published_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert published_peak("NVIDIA H100 PCIe") == 756e12 and published_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    for unknown in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla T4", "NVIDIA L40"):
+        assert published_peak(unknown) is None
+    cpu = torch.device("cpu")
+    assert peak_flop(GrpoOptions(), cpu) is None and peak_flop(GrpoOptions(peak_tflops=1.5), cpu) == 1.5e12
+    assert peak_flop(GrpoOptions(dtype="float32"), torch.device("cuda")) is None
+
+
+@pytest.fixture
+def prompt(newborn, tmp_path):
+    Image.effect_noise((84, 56), 60).save(tmp_path / "a.png")
+    record = {"images": ["a.png"], "question": "Where is it?", "answer": [10, 20, 300, 400]}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    examples, _ = read_examples(tmp_path / "a.json")
+    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=9408).prompt(examples[0])
+
+
+def test_the_flop_of_a_step_are_those_of_its_passes(newborn, prompt):
+    """In forward passes of tower and decoder; the tower's as torch counts them, with attention's full square."""
+    model = load_model(newborn)
+    config, group = model.config, Group(prompt, [torch.arange(3), torch.arange(5)])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+    tower = counter.get_total_flops()
+
+    def flop(**changes):
+        return grpo_flop(GrpoOptions(**changes), config, [group], [group])
+
+    decoder = flop(rollout="replay", beta=0.0) - tower
+    assert flop(rollout="replay", beta=0.0, lora_rank=4) - tower == pytest.approx(2 / 3 * decoder)
+    forward = decoder / 3
+    text, tokens = config.text_config, len(prompt.input_ids) + 8
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    products = 2 * layers * tokens + 2 * 8 * text.vocab_size * text.hidden_size
+    assert products < forward < 1.2 * products  # over so few tokens attention adds little
+    assert flop(beta=0.0) == pytest.approx(tower + 4 * forward)  # sampling costs as much as a forward
+    assert flop() == pytest.approx(tower + 5 * forward)  # the reference
+    # The old log-probabilities and a second pass of the policy; then rollout, reference and three of the policy.
+    assert flop(num_iterations=2) == pytest.approx(tower + 9 * forward)
+    assert flop(freeze_vision=False) == pytest.approx(5 * tower + 5 * forward)
+
+
+def test_supervised_training_counts_a_forward_and_two_backward(newborn, prompt):
+    prompt = Conversation(**vars(prompt), loss_mask=torch.ones(len(prompt.input_ids), dtype=torch.bool))
+    config = load_model(newborn).config
+    frozen, whole = (sft_flop(SftOptions(freeze_vision=f), config, [Group(prompt)]) for f in (True, False))
+    tower = (whole - frozen) / 2
+    assert sft_flop(SftOptions(lora_rank=4), config, [Group(prompt)]) == pytest.approx((frozen - tower) * 2 / 3 + tower)
