@@ -56,7 +56,8 @@ def connect(journal: Journal, o) -> dict:
         import openai
     except ImportError as error:
         raise ValueError(f"importing openai fails: {error}. Install it: pip install 'openai>=3'.") from error
-    settings = {"timeout": o.timeout, "max_retries": o.tries - 1, "http_client": _transport(journal, o)}
+    # The client's own timeout would be between two bytes; `_transport` has one for the whole answer.
+    settings = {"timeout": None, "max_retries": o.tries - 1, "http_client": _transport(journal, o)}
     clients = {}
     for kind, url, variable in (("chain", o.base_url, "OPENAI_API_KEY"), ("judge", o.judge_base_url, "JUDGE_API_KEY")):
         if not url:
@@ -89,15 +90,15 @@ def _transport(journal: Journal, o):
             self._next = start + (60 / o.requests_per_minute if o.requests_per_minute else 0)
             await asyncio.sleep(start - now)
             try:
-                async with asyncio.timeout(o.timeout):  # the client's own limit is between two bytes
+                async with asyncio.timeout(o.timeout):
                     response = await super().send(request, **settings)
                 if not response.is_error and read_reply(response.content):
                     return response
                 failure = f"status_{response.status_code}" if response.is_error else "half_body"
                 message = "" if response.is_error else "the reply holds no message"
-            except (TimeoutError, httpx2.TimeoutException):
+            except TimeoutError:
                 failure, message = "timeout", f"no answer in {o.timeout:g} s"
-            except httpx2.RequestError as error:
+            except Exception as error:  # httpx's errors, and those of TLS that it passes on
                 failure, message = "connection", repr(error)
             journal.add({"failure": failure})
             if message:
@@ -212,16 +213,12 @@ class Asker:
 
     def _fail(self, model: str, error) -> dict:
         failure, message = error.response.extensions["failure"], self._redact(str(error.body))[:300]
-        if error.status_code in FATAL:
-            raise ValueError(
-                f"the server answers {error.status_code} for model {model!r}: {message} Correct the key, --model or "
-                "--base_url."
-            )
         self._failed_in_a_row += 1
-        if self._failed_in_a_row >= self.o.max_failures:
+        if self._failed_in_a_row >= self.o.max_failures or error.status_code in FATAL:
             raise ValueError(
-                f"{self._failed_in_a_row} requests in a row have failed, the last with {failure} ({message}). All "
-                f"answers are kept in {self.journal.path}; the same command continues once the server answers."
+                f"{self._failed_in_a_row} requests in a row have failed, the last with {failure} for model {model!r}: "
+                f"{message}. Where the server refuses them, correct the key, --model or --base_url. All answers are "
+                f"kept in {self.journal.path}; the same command continues from there."
             )
         return {"failure": failure, "message": message}
 

@@ -159,24 +159,15 @@ def check(o: CotOptions) -> None:
         raise ValueError(f"min_iou is {o.min_iou:g}; it must be 0 or more and below 1. Change --min_iou.")
 
 
-def report(s: dict, o: CotOptions) -> str:
-    """The summary as a person reads it."""
-    lines = [f"{s['written']} of {s['records']} records have a chain" + f"; cost {s['cost']:.2f}" * (s["cost"] > 0)]
-    for name in ("left_out", "faulty", "chains", "answers", "failed_requests"):
-        if s[name]:
-            counts = ", ".join(f"{reason} {count}" for reason, count in s[name].items())
-            lines.append(f"{name.replace('_', ' ')}: {counts}")
-    for kind, tokens in s["tokens"].items():
-        lines.append(f"{kind} tokens: {tokens['in']} in, {tokens['out']} out")
-    return "\n".join([*lines, f"see {o.output_dir}/cold_start.json; then accept_cot draws a tenth of it for people"])
-
-
 def main(args: list[str] | None = None) -> None:
     o = parse(CotOptions, args, prog="make_cot.py")
     try:
-        print(report(make(o), o))
+        summary = make(o)
     except KeyboardInterrupt:
         raise SystemExit("make_cot.py: interrupted; the same command continues from here") from None
+    print(json.dumps(summary, indent=1))
+    print(f"{summary['written']} of {summary['records']} records have a chain: see {o.output_dir}/cold_start.json")
+    print("accept_cot draws a tenth of them for people to accept or reject")
 
 
 if __name__ == "__main__":

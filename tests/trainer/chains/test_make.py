@@ -302,7 +302,7 @@ def test_a_record_without_answers_is_left_out_and_requested_next_time(server, op
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_server_that_refuses_the_key_or_the_model_ends_the_run(server, options, status):
     server.behave = lambda seen: Reply("not for you", status=status)
-    with pytest.raises(ValueError, match=f"{status} for model 'writer'.*not for you.*--base_url"):
+    with pytest.raises(ValueError, match=f"status_{status} for model 'writer'.*not for you.*--base_url"):
         make(options(50, concurrency=2))
     assert len(server.seen) < 10
 
