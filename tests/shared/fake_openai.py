@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server that behaves as a test tells it to, badly too, and keeps a record of what it saw."""
+"""A small OpenAI-compatible server: a test decides each reply, failures included, and every request is recorded."""
 
 import base64
 import io
@@ -17,18 +17,18 @@ BOX = r"\(\d+, \d+\), \(\d+, \d+\)"
 
 @dataclass
 class Seen:
-    """A request. `key` is the same for the same one asked again."""
+    """A request. A repeated one has the same `key`."""
 
     kind: str  # chain or judge
     question: str
     box: str
-    replies: list[str]  # that a judge is shown
+    replies: list[str]  # to judge
     images: list[Image.Image]
     body: dict
     headers: dict
     times: int  # this key, this time included
     began: float = field(default_factory=time.monotonic)
-    answered: bool = False  # in full, and its bytes handed over
+    answered: bool = False  # in full
 
     @property
     def key(self) -> str:
@@ -50,7 +50,7 @@ class Reply:
 
 
 def well(seen: Seen) -> Reply:
-    """What a good model says: the box it was told, and that the first reply is best."""
+    """A good model's reply: the box in the prompt, or that the first reply is best."""
     if seen.kind == "judge":
         return Reply("All are true.\nBest: 1")
     return Reply(f"<think>Seen with seed {seen.body['seed']}.</think><answer>{seen.box}</answer>")
@@ -75,7 +75,7 @@ class FakeOpenAI(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        pass  # a client that was killed, or waited no longer
+        pass  # a client that was killed or stopped waiting
 
     @property
     def url(self) -> str:
@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(reply.delay)
         finally:
             with server.lock:
-                server.at_once -= 1  # before the client hears of it and sends the next
+                server.at_once -= 1  # before the client can send its next request
         data = reply.body if reply.body is not None else json.dumps(self._answer(reply)).encode()
         self.send_response(reply.status)
         for name, value in {"content-type": "application/json", **reply.headers}.items():
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
     @staticmethod
     def _answer(reply: Reply) -> dict:
         if reply.status != 200:
-            return {"error": {"message": reply.text or "as the test wants it", "code": reply.status}}
+            return {"error": {"message": reply.text or "an error of the test", "code": reply.status}}
         message = {"role": "assistant", "content": reply.text, **reply.extra}
         answer = {
             "id": "x",

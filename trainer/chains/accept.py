@@ -43,7 +43,7 @@ class AcceptOptions:
     share: float = option(0.1, "Share of the records to draw.")
     seed: int = option(42, "Seed of the draw.")
     answers: str = option("", "File that the sheet saved; empty: draw a sheet.")
-    json: str = option("", "- writes the rate as JSON to standard output; empty: as text.")
+    json: str = option("", "- prints the rate as JSON; empty: as text.")
 
 
 def draw(records: int, share: float, seed: int) -> list[int]:
@@ -53,7 +53,7 @@ def draw(records: int, share: float, seed: int) -> list[int]:
 
 
 def wilson(accepted: int, decided: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share: what it is of all, as far as these tell (Wilson 1927)."""
+    """The confidence interval of the share accepted of all records, by the score method of Wilson (1927)."""
     z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
     share, scale = accepted / decided, 1 + z * z / decided
     centre = (share + z * z / (2 * decided)) / scale

@@ -61,12 +61,12 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def chain_prompt(question: str, box: Sequence[float], images: int) -> str:
-    """The request for one reasoning chain; the images stand before it."""
+    """The request for one reasoning chain; the images come before it."""
     return _CHAIN.format(question=question, box=box_text(box), **_image_words(images))
 
 
 def judge_prompt(question: str, box: Sequence[float], images: int, chains: Sequence[str]) -> str:
-    """The request for the number of the best chain, counted from 1; the images stand before it."""
+    """The request for the number of the best chain, counted from 1; the images come before it."""
     replies = "\n\n".join(f"Reply {k}:\n{chain}" for k, chain in enumerate(chains, 1))
     return _JUDGE.format(question=question, box=box_text(box), replies=replies, **_image_words(images))
 
@@ -93,7 +93,7 @@ def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) ->
 
 
 def read_verdict(text: str, chains: int) -> int | None:
-    """The number after the last "Best", or the only word there is: 1 to `chains`, 0 for none; None: no such number."""
+    """The number after the last "Best", or the only one there is: 1 to `chains`, 0 for none; None: no such number."""
     *_, last = None, *_BEST.finditer(text)
     found = last or _BARE.fullmatch(text)
     return int(found[1]) if found and int(found[1]) <= chains else None

@@ -44,7 +44,7 @@ def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
     if window and window.start >= steps.stop:
         raise ValueError(profile_is_too_late(o.profile_steps, steps.stop - 1))
     if window and window.stop <= steps.start:
-        log.warning("profile_steps is %s; the run goes on from step %d.", o.profile_steps, steps.start)
+        log.warning("profile_steps is %s; the run continues from step %d.", o.profile_steps, steps.start)
     return _profiled(steps, window, o, r)
 
 

@@ -1,6 +1,6 @@
 """Drawn scenes for the demo: coloured shapes over several small images, with MIG-Bench's ten kinds of question.
 
-A scene is planned first (what stands where, the question, the reasoning) and drawn when its pixels are asked for. All
+A scene is planned first (objects, question, reasoning) and drawn when its pixels are needed. All
 boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. What was left
 out: perspective, texture, occlusion and noise; a model of a million parameters has minutes to learn this, not days.
 
@@ -31,7 +31,7 @@ from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, add_rulers, paint
 
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
-OTHERS = ((0, 1), (1, 2), (2, 3))  # fewest and most objects beside the one asked for, by level
+OTHERS = ((0, 1), (1, 2), (2, 3))  # fewest and most objects beside the one in question, by level
 CELL = 125  # an eighth of the image
 STEP = (2, 1, 1)  # cells: sizes and places of objects are multiples of it, by level
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
@@ -103,7 +103,7 @@ class _Sketch:
         return kind
 
     def others(self, subject: Kind, accept: Callable[[Kind], bool] = lambda kind: True) -> list[Kind]:
-        """Kinds to stand beside `subject`, as similar to it as the level has them."""
+        """Kinds for the images of `subject`, as similar to it as the level has them."""
         kinds = []
         for k in range(self.rng.randint(*OTHERS[self.level])):
             alike = (0,) if self.level == 0 else (1,) if self.level == 2 and k == 0 else (0, 1)
@@ -259,13 +259,13 @@ def _region(s: _Sketch) -> _Plan:
     source = s.layout([subject, *s.others(subject)])
     cut_out = s.rng.sample(source.things, count - 1)
     layouts = [source] + [Layout((thing._replace(box=(0, 0, 1000, 1000)),), source.tint) for thing in cut_out]
-    asked = s.rng.randrange(1, count)
-    gold = cut_out[asked - 1]
+    shown = s.rng.randrange(1, count)
+    gold = cut_out[shown - 1]
     questions = (
-        f"Find the region of image {asked + 1} in image 1.",
-        f"Image {asked + 1} was cut out of image 1. Where?",
+        f"Find the region of image {shown + 1} in image 1.",
+        f"Image {shown + 1} was cut out of image 1. Where?",
     )
-    return _Plan(layouts, 0, gold, questions, f"Image {asked + 1} shows the {gold.kind}. It is")
+    return _Plan(layouts, 0, gold, questions, f"Image {shown + 1} shows the {gold.kind}. It is")
 
 
 def _reasoning(s: _Sketch) -> _Plan:

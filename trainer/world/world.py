@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
 VERSION = 4  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
-FILES = {  # name: split, form of the records
-    "cold_start": ("cold_start", "chain"),
-    "coordinates": ("cold_start", "coordinates"),
-    "plain": ("cold_start", "plain"),
-    "train": ("train", "asked"),
+FILES = {  # name: split, form of the records (ARCHITECTURE.md, section "Data")
+    "cold_start": ("cold_start", "chain"),  # UniVG-R1's stage 1: messages with a reasoning chain and the box
+    "coordinates": ("cold_start", "coordinates"),  # messages with the box alone, `answer_format` "box"
+    "plain": ("cold_start", "plain"),  # messages about the place of each object, and none of the tasks
+    "train": ("train", "question"),  # stage 2: a question, and a box on the 0-1000 scale
     "train_chains": ("train", "chain"),
-    "held_out": ("held_out", "asked"),
-    "held_out_coordinates": ("held_out", "asked_coordinates"),
+    "held_out": ("held_out", "question"),
+    "held_out_coordinates": ("held_out", "question_box"),  # with `answer_format` "box"
 }
 SEEDS_PER_SPLIT = 1_000_000
 SEEDS_PER_WORLD = 10**12
@@ -66,13 +66,13 @@ def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str,
         widened = [_widen_boxes(text) if margins and role == "assistant" else text for role, text in texts]
         return {"messages": [{"role": role, "content": text} for (role, _), text in zip(texts, widened)]}
 
-    asked, box = {"question": scene.question, "answer": list(scene.gold)}, {"answer_format": "box"}
+    question, box = {"question": scene.question, "answer": list(scene.gold)}, {"answer_format": "box"}
     return {
         "chain": record | conversation([(scene.question + THINK_SUFFIX, scene.completion), *others]),
         "coordinates": record | box | conversation([(BOX_PREFIX + scene.question, box_text(scene.gold)), *others]),
         "plain": record | conversation(_plain_turns(scene, random.Random(f"plain {task} {level} {seed}"))),
-        "asked": record | asked,
-        "asked_coordinates": record | box | asked,
+        "question": record | question,
+        "question_box": record | box | question,
     }
 
 
@@ -112,14 +112,11 @@ def write_world(
 ) -> Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
 
-    Each of `FILES` holds one split's records in one form, their image paths relative to `folder`: "chain" is UniVG-R1's
-    stage 1 (messages with the reasoning chain and the box), "asked" its stage 2 (a question, and a box on the 0-1000
-    scale), "coordinates" is without reasoning, with `answer_format` "box", and "plain" are questions where each object
-    is; ARCHITECTURE.md, section "Data". Tasks alternate, and levels after each round of the tasks. Held-out scenes
-    share no arrangement with the others (`scene_of`), and stay the same when another split grows.
+    Image paths in its `FILES` are relative to `folder`. Tasks alternate, and levels after each round of the tasks.
+    Held-out scenes share no arrangement with the others (`scene_of`), and stay the same when another split grows.
 
     Args:
-        asides: conversations go on with questions about the scene's other objects.
+        asides: conversations also have questions about the scene's other objects.
         margins: share of the conversations, as from a less exact annotator, with a cell of background around each box.
             The boxes of stage 2 are exact.
         processes: above 1 the calling script needs its `__main__` guard.

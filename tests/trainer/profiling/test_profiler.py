@@ -85,7 +85,7 @@ def test_a_resumed_run_profiles_the_steps_that_are_left(tmp_path, caplog):
     assert list(profiled(range(5, 8), o, Ranks())) == [5, 6, 7]
     assert [path.name for path in tmp_path.glob("profile/*.gz")] == ["steps5-5-rank0.trace.json.gz"]
     assert list(profiled(range(6, 8), o, Ranks())) == [6, 7]
-    assert "goes on from step 6" in caplog.text
+    assert "continues from step 6" in caplog.text
 
 
 def test_under_nsys_only_the_steps_are_marked(tmp_path, monkeypatch):
