@@ -62,7 +62,7 @@ def prepare(o: SoakOptions) -> Path:
     )
     world = demo.draw_world(small)
     if not (root / "sft/model.safetensors").exists():
-        flags = [f"--config={demo.RECIPES / 'demo_sft.yaml'}", f"--model={demo.newborn(small)}"]
+        flags = [f"--config={demo.RECIPES / 'demo_sft.yaml'}", f"--model={demo.make_initial_checkpoint(small)}"]
         flags += [f"--data={world / 'cold_start.json'}", f"--output_dir={root / 'sft'}", f"--seed={o.seed}"]
         demo.torchrun("sft.py", small, [*flags, f"--max_steps={o.cold_start_steps}", "--overwrite_output_dir=true"])
     images = sorted((world / "images/train").iterdir())

@@ -150,7 +150,9 @@ def train_base(o: AblationOptions) -> Path:
     if not (root / "run" / ENDED).exists():
         # Question and request apart, so that each is a token of its own: the base learns the request, not the question.
         texts = [text.removesuffix(THINK_SUFFIX) for text in all_texts(list(TASKS), levels=LEVELS)]
-        demo.newborn(demo.DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts])
+        demo.make_initial_checkpoint(
+            demo.DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts]
+        )
     train(o, "base_sft", BASE, root / "run", root / "newborn", world / f"{BASE.data}.json", BASE_SEED)
     return root / "run"
 
@@ -197,7 +199,7 @@ def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
 def run(o: AblationOptions) -> dict:
     """Everything; what ablation.json holds."""
     described = machine()  # before an hour passes and the tree moves on
-    seeds = demo.numbers(o.seeds, "seeds")
+    seeds = recipe.numbers(o.seeds, "seeds")
     base = train_base(o)
     runs = [record for seed in seeds for record in run_seed(o, seed, base)]
     return {

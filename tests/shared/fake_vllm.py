@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from boxgrpo.model.batch import Prompt
+from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import generate
 from boxgrpo.model.rope import mrope_position_ids
@@ -79,8 +79,7 @@ class LLM:
         serial = next(s for s in range(1000) if request_seed(self.seed, s) == params.seed)
         drawn = generate(
             self.model,
-            [prompt],
-            prompt_ids=[serial],
+            [Group(prompt, serial=serial)],
             seed=self.seed,
             num_generations=params.n,
             eos_token_ids=params.stop_token_ids,

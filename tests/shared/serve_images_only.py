@@ -1,6 +1,6 @@
 """`transformers` as a command, with a Qwen2-VL processor that has no part for videos.
 
-The library's own has one, which cannot be built without torchvision (ARCHITECTURE.md, Traps), so its `serve` does not start
+The library's own has one, which cannot be built without torchvision (ARCHITECTURE.md, Traps): its `serve` does not start
 there. All else is the command as it is: `python serve_images_only.py serve FOLDER --port 8000`.
 """
 

@@ -13,6 +13,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.run import frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, lines, start
 
@@ -284,7 +285,7 @@ def test_the_policy_keeps_a_frozen_tower_and_the_reference_needs_none(cold):
 
     policy = load_model(cold)
     policy.freeze_vision()
-    reference = grpo.frozen_copy(policy, share_vision=True)
+    reference = frozen_copy(policy, share_vision=True)
     assert reference.visual is None and policy.visual is not None
     assert reference.model is not policy.model
     assert not any(p.requires_grad for p in reference.parameters())

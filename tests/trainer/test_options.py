@@ -70,7 +70,7 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"num_generations": 1}, "num_generations is 1; a group needs at least 2"),
+        ({"num_generations": 1}, "num_generations is 1; it must be at least 2"),
         ({"prompts_per_step": 6}, "prompts_per_step is 6; .* multiple of 4"),
         ({"gradient_accumulation_steps": 3}, "multiple of 12"),
         ({"loss_type": "ppo"}, "loss_type is 'ppo'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
+from boxgrpo.model.batch import Group
 from boxgrpo.trainer import demo, grpo, sft
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.sources import read_usable
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("plain")
     world = demo.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
     demo.draw_world(world)
-    demo.newborn(world)
+    demo.make_initial_checkpoint(world)
     quick = {"dataloader_num_workers": 0, "output_dir": str(root / "sft"), "max_steps": 40, "learning_rate": 3e-3}
     data = {"model": str(root / "newborn"), "data": str(root / "world/cold_start.json")}
     sft.train(SftOptions(**data, **quick, train_batch_size=16, freeze_vision=False), Ranks())
@@ -71,24 +72,23 @@ def plain_steps(o) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(trained, lr=o.learning_rate, betas=(0.9, o.adam_beta2), weight_decay=o.weight_decay)
     steps = []
     for _ in range(o.max_steps):
-        samples = next(batches)
-        completions = replay(None, samples, None).completions
-        rewards = score(completions, samples, vocabulary, "cpu")
+        groups = replay(None, [Group(s.item, serial=s.serial, record=s.example) for s in next(batches)])
+        rewards = score(groups, vocabulary.bytes, "cpu")
         total = 0.0
-        for i, (sample, group) in enumerate(zip(samples, completions, strict=True)):
+        for i, group in enumerate(groups):
             mine = slice(i * o.num_generations, (i + 1) * o.num_generations)
             ious = rewards.accuracy[mine]
             sums = ious + rewards.format[mine]
             advantages = (sums - sums.mean()) / (sums.std() + 1e-4) * (sums != sums[0]).any()
             phi = torch.exp(1 - ious.mean())
-            for completion, advantage in zip(group, advantages, strict=True):
-                logps = logps_of(policy, sample.item, completion, o.temperature)
+            for completion, advantage in zip(group.completions, advantages, strict=True):
+                logps = logps_of(policy, group.prompt, completion, o.temperature)
                 with torch.no_grad():
-                    gap = logps_of(reference, sample.item, completion, o.temperature)
+                    gap = logps_of(reference, group.prompt, completion, o.temperature)
                 gap = gap - logps
                 ratio = (logps - logps.detach()).exp()
                 total = total + (-phi * ratio * advantage + o.beta * (gap.exp() - gap - 1)).mean()
-        loss = total / (len(samples) * o.num_generations)
+        loss = total / (len(groups) * o.num_generations)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, o.max_grad_norm)
         optimizer.step()

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from boxgrpo.kernels import group_advantages
+from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import prefill
-from boxgrpo.trainer.data.loader import Sample
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.options import GrpoOptions
@@ -40,7 +40,7 @@ def vocabulary(processor, model):
 
 
 @pytest.fixture(scope="module")
-def samples(processor, tmp_path_factory):
+def groups(processor, tmp_path_factory):
     """Four prompts: with none to three images of different sizes; their serial numbers are not their places."""
     folder = tmp_path_factory.mktemp("images")
     made = []
@@ -49,7 +49,7 @@ def samples(processor, tmp_path_factory):
         for k, path in enumerate(paths):
             Image.effect_noise((56 + 28 * k, 56), 60).save(path)
         example = Example(str(serial), "diff", paths, "Where is it?", (0.0, 0.0, 500.0, 500.0), source=f"data#{serial}")
-        made.append(Sample(serial, example, processor.prompt(example)))
+        made.append(Group(processor.prompt(example), serial=serial, record=example))
     return made
 
 
@@ -57,111 +57,106 @@ def changed(**changes):
     return dataclasses.replace(OPTIONS, **changes)
 
 
-def as_lists(completions):
-    return [[c.tolist() for c in group] for group in completions]
+def as_lists(groups):
+    return [[c.tolist() for c in group.completions] for group in groups]
 
 
 @pytest.mark.parametrize("rounds", [2, 4])
 @pytest.mark.parametrize("embedded", [False, True], ids=["tower in every round", "tower once"])
-def test_rounds_sample_what_one_round_does(model, samples, vocabulary, rounds, embedded):
-    embeds = embed_images(model, [s.item for s in samples]) if embedded else None
-    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, embeds).completions
-    options = changed(gradient_accumulation_steps=rounds)
-    parts = LocalRollout(options, vocabulary, Ranks())(model, samples, embeds).completions
+def test_rounds_sample_what_one_round_does(model, groups, vocabulary, rounds, embedded):
+    given = embed_images(model, groups) if embedded else groups
+    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, given)
+    parts = LocalRollout(changed(gradient_accumulation_steps=rounds), vocabulary, Ranks())(model, given)
     assert as_lists(parts) == as_lists(whole)
-    assert [len(group) for group in whole] == [3, 3, 3, 3]
+    assert [len(group) for group in as_lists(whole)] == [3, 3, 3, 3]
     assert all(len({tuple(c) for c in group}) == 3 for group in as_lists(whole)), "siblings differ"
 
 
 def with_room_for(monkeypatch, prompts: int, never: int | None = None) -> list[int]:
-    """Prefill fails above so many prompts, and always for serial number `never`; returns the sizes it was asked for."""
-    asked = []
+    """Prefill fails above so many prompts, and always for serial number `never`; returns the sizes of its calls."""
+    sizes = []
 
-    def limited(policy, group, *, prompt_ids, **options):
-        asked.append(len(group))
-        if len(group) > prompts or never in prompt_ids:
+    def limited(policy, groups, **options):
+        sizes.append(len(groups))
+        if len(groups) > prompts or never in [g.serial for g in groups]:
             raise torch.OutOfMemoryError("no room")
-        return prefill(policy, group, prompt_ids=prompt_ids, **options)
+        return prefill(policy, groups, **options)
 
     monkeypatch.setattr("boxgrpo.trainer.rollout.local.prefill", limited)
-    return asked
+    return sizes
 
 
-def test_where_memory_runs_out_there_are_more_rounds(model, samples, vocabulary, monkeypatch, caplog):
-    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, None)
-    asked = with_room_for(monkeypatch, prompts=2)
+def test_where_memory_runs_out_there_are_more_rounds(model, groups, vocabulary, monkeypatch, caplog):
+    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, groups)
+    sizes = with_room_for(monkeypatch, prompts=2)
     rollout = LocalRollout(OPTIONS, vocabulary, Ranks())
-    found = rollout(model, samples, None)
-    assert as_lists(found.completions) == as_lists(whole.completions) and found.kept is None
-    assert asked == [4, 2, 2] and "from here on in 2 rounds a step" in caplog.text
-    asked.clear()
-    rollout(model, samples, None)
-    assert asked == [2, 2], "the next step knows"
+    assert as_lists(rollout(model, groups)) == as_lists(whole)
+    assert sizes == [4, 2, 2] and "from here on in 2 rounds a step" in caplog.text
+    sizes.clear()
+    rollout(model, groups)
+    assert sizes == [2, 2], "the number of rounds stays"
 
 
-def test_a_sample_that_never_fits_is_left_out_and_named(model, samples, vocabulary, monkeypatch, caplog):
-    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, None)
-    with_room_for(monkeypatch, prompts=4, never=samples[2].serial)
-    found = LocalRollout(OPTIONS, vocabulary, Ranks())(model, samples, None)
-    assert found.kept == [0, 1, 3] and found.of(samples) == [samples[0], samples[1], samples[3]]
-    assert as_lists(found.completions) == as_lists([whole.completions[i] for i in found.kept])
-    assert f"left out {samples[2].example.source}: sampling it alone runs out of memory" in caplog.text
+def test_a_group_that_never_fits_is_left_out_and_named(model, groups, vocabulary, monkeypatch, caplog):
+    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, groups)
+    with_room_for(monkeypatch, prompts=4, never=groups[2].serial)
+    found = LocalRollout(OPTIONS, vocabulary, Ranks())(model, groups)
+    assert [g.serial for g in found] == [groups[i].serial for i in (0, 1, 3)]
+    assert as_lists(found) == as_lists([whole[i] for i in (0, 1, 3)])
+    assert f"left out {groups[2].source}: sampling it alone runs out of memory" in caplog.text
 
 
-def test_a_rank_without_samples_has_rewards_and_advantages_of_none(vocabulary):
-    rewards = score([], [], vocabulary, "cpu")
+def test_a_rank_without_groups_has_rewards_and_advantages_of_none(vocabulary):
+    rewards = score([], vocabulary.bytes, "cpu")
     assert rewards.accuracy.shape == (0,) and rewards.boxes.shape == (0, 4)
     advantages, weights, miou = group_advantages(rewards.accuracy.view(0, 3), rewards.format.view(0, 3))
     assert advantages.shape == (0, 3) and weights.shape == miou.shape == (0,)
 
 
-def test_embeddings_are_each_prompts_own(model, samples):
-    embeds = embed_images(model, [s.item for s in samples])
-    assert embeds[0] is None, "a prompt without images"
-    for sample, found in list(zip(samples, embeds))[1:]:
-        alone = model.embed_images(sample.item.pixel_values, sample.item.image_grid_thw)
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
-    assert embed_images(model, [samples[0].item]) == [None]
+def test_embeddings_are_each_prompts_own(model, groups):
+    embedded = embed_images(model, groups)
+    assert embedded[0].image_embeds is None, "a prompt without images"
+    for group in embedded[1:]:
+        alone = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
+        torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-5)
+    assert embed_images(model, groups[:1]) == groups[:1]
 
 
-def test_the_tower_takes_as_many_prompts_as_fit(model, samples, monkeypatch):
-    whole = embed_images(model, [s.item for s in samples])
+def test_the_tower_takes_as_many_prompts_as_fit(model, groups, monkeypatch):
+    whole = embed_images(model, groups)
     patches = []
 
     def limited(pixels, grids):
         patches.append(len(pixels))
-        if len(pixels) > len(samples[3].item.pixel_values):
+        if len(pixels) > len(groups[3].prompt.pixel_values):
             raise torch.OutOfMemoryError("no room")
         return type(model).embed_images(model, pixels, grids)
 
     monkeypatch.setattr(model, "embed_images", limited)
-    found = embed_images(model, [s.item for s in samples])
-    assert len(patches) > 3
-    assert found[0] is None
+    found = embed_images(model, groups)
+    assert len(patches) > 3 and found[0].image_embeds is None
     for a, b in zip(found[1:], whole[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.image_embeds, b.image_embeds, rtol=0, atol=1e-5)
 
 
-def test_images_that_never_fit_have_no_embedding(model, samples, monkeypatch):
+def test_a_group_whose_images_never_fit_is_left_out_and_named(model, groups, monkeypatch, caplog):
     def none(pixels, grids):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(model, "embed_images", none)
-    assert [None if e is None else tuple(e.shape) for e in embed_images(model, [s.item for s in samples[:2]])] == [
-        None,
-        (0, model.config.text_config.hidden_size),
-    ]
+    assert embed_images(model, groups[:2]) == groups[:1], "the prompt without images stays"
+    assert f"left out {groups[1].source}: its images alone run out of memory" in caplog.text
 
 
-def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, samples, vocabulary, processor):
+def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, groups, vocabulary, processor):
     tokenizer, rows = processor.tokenizer, model.config.text_config.vocab_size
     assert rows == len(tokenizer) + 8
     vision = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     expected = {*tokenizer.convert_tokens_to_ids(vision), *range(len(tokenizer), rows)}
     assert set(vocabulary.forbidden.tolist()) == expected
     hot = changed(temperature=50.0, num_generations=100, max_completion_length=20)  # as good as uniform
-    completions = LocalRollout(hot, vocabulary, Ranks())(model, samples[:1], None).completions
-    drawn = {t for group in completions for c in group for t in c.tolist()}
+    found = LocalRollout(hot, vocabulary, Ranks())(model, groups[:1])
+    drawn = {t for group in as_lists(found) for c in group for t in c}
     assert len(drawn) > 0.8 * rows and not drawn & expected
 
 
@@ -188,21 +183,21 @@ def test_a_restart_begins_its_own_file_anew_and_no_other(vocabulary, tmp_path):
     assert path.read_text() == ""
 
 
-def test_stored_completions_are_replayed_by_serial_number(model, samples, vocabulary, tmp_path):
+def test_stored_completions_are_replayed_by_serial_number(model, groups, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "new/stored.jsonl"))
-    completions = LocalRollout(options, vocabulary, Ranks())(model, samples, None).completions
+    sampled = LocalRollout(options, vocabulary, Ranks())(model, groups)
     stored = [json.loads(line) for line in (tmp_path / "new/stored.jsonl").read_text().splitlines()]
     assert [record["serial"] for record in stored] == [7, 3, 12, 5]
-    assert [record["ids"] for record in stored] == as_lists(completions)
-    replayed = ReplayRollout(options)(None, samples[::-1], None)
-    assert as_lists(replayed.completions) == as_lists(completions)[::-1]
-    assert replayed.logps is None
+    assert [record["ids"] for record in stored] == as_lists(sampled)
+    replayed = ReplayRollout(options)(None, groups[::-1])
+    assert as_lists(replayed) == as_lists(sampled)[::-1]
+    assert replayed[0].sampler_logps is None
 
 
-def test_every_rank_stores_its_own(model, samples, vocabulary, tmp_path):
+def test_every_rank_stores_its_own(model, groups, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "stored.jsonl"))
     for rank in (0, 1):
-        LocalRollout(options, vocabulary, Ranks(rank, 2))(model, samples[rank : rank + 1], None)
+        LocalRollout(options, vocabulary, Ranks(rank, 2))(model, groups[rank : rank + 1])
     first, second = tmp_path / "stored.jsonl", tmp_path / "stored.jsonl.rank1"
     assert [json.loads(p.read_text())["serial"] for p in (first, second)] == [7, 3]
     assert ReplayRollout(options).stored.keys() == {7, 3}  # a replay reads them all
@@ -213,16 +208,16 @@ def test_every_rank_stores_its_own(model, samples, vocabulary, tmp_path):
         LocalRollout(options, vocabulary, Ranks())
 
 
-def test_a_replay_that_cannot_be_is_refused(samples, tmp_path):
+def test_a_replay_that_cannot_be_is_refused(groups, tmp_path):
     path = tmp_path / "stored.jsonl"
     with pytest.raises(ValueError, match=r"rollout_file is .*stored\.jsonl; there is no such file"):
         ReplayRollout(changed(rollout_file=str(path)))
     path.write_text('{"serial": 7, "ids": [[1], [2]]}\n')
     replay = ReplayRollout(changed(rollout_file=str(path)))
     with pytest.raises(ValueError, match="holds no completions for sample 3"):
-        replay(None, samples, None)
+        replay(None, groups[1:])
     with pytest.raises(ValueError, match="holds 2 completions for sample 7; num_generations is 3"):
-        replay(None, samples[:1], None)
+        replay(None, groups[:1])
 
 
 def test_the_correction_by_hand():
@@ -230,30 +225,30 @@ def test_the_correction_by_hand():
     sampler = torch.tensor([0.25, 0.5, 0.2, math.nan]).log()
     pack = SimpleNamespace(old_logps=torch.tensor([0.5, 0.25, 0.6, 0.1]).log(), sampler_logps=sampler)
     torch.testing.assert_close(sampler_factor(pack, cap=2.5), torch.tensor([2.0, 0.5, 2.5, 1.0]))
-    assert sampler_factor(SimpleNamespace(old_logps=sampler, sampler_logps=None), cap=2.5) is None
 
 
 def test_scores_by_hand(processor, vocabulary):
     """Two prompts with two completions each, prompt after prompt, every one against its own prompt's gold box."""
 
-    def sample(gold, answer_format):
-        return Sample(0, Example("0", "diff", (), "Where?", gold, answer_format=answer_format), None)
+    def answered(gold, answer_format, *texts):
+        example = Example("0", "diff", (), "Where?", gold, answer_format=answer_format)
+        return Group(None, [torch.tensor(processor.tokenizer.encode(text)) for text in texts], record=example)
 
-    def completion(text):
-        return torch.tensor(processor.tokenizer.encode(text))
-
-    samples = [sample((0.0, 0.0, 500.0, 500.0), "think"), sample((100.0, 100.0, 300.0, 300.0), "box")]
-    completions = [
-        [
-            completion("<think>Here.</think><answer>(250, 0), (750, 500)</answer><|im_end|>"),
-            completion("<think>(0, 0), (500, 500)</think><|im_end|><answer>(0, 0), (500, 500)</answer>"),
-        ],
-        [
-            completion("It is at (100, 100), (300, 200), not at (100, 100), (300, 300)"),
-            completion("<think>Here.</think><answer>(300, 300), (100, 100)</answer><|endoftext|>"),
-        ],
+    groups = [
+        answered(
+            (0.0, 0.0, 500.0, 500.0),
+            "think",
+            "<think>Here.</think><answer>(250, 0), (750, 500)</answer><|im_end|>",
+            "<think>(0, 0), (500, 500)</think><|im_end|><answer>(0, 0), (500, 500)</answer>",
+        ),
+        answered(
+            (100.0, 100.0, 300.0, 300.0),
+            "box",
+            "It is at (100, 100), (300, 200), not at (100, 100), (300, 300)",
+            "<think>Here.</think><answer>(300, 300), (100, 100)</answer><|endoftext|>",
+        ),
     ]
-    rewards = score(completions, samples, vocabulary, "cpu")
+    rewards = score(groups, vocabulary.bytes, "cpu")
     # A third in common; nothing before the end token; half of the gold, the first box counts; inverted.
     torch.testing.assert_close(rewards.accuracy, torch.tensor([1 / 3, 0, 1 / 2, 0]), rtol=0, atol=1e-6)
     assert rewards.format.tolist() == [1, 0, 1, 1]

@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors import safe_open
 
 import fake_vllm
+from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
-from boxgrpo.trainer.data.loader import Sample
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rollout.base import Vocabulary
-from boxgrpo.trainer.rollout.local import LocalRollout, Sampled, make_rollout
-from boxgrpo.trainer.rollout.vllm import request_seed
+from boxgrpo.trainer.rollout.local import LocalRollout
+from boxgrpo.trainer.rollout.vllm import VllmRollout, request_seed
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 
@@ -41,7 +41,7 @@ def policy(newborn):
 
 
 @pytest.fixture(scope="module")
-def samples(processor, tmp_path_factory):
+def groups(processor, tmp_path_factory):
     """Prompts with none, two and three images, one of them over the limit of pixels."""
     folder = tmp_path_factory.mktemp("images")
     made = []
@@ -50,19 +50,19 @@ def samples(processor, tmp_path_factory):
         for path, size in zip(paths, sizes):
             Image.effect_noise(size, 60).convert("RGB").save(path)
         example = Example(str(serial), "diff", paths, "Where is it?", (0.0, 0.0, 500.0, 500.0), source=f"data#{serial}")
-        made.append(Sample(serial, example, processor.prompt(example)))
+        made.append(Group(processor.prompt(example), serial=serial, record=example))
     return made
 
 
 @pytest.fixture
-def start(options, processor, policy, samples, monkeypatch):
+def start(options, processor, policy, groups, monkeypatch):
     """start(**changes) -> the rollout and its engine."""
 
     def make(noise=0.0, **changes):
         o = dataclasses.replace(options, **changes)
         engines = fake_vllm.install(monkeypatch, seed=o.seed, noise=noise)
         vocabulary = Vocabulary.of(processor, policy.config, "cpu")
-        rollout = make_rollout(o, processor, vocabulary, policy, [s.example for s in samples], Ranks(), {})
+        rollout = VllmRollout(o, processor, vocabulary, policy, 3)
         return rollout, engines[0]
 
     return make
@@ -89,23 +89,23 @@ def test_the_engine_is_this_ranks_own_and_starts_asleep(start, options):
     assert hot.arguments["max_model_len"] == 1012
 
 
-def test_a_request_has_one_placeholder_an_image_and_the_images_at_our_size(start, samples, policy, processor):
+def test_a_request_has_one_placeholder_an_image_and_the_images_at_our_size(start, groups, policy, processor):
     rollout, engine = start()
-    rollout(policy, samples, None)
-    for sample, request in zip(samples, engine.prompts, strict=True):
+    rollout(policy, groups)
+    for group, request in zip(groups, engine.prompts, strict=True):
         images = request.get("multi_modal_data", {"image": []})["image"]
-        grids = sample.item.image_grid_thw
+        grids = group.prompt.image_grid_thw
         assert [(i.height // 14, i.width // 14) for i in images] == [(h, w) for _, h, w in grids.tolist()]
         pad, tokens = processor.image_token_id, request["prompt_token_ids"]
         assert tokens.count(pad) == len(grids)
-        assert [i for i in tokens if i != pad] == [i for i in sample.item.input_ids.tolist() if i != pad]
+        assert [i for i in tokens if i != pad] == [i for i in group.prompt.input_ids.tolist() if i != pad]
     assert "multi_modal_data" not in engine.prompts[0]
     assert max(i.width * i.height for i in engine.prompts[1]["multi_modal_data"]["image"]) <= 50_000
 
 
-def test_sampling_is_asked_for_as_the_options_say(start, samples, policy, processor):
+def test_sampling_is_asked_for_as_the_options_say(start, groups, policy, processor):
     rollout, engine = start(temperature=1.3, max_prompt_length=500)
-    rollout(policy, samples, None)
+    rollout(policy, groups)
     for params in engine.params:
         assert (params.n, params.max_tokens, params.temperature, params.top_k, params.top_p) == (3, 12, 1.3, 0, 1.0)
         assert params.logprobs == 0 and params.detokenize is False
@@ -113,7 +113,7 @@ def test_sampling_is_asked_for_as_the_options_say(start, samples, policy, proces
         beyond = range(len(processor.tokenizer), policy.config.text_config.vocab_size)
         assert params.logit_bias == dict.fromkeys([*processor.vision_ids, *beyond], -100.0)
     rollout, engine = start(top_k=5, top_p=0.9)
-    rollout(policy, samples[:1], None)
+    rollout(policy, groups[:1])
     assert (engine.params[0].top_k, engine.params[0].top_p) == (5, 0.9)
 
 
@@ -124,22 +124,22 @@ def test_seeds_follow_the_sample_and_lie_apart():
     assert request_seed(42, 7) == 12574737069870113  # of any process
 
 
-def test_what_trains_is_handed_over_under_the_published_names(start, samples, policy, newborn):
+def test_what_trains_is_handed_over_under_the_published_names(start, groups, policy, newborn):
     rollout, engine = start()
     with safe_open(Path(newborn) / "model.safetensors", "pt") as file:
         published = set(file.keys())
-    rollout(policy, samples, None)
+    rollout(policy, groups)
     assert engine.loaded == [{name for name in published if not name.startswith("visual.")}]
     policy.freeze_vision(False)
-    rollout(policy, samples, None)
+    rollout(policy, groups)
     assert engine.loaded[1] == published
 
 
-def test_every_call_wakes_loads_forgets_generates_and_sleeps(start, samples, policy):
+def test_every_call_wakes_loads_forgets_generates_and_sleeps(start, groups, policy):
     rollout, engine = start()
     for _ in range(2):
         engine.events.clear()
-        rollout(policy, samples, None)
+        rollout(policy, groups)
         assert engine.events == [
             "wake weights",
             "load_weights",
@@ -151,16 +151,17 @@ def test_every_call_wakes_loads_forgets_generates_and_sleeps(start, samples, pol
         ]
 
 
-def test_completions_are_those_of_the_weights_at_hand(start, samples, policy, processor, options):
+def test_completions_are_those_of_the_weights_at_hand(start, groups, policy, processor, options):
     """The engine loaded the checkpoint, the policy has moved on: what is sampled is the moved policy's."""
     with torch.no_grad():
         policy.model.norm.weight *= 3
     rollout, _ = start()
-    sampled = rollout(policy, samples, None)
-    local = LocalRollout(options, Vocabulary.of(processor, policy.config, "cpu"), Ranks())(policy, samples, None)
-    assert isinstance(sampled, Sampled) and local.logps is None
-    for theirs, ours, logps in zip(sampled.completions, local.completions, sampled.logps, strict=True):
-        assert [c.tolist() for c in theirs] == [c.tolist() for c in ours]
+    sampled = rollout(policy, groups)
+    local = LocalRollout(options, Vocabulary.of(processor, policy.config, "cpu"), Ranks())(policy, groups)
+    for group, expected in zip(sampled, local, strict=True):
+        theirs, logps = group.completions, group.sampler_logps
+        assert [c.tolist() for c in theirs] == [c.tolist() for c in expected.completions]
+        assert expected.sampler_logps is None
         assert [len(c) for c in theirs] == [len(x) for x in logps]
         assert all(x.dtype == torch.float32 and c.dtype == torch.int64 for x, c in zip(logps, theirs))
 
@@ -176,7 +177,7 @@ def test_completions_are_those_of_the_weights_at_hand(start, samples, policy, pr
         (lambda answers: answers[0].outputs[1].__dict__.update(token_ids=[], logprobs=[]), "gave 0 tokens"),
     ],
 )
-def test_an_answer_that_does_not_fit_is_refused(start, samples, policy, monkeypatch, damage, says):
+def test_an_answer_that_does_not_fit_is_refused(start, groups, policy, monkeypatch, damage, says):
     rollout, engine = start()
     generate = engine.generate
 
@@ -187,23 +188,15 @@ def test_an_answer_that_does_not_fit_is_refused(start, samples, policy, monkeypa
 
     monkeypatch.setattr(engine, "generate", damaged)
     with pytest.raises(ValueError, match=says):
-        rollout(policy, samples, None)
+        rollout(policy, groups)
 
 
-def test_without_vllm_or_torchrun_the_error_names_the_remedy(options, processor, policy, samples, monkeypatch):
-    arguments = (
-        options,
-        processor,
-        Vocabulary.of(processor, policy.config, "cpu"),
-        policy,
-        [samples[0].example],
-        Ranks(),
-        {},
-    )
+def test_without_vllm_or_torchrun_the_error_names_the_remedy(options, processor, policy, monkeypatch):
+    arguments = (options, processor, Vocabulary.of(processor, policy.config, "cpu"), policy, 3)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="importing it fails.*pip install 'vllm.*--rollout local"):
-        make_rollout(*arguments)
+        VllmRollout(*arguments)
     fake_vllm.install(monkeypatch, seed=0)
     monkeypatch.delenv("RANK")
     with pytest.raises(ValueError, match="RANK is not set.*Start with torchrun"):
-        make_rollout(*arguments)
+        VllmRollout(*arguments)

@@ -12,7 +12,6 @@ from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.rollout.local import Sampled
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.balance import balance_across_ranks, plan_moves
 from boxgrpo.trainer.step.pack import Budget, make_packs, run_packs_that_fit, trained_groups
@@ -64,8 +63,8 @@ def test_one_rank_keeps_its_groups():
 
 THREE_RANKS = """
 import json, sys, torch
-from boxgrpo.model.packing import Group, Prompt
-from boxgrpo.trainer.step.pack import balance_across_ranks
+from boxgrpo.model.batch import Group, Prompt
+from boxgrpo.trainer.step.balance import balance_across_ranks
 from boxgrpo.trainer.runtime.ranks import ranks
 
 with ranks() as r:
@@ -99,11 +98,13 @@ def test_groups_arrive_whole(tmp_path):
     assert sorted(map(len, found)) == [2, 3, 3]
 
 
-def scored_groups(options, advantages, **more):
-    samples = [SimpleNamespace(item=prompt(n), example=SimpleNamespace(source=f"{n} tokens")) for n in (5, 8)]
+def scored_groups(options, advantages, logps=(None, None)):
     completions = [[torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.tensor([5, 6]), torch.tensor([7, 8])]]
-    weights = torch.tensor([0.5, 2.0])
-    return trained_groups(options, samples, Sampled(completions, **more), None, torch.tensor(advantages), weights)
+    groups = [
+        Group(prompt(n), completions[i], i, sampler_logps=logps[i], record=SimpleNamespace(source=f"{n} tokens"))
+        for i, n in enumerate((5, 8))
+    ]
+    return trained_groups(options, groups, torch.tensor(advantages), torch.tensor([0.5, 2.0]))
 
 
 def test_a_groups_parts_keep_what_is_theirs(twins):
