@@ -1,7 +1,7 @@
 """`transformers` as a command, with a Qwen2-VL processor that has no part for videos.
 
-The library's own has one, which cannot be built without torchvision (ARCHITECTURE.md, Traps): its `serve` does not start
-there. All else is the command as it is: `python serve_images_only.py serve FOLDER --port 8000`.
+The library's own has one, which cannot be built without torchvision (ARCHITECTURE.md, Traps). So its `serve` does not
+start there. All else is the command as it is: `python serve_images_only.py serve FOLDER --port 8000`.
 """
 
 from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLProcessor
