@@ -161,7 +161,6 @@ class Grounder:
         """The images as the model saw them and the box on its target; with `words`, question and answer as well."""
         return annotate(
             self.processor.images_of(question.prompt),
-            gold=None,
             predicted=answer.box_1000,
             target_image=question.example.target_image,
             question=question.example.question if words else "",

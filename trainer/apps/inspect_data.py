@@ -118,7 +118,7 @@ def _pictures(examples: Iterable[Example]) -> Iterator[Image.Image]:
     for example in examples:
         with contextlib.suppress(ValueError):
             title = f"{example.task}  {example.source}"
-            yield annotate_example(example, predicted=None, question=example.question, title=title)
+            yield annotate_example(example, question=example.question, title=title)
 
 
 def table(found: dict) -> str:

@@ -34,9 +34,9 @@ LEAST_WIDTH = 420  # room for the legend under a single narrow image
 def annotate(
     images: Sequence[Image.Image],
     *,
-    gold: Sequence[float] | None,
-    predicted: Sequence[float] | None,
-    target_image: int,
+    gold: Sequence[float] | None = None,
+    predicted: Sequence[float] | None = None,
+    target_image: int = 0,
     question: str = "",
     reasoning: str | None = None,
     title: str = "",

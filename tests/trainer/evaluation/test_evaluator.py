@@ -4,59 +4,37 @@ import json
 import re
 import shutil
 import time
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from boxgrpo.bench.launches import kill
-from boxgrpo.trainer.data.sources import read_usable
 from boxgrpo.trainer.evaluation.answer_files import AnswerFile
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluator import main
-from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, eval_options, finish, start
 
 
-def test_what_cannot_be_evaluated_is_refused_by_name(shared, tmp_path):
-    faulty = shared / "data/mig_bench/MIG_data.faulty.json"
-    with pytest.raises(ValueError, match=r"0 of 2 records.*box_inverted 1, box_outside 1.*MIG_data\.faulty\.json#0"):
-        read_usable(EvalOptions(data=str(faulty)), needs="gold")
-    with pytest.raises(ValueError, match=r"data is .*gone\.json; there is no such file"):
-        read_usable(EvalOptions(data=str(tmp_path / "gone.json")), needs="gold")
-    with pytest.raises(ValueError, match="no data"):
-        read_usable(EvalOptions(), needs="gold")
-    for given, message in (
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
         ([], "no model"),
         (["--model=a", "--predictions=b"], "model is a and predictions b; answers come from one of them"),
         (["--model=a", "--bench=coco"], "bench is 'coco'; it must be one of mig, refcoco"),
         (["--model=a", "--answer_format=json"], "answer_format is 'json'; it must be one of auto, think"),
         (["--model=a", "--eval_batch_size=0"], "eval_batch_size is 0; it must be at least 1"),
         (["--model=a", "--resamples=-1"], "resamples is -1; it must be at least 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            main(given)
-
-
-def test_chats_without_a_box_are_no_benchmark(tmp_path):
-    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
-    (tmp_path / "chat.json").write_text(json.dumps([{"images": ["a.png"], "messages": turns}]))
-    options = SimpleNamespace(data=[str(tmp_path / "chat.json")], schema="auto", image_root="")
-    with pytest.raises(ValueError, match=r"0 of 1 records can be used; they need the gold box.*chat\.json#0.*--data"):
-        read_usable(options, needs="gold")
-    assert len(read_usable(options, needs="turns")[0]) == 1
-
-
-def test_every_fault_is_named_however_many(tmp_path, caplog):
-    good = {"images": ["a.png"], "question": "Where?", "answer": [1, 2, 30, 40]}
-    (tmp_path / "many.json").write_text(json.dumps([good, *[good | {"answer": None}] * 30]))
-    _, faults = read_usable(EvalOptions(data=str(tmp_path / "many.json")), needs="gold")
-    assert len(faults) == 30
-    for fault in faults:
-        assert sum(bool(re.search(rf"{fault.source}\b", message)) for message in caplog.messages) == 1
+        (["--model=a"], "no data"),
+        (["--model=a", "--data=gone.json"], r"data is gone\.json; there is no such file"),
+        (["--model=a", "--data=gone.json", "--bench=mmiu"], r"data is gone\.json; MMIU is one file or folder"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        main(given)
 
 
 @pytest.fixture

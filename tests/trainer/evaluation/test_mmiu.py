@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.evaluation.mmiu import ANSWER_SUFFIX, RELATIONSHIPS, grade, read, score
+from boxgrpo.trainer.evaluation.mmiu import ANSWER_SUFFIX, grade, read, score
 
 # As FanqingM/MMIU-Benchmark publishes them: every task spells its options and its context a little differently.
 FORENSIC = {
@@ -76,18 +76,16 @@ def test_records_become_questions(write, tmp_path):
 
 
 def test_prompts_hold_context_question_and_options_once(write):
-    (forensic, reid, quality, homography), _ = read(write(RECORDS), None)
-    assert forensic.question == FORENSIC["context"] + FORENSIC["question"] + ANSWER_SUFFIX
-    assert reid.question == REID["question"] + "\n" + REID["context"] + ANSWER_SUFFIX  # one of the tasks that ask first
-    assert quality.question == QUALITY["context"] + "\n" + QUALITY["question"] + ANSWER_SUFFIX
-    assert homography.question.count("0.002") == 1
-
-
-def test_options_that_the_context_does_not_list_are_added(write):
-    (question,), _ = read(write([REID | {"context": None}]), None)
-    assert question.question.startswith(REID["question"] + "\nA: The second image\nB: The third image\nFirst output")
-    (question,), _ = read(write([REID | {"context": "Not B: The third image"}]), None)
-    assert question.question.count("A: The second image") == 1  # half a list is none
+    context_missing, half_a_list = REID | {"context": None}, REID | {"context": "Not B: The third image"}
+    questions, _ = read(write([*RECORDS, context_missing, half_a_list]), None)
+    forensic, reid, quality, homography, added, half = (q.question.removesuffix(ANSWER_SUFFIX) for q in questions)
+    assert forensic == FORENSIC["context"] + FORENSIC["question"]
+    assert reid == REID["question"] + "\n" + REID["context"], "one of the tasks whose question comes first"
+    assert quality == QUALITY["context"] + "\n" + QUALITY["question"]
+    assert homography.count("0.002") == 1
+    assert added == REID["question"] + "\nA: The second image\nB: The third image"
+    assert half.count("A: The second image") == 1
+    assert all(q.question.endswith("the chosen option in <answer> </answer> tags.") for q in questions)
 
 
 def test_the_processor_takes_a_question_as_it_is(write, tmp_path, shared):
@@ -111,20 +109,15 @@ def test_the_processor_takes_a_question_as_it_is(write, tmp_path, shared):
     )
 
 
-@pytest.mark.parametrize("name", ["all.parquet", "all.json"])
-def test_the_published_parquet_reads_like_the_json(write, tmp_path, name):
-    path = write(RECORDS)
-    if name == "all.parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
+def test_the_published_parquet_reads_like_the_json(write, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
 
-        path = tmp_path / name
-        parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
-    questions, faults = read(path, tmp_path)
-    assert [(q.question, q.letter) for q in questions] == [
-        (q.question, q.letter) for q in read(write(RECORDS), None)[0]
-    ]
-    assert not faults and questions[0].source == f"{name}#0"
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "all.parquet")
+    questions, faults = read(tmp_path / "all.parquet", None)
+    expected, _ = read(write(RECORDS), None)
+    assert [(q.question, q.letter) for q in questions] == [(q.question, q.letter) for q in expected]
+    assert not faults and questions[0].source == "all.parquet#0"
 
 
 @pytest.mark.parametrize(
@@ -166,14 +159,10 @@ def test_files_that_hold_nothing_are_refused_by_name(write, tmp_path):
         read(tmp_path / "all.parquet", None)
 
 
-def test_an_output_with_marks_is_a_letter(write):
-    (question,), _ = read(write([REID | {"output": " b. "}]), None)
-    assert question.letter == "B"
-
-
 def test_accuracies_by_hand(write):
     """Three questions of one task, one of each of two others: means over tasks and over questions differ."""
-    questions, _ = read(write([FORENSIC, FORENSIC, FORENSIC, REID, QUALITY]), None)
+    elsewhere = QUALITY | {"input_image_path": ["images/q.bmp"], "output": " b. "}
+    questions, _ = read(write([FORENSIC, FORENSIC, FORENSIC, REID, elsewhere]), None)
     texts = ["D", "<think>D</think><answer>A</answer>", "I cannot tell.", "Answer: A", "no"]
     graded = grade(questions, texts)
     result = score(questions, graded)
@@ -183,15 +172,9 @@ def test_accuracies_by_hand(write):
     )
     assert result["mean"] == pytest.approx((third + 100 + 0) / 3)
     assert result["overall"] == pytest.approx(100 * 2 / 5)
-    assert result["relationships"] == pytest.approx({"Low-level-semantic": third / 2, "High-level-obj-semantic": 100})
+    assert result["relationships"] == pytest.approx({"Low-level-semantic": third, "High-level-obj-semantic": 100})
     assert (result["count"], result["unread"], result["counts"]["forensic_detection_blink"]) == (5, 1, 3)
     assert [(g["chosen"], g["gold"], g["correct"]) for g in graded] == [
         ("D", "D", True), ("A", "D", False), (None, "D", False), ("A", "A", True), ("A", "B", False)
     ]  # fmt: skip
     json.dumps([result, graded])
-
-
-def test_paths_without_a_known_folder_have_no_relationship(write):
-    questions, _ = read(write([REID | {"input_image_path": ["images/a.png"]}]), None)
-    assert questions[0].relationship == "" and "images" not in RELATIONSHIPS
-    assert score(questions, grade(questions, ["A"]))["relationships"] == {}

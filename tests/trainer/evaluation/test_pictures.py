@@ -53,7 +53,7 @@ def test_both_boxes_are_drawn_at_their_edges_on_the_target_image_only(predicted)
 def test_equal_boxes_show_both_colours_and_an_edge_shows_on_an_object_of_its_colour():
     red = Image.new("RGB", GREY.size, PREDICTED)
     box = (250, 250, 750, 750)
-    page = annotate([red], gold=box, predicted=box, target_image=0, **TEXT)
+    page = annotate([red], gold=box, predicted=box, **TEXT)
     edge = np.asarray(page)[MARGIN + 120, MARGIN + 52 : MARGIN + 68]  # across the left edge at 60
     assert [tuple(p) for p in edge].count(GOLD) == 3
     inside = [tuple(p) for p in edge[8:]]
@@ -62,19 +62,17 @@ def test_equal_boxes_show_both_colours_and_an_edge_shows_on_an_object_of_its_col
 
 def test_the_page_holds_all_images_at_one_height_and_grows_with_the_text():
     photo = Image.new("RGB", (1000, 500))
-    page = annotate([photo, GREY], gold=None, predicted=None, target_image=0, **TEXT)
+    page = annotate([photo, GREY], **TEXT)
     assert page.width == 480 + 240 + 3 * MARGIN and page.mode == "RGB"
-    longer = annotate(
-        [photo, GREY], gold=None, predicted=None, target_image=0, question="Where?", reasoning="word " * 200
-    )
-    titled = annotate([photo, GREY], gold=None, predicted=None, target_image=0, title="common_object", **TEXT)
-    assert longer.height > page.height + 100 and titled.height > page.height
-    assert annotate([GREY], gold=None, predicted=None, target_image=0, **TEXT).width == LEAST_WIDTH
-    strip = annotate([Image.new("L", (2000, 10))], gold=(0, 0, 1000, 1000), predicted=None, target_image=0, **TEXT)
+    assert annotate([photo, GREY], question="Where?", reasoning="word " * 200).height > page.height + 100
+    assert annotate([photo, GREY], title="common_object", **TEXT).height > page.height
+    assert annotate([GREY], **TEXT).width == LEAST_WIDTH
+    strip = annotate([Image.new("L", (2000, 10))], gold=(0, 0, 1000, 1000), **TEXT)
     assert strip.width == 3 * IMAGE_HEIGHT + 2 * MARGIN
-    options = {"gold": None, "predicted": None, "target_image": 0, "image_height": 2 * IMAGE_HEIGHT}
-    large = annotate([photo, GREY], **options, **TEXT)
+    large = annotate([photo, GREY], image_height=2 * IMAGE_HEIGHT, **TEXT)
     assert large.size == (960 + 480 + 3 * MARGIN, page.height + IMAGE_HEIGHT)
+    with pytest.raises(ValueError, match="target_image is 1 of 1 images; count from 0"):
+        annotate([GREY], target_image=1, **TEXT)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +86,7 @@ def test_the_page_holds_all_images_at_one_height_and_grows_with_the_text():
     ],
 )
 def test_any_prediction_can_be_drawn(predicted):
-    page = annotate([GREY], gold=(0, 0, 1000, 1000), predicted=predicted, target_image=0, **TEXT)
+    page = annotate([GREY], gold=(0, 0, 1000, 1000), predicted=predicted, **TEXT)
     assert (np.asarray(page) == PREDICTED).all(-1).any() == (predicted is not None)
     assert near(page, GOLD, MARGIN, MARGIN + 120)
 
@@ -98,14 +96,9 @@ def test_any_prediction_can_be_drawn(predicted):
     ["", "混合 ∑ naïve 🙂", "x" * 3000, "line\nbreak\ttab\x00\ud800", "<answer>(1, 2), (3, 4)</answer>", "עברית"],
 )
 def test_any_text_can_be_shown(text):
-    page = annotate([GREY], gold=None, predicted=None, target_image=0, question=text, reasoning=text, title=text)
+    page = annotate([GREY], question=text, reasoning=text, title=text)
     ink = (np.asarray(page) < 200).any(-1)
     assert not ink[:, -MARGIN + 2 :].any(), "text runs over the right edge"
-
-
-def test_a_target_image_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="target_image is 1 of 1 images; count from 0"):
-        annotate([GREY], gold=None, predicted=None, target_image=1, **TEXT)
 
 
 def test_pictures_are_spread_over_the_tasks(record_file, tmp_path):
@@ -137,42 +130,33 @@ def test_a_contact_sheet_keeps_every_picture_whole_and_in_order():
         contact_sheet([], columns=2)
 
 
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def plotted(folder, *lines):
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    plot_run(folder / "metrics.jsonl", folder / "run.png", title="a run")
 
 
 def test_a_run_is_plotted_from_whatever_its_lines_hold(tmp_path):
     records = [{"step": t, "rewards/accuracy/mean": t / 50, "difficulty/easy": 0.5} for t in range(50)]
-    records += [
-        {"step": 50, "eval/miou": 0.3},
-        {"note": "no step"},
-        {"step": 51, "rewards/accuracy/mean": float("nan")},
-    ]
-    plot_run(write_lines(tmp_path / "metrics.jsonl", records), tmp_path / "run.png", title="a run")
+    records += [{"step": 50, "eval/miou": 0.3}, {"note": "no step"}, {"step": 51, "difficulty/easy": float("nan")}]
+    plotted(tmp_path, *map(json.dumps, records))
     with Image.open(tmp_path / "run.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_a_curve_has_the_later_of_two_values_of_a_step_and_only_finite_ones():
+def test_metrics_without_a_curve_or_with_a_broken_line_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds none of rewards/accuracy/mean"):
+        plotted(tmp_path, '{"step": 1, "loss": 2.0}')
+    with pytest.raises(ValueError, match="Unterminated string"):
+        plotted(tmp_path, '{"step": 1}', '{"step": 2, "rew')
+    assert not (tmp_path / "run.png").exists()
+
+
+def test_a_curve_is_of_the_later_value_of_a_step_and_its_mean_is_that_of_a_window():
     lines = [(2, 9.0), (1, 1.0), (2, 2.0), (3, None), (4, float("nan"))]
     steps, values = _curve([{"step": step, "kl": value} for step, value in lines] + [{"kl": 7.0}, {"step": 5}], "kl")
     assert steps == [1, 2] and values.tolist() == [1.0, 2.0]
-
-
-def test_the_running_mean_keeps_a_constant_and_averages_its_window():
     assert _running_mean(np.full(40, 0.25)) == pytest.approx(np.full(40, 0.25))
     values = np.arange(32.0) ** 2
-    assert _running_mean(values)[[0, 10, 31]] == pytest.approx(
-        [values[:3].mean(), values[8:13].mean(), values[29:].mean()]
-    )
+    expected = [values[:3].mean(), values[8:13].mean(), values[29:].mean()]
+    assert _running_mean(values)[[0, 10, 31]] == pytest.approx(expected)
     assert _running_mean(np.array([0.7])) == pytest.approx([0.7])
-
-
-def test_metrics_without_a_curve_or_with_a_broken_line_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds none of rewards/accuracy/mean"):
-        plot_run(write_lines(tmp_path / "empty.jsonl", [{"step": 1, "loss": 2.0}]), tmp_path / "run.png")
-    (tmp_path / "broken.jsonl").write_text('{"step": 1}\n{"step": 2, "rew\n')
-    with pytest.raises(ValueError, match="Unterminated string"):
-        plot_run(tmp_path / "broken.jsonl", tmp_path / "run.png")
-    assert not (tmp_path / "run.png").exists()

@@ -121,16 +121,3 @@ def test_the_files_of_refcoco_are_its_columns(tmp_path, capsys):
         "| answers | this run | 75.00 | – | – | – | 50.00 | – | – | 0.00 | – |"
         in (tmp_path / "out/table.md").read_text()
     )
-
-
-def test_a_video_is_asked_for_its_third_frame(tmp_path, capsys):
-    """ReasonVOS: the box of the third frame, in its pixels; one task, one column of Table 2."""
-    for n in range(6):
-        Image.new("RGB", (100 + 100 * n, 100)).save(tmp_path / f"{n}.jpg")
-    boxes = [f"[{10 * n}, 10, {10 * n + 30}, 50]" for n in range(6)]
-    record = {"image_list": [f"{n}.jpg" for n in range(6)], "question": "What moves?", "bbox_list": boxes}
-    (tmp_path / "ReasonVOS_eval.json").write_text(json.dumps([record]))
-    (tmp_path / "answers.json").write_text(json.dumps(["<think></think><answer>(67, 100), (167, 500)</answer>"]))
-    flags = ["--bench=reasonvos", f"--data={tmp_path / 'ReasonVOS_eval.json'}"]
-    main([*flags, f"--predictions={tmp_path / 'answers.json'}", "--json=-"])
-    assert json.loads(capsys.readouterr().out)["tasks"] == {"reasonvos": 100.0}

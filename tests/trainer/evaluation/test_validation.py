@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import time
 
@@ -19,12 +18,14 @@ from boxgrpo.trainer.evaluation import validation
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.validation import Validation
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
-from boxgrpo.trainer.runtime.checkpoints import Progress, fault
+from boxgrpo.trainer.runtime.checkpoints import Progress
+from boxgrpo.trainer.runtime.files import find_fault
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import claim_output_dir
 from boxgrpo.trainer.runtime.spans import seconds, span
 from runs import ROOT, finish, grpo_options, lines, start, told
 
+LIMITS = {"min_pixels": 3136, "max_pixels": 401408}
 SCORES = ("accuracy_at_0.3", "accuracy_at_0.5", "accuracy_at_least_0.5", "accuracy_at_0.7", "mean_iou", "format")
 
 
@@ -65,69 +66,77 @@ def test_the_loop_says_what_the_evaluator_says_and_goes_on_as_without(world):
     kept, saved = (load_file(folder / name / "model.safetensors") for name in ("best", f"checkpoint-{step}"))
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
     scores = json.loads((folder / "best/scores.json").read_text())
-    assert scores["step"] == step and scores["accuracy_at_0.5"] == max(accuracies)
+    assert scores["accuracy_at_0.5"] == max(accuracies)
     assert elsewhere(world, folder / "best", "eval_best")["accuracy_at_0.5"] == max(accuracies)
-    assert fault(folder / "best") == "no progress.json", "its files are whole; it is no checkpoint to go on from"
+    assert best_step(folder) == step
     events = next((folder / "tensorboard").iterdir()).read_bytes()
     assert b"eval/mean_iou" in events and b"eval/tasks/" in events
 
 
+class EngineAndReporter:
+    """Of a run that has only its weights."""
+
+    gathered_weights = staticmethod(lambda: span("gathering"))
+
+    def log(self, step, metrics):
+        self.logged = metrics
+
+
 @pytest.fixture
-def scored(monkeypatch):
-    """scored(run) -> the accuracies that a run's evaluations find from here on are those given, one after another."""
+def steps_of(world, monkeypatch):
+    """steps_of(name, *accuracies, **options): an evaluation after each of so many steps, which finds that accuracy.
 
-    def give(*accuracies):
-        left = list(accuracies)
-        told = dict.fromkeys(SCORES, 0.0) | {"count": 8, "skipped": 0, "tasks": {}}
+    With True as an accuracy the policy is really scored. Returns the metrics of every step.
+    """
+    policy, processor = load_model(world / "sft"), Processor.from_pretrained(world / "sft", **LIMITS)
+    score = Validation.scores
 
-        def scores(self, policy):
-            return told | {"accuracy_at_0.5": left.pop(0)}
+    def run(name, *accuracies, **options):
+        (world / name).mkdir(exist_ok=True)
+        held_out, progress = Validation(evaluated(world, name, eval_every=1, **options), processor, Ranks()), Progress()
+        logged, parts = [], EngineAndReporter()
+        for accuracy in accuracies:
+            found = dict.fromkeys(SCORES, 0.0) | {"count": 8, "skipped": 0, "tasks": {}, "accuracy_at_0.5": accuracy}
+            monkeypatch.setattr(Validation, "scores", score if accuracy is True else lambda *_, found=found: found)
+            progress.step += 1
+            held_out.after_step(progress, 99, policy, parts, parts)
+            assert progress.evaluated == progress.step
+            logged.append(parts.logged)
+        return logged
 
-        monkeypatch.setattr(Validation, "scores", scores)
-
-    return give
+    return run
 
 
-def steps_of_best(folder):
-    return [line["eval/best_step"] for line in eval_lines(folder)]
+def best_step(folder):
+    assert find_fault(folder / "best", "config.json", "model.safetensors") is None
+    return json.loads((folder / "best/scores.json").read_text())["step"]
 
 
-def test_only_a_better_one_takes_the_bests_place(world, scored):
+def test_only_a_better_one_takes_the_bests_place(world, steps_of):
     """Equal is not better: the earlier one stays."""
-    scored(0.25, 0.5, 0.5, 0.375)
-    grpo.train(evaluated(world, "kept", max_steps=4, eval_every=1, save_steps=1), Ranks())
-    assert steps_of_best(world / "kept") == [1, 2, 2, 2]
-    best, second = (load_file(world / "kept" / name / "model.safetensors") for name in ("best", "checkpoint-2"))
-    assert all(torch.equal(best[name], second[name]) for name in second)
+    found = steps_of("kept", 0.25, 0.5, 0.5, 0.375)
+    assert [metrics["eval/best_step"] for metrics in found] == [1, 2, 2, 2]
+    assert best_step(world / "kept") == 2
 
 
-def test_the_earlier_best_outlives_a_full_disk_and_a_kill_between_the_renames(world, scored, monkeypatch):
-    folder = world / "full"
-    scored(0.25, 0.5)
-    whole, written = validation.save_pretrained, []
+def test_the_earlier_best_outlives_a_full_disk_and_a_kill_between_the_renames(world, steps_of, monkeypatch):
+    steps_of("full", 0.25)
 
-    def full(policy, processor, path):
-        whole(policy, processor, path)
-        written.append(path)
-        if len(written) == 2:
-            raise OSError(28, "No space left on device")
+    def full(*args):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(validation, "save_pretrained", full)
-    options = evaluated(world, "full", max_steps=4, eval_every=1, save_steps=1)
-    with pytest.raises(
-        ValueError, match=r"full/best cannot be written \(.*No space left.*; an earlier one is as it was"
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            ValueError, match=r"full/best cannot be written \(.*No space left.*; an earlier one is as it was"
+        ),
     ):
-        grpo.train(options, Ranks())
-    assert json.loads((folder / "best/scores.json").read_text())["step"] == 1 and fault(folder / "best")[:2] == "no"
-    monkeypatch.setattr(validation, "save_pretrained", whole)
-
-    (folder / "best").rename(folder / ".best.old")  # as a kill between the two renames leaves it
-    options = dataclasses.replace(options, resume="auto")
-    scored(0.125, 0.25, 0.125)
-    grpo.train(options, Ranks())
-    assert steps_of_best(folder) == [1, 1, 1, 1]
-    assert json.loads((folder / "best/scores.json").read_text())["step"] == 1
-    assert not list(folder.glob(".best*"))
+        patch.setattr(validation, "save_pretrained", full)
+        steps_of("full", 0.5)
+    assert best_step(world / "full") == 1
+    (world / "full/best").rename(world / "full/.best.old")  # as a kill between the two renames leaves it
+    steps_of("full")
+    assert best_step(world / "full") == 1 and not list((world / "full").glob(".best*"))
 
 
 @pytest.mark.slow
@@ -175,30 +184,18 @@ def test_a_run_that_is_stopped_where_an_evaluation_is_due_does_it_later(world):
     assert (world / "sft_stopped/best/config.json").exists()
 
 
-def test_a_run_that_begins_anew_forgets_the_earlier_best_and_touches_no_other(world, scored):
-    scored(0.5)
-    options = evaluated(world, "anew", max_steps=1)
-    folder = world / "anew"
-    grpo.train(options, Ranks())
-    for left in folder.iterdir():
-        if left.name != "best":
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    with pytest.raises(ValueError, match="anew already holds a run"):
-        claim_output_dir(options, Ranks())
-    claim_output_dir(dataclasses.replace(options, resume="auto"), Ranks())  # killed before its first checkpoint
-    assert not (folder / "best").exists()
-    (folder / "best").mkdir()  # somebody's, of whatever
+def test_a_run_that_begins_anew_forgets_the_earlier_best_and_touches_no_other(tmp_path):
+    options = GrpoOptions(output_dir=str(tmp_path), resume="auto")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/scores.json").write_text("{}")
+    with pytest.raises(ValueError, match="already holds a run"):
+        claim_output_dir(dataclasses.replace(options, resume=""), Ranks())
+    claim_output_dir(options, Ranks())  # killed before its first checkpoint
+    assert not (tmp_path / "best").exists()
+    (tmp_path / "best").mkdir()  # of another program
     for resume in ("", "auto"):
-        with pytest.raises(ValueError, match="anew already holds a run"):
+        with pytest.raises(ValueError, match="already holds a run"):
             claim_output_dir(dataclasses.replace(options, resume=resume), Ranks())
-
-
-def test_adapters_are_merged_into_the_best(world, scored):
-    pytest.importorskip("peft", reason="peft is not installed")
-    scored(0.5)
-    grpo.train(evaluated(world, "lora", max_steps=1, save_steps=1, lora_rank=2), Ranks())
-    best, saved = ({p.name for p in (world / "lora" / name).iterdir()} for name in ("best", "checkpoint-1"))
-    assert best == saved - {"trainer"} | {"scores.json"} and "adapter" in best
 
 
 def test_what_cannot_be_validated_is_refused_before_anything_is_loaded(world, tmp_path):
@@ -214,41 +211,27 @@ def test_what_cannot_be_validated_is_refused_before_anything_is_loaded(world, tm
     assert not (world / "refused").exists()
 
 
-def test_images_that_are_not_there_are_named_once_and_stop_a_run_that_has_no_others(world, tmp_path, caplog):
+def test_images_that_are_not_there_are_named_once_and_stop_a_run_that_has_no_others(world, steps_of, tmp_path, caplog):
     records = json.loads((world / "world/held_out.json").read_text())
     records[1]["images"] = ["gone.png"] * len(records[1]["images"])
     for record in records[2:]:
         record["images"] = [str(world / "world" / image) for image in record["images"]]
     (tmp_path / "held_out.json").write_text(json.dumps(records[1:4]))
-    grpo.train(evaluated(world, "some", eval_every=1, eval_data=str(tmp_path / "held_out.json")), Ranks())
-    assert [line["eval/skipped"] for line in eval_lines(world / "some")] == [1, 1]
+    found = steps_of("some", True, True, eval_data=str(tmp_path / "held_out.json"))
+    assert [metrics["eval/skipped"] for metrics in found] == [1, 1]
     assert sum("held_out.json#0" in message for message in caplog.messages) == 1
     (tmp_path / "held_out.json").write_text(json.dumps(records[1:2]))
     with pytest.raises(
         ValueError, match=r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
     ):
-        grpo.train(evaluated(world, "none", eval_data=str(tmp_path / "held_out.json")), Ranks())
+        steps_of("none", True, eval_data=str(tmp_path / "held_out.json"))
 
 
-class Everything:
-    """Engine and reporter of a run that has only its weights."""
-
-    gathered_weights = staticmethod(lambda: span("gathering"))
-
-    def log(self, step, metrics):
-        self.logged = metrics
-
-
-def test_an_evaluations_own_spans_are_no_part_of_a_step(world):
+def test_an_evaluations_own_spans_are_no_part_of_a_step(steps_of):
     seconds.clear()
     with span("decode"):
         pass
     before = dict(seconds)
-    processor = Processor.from_pretrained(world / "sft", min_pixels=3136, max_pixels=401408)
-    (world / "spans").mkdir()
-    run, progress = Everything(), Progress(step=1)
-    held_out = Validation(evaluated(world, "spans", eval_every=1), processor, Ranks())
-    held_out.after_step(progress, 1, load_model(world / "sft"), run, run)
-    assert seconds == before and run.logged["timing_s/eval"] > 0
-    assert progress.evaluated == progress.best_step == 1
+    (metrics,) = steps_of("spans", True)
+    assert seconds == before and metrics["timing_s/eval"] > 0
     seconds.clear()
