@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from PIL import Image
 
 from boxgrpo.trainer.evaluation.mmiu import ANSWER_SUFFIX, grade, read, score
 
@@ -72,7 +71,7 @@ def test_records_become_questions(write, tmp_path):
     ]  # fmt: skip
     assert quality.options == {"A": "No", "B": "Yes"}
     assert homography.options == {"A": "0.2 0.04 -122\n-0.3 0.6 172", "B": "0.6 0.002 123\n-0.005 0.6 83"}
-    assert reid.gold is None
+    assert reid.gold is None and reid.turns == (("user", reid.question),), "so that no box is requested"
 
 
 def test_prompts_hold_context_question_and_options_once(write):
@@ -86,27 +85,6 @@ def test_prompts_hold_context_question_and_options_once(write):
     assert added == REID["question"] + "\nA: The second image\nB: The third image"
     assert half.count("A: The second image") == 1
     assert all(q.question.endswith("the chosen option in <answer> </answer> tags.") for q in questions)
-
-
-def test_the_processor_takes_a_question_as_it_is(write, tmp_path, shared):
-    """All images first, then the prompt and nothing else: no box is asked for."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from boxgrpo.trainer.data.processor import Processor
-    from boxgrpo.trainer.data.vocabulary import qwen2_tokenizer
-
-    (question, *_), _ = read(write(RECORDS), tmp_path)
-    for path in question.images:
-        (tmp_path / "Low-level-semantic/forensic_detection_blink").mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((56, 56), 60).save(path)
-    tokenizer = qwen2_tokenizer(shared / "data/qwen2_tokenizer/merges.txt")
-    processor = Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=784, max_pixels=50_000)
-    prompt = processor.prompt(question)
-    text = processor.decode(prompt.input_ids)
-    assert len(prompt.image_grid_thw) == 4
-    assert text.partition("<|vision_end|>You are")[2] == (
-        question.question.removeprefix("You are") + "\n<|im_start|>assistant\n"  # decode leaves <|im_end|> out
-    )
 
 
 def test_the_published_parquet_reads_like_the_json(write, tmp_path):
