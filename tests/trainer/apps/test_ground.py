@@ -5,62 +5,28 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import runs
 from boxgrpo.trainer.apps import ground
 from boxgrpo.trainer.apps.ground import GroundOptions, terminal_text
-from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, Grounder, as_json, headline
+from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, as_json, headline
 from boxgrpo.trainer.evaluation.pictures import LINE, MARGIN, PREDICTED
 from boxgrpo.trainer.options import parse
 from boxgrpo.trainer.runtime.ranks import run_as_script
-
-BOX = "(125, 250), (500, 750)"
-ANSWER = f"<think>Here it is.</think><answer>{BOX}</answer>"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Pictures by name: one, one that a camera stored lying on its side (upright 80 x 160), one of 20 x 10."""
-    folder = tmp_path_factory.mktemp("images")
-    Image.effect_noise((112, 84), 60).save(folder / "one.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.effect_noise((160, 80), 60).convert("RGB").save(folder / "turned.jpg", exif=exif)
-    Image.effect_noise((20, 10), 60).save(folder / "small.png")
-    return {path.stem: path for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def certain(newborn, images, tmp_path_factory):
-    """A checkpoint that gives ANSWER."""
-    one, turned, small = images["one"], images["turned"], images["small"]
-    folder = tmp_path_factory.mktemp("certain") / "run"
-    return runs.make_certain(newborn, folder, "Where is it?", ANSWER, [[one, turned], [small]])
-
-
-def loaded(folder, **changes):
-    limits = {"min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 64}
-    return Grounder.load(GroundOptions(model=str(folder), dtype="float32", **limits | changes), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def grounder(certain):
-    return loaded(certain)
+from grounded import ANSWER, BOX, QUESTION, THOUGHT, loaded
 
 
 def command(model, *paths):
     return [f"--model={model}", *(f"--image={path}" for path in paths)]
 
 
-def test_the_command_tells_reasoning_and_box_and_writes_the_picture(certain, images, tmp_path, capsys):
+def test_the_command_tells_reasoning_and_box_and_writes_the_picture(certain, pair, tmp_path, capsys):
     """The box is in pixels of the upright second image: 80 x 160, stored as 160 x 80."""
     output = tmp_path / "made" / "grounded.png"
-    flags = command(certain, images["one"], images["turned"])
-    ground.main([*flags, f"--output={output}", "Where is it?"])
+    flags = command(certain, *pair)
+    ground.main([*flags, f"--output={output}", QUESTION])
     assert capsys.readouterr().out == (
-        f"reasoning: Here it is.\nbox: (10, 40), (40, 120) in image 2, 80 x 160 pixels\npicture: {output}\n"
+        f"reasoning: {THOUGHT}\nbox: (10, 40), (40, 120) in image 2, 80 x 160 pixels\npicture: {output}\n"
     )
     top, left = MARGIN + LINE + 8, 2 * MARGIN + 112 * PICTURE_HEIGHT // 84  # of the second image
     shown = np.asarray(Image.open(output))[top : top + PICTURE_HEIGHT, left:]
@@ -70,17 +36,17 @@ def test_the_command_tells_reasoning_and_box_and_writes_the_picture(certain, ima
     assert edges == pytest.approx((width / 8, height / 4, width / 2, 3 * height / 4), abs=6)
 
 
-def test_json_is_all_that_stands_on_standard_output(certain, images, tmp_path, capsys):
-    paths = [str(images["one"]), str(images["turned"])]
+def test_json_is_all_that_stands_on_standard_output(certain, pair, tmp_path, capsys):
+    paths = [*map(str, pair)]
     output = str(tmp_path / "g.jpg")
     flags = [*command(certain, *paths), "--output", output, "--json", "-", "--target_image", "1"]
-    ground.main([*flags, "Where is it?"])
+    ground.main([*flags, QUESTION])
     assert json.loads(capsys.readouterr().out) == {
-        "question": "Where is it?",
+        "question": QUESTION,
         "target_image": 1,
         "image_sizes": [[112, 84], [80, 160]],
         "answer": ANSWER,
-        "reasoning": "Here it is.",
+        "reasoning": THOUGHT,
         "box": [14, 21, 56, 63],
         "box_1000": [125, 250, 500, 750],
         "note": "",
@@ -103,16 +69,16 @@ def test_without_a_box_the_status_is_3_and_the_picture_has_none(newborn, images,
 
 
 def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder, images):
-    asked = grounder.prepare("Where is it?", [images["small"]])
+    asked = grounder.prepare(QUESTION, [images["small"]])
     *_, ids = grounder.completion(asked)
     answer = grounder.read(asked, ids)
     assert (asked.sizes, answer.box_px) == (((20, 10),), (2.5, 2.5, 10.0, 7.5))
 
 
 @pytest.mark.parametrize("who", ["certain", "newborn"])
-def test_the_answer_token_by_token_is_that_of_a_batch(who, images, request):
+def test_the_answer_token_by_token_is_that_of_a_batch(who, pair, request):
     g = loaded(request.getfixturevalue(who), max_completion_length=40)
-    asked = g.prepare("Where is it?", [images["one"], images["turned"]])
+    asked = g.prepare(QUESTION, pair)
     *parts, ids = g.completion(asked)
     assert [len(part) for part in parts] == list(range(1, len(ids))) and parts[-1] == ids[:-1]
     assert [ids, ids] == [completion.tolist() for completion in g.decoder.complete([asked.prompt, asked.prompt])]

@@ -105,8 +105,7 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "lora"), [(False, False), (True, True)])
 def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, monkeypatch):
     """bf16 on the meta device, with the step's largest pack; only the norm is a stand-in."""
     monkeypatch.setattr(attention, "pick_backend", lambda x: "varlen")

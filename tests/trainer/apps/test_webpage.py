@@ -13,48 +13,20 @@ import time
 from contextlib import contextmanager
 
 import pytest
-import torch
 from PIL import Image
 
-import runs
 from boxgrpo.trainer.apps import webpage
-from boxgrpo.trainer.apps.ground import GroundOptions
 from boxgrpo.trainer.apps.grounding import Grounder
 from boxgrpo.trainer.apps.webpage import LIMITS, make_app, serve
+from grounded import ANSWER, QUESTION, THOUGHT, loaded
 
 pytest.importorskip("flask")
 pytest.importorskip("waitress")
 
-QUESTION = "<script>document.title = 'run'</script>Where is it?"
-THOUGHT = "<img src=x onerror=\"document.title='run'\"> it is &amp; there"  # what a page must show as it stands
-ANSWER = f"<think>{THOUGHT}</think><answer>(125, 250), (500, 750)</answer>"
-
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """two.png is 80 x 160."""
-    folder = tmp_path_factory.mktemp("images")
-    for name, size in (("one", (112, 84)), ("two", (80, 160))):
-        Image.effect_noise(size, 60).save(folder / f"{name}.png")
-    return [folder / "one.png", folder / "two.png"]
-
-
-@pytest.fixture(scope="module")
-def certain(newborn, images, tmp_path_factory):
-    """A checkpoint that gives ANSWER."""
-    one, two = images
-    folder = tmp_path_factory.mktemp("certain") / "run"
-    return runs.make_certain(newborn, folder, QUESTION, ANSWER, [[one, two]])
-
-
-def loaded(folder, **changes):
-    limits = {"min_pixels": 784, "max_pixels": 50_000, "max_completion_length": 120}
-    return Grounder.load(GroundOptions(model=str(folder), dtype="float32", **limits | changes), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def app(certain):
-    return make_app(loaded(certain), name="certain")
+def app(grounder):
+    return make_app(grounder, name="certain")
 
 
 def question(*images, text=QUESTION, **fields):
@@ -96,7 +68,7 @@ def served(model):
             process.kill()
 
 
-def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(browser, certain, images):
+def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(browser, certain, pair):
     """The real command in a real browser; what model and person write is never run, and no request leaves."""
     requests, errors = [], []
     with served(certain) as address:
@@ -109,14 +81,14 @@ def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(brows
 
         page.click("#ask")
         assert page.inner_text("#error") == "Add an image first."
-        page.set_input_files("#files", [str(path) for path in reversed(images)])
+        page.set_input_files("#files", [str(path) for path in reversed(pair)])
         page.click("text=Ask >> nth=-1")
         assert page.inner_text("#error") == "Write a question first."
-        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["two.png", "one.png"]
+        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["turned.jpg", "one.png"]
         page.get_by_label("move image 1 back").click()
-        page.set_input_files("#files", str(images[0]))
+        page.set_input_files("#files", str(pair[0]))
         page.get_by_label("remove image 3").click()
-        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["one.png", "two.png"]
+        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["one.png", "turned.jpg"]
         assert page.locator("#images img").evaluate_all("all => all.map(i => i.naturalWidth)") == [112, 80]
 
         page.fill("#question", QUESTION)
@@ -139,12 +111,12 @@ def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(brows
     assert all(url.startswith((f"{address}/", *held)) for url in requests), requests
 
 
-def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browser, newborn, images, tmp_path):
+def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browser, newborn, pair, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     host, port = serving(loaded(newborn, max_completion_length=5))
     page = new_page(browser)
     page.goto(f"http://{host}:{port}")
-    page.set_input_files("#files", str(images[0]))
+    page.set_input_files("#files", str(pair[0]))
     page.fill("#question", "Where?")
     page.click("#ask")
     page.wait_for_selector("#figure:not([hidden])")
@@ -159,10 +131,10 @@ def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browse
     page.close()
 
 
-def test_a_visitor_who_leaves_ends_the_question(newborn, images):
+def test_a_visitor_who_leaves_ends_the_question(newborn, pair):
     """Else a page closed over a long answer would keep everybody waiting; the newborn's never ends by itself."""
     grounder = loaded(newborn, max_completion_length=100_000)
-    body, kind = multipart(images[0].read_bytes())
+    body, kind = multipart(pair[0].read_bytes())
     address = serving(grounder)
     first = http.client.HTTPConnection(*address, timeout=30)
     first.request("POST", "/ask", body, kind)
@@ -207,8 +179,8 @@ def serving(grounder):
     return "127.0.0.1", int(re.search(r":(\d+) until", told.getvalue())[1])
 
 
-def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, images):
-    response = post(app, question(*(path.read_bytes() for path in images)))
+def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, pair):
+    response = post(app, question(*(path.read_bytes() for path in pair)))
     *parts, last = [json.loads(line) for line in response.data.splitlines()]
     assert len(parts) > 10 and all(part.keys() == {"text"} for part in parts) and parts[-1]["text"] == ANSWER
     assert (last["box"], last["target_image"], last["reasoning"]) == ([10, 40, 40, 120], 2, THOUGHT)
@@ -276,12 +248,12 @@ def test_the_page_may_load_its_own_files_alone_and_the_models_name_is_text():
     assert not re.findall(r"(?:src|href)=\"(?!page\.|data:)", response.text)
 
 
-def test_a_failure_in_the_model_is_told_and_the_next_question_is_answered(app, images, monkeypatch, caplog):
+def test_a_failure_in_the_model_is_told_and_the_next_question_is_answered(app, pair, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("secret")
         yield
 
-    data = images[0].read_bytes()
+    data = pair[0].read_bytes()
     monkeypatch.setattr(Grounder, "completion", broken)
     response = post(app, question(data))
     assert json.loads(response.data) == {"error": "the question failed (RuntimeError). The terminal says why."}

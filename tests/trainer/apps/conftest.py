@@ -1,0 +1,1 @@
+from grounded import certain, grounder, images, pair  # noqa: F401 - fixtures
