@@ -109,16 +109,9 @@ def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(serv
         assert (example.images, example.gold, example.id) == (source.images, source.gold, source.id)
         second = next(seen for seen in judged if seen.question == source.question).replies[1]
         assert example.turns[1] == ("assistant", second)
-        assert made["cot"] | {"chain": 0, "verdict": 0} == {
-            "source": source.source,
-            "gold": list(source.gold),
-            "iou": 1.0,
-            "model": "writer",
-            "judge": "judge",
-            "chain": 0,
-            "verdict": 0,
-            "passed": 3,
-        }
+        cot = made["cot"]
+        assert (cot["model"], cot["judge"], cot["iou"], cot["passed"]) == ("writer", "judge", 1.0, 3)
+        assert (cot["source"], cot["gold"]) == (source.source, list(source.gold))
         # The prompt that the cold start learns is that of GRPO and of the evaluation.
         prompt = processor.prompt(source).input_ids
         assert processor.conversation(example).input_ids[: len(prompt)].tolist() == prompt.tolist()
@@ -308,7 +301,7 @@ def test_a_server_that_refuses_the_key_or_the_model_ends_the_run(server, options
 
 
 def test_a_dead_server_ends_the_run_and_keeps_the_output(server, options):
-    o = options(20, tries=1, max_failures=5, concurrency=2)
+    o = options(4, tries=1, max_failures=5, concurrency=2)
     make(o)
     before = written(o)
     server.behave = lambda seen: Reply(status=500)
@@ -397,13 +390,13 @@ def test_a_conversations_box_is_that_of_its_first_answer(server, options):
 
 
 def test_a_sample_is_drawn_by_seed(server, options):
-    o = options(40, sample=5)
+    o = options(40, sample=5, chains=1)
     make(o)
     drawn = [made["cot"]["source"] for made in written(o)]
     expected = sorted(random.Random(42).sample(range(40), 5))
     assert drawn == [f"data.json#{k}" for k in expected]
     asked = len(server.seen)
-    assert make(o)["written"] == 5 and len(server.seen) == asked == 20
+    assert make(o)["written"] == 5 and len(server.seen) == asked == 10
     make(dataclasses.replace(o, seed=1))
     assert [made["cot"]["source"] for made in written(o)] != drawn
 
@@ -418,6 +411,7 @@ def test_cost_is_that_of_all_answers(server, options):
     assert json.loads(Path(o.output_dir, "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_and_sends_no_request_twice_whose_answer_it_kept(server, options, tmp_path):
     def behave(seen):
         if seen.times == 1 and seen.body["seed"] % 5 == 0:
@@ -435,8 +429,6 @@ def test_a_killed_command_continues_and_sends_no_request_twice_whose_answer_it_k
     deadline = time.monotonic() + 300
     while sum(seen.answered for seen in server.seen) < 20 and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    with pytest.raises(ValueError, match=r"another process has .*answers\.sqlite3 open"):
-        Journal(o.output_dir)
     run.kill()
     out, _ = run.communicate()
     assert run.returncode == -signal.SIGKILL, out
@@ -472,6 +464,28 @@ def test_answers_of_an_earlier_version_are_read_once(server, options, tmp_path):
     assert make(later)["failed_requests"] == {"timeout": 1} and len(server.seen) == 3
     assert make(later)["answers"] == {"chain": 6, "judge": 2} and len(server.seen) == 3
     assert written(later) == written(o)
+
+
+def test_a_killed_process_loses_no_entry_that_add_returned(tmp_path):
+    """A process prints each key after `add`, and is killed while it goes on."""
+    program = f"""
+import itertools
+from boxgrpo.trainer.chains.journal import Journal
+with Journal({str(tmp_path)!r}) as journal:
+    for k in itertools.count():
+        entry = journal.add({{"key": str(k), "kind": "chain", "text": "x" * 5000, "tokens": [2, 1]}})
+        print(entry["key"], flush=True)
+"""
+    run = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
+    keys = [run.stdout.readline().strip() for _ in range(50)]
+    with pytest.raises(ValueError, match=r"another process has .*answers\.sqlite3 open"):
+        Journal(tmp_path)
+    run.kill()
+    keys += run.communicate()[0].split()
+    with Journal(tmp_path) as journal:
+        assert all(journal.get(key) for key in keys)
+        answers = journal.summary(("chain",))["answers"]["chain"]
+    assert len(keys) <= answers <= len(keys) + 1  # one may be added and not yet printed
 
 
 def test_a_journal_has_one_writer_and_refuses_other_files(tmp_path):

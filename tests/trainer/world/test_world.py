@@ -174,16 +174,11 @@ def test_plain_records_are_about_the_place_of_each_object(mixed):
         assert taught["messages"][0]["content"].endswith(request)
 
 
-def test_a_finished_world_is_left_alone(tmp_path):
+def test_a_folder_with_a_world_or_with_other_files_is_never_overwritten(tmp_path):
     folder = write_world(tmp_path / "w", **SMALL)
     (folder / "train.json").unlink()  # would come back if anything were written
-    assert write_world(tmp_path / "w", **SMALL | {"processes": 2}) == folder
-    assert not (folder / "train.json").exists()
-
-
-def test_a_folder_with_another_world_or_with_other_files_is_refused_and_kept(tmp_path):
-    folder = write_world(tmp_path / "w", **SMALL)
     before = contents(folder)
+    assert write_world(tmp_path / "w", **SMALL | {"processes": 2}) == folder
     with pytest.raises(ValueError, match=r"'seed': 0.*not this world: .*'seed': 3.*Remove it or name another"):
         write_world(folder, seed=3, **SMALL)
     assert contents(folder) == before
@@ -194,7 +189,7 @@ def test_a_folder_with_another_world_or_with_other_files_is_refused_and_kept(tmp
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_interrupted_write_leaves_no_world_and_is_begun_again(world, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_world_and_can_be_repeated(world, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
