@@ -162,7 +162,7 @@ SKIPS = """
 import itertools
 import torch
 from torch import nn
-from boxgrpo.trainer.engine.ddp import make_engine
+from boxgrpo.trainer.run import make_engine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import ranks
 
@@ -221,8 +221,8 @@ def short_of_memory(*args, **options):
 
 make_packs = grpo.make_packs
 
-def counted(*args):
-    packs = make_packs(*args)
+def counted(*args, **options):
+    packs = make_packs(*args, **options)
     if calls == 0 and torch.distributed.get_rank() == 1:
         print(f"{sum(len(p.targets) > 0 for p in packs)} packs hold something", flush=True)
     return packs
@@ -252,7 +252,8 @@ def test_memory_that_runs_out_on_one_rank_changes_no_step(world, one, tmp_path, 
 
 PLANNED = """
 import torch
-from boxgrpo.trainer import grpo, room
+from boxgrpo.trainer import grpo
+from boxgrpo.trainer.engine import room
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 room.free_bytes = lambda device: 13_000_000 if torch.distributed.get_rank() else 1 << 40

@@ -15,7 +15,7 @@ from boxgrpo.kernels import token_logps
 from boxgrpo.model.batch import Conversation
 from boxgrpo.model.checkpoint import load_model, save_model
 from boxgrpo.model.packing import pack_conversations
-from boxgrpo.trainer import grpo, sft
+from boxgrpo.trainer import grpo, run, sft
 from boxgrpo.trainer.engine.lora import add_adapters, merged_weights, save_pretrained, without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -151,24 +151,23 @@ def test_what_is_saved_says_what_the_adapted_model_says(base, pack, make_prompt,
 
 def test_grpo_trains_adapters_against_the_model_without_them(world, monkeypatch):
     """No copy is made for the reference: its log-probabilities are the starting model's, to the bit, at every step."""
-    seen, ends = [], []
-    logps, save_pretrained = grpo.logps, grpo.save_pretrained
+    seen, loaded = [], []
+    logps = grpo.logps
 
     def watched(model, pack, temperature):
         seen.append((pack, logps(model, pack, temperature)))
         return seen[-1][1]
 
-    monkeypatch.setattr(grpo, "frozen_copy", None)
+    monkeypatch.setattr(run, "frozen_copy", None)
     monkeypatch.setattr(grpo, "logps", watched)
-    monkeypatch.setattr(grpo, "save_pretrained", lambda model, *to: ends.append(model) or save_pretrained(model, *to))
     options = lora_options(world, "against")
-    grpo.train(options, Ranks())
+    grpo.train(options, Ranks(), run.Hooks(model_loaded=loaded.append))
     start = load_model(options.model)
     assert len(seen) == 3 and all(torch.equal(ref, logps(start, p, 1.0)) for p, ref in seen)
     metrics = lines(world / "against")
     assert all(m["grad_norm"] > 0 for m in metrics) and metrics[0]["kl"] == 0 < metrics[-1]["kl"]
 
-    (end,) = ends
+    (end,) = loaded
     first, last = adapted(options.model, moved=False).state_dict(), end.state_dict()
     changed = {name for name in first if not torch.equal(first[name], last[name])}
     assert changed == {name for name in first if ".lora_" in name}
