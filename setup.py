@@ -73,6 +73,7 @@ setup(
     description="A custom-kernel GRPO trainer for visual grounding with Qwen2-VL",
     license="Apache-2.0",
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["boxgrpo = boxgrpo.trainer.cli:main"]},
     package_dir={f"boxgrpo.{folder}": folder for folder in FOLDERS},
     packages=[f"boxgrpo.{package}" for folder in FOLDERS for package in (folder, *subpackages(folder))],
     package_data={

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from boxgrpo.bench.launches import resident_kb
 from boxgrpo.bench.machine import folder, machine
-from boxgrpo.trainer.options import option, parse
+from boxgrpo.trainer.arguments import option, parse
 
 WANTED = {"scan_s": 30.0, "open_s": 1.0, "memory_mb": 500.0}
 WORDS = "the a object in image that is near left right of which shows same different and person holding with".split()

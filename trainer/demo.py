@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.evaluation.tables import scores_table
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, parse
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
 from boxgrpo.trainer.world.recipe import (
     RECIPES,

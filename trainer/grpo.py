@@ -16,9 +16,10 @@ import torch
 from boxgrpo.kernels import LossOptions, fused_grpo_loss, token_logps
 from boxgrpo.model.batch import PackedBatch
 from boxgrpo.trainer import sft
+from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.readers import most_images
 from boxgrpo.trainer.engine.lora import without_adapters
-from boxgrpo.trainer.options import GrpoOptions, loss_options, parse, validate_grpo
+from boxgrpo.trainer.options import GrpoOptions, loss_options, validate_grpo
 from boxgrpo.trainer.rewards.grounding import score, step_advantages
 from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, ReplayRollout

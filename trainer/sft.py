@@ -12,7 +12,8 @@ import torch
 
 from boxgrpo.kernels import token_logps
 from boxgrpo.model.batch import Group, PackedBatch
-from boxgrpo.trainer.options import SftOptions, parse, validate_sft
+from boxgrpo.trainer.arguments import parse
+from boxgrpo.trainer.options import SftOptions, validate_sft
 from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span

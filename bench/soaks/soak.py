@@ -28,7 +28,7 @@ from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.soaks.kills import Kill, plan, strike, timing
 from boxgrpo.bench.soaks.verdicts import differences, injected, lost_steps, memory, read_lines, skips
 from boxgrpo.trainer import demo
-from boxgrpo.trainer.options import option, parse
+from boxgrpo.trainer.arguments import option, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2

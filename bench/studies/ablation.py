@@ -26,9 +26,10 @@ from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.studies.ablation_tables import report, summary
 from boxgrpo.bench.studies.curves import binned, plot
 from boxgrpo.trainer import demo
+from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.evaluation.evaluate import evaluate
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, option, parse
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world import recipe

@@ -12,7 +12,7 @@ from PIL import Image
 
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.trainer import demo
-from boxgrpo.trainer.options import option, parse
+from boxgrpo.trainer.arguments import option, parse
 
 
 @dataclass

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from boxgrpo.trainer import grpo, sft
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, parse, read_yaml, validate_grpo, validate_sft
+from boxgrpo.trainer.arguments import parse, read_yaml
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, validate_grpo, validate_sft
 from boxgrpo.trainer.run import total_steps
 
 

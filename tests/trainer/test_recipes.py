@@ -10,8 +10,9 @@ import yaml
 
 from boxgrpo.bench.studies.ablation import BASE, METHODS
 from boxgrpo.trainer import demo
+from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.sources import read_usable
-from boxgrpo.trainer.options import GrpoOptions, SftOptions, parse, validate_grpo, validate_sft
+from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
 
 SIZES = ("2b", "7b", "tiny")
 PATHS = {"model", "data", "image_root", "output_dir"}

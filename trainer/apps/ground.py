@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from boxgrpo.trainer.apps.grounding import Answer, Grounder, Question, as_json, check_question, headline
-from boxgrpo.trainer.options import EvalOptions, option, parse, repeated
+from boxgrpo.trainer.arguments import option, parse, repeated
+from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 
 NO_BOX = 3

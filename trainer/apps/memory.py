@@ -33,7 +33,8 @@ from boxgrpo.model.cost import (
     traffic,
 )
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.options import GrpoOptions, option, parse
+from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 # The config.json of Qwen/Qwen2-VL-*-Instruct: hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head.

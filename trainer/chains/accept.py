@@ -20,13 +20,13 @@ from pathlib import Path
 from jinja2 import Template
 from tqdm import tqdm
 
+from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.example import is_numbers
 from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.processor import THINK_SUFFIX
 from boxgrpo.trainer.data.readers import Example, plain_text, read_examples
 from boxgrpo.trainer.data.scan import scan
 from boxgrpo.trainer.evaluation.pictures import annotate
-from boxgrpo.trainer.options import option, parse
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 

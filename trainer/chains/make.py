@@ -25,11 +25,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.chains.ask import Asker, RecordImages
 from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.readers import Example, read_examples
-from boxgrpo.trainer.options import option, parse
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 

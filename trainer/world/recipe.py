@@ -11,9 +11,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
-from boxgrpo.trainer.options import SftOptions, option, parse
+from boxgrpo.trainer.options import SftOptions
 
 from .tiny import tiny_config
 from .world import DEMO_TASKS, all_texts, wordings, write_world

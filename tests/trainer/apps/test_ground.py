@@ -10,8 +10,8 @@ from PIL import Image
 from boxgrpo.trainer.apps import ground
 from boxgrpo.trainer.apps.ground import GroundOptions, terminal_text
 from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, as_json, headline
+from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.evaluation.pictures import LINE, MARGIN, PREDICTED
-from boxgrpo.trainer.options import parse
 from boxgrpo.trainer.runtime.ranks import run_as_script
 from grounded import ANSWER, BOX, QUESTION, THOUGHT, loaded
 

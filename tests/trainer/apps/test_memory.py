@@ -18,10 +18,11 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
 from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.apps.memory import MemoryOptions, engines, largest_pack, main, memory, read, report, table
+from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 from boxgrpo.trainer.engine.ddp import DataParallelEngine as Ddp
 from boxgrpo.trainer.engine.room import shape_of
-from boxgrpo.trainer.options import GrpoOptions, parse
+from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.run import frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.pack import make_packs

@@ -1,0 +1,100 @@
+"""Command lines and YAML files as dataclasses of options: flags and `--help` derive from the fields."""
+
+import argparse
+import difflib
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+
+def option(default, help: str):
+    """A field with its flag's help."""
+    return field(default=default, metadata={"help": help})
+
+
+class _Append(argparse.Action):
+    """One value each time the flag is given: transformers gives lists a nargs of "+", which takes bare words too."""
+
+    def __init__(self, *names, nargs: str, **settings):
+        super().__init__(*names, **settings)
+
+    def __call__(self, parser, namespace, value, name=None):
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), value])
+
+
+def repeated(help: str) -> dict:
+    """Metadata of a list[str] field whose flag is given once for each value."""
+    return {"help": help, "action": _Append}
+
+
+class _Parser(HfArgumentParser):
+    """Flags from a dataclass; an unknown one is answered with its nearest neighbour."""
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"{unknown[0]!r} stands where a flag is due; quote a value of several words.")
+        if unknown:
+            flags = [s for action in self._actions for s in action.option_strings]
+            near = difflib.get_close_matches(unknown[0], flags, n=1)
+            self.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
+        return known
+
+
+def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, bare: str = "") -> T:
+    """Options from `--config file.yaml`, overruled by the flags beside it.
+
+    A word without a flag is the value of the field `bare`.
+    """
+    parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
+    if bare:
+        parser.add_argument(bare, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{bare}.")
+    parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags overrule it.")
+    first, _ = parser.parse_known_args(args)
+    for path in first.config:  # of several the last one counts
+        parser.set_defaults(**read_yaml(kind, path))
+    values = vars(parser.parse_args(args))
+    values.pop("config")
+    return kind(**values)
+
+
+def read_yaml(kind: type, path: str | Path) -> dict:
+    """The mapping in a YAML file, its keys and types checked against the dataclass.
+
+    Raises:
+        ValueError: missing file, no mapping, unknown key, or a value of another type.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file.")
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; it must map option names to values.")
+    known = {f.name: f for f in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help."
+            raise ValueError(f"{path}: unknown option {name!r}; {hint}")
+        default = known[name].default if known[name].default is not MISSING else known[name].default_factory()
+        if isinstance(default, list):
+            values[name] = _strings(f"{path}: {name}", value)
+        elif isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
+            try:
+                values[name] = float(value)  # YAML reads 1e-6 as a string
+            except ValueError:
+                raise ValueError(f"{path}: {name} is {value!r}; it must be a number.") from None
+        elif default is not None and type(value) is not type(default):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be of type {type(default).__name__}.")
+    return values
+
+
+def _strings(what: str, value) -> list[str]:
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{what} is {value!r}; it must be a text or a list of texts.")
+    return value
