@@ -15,7 +15,7 @@ COMMANDS = {
     "ground": ("apps.ground", "ask a checkpoint where something is, on the command line or on a page"),
     "inspect": ("apps.inspect_data", "what a file of records holds, and its faults"),
     "memory": ("apps.memory", "memory per GPU by engine and model, from shapes alone"),
-    "chains": ("chains.ask", "reasoning chains for a cold start, from an OpenAI-compatible server"),
+    "chains": ("chains.make", "reasoning chains for a cold start, from an OpenAI-compatible server"),
     "accept": ("chains.accept", "a sheet on which people accept or reject a tenth of the chains"),
     "demo": ("demo", "draw a world, cold-start a tiny model on it, go on with GRPO, score before and after"),
 }
