@@ -12,6 +12,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example, plain_text
+from boxgrpo.trainer.options import InputOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .decode import GreedyDecoder
@@ -56,31 +57,31 @@ def answer(
     examples: Sequence[Example],
     numbers: Sequence[int],
     r: Ranks,
+    options: InputOptions,
     *,
-    answer_format: str = "auto",
-    batch_size: int,
     max_completion_length: int,
-    workers: int,
+    answer_format: str = "auto",
     keep: Callable[[dict[int, str]], None] | None = None,
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Answer `numbers` of the examples greedily; every rank calls it, with the whole model each.
 
     Args:
         numbers: of the examples to answer, the same on every rank; shared out among them.
-        batch_size: prompts that a rank decodes together; fewer where memory runs out.
+        options: of the run; `eval_batch_size` prompts are decoded together on a rank, fewer where memory runs out.
         keep: called on each rank with every batch of its answers, by number.
 
     Returns:
-        Texts by number, special tokens left out (but for the box marks in "marked"), and by number why there is none.
+        Texts by number, special tokens left out (but for the box marks in "marked"), and by number why there is none:
+        the record's source and the reason.
     """
     decoder = GreedyDecoder(model, processor, max_completion_length)
-    per_rank = max(1, min(batch_size, -(-len(numbers) // r.world_size)))
+    per_rank = max(1, min(options.eval_batch_size, -(-len(numbers) // r.world_size)))
     stream = Loader(
         Subset(examples, numbers),
         PromptOrReason(processor, answer_format),
         batch_size=per_rank,
         seed=0,
-        workers=workers,
+        workers=options.dataloader_num_workers,
         rank=r.rank,
         world_size=r.world_size,
         shuffle=False,
@@ -92,12 +93,15 @@ def answer(
         for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
             samples = [s for s in next(batches) if s.serial < len(numbers)]  # behind them the stream starts over
             bar.update(len(samples))
-            reasons |= {numbers[s.serial]: s.item for s in samples if isinstance(s.item, str)}
-            samples = [s for s in samples if not isinstance(s.item, str)]
+            ready = [s for s in samples if not isinstance(s.item, str)]
+            completions = decoder.complete([s.item for s in ready])
+            found = {s.serial: ids for s, ids in zip(ready, completions, strict=True)}
             batch = {}
-            for s, ids in zip(samples, decoder.complete([s.item for s in samples]), strict=True):
+            for s in samples:
+                ids = found.get(s.serial)
                 if ids is None:
-                    reasons[numbers[s.serial]] = "decoding it alone runs out of memory"
+                    reason = s.item if isinstance(s.item, str) else "decoding it alone runs out of memory"
+                    reasons[numbers[s.serial]] = f"{s.example.source}: {reason}"
                 else:
                     written = s.example.answer_format if answer_format == "auto" else answer_format
                     batch[numbers[s.serial]] = decode_answer(processor, ids, written)

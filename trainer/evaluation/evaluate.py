@@ -29,7 +29,7 @@ from .answer import answer
 from .answer_files import AnswerFile, claim_folder, hash_questions
 from .benches import BENCHES, Bench
 from .grade import grade_texts, summarize
-from .page import page
+from .page import Case, page
 from .pictures import draw_cases
 from .tables import in_percent, markdown
 
@@ -61,7 +61,7 @@ def evaluate(options: EvalOptions, r: Ranks) -> dict:
     folder = output_folder(options)
     if r.is_main and folder:
         folder.mkdir(parents=True, exist_ok=True)
-        write(options, bench, summary, answers, scored, skipped, folder)
+        write(options, bench, summary, list(zip(answers, scored, strict=True)), skipped, folder)
     return summary
 
 
@@ -108,15 +108,13 @@ def answer_records(
             examples,
             missing,
             r,
-            answer_format=options.answer_format,
-            batch_size=options.eval_batch_size,
+            options,
             max_completion_length=options.max_completion_length,
-            workers=options.dataloader_num_workers,
+            answer_format=options.answer_format,
             keep=file.keep,
         )
         file.close()
         texts = dict(sorted((texts | answered).items()))
-    reasons = {n: f"{examples[n].source}: {reason}" for n, reason in reasons.items()}
     for reason in reasons.values() if r.is_main else ():
         log.warning("skipped %s", reason)
     if not texts:
@@ -180,25 +178,18 @@ def grade(
 
 
 def write(
-    options: EvalOptions,
-    bench: Bench,
-    summary: dict,
-    answers: Sequence[dict],
-    examples: Sequence[Example],
-    skipped: Sequence[str],
-    folder: Path,
+    options: EvalOptions, bench: Bench, summary: dict, cases: Sequence[Case], skipped: Sequence[str], folder: Path
 ) -> None:
     """Write results, table, page and pictures into the folder."""
     if (folder / "results.json").exists():  # the pictures are an earlier evaluation's
         for earlier in folder.glob("pictures/[0-9][0-9].png"):
             earlier.unlink()
-    results = report(options, summary) | {"skipped_records": skipped, "answers": answers}
+    results = report(options, summary) | {"skipped_records": skipped, "answers": [a for a, _ in cases]}
     replace_file(folder / "results.json", json.dumps(results, indent=1))
     name = Path(options.model).name or Path(options.predictions).stem
     replace_file(folder / "table.md", markdown(bench, summary, name))
     if bench.module:
         return
-    cases = list(zip(answers, examples, strict=True))
     shown = page(bench, summary, cases, name=name, skipped=skipped, count=options.cases, seed=options.seed)
     replace_file(folder / "report.html", shown)
     draw_cases(cases, folder / "pictures", options.pictures)

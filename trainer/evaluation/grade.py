@@ -9,7 +9,7 @@ import torch
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
 from boxgrpo.trainer.data.example import Example, Refused, image_size
 
-from .answer_text import answer_part, first_box
+from .answer_text import answer_part, answer_row, first_box
 
 LEVEL = 0.95  # of the intervals
 AT_ONCE = 4_000_000  # resampled values in memory
@@ -48,17 +48,7 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
     # In fp64: rounded to fp32, an IoU a hair above a threshold would stand on it.
     columns = (c.tolist() for c in (box_iou(boxes, gold), form.float(), boxes, found))
     return [
-        {
-            "source": e.source,
-            "id": e.id,
-            "task": e.task,
-            "question": e.question,
-            "answer": text,
-            "box": box if found else None,
-            "gold": list(e.gold),
-            "iou": iou,
-            "format": form,
-        }
+        answer_row(e, text, box=box if found else None, gold=list(e.gold), iou=iou, format=form)
         for e, text, iou, form, box, found in zip(examples, texts, *columns, strict=True)
     ]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from boxgrpo.trainer.data.example import Example, Fault, Place, Refused, require_some, resolve_images, text_of
 from boxgrpo.trainer.data.scan import scan
 
-from .answer_text import chosen_letter
+from .answer_text import answer_row, chosen_letter
 
 RELATIONSHIPS = (
     "Low-level-semantic",
@@ -91,21 +91,11 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
 
     `answer` is the text; `chosen` is None where `chosen_letter` finds no choice; that counts as wrong.
     """
-    letters = [chosen_letter(text, q.options) for q, text in zip(questions, texts, strict=True)]
-    return [
-        {
-            "source": q.source,
-            "id": q.id,
-            "task": q.task,
-            "relationship": q.relationship,
-            "question": q.question,
-            "answer": text,
-            "chosen": letter,
-            "gold": q.letter,
-            "correct": letter == q.letter,
-        }
-        for q, text, letter in zip(questions, texts, letters, strict=True)
-    ]
+    answers = []
+    for q, text in zip(questions, texts, strict=True):
+        found = {"chosen": (letter := chosen_letter(text, q.options)), "gold": q.letter, "correct": letter == q.letter}
+        answers.append(answer_row(q, text, relationship=q.relationship, **found))
+    return answers
 
 
 def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:

@@ -22,25 +22,25 @@ from pathlib import Path
 
 from boxgrpo.trainer.data.example import Example, Fault, Refused, require_some
 
-from .answer_text import listed_boxes
+from .answer_text import answer_row, listed_boxes
 from .coco import average_precision, read_coco
 
-SETS = {  # name to annotation file
-    "AerialMaritimeDrone": "AerialMaritimeDrone/large/valid/annotations_without_background.json",
-    "Aquarium": "Aquarium/Aquarium Combined.v2-raw-1024.coco/valid/annotations_without_background.json",
-    "CottontailRabbits": "CottontailRabbits/valid/annotations_without_background.json",
-    "EgoHands": "EgoHands/generic/valid/annotations_without_background.json",
-    "NorthAmericaMushrooms": "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco/valid/"
-    "annotations_without_background.json",
-    "Packages": "Packages/Raw/valid/annotations_without_background.json",
-    "PascalVOC": "PascalVOC/valid/annotations_without_background.json",
-    "Raccoon": "Raccoon/Raccoon.v2-raw.coco/valid/annotations_without_background.json",
-    "ShellfishOpenImages": "ShellfishOpenImages/raw/valid/annotations_without_background.json",
-    "VehiclesOpenImages": "VehiclesOpenImages/416x416/valid/annotations_without_background.json",
-    "pistols": "pistols/export/val_annotations_without_background.json",
-    "pothole": "pothole/valid/annotations_without_background.json",
-    "thermalDogsAndPeople": "thermalDogsAndPeople/valid/annotations_without_background.json",
+_PARTS = {  # name to the folder of its validation part, and the beginning of its annotation file's name
+    "AerialMaritimeDrone": "large/valid/",
+    "Aquarium": "Aquarium Combined.v2-raw-1024.coco/valid/",
+    "CottontailRabbits": "valid/",
+    "EgoHands": "generic/valid/",
+    "NorthAmericaMushrooms": "North American Mushrooms.v1-416x416.coco/valid/",
+    "Packages": "Raw/valid/",
+    "PascalVOC": "valid/",
+    "Raccoon": "Raccoon.v2-raw.coco/valid/",
+    "ShellfishOpenImages": "raw/valid/",
+    "VehiclesOpenImages": "416x416/valid/",
+    "pistols": "export/val_",
+    "pothole": "valid/",
+    "thermalDogsAndPeople": "valid/",
 }
+SETS = {name: f"{name}/{part}annotations_without_background.json" for name, part in _PARTS.items()}
 
 QUESTION = (
     "Locate every {category} in the image. First output the thinking process in <think> </think> tags"
@@ -121,23 +121,16 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
     `boxes` and `gold` are lists of [x1, y1, x2, y2] in 0-1000. A box without a score of the model's own gets
     1 / (1 + the number of boxes before it in the answer): the box that is named first counts as the surest.
     """
-    graded = []
+    answers = []
     for q, text in zip(questions, texts, strict=True):
         listed = listed_boxes(text)
-        graded.append(
-            {
-                "source": q.source,
-                "id": q.id,
-                "task": q.task,
-                "category": q.category,
-                "question": q.question,
-                "answer": text,
-                "boxes": [list(box) for box, _ in listed],
-                "scores": [1 / (1 + i) if score is None else score for i, (_, score) in enumerate(listed)],
-                "gold": [_in_thousandths(box["bbox"], q.size) for box in q.truth],
-            }
-        )
-    return graded
+        found = {
+            "boxes": [list(box) for box, _ in listed],
+            "scores": [1 / (1 + i) if score is None else score for i, (_, score) in enumerate(listed)],
+            "gold": [_in_thousandths(box["bbox"], q.size) for box in q.truth],
+        }
+        answers.append(answer_row(q, text, category=q.category, **found))
+    return answers
 
 
 def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:

@@ -81,13 +81,11 @@ class Validation:
             examples,
             range(len(examples)),
             self.r,
-            batch_size=o.eval_batch_size,
+            o,
             max_completion_length=o.eval_max_completion_length,
-            workers=o.dataloader_num_workers,
         )
-        for n, reason in reasons.items():
-            if self.r.is_main and n not in self.logged:
-                log.warning("skipped %s: %s", examples[n].source, reason)
+        for n in reasons.keys() - self.logged if self.r.is_main else ():
+            log.warning("skipped %s", reasons[n])
         self.logged |= reasons.keys()
         if not texts:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Answers of a model: shared out among ranks, in parts where memory is short, in the format that is requested."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from boxgrpo.trainer.data.readers import Example, read_examples
 from boxgrpo.trainer.evaluation.answer import REQUESTS, answer, decode_answer, in_format
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.grade import grade_texts
+from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 
-ANSWERING = {"batch_size": 64, "max_completion_length": 6, "workers": 0}
+OPTIONS = EvalOptions(eval_batch_size=64, dataloader_num_workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +36,12 @@ class OneOfTwo(Ranks):
 
 def test_two_ranks_answer_what_one_does(model, processor, record_file):
     examples, _ = read_examples(record_file)
-    alone, reasons = answer(model, processor, examples, range(7), Ranks(), **ANSWERING)
+    alone, reasons = answer(model, processor, examples, range(7), Ranks(), OPTIONS, max_completion_length=6)
     assert list(alone) == [0, 1, 3, 4, 5, 6] and list(reasons) == [2]
-    kept, options = [], ANSWERING | {"batch_size": 2}
+    kept, two = [], dataclasses.replace(OPTIONS, eval_batch_size=2)
     parts = [
-        answer(model, processor, examples, range(7), OneOfTwo(rank, 2), **options, keep=kept.append) for rank in (0, 1)
+        answer(model, processor, examples, range(7), OneOfTwo(rank, 2), two, max_completion_length=6, keep=kept.append)
+        for rank in (0, 1)
     ]
     assert [(list(texts), list(why)) for texts, why in parts] == [([0, 4, 6], [2]), ([1, 3, 5], [])]
     assert parts[0][0] | parts[1][0] == alone
@@ -47,7 +51,7 @@ def test_two_ranks_answer_what_one_does(model, processor, record_file):
 def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(model, processor, record_file, monkeypatch):
     """Two prompts fit into memory together, and the one with the largest image not at all."""
     examples, _ = read_examples(record_file)
-    whole, _ = answer(model, processor, examples, range(7), Ranks(), **ANSWERING)
+    whole, _ = answer(model, processor, examples, range(7), Ranks(), OPTIONS, max_completion_length=6)
     run = GreedyDecoder._run
     lengths = {n: len(processor.prompt(examples[n]).input_ids) for n in whole}
     largest = max(lengths.values())
@@ -61,9 +65,9 @@ def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(model, pro
         return run(decoder, prompts)
 
     monkeypatch.setattr(GreedyDecoder, "_run", limited)
-    texts, reasons = answer(model, processor, examples, range(7), Ranks(), **ANSWERING)
+    texts, reasons = answer(model, processor, examples, range(7), Ranks(), OPTIONS, max_completion_length=6)
     assert texts == {n: t for n, t in whole.items() if n not in huge}
-    assert {n: reasons[n] for n in huge} == dict.fromkeys(huge, "decoding it alone runs out of memory")
+    assert all(reasons[n] == f"benchmark.json#{n}: decoding it alone runs out of memory" for n in huge)
     assert sizes[:2] == [6, 3] and max(sizes[2:]) <= 3, "a number of prompts that failed is not tried again"
 
 
