@@ -1,4 +1,4 @@
-"""Ask a checkpoint where something is: its reasoning, the box in pixels, and a picture of it.
+"""Locate something in images with a checkpoint: its reasoning, the box in pixels, and a picture of it.
 
     python -P -m boxgrpo.trainer.ground --model CHECKPOINT --image a.jpg --image b.jpg "question"
     python -P -m boxgrpo.trainer.ground --model CHECKPOINT --serve      the same as a web page on this machine
@@ -31,7 +31,7 @@ class GroundOptions:
         default_factory=list, metadata=repeated("An image file; once for each image, in the question's order.")
     )
     question: str = option("", "What to find.")
-    target_image: int = option(0, "Number of the image that the box lies in, from 1; 0: as the question says.")
+    target_image: int = option(0, "Number of the image that the box lies in, from 1; 0: by the question's wording.")
     answer_format: str = option("think", "think; or box: a simple reference in a single image, without reasoning.")
     output: str = option("grounded.png", "The picture to write, replaced where it is there.")
     json: str = option("", "- writes the answer as JSON to standard output; empty: as text.")

@@ -83,7 +83,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
 
 
 def lengths(examples: Sequence[Example], args: argparse.Namespace) -> dict:
-    """Median, 95th percentile and largest of the prompts' and the answers' lengths; `unit` says of what."""
+    """Median, 95th percentile and largest of the prompts' and the answers' lengths in `unit`."""
     prompts, answers, unit = [], [], "characters"
     if args.model:
         from boxgrpo.trainer.data.processor import Processor  # whose imports take seconds

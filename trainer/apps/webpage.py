@@ -34,7 +34,7 @@ LIMITS = {
 }
 TOO_LARGE = f"the images and the question are over {LIMITS['bytes'] >> 20} MB together. Send smaller or fewer."
 LOCAL = ("127.0.0.1", "localhost")
-# Own files, and pictures that the page holds itself; nobody may frame it.
+# The page may load its own files, and pictures that it holds itself; no other page may frame it.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -56,7 +56,7 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
     app = Flask(__name__, template_folder=str(PAGE), static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LIMITS["bytes"]
     app.config["MAX_FORM_PARTS"] = LIMITS["images"] + 10
-    if host in LOCAL:  # a foreign name that was made to point here is somebody else's page asking
+    if host in LOCAL:  # a request under another host name comes from another site's page (DNS rebinding)
         app.config["TRUSTED_HOSTS"] = list(LOCAL)
     busy = threading.Lock()
 
@@ -161,7 +161,7 @@ def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
 
 
 def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
-    """Serve the page until the process is interrupted; says where, on standard error.
+    """Serve the page until the process is interrupted; its address is printed to standard error.
 
     Raises:
         ValueError: no Flask or waitress to import, or an address that cannot be served on.
@@ -184,7 +184,7 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
         max_request_body_size=LIMITS["bytes"] + (1 << 20),  # what is only a little too large is refused with words
     )
     if host not in LOCAL:
-        print(f"{host} is not this machine's own: whoever reaches it can ask.", file=sys.stderr)
+        print(f"{host} is not a local address: everyone who reaches it can send questions.", file=sys.stderr)
     print(f"{name} answers on http://{host}:{listening.getsockname()[1]} until Ctrl-C", file=sys.stderr, flush=True)
     server.run()
 

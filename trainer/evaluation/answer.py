@@ -17,7 +17,7 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .decode import GreedyDecoder
 
-# How other models are asked for a box: the question, then this. (Qwen2-VL's as the published evaluation words it.)
+# Requests for a box in other models' formats, behind the question. (Qwen2-VL's is the published evaluation's.)
 _ONLY = "Don't generate additional words."
 REQUESTS = {
     "marked": f" Format:<|box_start|>(x1,y1),(x2,y2)<|box_end|>. {_ONLY}",

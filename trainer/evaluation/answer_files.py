@@ -1,6 +1,6 @@
 """The answers of an evaluation as they come, so that a killed evaluation can be resumed.
 
-    evaluation.json          what is evaluated: the model's files, the questions, how they are asked
+    evaluation.json          what is evaluated: the model's files, the questions, the options
     answers/rank0.jsonl      {"record": 12, "answer": "..."} a line, of each rank that ever answered
 
 All ranks write into one folder, which they must share.

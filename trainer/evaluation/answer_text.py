@@ -1,4 +1,4 @@
-"""What an answer text says: the option that it chooses, the boxes that it lists."""
+"""Reading an answer's text: the part that is the answer, the option that it chooses, the boxes that it lists."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from boxgrpo.trainer.data.example import Box, Example
 
 
 def answer_part(text: str) -> str:
-    """What stands in the first `<answer>` tag, else what follows the reasoning, else the whole text.
+    """The content of the first `<answer>` tag, else what follows the reasoning, else the whole text.
 
     An `<answer>` that was cut off runs to the end; reasoning that was cut off leaves no answer.
     """
@@ -50,10 +50,10 @@ _LEADING = re.compile(r"[*\"']*([A-Z])(?:[*\"']*[.:\n]|[*\"']*\Z|\)|\s+[-–—]
 def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that an answer chooses; None if it chooses none, or more than one.
 
-    Read from the `answer_part`, in this order: a bare letter; an option's own text; the last "answer: B"; a letter at
-    the beginning ("B. ...", "B) ..."); one on the last line alone; the only one in brackets; the only "option B"; the
-    only capital letter at all; the only option whose text stands in the answer. The article "A", the pronoun "I", and
-    a letter behind "not" are no letters.
+    It is read from the `answer_part`, in this order: a bare letter; an option's own text; the last "answer: B"; a
+    letter at the beginning ("B. ...", "B) ..."); one on the last line alone; the only one in brackets; the only
+    "option B"; the only capital letter; the only option whose text is part of the answer. The article "A", the pronoun
+    "I", and a letter behind "not" do not count as letters.
 
     Args:
         text: a completion.
@@ -63,40 +63,32 @@ def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
     if (bare := said.strip(_EDGES).upper()) in options:
         return bare
     texts = {letter: _plain(option) for letter, option in options.items()}
-    if (own := _only(letter for letter, option in texts.items() if option and option == _plain(said))) is not None:
+    if own := _only(letter for letter, option in texts.items() if option and option == _plain(said)):
         return own
-
-    found = [m for m in _LETTER.finditer(said) if m[1].upper() in options and not _NEGATED.search(_before(said, m))]
-    stated = [m for m in found if _is_letter(said, m, lower=True) and _STATED.search(_before(said, m))]
-    if stated:
-        return stated[-1][1].upper()
+    found = [m for m in _LETTER.finditer(said) if m[1].upper() in options and not _NEGATED.search(_before(m))]
+    stated = [m[1].upper() for m in found if _names_option(m, lower=True) and _STATED.search(_before(m))]
     leading = _LEADING.match(said)
-    if leading and leading[1] in options:
-        return leading[1]
-    if (last := said.rpartition("\n")[2].strip(_EDGES)) in options:
-        return last
-    in_brackets = [m for m in found if _before(said, m).endswith("(") and said.startswith(")", m.end())]
-    bracketed = _only(m[1].upper() for m in in_brackets)
-    capitals = [m for m in found if _is_letter(said, m)]
-    named = _only(m[1] for m in capitals if _NAMED.search(_before(said, m)))
+    last = said.rpartition("\n")[2].strip(_EDGES)
+    for letter in (*stated[-1:], leading and leading[1], last):
+        if letter in options:
+            return letter
+    bracketed = _only(m[1].upper() for m in found if _before(m).endswith("(") and said.startswith(")", m.end()))
+    capitals = [m for m in found if _names_option(m)]
+    named = _only(m[1] for m in capitals if _NAMED.search(_before(m)))
     return bracketed or named or _only(m[1] for m in capitals) or _mentioned(_plain(said), texts)
 
 
-def _before(said: str, match: re.Match) -> str:
-    return said[max(0, match.start() - 60) : match.start()]
+def _before(match: re.Match) -> str:
+    return match.string[max(0, match.start() - 60) : match.start()]
 
 
-def _is_letter(said: str, match: re.Match, lower: bool = False) -> bool:
-    """Whether the letter stands for an option; `lower`: a small one may, where nothing goes on from it."""
-    closed = _CLOSED.match(said, match.end()) is not None
+def _names_option(match: re.Match, lower: bool = False) -> bool:
+    """Whether a letter names an option, not the article or the pronoun; `lower`: a small one may, at an end."""
+    closed = _CLOSED.match(match.string, match.end())
     if match[1].islower():
-        return lower and closed
-    return (
-        match[1] not in "AI"
-        or closed
-        or _CONNECTED.match(said, match.end()) is not None
-        or _LABELLED.search(_before(said, match)) is not None
-    )
+        return lower and closed is not None
+    connected = _CONNECTED.match(match.string, match.end())
+    return match[1] not in "AI" or any((closed, connected, _LABELLED.search(_before(match))))
 
 
 def _only(letters: Iterator[str]) -> str | None:
@@ -109,20 +101,16 @@ def _plain(text: str) -> str:
 
 
 def _mentioned(said: str, texts: Mapping[str, str]) -> str | None:
-    """The only option whose text stands in `said`, not as part of a longer one's; short words only at its beginning."""
-
-    def stands(option: str) -> bool:
-        if not option:
-            return False
+    """The only option whose text is part of `said`, and of no longer option's there; a short word at its start only."""
+    found = {}
+    for letter, option in texts.items():
         start = r"\A" if len(option) < 3 and option.isalpha() else r"(?<![\w.-])"
-        return re.search(rf"{start}{re.escape(option)}(?!\w|\.\d)", said) is not None
-
-    found = {letter: option for letter, option in texts.items() if stands(option)}
-    return _only(
-        letter
-        for letter, option in found.items()
-        if not any(option != other and option in other for other in found.values())
+        if option and re.search(rf"{start}{re.escape(option)}(?!\w|\.\d)", said):
+            found[letter] = option
+    longest = (
+        letter for letter, text in found.items() if not any(text != other and text in other for other in found.values())
     )
+    return _only(longest)
 
 
 # ---- boxes that the kernels do not read
@@ -148,8 +136,8 @@ def first_box(text: str, answer_format: str) -> Box | None:
 def listed_boxes(text: str) -> list[tuple[Box, float | None]]:
     """The boxes in the `answer_part`, as they are numbered there (0-1000), and each one's score if it has one.
 
-    Understood are JSON objects with `bbox_2d` or `bbox` and perhaps a `score` or `confidence` (Qwen2.5-VL's form), and
-    else `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Of an answer that was cut
+    They are JSON objects with `bbox_2d` or `bbox` and perhaps a `score` or `confidence` (Qwen2.5-VL's form); without
+    any, `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Of an answer that was cut
     off, the complete boxes count.
     """
     part = answer_part(text)

@@ -1,4 +1,4 @@
-"""The benchmarks that the evaluator knows by name: their form, their tasks, and what is published of them."""
+"""The benchmarks that --bench names: their record format, their tasks, and their published scores."""
 
 import dataclasses
 import re

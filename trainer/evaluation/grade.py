@@ -18,12 +18,12 @@ AT_ONCE = 4_000_000  # resampled values in memory
 def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str = "auto") -> list[dict]:
     """Read the box of each answer, one text an example, and compare it with gold.
 
-    A box in the reasoning is none: but in "think", which has rules of its own, `answer_part` is what is read.
+    A box in the reasoning does not count: only the `answer_part` is read ("think" has the same rule in the parser).
 
     Args:
         answer_format: how boxes are written: "think", "box", "marked" or "list" (see `grounding_rewards`); "fractions"
             of the image, "pixels" of the target image, whose file is then looked at (both `[x1, y1, x2, y2]` or pairs,
-            with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": as each example asks.
+            with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": the example's own.
 
     Returns:
         A dictionary each: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64), format (0
@@ -45,7 +45,7 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
         text, offsets = pack_texts([t.encode(errors="replace") for t in said])
         rewards = grounding_rewards(text, offsets, gold.float(), answer_format=codes)
         boxes, found, form = rewards.boxes.double(), rewards.found, rewards.format
-    # In fp64: rounded to fp32, an IoU a hair above a threshold would stand on it.
+    # In fp64: in fp32 an IoU slightly above a threshold would be rounded to it.
     columns = (c.tolist() for c in (box_iou(boxes, gold), form.float(), boxes, found))
     return [
         answer_row(e, text, box=box if found else None, gold=list(e.gold), iou=iou, format=form)
@@ -88,7 +88,7 @@ def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> 
     Args:
         resamples: for `interval`, [low, high] of each measure at a level of 0.95: a percentile bootstrap that draws the
             records of each task anew, with replacement, and takes the mean over tasks of those. 0: no `interval`.
-        seed: of the draws; a task's do not depend on the other tasks.
+        seed: of the draws; the draws of a task do not depend on the other tasks.
     """
     by_task = defaultdict(list)
     for a in answers:

@@ -35,7 +35,7 @@ RELATIONSHIPS = (
     "3D-spatial",
 )
 
-# OpenGVLab/MMIU asks these tasks' questions before their context, all others' behind it (VLMEvalKit/test_*.py).
+# In OpenGVLab/MMIU these tasks' questions stand before their context, all others' behind it (VLMEvalKit/test_*.py).
 QUESTION_FIRST = frozenset(
     "person_reid multiple_image_captioning spot_the_similarity face_retrieval sketch2image_retrieval "
     "handwritten_retrieval spot_the_diff image2image_retrieval vehicle_retrieval text2image_retrieval "
@@ -101,9 +101,9 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
 def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
     """Accuracies of `grade`'s answers in percent.
 
-    `mean` is the mean over the tasks. So OpenGVLab/MMIU reports it (evaluate_correct.py), over the 60 values that
-    `task` has in the data; the paper speaks of 52. `overall` counts every question alike. `relationships` are means
-    over the tasks of each. Unlike there no language model reads the answers: `unread` of `count` chose no option.
+    `mean` is the mean over the tasks, as OpenGVLab/MMIU reports it (evaluate_correct.py), over the 60 values that
+    `task` has in the data; the paper has 52. `overall` weighs every question alike. `relationships` are means over
+    the tasks of each. Unlike there no language model reads the answers: `unread` of `count` chose no option.
     """
     by_task = defaultdict(list)
     tasks_of = defaultdict(set)

@@ -20,7 +20,7 @@ def command(model, *paths):
     return [f"--model={model}", *(f"--image={path}" for path in paths)]
 
 
-def test_the_command_tells_reasoning_and_box_and_writes_the_picture(certain, pair, tmp_path, capsys):
+def test_the_command_prints_reasoning_and_box_and_writes_the_picture(certain, pair, tmp_path, capsys):
     """The box is in pixels of the upright second image: 80 x 160, stored as 160 x 80."""
     output = tmp_path / "made" / "grounded.png"
     flags = command(certain, *pair)
@@ -118,7 +118,7 @@ def said(grounder, text):
         ("<think>It is (1, 2), (3, 4).</think><answer>nowhere</answer>", None, "no box found in the answer"),
     ],
 )
-def test_what_is_wrong_with_a_box_is_said(grounder, images, text, pixels, note):
+def test_the_fault_of_a_box_is_named(grounder, images, text, pixels, note):
     asked = grounder.prepare("Where is it?", [images["one"]])
     answer = grounder.read(asked, said(grounder, text))
     assert answer.box_px == (pixels and pytest.approx(pixels))
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_a_box_is_said(grounder, images, text, pixels, note):
     grounder.picture(asked, answer)  # draws whatever there is
 
 
-def test_a_models_text_does_not_steer_the_terminal(grounder, images):
+def test_control_characters_do_not_reach_the_terminal(grounder, images):
     asked = grounder.prepare("Where is it?", [images["one"]])
     answer = grounder.read(asked, said(grounder, f"<think>\x1b[2J\x9b gone\nnext</think><answer>{BOX}</answer>"))
     shown = terminal_text(asked, answer)
@@ -143,7 +143,7 @@ def test_flags_and_the_question_stand_in_any_order(tmp_path):
     assert (o.image, o.question) == (["a.png", "b"], "Who?")
 
 
-def test_a_question_without_quotes_is_told_so(capsys):
+def test_a_question_without_quotes_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         parse(GroundOptions, ["--image", "a", "Where", "is", "it"], bare="question")
     assert end.value.code == 2 and "'is' stands where a flag is due; quote" in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_a_question_without_quotes_is_told_so(capsys):
         (["--serve", "--port=70000"], r"port is 70000; it must be 0 to 65535"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_by_name(newborn, images, tmp_path, monkeypatch, flags, says):
+def test_a_question_that_does_not_fit_is_refused_by_name(newborn, images, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.png").write_text("no picture")
     names = {"one": images["one"], "notes": tmp_path / "notes.png"}

@@ -39,7 +39,7 @@ def test_counts_and_reasons_add_up(records, capsys):
     assert [line.split(":")[0] for line in found["faults"]] == [f"data.json#{n}" for n in (6, 7, 4, 5)]
 
 
-def test_images_need_not_be_looked_for(records, capsys):
+def test_missing_images_can_be_ignored(records, capsys):
     found = found_in(capsys, records, "--no_images")
     assert found["usable"] == 6 and "missing_image" not in found["faulty"]
     assert found["usable"] + sum(found["faulty"].values()) == found["records"]

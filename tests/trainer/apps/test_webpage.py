@@ -203,7 +203,7 @@ def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, pair):
         (question(png(9000, 8000)), "image 1 has 9000 x 8000 = 72000000 pixels"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_by_name(app, form, says):
+def test_a_question_that_does_not_fit_is_refused_by_name(app, form, says):
     """None of it shows a path of this machine, and the next question is answered."""
     for _ in range(2):
         response = post(app, form)
@@ -248,7 +248,7 @@ def test_the_page_may_load_its_own_files_alone_and_the_models_name_is_text():
     assert not re.findall(r"(?:src|href)=\"(?!page\.|data:)", response.text)
 
 
-def test_a_failure_in_the_model_is_told_and_the_next_question_is_answered(app, pair, monkeypatch, caplog):
+def test_a_failure_of_the_model_is_shown_and_the_next_question_is_answered(app, pair, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("secret")
         yield

@@ -25,7 +25,7 @@ EIGHT = {letter: f"The {n}th image" for n, letter in enumerate("ABCDEFGHI", 9)}
         ("<answer>B</answer><answer>C</answer>", "B"),
     ],
 )
-def test_the_answer_is_never_the_reasoning(text, part):
+def test_the_answer_part_excludes_the_reasoning(text, part):
     assert answer_part(text) == part
 
 

@@ -77,7 +77,7 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
     assert left == {"00.png", "0001.png"}, "its own earlier cases go, what it never drew stays"
 
 
-def test_a_broken_off_evaluation_goes_on_where_it_was(newborn, record_file, decoded, monkeypatch):
+def test_a_killed_evaluation_is_resumed(newborn, record_file, decoded, monkeypatch):
     """After two batches it dies, in the middle of a line; then it goes on, and a third run has nothing left to do."""
     options = eval_options(newborn, record_file, eval_batch_size=2, pictures=0)
     whole = evaluate(eval_options(newborn, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
@@ -137,7 +137,7 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on(newborn, tmp_path):
+def test_two_killed_processes_resume(newborn, tmp_path):
     """SIGKILL for both as soon as some answers are there; afterwards each record has one answer, as one process has."""
     records = []
     for i in range(60):
@@ -181,7 +181,7 @@ CHOICES = {
 }
 
 
-def test_multiple_choice_is_asked_read_and_scored_by_its_own_module(newborn, tmp_path, capsys):
+def test_multiple_choice_is_scored_by_its_own_module(newborn, tmp_path, capsys):
     """MMIU: by the model, which gives no letter, and with answers made elsewhere."""
     Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
     records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]

@@ -125,7 +125,7 @@ def test_ap_by_hand(write):
     assert scores_of(questions, texts)["mean"] == pytest.approx(100 * by_iou)
 
 
-def test_the_first_box_of_an_answer_is_held_to_be_surest(write):
+def test_the_first_box_of_an_answer_gets_the_highest_score(write):
     """A wrong box after the right one: with equal scores it comes before the next image's right one."""
     questions, _ = read(write(pistols=PISTOLS | {"annotations": PISTOLS["annotations"][::2]}), None)
     texts = ["(100, 100), (300, 300), (900, 0), (950, 50)", answer(questions[1])]

@@ -85,7 +85,7 @@ def test_predictions_that_are_no_list_of_answers_are_refused(record_file, tmp_pa
         main([f"--data={record_file}", f"--predictions={path}"])
 
 
-def test_predictions_leave_a_page_where_they_are_told_to(record_file, tmp_path, capsys):
+def test_predictions_write_their_page_into_output_dir(record_file, tmp_path, capsys):
     """With pictures of the images that are there; other predictions are another evaluation."""
     (tmp_path / "answers.json").write_text(json.dumps([text((10, 20, 300, 400))] * 6 + ["\ud800 half a character"]))
     flags = [f"--data={record_file}", f"--predictions={tmp_path / 'answers.json'}", f"--output_dir={tmp_path / 'out'}"]

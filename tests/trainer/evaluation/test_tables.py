@@ -46,7 +46,7 @@ def summary_of(ious: dict[str, list[float]], **options) -> dict:
     return summarize(answers, **options) | {"skipped": 0}
 
 
-def test_a_run_stands_in_the_papers_columns_whatever_its_tasks_order():
+def test_a_run_is_shown_in_the_order_of_the_published_columns():
     """Task k of MIG-Bench has k of 10 right; the tasks come in the records' order, the columns in the paper's."""
     mig = BENCHES["mig"]
     ious = {task: [0.9] * k + [0.1] * (10 - k) for k, task in enumerate(mig.columns)}
@@ -65,14 +65,14 @@ def test_a_run_stands_in_the_papers_columns_whatever_its_tasks_order():
     assert expected["correspondence"] == "Co-Re" and expected["view_diff"] == "Robust" and expected["diff"] == "Static"
 
 
-def test_an_average_of_part_of_the_columns_is_none():
+def test_part_of_the_columns_has_no_average():
     _, rows = comparison(BENCHES["lisa"], summary_of({"lisa_val": [0.9], "lisa_test": [0.9, 0.1]}), "ours")
     assert rows[-1] == ["ours", "this run", "100.00", "50.00", "–", "–", "–", "–"]
     columns, rows = comparison(BENCHES[""], summary_of({"b": [0.9], "a": [0.1]}), "ours")
     assert (columns[2:], rows) == (["a", "b", "AVG"], [["ours", "this run", "0.00", "100.00", "50.00"]])
 
 
-def test_the_markdown_holds_every_row_and_no_markup_of_ours_is_theirs():
+def test_the_markdown_holds_every_row_and_escapes_foreign_text():
     page = markdown(BENCHES["mig"], summary_of({"diff": [0.5], "a|b <b>`*": [0.9]}), "out|[x](y)")
     assert (
         "| UniVG-R1 | Table 1 | 71.97 | 58.51 | 93.13 | 76.36 | 66.32 | 81.71 | 82.83 | 88.04 | 62.89 | 44.44 | 72.64 |"

@@ -44,7 +44,7 @@ def elsewhere(world, model, name) -> dict:
     return evaluate(EvalOptions(**values, max_completion_length=32, dataloader_num_workers=0, pictures=0), Ranks())
 
 
-def test_the_loop_says_what_the_evaluator_says_and_goes_on_as_without(world):
+def test_the_loops_scores_equal_the_evaluators_and_training_is_unchanged(world):
     """Every second step and the last; the best checkpoint's scores are those that the command finds for it."""
     folder = world / "run"
     grpo.train(evaluated(world, "run", max_steps=3, save_steps=1), Ranks())
@@ -112,14 +112,14 @@ def best_step(folder):
     return json.loads((folder / "best/scores.json").read_text())["step"]
 
 
-def test_only_a_better_one_takes_the_bests_place(world, steps_of):
+def test_only_a_better_policy_replaces_best(world, steps_of):
     """Equal is not better: the earlier one stays."""
     found = steps_of("kept", 0.25, 0.5, 0.5, 0.375)
     assert [metrics["eval/best_step"] for metrics in found] == [1, 2, 2, 2]
     assert best_step(world / "kept") == 2
 
 
-def test_the_earlier_best_outlives_a_full_disk_and_a_kill_between_the_renames(world, steps_of, monkeypatch):
+def test_the_earlier_best_survives_a_full_disk_and_a_kill_between_the_renames(world, steps_of, monkeypatch):
     steps_of("full", 0.25)
 
     def full(*args):
@@ -164,7 +164,7 @@ def test_a_killed_run_has_the_metrics_and_the_best_of_an_undisturbed_one(world, 
     assert not list(folder.glob(".best*"))
 
 
-def test_a_run_that_is_stopped_where_an_evaluation_is_due_does_it_later(world):
+def test_an_evaluation_due_at_a_stop_is_done_when_the_run_is_resumed(world):
     """There is no time before the launcher's SIGKILL: the checkpoint comes first, the lines are the same in the end."""
     values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 4}
     values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
@@ -184,7 +184,7 @@ def test_a_run_that_is_stopped_where_an_evaluation_is_due_does_it_later(world):
     assert (world / "sft_stopped/best/config.json").exists()
 
 
-def test_a_run_that_begins_anew_forgets_the_earlier_best_and_touches_no_other(tmp_path):
+def test_a_new_run_removes_its_own_earlier_best_alone(tmp_path):
     options = GrpoOptions(output_dir=str(tmp_path), resume="auto")
     (tmp_path / "best").mkdir()
     (tmp_path / "best/scores.json").write_text("{}")
@@ -198,7 +198,7 @@ def test_a_run_that_begins_anew_forgets_the_earlier_best_and_touches_no_other(tm
             claim_output_dir(dataclasses.replace(options, resume=resume), Ranks())
 
 
-def test_what_cannot_be_validated_is_refused_before_anything_is_loaded(world, tmp_path):
+def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(world, tmp_path):
     for changes, message in (
         ({"eval_data": ""}, "eval_every is 2 and no file is named. Give --eval_data"),
         ({"eval_every": 0}, "eval_every 0. Give --eval_every"),
@@ -211,7 +211,7 @@ def test_what_cannot_be_validated_is_refused_before_anything_is_loaded(world, tm
     assert not (world / "refused").exists()
 
 
-def test_images_that_are_not_there_are_named_once_and_stop_a_run_that_has_no_others(world, steps_of, tmp_path, caplog):
+def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps_of, tmp_path, caplog):
     records = json.loads((world / "world/held_out.json").read_text())
     records[1]["images"] = ["gone.png"] * len(records[1]["images"])
     for record in records[2:]:

@@ -1,5 +1,5 @@
 "use strict";
-// What the model writes and what the server says is only ever set as textContent: it stays text.
+// Texts of the model and of the server are only set as textContent: they are never parsed as HTML.
 
 const $ = (id) => document.getElementById(id);
 const MAX_IMAGES = Number(document.body.dataset.maxImages);
