@@ -1,4 +1,4 @@
-"""The paper's ablation (Tables 4 and 5, Figure 3) on the drawn world: eight methods, each from the recipe of its name.
+"""The paper's ablation (Tables 4 and 5, Figure 3) on the drawn world: eight methods by their recipes.
 
     python bench/studies/ablation.py [--seeds 0,1,2] [--methods pure_rl,grpo] [--quick true]
 
@@ -52,6 +52,8 @@ class Method:
     script: str
     start: str  # the run whose checkpoint it begins with
     data: str  # a file of the seed's world
+    recipes: tuple[str, ...]  # layers of options, the later overruling the earlier
+    flags: tuple[str, ...] = ()
     held_out: str = "held_out"
 
     @property
@@ -59,17 +61,24 @@ class Method:
         return SftOptions if self.script == "sft.py" else GrpoOptions
 
 
-METHODS = {  # by the name of the recipe
-    "pure_rl": Method("grpo.py", "base", "train"),
-    "sft": Method("sft.py", "base", "coordinates", "held_out_coordinates"),
-    "cot_sft": Method("sft.py", "base", "cold_start"),
-    "continued_cot_sft": Method("sft.py", "cot_sft", "train_chains"),
-    "grpo": Method("grpo.py", "cot_sft", "train"),
-    "grpo_log": Method("grpo.py", "cot_sft", "train"),
-    "grpo_power": Method("grpo.py", "cot_sft", "train"),
-    "grpo_exp": Method("grpo.py", "cot_sft", "train"),
+SFT, GRPO = "tiny_sft", "tiny_grpo"
+METHODS = {
+    "pure_rl": Method("grpo.py", "base", "train", ("pure_rl", GRPO)),
+    "sft": Method("sft.py", "base", "coordinates", ("sft", SFT), held_out="held_out_coordinates"),
+    "cot_sft": Method("sft.py", "base", "cold_start", ("cot_sft", SFT)),
+    "continued_cot_sft": Method(
+        "sft.py",
+        "cot_sft",
+        "train_chains",
+        ("continued_cot_sft", SFT),
+        ("--max_steps=600", "--learning_rate=3e-4"),  # GRPO's
+    ),
+    "grpo": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO)),
+    "grpo_log": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=log",)),
+    "grpo_power": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=power",)),
+    "grpo_exp": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=exp",)),
 }
-BASE = Method("sft.py", "newborn", "plain")
+BASE = Method("sft.py", "newborn", "plain", ("base_sft_tiny",))
 
 
 @dataclass
@@ -77,7 +86,7 @@ class AblationOptions:
     """The paper's ablation on the drawn world."""
 
     seeds: str = option("0,1,2", "Seeds, separated by commas.")
-    methods: str = option(",".join(METHODS), "Recipes to run, separated by commas; what they start from runs too.")
+    methods: str = option(",".join(METHODS), "Methods to run, separated by commas; what they start from runs too.")
     output_dir: str = option("out/ablation", "Folder for worlds, runs, table.md and curves.png.")
     base_scenes: int = option(6000, "Scenes of plain questions for the model that all start from.")
     cold_start: int = option(12000, "Scenes for stage 1, of each seed.")
@@ -119,13 +128,14 @@ def origin(model: Path, data: Path) -> dict:
     return {"weights": weights[:16], "world": world, "data": data.name}
 
 
-def train(o: AblationOptions, recipe: str, method: Method, path: Path, model: Path, data: Path, seed: int) -> dict:
-    """Train in `path` what its recipe says, if that has not ended yet; what ended.json holds.
+def train(o: AblationOptions, method: Method, path: Path, model: Path, data: Path, seed: int) -> dict:
+    """Train in `path` what its recipes say, if that has not ended yet; what ended.json holds.
 
     Raises:
         ValueError: `path` holds another run, or the script failed.
     """
-    flags = [f"--config={demo.RECIPES / recipe}_tiny.yaml", f"--model={model}", f"--data={data}", f"--seed={seed}"]
+    flags = [f"--config={recipe.RECIPES / name}.yaml" for name in method.recipes]
+    flags += [*method.flags, f"--model={model}", f"--data={data}", "--image_root=", f"--seed={seed}"]
     flags += [f"--output_dir={path}", *([f"--max_steps={o.max_steps}"] if o.max_steps else [])]
     settings = dataclasses.asdict(parse(method.options, flags))
     settings = {k: v for k, v in settings.items() if k not in PATHS} | origin(model, data)
@@ -155,7 +165,7 @@ def train_base(o: AblationOptions) -> Path:
         demo.make_initial_checkpoint(
             demo.DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts]
         )
-    train(o, "base_sft", BASE, root / "run", root / "newborn", world / f"{BASE.data}.json", BASE_SEED)
+    train(o, BASE, root / "run", root / "newborn", world / f"{BASE.data}.json", BASE_SEED)
     return root / "run"
 
 
@@ -192,7 +202,7 @@ def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
     for name in chosen(o):
         method, path = METHODS[name], root / name
         model = base if method.start == "base" else root / method.start
-        ended = train(o, name, method, path, model, world / f"{method.data}.json", seed)
+        ended = train(o, method, path, model, world / f"{method.data}.json", seed)
         scores = score(world, method.held_out, path, path)
         print(f"\nseed {seed}, {name}: Acc@0.5 {100 * scores['mean']:.1f}, {ended['seconds']:.0f} s", flush=True)
         yield {"seed": seed, "method": name, **ended, "scores": scores, "curves": binned(demo.read_metrics(path))}

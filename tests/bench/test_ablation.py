@@ -124,7 +124,7 @@ def ended(tmp_path):
     o, sft = ablation.AblationOptions(), ablation.METHODS["sft"]
 
     def train(o=o, path=tmp_path / "run", seed=0):
-        return ablation.train(o, "sft", sft, path, model, world / "coordinates.json", seed)
+        return ablation.train(o, sft, path, model, world / "coordinates.json", seed)
 
     train.model, train.o = model, o
     return train
