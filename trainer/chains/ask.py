@@ -105,7 +105,8 @@ def _transport(journal: Journal, o):
                 response = httpx2.Response(502, text=message, request=request)
             response.extensions["failure"] = failure
             if "retry-after" not in response.headers:
-                wait = o.backoff * 2 ** int(request.headers["x-stainless-retry-count"]) * random.uniform(0.5, 1.0)
+                retries = int(request.headers.get("x-stainless-retry-count", 0))
+                wait = o.backoff * 2**retries * random.uniform(0.5, 1.0)
                 response.headers["retry-after-ms"] = str(min(max(1e3 * wait, 1), 120e3))  # 0 would be ignored
             return response
 
@@ -164,17 +165,8 @@ class Asker:
         entry = {}
         for attempt in range(self.o.tries):
             # All that could change the answer; the server's address is not part of it.
-            fields = [
-                kind,
-                model,
-                text,
-                images.names,
-                images.max_pixels,
-                temperature,
-                self.o.max_tokens,
-                number,
-                attempt,
-            ]
+            fields = [kind, model, text, images.names, images.max_pixels]
+            fields += [temperature, self.o.max_tokens, number, attempt]
             key = hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
             entry = self.journal.get(key) or await self._request(kind, text, images, key)
             if entry.get("finish") not in TRUNCATED:

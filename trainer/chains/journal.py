@@ -13,7 +13,9 @@ SELECT json_extract(entry, '$.kind'), COUNT(*), COUNT(json_extract(entry, '$.tok
        COALESCE(SUM(json_extract(entry, '$.tokens[0]')), 0), COALESCE(SUM(json_extract(entry, '$.tokens[1]')), 0)
 FROM entries WHERE key IS NOT NULL GROUP BY 1
 """
-_FAILURES = "SELECT json_extract(entry, '$.failure'), COUNT(*) FROM entries WHERE key IS NULL GROUP BY 1"
+_FAILURES = (
+    "SELECT json_extract(entry, '$.failure'), COUNT(*) FROM entries WHERE key IS NULL GROUP BY 1 ORDER BY 2 DESC"
+)
 
 
 class Journal:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
-from boxgrpo.trainer.data.example import box_text
-from boxgrpo.trainer.data.processor import THINK_SUFFIX
-from boxgrpo.trainer.data.readers import Example, plain_text
+from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, box_text, plain_text
 
 from .ask import TRUNCATED, Asker, RecordImages
 

@@ -29,7 +29,8 @@ from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.chains.ask import Asker, RecordImages
 from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
-from boxgrpo.trainer.data.readers import Example, read_examples
+from boxgrpo.trainer.data.example import Example
+from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -57,9 +58,7 @@ class CotOptions:
     concurrency: int = option(16, "Requests under way at once.")
     requests_per_minute: float = option(0.0, "Requests that may begin in a minute, evenly spaced; 0: any number.")
     tries: int = option(6, "Tries of a request that gets no answer, or half of one.")
-    backoff: float = option(
-        1.0, "Seconds before the second try, doubled for each further one; Retry-After overrules it."
-    )
+    backoff: float = option(1.0, "Seconds before the second try, then doubled; Retry-After overrules it.")
     timeout: float = option(180.0, "Seconds until a request counts as failed.")
     max_failures: int = option(50, "Stop when so many requests in a row have failed for good.")
     input_price: float = option(0.0, "Of a million tokens sent, in any currency.")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from boxgrpo.trainer.chains.accept import AcceptOptions, draw, main, rate, wilson, write_sheet
-from boxgrpo.trainer.data.processor import THINK_SUFFIX
+from boxgrpo.trainer.data.example import THINK_SUFFIX
 
 HOSTILE = "<script>document.title='run'</script>\"><img src=x onerror=\"document.title='run'\">&amp; '"
 
@@ -25,8 +25,8 @@ def options(tmp_path):
         records = []
         for k in range(count):
             answer = f"<think>{HOSTILE}</think><answer>(100, 100), (500, 900)</answer>"
-            asked = f"<image><image>{k} {HOSTILE}{THINK_SUFFIX}"
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            question = f"<image><image>{k} {HOSTILE}{THINK_SUFFIX}"
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             record = {"id": f"{k} {HOSTILE}", "task": HOSTILE, "images": ["0.png", "1.png"], "messages": messages}
             records.append(record | {"target_image": 0, "cot": {"gold": [0, 100, 500, 900]}})
         (tmp_path / "cold_start.json").write_text(json.dumps(records))

@@ -89,8 +89,8 @@ def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(serv
     assert (summary["records"], summary["written"], summary["left_out"]) == (4, 4, {})
     assert summary["chains"] == {"passed": 12}
 
-    asked, judged = server.of("chain"), server.of("judge")
-    assert len(asked) == 12 and len({seen.key for seen in asked}) == 12 and len(judged) == 4
+    sent, judged = server.of("chain"), server.of("judge")
+    assert len(sent) == 12 and len({seen.key for seen in sent}) == 12 and len(judged) == 4
     for seen in server.seen:
         k = int(re.search(r"\d+", seen.question)[0])
         assert seen.question == record(k)["question"]
@@ -223,7 +223,7 @@ def test_a_failed_request_is_repeated_and_counted(server, options, reason):
 
 @pytest.mark.parametrize(("headers", "backoff"), [({"retry-after": "0.3"}, 0.0), ({}, 0.6)])
 def test_a_request_waits_for_its_next_try(server, options, headers, backoff):
-    """As long as Retry-After says, else for half to all of the back-off."""
+    """For the seconds of Retry-After, else for half to all of the back-off."""
     server.behave = lambda seen: Reply(status=429, headers=headers) if len(server.seen) == 1 else well(seen)
     make(options(1, chains=1, backoff=backoff))
     assert server.seen[1].began - server.seen[0].began >= 0.3
@@ -395,8 +395,8 @@ def test_a_sample_is_drawn_by_seed(server, options):
     drawn = [made["cot"]["source"] for made in written(o)]
     expected = sorted(random.Random(42).sample(range(40), 5))
     assert drawn == [f"data.json#{k}" for k in expected]
-    asked = len(server.seen)
-    assert make(o)["written"] == 5 and len(server.seen) == asked == 10
+    sent = len(server.seen)
+    assert make(o)["written"] == 5 and len(server.seen) == sent == 10
     make(dataclasses.replace(o, seed=1))
     assert [made["cot"]["source"] for made in written(o)] != drawn
 
@@ -467,7 +467,7 @@ def test_answers_of_an_earlier_version_are_read_once(server, options, tmp_path):
 
 
 def test_a_killed_process_loses_no_entry_that_add_returned(tmp_path):
-    """A process prints each key after `add`, and is killed while it goes on."""
+    """A process prints each key after `add`, and is killed meanwhile."""
     program = f"""
 import itertools
 from boxgrpo.trainer.chains.journal import Journal

@@ -44,7 +44,7 @@ def lies(box, words):
     return words == (f"{down} {across}".strip() or "centre")
 
 
-def stands(scene, kind, number, words):
+def is_at(scene, kind, number, words):
     return any(lies(box, words) for box in found(scene, kind, number))
 
 
@@ -59,20 +59,20 @@ def shows(scene, number, kind):
 
 def everywhere(scene, kind, word, number, words):
     right_word = word == ("both" if len(scene.layouts) == 2 else "all")
-    return right_word and all(found(scene, kind, n) for n in numbers(scene)) and stands(scene, kind, number, words)
+    return right_word and all(found(scene, kind, n) for n in numbers(scene)) and is_at(scene, kind, number, words)
 
 
 def only(scene, kind, number, words):
     """It is in this one of two images, and not in the other."""
     (other,) = set(numbers(scene)) - {int(number)}
-    return stands(scene, kind, number, words) and not found(scene, kind, other)
+    return is_at(scene, kind, number, words) and not found(scene, kind, other)
 
 
 def became(scene, former, kind, number, words):
     """One was in the other image and no longer is, the other one was not and now is."""
     (other,) = set(numbers(scene)) - {int(number)}
     gone = found(scene, former, other) and not found(scene, former, number)
-    return gone and not found(scene, kind, other) and stands(scene, kind, number, words)
+    return gone and not found(scene, kind, other) and is_at(scene, kind, number, words)
 
 
 def moves(scene, kind, way):
@@ -90,7 +90,7 @@ def framed(scene, kind):
 def corresponds(scene, kind, other, number, words):
     """The framed object, and the one of the other image that has its shape."""
     alike = [t for t in things(scene, number) if t.kind.shape == of(kind).shape]
-    return framed(scene, kind) and [t.kind for t in alike] == [of(other)] and stands(scene, other, number, words)
+    return framed(scene, kind) and [t.kind for t in alike] == [of(other)] and is_at(scene, other, number, words)
 
 
 def odd(scene, shared, kind):
@@ -103,15 +103,15 @@ def odd(scene, shared, kind):
 
 SENTENCES = {  # of a chain, and when each holds; "it" is the object named before
     rf"Image (\d) shows the {KIND}\.": lambda scene, it, n, kind: shows(scene, n, kind),
-    rf"The {KIND} is in (both|all) images, {AT}\.": lambda scene, it, *said: everywhere(scene, *said),
-    rf"The {KIND} is only {AT}\.": lambda scene, it, *said: only(scene, *said),
-    rf"The {KIND} became the {KIND} {AT}\.": lambda scene, it, *said: became(scene, *said),
-    rf"The {KIND} moves (left|right|up|down)\.": lambda scene, it, *said: moves(scene, *said),
-    rf"The framed {KIND} is {AT}\.": lambda scene, it, kind, *at: framed(scene, kind) and stands(scene, kind, *at),
-    rf"The {KIND} corresponds to the {KIND} {AT}\.": lambda scene, it, *said: corresponds(scene, *said),
+    rf"The {KIND} is in (both|all) images, {AT}\.": lambda scene, it, *parts: everywhere(scene, *parts),
+    rf"The {KIND} is only {AT}\.": lambda scene, it, *parts: only(scene, *parts),
+    rf"The {KIND} became the {KIND} {AT}\.": lambda scene, it, *parts: became(scene, *parts),
+    rf"The {KIND} moves (left|right|up|down)\.": lambda scene, it, *parts: moves(scene, *parts),
+    rf"The framed {KIND} is {AT}\.": lambda scene, it, kind, *at: framed(scene, kind) and is_at(scene, kind, *at),
+    rf"The {KIND} corresponds to the {KIND} {AT}\.": lambda scene, it, *parts: corresponds(scene, *parts),
     r"All others are (\w+)\.": lambda scene, it, shared: True,  # checked with the next sentence: `odd` below
-    rf"The {KIND} is {AT}\.": lambda scene, it, *said: stands(scene, *said),
-    rf"It is {AT}\.": lambda scene, it, *at: stands(scene, it, *at),
+    rf"The {KIND} is {AT}\.": lambda scene, it, *parts: is_at(scene, *parts),
+    rf"It is {AT}\.": lambda scene, it, *at: is_at(scene, it, *at),
 }
 
 

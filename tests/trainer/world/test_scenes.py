@@ -125,7 +125,7 @@ def test_wrong_objects_are_as_many_and_as_similar_as_the_level_has_them(level):
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 class TestTheQuestionHasOneAnswer:
-    """Each task's meaning, checked against what stands in the images; gold must be the only object that fits."""
+    """Each task's meaning, checked against the layouts; gold must be the only object that fits."""
 
     def test_common_object(self, level):
         for scene in scenes("common_object", level):
@@ -193,8 +193,8 @@ class TestTheQuestionHasOneAnswer:
 
     def test_region(self, level):
         for scene in scenes("region", level):
-            asked = int(re.search(r"[iI]mage (\d) (?:in|was)", scene.question)[1])
-            (cut_out,) = scene.layouts[asked - 1].things
+            number = int(re.search(r"[iI]mage (\d) (?:in|was)", scene.question)[1])
+            (cut_out,) = scene.layouts[number - 1].things
             assert cut_out == (gold_thing(scene).kind, (0, 0, 1000, 1000)) and scene.target_image == 0
             assert kinds(scene.layouts[0])[cut_out.kind] == 1
 

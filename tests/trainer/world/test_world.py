@@ -85,9 +85,9 @@ def test_no_arrangement_is_both_trained_on_and_held_out(task):
 
 def test_the_training_scenes_have_chains_in_a_file_of_their_own(world):
     chains = json.loads((world / "train_chains.json").read_text())
-    for taught, asked in zip(chains, read(world)["train"], strict=True):
-        assert (taught["id"], taught["images"]) == (asked["id"], asked["images"])
-        assert taught["messages"][0]["content"].startswith(asked["question"])
+    for taught, question in zip(chains, read(world)["train"], strict=True):
+        assert (taught["id"], taught["images"]) == (question["id"], question["images"])
+        assert taught["messages"][0]["content"].startswith(question["question"])
         assert taught["messages"][1]["content"].startswith("<think>")
 
 
@@ -142,8 +142,8 @@ def test_levels_alternate_after_each_round_of_the_tasks(mixed):
 
 def test_coordinates_are_the_cold_start_and_the_held_out_scenes_without_reasoning(mixed):
     for name, split in (("coordinates", "cold_start"), ("held_out_coordinates", "held_out")):
-        asked = json.loads((mixed / f"{name}.json").read_text())
-        for bare, whole in zip(asked, read(mixed)[split], strict=True):
+        records = json.loads((mixed / f"{name}.json").read_text())
+        for bare, whole in zip(records, read(mixed)[split], strict=True):
             same = ("id", "task", "level", "images", "target_image")
             assert [bare[k] for k in same] == [whole[k] for k in same] and bare["answer_format"] == "box"
             if split == "held_out":
@@ -164,10 +164,10 @@ def test_plain_records_are_about_the_place_of_each_object(mixed):
         scene = scene_of("cold_start", record["task"], k, level=record["level"], size=56)
         texts = [m["content"] for m in record["messages"]]
         first, *others = zip(texts[::2], texts[1::2], strict=True)
-        said = {(f"Where is the {t.kind} in image {n}?", box_text(t.box)) for n, t in scene.objects}
+        expected = {(f"Where is the {t.kind} in image {n}?", box_text(t.box)) for n, t in scene.objects}
         question, request = first[0].split("? ", 1)
         chain, box = re.fullmatch(r"<think>(.*)</think><answer>(.*)</answer>", first[1]).groups()
-        assert {(f"{question}?", box), *others} == said and len(others) == len(said) - 1
+        assert {(f"{question}?", box), *others} == expected and len(others) == len(expected) - 1
         kind, number = re.fullmatch(r"Where is the (.*) in image (\d)", question).groups()
         corners = [int(v) for v in re.findall(r"\d+", box)]
         assert chain == f"The {kind} is in image {number} at the {place(corners)}."
