@@ -19,11 +19,6 @@ from runs import ROOT, finish, lines, start
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return runs.make_world(tmp_path_factory.mktemp("demo"))
-
-
-@pytest.fixture(scope="module")
 def cold(world):
     """The newborn after a few steps of SFT: enough to write boxes now and then."""
     return world / "sft"

@@ -40,8 +40,7 @@ class Bench:
 
     def ordered(self, tasks: Mapping[str, object]) -> list[str]:
         """The tasks in the order of the published columns, then the others by name."""
-        known = list(self.columns)
-        return sorted(tasks, key=lambda task: (known.index(task) if task in self.columns else len(known), task))
+        return sorted(tasks, key=lambda task: ([*self.columns, task].index(task), task))
 
 
 def _file(example: Example) -> str:

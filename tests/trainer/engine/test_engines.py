@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runs
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.engine.optimizer import make_optimizer
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
@@ -18,11 +17,6 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, grpo_options, lines, start, told
 
 GRPO = ROOT / "trainer/grpo.py"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return runs.make_world(tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ def linears(layers=2):
     return [f"model.layers.{i}.{part}" for i in range(layers) for part in PARTS]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return runs.make_world(tmp_path_factory.mktemp("lora"))
-
-
 def lora_options(world, name, **changes):
     """GRPO from the cold start, three steps with adapters of rank 4."""
     return runs.grpo_options(world, name, **{"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 3} | changes)

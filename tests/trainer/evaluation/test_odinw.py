@@ -116,15 +116,6 @@ def test_a_perfect_answer_scores_100(write):
     json.dumps(result)
 
 
-def test_ap_by_hand(write):
-    """Both of image a's pistols exactly, b's with IoU 0.6: worked out on COCO's 101 points of recall."""
-    questions, _ = read(write(pistols=PISTOLS), None)
-    texts = ["<think>(0, 0), (1, 1)</think><answer>(100, 100), (300, 300)\n(500, 500), (1000, 1000)</answer>"]
-    texts += ["<answer>(0, 0), (300, 500)</answer>"]  # 30 of the 50 pixels wide
-    by_iou = 3 / 10 * 1 + 7 / 10 * (34 * 1 + 33 * 2 / 3) / 101  # from 0.65 on: right, wrong, right
-    assert scores_of(questions, texts)["mean"] == pytest.approx(100 * by_iou)
-
-
 def test_the_first_box_of_an_answer_gets_the_highest_score(write):
     """A wrong box after the right one: with equal scores it comes before the next image's right one."""
     questions, _ = read(write(pistols=PISTOLS | {"annotations": PISTOLS["annotations"][::2]}), None)

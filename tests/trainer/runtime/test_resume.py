@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runs
 from boxgrpo.bench.launches import kill
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.options import SftOptions
@@ -17,11 +16,6 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, grpo_options, lines, start, told
 
 GRPO = ROOT / "trainer/grpo.py"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return runs.make_world(tmp_path_factory.mktemp("resume"))
 
 
 def wait_for(run, condition, seconds: float = 100) -> bool:
