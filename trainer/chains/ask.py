@@ -208,8 +208,8 @@ class Asker:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.o.max_failures or error.status_code in FATAL:
             raise ValueError(
-                f"{self._failed_in_a_row} requests in a row have failed, the last with {failure} for model {model!r}: "
-                f"{message}. Where the server refuses them, correct the key, --model or --base_url. All answers are "
+                f"requests that failed in a row: {self._failed_in_a_row}, the last with {failure} for model {model!r} "
+                f"({message}). Where the server refuses them, correct the key, --model or --base_url. All answers are "
                 f"kept in {self.journal.path}; the same command continues from there."
             )
         return {"failure": failure, "message": message}

@@ -31,6 +31,7 @@ from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.options import check_values
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -90,7 +91,7 @@ async def make_records(
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(outcome(index)) for index in chosen]
                 for task in tasks:
-                    task.add_done_callback(lambda _: bar.update())
+                    task.add_done_callback(lambda done: done.cancelled() or bar.update())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
@@ -152,8 +153,7 @@ def check(o: CotOptions) -> None:
     for name, bound in least.items():
         if getattr(o, name) < bound:
             raise ValueError(f"{name} is {getattr(o, name)}; it must be at least {bound}. Raise --{name}.")
-    if o.timeout <= 0:
-        raise ValueError(f"timeout is {o.timeout:g}; it must be above 0 seconds. Raise --timeout.")
+    check_values(vars(o))
     if not 0 <= o.min_iou < 1:
         raise ValueError(f"min_iou is {o.min_iou:g}; it must be 0 or more and below 1. Change --min_iou.")
 
