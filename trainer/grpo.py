@@ -17,13 +17,11 @@ from boxgrpo.kernels import LossOptions, fused_grpo_loss, token_logps
 from boxgrpo.model.batch import PackedBatch
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
-from boxgrpo.trainer.data.readers import most_images
 from boxgrpo.trainer.engine.lora import without_adapters
 from boxgrpo.trainer.options import GrpoOptions, loss_options, validate_grpo
 from boxgrpo.trainer.rewards.grounding import score, step_advantages
-from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
-from boxgrpo.trainer.rollout.local import LocalRollout, ReplayRollout
-from boxgrpo.trainer.rollout.vllm import VllmRollout
+from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
+from boxgrpo.trainer.rollout.choose import make_rollout
 from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
@@ -50,7 +48,8 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     policy, engine, progress = run.policy, run.engine, run.progress
     vocabulary = hooks.vocabulary(Vocabulary.of(run.processor, policy.config, r.device))
     sharded = engine.shards_weights and not o.ds3_gather_for_generation
-    rollout = make_rollout(run, vocabulary, sharded=sharded)
+    chosen = {"stored": progress.rollout_bytes, "sharded": sharded}
+    rollout = make_rollout(o, run.processor, vocabulary, policy, run.examples, r, **chosen)
     loader = run.begin("grpo", run.processor.prompt)
     early = False if engine.shards_weights else None
     batches = PrefetchedBatches(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
@@ -96,16 +95,6 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
         run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, more=more)
         if o.log_completions and step % o.log_completions == 0:
             run.report.table(f"step {step}", *completion_table(run.processor, groups, accuracy))
-
-
-def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
-    """The rollout that `--rollout` names."""
-    o = run.options
-    if o.rollout == "replay":
-        return ReplayRollout(o)
-    if o.rollout == "vllm":
-        return VllmRollout(o, run.processor, vocabulary, run.policy, most_images(run.examples))
-    return LocalRollout(o, vocabulary, run.ranks, run.progress.rollout_bytes, sharded=sharded)
 
 
 def update_gradients(run: Run, settings: LossOptions, packs: list[PackedBatch]):
