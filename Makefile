@@ -28,12 +28,12 @@ ablation: $(STAMP)
 
 # Kernels, rewards and a whole step beside their peers, within a quarter of an hour; BENCH passes flags on (--full).
 bench: $(STAMP)
-	$(BIN)/python bench/bench_all.py $(BENCH)
+	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python -P -m boxgrpo.bench.publish.report
 
 # Build, test and measure on one GPU with what is installed, no network: nine minutes; GPU passes flags on.
 bench-gpu:
-	$(PYTHON) bench/bench_gpu.py $(GPU)
+	$(PYTHON) bench/bench.py --gpu $(GPU)
 
 # What got slower: the last two days of results, or FILES="OLD.json NEW.json".
 bench-check: $(STAMP)

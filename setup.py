@@ -81,6 +81,7 @@ setup(
         "boxgrpo.trainer.chains": ["templates/*.html"],
         "boxgrpo.trainer.evaluation": ["templates/*.html"],
         "boxgrpo.trainer.apps": ["page/*"],
+        "boxgrpo.bench.publish": ["templates/*"],
     },
     install_requires=[
         "torch>=2.11",
@@ -100,8 +101,8 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
-            "pytest-benchmark>=5",
             "hypothesis>=6.100",
+            "psutil>=5.9",
             "ruff>=0.9",
             "trl>=1.16",
             "liger-kernel>=0.8",

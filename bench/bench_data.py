@@ -19,9 +19,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from boxgrpo.bench.launches import resident_kb
+import psutil
+
 from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.processes import resident_bytes
 from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 WANTED = {"scan_s": 30.0, "open_s": 1.0, "memory_mb": 500.0}
 WORDS = "the a object in image that is near left right of which shows same different and person holding with".split()
@@ -80,12 +83,12 @@ def read(path: Path, cache: str) -> dict:
     environment = os.environ | {"BOXGRPO_CACHE": cache, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", READ, str(path)]
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    peak = 0
+    process, peak = psutil.Process(run.pid), 0
 
     def watch() -> None:
         nonlocal peak
         while run.poll() is None:
-            peak = max(peak, resident_kb(run.pid, "RssAnon"))
+            peak = max(peak, resident_bytes(process, anonymous=True))
             time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)
@@ -94,7 +97,7 @@ def read(path: Path, cache: str) -> dict:
     watcher.join()
     if run.returncode:
         raise ValueError(f"reading {path} failed with status {run.returncode}; see above.")
-    return json.loads(out) | {"memory_mb": peak / 1e3}
+    return json.loads(out) | {"memory_mb": peak / 1e6}
 
 
 def measure(o: DataBenchOptions) -> dict:
@@ -132,7 +135,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"bench_data.py: {error}")
+    run_as_script(main, "bench_data.py")

@@ -1,4 +1,4 @@
-"""The machine that a figure belongs to, and what it allows."""
+"""The machine that a figure belongs to."""
 
 import os
 import platform
@@ -13,12 +13,15 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
+# How a description names them.
+VERSIONS = {"driver": "driver", "cuda": "CUDA", "torch": "torch"}
+PEERS = {"triton": "Triton", "transformers": "transformers", "liger-kernel": "Liger", "trl": "TRL"}
 
 
 def machine() -> dict[str, str | int | float]:
-    """What a figure must be read with. A revision that ends in -dirty is of a tree with changes of its own.
+    """What a figure must be read with. A revision that ends in -dirty is of a tree with uncommitted changes.
 
-    A copy that git does not know takes it from BOXGRPO_REVISION.
+    A copy that is no git checkout takes its revision from BOXGRPO_REVISION.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -29,7 +32,8 @@ def machine() -> dict[str, str | int | float]:
         **(_gpu() if gpu else {}),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := _version(name))},
-        "revision": os.environ.get("BOXGRPO_REVISION") or _revision(),
+        "revision": os.environ.get("BOXGRPO_REVISION")
+        or _output("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -45,22 +49,29 @@ def folder_name(gpu: str) -> str:
     return gpu.replace(" ", "-").lower()
 
 
+def describe(machine: dict, *, peers: bool = False) -> str:
+    """The machine in a line, with the revision and the day; with `peers` also the packages that are compared."""
+    words = [machine["device"]]
+    words += [f"{machine['gpu_memory_gb']:.0f} GB"] if "gpu_memory_gb" in machine else []
+    words += [f"{n} thread{'s' * (n != 1)}"] if (n := machine.get("threads")) else []
+    named = VERSIONS | PEERS if peers else VERSIONS
+    words += [f"{name} {machine[key]}" for key, name in named.items() if key in machine]
+    return ", ".join([*words, f"revision {machine['revision']}", machine["date"]])
+
+
 def _gpu() -> dict[str, str | float]:
-    """Memory, CUDA and driver; the driver where nvidia-smi tells it."""
+    """Memory, CUDA and, where nvidia-smi reports it, the driver."""
     memory = torch.cuda.get_device_properties(0).total_memory
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
     found = {"gpu_memory_gb": round(memory / 1e9, 1), "cuda": str(torch.version.cuda)}
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-        found |= {"driver": told[0]} if told else {}
-    return found
+    return found | ({"driver": driver[0]} if driver else {})
 
 
-def _revision() -> str:
-    if not shutil.which("git"):
+def _output(*command: str) -> str:
+    """What a command prints; empty where it is not installed."""
+    if not shutil.which(command[0]):
         return ""
-    asked = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -1,7 +1,7 @@
-"""What the kernel benchmark runs: each op on inputs of a shape, by our doors and by what people use in their place.
+"""What the kernel benchmark runs: each op on inputs of a shape, by our functions and by what people use in their place.
 
-A case makes its inputs anew for a seed and gives, by name, callables without arguments that run forward and backward
-and return what they made. Peers that are not installed, or do not run on the device, are left out.
+A case makes its inputs anew for a seed and returns, by name, callables without arguments that run forward and backward
+and return their results. Peers that are not installed, or do not run on the device, are left out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from boxgrpo.bench.publish.tables import sizes
 from boxgrpo.kernels import (
     fused_grpo_loss,
     fused_grpo_loss_from_logits,
@@ -31,7 +32,7 @@ TOKENS = 151_657  # that the tokenizer has
 class Case:
     """`bytes_floor` and `flops_floor`: the least that the op must move and compute, forward and backward.
 
-    What is done to each element counts as a few FLOP, an exponential as one. No floor hangs on it, a roofline does.
+    Element-wise work counts as a few FLOP, an exponential as one: it decides no floor, but places a roofline's points.
     """
 
     op: str
@@ -46,16 +47,11 @@ class Case:
         return f"{self.op} {sizes(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-def holding(every: Sequence, only: str | None) -> list:
+def choose(every: Sequence, only: str | None) -> list:
     """The cases whose name holds `only`, all for None. Raises ValueError where none does."""
     if found := [case for case in every if only is None or only in case.name]:
         return found
     raise ValueError(f"only is {only!r}, which no case's name holds; there are {'; '.join(c.name for c in every)}.")
-
-
-def sizes(shape: dict[str, int]) -> str:
-    """A shape in words, as names and tables have it."""
-    return " ".join(f"{key}={value}" for key, value in shape.items())
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -75,7 +71,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         shape, product = {"N": n, "V": vocabulary, "H": width}, 2.0 * n * vocabulary * width
         once = (n + vocabulary) * width * dtype.itemsize  # hidden and weight; their gradients are as large
         yield Case("fused_grpo_loss", shape, dtype, 2 * once, 3 * product, _loss_from_hidden)
-        # Ours pays for a fourth product, and so holds no logits.
+        # Ours computes a fourth product, and so holds no logits.
         yield Case("token_logps", shape, dtype, 2 * once, 3 * product, _logps_from_hidden)
         if n <= 8192:
             frozen = partial(_loss_from_hidden, frozen=True)
@@ -93,7 +89,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 class _Rollout:
-    """Targets and what a loss is given for each token and completion."""
+    """Targets, and the loss's arguments for each token and completion."""
 
     def __init__(self, n: int, vocabulary: int, device: torch.device, seed: int, level: str = "token"):
         g = torch.Generator(device).manual_seed(seed)
@@ -105,7 +101,7 @@ class _Rollout:
         # Near the logps of logits that are standard normal, so that ratios are near 1.
         expected = -torch.tensor(vocabulary, dtype=torch.float32).log() - 0.5
         self.old, self.ref = expected.item() + 0.1 * torch.randn(2, n, device=device, generator=g)
-        self.level = level
+        self.upstream, self.level = torch.linspace(-1, 1, n, device=device), level
         self.options = {
             "old_logps": self.old,
             "ref_logps": self.ref,
@@ -116,6 +112,10 @@ class _Rollout:
 
     def by_completion(self, x: Tensor) -> Tensor:
         return x.view(self.completions, self.length)
+
+    def weighted_sum(self, logps: Tensor) -> Tensor:
+        """A scalar whose gradient is another one for each token."""
+        return (logps * self.upstream).sum()
 
     def eager_loss(self, logps: Tensor) -> Tensor:
         """GRPO as a user writes it: the clipped ratio with k3's KL, mean over the means of completions."""
@@ -133,17 +133,12 @@ def _eager_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _compiled(run: Callable) -> Callable:
-    """For this shape alone: Dynamo would take the second shape for a reason to compile for all."""
+    """For this shape alone: at a second shape Dynamo would compile for all shapes."""
     return torch.compile(run, dynamic=False)
 
 
-def _through_trl(trl, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    size = trl._CHUNKED_LOGPROB_CHUNK_SIZE
-    return trl._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, size, None, 1.0, ("log_probs",))[0]
-
-
 def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward of the scalar `run(*leaves)`; a frozen one gets no gradient."""
+    """Forward and backward of the scalar `run(*leaves)`; a frozen leaf gets no gradient."""
     trained = [leaf for leaf in leaves if leaf.requires_grad]
 
     def step() -> tuple[Tensor, ...]:
@@ -151,6 +146,12 @@ def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[
         return loss.detach(), *torch.autograd.grad(loss, trained)
 
     return step
+
+
+def _sides(ours: Callable, eager: Callable, *leaves: Tensor, **peers: Callable | None):
+    """Forward and backward by ours, eager, torch.compile and the peers that are here."""
+    runs = {"boxgrpo": ours, "eager": eager, "compile": _compiled(eager)} | peers
+    return {name: _trained(run, *leaves) for name, run in runs.items() if run}
 
 
 def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
@@ -161,16 +162,14 @@ def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
     def ours(z, **options):
         return fused_grpo_loss_from_logits(z, r.targets, r.advantages, r.offsets, **r.options, **options)[0]
 
-    def eager(z):
-        return r.eager_loss(_eager_logps(z, r.targets))
+    body = logits.detach().clone().requires_grad_()  # after the first run it holds gradients, which take as long
 
-    found = {
-        "boxgrpo": _trained(ours, logits),
-        # On logits of its own: after the first run they are gradients, which take as long.
-        "boxgrpo, overwriting": _overwriting(ours, logits),
-        "eager": _trained(eager, logits),
-        "compile": _trained(_compiled(eager), logits),
-    }
+    def overwriting() -> tuple[Tensor, ...]:
+        loss = ours(body[:], overwrite_logits=True)
+        return loss.detach(), *torch.autograd.grad(loss, [body])
+
+    found = _sides(ours, lambda z: r.eager_loss(_eager_logps(z, r.targets)), logits)
+    found["boxgrpo, overwriting"] = overwriting
     if device.type == "cuda" and (liger := module_named("liger_kernel.transformers.grpo_loss")):
         # Its logits are (B, L + 1, V) with an unread last row: the same number of rows that count.
         room = _normal(device, seed, r.completions, r.length + 1, vocabulary, dtype=case.dtype)
@@ -184,113 +183,72 @@ def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
     return found
 
 
-def _overwriting(run, logits: Tensor):
-    body = logits.detach().clone().requires_grad_()
-
-    def step() -> tuple[Tensor, ...]:
-        loss = run(body[:], overwrite_logits=True)
-        return loss.detach(), *torch.autograd.grad(loss, [body])
-
-    return step
-
-
 def _logps_from_logits(case: Case, device, seed: int):
     n, vocabulary = case.shape["N"], case.shape["V"]
     r = _Rollout(n, vocabulary, device, seed)
     logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
-    upstream = torch.linspace(-1, 1, n, device=device)
-
-    def eager(z):
-        return (_eager_logps(z, r.targets) * upstream).sum()
-
-    return {
-        "boxgrpo": _trained(lambda z: (token_logps_from_logits(z, r.targets) * upstream).sum(), logits),
-        "eager": _trained(eager, logits),
-        "compile": _trained(_compiled(eager), logits),
-    } | _trl_logps(logits, r, upstream, device)
-
-
-def _trl_logps(logits, r, upstream, device):
-    if device.type != "cuda" or not (trl := module_named("trl.trainer.utils")):
-        return {}
-    return {"trl": _trained(lambda z: (trl.selective_log_softmax(z, r.targets) * upstream).sum(), logits)}
+    trl = module_named("trl.trainer.utils") if device.type == "cuda" else None
+    return _sides(
+        lambda z: r.weighted_sum(token_logps_from_logits(z, r.targets)),
+        lambda z: r.weighted_sum(_eager_logps(z, r.targets)),
+        logits,
+        trl=trl and (lambda z: r.weighted_sum(trl.selective_log_softmax(z, r.targets))),
+    )
 
 
 def _loss_from_logps(case: Case, device, seed: int):
-    n = case.shape["N"]
-    r = _Rollout(n, QWEN_2B, device, seed)
-    logps = (r.old + 0.1 * _normal(device, seed, n, dtype=case.dtype)).detach().requires_grad_()
-    return {
-        "boxgrpo": _trained(lambda x: grpo_loss(x, r.advantages, r.offsets, **r.options)[0], logps),
-        "eager": _trained(r.eager_loss, logps),
-        "compile": _trained(_compiled(r.eager_loss), logps),
-    }
+    r = _Rollout(case.shape["N"], QWEN_2B, device, seed)
+    logps = (r.old + 0.1 * _normal(device, seed, case.shape["N"], dtype=case.dtype)).detach().requires_grad_()
+    return _sides(lambda x: grpo_loss(x, r.advantages, r.offsets, **r.options)[0], r.eager_loss, logps)
 
 
 def _loss_from_hidden(case: Case, device, seed: int, frozen: bool = False):
     n, vocabulary, width = (case.shape[key] for key in "NVH")
     r = _Rollout(n, vocabulary, device, seed)
-    leaves = _head(case, device, seed)
-    leaves[1].requires_grad_(not frozen)
+    hidden, weight = _head(case, device, seed)
+    liger = module_named("liger_kernel.chunked_loss")
+    module = liger and liger.LigerFusedLinearGRPOLoss(
+        beta=BETA,
+        epsilon_low=EPSILON,
+        epsilon_high=EPSILON,
+        loss_type="grpo",
+        compiled=device.type == "cuda",
+        use_ref_model=True,
+    )
+    old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
 
-    def eager(hidden, weight):
-        return r.eager_loss(_eager_logps(hidden @ weight.T, r.targets))
+    def through_liger(h, w):
+        rows, mask = h.view(r.completions, r.length, width), torch.ones_like(ids)
+        return module(rows, w, ids, mask, r.advantages, ref_per_token_logps=ref, old_per_token_logps=old)[0]
 
-    def ours(hidden, weight):
-        return fused_grpo_loss(hidden, weight, r.targets, r.advantages, r.offsets, **r.options)[0]
-
-    found = {
-        "boxgrpo": _trained(ours, *leaves),
-        "eager": _trained(eager, *leaves),
-        "compile": _trained(_compiled(eager), *leaves),
-    }
-    if trl := module_named("trl.trainer.utils"):
-
-        def through_trl(hidden, weight):
-            return r.eager_loss(_through_trl(trl, hidden, weight, r.targets))
-
-        found["trl"] = _trained(through_trl, *leaves)
-    if liger := module_named("liger_kernel.chunked_loss"):
-        module = liger.LigerFusedLinearGRPOLoss(
-            beta=BETA,
-            epsilon_low=EPSILON,
-            epsilon_high=EPSILON,
-            loss_type="grpo",
-            compiled=device.type == "cuda",
-            use_ref_model=True,
-        )
-        old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
-
-        def through_liger(hidden, weight):
-            rows = hidden.view(r.completions, r.length, width)
-            mask = torch.ones_like(ids)
-            return module(rows, weight, ids, mask, r.advantages, ref_per_token_logps=ref, old_per_token_logps=old)[0]
-
-        found["liger"] = _trained(through_liger, *leaves)
-    return found
+    trl_logps = _trl_logps(r.targets)
+    return _sides(
+        lambda h, w: fused_grpo_loss(h, w, r.targets, r.advantages, r.offsets, **r.options)[0],
+        lambda h, w: r.eager_loss(_eager_logps(h @ w.T, r.targets)),
+        hidden,
+        weight.requires_grad_(not frozen),
+        trl=trl_logps and (lambda h, w: r.eager_loss(trl_logps(h, w))),
+        liger=module and through_liger,
+    )
 
 
 def _logps_from_hidden(case: Case, device, seed: int):
-    n, vocabulary = case.shape["N"], case.shape["V"]
-    r = _Rollout(n, vocabulary, device, seed)
-    leaves = _head(case, device, seed)
-    upstream = torch.linspace(-1, 1, n, device=device)
+    r = _Rollout(case.shape["N"], case.shape["V"], device, seed)
+    trl_logps = _trl_logps(r.targets)
+    return _sides(
+        lambda h, w: r.weighted_sum(token_logps(h, w, r.targets)),
+        lambda h, w: r.weighted_sum(_eager_logps(h @ w.T, r.targets)),
+        *_head(case, device, seed),
+        trl=trl_logps and (lambda h, w: r.weighted_sum(trl_logps(h, w))),
+    )
 
-    def eager(hidden, weight):
-        return (_eager_logps(hidden @ weight.T, r.targets) * upstream).sum()
 
-    found = {
-        "boxgrpo": _trained(lambda h, w: (token_logps(h, w, r.targets) * upstream).sum(), *leaves),
-        "eager": _trained(eager, *leaves),
-        "compile": _trained(_compiled(eager), *leaves),
-    }
-    if trl := module_named("trl.trainer.utils"):
-
-        def through_trl(hidden, weight):
-            return (_through_trl(trl, hidden, weight, r.targets) * upstream).sum()
-
-        found["trl"] = _trained(through_trl, *leaves)
-    return found
+def _trl_logps(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """TRL's log-probabilities of the targets from hidden states and the head's weight."""
+    if not (trl := module_named("trl.trainer.utils")):
+        return None
+    function, size = trl._ChunkedLogProbFunction, trl._CHUNKED_LOGPROB_CHUNK_SIZE
+    return lambda h, w: function.apply(h, w, None, targets, 1.0, size, None, 1.0, ("log_probs",))[0]
 
 
 def _samples(case: Case, device, seed: int):
@@ -323,11 +281,7 @@ def _advantages(case: Case, device, seed: int):
         miou = accuracy.mean(1)
         return advantages, (1 - miou).exp(), miou
 
-    return {
-        "boxgrpo": lambda: group_advantages(rewards, accuracy),
-        "eager": eager,
-        "compile": _compiled(eager),
-    }
+    return {"boxgrpo": lambda: group_advantages(rewards, accuracy), "eager": eager, "compile": _compiled(eager)}
 
 
 def _normal(device, seed: int, *shape: int, dtype) -> Tensor:

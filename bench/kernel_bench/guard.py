@@ -1,4 +1,4 @@
-"""Each kernel's CPU path beside eager torch, fresh, in bounds that the newest record sets: what CI runs.
+"""Each kernel's CPU path beside eager torch, measured now, against bounds that the newest record sets: what CI runs.
 
     python bench/kernel_bench/guard.py                       exit status 1 where a ratio is out of its bound
     python bench/kernel_bench/guard.py --only sample --json -   the ratios alone
@@ -12,65 +12,67 @@ double of it, more than caches shared with others cost.
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from boxgrpo.bench.kernel_bench.cases import Case, cases, holding
-from boxgrpo.bench.publish.result_files import begin, dump, newest, write
+from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
+from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import begin, newest, output
+from boxgrpo.bench.timing import seconds, take_turns
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
-ROOM = 1.5  # times the recorded ratio
+TOLERANCE = 1.5  # times the recorded ratio
 ROUNDS, LEAST_SECONDS = 9, 0.1  # pairs; of a round
 SMALL = {"N": 64, "n": 16}  # rows of logits, where the vocabulary is real
 
 
-def guarded(only: str | None = None) -> list[Case]:
+def guarded_cases(only: str | None = None) -> list[Case]:
     """The CPU's cases, with an eighth of the rows where a row is a whole vocabulary."""
 
     def fewer(case: Case) -> Case:
         return replace(case, shape={key: SMALL.get(key, size) for key, size in case.shape.items()})
 
     every = cases(torch.device("cpu"))
-    return holding([fewer(case) if "V" in case.shape else case for case in every], only)
+    return choose([fewer(case) if "V" in case.shape else case for case in every], only)
 
 
-def measured(case: Case) -> dict:
+def measure(case: Case) -> dict:
     """Our processor seconds over eager's, pair by pair."""
     runs = case.make(case, torch.device("cpu"), 0)
-    ours, eager = (_round(runs[name]) for name in ("boxgrpo", "eager"))
-    pairs = [(ours(), eager()) for _ in range(ROUNDS)]
-    ratios = [round(a / b, 4) for a, b in pairs]
+    calls = {name: _calls(runs[name]) for name in ("boxgrpo", "eager")}
+    taken = take_turns({name: _repeated(runs[name], n) for name, n in calls.items()}, ROUNDS, clock=time.process_time)
+    ours, eager = ([seconds / calls[name] for (seconds,) in taken[name]] for name in ("boxgrpo", "eager"))
+    ratios = [round(a / b, 4) for a, b in zip(ours, eager, strict=True)]
     spread = [min(ratios), max(ratios)]
     return {"case": case.name, "ratio": statistics.median(ratios), "spread": spread, "samples_ratio": ratios}
 
 
-def _round(run: Callable[[], object]) -> Callable[[], float]:
-    """Processor seconds of a call, by as many calls as make a round long enough for the clock."""
-    run()  # pages in
+def _calls(run: Callable[[], object]) -> int:
+    """As many calls as make a round long enough for the clock."""
+    run()  # touches its pages
+    return math.ceil(LEAST_SECONDS / seconds(run, time.process_time))
 
-    def seconds(calls: int) -> float:
-        start = time.process_time()
+
+def _repeated(run: Callable[[], object], calls: int) -> Callable[[], None]:
+    def repeated() -> None:
         for _ in range(calls):
             run()
-        return (time.process_time() - start) / calls
 
-    calls = math.ceil(LEAST_SECONDS / seconds(1))
-    return lambda: seconds(calls)
+    return repeated
 
 
 def run(only: str | None = None) -> dict:
     """A row for each case. This process has one thread from then on."""
     torch.set_num_threads(1)
-    return {"threads": 1, "rows": [measured(case) for case in guarded(only)]}
+    return {"threads": 1, "rows": [measure(case) for case in guarded_cases(only)]}
 
 
 def out_of_bounds(rows: Iterable[dict], recorded: dict) -> list[str]:
-    """The cases whose ratio is more than ROOM times the recorded one. Raises ValueError for a case without record."""
-    bounds = {row["case"]: ROOM * row["ratio"] for row in recorded["rows"]}
+    """The cases whose ratio is more than TOLERANCE times the recorded one. Raises ValueError for one without record."""
+    bounds = {row["case"]: TOLERANCE * row["ratio"] for row in recorded["rows"]}
     rows = list(rows)
     if unknown := [row["case"] for row in rows if row["case"] not in bounds]:
         raise ValueError(f"the newest record has no ratio of {'; '.join(unknown)}; `make bench` makes one that has.")
@@ -83,27 +85,20 @@ def out_of_bounds(rows: Iterable[dict], recorded: dict) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name holds this")
-    parser.add_argument("--json", help="write the ratios there, - for standard output; holds them to no bound")
+    parser.add_argument("--json", help="write the ratios there, - for standard output; compares them with no bound")
     o = parser.parse_args(args)
-    record = begin()
     if o.json:
-        record["guard"] = run(o.only)
-        print(dump(record)) if o.json == "-" else write(record, Path(o.json))
+        record = begin() | {"guard": run(o.only)}
+        output(record, o.json, table("guard", record["guard"]))
         return
-    recorded = newest()
-    if "guard" not in recorded:
+    if "guard" not in (recorded := newest()):
         raise ValueError("the newest record of a CPU has no part guard; `make bench` makes one.")
-    out = out_of_bounds(run(o.only)["rows"], recorded["guard"])
-    if out:
+    if out := out_of_bounds(run(o.only)["rows"], recorded["guard"]):
         print("once more:")
-        again = [measured(case) for case in guarded() if case.name in out]
-        out = out_of_bounds(again, recorded["guard"])
-    if out:
-        raise ValueError(f"{'; '.join(out)}: slower beside eager than recorded, by more than {ROOM} times, twice.")
+        again = [measure(case) for case in guarded_cases() if case.name in out]
+        if out := out_of_bounds(again, recorded["guard"]):
+            raise ValueError(f"{'; '.join(out)}: more than {TOLERANCE} times the recorded ratio to eager, twice.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"bench_guard.py: {error}")
+    run_as_script(main, "guard.py")

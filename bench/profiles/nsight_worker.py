@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from boxgrpo.bench.kernel_bench.cases import Case, cases
-from boxgrpo.bench.kernel_bench.kernels_table import SEED
+from boxgrpo.bench.kernel_bench.run import SEED
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 
 def chosen(wanted: str, implementation: str, among: Sequence[Case], device: torch.device) -> Callable[[], object]:
@@ -40,7 +41,4 @@ def main(wanted: str, implementation: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"nsight_worker: {error}")
+    run_as_script(lambda: main(*sys.argv[1:]), "nsight_worker")

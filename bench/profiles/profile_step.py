@@ -1,11 +1,11 @@
 """Where a step of the step benchmark goes, range by range: by nsys where there is one and a GPU, else torch.profiler.
 
     python bench/profiles/profile_step.py  profiles two steps, prints the table; the trace is kept
-    python bench/profiles/profile_step.py --json FILE|-  writes what the table is made of; `make bench` keeps it
+    python bench/profiles/profile_step.py --json FILE|-  writes the table's figures; `make bench` keeps them
     python bench/profiles/profile_step.py --read TRACE  the table of a trace that was recorded before, of any run
 
 The case is the benchmark's first: a 44M model on a CPU, the published 2B on a GPU. A first step warms up, and one
-after the profiled ones shows what a step takes unwatched. bench/README.md says how to read the table. The vocabulary
+after the profiled ones shows what a step takes without a profiler. bench/README.md explains the table. The vocabulary
 is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under BOXGRPO_SHARED or ../shared), or without
 it one of as many tokens.
 """
@@ -16,27 +16,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from boxgrpo.bench.profiles.nsys_sqlite import read_nsys
-from boxgrpo.bench.publish.result_files import begin, dump, write
+from boxgrpo.bench.publish.tables import table as results_table
+from boxgrpo.bench.records import begin, output
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
-from boxgrpo.bench.step_bench.cases import MODELS, TEXTS, StepCase, asked_case, prepare
+from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, prepare, select_case
 from boxgrpo.bench.step_bench.floors import floors, limits, work
 from boxgrpo.model.checkpoint import read_config
-from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.profiler import FOLDER, kept_rows
 from boxgrpo.trainer.profiling.timeline import Row, rows, table
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
 NSYS += ["--cuda-graph-trace", "node", "--export", "sqlite", "-f", "true", "-o"]
-# What of step_floors.py is counted for which range.
+# The phase of floors.py that a range is compared with.
 PREFILL = "step > rollout > prefill"
 COUNTED = {
     "step > rollout > vision": "vision",
@@ -62,15 +62,15 @@ def read(trace: Path) -> list[Row]:
 
 
 def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path, float]:
-    """The trace of `steps` steps, and the seconds of one step after them that nobody watched."""
-    asked = {
+    """The trace of `steps` steps, and the seconds of one step after them without a profiler."""
+    given = {
         "case": asdict(case),
         "folder": str(at),
         "output_dir": str(output_dir),
         "steps": WARMUP + steps + 1,
         "profile_steps": f"{WARMUP + 1}:{WARMUP + 1 + steps}",
     }
-    command = [sys.executable, "-P", "-m", "boxgrpo.bench.profiles.worker", json.dumps(asked)]
+    command = [sys.executable, "-P", "-m", "boxgrpo.bench.profiles.worker", json.dumps(given)]
     by_nsys = torch.cuda.is_available() and shutil.which("nsys")
     if by_nsys:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -85,38 +85,29 @@ def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path
     return trace, json.loads(last)["step_time"]
 
 
-def least(case: StepCase, config, found: Sequence[Row], measured: dict[str, float]) -> dict[str, dict]:
-    """Bytes and floor of the ranges that step_floors.py counts."""
-    prefilled = next(row for row in found if row.name == PREFILL)
-    prompts, tokens = map(int, prefilled.titles[0].split(" ")[1].split("x"))
-    with torch.device("meta"):
-        model = Qwen2VL(config)
-    frozen = sum(p.numel() for p in model.visual.parameters())
-    trained = sum(p.numel() for p in model.parameters()) - frozen
-    by_phase = floors(work(config, case, tokens / prompts, trained), measured)
-    return {name: by_phase[phase] for name, phase in COUNTED.items()}
-
-
 def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[str, float]) -> dict:
     """The profile of a case as the results' files hold it.
 
     Args:
         output_dir: of the run; its folder `profile` has the trace.
-        measured: FLOP and bytes a second of the machine, `step_floors.limits()`.
+        measured: FLOP and bytes a second of the machine, `floors.limits()`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch) / case.model
         prepare(case, at, tokenizer)
         trace, unwatched = record(case, at, output_dir, steps)
         found = read(trace)
-        floors_found = least(case, read_config(at / "model"), found, measured)
+        prefilled = next(row for row in found if row.name == PREFILL)
+        prompts, tokens = map(int, prefilled.titles[0].split(" ")[1].split("x"))
+        by_phase = floors(work(read_config(at / "model"), case, tokens / prompts), measured)
+    least = {name: by_phase[phase] for name, phase in COUNTED.items()}
     return {
         "case": case.name,
         "tool": "nsys" if trace.suffix == ".sqlite" else "torch.profiler",
         "on_gpu": found[0].gpu_seconds is not None,
         "steps": steps,
         "unwatched_step_s": round(unwatched, 4),
-        "rows": [rounded(row) | {"floor": floors_found.get(row.name)} for row in found],
+        "rows": [rounded(row) | {"floor": least.get(row.name)} for row in found],
     }
 
 
@@ -127,49 +118,26 @@ def rounded(row: Row) -> dict:
     return found | {"top": [[name, round(share, 3)] for name, share in row.top]}
 
 
-def shown(result: dict) -> str:
-    """The table of a result."""
-    counted = {row["name"]: row["floor"] for row in result["rows"] if row["floor"]}
-    return table([row_of(row) for row in result["rows"]], counted)
-
-
-def row_of(kept: dict) -> Row:
-    """A row of a result."""
-    return Row(**{key: value for key, value in kept.items() if key != "floor"})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="a model of this size")
-    parser.add_argument("--images", type=int, help="so many images a prompt")
-    parser.add_argument("--prompts", type=int, help="so many prompts a step")
+    add_selectors(parser)
     parser.add_argument("--steps", type=int, default=2, help="profiled steps")
-    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
     parser.add_argument("--output_dir", default="out/profile_step", help="of the run; its folder profile has the trace")
     parser.add_argument("--read", help="only the table of this trace: .trace.json.gz, or nsys's .sqlite")
-    parser.add_argument("--json", help="write the result there, - for standard output")
     args = parser.parse_args()
     if args.read:
         print(table(read(Path(args.read))))
         return
     if args.steps < 1:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
-    case = asked_case(args, torch.cuda.is_available())
+    case = select_case(args, torch.cuda.is_available())
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     record = begin() | {"ceilings": limits()}
     record["profile"] = result = run(case, Path(args.output_dir), args.steps, tokenizer, record["ceilings"])
-    if args.json == "-":
-        print(dump(record))
-        return
-    if args.json:
-        write(record, Path(args.json))
-    print(f"{result['case']}, by {result['tool']}; mean of {result['steps']} steps.\n\n{shown(result)}")
-    print(f"\nA step that nobody watched: {1e3 * result['unwatched_step_s']:.0f} ms.")
-    print(f"The trace is in {Path(args.output_dir) / FOLDER}.")
+    unwatched = f"A step without a profiler: {1e3 * result['unwatched_step_s']:.0f} ms."
+    trace = f"The trace is in {Path(args.output_dir) / FOLDER}."
+    output(record, args.json, "\n\n".join((results_table("profile", result), f"{unwatched}\n{trace}")))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"profile_step.py: {error}")
+    run_as_script(main, "profile_step.py")

@@ -6,28 +6,20 @@ python -P -m boxgrpo.bench.profiles.worker '{"case": {...}, "folder": ..., "outp
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
 from boxgrpo.bench.step_bench.cases import StepCase
-from boxgrpo.bench.step_bench.sides import engine_of, our_options, whole_and_paid
+from boxgrpo.bench.step_bench.sides import benchmark_hooks, our_options
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.runtime.ranks import ranks
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
-    case = StepCase(**asked["case"] | {"side": tuple(asked["case"]["side"])})
-    options = our_options(
-        case,
-        Path(asked["folder"]),
-        asked["output_dir"],
-        asked["steps"],
-        profile_steps=asked["profile_steps"],
-        overwrite_output_dir=True,
-    )
-    engine = mock.patch.object(grpo, "make_engine", engine_of(case))
-    with whole_and_paid(), engine, ranks() as r:
-        grpo.train(options, r)
+    given = json.loads(sys.argv[1])
+    case = StepCase(**given["case"] | {"side": tuple(given["case"]["side"])})
+    more = {"profile_steps": given["profile_steps"], "overwrite_output_dir": True}
+    options = our_options(case, Path(given["folder"]), given["output_dir"], given["steps"], **more)
+    with ranks() as r:
+        grpo.train(options, r, benchmark_hooks(case))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from boxgrpo.bench.kernel_bench.cases import sizes
 from boxgrpo.bench.machine import folder
-from boxgrpo.bench.publish.result_files import dated, later, part, read
+from boxgrpo.bench.publish.tables import sizes
+from boxgrpo.bench.records import dated, part, read, without_first
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
-LEAST = 0.05  # a change below this is none
+LEAST = 0.05  # a smaller change is none
 UNKNOWN = 0.10  # noise of what was timed once
 SAME = ("device", "driver", "threads", "torch", "triton")  # of two machines that are one
 OURS, NO_PEERS = "ours", ("one read",)  # a floor in the table
-PARTS = ("kernels", "rewards", "step")
 
 
 class Interval(NamedTuple):
@@ -41,51 +41,48 @@ class Interval(NamedTuple):
         return self.low > old.high and self.middle > old.middle * (1 + LEAST)
 
 
-def interval(median: float, samples: Sequence[float] | None, spread: Sequence[float]) -> Interval:
-    """`samples` None: an old record, of which the ends alone are known."""
-    if samples is None or 1 < len(samples) < 8:
-        low, high = spread if samples is None else (min(samples), max(samples))
-    elif len(samples) == 1:
+def interval(median: float, samples: Sequence[float]) -> Interval:
+    """Where the median of a time's samples may lie."""
+    if len(samples) == 1:
         low, high = median * (1 - UNKNOWN), median * (1 + UNKNOWN)
+    elif len(samples) < 8:
+        low, high = min(samples), max(samples)
     else:
         low, _, high = statistics.quantiles(samples, n=4)
     return Interval(min(low, median), median, max(high, median))
 
 
-def timed(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
+def times(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
     """case -> side -> time, ours under OURS."""
     found: dict[str, dict[str, Interval]] = {}
     for name in parts:
-        if record.get(name, {}).get("rows"):
-            for case, side, time in TIMED[name](record[name]):
-                found.setdefault(f"{name}: {case}", {})[side] = time
+        for row in record.get(name, {}).get("rows", []):
+            for case, side, median, samples in TIMES[name](row):
+                found.setdefault(f"{name}: {case}", {})[side] = interval(median, samples)
     return found
 
 
-def _kernels(measured: dict):
-    for r in measured["rows"]:
-        case, side = f"{r['op']} {sizes(r['shape'])} {r['dtype']}", r["implementation"]
-        if side.startswith("boxgrpo"):  # a variant of ours is a case of its own
-            case, side = case + side.removeprefix("boxgrpo"), OURS
-        if side not in NO_PEERS:
-            yield case, side, interval(r["ms"], r.get("samples_ms"), r["spread_ms"])
+def _kernels(r: dict):
+    case, side = f"{r['op']} {sizes(r['shape'])} {r['dtype']}", r["implementation"]
+    if side.startswith("boxgrpo"):  # a variant of ours is a case of its own
+        case, side = case + side.removeprefix("boxgrpo"), OURS
+    if side not in NO_PEERS:
+        yield case, side, r["ms"], r.get("samples_ms", r["spread_ms"])  # old records have the ends alone
 
 
-def _rewards(measured: dict):
-    for r in measured["rows"]:
-        decoded = r["run"] == "decode, re, IoU"
-        case = "ids" if decoded else r["run"]
-        yield case, r["run"] if decoded else OURS, interval(r["ms"], r.get("samples_ms"), r["spread_ms"])
+def _rewards(r: dict):
+    decoded = r["run"] == "decode, re, IoU"
+    yield "ids" if decoded else r["run"], r["run"] if decoded else OURS, r["ms"], r.get("samples_ms", r["spread_ms"])
 
 
-def _step(measured: dict):
-    for r in measured["rows"]:
-        for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
-            spread, samples = r[f"{side}_spread_s"], r.get(f"{side}_samples_s")
-            yield r["case"], side, interval(r[f"{side}_s"], samples and later(samples), spread)
+def _step(r: dict):
+    for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
+        samples = without_first(r.get(f"{side}_samples_s", [None, *r[f"{side}_spread_s"]]))
+        yield r["case"], side, r[f"{side}_s"], samples
 
 
-TIMED = {"kernels": _kernels, "rewards": _rewards, "step": _step}
+TIMES = {"kernels": _kernels, "rewards": _rewards, "step": _step}
+PARTS = tuple(TIMES)
 
 
 def same_machine(old: dict, new: dict, name: str) -> bool:
@@ -95,37 +92,34 @@ def same_machine(old: dict, new: dict, name: str) -> bool:
 
 def slower(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
     """A line for each case that got slower. Raises ValueError for files without a case in common."""
-    before, after = timed(old, parts), timed(new, parts)
+    before, after = times(old, parts), times(new, parts)
     if not before.keys() & after.keys():
         raise ValueError(f"the files have no case of {', '.join(parts)} in common; measure both alike.")
-    lines = []
+    found = []
     for case in (case for case in after if case in before):
-        lines += _judged(case, before[case], after[case], same_machine(old, new, case.split(":")[0]))
-    return lines
+        reason = _compare(before[case], after[case], same_machine(old, new, case.split(":")[0]))
+        found += [f"{case}: {reason}"] if reason else []
+    return found
 
 
 def left_out(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
     """A line for each file that has cases which the other has not."""
-    before, after = timed(old, parts).keys(), timed(new, parts).keys()
+    before, after = times(old, parts).keys(), times(new, parts).keys()
     both = ("old", before - after), ("new", after - before)
     return [f"only the {word} file has {'; '.join(sorted(alone))}" for word, alone in both if alone]
 
 
-def _judged(case: str, before: dict[str, Interval], after: dict[str, Interval], same: bool) -> list[str]:
-    if OURS not in before:
-        return []
-    if OURS not in after:
-        return [f"{case}: no longer measured"]
+def _compare(before: dict[str, Interval], after: dict[str, Interval], same: bool) -> str | None:
+    """How a case got slower; None if it did not."""
+    if OURS not in before or OURS not in after:
+        return "no longer measured" if OURS in before else None
     peers = [side for side in after if side in before and side != OURS]
     if not peers:
         was, now = before[OURS], after[OURS]
-        return [f"{case}: {was.middle:.4g} -> {now.middle:.4g}"] if same and now.rose_above(was) else []
-    pairs = [(peer, before[OURS].over(before[peer]), after[OURS].over(after[peer])) for peer in peers]
-    rose = [(peer, was, now) for peer, was, now in pairs if now.rose_above(was)]
-    if 2 * len(rose) <= len(pairs):
-        return []
-    told = ", ".join(f"{was.middle:.3f} -> {now.middle:.3f} of {peer}'s time" for peer, was, now in rose)
-    return [f"{case}: {told}"]
+        return f"{was.middle:.4g} -> {now.middle:.4g}" if same and now.rose_above(was) else None
+    ratios = [(peer, before[OURS].over(before[peer]), after[OURS].over(after[peer])) for peer in peers]
+    rose = [f"{a.middle:.3f} -> {b.middle:.3f} of {peer}'s time" for peer, a, b in ratios if b.rose_above(a)]
+    return ", ".join(rose) if 2 * len(rose) > len(ratios) else None
 
 
 def main(args: list[str] | None = None) -> None:
@@ -136,18 +130,15 @@ def main(args: list[str] | None = None) -> None:
     files = [Path(file) for file in o.files] or dated(folder())[-2:]
     if len(files) != 2:
         raise ValueError(f"{len(files)} files of results; two are compared. Name the old one and the new one.")
-    if wrong := set(parts := o.parts.split(",")) - TIMED.keys():
+    if wrong := set(parts := o.parts.split(",")) - TIMES.keys():
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}.")
     old, new = (read(file) for file in files)
-    lines = slower(old, new, parts)
-    verdict = lines or [f"nothing is slower in {files[1].name} than in {files[0].name}"]
+    found = slower(old, new, parts)
+    verdict = found or [f"nothing is slower in {files[1].name} than in {files[0].name}"]
     print(*left_out(old, new, parts), *verdict, sep="\n")
-    if lines:
+    if found:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"compare.py: {error}")
+    run_as_script(main, "compare.py")

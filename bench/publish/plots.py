@@ -14,11 +14,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from boxgrpo.bench.kernel_bench.cases import sizes
+from boxgrpo.bench.machine import describe
 from boxgrpo.bench.peers import NAMES
-from boxgrpo.bench.step_bench.step_table import PHASES
+from boxgrpo.bench.records import part
+from boxgrpo.bench.step_bench.run import PHASES
 
-from .result_files import described, part
+from .tables import sizes
 
 COLOURS = {"boxgrpo": "#1f5fbf", "eager": "#8a8a8a", "compile": "#d9822b", "liger": "#2f8f4e", "trl": "#b03a68"}
 COLOURS |= {"boxgrpo, overwriting": "#6fa8ff", "one read": "#3a3a3a", "ours": "#1f5fbf"}
@@ -67,7 +68,7 @@ def _digest(data: dict) -> str:
 def _measured(record: dict, name: str) -> tuple[dict, dict]:
     """A part, and what each plot of it begins with."""
     measured = part(record, name)
-    return measured, {"caption": described(measured["machine"])}
+    return measured, {"caption": describe(measured["machine"])}
 
 
 def _colour(side: str) -> str:
@@ -217,7 +218,7 @@ def _draw_growth(data: dict) -> Figure:
 
 def memory(record: dict) -> dict | None:
     """MB by side of each step, and by implementation of each kernel where any takes more than 16 MB."""
-    machines = [described(part(record, name)["machine"]) for name in ("step", "kernels") if name in record]
+    machines = [describe(part(record, name)["machine"]) for name in ("step", "kernels") if name in record]
     data = {"caption": "; ".join(dict.fromkeys(machines)), "steps": {}, "kernels": {}}
     for r in record.get("step", {}).get("rows", []):
         peaks = {key.removesuffix("_peak_mb"): r[key] for key in r if key.endswith("_peak_mb") and r[key]}

@@ -1,4 +1,4 @@
-"""When bench/soaks/soak.py kills a run, and what a kill leaves behind."""
+"""When bench/soaks/soak.py kills a run, and what a kill leaves in its folder."""
 
 import random
 import statistics
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from boxgrpo.bench.launches import kill
+from boxgrpo.bench.processes import kill
 
-from .verdicts import read_lines
+from .verdicts import metrics_of
 
 LONGEST_START = 15.0  # seconds; the first launch under DeepSpeed also compiles
 
@@ -61,7 +61,7 @@ def strike(run: subprocess.Popen, path: Path, planned: Kill) -> bool:
 
 
 def plan(draw: random.Random, count: int, steps: int, every: int, timing: dict[str, float]) -> list[Kill]:
-    """Kills in the order in which a run meets them: a third while saving, a tenth while starting, the last at its end.
+    """Kills in the order of their steps: a third while saving, a tenth while starting, the last at the run's end.
 
     Args:
         every: steps between checkpoints.
@@ -69,7 +69,7 @@ def plan(draw: random.Random, count: int, steps: int, every: int, timing: dict[s
     """
     last = steps - every  # later ones might come too late
     saves = list(range(every, last + 1, every))
-    save = timing["save"]  # to find all the processes takes time too: some of these kills go out at once
+    save = timing["save"]  # finding all the processes takes time too: some of these kills are sent at once
     found = [Kill("saving", at, max(0.0, draw.uniform(-save / 2, save))) for at in draw.sample(saves, count // 3)]
     found += [Kill("starting", draw.randint(0, last), draw.uniform(0, timing["start"])) for _ in range(count // 10)]
     ends = 1 if count > 1 else 0
@@ -81,7 +81,7 @@ def plan(draw: random.Random, count: int, steps: int, every: int, timing: dict[s
 
 def timing(path: Path, seconds: float) -> dict[str, float]:
     """What an undisturbed run of so many seconds spent: on its start and its saving together, on a step, on a save."""
-    took = [line["step_time"] for line in read_lines(path / "metrics.jsonl")]
+    took = [line["step_time"] for line in metrics_of(path)]
     newest = max(path.glob("checkpoint-*"), key=number)
     written = [file.stat().st_mtime for file in newest.rglob("*") if file.is_file()]
     start = min(LONGEST_START, seconds - sum(took))
@@ -106,9 +106,9 @@ def logged(path: Path) -> int:
 
 
 def left(path: Path, launched: int) -> str:
-    """What a kill leaves behind of checkpoints: the newest, and what this launch (ns of the clock) left torn."""
+    """The newest whole checkpoint, and those that this launch (ns of the clock) left unfinished."""
     whole = [number(f) for f in path.glob("checkpoint-*") if (f / "manifest.json").exists()]
     torn = [f.name for f in path.glob("checkpoint-*") if not (f / "manifest.json").exists()]
     parts = [f for f in path.glob(".checkpoint-*.part") if touched(f) > launched]
-    told = [f"{f.name} with {sum(p.is_file() for p in f.rglob('*'))} files" for f in parts]
-    return ", ".join([f"checkpoint-{max(whole)}" if whole else "no checkpoint", *told, *(f"{t} torn" for t in torn)])
+    partial = [f"{f.name} with {sum(p.is_file() for p in f.rglob('*'))} files" for f in parts]
+    return ", ".join([f"checkpoint-{max(whole)}" if whole else "no checkpoint", *partial, *(f"{t} torn" for t in torn)])

@@ -20,15 +20,20 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from boxgrpo.bench.launches import kill
 from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.processes import kill
+from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.soaks.kills import Kill, plan, strike, timing
-from boxgrpo.bench.soaks.verdicts import differences, injected, lost_steps, memory, read_lines, skips
+from boxgrpo.bench.soaks.verdicts import differences, injected, lost_steps, memory, metrics_of, skipped_steps
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.runtime.files import replace_file
+from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.world import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -57,12 +62,12 @@ class SoakOptions:
 def prepare(o: SoakOptions) -> Path:
     """World and cold start, made when they are not there; then some of the training images are made unreadable."""
     root = Path(o.output_dir)
-    small = demo.DemoOptions(
+    small = recipe.DemoOptions(
         output_dir=str(root), seed=o.seed, cold_start=o.train, train=o.train, held_out=8, processes=RANKS
     )
-    world = demo.draw_world(small)
+    world = recipe.draw_world(small)
     if not (root / "sft/model.safetensors").exists():
-        flags = [f"--config={demo.RECIPES / 'demo_sft.yaml'}", f"--model={demo.make_initial_checkpoint(small)}"]
+        flags = [f"--config={recipe.RECIPES / 'demo_sft.yaml'}", f"--model={recipe.make_initial_checkpoint(small)}"]
         flags += [f"--data={world / 'cold_start.json'}", f"--output_dir={root / 'sft'}", f"--seed={o.seed}"]
         demo.torchrun("sft.py", small, [*flags, f"--max_steps={o.cold_start_steps}", "--overwrite_output_dir=true"])
     images = sorted((world / "images/train").iterdir())
@@ -72,14 +77,14 @@ def prepare(o: SoakOptions) -> Path:
     return root
 
 
-def launch(o: SoakOptions, root: Path, name: str, steps: int, *, faults: bool) -> subprocess.Popen:
-    """torchrun, told into `root / name`.log; a run that was killed goes on.
+def launch(o: SoakOptions, root: Path, name: str, steps: int) -> subprocess.Popen:
+    """torchrun with its output in `root / name`.log; a run that was killed goes on. All parts but A have faults.
 
-    What DeepSpeed compiles is kept apart: a kill while it does leaves a lock that all later builds wait for.
+    What DeepSpeed compiles has a folder of its own: a kill while it does leaves a lock that all later builds wait for.
     """
     part, target = name[0], root / name
-    script = ["bench/soaks/worker.py", f"--soak_seed={o.seed}"] if faults else ["trainer/grpo.py"]
-    flags = [f"--config={demo.RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--seed={o.seed}"]
+    script = ["trainer/grpo.py"] if part == "A" else ["bench/soaks/worker.py", f"--soak_seed={o.seed}"]
+    flags = [f"--config={recipe.RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--seed={o.seed}"]
     flags += [f"--data={root / 'world/train.json'}", f"--output_dir={target}", f"--rollout_file={target / 'samples'}"]
     flags += [f"--max_steps={steps}", f"--save_steps={SAVE_STEPS[part]}", f"--save_total_limit={KEPT}"]
     flags += ["--resume=auto"]
@@ -95,7 +100,7 @@ def launch(o: SoakOptions, root: Path, name: str, steps: int, *, faults: bool) -
         )
 
 
-def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: list[Kill], *, faults: bool) -> float:
+def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: Sequence[Kill] = ()) -> float:
     """The run, killed as planned and resumed each time; its seconds.
 
     Raises:
@@ -105,7 +110,7 @@ def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: lis
     shutil.rmtree(root / name, ignore_errors=True)
     (root / name).with_suffix(".log").unlink(missing_ok=True)
     for planned in [*kills, None]:
-        run = launch(o, root, name, steps, faults=faults)
+        run = launch(o, root, name, steps)
         try:
             if planned is None or not strike(run, root / name, planned):
                 run.wait()
@@ -120,14 +125,15 @@ def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: lis
 
 def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
     steps = max(4 * SAVE_STEPS["A"], 2 * o.kills)
-    whole = run_to_the_end(o, root, "A-whole", steps, [], faults=False)
+    whole = run_to_the_end(o, root, "A-whole", steps)
     seconds = timing(root / "A-whole", whole)
     kills = plan(draw, o.kills, steps, SAVE_STEPS["A"], seconds)
-    killed = run_to_the_end(o, root, "A-killed", steps, kills, faults=False)
-    struck = [k for k in kills if k.struck]
-    torn = sum(".part" in k.left or "torn" in k.left for k in struck)
-    unlike = differences(root / "A-whole", root / "A-killed")
-    lost = lost_steps(read_lines(root / "A-killed/metrics.jsonl"), steps)
+    path = root / "A-killed"
+    killed = run_to_the_end(o, root, path.name, steps, kills)
+    torn = sum(".part" in k.left or "torn" in k.left for k in kills if k.struck)
+    unlike = differences(root / "A-whole", path)
+    folders = sorted(f.name for f in path.glob("*checkpoint-*"))
+    clean = len(folders) == KEPT and not any(name.startswith(".") for name in folders)
     return {
         "steps": steps,
         "seconds": {"undisturbed": round(whole), "killed": round(killed)},
@@ -135,80 +141,63 @@ def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
         "kills": [asdict(k) for k in kills],
         "differences": unlike,
         "demands": [
-            demand(f"struck by {o.kills} kills", f"{len(struck)}, {torn} while saving", len(struck) >= o.kills),
+            struck(kills, o.kills, f", {torn} while saving"),
             demand("some while saving", str(torn), torn > 0),
-            demand("no step lost", f"{len(lost)} of {steps}", not lost),
+            none_lost(metrics_of(path), steps),
             demand("to the bit as never killed", f"{len(unlike)} differences", not unlike),
-            demand(f"{KEPT} checkpoints kept", _checkpoints(root / "A-killed"), _clean(root / "A-killed")),
+            demand(f"{KEPT} checkpoints kept", ", ".join(folders), clean),
         ],
     }
 
 
 def part_b(o: SoakOptions, root: Path, draw: random.Random) -> dict:
-    about = {"start": 8.0, "step": 0.3, "save": 0.1}
-    kills = plan(draw, max(1, o.kills // 5), o.steps, SAVE_STEPS["B"], about)
-    seconds = run_to_the_end(o, root, "B", o.steps, kills, faults=True)
-    struck = sum(k.struck for k in kills)
-    return {
-        "steps": o.steps,
-        "seconds": round(seconds),
-        "kills": [asdict(k) for k in kills],
-        "demands": [
-            demand(f"struck by {len(kills)} kills", str(struck), struck >= len(kills)),
-            *faulty_demands(root / "B", o.steps),
-        ],
-    }
+    count = max(1, o.kills // 5)
+    kills = plan(draw, count, o.steps, SAVE_STEPS["B"], {"start": 8.0, "step": 0.3, "save": 0.1})
+    seconds = run_to_the_end(o, root, "B", o.steps, kills)
+    demands = [struck(kills, count), *faulty_demands(root / "B", o.steps)]
+    return {"steps": o.steps, "seconds": round(seconds), "kills": [asdict(k) for k in kills], "demands": demands}
 
 
 def part_c(o: SoakOptions, root: Path, _draw: random.Random) -> dict:
-    seconds = run_to_the_end(o, root, "C", o.steps, [], faults=True)
+    seconds = run_to_the_end(o, root, "C", o.steps)
     sizes = memory(root / "C")
     demands = faulty_demands(root / "C", o.steps)
     for rank in range(RANKS):
         whole, own = sizes[f"rank{rank}"], sizes[f"rank{rank} anonymous"]
-        told = f"{own['growth']:+.2%} ({whole['growth']:+.2%} with files), peak {whole['peak_mb']:.0f} MB"
-        demands.append(demand(f"memory of rank {rank} flat", told, abs(own["growth"]) <= FLAT >= whole["growth"]))
+        found = f"{own['growth']:+.2%} ({whole['growth']:+.2%} with files), peak {whole['peak_mb']:.0f} MB"
+        demands.append(demand(f"memory of rank {rank} flat", found, abs(own["growth"]) <= FLAT >= whole["growth"]))
     result = {"steps": o.steps, "seconds": round(seconds), "memory": sizes, "demands": demands}
     if "B" in o.parts.split(","):
-        unlike = differences(root / "B", root / "C")
-        result["differences"] = unlike
+        result["differences"] = unlike = differences(root / "B", root / "C")
         demands.append(demand("to the bit as part B", f"{len(unlike)} differences", not unlike))
     return result
 
 
 def faulty_demands(path: Path, steps: int) -> list[dict]:
-    metrics = read_lines(path / "metrics.jsonl")
-    lost, skipped, nan = lost_steps(metrics, steps), skips(metrics), injected(path)
-    records = metrics[-1]["data/skipped"]
+    metrics = metrics_of(path)
+    skipped, nan, records = skipped_steps(metrics), injected(path), metrics[-1]["data/skipped"]
     return [
-        demand("no step lost", f"{len(lost)} of {steps}", not lost),
+        none_lost(metrics, steps),
         demand("NaN steps skipped, no others", f"{len(skipped)} of {len(nan)}", skipped == nan and len(nan) > 0),
         demand("corrupt images passed over", f"{records:.0f} records", records > 0),
     ]
+
+
+def struck(kills: Sequence[Kill], wanted: int, detail: str = "") -> dict:
+    count = sum(k.struck for k in kills)
+    return demand(f"struck by {wanted} kills", f"{count}{detail}", count >= wanted)
+
+
+def none_lost(metrics: list[dict], steps: int) -> dict:
+    lost = lost_steps(metrics, steps)
+    return demand("no step lost", f"{len(lost)} of {steps}", not lost)
 
 
 def demand(what: str, found: str, met: bool) -> dict:
     return {"demand": what, "found": found, "met": bool(met)}
 
 
-def _checkpoints(path: Path) -> str:
-    return ", ".join(sorted(f.name for f in path.glob("*checkpoint-*")))
-
-
-def _clean(path: Path) -> bool:
-    return len(list(path.glob("checkpoint-*"))) == KEPT and not list(path.glob(".checkpoint-*"))
-
-
 PARTS = {"A": part_a, "B": part_b, "C": part_c}
-
-
-def table(result: dict) -> str:
-    """A row for each demand."""
-    rows = [f"{'':<3}{'demand':<32}{'found':<40}"]
-    for part, found in result["parts"].items():
-        for d in found["demands"]:
-            rows.append(f"{part:<3}{d['demand']:<32}{d['found']:<40}{'met' if d['met'] else 'NOT MET'}")
-    return "\n".join(rows)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -222,14 +211,11 @@ def main(args: list[str] | None = None) -> None:
     for name in sorted(names):
         print(f"\npart {name} ...", flush=True)
         result["parts"][name] = PARTS[name](o, root, random.Random(f"{o.seed} {name}"))
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n" + table(result))
+        replace_file(path, json.dumps(result, indent=1) + "\n")
+    print("\n" + table("soak", result))
     if not all(d["met"] for found in result["parts"].values() for d in found["demands"]):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"soak.py: {error}")
+    run_as_script(main, "soak.py")

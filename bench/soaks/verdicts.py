@@ -1,34 +1,35 @@
-"""What bench/soaks/soak.py says of runs that have ended: whether two are the same, what was lost, what grew."""
+"""Judges runs of bench/soaks/soak.py that have ended: whether two are the same, what was lost, what grew."""
 
 import json
 import statistics
 from pathlib import Path
 
+from boxgrpo.trainer.runtime.files import read_lines
+
 UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def metrics_of(path: Path) -> list[dict]:
+    return list(read_lines([path / "metrics.jsonl"]))
 
 
-def told(path: Path) -> list[dict]:
+def _untimed(path: Path) -> list[dict]:
     """A run's metrics without what depends on the clock."""
-    kept = read_lines(path / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in kept]
+    return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in metrics_of(path)]
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """Where the ends of two runs are not the same to the bit; empty when they are.
 
-    Weights, samples and checkpoints byte by byte, but for what a checkpoint says of options, bytes of metrics and
-    random states; metrics without times.
+    Weights, samples and checkpoints byte by byte, without a checkpoint's options, bytes of metrics and random states;
+    metrics without times.
     """
-    found = []
-    for line, (a, b) in enumerate(zip(told(one), told(other)), start=1):
+    found, metrics = [], [_untimed(path) for path in (one, other)]
+    for line, (a, b) in enumerate(zip(*metrics), start=1):
         found += [
             f"metrics line {line}: {k}" for k in sorted(a.keys() | b.keys()) if (k in a, a.get(k)) != (k in b, b.get(k))
         ]
-    if len(told(one)) != len(told(other)):
+    if len(metrics[0]) != len(metrics[1]):
         found.append("number of metrics lines")
     kept = [{f.relative_to(path).as_posix() for f in _compared(path)} for path in (one, other)]
     found += [f"{name} is missing in one" for name in sorted(kept[0] ^ kept[1])]
@@ -49,12 +50,12 @@ def _content(path: Path):
 
 
 def lost_steps(metrics: list[dict], steps: int) -> list[int]:
-    """Steps that stand in the metrics not exactly once, or out of place."""
+    """Steps that are not exactly once in the metrics, or out of place."""
     got = [line["step"] for line in metrics]
     return [] if got == list(range(1, steps + 1)) else sorted({*range(1, steps + 1)} ^ {*got}) or got
 
 
-def skips(metrics: list[dict]) -> list[int]:
+def skipped_steps(metrics: list[dict]) -> list[int]:
     """Steps at which `skipped_steps` rises."""
     before = [0, *(line["skipped_steps"] for line in metrics)]
     return [line["step"] for line, was in zip(metrics, before) if line["skipped_steps"] != was]
@@ -62,7 +63,7 @@ def skips(metrics: list[dict]) -> list[int]:
 
 def injected(path: Path) -> list[int]:
     """Steps at which a rank's loss was made NaN."""
-    return sorted({line["step"] for diary in path.glob("diary.rank*") for line in read_lines(diary) if line["nan"]})
+    return sorted({line["step"] for line in read_lines(path.glob("diary.rank*")) if "nan" in line})
 
 
 def growth(sizes: list[float]) -> float:
@@ -72,17 +73,17 @@ def growth(sizes: list[float]) -> float:
 
 
 def memory(path: Path) -> dict[str, dict]:
-    """Of each rank, what no file holds of it, and its loader: MB after a fifth, two fifths, ..., and growth.
+    """Of each rank, of its anonymous part, and of its loader: the mean of each fifth of the run in MB, peak and growth.
 
-    Pages of libraries come and go as the kernel likes: resident memory may shrink for reasons of its own.
+    The kernel may drop pages of libraries at any time, so that resident memory may shrink for reasons of its own.
     """
     found = {}
     for diary in sorted(path.glob("diary.rank*")):
-        lines = read_lines(diary)
+        lines = [line for line in read_lines([diary]) if "resident" in line]
         rank = diary.name.split(".")[1]
-        kinds = {rank: "rss_kb", f"{rank} anonymous": "anonymous_kb", f"{rank} loader": "loader_kb"}
+        kinds = {rank: "resident", f"{rank} anonymous": "anonymous", f"{rank} loader": "loader"}
         for name, key in kinds.items():
-            sizes = [line[key] / 1e3 for line in lines]
+            sizes = [line[key] / 1e6 for line in lines]
             part = max(1, len(sizes) // 5)
             fifths = [round(statistics.fmean(sizes[i : i + part]), 1) for i in range(0, 5 * part, part)]
             found[name] = {"fifths_mb": fifths, "peak_mb": round(max(sizes), 1), "growth": round(growth(sizes), 5)}

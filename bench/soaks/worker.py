@@ -1,19 +1,21 @@
 """The GRPO loop with a NaN in the loss now and then, and a diary of every step; bench/soaks/soak.py starts it.
 
-    torchrun bench/soaks/worker.py --soak_seed 0 [flags of trainer/grpo.py]
-
-The loop itself knows nothing of this: what it calls is replaced from outside.
+torchrun bench/soaks/worker.py --soak_seed 0 [flags of trainer/grpo.py]
 """
 
 import argparse
 import ctypes
-import json
 import os
 import random
-import sys
+from pathlib import Path
 
-from boxgrpo.bench.launches import descendants, resident_kb
+from boxgrpo.bench.processes import process_tree, resident_bytes
 from boxgrpo.trainer import grpo
+from boxgrpo.trainer.arguments import parse
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.run import Hooks
+from boxgrpo.trainer.runtime.files import JsonLines
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 NAN_SHARE = 0.03  # of the steps
 
@@ -24,56 +26,44 @@ def nan_rank(seed: int, step: int, world_size: int) -> int | None:
     return draw.randrange(world_size) if draw.random() < NAN_SHARE else None
 
 
-def disturb(seed: int) -> None:
-    """Replace the loop's loss and reporter."""
-    loss, diaries = grpo.fused_grpo_loss, []
+class Faults:
+    """Makes some losses NaN, and notes that in a diary, and after each step this rank's memory and its loader's.
 
-    class Diary(grpo.Reporter):
-        """A line a step, on every rank: its memory, that of its loader, and whether its loss was made NaN.
+    Free memory is returned to the system before it is read: protobuf, with which TensorBoard writes, returns it on
+    rank 0 at moments of its own, and that rank would seem to shrink.
+    """
 
-        What is free goes back to the system first: protobuf, which TensorBoard writes with, gives it back on rank 0
-        whenever it likes, and that rank would seem to shrink.
-        """
+    def __init__(self, seed: int, folder: Path):
+        self.seed, self.folder, self.step = seed, folder, None
+        self.rank, self.world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        self.diary = JsonLines(folder / f"diary.rank{self.rank}.jsonl")
 
-        def __init__(self, folder, ranks, total_steps: int, title: str, start: int = 0):
-            super().__init__(folder, ranks, total_steps, title, start=start)
-            self.step, self.ranks, self.nan = start, ranks, False
-            self.path = folder / f"diary.rank{ranks.rank}.jsonl"
-            diaries.append(self)
+    def pack_loss(self, loss):
+        if self.step is None:  # every step is logged, and the metrics of those after the checkpoint are cut off
+            metrics = self.folder / "metrics.jsonl"
+            self.step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if nan_rank(self.seed, self.step + 1, self.world_size) != self.rank:
+            return loss
+        self.diary.append({"step": self.step + 1, "nan": True})
+        return loss * float("nan")
 
-        def advance(self, **shown: float) -> None:
-            super().advance(**shown)
-            self.step += 1
-            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-                trim(0)
-            me, *others = descendants(os.getpid())
-            line = {"step": self.step, "rss_kb": resident_kb(me), "anonymous_kb": resident_kb(me, "RssAnon")}
-            line["loader_kb"] = sum(map(resident_kb, others))
-            with self.path.open("a") as file:
-                file.write(json.dumps(line | {"nan": self.nan}) + "\n")
-            self.nan = False
-
-    def faulty_loss(*args, **options):
-        value, stats = loss(*args, **options)
-        diary = diaries[-1]
-        if nan_rank(seed, diary.step + 1, diary.ranks.world_size) == diary.ranks.rank:
-            diary.nan = True
-            value = value * float("nan")
-        return value, stats
-
-    grpo.fused_grpo_loss, grpo.Reporter = faulty_loss, Diary
+    def step_taken(self, step: int) -> None:
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+            trim(0)
+        me, *others = process_tree(os.getpid())
+        sizes = {"resident": resident_bytes(me), "anonymous": resident_bytes(me, anonymous=True)}
+        sizes["loader"] = sum(map(resident_bytes, others))
+        self.diary.append({"step": step, **sizes})
+        self.step = step
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--soak_seed", type=int, required=True)
     own, flags = parser.parse_known_args(args)
-    disturb(own.soak_seed)
-    grpo.main(flags)
+    faults = Faults(own.soak_seed, Path(parse(GrpoOptions, flags).output_dir))
+    grpo.main(flags, Hooks(pack_loss=faults.pack_loss, step_taken=faults.step_taken))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"soak_worker.py: {error}")
+    run_as_script(main, "worker.py")

@@ -1,7 +1,8 @@
-"""What the step benchmark trains: a model of random weights, and records with the images they ask about."""
+"""What the step benchmark trains: a model of random weights, and records with their images."""
 
 import json
 import os
+from argparse import ArgumentParser
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ RECORDS = 8  # each with images of its own
 QUESTION = "Which of these images shows the object that stands alone, and where in the first of them is it?"
 TEXTS = (QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>")  # what is tokenized
 MERGE = 2 * 14  # pixels of a vision token's side
-ASKED = ("model", "images", "prompts")  # flags of a row of one's own
+SELECTORS = ("model", "images", "prompts")  # flags that name a row
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,32 @@ class StepCase:
         return self.model != "7B"
 
     @property
-    def patches(self) -> int:
-        """Patches of a prompt's images."""
-        return self.images * 4 * (self.side[0] // MERGE) * (self.side[1] // MERGE)
+    def grids(self) -> torch.Tensor:
+        """Time, height and width in patches of all images, (prompts · images, 3); a token merges 2 x 2 patches."""
+        grid = [1, 2 * self.side[1] // MERGE, 2 * self.side[0] // MERGE]
+        return torch.tensor([grid] * (self.prompts * self.images))
 
 
 def step_cases(gpu: bool) -> list[StepCase]:
-    """The rows of results/: issue's shapes for two cores, and the published models for a GPU."""
+    """The rows of results/: a small model for two cores, and the published models for a GPU."""
     if not gpu:
         return [StepCase(images=n) for n in (4, 1, 6)] + [StepCase(prompts=4)]
     published = {"side": (448, 896), "tokens": 256, "dtype": "bfloat16"}  # 401,408 pixels, the default max_pixels
     return [StepCase(model, images=n, **published) for model in ("2B", "7B") for n in (4, 1, 6)]
 
 
-def asked_case(args, gpu: bool) -> StepCase:
-    """The first row, with what the flags of ASKED change. Raises ValueError for a published model without a GPU."""
-    case = replace(step_cases(gpu)[0], **{key: value for key in ASKED if (value := getattr(args, key)) is not None})
+def add_selectors(parser: ArgumentParser) -> None:
+    """The flags of a command that measures one case."""
+    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
+    parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
+    parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
+    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
+    parser.add_argument("--json", help="write the results there, - for standard output")
+
+
+def select_case(args, gpu: bool) -> StepCase:
+    """The first row, with what the flags of SELECTORS change. Raises ValueError for a published model without a GPU."""
+    case = replace(step_cases(gpu)[0], **{key: value for key in SELECTORS if (value := getattr(args, key)) is not None})
     if case.model in ("2B", "7B") and not gpu:
         raise ValueError(f"model is {case.model}; it runs on a GPU, and none is here. Drop --model.")
     return case

@@ -1,14 +1,13 @@
 """The least that each phase of a GRPO step must compute and move, whoever runs it.
 
-With B prompts of P tokens and p patches, G completions of C tokens, N = B·G·C scored tokens, T = B·P + N tokens in all,
-L weights in the decoder's matrices, a head of V x H, and layers of width H (vision: E) whose attention meets `pairs`
-query-key pairs (4·width FLOP each, two products):
+FLOP are those of `forward_flop` and `tower_flop`: B prompts of P tokens and their images, G completions of C tokens,
+N = B·G·C scored tokens.
 
-    vision          2·B·p·(patch embedding + blocks) + 2·B·p/4·merger + attention within each image
-    prefill         2·B·P·L + attention over each prompt, causal
-    decode          2·B·G·(C·V·H + (C-1)·L) + attention of each new token over its prompt and its own past
-    reference       2·T·L + 2·N·V·H + attention, a prompt once for its G completions
-    policy forward  2·T·L + 6·N·V·H + attention: the fused head gives its gradients with its loss
+    vision          the tower over all images, once
+    prefill         the decoder over the prompts
+    decode          the decoder over C - 1 tokens of each completion, the head over all C
+    reference       decoder and head over prompts and completions, a prompt once for its G completions
+    policy forward  the same, with three products of the head: the fused head gives its gradients with its loss
     backward        twice the decoder's forward
 
 Bytes are those of weights read once a pass, of the keys and values that decoding reads, and of AdamW's state. A floor
@@ -18,7 +17,8 @@ is the larger of FLOP over the measured matrix rate and bytes over the measured 
 import torch
 from torch import nn
 
-from boxgrpo.bench.kernel_bench.kernels_table import ceilings, device, median_seconds
+from boxgrpo.bench.kernel_bench.run import ceilings, device, median_seconds
+from boxgrpo.model.cost import forward_flop, tower_flop
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 
 from .cases import StepCase
@@ -37,50 +37,31 @@ def limits() -> dict[str, float]:
     return found | {"sum_bytes_per_second": moved}
 
 
-def most_bytes(measured: dict[str, float]) -> float:
-    """Bytes a second that a step's floors are made with."""
-    return max(measured["bytes_per_second"], measured.get("sum_bytes_per_second", 0.0))
-
-
-def work(config, case: StepCase, prompt_tokens: float, trained: int) -> dict[str, tuple[float, float]]:
+def work(config, case: StepCase, prompt_tokens: float) -> dict[str, tuple[float, float]]:
     """FLOP and bytes of each phase.
 
     Args:
         config: the model's Qwen2VLConfig.
-        prompt_tokens: P.
-        trained: parameters that the optimizer updates.
+        prompt_tokens: P, the mean over prompts.
     """
     with torch.device("meta"):
         model = Qwen2VL(config)
-    text, vision = config.text_config, config.vision_config
-    size = getattr(torch, case.dtype).itemsize
+    text, size = config.text_config, getattr(torch, case.dtype).itemsize
     b, g, c, p = case.prompts, case.generations, case.tokens, prompt_tokens
-    n, width, patches = b * g * c, text.hidden_size, b * case.patches
-    t = b * p + n
-    decoder, head = _matrices(model.model.layers), text.vocab_size * width
-    kv = 2 * size * text.num_hidden_layers * width * text.num_key_value_heads // text.num_attention_heads  # a token's
-
-    def attention(pairs: float) -> float:
-        return 4.0 * width * text.num_hidden_layers * pairs
-
-    in_prompts = b * p * (p + 1) / 2
-    in_completions = b * g * (c * p + c * (c + 1) / 2)
-    in_images = patches * case.patches / max(1, case.images)
-    tower = 2.0 * patches * (_matrices(model.visual.patch_embed) + _matrices(model.visual.blocks))
-    tower += 2.0 * patches / vision.spatial_merge_size**2 * _matrices(model.visual.merger)
-    tower += 4.0 * vision.embed_dim * vision.depth * in_images
-    body = 2.0 * t * decoder + attention(in_prompts + in_completions)
+    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("visual."))
+    decoder, head = _matrices(model.model.layers), text.vocab_size * text.hidden_size
+    kv = 2 * size * text.num_hidden_layers * text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     past = sum(b * p + b * g * step for step in range(1, c))  # keys that the passes of decoding read, in all
+    scored = forward_flop(config, 0, (), b * g * c)  # by one product of the head
+    prefill, body = (b * forward_flop(config, p, own, 0) for own in ((), [c] * g))
+    decode = b * forward_flop(config, p, [c - 1] * g, 0) - prefill + scored
     return {
-        "vision": (tower, size * _matrices(model.visual)),
-        "prefill": (2.0 * b * p * decoder + attention(in_prompts), size * decoder),
-        "decode": (
-            2.0 * b * g * (c * head + (c - 1) * decoder) + attention(b * g * sum(p + step for step in range(1, c))),
-            size * (c * head + (c - 1) * decoder) + kv * past,
-        ),
-        "reference": (body + 2.0 * n * head, size * (decoder + head)),
-        "policy_forward": (body + 6.0 * n * head, size * (decoder + 2 * head)),
-        "head_and_loss": (6.0 * n * head, size * 2 * head),  # part of the forward
+        "vision": (tower_flop(config, case.grids), size * _matrices(model.visual)),
+        "prefill": (prefill, size * decoder),
+        "decode": (decode, size * (c * head + (c - 1) * decoder) + kv * past),
+        "reference": (body + scored, size * (decoder + head)),
+        "policy_forward": (body + 3 * scored, size * (decoder + 2 * head)),
+        "head_and_loss": (3 * scored, size * 2 * head),  # part of the forward
         "backward": (2 * body, 2 * size * decoder),
         # Clipping reads the gradient; the update reads weight, gradient and moments in fp32 and writes all but the
         # gradient. Below fp32 the model's own weights are written as well, or, without masters, all is in their dtype.
@@ -90,9 +71,10 @@ def work(config, case: StepCase, prompt_tokens: float, trained: int) -> dict[str
 
 def floors(counted: dict[str, tuple[float, float]], measured: dict[str, float]) -> dict[str, dict]:
     """Seconds below which no phase can be, and what bounds it."""
+    bandwidth = max(measured["bytes_per_second"], measured.get("sum_bytes_per_second", 0.0))
     found = {}
     for phase, (flop, moved) in counted.items():
-        by_flop, by_bytes = flop / measured["flop_per_second"], moved / most_bytes(measured)
+        by_flop, by_bytes = flop / measured["flop_per_second"], moved / bandwidth
         found[phase] = {
             "gflop": round(flop / 1e9, 2),
             "gbytes": round(moved / 1e9, 3),

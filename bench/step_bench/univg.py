@@ -29,17 +29,31 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+from transformers import GenerationConfig
 
-from boxgrpo.bench.reward_bench.rewards_table import decoded_and_searched
+from boxgrpo.bench.reward_bench.run import decoded_and_searched
 from boxgrpo.model.batch import Prompt
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.runtime.ranks import Ranks, keep_freed_memory
+from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .cases import StepCase
-from .sides import ATTENTION, BETA, CHECKPOINTED, FREED_MEMORY, LEARNING_RATE, Clock, Memory, Side, engine_of, stand_in
+from .sides import (
+    ATTENTION,
+    BETA,
+    CHECKPOINTED,
+    FREED_MEMORY,
+    LEARNING_RATE,
+    Clock,
+    Side,
+    engine_of,
+    load_peer,
+    load_processor,
+    stand_in,
+    start_memory,
+    trained_parameters,
+)
 
 EPSILON, STD_EPSILON = 0.2, 1e-4
 
@@ -106,31 +120,19 @@ def mask_of(completions: Tensor, eos_token_id: int) -> Tensor:
 def univg_r1(case: StepCase, folder: Path, steps: int) -> Side:
     """The trainer's step on `folder`'s checkpoint and records, on our clock.
 
-    Without activation checkpointing where there is room for that; the paper's script always has it.
+    Without activation checkpointing where there is enough memory for that; the paper's script always has it.
     """
-    if not torch.cuda.is_available():
-        keep_freed_memory()  # as our loop does
     if case.model not in CHECKPOINTED:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return _steps(case, folder, steps, checkpointing=False)
+            return _run(case, folder, steps, checkpointing=False)
         gc.collect()
         torch.cuda.empty_cache()
-    return _steps(case, folder, steps, checkpointing=True)
+    return _run(case, folder, steps, checkpointing=True)
 
 
-def _steps(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> Side:
-    clock, memory = Clock(waits=False), Memory()
-    options = GrpoOptions(learning_rate=LEARNING_RATE)
-    processor = Processor.from_pretrained(
-        folder / "model", min_pixels=options.min_pixels, max_pixels=options.max_pixels
-    )
-    examples, _ = read_examples(folder / "records.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = Qwen2VLForConditionalGeneration.from_pretrained(
-        folder / "model", dtype=getattr(torch, case.dtype), attn_implementation=ATTENTION
-    ).to(device)
-    policy.model.visual.requires_grad_(False)
-    memory.start(policy)
+def _run(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> Side:
+    clock, policy, processor = Clock(waits=False), load_peer(case, folder), load_processor(folder)
+    memory = start_memory(policy)
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -144,13 +146,15 @@ def _steps(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> 
         pad_token_id=processor.eos_ids[1],
         suppress_tokens=[*processor.vision_ids, *processor.eos_ids],
     )
-    engine = engine_of(case)(policy, options, Ranks(device=device), steps)
+    options = GrpoOptions(learning_rate=LEARNING_RATE)
+    engine = engine_of(case)(policy, options, Ranks(device=policy.device), steps)
     torch.manual_seed(options.seed)
-    tokens, norms = 0, []
+    tokens, norms, (examples, _) = 0, [], read_examples(folder / "records.json")
     for step in range(steps):
         with clock.span("data"):
             chosen = [examples[(step * case.prompts + b) % len(examples)] for b in range(case.prompts)]
-            batches = [Batch.of([processor.prompt(e) for _ in range(case.generations)], device) for e in chosen]
+            copies = [[processor.prompt(e) for _ in range(case.generations)] for e in chosen]
+            batches = [Batch.of(prompts, policy.device) for prompts in copies]
         for example, batch in zip(chosen, batches, strict=True):
             loss = micro_batch(clock, policy, reference, processor, batch, sampling, list(example.gold))
             with clock.span("backward"):
@@ -161,7 +165,7 @@ def _steps(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> 
         assert updated, norm
         norms.append(float(norm))
     clock.begin_step()  # which ends the last one
-    assert max(norms) > 0, norms  # few short completions may be paid alike, but not in every step
+    assert max(norms) > 0, norms  # few short completions may all have one reward, but not in every step
     settings = {
         "per_device_train_batch_size": case.generations,
         "gradient_accumulation_steps": case.prompts,
@@ -170,8 +174,7 @@ def _steps(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> 
         "attn_implementation": ATTENTION,
         "freed_memory": FREED_MEMORY,
     }
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    prompt_tokens = tokens / (steps * case.prompts)
+    prompt_tokens, trained = tokens / (steps * case.prompts), trained_parameters(policy)
     return Side(clock.whole_steps(), memory.peak(), prompt_tokens, trained, torch.get_num_threads(), settings)
 
 

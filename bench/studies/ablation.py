@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.files import replace_file
-from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.world import recipe
+from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
+from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, numbers
 from boxgrpo.trainer.world.scenes import TASKS
 from boxgrpo.trainer.world.world import all_texts, write_world
 
@@ -134,7 +133,7 @@ def train(o: AblationOptions, method: Method, path: Path, model: Path, data: Pat
     Raises:
         ValueError: `path` holds another run, or the script failed.
     """
-    flags = [f"--config={recipe.RECIPES / name}.yaml" for name in method.recipes]
+    flags = [f"--config={RECIPES / name}.yaml" for name in method.recipes]
     flags += [*method.flags, f"--model={model}", f"--data={data}", "--image_root=", f"--seed={seed}"]
     flags += [f"--output_dir={path}", *([f"--max_steps={o.max_steps}"] if o.max_steps else [])]
     settings = dataclasses.asdict(parse(method.options, flags))
@@ -149,7 +148,7 @@ def train(o: AblationOptions, method: Method, path: Path, model: Path, data: Pat
                 )
         return held
     started, found = time.perf_counter(), machine()
-    demo.torchrun(method.script, demo.DemoOptions(processes=o.processes), [*flags, "--overwrite_output_dir=true"])
+    demo.torchrun(method.script, DemoOptions(processes=o.processes), [*flags, "--overwrite_output_dir=true"])
     ended = {"seconds": round(time.perf_counter() - started, 1), "revision": found["revision"], "settings": settings}
     replace_file(path / ENDED, json.dumps(ended, indent=1) + "\n")
     return ended
@@ -162,9 +161,7 @@ def train_base(o: AblationOptions) -> Path:
     if not (root / "run" / ENDED).exists():
         # Question and request apart, so that each is a token of its own: the base learns the request, not the question.
         texts = [text.removesuffix(THINK_SUFFIX) for text in all_texts(list(TASKS), levels=LEVELS)]
-        demo.make_initial_checkpoint(
-            demo.DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts]
-        )
+        make_initial_checkpoint(DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts])
     train(o, BASE, root / "run", root / "newborn", world / f"{BASE.data}.json", BASE_SEED)
     return root / "run"
 
@@ -211,7 +208,7 @@ def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
 def run(o: AblationOptions) -> dict:
     """Everything; what ablation.json holds."""
     described = machine()  # before an hour passes and the tree moves on
-    seeds = recipe.numbers(o.seeds, "seeds")
+    seeds = numbers(o.seeds, "seeds")
     base = train_base(o)
     runs = [record for seed in seeds for record in run_seed(o, seed, base)]
     return {
@@ -247,7 +244,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"ablation.py: {error}")
+    run_as_script(main, "ablation.py")

@@ -4,7 +4,6 @@ python bench/studies/demo_seeds.py     writes bench/results/<device>/demo.json, 
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from PIL import Image
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.world import recipe
 
 
 @dataclass
@@ -69,7 +70,7 @@ def run(options: BenchDemoOptions) -> dict:
     runs = []
     for seed in map(int, options.seeds.split(",")):
         path = Path(options.output_dir) / str(seed)
-        summary = demo.run(demo.DemoOptions(output_dir=str(path), seed=seed, continued_sft=True))
+        summary = demo.run(recipe.DemoOptions(output_dir=str(path), seed=seed, continued_sft=True))
         runs.append(summary | {"habits": habits(path)})
     return {"machine": described, "runs": runs}
 
@@ -89,7 +90,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"bench_demo.py: {error}")
+    run_as_script(main, "bench_demo.py")

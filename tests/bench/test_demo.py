@@ -3,7 +3,7 @@
 import json
 
 from boxgrpo.bench.machine import RESULTS
-from boxgrpo.bench.studies.demo_seeds import table
+from boxgrpo.bench.publish.tables import table
 
 
 def recorded():
@@ -23,7 +23,7 @@ def test_the_table_says_what_the_runs_gave():
         },
         "details": {stage: {"well_formed_iou": 0.5, "format": 1.0} for stage in ("before", "after", "continued_sft")},
     }
-    assert table({"runs": [run]}).splitlines()[2:] == [
+    assert table("demo", {"runs": [run]}).splitlines()[2:] == [
         "| 7 | Acc@0.5 | 40.0 | 55.0 (+15.0) | 39.0 (-1.0) |",
         "|  | IoU | 0.500 | 0.500 | 0.500 |",
         "|  | format | 1.000 | 1.000 | 1.000 |",

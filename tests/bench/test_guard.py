@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from boxgrpo.bench.kernel_bench import guard as bench_guard
-from boxgrpo.bench.kernel_bench.guard import guarded, measured, out_of_bounds
-from boxgrpo.bench.publish.result_files import newest
+from boxgrpo.bench.kernel_bench import guard
+from boxgrpo.bench.kernel_bench.guard import guarded_cases, measure, out_of_bounds
+from boxgrpo.bench.records import newest
 
 
 class Processor:
@@ -27,12 +27,12 @@ class Processor:
 
 def test_twice_as_slow_is_out_of_bounds_and_as_before_is_not(monkeypatch):
     """By processor seconds alone: the guard has no other clock here, as another process's work costs nothing."""
-    monkeypatch.setattr(bench_guard, "time", processor := Processor())
-    (case,) = guarded("group_advantages B=16")
+    monkeypatch.setattr(guard, "time", processor := Processor())
+    (case,) = guarded_cases("group_advantages B=16")
 
     def slower(times):
         runs = {"boxgrpo": processor.call(0.002 * times), "eager": processor.call(0.01)}
-        return measured(replace(case, make=lambda *args: runs))
+        return measure(replace(case, make=lambda *args: runs))
 
     before = {"rows": [slower(1)]}
     assert before["rows"][0]["ratio"] == pytest.approx(0.2, rel=0.1)
@@ -51,18 +51,18 @@ def test_a_bound_is_half_more_than_the_recorded_ratio():
 def test_what_is_out_of_bounds_is_measured_once_more(monkeypatch, capsys):
     """One alarm may be the machine's; two are the kernel's."""
     ratios = iter([9.0, 0.1, 9.0, 9.0])
-    (small,) = guarded("group_advantages B=16")
-    monkeypatch.setattr(bench_guard, "guarded", lambda only=None: [small])
-    monkeypatch.setattr(bench_guard, "measured", lambda case: {"case": case.name, "ratio": next(ratios)})
-    monkeypatch.setattr(bench_guard, "newest", lambda: {"guard": {"rows": [{"case": small.name, "ratio": 1.0}]}})
-    bench_guard.main([])
+    (small,) = guarded_cases("group_advantages B=16")
+    monkeypatch.setattr(guard, "guarded_cases", lambda only=None: [small])
+    monkeypatch.setattr(guard, "measure", lambda case: {"case": case.name, "ratio": next(ratios)})
+    monkeypatch.setattr(guard, "newest", lambda: {"guard": {"rows": [{"case": small.name, "ratio": 1.0}]}})
+    guard.main([])
     assert "once more" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="slower beside eager than recorded, by more than 1.5 times, twice"):
-        bench_guard.main([])
+    with pytest.raises(ValueError, match="more than 1.5 times the recorded ratio to eager, twice"):
+        guard.main([])
 
 
 def test_every_case_has_a_recorded_ratio():
     rows = newest()["guard"]["rows"]
-    assert [row["case"] for row in rows] == [case.name for case in guarded()]
+    assert [row["case"] for row in rows] == [case.name for case in guarded_cases()]
     for row in rows:
         assert row["spread"][0] <= row["ratio"] <= row["spread"][1] and len(row["samples_ratio"]) == 9

@@ -13,8 +13,8 @@ import torch
 from boxgrpo.bench.kernel_bench.cases import cases
 from boxgrpo.bench.profiles import profile_step
 from boxgrpo.bench.profiles.nsight_worker import chosen
-from boxgrpo.bench.publish.profile_guide import blocks, filled
-from boxgrpo.bench.publish.result_files import newest, part
+from boxgrpo.bench.publish.tables import profile_table
+from boxgrpo.bench.records import newest, part
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
@@ -31,7 +31,7 @@ def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path):
     assert {name for name, row in by_name.items() if row["floor"]} == profile_step.COUNTED.keys()
     head, forward = (by_name[f"step > policy > {name}"] for name in ("forward > head+loss", "forward"))
     assert 0 < head["seconds"] < forward["seconds"] and head["floor"]["gflop"] < forward["floor"]["gflop"]
-    assert len(profile_step.shown(found).splitlines()) == 2 + len(by_name)
+    assert len(profile_table(found).splitlines()) == 2 + len(by_name)
     (trace,) = (tmp_path / "run/profile").glob("*.gz")
     again = profile_step.rows(profile_step.read_chrome_trace(trace))
     assert [profile_step.rounded(row) | {"floor": by_name[row.name]["floor"]} for row in again] == found["rows"]
@@ -47,14 +47,12 @@ LEAVES = ("data", "vision", "prefill", "decode", "reward", "reference", "head+lo
 
 def test_the_guides_example_is_what_the_profile_shows():
     """Its sentences blame the head's products, in the loss and in decode; where they are wrong, write them anew."""
-    record, page = part(newest(), "profile"), (NSIGHT.parents[1] / "README.md").read_text()
+    record = part(newest(), "profile")
     rows = {row["name"].split(" > ")[-1]: row for row in record["rows"]}
     largest = sorted(LEAVES, key=lambda name: rows[name]["seconds"], reverse=True)[:2]
     assert set(largest) == {"decode", "head+loss"}
     assert all(rows[name]["top"][0][0] in ("aten::mm", "aten::addmm") for name in largest)
     assert rows["head+loss"]["seconds"] > 0.5 * rows["forward"]["seconds"]
-    with pytest.raises(ValueError, match="bench/README.md has the blocks"):
-        filled(page.replace("profile:inside", "profile:outside"), blocks(record))
 
 
 def nsight(*args, **environment):

@@ -1,4 +1,4 @@
-"""README, RESULTS.md and plots say what the records say, and a drift is told with its place."""
+"""Documents, RESULTS.md and plots match the records, and a drift is reported with its place."""
 
 import shutil
 
@@ -7,11 +7,10 @@ import torch
 from PIL import Image
 
 from boxgrpo.bench.kernel_bench.cases import cases as report_cases
-from boxgrpo.bench.publish import plots as report_plots
-from boxgrpo.bench.publish import report
-from boxgrpo.bench.publish.page import page
-from boxgrpo.bench.publish.readme import BLOCK, blocks, filled
-from boxgrpo.bench.publish.result_files import Records, dated, described, newest, records, write
+from boxgrpo.bench.machine import describe
+from boxgrpo.bench.publish import plots, report
+from boxgrpo.bench.publish.report import BLOCK, blocks, fill, page
+from boxgrpo.bench.records import Records, dated, newest, read_all, write
 
 ROOT = report.ROOT
 
@@ -46,9 +45,11 @@ def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
 
     changed(copy, slower)
     places = report.drift(copy)
-    assert [p for p in places if p.startswith("README")] == ["README.md, block step", "README.md, block phases"]
+    assert [p for p in places if p.startswith("README")] == [
+        f"README.md, block results:{b}" for b in ("step", "phases")
+    ]
     assert any(p.startswith("bench/RESULTS.md, line") and "Kernels" in p for p in places)
-    assert "bench/README.md" in places
+    assert "bench/README.md, block profile:unwatched" in places
     drawn = [p for p in places if p.endswith("png")]
     assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "memory")]
     report.write(copy)
@@ -66,28 +67,31 @@ def test_numbers_written_by_hand_are_noticed(copy):
     results.write_text("| well met |".join(results.read_text().rsplit("| met |", 1)))
     (copy / "bench/results/cpu/growth.png").unlink()
     first, second, third = report.drift(copy)
-    assert first == "README.md, block soak"
+    assert first == "README.md, block results:soak"
     assert second.startswith("bench/RESULTS.md, line") and "under 'The same with ZeRO-2'" in second
     assert third == "bench/results/cpu/growth.png, which is missing"
     readme.write_text(BLOCK.sub("", text, count=1))
-    assert "README.md, block demo machine, which is missing" in report.drift(copy)
+    assert "block results:demo machine, which no document has" in report.drift(copy)
+    (copy / "docs").mkdir()
+    (copy / "docs/demo.md").write_text("On an <!-- results:demo machine -->abacus<!-- end -->.")
+    assert "docs/demo.md, block results:demo machine" in report.drift(copy)
 
 
 def test_a_block_keeps_its_lines_while_its_words_are_right():
-    wanted = {"data": "one two three", "table": "| a |\n|---|"}
+    wanted = {"results:data": "one two three", "results:table": "| a |\n|---|"}
     text = "so <!-- results:data -->one\n two three<!-- end -->.\n\n<!-- results:table -->\n\n| b |\n\n<!-- end -->\n"
-    new = filled(text, wanted)
+    new = fill(text, wanted)
     assert new.startswith("so <!-- results:data -->one\n two three<!-- end -->.")
     assert "<!-- results:table -->\n\n| a |\n|---|\n\n<!-- end -->" in new
-    long = filled(text, wanted | {"data": " ".join(["word"] * 60)})
+    long = fill(text, wanted | {"results:data": " ".join(["word"] * 60)})
     assert all(len(line) <= 135 for line in long.splitlines()) and "\n<!-- end -->." not in long
-    with pytest.raises(ValueError, match="README.md has a block 'data'; there are table"):
-        filled(text, {"table": ""})
+    with pytest.raises(ValueError, match="no record fills the block 'results:data'; there are results:table"):
+        fill(text, {"results:table": ""})
 
 
-def test_a_device_without_records_is_told():
-    told = page(Records())
-    assert "## CPU\n\nNothing has been recorded" in told and "## GPU\n\nNothing has been recorded" in told
+def test_a_device_without_records_is_named():
+    text = page(Records())
+    assert "## CPU\n\nNothing has been recorded" in text and "## GPU\n\nNothing has been recorded" in text
     with pytest.raises(
         ValueError,
         match="bench/results/cpu has no results of guard, kernels, profile, rewards, step; `make bench` makes",
@@ -97,18 +101,18 @@ def test_a_device_without_records_is_told():
 
 def test_every_table_and_plot_names_machine_revision_and_day():
     """In all sections of the page a line in italics stands above the first table; a plot has it as its caption."""
-    found = records(ROOT / "bench/results")
+    found = read_all(ROOT / "bench/results")
     sections = page(found).replace("\n### ", "\n## ").split("\n## ")[1:]
     for section in (s for s in sections if "|---" in s):
         assert "revision " in section[: section.index("|---")], section[:80]
     record = newest()
-    for plot in report_plots.PLOTS.values():
+    for plot in plots.PLOTS.values():
         assert record["machine"]["date"][:4] in plot.data(record)["caption"]
         assert "revision" in plot.data(record)["caption"]
     gpu = {"device": "NVIDIA H200", "gpu_memory_gb": 150.1, "driver": "570", "cuda": "12.8", "torch": "2.11"}
     gpu |= {"threads": 16, "revision": "abc", "date": "2026-01-01"}
-    told = "NVIDIA H200, 150 GB, 16 threads, driver 570, CUDA 12.8, torch 2.11, revision abc, 2026-01-01"
-    assert described(gpu) == told
+    text = "NVIDIA H200, 150 GB, 16 threads, driver 570, CUDA 12.8, torch 2.11, revision abc, 2026-01-01"
+    assert describe(gpu) == text
 
 
 def test_a_record_of_kernels_alone_has_their_page_and_plots(tmp_path):
@@ -118,17 +122,17 @@ def test_a_record_of_kernels_alone_has_their_page_and_plots(tmp_path):
     row = record["kernels"]["rows"][0]
     near = row | {"op": "another", "flop": 3.4 * row["bytes"]}
     record["kernels"]["rows"] = [row, near, near | {"implementation": "somebody", "ms": 50.0}]
-    report_plots.draw(record, tmp_path)
+    plots.draw(record, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "roofline.png"]
-    assert report_plots.stale(record, tmp_path) == []
+    assert plots.stale(record, tmp_path) == []
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.width > 1000
-    told = page(Records(devices={"cpu": record}))
-    assert "### Kernels" in told and "### A step" not in told
-    assert "results/cpu/roofline.png" in told and "results/cpu/memory.png" in told and "phases" not in told
+    text = page(Records(devices={"cpu": record}))
+    assert "### Kernels" in text and "### A step" not in text
+    assert "results/cpu/roofline.png" in text and "results/cpu/memory.png" in text and "phases" not in text
 
 
-def test_a_gpus_record_is_drawn_and_told_whole():
+def test_a_gpus_record_is_drawn_and_described_whole():
     """Every case that a GPU has; who was left out, what failed, the tests, and what is wanted of it."""
     cases = list(report_cases(torch.device("cuda")))
     rows = [
@@ -145,14 +149,14 @@ def test_a_gpus_record_is_drawn_and_told_whole():
         "tests": {"counts": {"PASSED": 3, "FAILED": 1}, "failed": ["tests/test_a.py::test_b"]},
         "parts": {"tests": {"outcome": "failed with 1", "seconds": 9.0}},
     }
-    plot = report_plots.PLOTS["roofline.png"]
+    plot = plots.PLOTS["roofline.png"]
     plot.draw(plot.data(record))
-    told = page(Records({"nvidia-h200": record}, {}))
+    text = page(Records({"nvidia-h200": record}, {}))
     for words in (
         "trl is left out: trl is not installed",
         "univg_r1: no room",
         "3 passed, 1 failed",
         "tests/test_a.py",
     ):
-        assert words in told
-    assert "| tests marked gpu that fail | at most 0 | 1 | short by 1 |" in told
+        assert words in text
+    assert "| tests marked gpu that fail | at most 0 | 1 | short by 1 |" in text

@@ -9,22 +9,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.bench.publish.result_files import newest, part
-from boxgrpo.bench.step_bench import step_table as bench_step
+from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import newest, part
+from boxgrpo.bench.step_bench import run as step_bench
 from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
 from boxgrpo.bench.step_bench.floors import work
+from boxgrpo.bench.step_bench.run import Plan, choose_cases, line, row, run, run_fresh
 from boxgrpo.bench.step_bench.sides import Clock, Side
-from boxgrpo.bench.step_bench.step_table import (
-    Plan,
-    chosen,
-    fresh,
-    growth_table,
-    line,
-    phases_table,
-    row,
-    run,
-    steps_table,
-)
 from boxgrpo.model.attention import PackedAttention
 from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
@@ -58,7 +49,7 @@ def tiny(tokenizer, tmp_path_factory):
 def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
     pytest.importorskip("trl", reason="trl is not installed")
     with ThreadPoolExecutor() as pool:
-        started = {name: pool.submit(fresh, name, TINY, tiny, 1) for name in ("ours", "trl")}
+        started = {name: pool.submit(run_fresh, name, TINY, tiny, 1) for name in ("ours", "trl")}
         sides = {name: side.result() for name, side in started.items()}
     found = row(TINY, sides, tiny, MEASURED)  # refuses prompts of other lengths, or other weights
     assert found["ratio"] == pytest.approx(found["trl_s"] / found["ours_s"], abs=0.01)
@@ -67,8 +58,8 @@ def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
     spent = {name: phase["seconds"] for name, phase in found["phases"].items()}
     assert sum(spent.values()) == pytest.approx(found["ours_s"], abs=2e-3)
     assert min(spent.values()) > 0
-    assert len(steps_table({"rows": [found]}).splitlines()) == 3
-    assert len(phases_table(found).splitlines()) == 3 + len(spent)
+    assert len(table("steps", {"rows": [found]}).splitlines()) == 3
+    assert len(table("phases", found).splitlines()) == 3 + len(spent)
 
 
 def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, monkeypatch):
@@ -81,8 +72,8 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
         first = phases | {"other": 10.0}  # which is not counted where there are others
         return Side([first] + [phases] * (steps - 1), 100, 9.0, 7, 1)
 
-    monkeypatch.setattr(bench_step, "fresh", side)  # a step of ours and of TRL's is taken above
-    monkeypatch.setattr(bench_step, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
+    monkeypatch.setattr(step_bench, "run_fresh", side)  # a step of ours and of TRL's is taken above
+    monkeypatch.setattr(step_bench, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
     plan = Plan(
         steps=2,
         peer_steps={"trl": (3, 1), "univg_r1": (1, 0)},
@@ -99,14 +90,14 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
     assert kept == [1, 1, 1, 2, 2, 2, 2, 2]  # after each side, each size and all of growth
     assert found["growth"]["images"]["seconds"] == [2.5, 4.5] and found["growth"]["images"]["each_s"] == 2.0
     assert found["growth"]["generations"]["samples_s"] == [[14.5, 4.5], [18.5, 8.5]]
-    assert len(growth_table(found["growth"]).splitlines()) == 6
+    assert len(table("growth", found["growth"]).splitlines()) == 6
     assert "growth" not in run(cases[:1], [], replace(plan, growth={}), tokenizer, MEASURED, lambda part: None)
 
 
 def test_a_side_without_room_is_told(tiny):
     found = row(TINY, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
     assert found["ours_error"].startswith("out of memory") and "ratio" not in found and "phases" not in found
-    assert steps_table({"rows": [found]}).endswith(
+    assert table("steps", {"rows": [found]}).endswith(
         "| boxgrpo, MB |\n| --- | --- | --- | --- | --- |\n| tiny | 2 | 2 | - | - |"
     )
 
@@ -131,13 +122,13 @@ def test_the_counted_products_are_those_of_the_model(tiny):
     examples, _ = read_examples(tiny / "records.json")
     prompt = Processor.from_pretrained(tiny / "model", min_pixels=1, max_pixels=10**6).prompt(examples[0])
     tokens = len(prompt.input_ids)
-    counted = work(model.config, case, tokens, 1)
+    counted = work(model.config, case, tokens)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         embeds = model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
     assert counted["vision"][0] == seen.get_total_flops()
 
     text = model.config.text_config
-    upper = 4 * text.hidden_size * text.num_hidden_layers * tokens * (tokens - 1) / 2
+    upper = 4 * text.hidden_size * text.num_hidden_layers * tokens**2 / 2
     batch = pack_groups([Group(prompt, (), 0, embeds)], image_token_id=model.config.image_token_id)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model.hidden(batch, PackedAttention(batch))
@@ -155,12 +146,12 @@ def test_which_rows_are_asked_for():
     def flags(**given):
         return argparse.Namespace(**{"model": None, "images": None, "prompts": None} | given)
 
-    assert chosen(flags(), gpu=False) == step_cases(False)
-    assert chosen(flags(images=6), gpu=False) == [StepCase(images=6)]
-    assert {case.model for case in chosen(flags(), gpu=True)} == {"2B", "7B"}
-    assert chosen(flags(model="7B", images=1), gpu=True)[0].patches == 4 * 401_408 // 28**2
+    assert choose_cases(flags(), gpu=False) == step_cases(False)
+    assert choose_cases(flags(images=6), gpu=False) == [StepCase(images=6)]
+    assert {case.model for case in choose_cases(flags(), gpu=True)} == {"2B", "7B"}
+    assert choose_cases(flags(model="7B", images=1), gpu=True)[0].grids.prod() == 4 * 401_408 // 28**2
     with pytest.raises(ValueError, match="model is 2B; it runs on a GPU"):
-        chosen(flags(model="2B"), gpu=False)
+        choose_cases(flags(model="2B"), gpu=False)
 
 
 def test_a_straight_line_fits():

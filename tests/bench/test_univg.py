@@ -9,8 +9,8 @@ from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.reward_bench.vocabularies import TOKENS, benchmark_tokenizer
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, prepare
+from boxgrpo.bench.step_bench.run import row
 from boxgrpo.bench.step_bench.sides import engine_of, ours
-from boxgrpo.bench.step_bench.step_table import row
 from boxgrpo.bench.step_bench.univg import Batch, completion_logps, generated, mask_of, micro_loss, rewards_of, univg_r1
 from boxgrpo.kernels import group_advantages
 from boxgrpo.model.batch import Group
@@ -20,7 +20,7 @@ from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer
 from boxgrpo.trainer.grpo import logps, loss_head
-from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.options import GrpoOptions, loss_options
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
@@ -76,7 +76,7 @@ def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, t
     group = Group(prompt, own, 0, embeds, advantages=advantages[0], weight=weights[0])
     pack = pack_groups([group], image_token_id=policy.config.image_token_id)
     pack.ref_logps = logps(before, pack, 1.0)
-    ours, _ = policy(pack, loss_head(GrpoOptions(), pack, None))
+    ours, _ = policy(pack, loss_head(GrpoOptions(), loss_options(GrpoOptions()), pack))
     ours.backward()
 
     torch.testing.assert_close(loss, ours, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from boxgrpo.bench.launches import kill
+from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions

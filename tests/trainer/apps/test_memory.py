@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from boxgrpo.bench.publish.result_files import newest
+from boxgrpo.bench.records import newest
 from boxgrpo.bench.step_bench.cases import MODELS, make_config
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from boxgrpo.bench.launches import descendants
+from boxgrpo.bench.processes import process_tree
 from boxgrpo.trainer.data.loader import Loader, _ctrl_c_delayed
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example
@@ -193,7 +193,7 @@ def test_workers_outlive_a_sigterm(pictured):
     prepared, prepare = pictured
     steps = iter(Loader(prepared, prepare, batch_size=4, seed=0, workers=2))
     next(steps)
-    below = [pid for pid in descendants(os.getpid()) if pid != os.getpid()]
+    below = [child.pid for child in process_tree(os.getpid())[1:]]
     assert len(below) >= 3  # the workers and their server
     for pid in below:
         os.kill(pid, signal.SIGTERM)

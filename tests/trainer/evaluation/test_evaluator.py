@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from boxgrpo.bench.launches import kill
+from boxgrpo.bench.processes import kill
 from boxgrpo.trainer.evaluation.answer_files import AnswerFile
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.evaluate import evaluate

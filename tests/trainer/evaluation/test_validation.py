@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from boxgrpo.bench.launches import kill
+from boxgrpo.bench.processes import kill
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import Processor

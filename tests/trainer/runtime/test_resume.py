@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from boxgrpo.bench.launches import kill
+from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.options import SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks

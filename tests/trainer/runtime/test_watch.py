@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from boxgrpo.bench.launches import kill
+from boxgrpo.bench.processes import kill
 from boxgrpo.trainer.runtime.watch import Watch
 from runs import start
 

@@ -1,6 +1,6 @@
 """Rewards from token ids beside the path they replace, and the parser's rate on bytes.
 
-    python bench/reward_bench/rewards_table.py [--merges merges.txt] [--json FILE|-]
+    python bench/reward_bench/run.py [--merges merges.txt] [--json FILE|-]
 
 `make bench` keeps the results. On a CPU everything runs on one core: 128 completions of 256 tokens by
 `grounding_rewards_from_ids`, and by `batch_decode`, regular expressions and IoU in Python, in turn; then a few MB of
@@ -11,18 +11,18 @@ import argparse
 import os
 import random
 import re
-import statistics
-import sys
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from boxgrpo.bench.publish.result_files import begin, dump, write
+from boxgrpo.bench.publish.tables import table as results_table
+from boxgrpo.bench.records import begin, output
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
+from boxgrpo.bench.timing import milliseconds, take_turns
 from boxgrpo.kernels import VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from boxgrpo.trainer.data.vocabulary import box_mark_ids, token_bytes
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 TOKENS, ROWS = 256, 151_936  # of a completion; of the 2B's head
 WORDS = (
@@ -50,7 +50,7 @@ def completions(tokenizer, count: int, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def decoded_and_searched(tokenizer, ids: Tensor, gold: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """The path that is replaced: accuracy (n) and format (n)."""
+    """The path that ours replaces: accuracy (n) and format (n)."""
     accuracy, form = [], []
     for text, target in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), gold, strict=True):
         form.append(1.0 if FORMAT.search(text) else 0.0)
@@ -66,30 +66,18 @@ def _iou(a: list[float], b: list[float]) -> float:
     return overlap / union if union > 0 else 0.0
 
 
-def rows_of(runs: dict, turns: int, **more: dict) -> list[dict]:
-    """A row for each run. They take turns of ten rounds, so that a slow moment of the machine is shared by all.
+def rows_of(runs: dict, turns: int) -> list[dict]:
+    """A row for each run, of turns of ten rounds, without the first turn.
 
     `first_ms` is the first round of a turn, which finds the caches full of another run's data; the others make `ms`.
     """
-    rounds = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            rounds[name] += [[_seconds(run) for _ in range(10)]]
     rows = []
-    for name, taken in rounds.items():
-        warm = sorted(1e3 * x for turn in taken[1:] for x in turn[1:])
-        first = [1e3 * turn[0] for turn in taken[1:]]
-        spread = [round(warm[0], 4), round(warm[-1], 4)]
-        rows.append({"run": name, "ms": round(statistics.median(warm), 4), "spread_ms": spread, "rounds": len(warm)})
-        rows[-1] |= {"first_ms": round(statistics.median(first), 4), **more.get(name, {})}
-        rows[-1] |= {"samples_ms": [round(x, 4) for x in warm], "samples_first_ms": [round(x, 4) for x in first]}
+    for name, taken in take_turns(runs, turns, 10).items():
+        warm = sorted(x for turn in taken[1:] for x in turn[1:])
+        first = milliseconds([turn[0] for turn in taken[1:]])
+        rows.append({"run": name, "rounds": len(warm), **milliseconds(warm)})
+        rows[-1] |= {"first_ms": first["ms"], "samples_first_ms": first["samples_ms"]}
     return rows
-
-
-def _seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def on_cpu(tokenizer, table: VocabularyBytes) -> list[dict]:
@@ -102,8 +90,7 @@ def on_cpu(tokenizer, table: VocabularyBytes) -> list[dict]:
         "ids": lambda: grounding_rewards_from_ids(ids, lengths, table, gold),
         "decode, re, IoU": lambda: decoded_and_searched(tokenizer, ids, targets),
     }
-    size = {"completions": 128, "tokens": TOKENS}
-    rows = rows_of(runs, 20, **dict.fromkeys(runs, size))
+    rows = [r | {"completions": 128, "tokens": TOKENS} for r in rows_of(runs, 20)]
     raw = [text.encode() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] * 20
     text, offsets = pack_texts(raw)
     targets = gold.repeat(20, 1)
@@ -134,45 +121,8 @@ def on_gpu(tokenizer, table: VocabularyBytes) -> list[dict]:
     torch.cuda.set_sync_debug_mode("error")
     rewards()
     torch.cuda.set_sync_debug_mode("default")
-    taken = do_bench(rewards, return_mode="all")
-    spread = [round(min(taken), 4), round(max(taken), 4)]
-    size = {"completions": 1024, "tokens": TOKENS}
-    told = {"ms": round(statistics.median(taken), 4), "spread_ms": spread, "rounds": len(taken)}
-    return [{"run": "ids", **told, **size, "samples_ms": [round(x, 4) for x in taken]}]
-
-
-def summary(result: dict) -> str:
-    """A line for each run; on a CPU the ratio of the first two."""
-    lines = []
-    for r in result["rows"]:
-        rate = f", {r['gb_per_second']} GB/s" if "gb_per_second" in r else ""
-        lines.append(f"{r['run']}: {r['ms']} ms{rate}")
-    if len(result["rows"]) > 1:
-        lines.append(f"{times_faster(result):.0f} times faster")
-    return "\n".join(lines)
-
-
-def times_faster(result: dict) -> float:
-    by_run = {r["run"]: r["ms"] for r in result["rows"]}
-    return by_run["decode, re, IoU"] / by_run["ids"]
-
-
-def rewards_row(result: dict) -> str:
-    """Markdown: both paths' ms."""
-    by_run = {r["run"]: r["ms"] for r in result["rows"]}
-    ms = f"| ms | {by_run['ids']:.3f} | {by_run['decode, re, IoU']:.2f} |"
-    return "\n".join(["| | from ids | `batch_decode`, `re`, IoU in Python |", "|---|---|---|", ms])
-
-
-def first_and_rates(result: dict) -> str:
-    """A sentence's end and a sentence: rounds after other work, and bytes a second."""
-    by_run = {r["run"]: r for r in result["rows"]}
-    first = [by_run[name]["first_ms"] for name in ("ids", "decode, re, IoU")]
-    rates = [by_run[name]["gb_per_second"] for name in ("bytes, think", "bytes, tags and boxes only")]
-    return (
-        f"straight after other work it is {first[0]:.2f} ms against {first[1]:.2f} ms. Text is read at {rates[0]:.1f} "
-        f"GB/s ({rates[1]:.2f} where it is nothing but tags and boxes)"
-    )
+    taken = [ms / 1e3 for ms in do_bench(rewards, return_mode="all")]
+    return [{"run": "ids", "completions": 1024, "tokens": TOKENS, "rounds": len(taken), **milliseconds(taken)}]
 
 
 def run(merges: str | Path | None) -> dict:
@@ -185,8 +135,8 @@ def run(merges: str | Path | None) -> dict:
     table = VocabularyBytes.build(
         token_bytes(tokenizer, ROWS), [tokenizer.eos_token_id], mark_ids=box_mark_ids(tokenizer)
     )
-    told = {"threads": torch.get_num_threads(), "vocabulary": vocabulary}
-    return told | {"rows": (on_gpu if gpu else on_cpu)(tokenizer, table)}
+    rows = (on_gpu if gpu else on_cpu)(tokenizer, table)
+    return {"threads": torch.get_num_threads(), "vocabulary": vocabulary, "rows": rows}
 
 
 def main() -> None:
@@ -195,16 +145,8 @@ def main() -> None:
     parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
     record = begin() | {"rewards": run(args.merges)}
-    if args.json == "-":
-        print(dump(record))
-        return
-    if args.json:
-        write(record, Path(args.json))
-    print(summary(record["rewards"]))
+    output(record, args.json, results_table("rewards", record["rewards"]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"bench_rewards.py: {error}")
+    run_as_script(main, "bench_rewards.py")

@@ -8,25 +8,30 @@ A part that another run left in the file has its own machine, load and ceilings.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from boxgrpo.bench.machine import RESULTS, folder, machine
+from boxgrpo.trainer.runtime.files import replace_file
+
+from .machine import RESULTS, folder, machine
 
 PARTS = ("kernels", "guard", "rewards", "step", "profile")  # that a file may hold
 COMMON = ("machine", "load_before", "ceilings")  # of all parts that have none of their own
-LONG = ("demo", "data", "soak", "soak_zero2", "fuzz", "ablation")  # commands that keep a record of their own
-VERSIONS = {"driver": "driver", "cuda": "CUDA", "torch": "torch"}
-PEERS = {"triton": "Triton", "transformers": "transformers", "liger-kernel": "Liger", "trl": "TRL"}
+STUDIES = ("demo", "data", "soak", "soak_zero2", "fuzz", "ablation")  # commands that keep a file of their own
 DATED = re.compile(r"\d{4}-\d\d-\d\d\.json")
 
 
 def begin(path: Path | None = None) -> dict:
-    """A record of this machine as it is now, without a part; what `path` holds already is kept, as another run's."""
+    """A record of this machine now; parts that `path` holds are kept as another run's.
+
+    All else that `path` holds (ceilings, outcomes of tests and parts) is kept if it is of this machine, revision and
+    day.
+    """
     record = {"machine": machine(), "load_before": round(os.getloadavg()[0], 2)}  # the load of the minute before
     if path is not None and path.exists():
         old = json.loads(path.read_text())
+        record = (old if old["machine"] == record["machine"] else {}) | record
         record |= {name: part(old, name) for name in PARTS if name in old}
     return record
 
@@ -38,6 +43,11 @@ def part(record: dict, name: str) -> dict:
     return {key: record[key] for key in COMMON if key in record} | record[name]
 
 
+def find_row(rows: Iterable[dict], **wanted) -> dict | None:
+    """The first row with these values; sizes of a row's shape count as values of the row."""
+    return next((r for r in rows if wanted.items() <= (r.get("shape", {}) | r).items()), None)
+
+
 def read(path: Path) -> dict:
     """Raises ValueError where there is none."""
     if not path.is_file():
@@ -45,7 +55,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def of_today() -> Path:
+def path_of_today() -> Path:
     """The file of this device and day."""
     return folder() / f"{machine()['date']}.json"
 
@@ -69,45 +79,43 @@ def newest(device: Path = RESULTS / "cpu") -> dict:
     return record
 
 
-def later(seconds: Sequence[float]) -> Sequence[float]:
-    """The steps after the first, which makes the optimizer's state and pages memory in; it alone where there is one."""
+def without_first(seconds: Sequence[float]) -> Sequence[float]:
+    """The steps after the first, which makes the optimizer's state and pages memory in; a single step stays."""
     return seconds[1:] or seconds
 
 
 @dataclass
 class Records:
-    """What bench/results holds: by device's folder its newest record, and by command what a long one left."""
+    """What bench/results holds: by device's folder its newest record, and by study its record."""
 
     devices: dict[str, dict] = field(default_factory=dict)
-    long: dict[str, dict] = field(default_factory=dict)
+    studies: dict[str, dict] = field(default_factory=dict)
 
 
-def records(results: Path) -> Records:
+def read_all(results: Path) -> Records:
     found = Records()
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
         if dated(device):
             found.devices[device.name] = newest(device)
-    for name in LONG:
+    for name in STUDIES:
         if (path := results / f"cpu/{name}.json").exists():
-            found.long[name] = json.loads(path.read_text())
+            found.studies[name] = json.loads(path.read_text())
     return found
-
-
-def described(machine: dict, *, peers: bool = False) -> str:
-    """The machine in a line, with the revision and the day; with `peers` also the packages that are compared."""
-    told = [machine["device"]]
-    told += [f"{machine['gpu_memory_gb']:.0f} GB"] if "gpu_memory_gb" in machine else []
-    told += [f"{n} thread{'s' * (n != 1)}"] if (n := machine.get("threads")) else []
-    named = VERSIONS | PEERS if peers else VERSIONS
-    told += [f"{name} {machine[key]}" for key, name in named.items() if key in machine]
-    return ", ".join([*told, f"revision {machine['revision']}", machine["date"]])
 
 
 def write(record: dict, path: Path) -> None:
     """Whole or not at all; a list of numbers takes one line."""
-    aside = path.with_suffix(".part")
-    aside.write_text(dump(record) + "\n")
-    aside.replace(path)
+    replace_file(path, dump(record) + "\n")
+
+
+def output(record: dict, path: str | None, text: str) -> None:
+    """Print the text, and write the record to `path`; - prints the record instead."""
+    if path == "-":
+        print(dump(record))
+        return
+    if path:
+        write(record, Path(path))
+    print(text)
 
 
 def dump(value, depth: int = 0) -> str:

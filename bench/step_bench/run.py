@@ -1,8 +1,8 @@
 """A whole GRPO step beside TRL's `GRPOTrainer` and the paper's trainer, phase by phase beside what the machine allows,
 and how it grows.
 
-    python bench/step_bench/step_table.py --peers trl univg_r1 --growth        all rows
-    python bench/step_bench/step_table.py --peers trl --images 4 --json -      one row, printed as JSON
+    python bench/step_bench/run.py --peers trl univg_r1 --growth        all rows
+    python bench/step_bench/run.py --peers trl --images 4 --json -      one row, printed as JSON
 
 `make bench` keeps the results. On a CPU a 44M-parameter Qwen2-VL with the real vocabulary in fp32; on a GPU the
 published sizes of the 2B and the 7B in bf16; weights are random. Each side runs in a fresh process, and a step's
@@ -15,30 +15,35 @@ under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
 """
 
 import argparse
+import contextlib
+import functools
 import statistics
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from boxgrpo.bench.peers import NAMES, skipped
-from boxgrpo.bench.publish.result_files import begin, dump, later, write
+from boxgrpo.bench.peers import skipped
+from boxgrpo.bench.processes import run_isolated
+from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import begin, output, without_first, write
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
-from boxgrpo.bench.step_bench.cases import ASKED, MODELS, TEXTS, StepCase, asked_case, prepare, step_cases
+from boxgrpo.bench.step_bench.cases import SELECTORS, TEXTS, StepCase, add_selectors, prepare, select_case, step_cases
 from boxgrpo.bench.step_bench.floors import floors, limits, work
-from boxgrpo.bench.step_bench.sides import Side, run_side
+from boxgrpo.bench.step_bench.sides import Side, ours
+from boxgrpo.bench.step_bench.trl_side import trl
+from boxgrpo.bench.step_bench.univg import univg_r1
 from boxgrpo.model.checkpoint import read_config
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
+SIDES = {"ours": ours, "ours_by_phase": functools.partial(ours, waits=True), "trl": trl, "univg_r1": univg_r1}
 PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
-SIDES = ("ours", "trl", "univg_r1")  # as tables have them
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
 PHASES += ("optimizer", "other")
 # What is left of a stage without the phases inside.
@@ -57,20 +62,25 @@ class Plan:
     growth_steps: int = 4
 
 
-def fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
-    """`run_side` in a process of its own, which may start workers.
-
-    On a CPU it is forked off a process that has imported what is ours, and no peer.
-    """
-    gpu = torch.cuda.is_available()
-    context = get_context("spawn" if gpu else "forkserver")
-    if not gpu:
-        context.set_forkserver_preload(["boxgrpo.bench.step_bench.sides"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+def run_side(name: str, case: StepCase, folder: Path, steps: int) -> Side | str:
+    """One side; where the device's memory is too small for it, or it fails, the error. The others go on."""
+    with contextlib.redirect_stdout(sys.stderr):
         try:
-            return pool.submit(run_side, side, case, at, steps).result()
-        except BrokenProcessPool:
-            return "failed: its process died"
+            return SIDES[name](case, folder, steps)
+        except torch.OutOfMemoryError as error:
+            return f"out of memory: {error}"
+        except Exception as error:
+            traceback.print_exc()
+            return f"failed: {type(error).__name__}: {error}"
+
+
+def run_fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
+    """`run_side` in a process of its own. On a CPU that is forked off one which has imported what is ours, no peer."""
+    preload = () if torch.cuda.is_available() else ("boxgrpo.bench.step_bench.sides",)
+    try:
+        return run_isolated(run_side, side, case, at, steps, preload=preload)
+    except ChildProcessError as error:
+        return f"failed: {error}"
 
 
 def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[str, float]) -> dict:
@@ -82,7 +92,7 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
         if isinstance(side, str):
             found[f"{name}_error"] = side
             continue
-        seconds = later(side.seconds)
+        seconds = without_first(side.seconds)
         found[f"{name}_s"] = round(statistics.median(seconds), 3)
         found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
         found[f"{name}_samples_s"] = [round(x, 3) for x in side.seconds]
@@ -98,13 +108,13 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
                 f"{ours.trained} and {peer.trained} trained parameters"
             )
             continue
-        like = ours.seconds[:1] if len(peer.seconds) == 1 else later(ours.seconds)
-        found[f"{prefix}ratio"] = round(statistics.median(later(peer.seconds)) / statistics.median(like), 2)
+        like = ours.seconds[:1] if len(peer.seconds) == 1 else without_first(ours.seconds)
+        found[f"{prefix}ratio"] = round(statistics.median(without_first(peer.seconds)) / statistics.median(like), 2)
         if ours.peak_bytes and peer.peak_bytes:
             found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
     if ours:
         found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
-        counted = work(read_config(at / "model"), case, ours.prompt_tokens, ours.trained)
+        counted = work(read_config(at / "model"), case, ours.prompt_tokens)
         by_phase = sides.get("ours_by_phase", None if torch.cuda.is_available() else ours)
         if isinstance(by_phase, Side):
             found["phases"] = phases(by_phase, floors(counted, measured))
@@ -123,7 +133,7 @@ def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
 
 
 def median_step(side: Side) -> dict[str, float]:
-    return side.steps[side.seconds.index(statistics.median_low(later(side.seconds)))]
+    return side.steps[side.seconds.index(statistics.median_low(without_first(side.seconds)))]
 
 
 def growth(
@@ -145,12 +155,12 @@ def growth(
             if case.name in known:
                 continue
             prepare(case, at, tokenizer)
-            side = fresh("ours", case, at, plan.growth_steps)
+            side = run_fresh("ours", case, at, plan.growth_steps)
             if isinstance(side, str):
                 raise ValueError(f"{case.name}: {side}")
             known[case.name] = [round(x, 3) for x in side.seconds]
         samples = [known[case.name] for case in cases]
-        return {"seconds": [min(later(x)) for x in samples], "samples_s": samples}
+        return {"seconds": [min(without_first(x)) for x in samples], "samples_s": samples}
 
     found = {}
     for size, values in plan.growth.items():
@@ -172,47 +182,10 @@ def line(values, seconds) -> dict[str, float]:
     return {"fixed_s": round(fixed, 4), "each_s": round(each, 5), "misfit_percent": round(100 * off, 1)}
 
 
-def steps_table(result: dict) -> str:
-    """Markdown: a line for each row; a peer's columns where it ran."""
-    ran = [name for name in SIDES if any({f"{name}_s", f"{name}_error"} & r.keys() for r in result["rows"])]
-    head = ["model", "images", "prompts", *(f"{NAMES[name]}, s" for name in ran)]
-    head += [f"{NAMES[name]}, ratio" for name in ran if name in PEERS] + [f"{NAMES[name]}, MB" for name in ran]
-    lines = [head, ["---"] * len(head)]
-    for r in result["rows"]:
-        cells = [r["model"], str(r["images"]), str(r["prompts"])]
-        cells += [f"{r[f'{name}_s']:.2f}" if f"{name}_s" in r else "-" for name in ran]
-        ratios = [r.get(f"{PEERS[name]}ratio") for name in ran if name in PEERS]
-        cells += ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
-        lines.append(cells + [str(r.get(f"{name}_peak_mb") or "-") for name in ran])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def phases_table(r: dict) -> str:
-    """Markdown: where a row's step goes, in ms."""
-    lines = ["| phase | ms | floor, ms | set by |", "|---|---|---|---|"]
-    for name, p in r["phases"].items():
-        floor = f"{1e3 * p['floor_s']:.0f}" if "floor_s" in p else ""
-        lines.append(f"| {name.replace('_', ' ')} | {1e3 * p['seconds']:.0f} | {floor} | {p.get('floor_is', '')} |")
-    least = sum(p.get("floor_s", 0) for p in r["phases"].values())
-    return "\n".join([*lines, f"| step | {1e3 * r['ours_s']:.0f} | {1e3 * least:.0f} | |"])
-
-
-def growth_table(grown: dict) -> str:
-    """Markdown: what each more of a size costs."""
-    lines = ["| size | values | fastest step, s | each more, ms | misfit |", "|---|---|---|---|---|"]
-    for size in (size for size in GROWTH if size in grown):
-        g = grown[size]
-        values, seconds = (", ".join(map(str, g[key])) for key in ("values", "seconds"))
-        lines.append(f"| {size} | {values} | {seconds} | {1e3 * g['each_s']:.1f} | {g['misfit_percent']:.0f} % |")
-    if twice := grown.get("doubled_group"):
-        lines += ["", f"Twice the completions, {twice['case']}: x {twice['ratio']}"]
-    return "\n".join(lines)
-
-
-def chosen(args, gpu: bool) -> list[StepCase]:
-    """All rows, or the one that the flags ask for."""
-    asked = any(getattr(args, key) is not None for key in ASKED)
-    return [asked_case(args, gpu)] if asked else step_cases(gpu)
+def choose_cases(args, gpu: bool) -> list[StepCase]:
+    """All rows, or the one that the flags name."""
+    one = any(getattr(args, key) is not None for key in SELECTORS)
+    return [select_case(args, gpu)] if one else step_cases(gpu)
 
 
 def run(
@@ -241,7 +214,7 @@ def run(
             steps |= {name: plan.peer_steps[name][i > 0] for name in peers}
             sides = {}
             for name in (name for name in steps if steps[name]):
-                sides[name] = fresh(name, case, at, steps[name])
+                sides[name] = run_fresh(name, case, at, steps[name])
                 result["rows"][i:] = [found := row(case, sides, at, measured)]
                 keep(result)
             if "ours_samples_s" in found:
@@ -260,15 +233,11 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=[], help="who runs the same step")
-    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], help="one row, of this size")
-    parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
-    parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
+    add_selectors(parser)
     parser.add_argument("--steps", type=int, default=4, help="steps of each side, the first among them")
     parser.add_argument("--growth", action="store_true", help="also our step against each of its sizes")
-    parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
-    parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
-    cases = chosen(args, torch.cuda.is_available())
+    cases = choose_cases(args, torch.cuda.is_available())
     plan = Plan(args.steps, dict.fromkeys(PEERS, (args.steps,) * 2), GROWTH if args.growth else {}, args.steps)
     tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
     record = begin() | {"ceilings": (measured := limits()), "vocabulary": vocabulary}
@@ -277,18 +246,9 @@ def main() -> None:
         if args.json not in (None, "-"):
             write(record | {"step": found}, Path(args.json))
 
-    result = run(cases, args.peers, plan, tokenizer, measured, keep)
-    if args.json == "-":
-        print(dump(record | {"step": result}))
-        return
-    told = [f"{r['case']}:\n\n{phases_table(r)}" for r in result["rows"] if "phases" in r]
-    print(steps_table(result), *told, sep="\n\n")
-    if args.growth:
-        print("\n" + growth_table(result["growth"]))
+    record["step"] = run(cases, args.peers, plan, tokenizer, measured, keep)
+    output(record, args.json, table("step", record["step"]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"bench_step.py: {error}")
+    run_as_script(main, "bench_step.py")

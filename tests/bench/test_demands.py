@@ -1,0 +1,85 @@
+"""The figures that are wanted of each machine: met, short by how much, or not measured."""
+
+import json
+
+import pytest
+
+from boxgrpo.bench.publish.demands import QWEN_2B, QWEN_7B, verdicts
+from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import newest
+
+
+@pytest.mark.parametrize(("counts", "outcome"), [({"PASSED": 1}, "stopped after 60 s"), ({"SKIPPED": 9}, "done")])
+def test_tests_that_did_not_run_to_their_end_are_no_success(counts, outcome):
+    record = {"machine": {"cuda": "13.0"}, "tests": {"counts": counts}, "parts": {"tests": {"outcome": outcome}}}
+    (found,) = (v for v in verdicts(record) if v["part"] == "tests")
+    assert found["verdict"] == "not measured"
+
+
+def kernel_row(op, by, ms, shape, **more):
+    row = {"op": op, "implementation": by, "ms": ms, "shape": shape, "percent_of_floor": 90.0, "floor_is": "bytes"}
+    return row | {"peak_mb": None} | more
+
+
+def test_each_demand_of_the_gpu_is_judged():
+    """Met, short by how much, or not measured."""
+    phase = {"gflop": 4e5, "seconds": 1.0, "floor_s": 1.0}
+    phases = {"prefill": phase, "policy_forward": phase, "backward": phase, "decode": phase | {"seconds": 1.4}}
+    head = "fused_grpo_loss"
+    # 2B: gradients of hidden states and weight in bf16, one of the weight in fp32, and 900 MB.
+    given_back = (2 * (8192 + QWEN_2B["V"]) + 4 * QWEN_2B["V"]) * QWEN_2B["H"] / 1e6
+    record = {
+        "machine": {"cuda": "13.0", "device": "NVIDIA H200"},
+        "ceilings": {"flop_per_second": 8e14, "bytes_per_second": 4e12},
+        "tests": {"counts": {"PASSED": 5, "FAILED": 2}},
+        "parts": {"tests": {"outcome": "failed with 1: 2 failed"}},
+        "kernels": {
+            "rows": [
+                kernel_row(head, "boxgrpo", 18.7, {"N": 8192} | QWEN_2B, peak_mb=given_back + 900),
+                kernel_row(head, "boxgrpo", 39.0, {"N": 8192} | QWEN_7B),
+                kernel_row(head, "liger", 37.4, {"N": 8192} | QWEN_2B),
+                kernel_row("sample_tokens", "boxgrpo", 0.026, {"n": 128}),
+                kernel_row("sample_tokens", "one read", 0.013, {"n": 128}),
+                kernel_row("group_advantages", "boxgrpo", 0.012, {"B": 16, "G": 8}),
+                kernel_row("group_advantages", "boxgrpo", 0.018, {"B": 1024, "G": 8}, host_ms=0.017),
+            ]
+        },
+        "rewards": {"rows": [{"run": "ids", "ms": 0.06}]},
+        "step": {
+            "rows": [
+                {"model": "2B", "images": 4, "prompts": 1, "univg_r1_ratio": 5.0, "ratio": 3.0} | {"phases": phases}
+            ]
+        },
+    }
+    found = {v["what"]: v for v in verdicts(record)}
+    words = {what: v["verdict"] for what, v in found.items()}
+    assert words["tests marked gpu that fail"] == "short by 2"
+    head = words["fused head, 2B, N = 8192"]
+    assert head.startswith("short by 10.0%; at 90% of what bytes allow; to try: ")
+    assert words["fused head, 7B, N = 8192"] == "met"
+    assert found["fused head, 2B: memory of its own"]["measured"] == 900
+    assert found["fused head, 2B: liger's time over ours"]["measured"] == 2
+    assert words["sample_tokens, 128 rows: over one read"].startswith("short by 53.8%; ")
+    assert "allow, 17 of 18 µs on the host; to try: " in words["group_advantages, 1024 groups"]
+    assert found["group_advantages, 16 groups"]["measured"] == 12 and words["group_advantages, 16 groups"] == "met"
+    assert words["1,024 completions of 256 tokens"].startswith("short by 20.0%; ")
+    assert found["2B: training, of the matrix rate"]["measured"] == 50
+    assert words["2B: decoding, over its floor"] == "met"
+    assert words["2B, 4 images: the paper's trainer's step over ours"] == "met"
+    trl = words["2B, 4 images: TRL's step over ours"]
+    assert trl.startswith("short by 25.0%; above their floors: decode 400 ms, prefill 0 ms; to try: ")
+    assert words["7B: prefill, of the matrix rate"] == "not measured"
+    assert len(table("verdicts", list(found.values())).splitlines()) == 2 + len(found)
+    assert json.dumps(list(found.values()))
+
+
+def test_the_cpu_has_demands_of_its_own():
+    found = verdicts({"machine": {"device": "two cores"}, "step": {"growth": {"doubled_group": {"ratio": 1.4}}}})
+    words = {v["what"]: v["verdict"] for v in found}
+    assert words["twice the completions, where prompts dominate"].startswith("short by 7.7%; to try: ")
+    assert words["fused loss: its memory over eager's"] == "not measured"
+
+
+def test_the_cpus_newest_record_has_a_figure_for_every_demand():
+    """Whether they are met is the page's to say: a record that falls short is one all the same."""
+    assert [v["what"] for v in verdicts(newest()) if v["measured"] is None] == []
