@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.loader import Loader
+from boxgrpo.trainer.data.loader import Loader, Sample
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example, plain_text
 from boxgrpo.trainer.options import InputOptions
@@ -93,18 +93,9 @@ def answer(
         for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
             samples = [s for s in next(batches) if s.serial < len(numbers)]  # behind them the stream starts over
             bar.update(len(samples))
-            ready = [s for s in samples if not isinstance(s.item, str)]
-            completions = decoder.complete([s.item for s in ready])
-            found = {s.serial: ids for s, ids in zip(ready, completions, strict=True)}
-            batch = {}
-            for s in samples:
-                ids = found.get(s.serial)
-                if ids is None:
-                    reason = s.item if isinstance(s.item, str) else "decoding it alone runs out of memory"
-                    reasons[numbers[s.serial]] = f"{s.example.source}: {reason}"
-                else:
-                    written = s.example.answer_format if answer_format == "auto" else answer_format
-                    batch[numbers[s.serial]] = decode_answer(processor, ids, written)
+            found, without = _answer_batch(decoder, processor, samples, answer_format)
+            batch = {numbers[serial]: text for serial, text in found.items()}
+            reasons |= {numbers[serial]: reason for serial, reason in without.items()}
             texts |= batch
             if keep and batch:
                 keep(batch)
@@ -112,6 +103,22 @@ def answer(
     parts = r.gather((texts, reasons))
     texts, reasons = ({n: v for part in parts for n, v in part[k].items()} for k in (0, 1))
     return dict(sorted(texts.items())), dict(sorted(reasons.items()))
+
+
+def _answer_batch(
+    decoder: GreedyDecoder, processor: Processor, samples: Sequence[Sample], answer_format: str
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Texts by serial number, and why there is none."""
+    ready = [s for s in samples if not isinstance(s.item, str)]
+    reasons = {s.serial: f"{s.example.source}: {s.item}" for s in samples if isinstance(s.item, str)}
+    texts = {}
+    for s, ids in zip(ready, decoder.complete([s.item for s in ready]), strict=True):
+        if ids is None:
+            reasons[s.serial] = f"{s.example.source}: decoding it alone runs out of memory"
+        else:
+            written = s.example.answer_format if answer_format == "auto" else answer_format
+            texts[s.serial] = decode_answer(processor, ids, written)
+    return texts, reasons
 
 
 def decode_answer(processor: Processor, ids: Tensor, answer_format: str) -> str:

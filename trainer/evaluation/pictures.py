@@ -48,11 +48,8 @@ def annotate(
     Boxes are x1, y1, x2, y2 on the 0-1000 scale of `images[target_image]` (counted from 0); None draws none. A
     predicted box that is inverted or leaves the image is drawn as far as it can be seen, and gets the IoU it deserves.
     Underneath stand the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
-    show as boxes. `reasoning` None: there is no answer, so no predicted box is missing. Returns an RGB image. Raises
-    ValueError for a target image that is not there.
+    show as boxes. `reasoning` None: there is no answer, so no predicted box is missing. Returns an RGB image.
     """
-    if not 0 <= target_image < len(images):
-        raise ValueError(f"target_image is {target_image} of {len(images)} images; count from 0 to the last one.")
     largest = (3 * image_height, image_height)
     shown = [ImageOps.contain(image.convert("RGB"), largest, Image.Resampling.LANCZOS) for image in images]
     width = max(sum(image.width for image in shown) + MARGIN * (len(shown) + 1), LEAST_WIDTH)
@@ -112,10 +109,6 @@ def draw_cases(cases: Sequence[tuple[dict, Example]], folder: Path, count: int) 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     """Lays pictures of any sizes out in rows of `columns`; a row is as high as its highest picture. Returns RGB."""
-    if not pictures or columns < 1:
-        raise ValueError(
-            f"a sheet of {len(pictures)} pictures in {columns} columns is empty; give at least one of each."
-        )
     rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
     widths = [max(picture.width for picture in pictures[k::columns]) for k in range(min(columns, len(pictures)))]
     heights = [max(picture.height for picture in row) for row in rows]

@@ -71,8 +71,6 @@ def test_the_page_holds_all_images_at_one_height_and_grows_with_the_text():
     assert strip.width == 3 * IMAGE_HEIGHT + 2 * MARGIN
     large = annotate([photo, GREY], image_height=2 * IMAGE_HEIGHT, **TEXT)
     assert large.size == (960 + 480 + 3 * MARGIN, page.height + IMAGE_HEIGHT)
-    with pytest.raises(ValueError, match="target_image is 1 of 1 images; count from 0"):
-        annotate([GREY], target_image=1, **TEXT)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +124,6 @@ def test_a_contact_sheet_keeps_every_picture_whole_and_in_order():
         assert counted[picture.getpixel((0, 0))] == picture.width * picture.height
     assert sheet.getpixel((MARGIN, MARGIN)) == (0, 0, 200)
     assert sheet.getpixel((MARGIN + 60 + MARGIN, MARGIN + 35 + MARGIN)) == (120, 0, 200)
-    with pytest.raises(ValueError, match="a sheet of 0 pictures in 2 columns is empty"):
-        contact_sheet([], columns=2)
 
 
 def plotted(folder, *lines):
