@@ -10,28 +10,33 @@ from torch import Tensor
 
 from .batch import PackedBatch
 
-BACKENDS = ("flash_attn", "varlen", "sdpa")
-
 
 def pick_backend(x: Tensor) -> str:
-    """The fastest backend that takes this tensor. Flash kernels want half precision on CUDA."""
+    """The fastest of flash_attn, varlen and sdpa that takes this tensor. Flash kernels take half precision on CUDA."""
     if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
     return "flash_attn" if importlib.util.find_spec("flash_attn") else "varlen"
 
 
+@dataclass
+class Bucket:
+    """Segments computed together, padded on the right; what a padded query attends to is dropped."""
+
+    rows: Tensor  # (B, Q) int64, rows of T
+    keys: Tensor  # (B, K) int64, rows of T: the parent's, then the segment's own
+    mask: Tensor | None  # (B, 1, Q, K) bool, aligned bottom-right; None: plain causal, for segments without a parent
+
+
+@dataclass
 class PackedAttention:
     """Causal attention of every segment over itself and, where it has one, its parent.
 
     Called as `attend(layer, q, k, v)` with q (T, heads, d) and k, v (T, kv_heads, d); returns (T, heads, d).
     """
 
-    def __init__(self, batch: PackedBatch, backend: str = "auto"):
-        if backend not in (*BACKENDS, "auto"):
-            raise ValueError(f"attention backend is {backend!r}; it must be auto, {', '.join(BACKENDS)}.")
-        self.batch = batch
-        self.backend = backend
-        self.buckets: tuple[list[Bucket], Tensor] | None = None
+    batch: PackedBatch
+    backend: str = "auto"  # or one that `pick_backend` returns
+    buckets: tuple[list[Bucket], Tensor] | None = None  # for SDPA, made at the first call
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.batch.spans:  # no rows, but every projection stays in the graph: its gradient is zero, not missing
@@ -44,7 +49,7 @@ class PackedAttention:
         return varlen(q, k, v, b.cu_seqlens, b.cu_seqlens_k, b.max_q, b.max_k, causal=True, backend=backend)
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One SDPA call for each bucket of segments of like lengths."""
+        """One SDPA call for each bucket of segments of similar lengths."""
         if self.buckets is None:
             self.buckets = make_buckets(self.batch.spans, q.device)
         buckets, place = self.buckets
@@ -54,24 +59,16 @@ class PackedAttention:
                 x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
                 for x, rows in ((q, b.rows), (k, b.keys), (v, b.keys))
             )
-            out = sdpa(queries, keys, values, mask=b.mask, causal=b.mask is None)  # (B, heads, Q, d)
+            options = {"attn_mask": b.mask, "is_causal": b.mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+            out = F.scaled_dot_product_attention(queries, keys, values, **options)  # (B, heads, Q, d)
             mixed.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
         return torch.cat(mixed).index_select(0, place)
-
-
-@dataclass
-class Bucket:
-    """Segments computed together, padded on the right; what a padded query attends to is dropped."""
-
-    rows: Tensor  # (B, Q) int64, rows of T
-    keys: Tensor  # (B, K) int64, rows of T: the parent's, then the segment's own
-    mask: Tensor | None  # (B, 1, Q, K) bool, aligned bottom-right; None: plain causal, for segments without a parent
 
 
 def make_buckets(spans, device, *, waste: float = 1.3) -> tuple[list[Bucket], Tensor]:
     """Buckets whose padded area is at most `waste` times the real one, and (T) each row's place in their outputs.
 
-    By causality no real query sees a padded key: it stands behind every key of its segment.
+    A padded key comes after every real key of its segment: causality hides it from every real query.
     """
     order = sorted(spans, key=lambda s: (s[3] > 0, s[1] + s[3], s[1]))
     groups: list[list[tuple[int, int, int, int]]] = []
@@ -92,9 +89,7 @@ def make_buckets(spans, device, *, waste: float = 1.3) -> tuple[list[Bucket], Te
     place = torch.empty(sum(s[1] for s in spans), dtype=torch.int64)
     buckets, filled = [], 0
     for group in groups:
-        q_lengths = torch.tensor([s[1] for s in group])[:, None]
-        p_lengths = torch.tensor([s[3] for s in group])[:, None]
-        starts, parents = (torch.tensor([s[c] for s in group])[:, None] for c in (0, 2))
+        starts, q_lengths, parents, p_lengths = torch.tensor(group).T[..., None]  # each (B, 1)
         q = torch.arange(int(q_lengths.max()))
         k = torch.arange(int((q_lengths + p_lengths).max()))
         real = q < q_lengths  # (B, Q)
@@ -108,12 +103,6 @@ def make_buckets(spans, device, *, waste: float = 1.3) -> tuple[list[Bucket], Te
         filled += real.numel()
         buckets.append(Bucket(rows.to(device), keys.to(device), mask))
     return buckets, place.to(device)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """SDPA of (B, heads, Q, d) with (B, kv_heads, K, d)."""
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
 
 def varlen(

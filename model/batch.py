@@ -1,9 +1,14 @@
-"""What passes from stage to stage of a step: `Prompt`, `Group`, `PackedBatch` (ARCHITECTURE.md, Packed batch)."""
+"""Prompts, groups, and the packed batch: prompts and completions in one row of tokens, without padding.
+
+ARCHITECTURE.md, section Packed batch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -26,17 +31,19 @@ class Conversation(Prompt):
 
 @dataclass
 class Group:
-    """A prompt and the completions that share it: filled from stage to stage of a step."""
+    """A prompt and the completions that share it, filled from stage to stage of a step.
+
+    A conversation is a group without completions.
+    """
 
     prompt: Prompt
     completions: Sequence[Tensor] = ()  # each (C_i) int64 on the CPU, end token included
-    group_id: int = 0
     image_embeds: Tensor | None = None  # (p / 4, H): the frozen tower's output
     advantages: Tensor | None = None  # (G) fp32
     weight: Tensor | None = None  # 0-dim fp32, difficulty weight
     sampler_logps: Sequence[Tensor] | None = None  # each (C_i) fp32, nats; None: the policy itself sampled
     serial: int = 0  # number of the prompt in the run's stream
-    record: Any = None  # the Example that the prompt was made of
+    record: Any = None  # the Example that the prompt was made from
 
     @property
     def source(self) -> str:
@@ -65,25 +72,23 @@ class PackedBatch:
     input_ids: Tensor  # (T) int64
     position_ids: Tensor  # (3, T) int64
     cu_seqlens: Tensor  # (S+1) int32, offsets of the segments into T
-    parent: Tensor  # (S) int32, the prompt segment that this one also attends to; -1: none
-    kv_index: Tensor  # (T_kv) int64, rows of T whose keys the segments read, one after the other
-    cu_seqlens_k: Tensor  # (S+1) int32, offsets of the segments into T_kv
+    kv_index: Tensor  # (T_kv) int64, rows of T whose keys the segments read, segment by segment
+    cu_seqlens_k: Tensor  # (S+1) int32, offsets of the segments' keys into T_kv
     max_q: int  # longest segment
-    max_k: int  # longest key run
+    max_k: int  # most keys of a segment
     predict_from: Tensor  # (N) int64, row of T whose hidden state predicts scored token n
     targets: Tensor  # (N) int64
     completion_cu: Tensor  # (BG+1) int32, offsets of the completions into N
-    group_ids: Tensor | None  # (BG) int64, prompt of each completion; None for SFT
     image_rows: Tensor  # (P/4) int64, rows of T that hold image tokens
     pixel_values: Tensor | None  # (P, 1176); None when the embeddings are given
     image_embeds: Tensor | None  # (P/4, H)
     image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
-    spans: tuple[tuple[int, int, int, int], ...]  # a segment's first row and length, its parent's; as Python ints
+    spans: tuple[tuple[int, int, int, int], ...]  # each segment's first row and length, then its parent's (or 0, 0)
     advantages: Tensor | None = None  # (BG) fp32
     weights: Tensor | None = None  # (BG) fp32, difficulty weight
     old_logps: Tensor | None = None  # (N) fp32, nats at the sampling temperature
     ref_logps: Tensor | None = None  # (N) fp32
-    sampler_logps: Tensor | None = None  # (N) fp32, of the foreign sampler that drew the targets
+    sampler_logps: Tensor | None = None  # (N) fp32, of the sampler, where it is not the policy itself
 
     def to(self, device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
@@ -93,3 +98,91 @@ class PackedBatch:
             if isinstance(value := getattr(self, f.name), Tensor) and f.name != "image_grid_thw"
         }
         return replace(self, **moved)
+
+
+def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
+    """Pack prompts with their completions; no groups give an empty batch.
+
+    Every completion token is scored, and of a `Conversation` the tokens under its `loss_mask`. Embeddings, advantages,
+    weights and the sampler's log-probabilities are packed where all groups have them.
+    """
+    segments, positions, spans = [], [], []
+    predict_from, targets = [], []
+    row = 0
+    for group in groups:
+        prompt = group.prompt
+        parent = (row, len(prompt.input_ids))
+        segments.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        spans.append((*parent, 0, 0))
+        if isinstance(prompt, Conversation):
+            learned = prompt.loss_mask[1:].nonzero()[:, 0]  # nothing precedes the first token, to predict it from
+            predict_from.append(learned + row)
+            targets.append(prompt.input_ids[learned + 1])
+        row += parent[1]
+        last, next_position = row - 1, int(prompt.position_ids.max()) + 1
+        for completion in group.completions:
+            count = len(completion)
+            assert count > 0, "a completion has at least its end token"
+            segments.append(completion)
+            positions.append(torch.arange(next_position, next_position + count).expand(3, -1))
+            spans.append((row, count, *parent))
+            predict_from.append(torch.cat((torch.tensor([last]), torch.arange(row, row + count - 1))))
+            targets.append(completion)
+            row += count
+    none = torch.empty(0, dtype=torch.int64)
+    input_ids = torch.cat([none, *segments])
+    keys = [torch.cat((torch.arange(p, p + n), torch.arange(s, s + m))) for s, m, p, n in spans]
+    pixels = [g.prompt.pixel_values for g in groups if g.prompt.pixel_values is not None]
+    embeds = [g.image_embeds for g in groups if g.image_embeds is not None]
+    advantages = [g.advantages for g in groups if g.advantages is not None]
+    weights = [g.weight.expand(len(g.completions)) for g in groups if g.weight is not None]
+    sampler_logps = [logps for g in groups for logps in g.sampler_logps or ()]
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.cat([none.expand(3, 0), *positions], 1),
+        cu_seqlens=torch.tensor([*accumulate(map(len, segments), initial=0)], dtype=torch.int32),
+        kv_index=torch.cat([none, *keys]),
+        cu_seqlens_k=torch.tensor([*accumulate(map(len, keys), initial=0)], dtype=torch.int32),
+        max_q=max(map(len, segments), default=0),
+        max_k=max(map(len, keys), default=0),
+        predict_from=torch.cat([none, *predict_from]),
+        targets=torch.cat([none, *targets]),
+        completion_cu=torch.tensor([*accumulate(map(len, targets), initial=0)], dtype=torch.int32),
+        image_rows=(input_ids == image_token_id).nonzero()[:, 0],
+        pixel_values=torch.cat(pixels) if pixels and not embeds else None,
+        image_embeds=torch.cat(embeds) if embeds else None,
+        image_grid_thw=torch.cat([none.view(0, 3), *(g.prompt.image_grid_thw for g in groups)]),
+        spans=tuple(spans),
+        advantages=torch.cat(advantages) if advantages else None,
+        weights=torch.cat(weights) if weights else None,
+        sampler_logps=torch.cat(sampler_logps) if sampler_logps else None,
+    )
+
+
+def plan_packs(sizes: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:
+    """Indices of the items, in packs whose summed size is within `budget`; an item above it gets a pack of its own.
+
+    As many packs as first-fit decreasing needs. With `costs` they are then filled anew, the costliest item first, each
+    to the cheapest pack with room, for packs of similar cost; where that does not fit, first-fit's packs stay.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        for pack, left in enumerate(room):
+            if sizes[index] <= left:
+                packs[pack].append(index)
+                room[pack] -= sizes[index]
+                break
+        else:
+            packs.append([index])
+            room.append(budget - sizes[index])
+    if costs is None:
+        return packs
+    balanced: list[list[int]] = [[] for _ in packs]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        fitting = [p for p in balanced if not p or sum(sizes[i] for i in p) + sizes[index] <= budget]
+        if not fitting:
+            return packs
+        min(fitting, key=lambda p: sum(costs[i] for i in p)).append(index)
+    return balanced

@@ -15,11 +15,11 @@ from .families.qwen2_vl import Qwen2VL
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# transformers nests the towers since 4.52; the published files, and what we write, do not.
+# transformers nests the towers since 4.52; the published files and ours have them at the top.
 NESTED = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
-def _published(name: str) -> str:
+def _published_name(name: str) -> str:
     for nested, flat in NESTED:
         if name.startswith(nested):
             return flat + name[len(nested) :]
@@ -27,7 +27,11 @@ def _published(name: str) -> str:
 
 
 def read_config(folder) -> Qwen2VLConfig:
-    """The folder's config.json; a ValueError when it is missing, of another model, or asks for what is not built."""
+    """The folder's config.json.
+
+    Raises:
+        ValueError: it is missing, of another model, or needs what is not implemented.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; --model must name a folder with a Qwen2-VL checkpoint.")
@@ -39,7 +43,8 @@ def read_config(folder) -> Qwen2VLConfig:
     if text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
         raise ValueError(
             f"{path} asks for rope_type {text.rope_parameters['rope_type']!r} and use_sliding_window "
-            f"{text.use_sliding_window}; only plain M-RoPE and full attention are built. Use the published config.json."
+            f"{text.use_sliding_window}; only rope_type 'default' and full attention are implemented. Use the "
+            "published config.json."
         )
     return config
 
@@ -48,7 +53,7 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
     """Read a checkpoint, in either key layout, tied or untied, sharded or not.
 
     Raises:
-        ValueError: files missing, or weights that do not fit the config, with their names.
+        ValueError: files are missing, or weights do not fit the config; their names are given.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -58,7 +63,7 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
     for path in _weight_files(folder):
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                state[_published(name)] = file.get_tensor(name).to(dtype)
+                state[_published_name(name)] = file.get_tensor(name).to(dtype)
     if model.lm_head is None:
         state.pop("lm_head.weight", None)  # some writers store the tied head twice
     expected = {name: p.shape for name, p in model.named_parameters()}
@@ -79,7 +84,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # with both, transformers reads the single file
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError(f"{folder / INDEX} names a file outside its folder; refused.")
+            raise ValueError(f"{folder / INDEX} names a file outside its folder, which is not read. Correct the index.")
         files = [folder / name for name in names]
     else:
         files = [folder / SINGLE]
@@ -108,7 +113,7 @@ def save_model(
     state = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weights}
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
-        # Aside, then renamed: a kill leaves the old file or the new one.
+        # Written under another name, then renamed: a kill leaves the old file or the new one.
         save_file({k: state[k] for k in keys}, folder / f".{name}", metadata={"format": "pt"})
         os.replace(folder / f".{name}", folder / name)
     if split.is_sharded:
@@ -116,7 +121,7 @@ def save_model(
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    # An earlier save's weights would be read with these (vLLM) or before them (transformers).
+    # vLLM would read an earlier save's files beside these, transformers in their place.
     for stale in {folder / SINGLE, *folder.glob("model-?????-of-?????.safetensors")}:
         if stale.name not in split.filename_to_tensors:
             stale.unlink(missing_ok=True)

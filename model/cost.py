@@ -1,26 +1,26 @@
-"""FLOP that training computes, and bytes that it holds on each GPU and moves between them, from shapes alone.
+"""FLOP of training, and the bytes that it holds on each GPU and moves between them, computed from shapes alone.
 
-FLOP are those that the method needs, whatever the code computes: a prompt once for its G completions, a layer's forward
-once however often checkpointing repeats it. A product's backward is two of its forward, and one where its weight is
-frozen. The byte formulas of our own code are tested against it; those of DeepSpeed follow the source of 0.19.8.
+FLOP are those of the method, not of the code: a prompt counts once for its G completions, and a layer's forward once
+even where checkpointing repeats it. A product's backward costs two of its forward, and one where its weight is frozen.
+The byte formulas of our own code are tested against it; those of DeepSpeed follow the source of 0.19.8.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from boxgrpo.kernels.chunks import GRADIENT_BYTES, LOGIT_BYTES, MIB, chunk_rows
+
 from .batch import Group
 from .families.qwen2_vl import Qwen2VL
 
 FP32 = 4  # bytes
-# Elements; DeepSpeed's defaults in runtime/zero/config.py.
+# Numbers of elements: DeepSpeed's defaults in runtime/zero/config.py.
 REDUCE_BUCKET, SUB_GROUP, MAX_LIVE, PREFETCH, PERSISTS = 500_000_000, 10**9, 10**9, 50_000_000, 100_000
 
-
-# Dense bf16 products in 1e12 FLOP/s, by words of the device's name: NVIDIA's data sheets. The first that fits counts.
+# Dense bf16 products in 1e12 FLOP/s, by words in the device's name, from NVIDIA's data sheets. The first match counts.
 PEAKS = {
     "B200": 2250.0,
     "H200 NVL": 835.0,
@@ -36,29 +36,32 @@ PEAKS = {
 
 
 def published_peak(name: str) -> float | None:
-    """FLOP a second for a device's name, `NVIDIA H200` or `NVIDIA A100-SXM4-80GB`; a slice of one (MIG) is unknown."""
+    """Peak FLOP/s by a device's name, `NVIDIA H200` or `NVIDIA A100-SXM4-80GB`; None if unknown, as for a MIG slice."""
     words = f" {name.replace('-', ' ')} "
     if " MIG " in words:
         return None
     return next((1e12 * peak for part, peak in PEAKS.items() if f" {part} " in words), None)
 
 
-def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
-    """FLOP of decoder and head over a prompt of that many tokens, those of its images among them, and its completions.
+def decoder_flop(config, group: Group) -> float:
+    """FLOP of a forward of decoder and head over a group; sampling its completions costs as much, prefill included.
 
-    Linear layers, causal attention, and the head over its scored rows. Backward costs twice as much in each of them, so
-    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
+    Linear layers, causal attention, and the head over the scored rows: those of the completions, or of a conversation
+    where its `loss_mask` is set. Backward costs twice as much in each of them, so shares of a step's work are shares of
+    this. `config` is a Qwen2VLConfig.
     """
-    text = config.text_config
+    text, prompt = config.text_config, len(group.prompt.input_ids)
+    lengths = [len(c) for c in group.completions]
+    scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
     width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
-    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
-    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in lengths)  # of a query and a key
+    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(lengths)) + 4 * width * pairs)
     return layers + 2 * scored * text.vocab_size * width
 
 
 def tower_flop(config, grids: Tensor) -> float:
-    """FLOP of the vision tower over images of these patches (I, 3); attention is within each image."""
+    """FLOP of the vision tower over images of `grids` (I, 3) patches; attention is within each image."""
     vision = config.vision_config
     patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -69,22 +72,12 @@ def tower_flop(config, grids: Tensor) -> float:
     return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
 
 
-def decoder_flop(config, group: Group) -> float:
-    """FLOP of a forward of decoder and head over a group; sampling its completions costs as much, prefill included.
-
-    A group without completions is a conversation, scored where its `loss_mask` is set.
-    """
-    lengths = [len(c) for c in group.completions]
-    scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
-    return forward_flop(config, len(group.prompt.input_ids), lengths, scored)
-
-
 class Sharding(NamedTuple):
-    """Who keeps what; `stage` 0 is our own data parallelism, 1 to 3 are DeepSpeed's ZeRO."""
+    """How GPUs share the training state: `stage` 0 is our own data parallelism, 1 to 3 are DeepSpeed's ZeRO."""
 
     name: str
     stage: int
-    offload: bool = False  # masters, moments and the gradients they take, to the host
+    offload: bool = False  # of masters, moments and their gradients, to the host
     lora: bool = False
 
 
@@ -95,26 +88,23 @@ class Counts(NamedTuple):
     frozen: int
     tensors: int
     largest: int  # of one trained tensor
-    small: int  # of tensors that ZeRO-3 keeps whole on every GPU
+    small: int  # in tensors so small that ZeRO-3 keeps them whole on every GPU
     decoder: int  # decoder and head
     head_trained: bool
 
 
 class Pack(NamedTuple):
-    """A packed pass: rows, rows of keys that its segments read, scored rows; elements of SDPA's masks.
+    """The shape of a packed batch."""
 
-    `plain`: torch's own ops as on a CPU, where SDPA copies its rows and a norm keeps the normalised rows too.
-    """
-
-    tokens: int
-    keys: int
-    scored: int
-    masks: int = 0
-    plain: bool = False
+    tokens: int  # rows
+    keys: int  # rows of keys that the segments read
+    scored: int  # scored rows
+    masks: int = 0  # elements of SDPA's masks
+    plain: bool = False  # torch's ops on a CPU, where SDPA copies its rows and a norm stores the normalised rows too
 
 
 def count(model: Qwen2VL, lora_rank: int = 0) -> Counts:
-    """Of a model, on the meta device perhaps, whose `requires_grad` says what is trained; or of LoRA on its layers."""
+    """Counts of a model on any device, meta included; with `lora_rank`, adapters on its linear layers are trained."""
     shapes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = [n for n, wanted in shapes if wanted]
     if lora_rank:
@@ -134,7 +124,7 @@ def count(model: Qwen2VL, lora_rank: int = 0) -> Counts:
 
 
 def state_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> dict[str, int]:
-    """Bytes that stay through a step: weights, gradients, masters and moments on the GPU; all that is on the host.
+    """Bytes held throughout a step: weights, gradients, masters and moments on the GPU, and the total on the host.
 
     Source: `trainer/engine/ddp.py`; DeepSpeed's `runtime/zero/stage_1_and_2.py`, `stage3.py` and
     `runtime/bf16_optimizer.py`.
@@ -145,9 +135,9 @@ def state_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> dict[str, 
     whole, trained = size * (c.trained + c.frozen), math.ceil(c.trained / gpus)
     if engine.stage == 0:
         masters = FP32 * c.trained if size < FP32 else 0
-        moments = 2 * FP32 * c.trained + FP32 * c.tensors  # torch keeps the number of steps tensor by tensor
+        moments = 2 * FP32 * c.trained + FP32 * c.tensors  # torch stores the number of steps for each tensor
         return {"weights": whole, "gradients": FP32 * c.trained, "masters": masters, "moments": moments, "host": 0}
-    # From stage 2 on `trainer/engine/deepspeed.py` asks for sums in fp32.
+    # From stage 2 on `trainer/engine/deepspeed.py` has gradients summed in fp32.
     gradients = size * c.trained if engine.stage == 1 else FP32 * trained
     weights = size * (math.ceil((c.trained + c.frozen) / gpus) + c.small) if engine.stage == 3 else whole
     masters = 0 if engine.stage == 3 and size == FP32 else FP32 * trained
@@ -155,31 +145,31 @@ def state_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> dict[str, 
     if engine.offload:
         host = masters + moments + FP32 * trained + (FP32 if engine.stage == 3 else size) * trained
         masters = moments = 0
-        # Stage 1 adds up on the GPU all the same; 2 hands over tensor by tensor, 3 bucket by bucket.
+        # Stage 1 accumulates on the GPU nonetheless; 2 moves one tensor at a time to the host, 3 one bucket.
         gradients = {1: gradients, 2: size * c.largest, 3: 0}[engine.stage]
     return {"weights": weights, "gradients": gradients, "masters": masters, "moments": moments, "host": host}
 
 
 def reference_bytes(c: Counts, engine: Sharding, gpus: int, size: int, beta: float) -> int:
-    """A copy of decoder and head beside a frozen tower, sharded as the policy is; LoRA takes its adapters off."""
+    """Bytes of the reference: decoder and head, sharded like the policy; with LoRA none, it is the policy itself."""
     if engine.lora or not beta:
         return 0
     return size * (math.ceil(c.decoder / gpus) if engine.stage == 3 else c.decoder)
 
 
 def cache_bytes(config, prompts: int, prompt_tokens: int, completions: int, tokens: int, size: int) -> int:
-    """`DecodeCache`: keys and values of every prompt once and of each completion's own tokens; bias and place."""
+    """Bytes of a `DecodeCache`: keys and values of every prompt once and of each completion; padding and position."""
     text = config.text_config
     kv_width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     rows = prompts * prompt_tokens + completions * tokens
-    return 2 * text.num_hidden_layers * kv_width * size * rows + FP32 * prompts * prompt_tokens + 8
+    return 2 * text.num_hidden_layers * kv_width * size * rows + prompts * prompt_tokens + 8
 
 
 def layer_bytes(text, pack: Pack, size: int, lora_rank: int = 0) -> int:
-    """What a decoder layer keeps for its backward, its input included.
+    """Bytes that a decoder layer stores for its backward, its input included.
 
-    A row: input and output of two norms, query, mixed values, gate, up, silu(gate) and their product, and in fp32 two
-    reciprocal norms and each head's log-sum-exp. A row of keys: key and value.
+    For a row: input and output of two norms, query, mixed values, gate, up, silu(gate) and their product, and in fp32
+    two reciprocal norms and each head's log-sum-exp. For a row of keys: key and value.
     """
     hidden, heads = text.hidden_size, text.num_attention_heads
     kv_width = hidden // heads * text.num_key_value_heads
@@ -188,7 +178,7 @@ def layer_bytes(text, pack: Pack, size: int, lora_rank: int = 0) -> int:
 
 
 def activation_bytes(config, pack: Pack, size: int, *, checkpointing=False, head_trained=True, lora_rank=0) -> int:
-    """What decoder and fused loss keep at the end of the forward, the gradients of hidden states and head included."""
+    """Bytes stored by decoder and fused loss after the forward, gradients of hidden states and head included."""
     text = config.text_config
     hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
     layer = layer_bytes(text, pack, size, lora_rank)
@@ -204,12 +194,10 @@ def activation_bytes(config, pack: Pack, size: int, *, checkpointing=False, head
 
 
 def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
-    """What the fused loss needs while it runs: chunks of logits and gradients, the head's gradient in fp32.
+    """Bytes that the fused loss needs while it runs: chunks of logits and gradients, the head's gradient in fp32.
 
-    Torch's twin makes gradients in the place of logits, and its backward copies the head's gradient.
+    The torch twin overwrites logits with gradients, and its backward copies the head's gradient.
     """
-    from boxgrpo.kernels.chunks import GRADIENT_BYTES, LOGIT_BYTES, MIB, chunk_rows
-
     text = config.text_config
     logits, head = pack.scored * text.vocab_size, text.hidden_size * text.vocab_size * head_trained
     if pack.plain:
@@ -220,23 +208,24 @@ def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
 
 
 def tied_bytes(config, size: int, *, head_trained: bool) -> int:
-    """At the end of a backward pass the embedding's gradient stands beside the head's, which is of the same weight."""
+    """Bytes of a tied embedding's own gradient, which a backward pass ends with beside the head's."""
     text = config.text_config
     return size * text.hidden_size * text.vocab_size if head_trained and config.tie_word_embeddings else 0
 
 
 def bucket_bytes(c: Counts, engine: Sharding, size: int) -> int:
-    """DeepSpeed's bucket of gradients and, in stage 3, the weights that it holds gathered at a time."""
+    """Bytes of DeepSpeed's bucket of gradients and, in stage 3, of the weights that are gathered at a time."""
     buckets = size * min(REDUCE_BUCKET, c.trained) if engine.stage else 0
     return buckets + (live_bytes(c, size) if engine.stage == 3 else 0)
 
 
 def live_bytes(c: Counts, size: int) -> int:
+    """Bytes of the weights that ZeRO-3 holds gathered at a time, prefetched ones included."""
     return size * min(max(MAX_LIVE, c.largest) + PREFETCH, c.trained + c.frozen)
 
 
 def step_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> int:
-    """What the optimizer's step needs: ours a flat copy of the largest gradient, ZeRO fp32 gradients of its share."""
+    """Bytes that the optimizer's step needs: ours a flat copy of the largest gradient, ZeRO's the share's in fp32."""
     if engine.stage == 0:
         return FP32 * c.largest if gpus > 1 else 0
     share = 0 if engine.offload else math.ceil(c.trained / gpus)
@@ -244,11 +233,11 @@ def step_bytes(c: Counts, engine: Sharding, gpus: int, size: int) -> int:
 
 
 def traffic(c: Counts, gpus: int, size: int, *, tokens: int, packs: int = 1, beta: float = 0.0) -> dict[str, int]:
-    """Bytes that each GPU receives in an optimizer step under ZeRO-3, of `packs` packs and completions of `tokens`.
+    """Bytes that each GPU receives in an optimizer step under ZeRO-3, by cause, with completions of `tokens` tokens.
 
-    A gather brings each GPU (N-1)/N of what is gathered; a reduce-scatter, in the weights' dtype, as much. A pack
-    gathers the decoder for the policy's forward, for its backward (a recomputed layer stays for its backward) and for
-    the reference's forward. The tower runs once, before the rollout.
+    Of N GPUs each receives (N-1)/N of what is gathered, and as much of a reduce-scatter, in the weights' dtype. Each
+    pack gathers the decoder for the policy's forward, for its backward (a recomputed layer stays gathered for it) and
+    for the reference's forward. The tower runs once, before the rollout.
     """
     others = (gpus - 1) / gpus
     decoder, tower = size * c.decoder * others, size * (c.trained + c.frozen - c.decoder) * others

@@ -64,7 +64,7 @@ def make_prompt():
     import torch
 
     from boxgrpo.model.batch import Prompt
-    from boxgrpo.model.rope import mrope_position_ids
+    from boxgrpo.model.decoder import mrope_position_ids
 
     def make(grids, words=6, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -80,6 +80,20 @@ def make_prompt():
         return Prompt(ids, mrope_position_ids(ids, grids, image_token_id=image), pixels, grids)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pack_prompt():
+    """pack_prompt(prompt): a batch of one prompt, all tokens but the first scored."""
+    import torch
+
+    from boxgrpo.model.batch import Conversation, Group, pack_groups
+
+    def pack(prompt):
+        whole = Conversation(**vars(prompt), loss_mask=torch.ones(len(prompt.input_ids), dtype=torch.bool))
+        return pack_groups([Group(whole)], image_token_id=SPECIAL_IDS["<|image_pad|>"])
+
+    return pack
 
 
 @pytest.fixture(scope="session")

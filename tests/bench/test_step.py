@@ -17,10 +17,9 @@ from boxgrpo.bench.step_bench.floors import work
 from boxgrpo.bench.step_bench.run import Plan, choose_cases, line, row, run, run_fresh
 from boxgrpo.bench.step_bench.sides import Clock, Side
 from boxgrpo.model.attention import PackedAttention
-from boxgrpo.model.batch import Group
+from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
@@ -129,7 +128,7 @@ def test_the_counted_products_are_those_of_the_model(tiny):
 
     text = model.config.text_config
     upper = 4 * text.hidden_size * text.num_hidden_layers * tokens**2 / 2
-    batch = pack_groups([Group(prompt, (), 0, embeds)], image_token_id=model.config.image_token_id)
+    batch = pack_groups([Group(prompt, (), embeds)], image_token_id=model.config.image_token_id)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model.hidden(batch, PackedAttention(batch))
     assert counted["prefill"][0] + upper == seen.get_total_flops()

@@ -13,9 +13,8 @@ from boxgrpo.bench.step_bench.run import row
 from boxgrpo.bench.step_bench.sides import engine_of, ours
 from boxgrpo.bench.step_bench.univg import Batch, completion_logps, generated, mask_of, micro_loss, rewards_of, univg_r1
 from boxgrpo.kernels import group_advantages
-from boxgrpo.model.batch import Group
+from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model, save_model
-from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer
@@ -73,7 +72,7 @@ def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, t
     advantages, weights, _ = group_advantages((accuracy + form)[None], accuracy[None], difficulty="exp")
     own = [c[:n] for c, n in zip(completions, mask.sum(1).tolist(), strict=True)]
     embeds = policy.embed_images(prompt.pixel_values, prompt.image_grid_thw)
-    group = Group(prompt, own, 0, embeds, advantages=advantages[0], weight=weights[0])
+    group = Group(prompt, own, embeds, advantages=advantages[0], weight=weights[0])
     pack = pack_groups([group], image_token_id=policy.config.image_token_id)
     pack.ref_logps = logps(before, pack, 1.0)
     ours, _ = policy(pack, loss_head(GrpoOptions(), loss_options(GrpoOptions()), pack))

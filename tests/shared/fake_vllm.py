@@ -11,8 +11,8 @@ import torch
 
 from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.generate import generate
-from boxgrpo.model.rope import mrope_position_ids
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.rollout.vllm import request_seed
 

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from boxgrpo.model.batch import Conversation, Prompt
 from boxgrpo.model.checkpoint import read_config
-from boxgrpo.model.rope import mrope_position_ids
+from boxgrpo.model.decoder import mrope_position_ids
 
 from .example import BOX_PREFIX, THINK_SUFFIX, Example, box_text, plain_text
 from .images import MIN_SIDE, load_image

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.batch import Group, PackedBatch, pack_groups, plan_packs
 from boxgrpo.model.cost import decoder_flop, tower_flop
-from boxgrpo.model.packing import pack_conversations, pack_groups, plan_packs
 from boxgrpo.trainer.engine.base import Engine, PeerOutOfMemory
 
 log = logging.getLogger(__name__)
@@ -41,17 +40,10 @@ def make_packs(config, engine: Engine, groups: Sequence[Group], budget: int, *, 
     added. Groups without completions are conversations.
     """
     device, image = engine.ranks.device, config.image_token_id
-    conversations = bool(groups) and not groups[0].completions
-    parts = groups if conversations else [part for group in groups for part in _parts(group, budget)]
+    parts = [part for group in groups for part in _parts(group, budget)]
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
     plan = plan_packs(sizes, budget, [training_cost(config, p, tower_passes=tower_passes) for p in parts])
-    packs = []
-    for chosen in plan:
-        if conversations:
-            pack = pack_conversations([parts[i].prompt for i in chosen], image_token_id=image)
-        else:
-            pack = pack_groups([parts[i] for i in chosen], image_token_id=image)
-        packs.append(pack.to(device))
+    packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
     most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
     if missing := max(most, engine.least_packs) - len(packs):
         nothing = pack_groups([], image_token_id=image)

@@ -61,7 +61,7 @@ class PrefetchedBatches:
     def _take(self) -> tuple[list[Group], int]:
         """The loader's next groups, and its position behind them."""
         samples = next(self._batches)
-        groups = [Group(s.item, group_id=i, serial=s.serial, record=s.example) for i, s in enumerate(samples)]
+        groups = [Group(s.item, serial=s.serial, record=s.example) for s in samples]
         if self.early:
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream())  # the first time, for the weights

@@ -12,11 +12,10 @@ from boxgrpo.bench.records import newest
 from boxgrpo.bench.step_bench.cases import MODELS, make_config
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder
-from boxgrpo.model.batch import Group, Prompt
+from boxgrpo.model.batch import Group, Prompt, pack_groups
 from boxgrpo.model.cost import Sharding, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
-from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer.apps.memory import MemoryOptions, engines, largest_pack, main, memory, read, report, table
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
@@ -47,11 +46,10 @@ def groups(sizes):
         Group(
             Prompt(ids(p), torch.arange(p).expand(3, -1), None, torch.zeros(0, 3, dtype=torch.int64)),
             [ids(c) for c in lengths],
-            i,
             advantages=torch.randn(len(lengths)),
             weight=torch.ones(()),
         )
-        for i, (p, lengths) in enumerate(sizes)
+        for p, lengths in sizes
     ]
 
 
@@ -110,7 +108,7 @@ class FusedNorm(torch.autograd.Function):
 def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, monkeypatch):
     """bf16 on the meta device, with the step's largest pack; only the norm is a stand-in."""
     monkeypatch.setattr(attention, "pick_backend", lambda x: "varlen")
-    monkeypatch.setattr(decoder, "rms_norm", FusedNorm.apply)
+    monkeypatch.setattr(decoder.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight, norm.eps))
     config, options = read("2B"), MemoryOptions()
     model, rank = trained(config, torch.bfloat16, "meta"), 0
     if lora:
@@ -167,7 +165,7 @@ def test_a_cache_holds_what_is_counted():
     sizes = {"num_generations": 3, "max_completion_length": 7}
     cache = prefill(trained(config), groups([(30, []), (30, [])]), eos_token_ids=[101], **sizes).cache
     tensors = [t for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair]
-    held = storages([*tensors, cache.bias, cache.at])
+    held = storages([*tensors, cache.padding, cache.at])
     assert sum(held.values()) == cache_bytes(config, 2, 30, 6, 7, 4)
 
 

@@ -10,10 +10,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from boxgrpo.model.batch import Group
+from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model, save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.model.packing import pack_groups
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
@@ -131,7 +130,7 @@ def test_transformers_reads_what_was_saved_and_says_the_same(real, photos):
         expected = theirs(
             input_ids=ids, mm_token_type_ids=(ids == 151655).int(), **images, logits_to_keep=len(completion) + 1
         ).logits[0, :-1]
-        hidden = ours(pack_groups([Group(prompt, [completion], 0)], image_token_id=151655))
+        hidden = ours(pack_groups([Group(prompt, [completion])], image_token_id=151655))
     logits = hidden @ ours.head_weight.T
     assert logits.shape == (len(completion), 151_936)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)

@@ -12,9 +12,7 @@ from transformers import Qwen2VLForConditionalGeneration
 import fake_vllm
 import runs
 from boxgrpo.kernels import token_logps
-from boxgrpo.model.batch import Conversation
 from boxgrpo.model.checkpoint import load_model, save_model
-from boxgrpo.model.packing import pack_conversations
 from boxgrpo.trainer import grpo, run, sft
 from boxgrpo.trainer.engine.lora import add_adapters, merged_weights, save_pretrained, without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
@@ -36,11 +34,9 @@ def lora_options(world, name, **changes):
 
 
 @pytest.fixture
-def pack(make_prompt):
+def pack(make_prompt, pack_prompt):
     """One prompt of two images, every token after the first scored."""
-    prompt = make_prompt([(1, 4, 6), (1, 2, 4)])
-    mask = torch.ones(len(prompt.input_ids), dtype=torch.bool)
-    return pack_conversations([Conversation(**vars(prompt), loss_mask=mask)], image_token_id=102)
+    return pack_prompt(make_prompt([(1, 4, 6), (1, 2, 4)]))
 
 
 @pytest.fixture(params=["tiny", "published"], ids=["tied", "untied"])

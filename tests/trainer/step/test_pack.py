@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from boxgrpo.model.batch import Group, Prompt
-from boxgrpo.model.packing import pack_groups
+from boxgrpo.model.batch import Group, Prompt, pack_groups
 from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -75,7 +74,7 @@ with ranks() as r:
         prompt = Prompt(ids, ids.expand(3, -1), None, torch.empty(0, 3, dtype=torch.int64))
         completions = [torch.tensor([number, g]) for g in range(2)]
         groups.append(
-            Group(prompt, completions, i, torch.full((1, 4), float(number)), torch.tensor([1.0, -1.0]) * number,
+            Group(prompt, completions, torch.full((1, 4), float(number)), torch.tensor([1.0, -1.0]) * number,
                   torch.tensor(number / 7), [torch.full((2,), -float(number))] * 2))
     mine = balance_across_ranks(groups, [1.0] * len(groups), r)
     for g in mine:
@@ -101,7 +100,7 @@ def test_groups_arrive_whole(tmp_path):
 def scored_groups(options, advantages, logps=(None, None)):
     completions = [[torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.tensor([5, 6]), torch.tensor([7, 8])]]
     groups = [
-        Group(prompt(n), completions[i], i, sampler_logps=logps[i], record=SimpleNamespace(source=f"{n} tokens"))
+        Group(prompt(n), completions[i], serial=i, sampler_logps=logps[i], record=SimpleNamespace(source=f"{n} tokens"))
         for i, n in enumerate((5, 8))
     ]
     return trained_groups(options, groups, torch.tensor(advantages), torch.tensor([0.5, 2.0]))
@@ -133,7 +132,7 @@ def test_a_groups_parts_keep_what_is_theirs(twins):
 )
 def test_groups_without_gradient_are_left_out(changes, kept):
     groups = scored_groups(GrpoOptions(**changes), [[0.0, 0.0], [1.0, -1.0]])
-    assert [g.group_id for g in groups] == kept
+    assert [g.serial for g in groups] == kept
 
 
 class Room:
