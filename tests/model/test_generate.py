@@ -6,15 +6,13 @@ import itertools
 import pytest
 import torch
 
-from boxgrpo.model.batch import Group
+from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.cache import DecodeCache
 from boxgrpo.model.generate import generate
-from boxgrpo.model.packing import pack_groups
+from special_ids import SPECIAL_IDS
 
-IMAGE, VISION = (
-    102,
-    torch.tensor([102, 103, 104, 105]),
-)  # ids of the fixtures' image pad, video pad, vision start and end
+IMAGE = SPECIAL_IDS["<|image_pad|>"]
+VISION = torch.tensor([102, 103, 104, 105])  # image pad, video pad, vision start and end
 LENGTH = 12
 
 
@@ -24,18 +22,23 @@ def model(twins):
 
 
 @pytest.fixture
-def prompts(make_prompt):
+def groups(make_prompt):
     """No image, one, and three of different sizes, with questions of different lengths."""
     grids = [[], [(1, 4, 6)], [(1, 2, 4), (1, 6, 4), (1, 4, 2)]]
-    return [make_prompt(g, words=5 + 3 * i, seed=10 + i) for i, g in enumerate(grids)]
+    prompts = [make_prompt(g, words=5 + 3 * i, seed=10 + i) for i, g in enumerate(grids)]
+    return [Group(prompt, serial=serial) for prompt, serial in zip(prompts, (7, 3, 5))]
 
 
-def sample(model, prompts, serials=None, **options):
+def sample(model, groups, **options):
     options = {"eos_token_ids": (101,), "max_completion_length": LENGTH, "forbidden": VISION} | options
-    return generate(model, prompts, prompt_ids=serials or range(len(prompts)), **options)
+    return generate(model, groups, **options)
 
 
-def transformers_greedy(theirs, prompt, eos):
+def token_ids(*args, **options):
+    return [c.tolist() for c in sample(*args, **options).completions()]
+
+
+def transformers_greedy(theirs, prompt):
     images = {}
     if len(prompt.image_grid_thw):
         images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
@@ -47,111 +50,99 @@ def transformers_greedy(theirs, prompt, eos):
         **images,
         max_new_tokens=LENGTH,
         do_sample=False,
-        eos_token_id=list(eos),
+        eos_token_id=159,  # which none of the completions contains
         pad_token_id=100,
     )
     return out[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("kind", ["tiny", "published"])
-def test_greedy_equals_transformers(twins, prompts, make_prompt, kind):
+def test_greedy_equals_transformers(twins, groups, make_prompt, kind):
     """Prompts of 0 to 6 images decoded together against each by itself; some stop at an end token."""
     sizes = [(1, 4, 6), (1, 2, 4), (1, 6, 4), (1, 4, 2), (1, 2, 2), (1, 4, 4)]
-    prompts = [*prompts, *(make_prompt(sizes[:n], words=6, seed=20 + n) for n in (2, 4, 5, 6))]
+    groups = [*groups, *(Group(make_prompt(sizes[:n], words=6, seed=20 + n)) for n in (2, 6))]
     ours, theirs = twins(kind)
-    unending = [transformers_greedy(theirs, p, eos=(159,)) for p in prompts]
-    eos = (unending[1][4], unending[2][7])  # so that at least two stop early
-    expected = [transformers_greedy(theirs, p, eos) for p in prompts]
+    whole = [transformers_greedy(theirs, group.prompt) for group in groups]
+    assert {len(tokens) for tokens in whole} == {LENGTH}
+    eos = (whole[1][4], whole[2][7])  # so that at least two stop early
+    expected = [tokens[: min((i + 1 for i, t in enumerate(tokens) if t in eos), default=LENGTH)] for tokens in whole]
     assert len({len(tokens) for tokens in expected}) > 1, "the prompts should end at different lengths"
-    rollout = sample(ours, prompts, eos_token_ids=eos, temperature=0, forbidden=None)
-    assert [c.tolist() for c in rollout.completions()] == expected
-    assert rollout.lengths.tolist() == [len(tokens) for tokens in expected]
+    samples = sample(ours, groups, eos_token_ids=eos, temperature=0, forbidden=None)
+    assert [c.tolist() for c in samples.completions()] == expected
+    assert samples.lengths.tolist() == [len(tokens) for tokens in expected]
+    assert torch.equal(sample(ours, groups, eos_token_ids=eos, top_k=1, forbidden=None).ids, samples.ids)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps_are_the_trainers(model, prompts, temperature):
-    """What sampling reports is what a forward over the packed completions gives, token by token."""
-    rollout = sample(model, prompts, num_generations=4, temperature=temperature)
-    completions = rollout.completions()
-    assert rollout.ids.dtype == torch.int64 and rollout.logps.dtype == torch.float32
-    groups = [Group(p, completions[4 * i : 4 * i + 4], i) for i, p in enumerate(prompts)]
+def test_logps_equal_the_trainers(model, groups, temperature):
+    """Sampling reports the log-probabilities of a forward over the packed completions, token by token."""
+    samples = sample(model, groups, num_generations=4, temperature=temperature)
+    completions = samples.completions()
+    assert samples.ids.dtype == torch.int64 and samples.logps.dtype == torch.float32
+    for i, group in enumerate(groups):
+        group.completions = completions[4 * i : 4 * i + 4]
     pack = pack_groups(groups, image_token_id=IMAGE)
     with torch.no_grad():
         logits = model(pack) @ model.head_weight.T / temperature
     expected = logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
-    sampled = torch.cat([row[:n] for row, n in zip(rollout.logps, rollout.lengths.tolist(), strict=True)])
+    sampled = torch.cat([row[:n] for row, n in zip(samples.logps, samples.lengths.tolist(), strict=True)])
     torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
 
 
-def test_a_sample_depends_on_its_serial_number_alone(model, prompts):
-    """Not on the batch around it, nor on how many siblings it has; a new seed or serial number draws anew."""
-
-    def completions(*args, **options):
-        return [c.tolist() for c in sample(model, *args, **options).completions()]
-
-    together = completions(prompts, [7, 3, 5], num_generations=4)
-    assert completions(prompts[::-1], [5, 3, 7], num_generations=4) == together[8:] + together[4:8] + together[:4]
-    for i, serial in enumerate([7, 3, 5]):
-        assert completions(prompts[i : i + 1], [serial], num_generations=2) == together[4 * i : 4 * i + 2]
+def test_a_sample_depends_on_its_serial_number_alone(model, groups):
+    """Not on the batch around it, nor on the number of siblings; another seed or serial number changes it."""
+    together = token_ids(model, groups, num_generations=4)
+    assert token_ids(model, groups[::-1], num_generations=4) == together[8:] + together[4:8] + together[:4]
+    for i, group in enumerate(groups):
+        assert token_ids(model, [group], num_generations=2) == together[4 * i : 4 * i + 2]
     assert len({tuple(c) for c in together[:4]}) > 1, "siblings differ"
-    other_seed = completions(prompts, [7, 3, 5], num_generations=4, seed=1)
-    other_serials = completions(prompts, [8, 4, 6], num_generations=4)
+    other_seed = token_ids(model, groups, num_generations=4, seed=1)
+    for group in groups:
+        group.serial += 1
+    other_serials = token_ids(model, groups, num_generations=4)
     assert all(a != b for other in (other_seed, other_serials) for a, b in zip(together, other, strict=True))
 
 
-def test_forbidden_ids_never_come(model, prompts):
-    """Half of the vocabulary is refused, each prompt's likeliest tokens with it."""
-    favourites = sample(model, prompts, temperature=0).ids.unique()
+def test_forbidden_ids_are_never_sampled(model, groups):
+    """Half of the vocabulary is forbidden, each prompt's likeliest tokens with it."""
+    favourites = sample(model, groups, temperature=0).ids.unique()
     forbidden = torch.cat((favourites, torch.arange(0, 160, 2))).unique()
     for options in ({"temperature": 0}, {"num_generations": 8, "temperature": 2.0}):
-        drawn = sample(model, prompts, forbidden=forbidden, **options).ids
+        drawn = sample(model, groups, forbidden=forbidden, **options).ids
         assert not torch.isin(drawn, forbidden).any()
 
 
-def test_top_k_of_one_is_greedy(model, prompts):
-    greedy = sample(model, prompts, temperature=0)
-    assert torch.equal(sample(model, prompts, top_k=1).ids, greedy.ids)
-    assert torch.equal(sample(model, prompts, top_p=1e-6).ids, greedy.ids)
-
-
-def test_lengths_and_ends(model, prompts):
+def test_lengths_and_ends(model, groups):
     """A completion ends with its first end token, or has none and the full length."""
     eos = set(range(40))  # a quarter of the vocabulary
-    rollout = sample(model, prompts, num_generations=8, temperature=2.0, eos_token_ids=sorted(eos))
-    completions = rollout.completions()
+    completions = token_ids(model, groups, num_generations=8, temperature=2.0, eos_token_ids=sorted(eos))
     assert len(completions) == 24
     for completion in completions:
-        ends = [i for i, token in enumerate(completion.tolist()) if token in eos]
+        ends = [i for i, token in enumerate(completion) if token in eos]
         assert ends == [len(completion) - 1] if ends else len(completion) == LENGTH
     assert any(len(c) < LENGTH for c in completions)
-    first = int(completions[0][0])
-    ended = sample(model, prompts[:1], temperature=2.0, eos_token_ids=(first,))
+    first = completions[0][0]
+    ended = sample(model, groups[:1], temperature=2.0, eos_token_ids=(first,))
     assert ended.ids.tolist() == [[first]] and ended.lengths.tolist() == [1], "decoding stops when all have ended"
 
 
-def test_embeddings_in_place_of_pixels(model, prompts):
-    """With the frozen tower's output at hand the tower does not run."""
-    expected = sample(model, prompts)
-    embeds = [None if p.pixel_values is None else model.embed_images(p.pixel_values, p.image_grid_thw) for p in prompts]
-
-    def refuse(*args):
-        raise AssertionError("the tower ran")
-
-    hook = model.visual.register_forward_pre_hook(refuse)
+def test_embeddings_in_place_of_pixels(model, groups, monkeypatch):
+    """Where the groups have the frozen tower's output, the tower does not run."""
+    expected = sample(model, groups)
+    for group in groups[1:]:
+        group.image_embeds = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
     model.freeze_vision()
     try:
-        rollout = sample(model, prompts, image_embeds=embeds)
+        monkeypatch.setattr(model.visual, "forward", None)
+        samples = sample(model, groups)
     finally:
-        hook.remove()
         model.freeze_vision(False)
-    assert torch.equal(rollout.ids, expected.ids)
-    torch.testing.assert_close(rollout.logps, expected.logps, rtol=0, atol=1e-5)
+    assert torch.equal(samples.ids, expected.ids)
+    torch.testing.assert_close(samples.logps, expected.logps, rtol=0, atol=1e-5)
 
 
-def test_refused(model, prompts):
-    with pytest.raises(ValueError, match="3 prompts and 2 prompt_ids"):
-        sample(model, prompts, [1, 2])
-    with pytest.raises(ValueError, match="0 prompts and 0 prompt_ids"):
+def test_no_prompts_are_refused(model):
+    with pytest.raises(ValueError, match="there are 0 prompts to sample from; at least 1 is needed"):
         sample(model, [])
 
 
@@ -169,41 +160,32 @@ def dropped(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_stragglers_do_not_carry_the_others(model, prompts, dropped, monkeypatch, static):
-    """Rows leave in steps, prompts with them; what the others sample stays the same to the token."""
-    monkeypatch.setattr("boxgrpo.model.generate.is_static", lambda device: static)
+def test_dropping_ended_rows_changes_no_token(model, groups, dropped, monkeypatch):
+    """With the attention that grows, and with the masked one of full width, which a CUDA graph can record."""
     options = {"num_generations": 6, "temperature": 1.5, "eos_token_ids": tuple(range(30)), "max_completion_length": 40}
     monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0)
-    whole = sample(model, prompts, **options)
+    whole = sample(model, groups, **options)
     assert not dropped
-    monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0.75)
-    found = sample(model, prompts, **options)
-    rows = [n for n, *_ in dropped]
-    assert len(rows) > 2 and all(b <= 0.75 * a for a, b in itertools.pairwise([18, *rows])), "each time fewer rows"
-    assert dropped[-1][1] < 3 and {full for *_, full in dropped} == {True, False}
-    assert torch.equal(found.lengths, whole.lengths)
-    for a, b, length in zip(found.logps, whole.logps, found.lengths.tolist(), strict=True):
-        torch.testing.assert_close(a[:length], b[:length], rtol=0, atol=1e-5)
-    assert [c.tolist() for c in found.completions()] == [c.tolist() for c in whole.completions()]
-
-
-def test_steps_that_are_all_alike_sample_the_same(model, prompts, monkeypatch):
-    """The masked, full-width attention that a CUDA graph can record, beside the one that grows."""
-    plain = sample(model, prompts, num_generations=4)
-    monkeypatch.setattr("boxgrpo.model.generate.is_static", lambda device: True)
-    static = sample(model, prompts, num_generations=4)
-    assert torch.equal(static.ids, plain.ids) and torch.equal(static.lengths, plain.lengths)
-    torch.testing.assert_close(static.logps, plain.logps, rtol=0, atol=1e-5)
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr("boxgrpo.model.generate.STATIC_DEVICES", devices)
+        monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0.75)
+        found = sample(model, groups, **options)
+        rows = [n for n, *_ in dropped]
+        assert len(rows) > 2 and all(b <= 0.75 * a for a, b in itertools.pairwise([18, *rows])), "fewer rows each time"
+        assert dropped[-1][1] < 3 and {full for *_, full in dropped} == {True, False}
+        assert torch.equal(found.lengths, whole.lengths)
+        for a, b, length in zip(found.logps, whole.logps, found.lengths.tolist(), strict=True):
+            torch.testing.assert_close(a[:length], b[:length], rtol=0, atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(found.completions(), whole.completions(), strict=True))
+        dropped.clear()
 
 
 @pytest.mark.gpu
-def test_a_recorded_step_samples_what_a_plain_one_does(model, prompts, monkeypatch):
+def test_a_recorded_step_samples_as_a_plain_one(model, groups, monkeypatch):
     """The CUDA graph of a step, replayed, and recorded anew when rows have left."""
     model = copy.deepcopy(model).to("cuda")
     options = {"num_generations": 8, "temperature": 1.5, "eos_token_ids": tuple(range(8)), "max_completion_length": 80}
     options["forbidden"] = VISION.to("cuda")
-    recorded = sample(model, prompts, **options)
-    monkeypatch.setattr("boxgrpo.model.generate.is_static", lambda device: False)
-    plain = sample(model, prompts, **options)
-    assert [c.tolist() for c in recorded.completions()] == [c.tolist() for c in plain.completions()]
+    recorded = token_ids(model, groups, **options)
+    monkeypatch.setattr("boxgrpo.model.generate.STATIC_DEVICES", ())
+    assert recorded == token_ids(model, groups, **options)

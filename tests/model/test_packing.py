@@ -1,15 +1,15 @@
-"""Packing is exact: a prompt shared by its completions gives what whole sequences give, and nothing leaks."""
+"""Packing is exact: a shared prompt gives the results of whole sequences, and no completion affects another."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.model.batch import Conversation, Group, Prompt
-from boxgrpo.model.cost import forward_flop, tower_flop
-from boxgrpo.model.packing import pack_conversations, pack_groups, plan_packs
+from boxgrpo.model.batch import Conversation, Group, Prompt, pack_groups, plan_packs
+from boxgrpo.model.cost import decoder_flop, tower_flop
+from special_ids import SPECIAL_IDS
 
-IMAGE = 102  # <|image_pad|> of the fixtures
+IMAGE = SPECIAL_IDS["<|image_pad|>"]
 
 
 def scored_logps(model, pack):
@@ -25,17 +25,17 @@ def whole_logps(logits, ids, count):
 
 @pytest.fixture
 def groups(make_prompt):
-    """Two prompts with other images; three completions, one of a single token, and a lone one."""
+    """Two prompts with different images; three completions, one of a single token, and a lone one."""
     completions = [torch.tensor(c) for c in ([9, 8, 7, 101], [101], [3, 4, 4, 4, 5, 101])]
     return [
-        Group(make_prompt([(1, 4, 8), (1, 6, 4), (1, 2, 2)], seed=1), completions, 0),
-        Group(make_prompt([(1, 2, 6)], seed=2), [torch.tensor([11, 12, 101])], 1),
+        Group(make_prompt([(1, 4, 8), (1, 6, 4), (1, 2, 2)], seed=1), completions),
+        Group(make_prompt([(1, 2, 6)], seed=2), [torch.tensor([11, 12, 101])]),
     ]
 
 
 @pytest.fixture
 def model(twins):
-    """The tiny one, free of gradients before and after; its tower is trained unless a test freezes it."""
+    """The tiny model, without gradients before and after; its tower is trained unless a test freezes it."""
     ours, _ = twins("tiny")
     ours.zero_grad()
     yield ours
@@ -47,24 +47,22 @@ def model(twins):
 def test_layout():
     """Every field of a pack, laid out by hand: two prompts of 2 and 3 tokens, completions of 2, 1 and 2."""
     no_images = torch.empty(0, 3, dtype=torch.int64)
-    first = Prompt(torch.tensor([10, 11]), torch.tensor([[0, 5]] * 3), None, no_images)  # goes on from 6
+    first = Prompt(torch.tensor([10, 11]), torch.tensor([[0, 5]] * 3), None, no_images)  # completions start at 6
     second = Prompt(torch.tensor([20, 21, 22]), torch.arange(3).expand(3, -1), None, no_images)
     a, b, c = torch.tensor([30, 31]), torch.tensor([40]), torch.tensor([50, 51])
-    pack = pack_groups([Group(first, [a, b], 7), Group(second, [c], 9)], image_token_id=IMAGE)
+    pack = pack_groups([Group(first, [a, b]), Group(second, [c])], image_token_id=IMAGE)
     assert pack.input_ids.tolist() == [10, 11, 30, 31, 40, 20, 21, 22, 50, 51]
     assert pack.position_ids.tolist() == [[0, 5, 6, 7, 6, 0, 1, 2, 3, 4]] * 3
     assert pack.cu_seqlens.tolist() == [0, 2, 4, 5, 8, 10]
-    assert pack.parent.tolist() == [-1, 0, 0, -1, 3]
     assert pack.kv_index.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 5, 6, 7, 8, 9]
     assert pack.cu_seqlens_k.tolist() == [0, 2, 6, 9, 12, 17]
     assert (pack.max_q, pack.max_k) == (3, 5)
     assert pack.predict_from.tolist() == [1, 2, 1, 7, 8]  # the first prompt's last row stands twice
     assert pack.targets.tolist() == [30, 31, 40, 50, 51]
     assert pack.completion_cu.tolist() == [0, 2, 3, 5]
-    assert pack.group_ids.tolist() == [7, 7, 9]
     assert pack.spans == ((0, 2, 0, 0), (2, 2, 0, 2), (4, 1, 0, 2), (5, 3, 0, 0), (8, 2, 5, 3))
-    int32 = {"cu_seqlens", "parent", "cu_seqlens_k", "completion_cu"}
-    int64 = {"input_ids", "position_ids", "kv_index", "predict_from", "targets", "group_ids", "image_rows"}
+    int32 = {"cu_seqlens", "cu_seqlens_k", "completion_cu"}
+    int64 = {"input_ids", "position_ids", "kv_index", "predict_from", "targets", "image_rows"}
     assert {getattr(pack, name).dtype for name in int32} == {torch.int32}
     assert {getattr(pack, name).dtype for name in int64} == {torch.int64}
     moved = pack.to("meta")
@@ -106,55 +104,46 @@ def test_shared_prompt_equals_whole_sequences(model, twins, hf_logits, groups, f
 
 
 def test_gradient_reaches_prompt_and_own_rows_only(model, groups):
-    """A completion's log-probabilities depend on its prompt and itself, on no sibling and no other group: exactly."""
+    """A completion's log-probabilities depend on exactly its prompt and itself, on no sibling and no other group."""
     embedded = []
     hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out))
     pack = pack_groups(groups, image_token_id=IMAGE)
     logps = scored_logps(model, pack)
     hook.remove()
-    bounds, rows = pack.completion_cu.tolist(), pack.cu_seqlens.tolist()
-    segments = [s for s, parent in enumerate(pack.parent.tolist()) if parent >= 0]
-    for completion, segment in enumerate(segments):
-        own = logps[bounds[completion] : bounds[completion + 1]].sum()
-        (grad,) = torch.autograd.grad(own, embedded[0], retain_graph=True)
+    completions = [span for span in pack.spans if span[3]]
+    for own, (row, length, start, count) in zip(logps.split(pack.completion_cu.diff().tolist()), completions):
+        (grad,) = torch.autograd.grad(own.sum(), embedded[0], retain_graph=True)
         reached = set(grad.abs().sum(1).nonzero()[:, 0].tolist())
-        parent = int(pack.parent[segment])
         # the last token predicts nothing, and an image's row takes the tower's output
-        prompt_rows = set(range(rows[parent], rows[parent + 1])) - set(pack.image_rows.tolist())
-        assert reached == prompt_rows | set(range(rows[segment], rows[segment + 1] - 1))
+        prompt_rows = set(range(start, start + count)) - set(pack.image_rows.tolist())
+        assert reached == prompt_rows | set(range(row, row + length - 1))
 
 
-def test_changing_one_completion_leaves_the_others_alone(model, groups):
-    def by_completion():
+def test_changing_one_completion_or_the_order_leaves_the_others_alone(model, groups):
+    def by_completion(groups):
         with torch.no_grad():
             pack = pack_groups(groups, image_token_id=IMAGE)
             return scored_logps(model, pack).split(pack.completion_cu.diff().tolist())
 
-    before = by_completion()
+    before = by_completion(groups)
+    for a, b in zip(by_completion(groups[::-1]), (before[3], *before[:3]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     groups[0].completions[2] = torch.tensor([60, 61, 62, 63, 64, 65])  # as long: the same arithmetic, bit for bit
-    after = by_completion()
+    after = by_completion(groups)
     assert not torch.equal(after[2], before[2])
     assert all(torch.equal(after[i], before[i]) for i in (0, 1, 3))
 
     groups[0].completions[2] = torch.tensor([60])  # shorter: other matrix shapes, so equal up to rounding
     groups[1].prompt.pixel_values = groups[1].prompt.pixel_values * 2
-    after = by_completion()
-    assert not torch.allclose(after[3], before[3], atol=1e-4), "the second group's own image matters to it"
+    after = by_completion(groups)
+    assert not torch.allclose(after[3], before[3], atol=1e-4), "the second group's own image affects it"
     for i in (0, 1):
         torch.testing.assert_close(after[i], before[i], rtol=0, atol=1e-5)
 
 
-def test_order_of_groups_is_free(model, groups):
-    with torch.no_grad():
-        forth = scored_logps(model, pack_groups(groups, image_token_id=IMAGE))
-        back = scored_logps(model, pack_groups(groups[::-1], image_token_id=IMAGE))
-    count = len(groups[1].completions[0])
-    torch.testing.assert_close(back, forth.roll(count), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
 def test_empty_pack(model, frozen):
-    """What a rank without work runs: nothing comes out, and each trained parameter gets a gradient of zeros."""
+    """For a rank without work: no hidden states, and each trained parameter gets a gradient of zeros."""
     model.freeze_vision(frozen)
     pack = pack_groups([], image_token_id=IMAGE)
     hidden = model(pack)
@@ -207,9 +196,9 @@ def test_conversations(model, twins, hf_logits, make_prompt):
         mask = torch.zeros(len(prompt.input_ids), dtype=torch.bool)
         mask[[len(mask) - 10 + word for word in words]] = True
         examples.append(Conversation(**vars(prompt), loss_mask=mask))
-    pack = pack_conversations(examples, image_token_id=IMAGE)
+    pack = pack_groups([Group(example) for example in examples], image_token_id=IMAGE)
     assert pack.completion_cu.tolist() == [0, 0, 3, 4]
-    assert pack.group_ids is None and pack.parent.tolist() == [-1, -1, -1]
+    assert {span[2:] for span in pack.spans} == {(0, 0)} and pack.advantages is None
     expected = []
     with torch.no_grad():
         logps = scored_logps(model, pack)
@@ -220,18 +209,18 @@ def test_conversations(model, twins, hf_logits, make_prompt):
 
 
 def test_plan_packs():
-    costs = [5, 9, 3, 30, 1, 6, 9]
-    packs = plan_packs(costs, budget=10)
-    assert sorted(i for pack in packs for i in pack) == list(range(len(costs))), "each item once"
+    sizes = [5, 9, 3, 30, 1, 6, 9]
+    packs = plan_packs(sizes, budget=10)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(sizes))), "each item once"
     assert [3] in packs, "one above the budget is alone"
-    assert all(sum(costs[i] for i in pack) <= 10 for pack in packs if pack != [3])
+    assert all(sum(sizes[i] for i in pack) <= 10 for pack in packs if pack != [3])
     assert len(packs) == 5, "33 units need four packs of 10, and the large one its own"
     assert plan_packs([], budget=10) == []
-    assert plan_packs([2, 2, 2], budget=4) == [[0, 1], [2]], "equal costs keep their order, on every rank"
+    assert plan_packs([2, 2, 2], budget=4) == [[0, 1], [2]], "equal sizes keep their order, on every rank"
 
 
-def test_packs_of_like_cost():
-    """As many packs as without costs, none above the budget, and no pack twice as dear as another."""
+def test_packs_of_similar_cost():
+    """As many packs as without costs, none above the budget, and no pack twice as costly as another."""
     sizes = [100, 60, 50, 40, 30, 10, 5, 5]
     costs = [s**2 for s in sizes]
     plain, balanced = plan_packs(sizes, 160), plan_packs(sizes, 160, costs)
@@ -240,21 +229,20 @@ def test_packs_of_like_cost():
     assert all(sum(sizes[i] for i in pack) <= 160 for pack in balanced)
     spread = [[sum(costs[i] for i in pack) for pack in plan] for plan in (plain, balanced)]
     assert max(spread[1]) < max(spread[0]) and max(spread[1]) < 2 * min(spread[1])
-    tight = [6, 5, 5, 4]  # by cost the first two would share a pack with neither having room for the last
+    tight = [6, 5, 5, 4]  # by cost the first two would share a pack, and neither pack has room for the last
     assert plan_packs(tight, 10, [1, 9, 8, 7]) == plan_packs(tight, 10)
 
 
-def test_forward_flop_is_what_torch_counts(twins, make_prompt):
+def test_flop_formulas_equal_torchs_count(twins, make_prompt):
     """Tower, decoder and head; torch counts causal attention as the full square that plain products compute."""
     model = twins("tiny")[0]
-    prompt = make_prompt([(1, 4, 8), (1, 6, 4)], seed=1)
-    length, width, layers = len(prompt.input_ids), 64, model.config.text_config.num_hidden_layers
-    pack = pack_groups([Group(prompt, [torch.tensor([5, 6, 7])])], image_token_id=IMAGE)
+    group = Group(make_prompt([(1, 4, 8), (1, 6, 4)], seed=1), [torch.tensor([5, 6, 7])])
+    prompt, length = group.prompt, len(group.prompt.input_ids)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
-        model(pack, lambda h, w: h @ w.T)
-    masked = 4 * width * layers * (length * length / 2 + 3 * 3 / 2)
+        model(pack_groups([group], image_token_id=IMAGE), lambda h, w: h @ w.T)
+    masked = 4 * 64 * model.config.text_config.num_hidden_layers * (length * length / 2 + 3 * 3 / 2)
     tower = tower_flop(model.config, prompt.image_grid_thw)
-    assert forward_flop(model.config, length, [3], 3) + tower + masked == seen.get_total_flops()
+    assert decoder_flop(model.config, group) + tower + masked == seen.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
     assert tower == seen.get_total_flops()
