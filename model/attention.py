@@ -42,15 +42,11 @@ class PackedAttention:
         if not self.batch.spans:  # no rows, but every projection stays in the graph: its gradient is zero, not missing
             return q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         backend = pick_backend(q) if self.backend == "auto" else self.backend
-        if backend == "sdpa":
-            return self._padded(q, k, v)
-        b = self.batch
-        k, v = k.index_select(0, b.kv_index), v.index_select(0, b.kv_index)
-        return varlen(q, k, v, b.cu_seqlens, b.cu_seqlens_k, b.max_q, b.max_k, causal=True, backend=backend)
-
-    def _padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One SDPA call for each bucket of segments of similar lengths."""
-        if self.buckets is None:
+        if backend != "sdpa":
+            b = self.batch
+            k, v = k.index_select(0, b.kv_index), v.index_select(0, b.kv_index)
+            return varlen(q, k, v, b.cu_seqlens, b.cu_seqlens_k, b.max_q, b.max_k, causal=True, backend=backend)
+        if self.buckets is None:  # one SDPA call for each bucket of segments of similar lengths
             self.buckets = make_buckets(self.batch.spans, q.device)
         buckets, place = self.buckets
         mixed = []

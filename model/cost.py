@@ -6,6 +6,7 @@ The byte formulas of our own code are tested against it; those of DeepSpeed foll
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,21 +44,28 @@ def published_peak(name: str) -> float | None:
     return next((1e12 * peak for part, peak in PEAKS.items() if f" {part} " in words), None)
 
 
+def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
+    """FLOP of decoder and head over a prompt of so many tokens, image tokens included, and its completions' tokens.
+
+    Linear layers, causal attention, and the head over `scored` rows. Backward costs twice as much in each of them, so
+    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
+    """
+    text = config.text_config
+    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
+    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
+    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+    return layers + 2 * scored * text.vocab_size * width
+
+
 def decoder_flop(config, group: Group) -> float:
     """FLOP of a forward of decoder and head over a group; sampling its completions costs as much, prefill included.
 
-    Linear layers, causal attention, and the head over the scored rows: those of the completions, or of a conversation
-    where its `loss_mask` is set. Backward costs twice as much in each of them, so shares of a step's work are shares of
-    this. `config` is a Qwen2VLConfig.
+    A group without completions is a conversation, scored where its `loss_mask` is set.
     """
-    text, prompt = config.text_config, len(group.prompt.input_ids)
     lengths = [len(c) for c in group.completions]
     scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
-    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
-    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in lengths)  # of a query and a key
-    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(lengths)) + 4 * width * pairs)
-    return layers + 2 * scored * text.vocab_size * width
+    return forward_flop(config, len(group.prompt.input_ids), lengths, scored)
 
 
 def tower_flop(config, grids: Tensor) -> float:
