@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .boxes_torch import box_iou_torch
 from .checks import FLOATS, accumulation_dtype, check_tensor
 from .dispatch import compiled_op, register_compiled
 
@@ -34,6 +33,23 @@ def box_iou(
     if dtype == torch.float64 and backend == "auto":
         backend = "torch"
     return compiled_op("box_iou", backend, a)(a.to(dtype), b.to(dtype), pairwise, generalized)
+
+
+def box_iou_torch(a: Tensor, b: Tensor, pairwise: bool = False, generalized: bool = False) -> Tensor:
+    """IoU, or GIoU, of boxes (n, 4) and (m, 4): (n), or (n, m) if `pairwise`."""
+    dtype = accumulation_dtype(a, b)
+    a, b = a.double(), b.double()
+    if pairwise:
+        a, b = a[:, None], b[None]
+    size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = size_a.prod(-1) + size_b.prod(-1) - overlap
+    proper = (size_a > 0).all(-1) & (size_b > 0).all(-1) & union.isfinite()
+    iou = torch.where(proper, overlap / union, 0).clamp(max=1)
+    if not generalized:
+        return iou.to(dtype)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    return torch.where(proper, iou - ((hull - union) / hull).clamp(min=0), -1).to(dtype)
 
 
 def _fake(a: Tensor, b: Tensor, pairwise: bool, generalized: bool) -> Tensor:

@@ -87,7 +87,13 @@ class LossOptions(NamedTuple):
         if self.beta < 0:
             raise ValueError(f"beta is {self.beta}; it must not be negative.")
         if self.loss_type == "cispo":
-            return self._checked_cispo()
+            if self.epsilon_high is None or self.epsilon_high <= 0:
+                raise ValueError(
+                    f"epsilon_high is {self.epsilon_high}; 'cispo' needs a positive bound of the ratio. Pass, say, 5.0."
+                )
+            if self.delta is not None:
+                raise ValueError(f"delta is {self.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
+            return self
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon is {self.epsilon}; it must lie between 0 and 1.")
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -99,15 +105,6 @@ class LossOptions(NamedTuple):
                 "Raise delta."
             )
         return self._replace(epsilon_high=high)
-
-    def _checked_cispo(self) -> Self:
-        if self.epsilon_high is None or self.epsilon_high <= 0:
-            raise ValueError(
-                f"epsilon_high is {self.epsilon_high}; 'cispo' needs a positive bound of the ratio. Pass 5.0, say."
-            )
-        if self.delta is not None:
-            raise ValueError(f"delta is {self.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
-        return self
 
 
 # The fields above, in their order; the ops take them flat.

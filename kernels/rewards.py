@@ -126,14 +126,8 @@ def _formats(answer_format: str | Tensor, gold: Tensor) -> Tensor:
 
 def _fake(*args: Tensor) -> tuple[Tensor, ...]:
     gold = args[-2]
-    n = gold.shape[0]
-    return (
-        gold.new_empty(n),
-        gold.new_empty(n),
-        gold.new_empty(n, 4),
-        gold.new_empty(n, dtype=torch.bool),
-        gold.new_empty(n, 4, dtype=torch.int32),
-    )
+    shapes = ((), torch.float32), ((), torch.float32), ((4,), torch.float32), ((), torch.bool), ((4,), torch.int32)
+    return tuple(gold.new_empty(gold.shape[0], *shape, dtype=dtype) for shape, dtype in shapes)
 
 
 _RESULTS = "(Tensor accuracy, Tensor format, Tensor boxes, Tensor found, Tensor spans)"

@@ -5,17 +5,11 @@ import re
 import torch
 from torch import Tensor
 
-from .boxes_torch import box_iou_torch
+from .boxes import box_iou_torch
 from .vocabulary import EOS, MARK, unpacked
 
-FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
-ANSWER_FORMATS = {  # codes of an `answer_format` tensor
-    "think": FORMAT_THINK,
-    "box": FORMAT_BOX,
-    "marked": FORMAT_MARKED,
-    "list": FORMAT_LIST,
-    "fractions": FORMAT_FRACTIONS,
-}
+FORMATS = FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
+ANSWER_FORMATS = dict(zip(("think", "box", "marked", "list", "fractions"), FORMATS))  # codes of `answer_format`
 COORDINATE_LIMIT = 2**31 - 1  # larger numbers saturate here
 
 _BOX = rb"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
@@ -33,9 +27,10 @@ def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats
     raw, bounds, codes = text.cpu().numpy().tobytes(), offsets.tolist(), formats.tolist()
     if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(raw):
         raise IndexError(f"offsets must not fall and must stay inside the {len(raw)} bytes of the text.")
-    if unknown := set(codes) - set(ANSWER_FORMATS.values()):
-        last = max(ANSWER_FORMATS.values())
-        raise ValueError(f"answer_format holds the code {unknown.pop()}; codes are 0 to {last}, see ANSWER_FORMATS.")
+    if unknown := set(codes) - set(FORMATS):
+        raise ValueError(
+            f"answer_format holds the code {unknown.pop()}; codes are 0 to {FORMATS[-1]}, see ANSWER_FORMATS."
+        )
     parsed = [_parse(raw[start:end], code) for start, end, code in zip(bounds, bounds[1:], codes, strict=False)]
     boxes, found, well_formed, spans = zip(*parsed, strict=True) if parsed else ((), (), (), ())
     boxes = torch.tensor(boxes, dtype=torch.float32, device=gold.device).view(-1, 4)

@@ -139,25 +139,24 @@ def row_keys(seed: int, *counters: Tensor) -> Tensor:
     """(n) int64 hash of the seed and the row's counters (n) int64."""
     key = torch.full_like(counters[0], first_key(seed))
     for counter in counters:
-        key = key ^ counter
-        for shift, factor in zip((30, 27), MIX64, strict=True):
-            key = (key ^ _shifted(key, shift, 64)) * _signed(factor, 64)
-        key = key ^ _shifted(key, 31, 64)
+        key = _mix64(key ^ counter)
     return key
 
 
 def first_key(seed: int) -> int:
     """mix64(seed + GOLDEN), signed."""
-    mask = (1 << 64) - 1
-    x = (seed + GOLDEN) & mask
+    return _mix64(torch.tensor(_signed(seed + GOLDEN, 64))).item()
+
+
+def _mix64(x: Tensor) -> Tensor:
     for shift, factor in zip((30, 27), MIX64, strict=True):
-        x = (x ^ (x >> shift)) * factor & mask
-    return _signed(x ^ (x >> 31), 64)
+        x = (x ^ _shifted(x, shift)) * _signed(factor, 64)
+    return x ^ _shifted(x, 31)
 
 
 def noise_bits(keys: Tensor, entries: Tensor) -> Tensor:
     """(n) int64 row keys, (1 or n, k) int32 vocabulary entries -> (n, k) int32 hash; products wrap at 32 bits."""
-    low, high = (_wrapped(half).unsqueeze(1) for half in (keys & 0xFFFFFFFF, _shifted(keys, 32, 64)))
+    low, high = keys.contiguous().view(torch.int32).view(-1, 2, 1).unbind(1)
     x = entries * _signed(ODD, 32) + low
     scratch = torch.empty_like(x)
 
@@ -181,14 +180,9 @@ def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def _shifted(x: Tensor, shift: int, bits: int) -> Tensor:
-    """Logical right shift: torch's keeps the sign."""
-    return (x >> shift) & ((1 << (bits - shift)) - 1)
-
-
-def _wrapped(x: Tensor) -> Tensor:
-    """(n) int64 in [0, 2^32) -> int32 of the same bits."""
-    return torch.where(x >= 1 << 31, x - (1 << 32), x).int()
+def _shifted(x: Tensor, shift: int) -> Tensor:
+    """Logical right shift of int64: torch's copies the sign."""
+    return (x >> shift) & ((1 << (64 - shift)) - 1)
 
 
 def _signed(value: int, bits: int) -> int:

@@ -164,15 +164,14 @@ def sample_kernel(
         second = tl.argmax(tl.where(group == best, float("-inf"), scores), 0)
         peak64 = peak.to(tl.float64)
         inverse64 = tl.full((), 0.0, tl.float64) + inverse_temperature
-        score, token = _exact_group(
-            row_ptr, best, column_stride, vocabulary, peak64, inverse64, floor, forbidden, low, high,
-            GROUPS * WIDTH, WIDTH, ENTRIES,
-        )  # fmt: skip
-        other_score, other_token = _exact_group(
-            row_ptr, second, column_stride, vocabulary, peak64, inverse64, floor, forbidden, low, high,
-            GROUPS * WIDTH, WIDTH, ENTRIES,
-        )  # fmt: skip
-        token = tl.where(other_score > score, other_token, token)
+        best_score, token = tl.full((), float("-inf"), tl.float64), best
+        for i in tl.static_range(2):
+            score, candidate = _exact_group(
+                row_ptr, second if i else best, column_stride, vocabulary, peak64, inverse64, floor, forbidden,
+                low, high, GROUPS * WIDTH, WIDTH, ENTRIES,
+            )  # fmt: skip
+            token = tl.where((score > best_score) | (i == 0), candidate, token)
+            best_score = score
     token = tl.minimum(token, vocabulary - 1)  # of a row of NaN
     tl.store(tokens + row, token)
     chosen = floored(tl.load(row_ptr + token.to(tl.int64) * column_stride).to(tl.float32), floor)

@@ -52,17 +52,6 @@ class VocabularyBytes(NamedTuple):
         data = torch.frombuffer(bytearray(b"".join(tokens)) or bytearray(1), dtype=torch.uint8)
         return cls(data, entries).to(device)
 
-    @property
-    def offsets(self) -> Tensor:
-        """(V+1) int64: token id t has the bytes data[offsets[t] : offsets[t + 1]]."""
-        sizes = unpacked(self.entries)[1]
-        return torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
-
-    @property
-    def eos(self) -> Tensor:
-        """(V) bool, ids that end a completion."""
-        return unpacked(self.entries)[2] == EOS
-
     def to(self, device: torch.device | str) -> Self:
         return VocabularyBytes(*(tensor.to(device) for tensor in self))
 

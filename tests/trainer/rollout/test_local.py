@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from boxgrpo.kernels import group_advantages
+from boxgrpo.kernels.vocabulary import EOS, unpacked
 from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import prefill
@@ -163,11 +164,12 @@ def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, 
 def test_completions_end_where_the_tokenizer_says(vocabulary, processor):
     """Qwen's generation_config is never asked: it is not even there."""
     assert processor.tokenizer.convert_ids_to_tokens(list(vocabulary.eos_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
-    assert vocabulary.bytes.eos.nonzero()[:, 0].tolist() == sorted(vocabulary.eos_token_ids)
+    roles = unpacked(vocabulary.bytes.entries)[2]
+    assert (roles == EOS).nonzero()[:, 0].tolist() == sorted(vocabulary.eos_token_ids)
 
 
 def test_the_reward_reads_every_id_the_head_can_give(vocabulary, model):
-    assert len(vocabulary.bytes.offsets) == model.config.text_config.vocab_size + 1
+    assert len(vocabulary.bytes.entries) == model.config.text_config.vocab_size
 
 
 def test_a_restart_begins_its_own_file_anew_and_no_other(vocabulary, tmp_path):
