@@ -54,7 +54,7 @@ def build(o: Namespace, ceilings: dict, keep: Keep) -> dict:
     """The box parser, compiled in place. Raises ValueError where it does not serve the device afterwards."""
     done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"])
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    check = f"import boxgrpo.kernels; assert ('box_iou', {kind!r}) in boxgrpo.kernels.extension._COMPILED"
+    check = f"import boxgrpo.kernels; assert boxgrpo.kernels.dispatch.is_compiled({kind!r})"
     if done.returncode or subprocess.run([sys.executable, "-P", "-c", check]).returncode:  # it was not loaded here
         raise ValueError(f"csrc/ was not compiled for {kind}; the compiler's message stands above.")
     return {}

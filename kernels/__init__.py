@@ -2,9 +2,9 @@
 
 An op x has three modules: x.py with its public function and registration, x_torch.py with its torch twin, `<op>_torch`,
 and x_triton.py. The twin is the CPU path, the truth of the tests and the baseline of the benchmarks. Each public
-function takes `backend` = "auto" | "triton" | "torch". The rewards and `box_iou` run csrc/, which is compiled, in
-Triton's place, on a CPU too: their backend is "auto" | "extension" | "torch". The ops beneath are functional custom ops
-under `torch.ops.boxgrpo`, which torch.compile takes as they are.
+function takes `backend` = "auto" | "triton" | "torch". The rewards and `box_iou` are computed by csrc/, which is
+compiled, on a CPU too: their backend is "auto" | "extension" | "torch", and their twins are in the same module. The ops
+beneath are functional custom ops under `torch.ops.boxgrpo`, which torch.compile takes as they are.
 """
 
 from .advantages import group_advantages
@@ -13,8 +13,7 @@ from .head import fused_grpo_loss, fused_grpo_loss_from_logits
 from .logps import token_logps, token_logps_from_logits
 from .loss import grpo_loss
 from .loss_options import GrpoStats, LossOptions
-from .rewards import GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
-from .rewards_torch import ANSWER_FORMATS
+from .rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from .sample import sample_tokens
 from .vocabulary import VocabularyBytes
 

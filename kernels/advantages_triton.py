@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .advantages_torch import LEAST_MIOU
-from .launch import Launch
+from .dispatch import Launch
 
 ELEMENTS = 1024  # at most, of a program's tile of whole groups
 

@@ -59,9 +59,7 @@ class HeadGradients:
     def add(self, rows: slice | Tensor, dlogits: Tensor) -> None:
         """Push the gradient (n, V) of the logits of `rows` through the head, each row once."""
         hidden = self.hidden[rows]
-        if self.dhidden is not None and isinstance(rows, slice):
-            product(dlogits, self.weight, out=self.dhidden[rows])
-        elif self.dhidden is not None:
+        if self.dhidden is not None:
             self.dhidden[rows] = product(dlogits, self.weight, out=torch.empty_like(hidden))
         if self.dweight is not None:
             add_product(self.dweight, dlogits.t(), hidden)
@@ -81,10 +79,8 @@ class HeadSweep:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden: bool = False, grad_weight: bool = False):
-        self.gradients, self.wanted = (
-            HeadGradients(hidden, weight, grad_hidden, grad_weight),
-            grad_hidden or grad_weight,
-        )
+        self.gradients = HeadGradients(hidden, weight, grad_hidden, grad_weight)
+        self.wanted = grad_hidden or grad_weight
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         hidden, weight = self.gradients.hidden, self.gradients.weight

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and how ops are registered under `torch.ops.boxgrpo`.
+"""Which implementation of an op runs, how ops are registered under `torch.ops.boxgrpo`, and how a kernel is launched.
 
 An op has a torch twin, `<op>_torch` in x_torch.py, and one fast implementation: `<op>_triton` in x_triton.py, which is
 imported when it first runs, or the operator that csrc/ compiles ("extension").
@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,32 +25,27 @@ except ImportError as error:
 REMEDY = "With a compiler (for a GPU, nvcc and a CUDA build of torch), run `pip install --no-build-isolation` again"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_COMPILED: set[tuple[str, str]] = set()  # (op, device type) that csrc/ was built for
 
 
 def is_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> bool:
     """Whether `op` runs its fast implementation, "triton" or "extension", and not its torch twin.
 
-    "auto" is Triton for tensors on a GPU that it can take, and the compiled operator, which has a stand-in where it was
-    not built. The fast one's own name is that one or an error. "torch" is the twin.
+    With "auto" Triton runs if it takes the tensors and they are on a GPU, and the compiled operator always, for it has
+    a stand-in where it was not built. With the name of the fast one it runs or raises. With "torch" the twin runs.
 
     Raises:
         ValueError: another backend, or a fast implementation that cannot take the tensors.
     """
-    if fast == "extension" and backend == "triton":
-        raise ValueError(
-            f"backend is 'triton' and {op} has no Triton implementation. Use backend='auto', 'extension' or 'torch'."
-        )
     if backend not in ("auto", fast, "torch"):
-        raise ValueError(f"backend is {backend!r}; it is one of 'auto', {fast!r}, 'torch'.")
-    if backend == "torch":
-        return False
+        raise ValueError(f"backend is {backend!r}; for {op} it is one of 'auto', {fast!r}, 'torch'.")
+    if backend == "torch" or (backend, fast) == ("auto", "extension"):
+        return backend == "auto"
     find_obstacle = _triton_obstacle if fast == "triton" else _extension_obstacle
-    obstacle = next(filter(None, (find_obstacle(op, tensor) for tensor in tensors)), None)
+    obstacle = next(filter(None, map(find_obstacle, tensors)), None)
     if backend == "auto":
-        return fast == "extension" or (obstacle is None and tensors[0].is_cuda)
+        return obstacle is None and tensors[0].is_cuda
     if obstacle:
-        raise ValueError(f"backend is {backend!r} and {obstacle}")
+        raise ValueError(f"backend is {backend!r} and {op} {obstacle} or use backend='auto'.")
     return True
 
 
@@ -58,23 +54,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_obstacle(op: str, tensor: Tensor) -> str | None:
+def _triton_obstacle(tensor: Tensor) -> str | None:
     if tensor.device.type != ("cpu" if interpreting() else "cuda"):
-        reason = f"got a {tensor.device.type.upper()} tensor"
-    elif tensor.dtype == torch.float64:
-        reason = "got fp64, which only the torch twin computes in"
-    elif not _HAS_TRITON:
-        reason = "finds no triton package"
-    else:
-        return None
-    return f"{op} {reason}. Use backend='auto' or 'torch'."
+        return f"got a {tensor.device.type.upper()} tensor. Pass another,"
+    if tensor.dtype == torch.float64:
+        return "got fp64, which only the torch twin computes in. Cast it,"
+    return None if _HAS_TRITON else "finds no triton package. Install it,"
 
 
-def _extension_obstacle(op: str, tensor: Tensor) -> str | None:
-    if (op, tensor.device.type) in _COMPILED:
+def _extension_obstacle(tensor: Tensor) -> str | None:
+    if is_compiled(tensor.device.type):
         return None
     reason = f" ({MISSING})" if MISSING else ""
-    return f"csrc/ was not compiled for {tensor.device.type.upper()} tensors{reason}. {REMEDY}, or use backend='auto'."
+    return f"finds csrc/ not compiled for {tensor.device.type.upper()} tensors{reason}. {REMEDY},"
+
+
+def is_compiled(device_type: str) -> bool:
+    """Whether csrc/ was built for the tensors of a device, which holds for all its operators together."""
+    known = MISSING is None and device_type in ("cpu", "cuda")
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key("boxgrpo::box_iou", device_type.upper())
 
 
 def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library.CustomOpDef, Callable]:
@@ -105,23 +103,17 @@ def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
     Where csrc/ was not built for the tensors' device, the op is the twin with one warning. `schema` is
     csrc/binding.cpp's, without the name.
     """
-    op = twin.__name__.removesuffix("_torch")
+    op = f"boxgrpo::{twin.__name__.removesuffix('_torch')}"
 
-    @functools.wraps(twin)
     def stand_in(*args):
         _warn_once()
         return twin(*args)
 
-    _define(f"{op}_torch", schema, twin, fake)
+    _define(twin.__name__, schema, twin, fake)
     if MISSING is not None:
-        _define(op, schema, stand_in, fake)
-        return
-    torch.library.register_fake(f"boxgrpo::{op}", fake)
-    _COMPILED.add((op, "cpu"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"boxgrpo::{op}", "CUDA"):
-        _COMPILED.add((op, "cuda"))
-    else:
-        torch.library.impl(f"boxgrpo::{op}", "cuda", stand_in)
+        torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(op, "default", stand_in)
+    torch.library.register_fake(op, fake)
 
 
 def compiled_op(op: str, backend: str, tensor: Tensor) -> Callable:
@@ -147,3 +139,20 @@ def _warn_once() -> None:
         RuntimeWarning,
         stacklevel=depth,
     )
+
+
+class Launch(NamedTuple):
+    """A Triton kernel with its arguments bound: what an op launches is what the compile-only test compiles."""
+
+    kernel: Any  # a triton.jit function
+    grid: tuple[int, ...]
+    arguments: tuple[Tensor | int | float | None, ...]  # in the kernel's order
+    constants: dict[str, Any]  # its tl.constexpr parameters, which come last
+    num_warps: int
+
+    def run(self) -> None:
+        if 0 in self.grid:
+            return
+        tensor = next(x for x in self.arguments if isinstance(x, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever the tensors are on
+            self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps)

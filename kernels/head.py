@@ -7,7 +7,7 @@ from .checks import accumulation_dtype, check_head, check_logits, check_writable
 from .dispatch import is_fast, register
 from .head_torch import fused_grpo_loss_from_logits_torch, fused_grpo_loss_torch
 from .loss_options import OPTIONS_SCHEMA, GrpoStats, LossOptions
-from .saved_gradients import register_saved_gradients, save_gradients, scale_saved_gradients, scaled_copy
+from .saved_gradients import register_saved_gradients, scale_saved_gradients, scaled_copy
 
 
 def fused_grpo_loss(
@@ -68,10 +68,7 @@ def fused_grpo_loss_from_logits(
 
     Args:
         logits: (N, V) float; -inf is a probability of 0.
-        targets: (N) int64.
-        advantages: (BG) float.
-        completion_cu: (BG+1) int32 or int64, offsets of each completion's tokens into N.
-        temperature: above 0.
+        targets, advantages, completion_cu, temperature: as in `fused_grpo_loss`.
         overwrite_logits: the forward writes the gradient over the logits, if they need one. Any other operation whose
             backward reads the logits raises then, and so does a second backward. Not for torch.compile.
         **loss_options: see `LossOptions`.
@@ -130,7 +127,8 @@ class _Overwriting(torch.autograd.Function):
     def forward(ctx, logits, *args):
         storage = logits.detach()  # shares the version counter, so that autograd sees the writes below
         loss, _, *rest = _run_on_logits(storage, *args, overwrite=True)
-        save_gradients(ctx, (storage,), 1 + len(args), args[_TRITON_AT])
+        ctx.n_inputs, ctx.in_place = 1 + len(args), args[_TRITON_AT]
+        ctx.save_for_backward(storage)
         ctx.mark_non_differentiable(*rest)
         return loss, *rest
 

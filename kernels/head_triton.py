@@ -6,13 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep
-from .launch import Launch
+from .dispatch import Launch
 from .logps_triton import sweep_gradients, sweep_logps
 from .loss_options import LossOptions
 from .loss_triton import (
     grpo_loss_triton,
     objective_arguments,
-    reduce_launch,
+    reduce_triton,
     store_token,
     terms_triton,
     token_objective,
@@ -202,8 +202,7 @@ def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temper
         for rows, logits, dlogits in sweep:
             results = logps, entropy, tokens, dlogits
             fused_launch(logits, targets, temperature, terms, o, *results, first=rows.start).run()
-        loss, stats = (torch.zeros(shape, device=targets.device) for shape in ((), 7))
-        reduce_launch(tokens, loss, stats).run()
+        loss, stats = reduce_triton(tokens)
         return loss, *sweep.results(), logps, entropy, stats
     logps, entropy, state = sweep_logps(plain, targets, temperature)
     loss, dlogps, stats = grpo_loss_triton(logps, advantages, completion_cu, *options)

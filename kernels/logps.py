@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor
 
+from . import logps_torch
 from .checks import accumulation_dtype, check_head, check_logits, check_writable
 from .dispatch import is_fast, register
-from .logps_torch import (
-    token_logps_backward_torch,
-    token_logps_from_logits_backward_torch,
-    token_logps_from_logits_torch,
-    token_logps_torch,
-)
 
 
 def token_logps(
@@ -58,9 +53,7 @@ def token_logps_from_logits(
 
     Args:
         logits: (N, V) float.
-        targets: (N) int64 token ids.
-        temperature: above 0.
-        entropy: also return the entropy (N) in nats, differentiable.
+        targets, temperature, entropy: as in `token_logps`.
         inplace_backward: the backward writes the gradient over the logits, which are lost then (a second backward
             raises). Not for torch.compile.
 
@@ -95,26 +88,26 @@ def _fake_head_backward(hidden: Tensor, weight: Tensor, *rest) -> tuple[Tensor, 
     return tuple(tensor.new_empty(tensor.shape if grad else (0,)) for tensor, grad in wanted)
 
 
-def _fake_logits_backward(logits: Tensor, *_) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 # `state` is what the Triton forward saves for its backward: (2, N) fp32; (0) from the twin, which saves nothing.
 _HEAD = "Tensor hidden, Tensor weight, Tensor targets, float temperature"
 _LOGITS = "Tensor logits, Tensor targets, float temperature"
 _RESULTS = "(Tensor logps, Tensor entropy, Tensor state)"
 _UPSTREAM = "Tensor entropy, Tensor state, Tensor dlogps, Tensor dentropy"
-_head_op, _ = register(f"({_HEAD}, bool entropy, bool triton) -> {_RESULTS}", token_logps_torch, _fake_forward)
+_head_op, _ = register(
+    f"({_HEAD}, bool entropy, bool triton) -> {_RESULTS}", logps_torch.token_logps_torch, _fake_forward
+)
 _logits_op, _logits_forward = register(
-    f"({_LOGITS}, bool entropy, bool triton) -> {_RESULTS}", token_logps_from_logits_torch, _fake_forward
+    f"({_LOGITS}, bool entropy, bool triton) -> {_RESULTS}", logps_torch.token_logps_from_logits_torch, _fake_forward
 )
 register(
     f"({_HEAD}, {_UPSTREAM}, bool grad_hidden, bool grad_weight, bool triton) -> (Tensor, Tensor)",
-    token_logps_backward_torch,
+    logps_torch.token_logps_backward_torch,
     _fake_head_backward,
 )
 _, _logits_backward = register(
-    f"({_LOGITS}, {_UPSTREAM}, bool triton) -> Tensor", token_logps_from_logits_backward_torch, _fake_logits_backward
+    f"({_LOGITS}, {_UPSTREAM}, bool triton) -> Tensor",
+    logps_torch.token_logps_from_logits_backward_torch,
+    lambda logits, *_: logits.new_empty(logits.shape),
 )
 
 
@@ -124,20 +117,20 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, output[1], output[2])
 
 
-def _head_autograd(ctx, dlogps, dentropy, _):
-    hidden, weight, targets, entropy, state = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:2]
-    gradients = torch.ops.boxgrpo.token_logps_backward(
-        hidden, weight, targets, ctx.temperature, entropy, state, dlogps, dentropy, *wanted, ctx.triton
-    )
-    dhidden, dweight = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-    return dhidden, dweight, None, None, None, None
+def _head_autograd(ctx, *upstream):
+    return _gradients(ctx, upstream, torch.ops.boxgrpo.token_logps_backward, ctx.needs_input_grad[:2])
 
 
-def _logits_autograd(ctx, dlogps, dentropy, _, run=torch.ops.boxgrpo.token_logps_from_logits_backward, **options):
-    logits, targets, entropy, state = ctx.saved_tensors
-    dlogits = run(logits, targets, ctx.temperature, entropy, state, dlogps, dentropy, ctx.triton, **options)
-    return dlogits, None, None, None, None
+def _logits_autograd(ctx, *upstream):
+    return _gradients(ctx, upstream, torch.ops.boxgrpo.token_logps_from_logits_backward)
+
+
+def _gradients(ctx, upstream, run, wanted: tuple[bool, ...] = (), **options) -> tuple[Tensor | None, ...]:
+    *tensors, entropy, state = ctx.saved_tensors
+    dlogps, dentropy, _ = upstream
+    found = run(*tensors, ctx.temperature, entropy, state, dlogps, dentropy, *wanted, ctx.triton, **options)
+    found = [x if want else None for x, want in zip(found, wanted, strict=True)] if wanted else [found]
+    return *found, *(None,) * 4
 
 
 _head_op.register_autograd(_head_autograd, setup_context=_save)
@@ -151,4 +144,4 @@ class _InplaceBackward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        return _logits_autograd(ctx, *upstream, run=_logits_backward, overwrite=True)
+        return _gradients(ctx, upstream, _logits_backward, overwrite=True)

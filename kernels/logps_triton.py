@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep
-from .launch import Launch
+from .dispatch import Launch
 from .rows_triton import LN2, LOG2E, absorb, join, load_block, row_arguments, row_config, target_logit, tiles
 
 
@@ -105,7 +105,7 @@ def token_logps_triton(hidden, weight, targets, temperature: float, entropy: boo
 
     The state is each row's maximum and log2 of its sum.
     """
-    return _wanted(entropy, *sweep_logps(HeadSweep(hidden, weight), targets, temperature))
+    return sweep_logps(HeadSweep(hidden, weight), targets, temperature, entropy)
 
 
 def token_logps_backward_triton(
@@ -118,7 +118,7 @@ def token_logps_backward_triton(
 
 def token_logps_from_logits_triton(logits, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
     """As `token_logps_triton`, from logits (N, V). One read of them: 2·N·V bytes in bf16."""
-    return _wanted(entropy, *sweep_logps(LogitSweep(logits), targets, temperature))
+    return sweep_logps(LogitSweep(logits), targets, temperature, entropy)
 
 
 def token_logps_from_logits_backward_triton(
@@ -129,12 +129,12 @@ def token_logps_from_logits_backward_triton(
     return sweep_gradients(sweep, targets, temperature, state, dlogps, entropy, dentropy)[0]
 
 
-def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logps (N), entropy (N) and state (2, N)."""
+def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float, with_entropy: bool = True):
+    """logps (N), entropy (N), or (0) if not wanted, and state (2, N)."""
     logps, entropy, state = (torch.empty(*shape, targets.shape[0], device=targets.device) for shape in ((), (), (2,)))
     for rows, logits, _ in sweep:
         logps_launch(logits, targets[rows], temperature, logps[rows], entropy[rows], *state[:, rows]).run()
-    return logps, entropy, state
+    return logps, entropy if with_entropy else entropy.new_empty(0), state
 
 
 def sweep_gradients(sweep: HeadSweep | LogitSweep, targets, temperature, state, dlogps, entropy=None, dentropy=None):
@@ -145,7 +145,3 @@ def sweep_gradients(sweep: HeadSweep | LogitSweep, targets, temperature, state, 
         rest = dlogps[rows].contiguous(), *upstream, *state[:, rows], dlogits
         gradient_launch(logits, targets[rows], temperature, *rest).run()
     return sweep.results()
-
-
-def _wanted(entropy: bool, logps: Tensor, nats: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return logps, nats if entropy else nats.new_empty(0), state

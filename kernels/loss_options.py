@@ -63,15 +63,9 @@ class LossOptions(NamedTuple):
         if completions < 0:
             raise ValueError("completion_cu is empty; it holds completions + 1 offsets. Pass [0] for no completion.")
         check_tensor("advantages", advantages, (completions,), FLOATS)
-        for name, shape in (
-            ("old_logps", (n,)),
-            ("ref_logps", (n,)),
-            ("weights", (completions,)),
-            ("sampler_factor", (n,)),
-            ("denominator", ()),
-        ):
-            tensor = getattr(self, name)
-            if tensor is not None:
+        shapes = {"old_logps": (n,), "ref_logps": (n,), "sampler_factor": (n,), "weights": (completions,)}
+        for name, shape in (shapes | {"denominator": ()}).items():
+            if (tensor := getattr(self, name)) is not None:
                 check_tensor(name, tensor, shape, FLOATS)
         if self.loss_type == "dr_grpo" and self.denominator is None:
             raise ValueError(

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .dispatch import Launch
 from .loss_options import LossOptions
 
 
@@ -270,12 +270,11 @@ def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptio
     return terms
 
 
-def grpo_launches(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens, loss, scalars) -> list[Launch]:
-    """The objective of every completion, then the sums over tokens; see `grpo_loss_triton`."""
+def grpo_launch(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens) -> Launch:
+    """The objective of every completion: logps (N) -> dlogps (N), tokens (5, N)."""
     per_token = logps.contiguous(), *objective_arguments(o), dlogps, tokens
     kinds = {"CISPO": o.loss_type == "cispo", "SEQUENCE": o.importance_sampling_level == "sequence"}
-    objective = _completion_launch(grpo_kernel, logps.shape[0], advantages, completion_cu, o, *per_token, **kinds)
-    return [objective, reduce_launch(tokens, loss, scalars)]
+    return _completion_launch(grpo_kernel, logps.shape[0], advantages, completion_cu, o, *per_token, **kinds)
 
 
 def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
@@ -284,12 +283,17 @@ def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
     return Launch(reduce_kernel, (min(n, 1),), (tokens, loss, scalars, n), {"BLOCK": 2048}, num_warps=8)
 
 
+def reduce_triton(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """loss () and GrpoStats' scalars (7) from tokens (5, N); zeros where N is 0."""
+    loss, scalars = (torch.zeros(shape, device=tokens.device) for shape in ((), 7))
+    reduce_launch(tokens, loss, scalars).run()
+    return loss, scalars
+
+
 def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options) -> tuple[Tensor, ...]:
-    """grpo_loss_torch on Triton, for anything but fp64."""
-    n = logps.shape[0]  # tokens stay NaN where the offsets are wrong
+    """`grpo_loss_torch` on Triton, for all dtypes but fp64; NaN where the offsets are wrong."""
     dlogps = torch.full_like(logps, float("nan"), memory_format=torch.contiguous_format)
-    loss, scalars = (torch.zeros(shape, device=logps.device) for shape in ((), 7))
-    tokens = torch.full((5, n), float("nan"), device=logps.device)
-    for launch in grpo_launches(logps, advantages, completion_cu, LossOptions(*options), dlogps, tokens, loss, scalars):
-        launch.run()
+    tokens = torch.full((5, logps.shape[0]), float("nan"), device=logps.device)
+    grpo_launch(logps, advantages, completion_cu, LossOptions(*options), dlogps, tokens).run()
+    loss, scalars = reduce_triton(tokens)
     return loss, dlogps, scalars

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulation_dtype
-from .chunks import LOGIT_FLOOR, HeadGradients, chunk_rows, product
+from .chunks import LOGIT_FLOOR, HeadGradients, LogitSweep, chunk_rows, product
 
 
 class _Rows:
@@ -99,10 +99,8 @@ class LogitRows(_Rows):
 
     def __init__(self, logits, temperature, grad=False, overwrite=False):
         super().__init__(*logits.shape, logits, temperature, at_least=4)
-        self.source = logits
-        self.dlogits = logits.new_empty(0)
-        if grad:
-            self.dlogits = logits if overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        sweep = LogitSweep(logits, grad, overwrite)
+        self.source, self.dlogits, self.results = logits, sweep.dlogits, sweep.results
 
     def logits(self, rows) -> Tensor:
         source = self.source[rows]
@@ -126,10 +124,6 @@ class LogitRows(_Rows):
         dead = live == 0
         if not self.on_cpu or dead.any():
             self.dlogits[rows].masked_fill_(dead.unsqueeze(1), 0)
-
-    def results(self) -> tuple[Tensor]:
-        """(dlogits), (N, V), or (0) if unwanted."""
-        return (self.dlogits,)
 
 
 def forward(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import sample_torch
 from .chunks import LOGIT_FLOOR
-from .launch import Launch
+from .dispatch import Launch
 from .rows_triton import LN2, LOG2E, absorb, floored, load_block
 from .sample_torch import GROUPS, WIDTH, first_key, fp32_inverse, is_filtered, owners_of, sample_tokens_torch
 
@@ -19,19 +19,17 @@ _FIRST_GROUP = tl.constexpr(sample_torch.FIRST_GROUP)
 
 
 @triton.jit
+def _mix64(x):
+    x = (x ^ (x >> 30)) * tl.full((), _C0, tl.uint64)
+    x = (x ^ (x >> 27)) * tl.full((), _C1, tl.uint64)
+    return x ^ (x >> 31)
+
+
+@triton.jit
 def _row_key(first_key, prompt, completion, position):
-    """sample.row_keys, as its low and high 32 bits."""
-    key = (tl.full((), 0, tl.int64) + first_key).to(tl.uint64)
-    for counter in tl.static_range(3):
-        if counter == 0:
-            key ^= prompt.to(tl.uint64)
-        elif counter == 1:
-            key ^= completion.to(tl.uint64)
-        else:
-            key ^= position.to(tl.uint64)
-        key = (key ^ (key >> 30)) * tl.full((), _C0, tl.uint64)
-        key = (key ^ (key >> 27)) * tl.full((), _C1, tl.uint64)
-        key ^= key >> 31
+    """sample_torch.row_keys, as its low and high 32 bits."""
+    key = _mix64((tl.full((), 0, tl.int64) + first_key).to(tl.uint64) ^ prompt.to(tl.uint64))
+    key = _mix64(_mix64(key ^ completion.to(tl.uint64)) ^ position.to(tl.uint64))
     return key.to(tl.uint32), (key >> 32).to(tl.uint32)
 
 
@@ -54,13 +52,8 @@ def _log1m(u):
 
 
 @triton.jit
-def _gumbel(low, high, counters):
-    return -tl.log(-_log1m(_uniform(low, high, counters)))
-
-
-@triton.jit
-def _gumbel64(low, high, counters):
-    return -tl.log(-_log1m(_uniform(low, high, counters).to(tl.float64)))
+def _gumbel(low, high, counters, DTYPE: tl.constexpr):
+    return -tl.log(-_log1m(_uniform(low, high, counters).to(DTYPE)))
 
 
 @triton.jit
@@ -90,8 +83,8 @@ def _exact_group(
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     log_mass = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
     counter = tl.full((ENTRIES,), 0, tl.int32) + group + _FIRST_GROUP
-    score = log_mass + tl.max(_gumbel64(low, high, counter), 0)
-    best = tl.argmax(x + _gumbel64(low, high, columns), 0)
+    score = log_mass + tl.max(_gumbel(low, high, counter, tl.float64), 0)
+    best = tl.argmax(x + _gumbel(low, high, columns, tl.float64), 0)
     token = best // WIDTH * PERIOD + group * WIDTH + best % WIDTH
     return score, token
 
@@ -159,7 +152,7 @@ def sample_kernel(
             first_key, tl.load(prompt_ids + row), tl.load(completion_ids + row), tl.load(positions + row)
         )
         group = tl.arange(0, GROUPS)
-        scores = log_masses * LN2 + _gumbel(low, high, group + _FIRST_GROUP)
+        scores = log_masses * LN2 + _gumbel(low, high, group + _FIRST_GROUP, tl.float32)
         best = tl.argmax(scores, 0)
         second = tl.argmax(tl.where(group == best, float("-inf"), scores), 0)
         peak64 = peak.to(tl.float64)

@@ -11,16 +11,12 @@ def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_a
     """
 
     def setup_context(ctx, inputs, output) -> None:
-        save_gradients(ctx, output[1 : 1 + count], len(inputs), triton_at is not None and inputs[triton_at])
+        ctx.n_inputs, ctx.in_place = len(inputs), triton_at is not None and inputs[triton_at]
+        ctx.save_for_backward(*output[1 : 1 + count])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # otherwise the backward would be given zeros of dweight's size
 
     op.register_autograd(scale_saved_gradients, setup_context=setup_context)
-
-
-def save_gradients(ctx, gradients: tuple[Tensor, ...], n_inputs: int, in_place: bool) -> None:
-    ctx.n_inputs, ctx.in_place = n_inputs, in_place
-    ctx.save_for_backward(*gradients)
 
 
 def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
@@ -35,7 +31,7 @@ def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
     if ctx.in_place and eager:
         from .scale_triton import scale_triton as scaled
     elif eager and dloss.device.type == "cpu":
-        scaled = _as_it_is if dloss == 1 else torch.mul
+        scaled = (lambda gradient, _: gradient) if dloss == 1 else torch.mul
     else:
         scaled = scaled_copy
     gradients = [
@@ -43,10 +39,6 @@ def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
     ]
     return *gradients, *(None,) * (ctx.n_inputs - len(gradients))
-
-
-def _as_it_is(gradient: Tensor, dloss: Tensor) -> Tensor:
-    return gradient
 
 
 def scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .launch import Launch
+from .dispatch import Launch
 
 # At most as many programs as run at once, 8 on each multiprocessor of an H200: mostly they have nothing to do.
 SCALE_PROGRAMS = 8 * 132

@@ -23,10 +23,10 @@ from triton.compiler import ASTSource
 from boxgrpo.kernels import LossOptions
 from boxgrpo.kernels.advantages import DIFFICULTIES, SCALES
 from boxgrpo.kernels.advantages_triton import advantages_launch
+from boxgrpo.kernels.dispatch import Launch
 from boxgrpo.kernels.head_triton import fused_launch
-from boxgrpo.kernels.launch import Launch
 from boxgrpo.kernels.logps_triton import gradient_launch, logps_launch
-from boxgrpo.kernels.loss_triton import grpo_launches, terms_launch
+from boxgrpo.kernels.loss_triton import grpo_launch, reduce_launch, terms_launch
 from boxgrpo.kernels.sample_triton import sample_launch
 from boxgrpo.kernels.scale_triton import scale_launch
 
@@ -104,10 +104,10 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
     for dtype, layout in itertools.product((BF16, FP32), ("rows", "padded", "columns")):
         yield f"scale_kernel {_short(dtype)} {layout}", scale_launch(_rows(QWEN_2B, dtype, layout), _empty())
     for kind, o in _options(every_variant, levels=("token", "sequence")):
-        over_tokens = terms_launch(_empty(3, N), *_completions(), o)
-        whole = grpo_launches(_empty(N), *_completions(), o, _empty(N), _empty(5, N), _empty(), _empty(7))
-        for launch in (over_tokens, *whole):
+        objective = grpo_launch(_empty(N), *_completions(), o, _empty(N), _empty(5, N))
+        for launch in (terms_launch(_empty(3, N), *_completions(), o), objective):
             yield f"{launch.kernel.fn.__name__} {kind}", launch
+    yield "reduce_kernel", reduce_launch(_empty(5, N), _empty(), _empty(7))
     variants = itertools.product(DIFFICULTIES, SCALES) if every_variant else (("exp", "group"), ("exp", "batch"))
     for difficulty, scale in variants:
         rewards, out = (_empty(COMPLETIONS // GROUP, GROUP) for _ in range(2))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from boxgrpo.kernels.advantages import group_advantages
-from boxgrpo.kernels.checks import FLOATS, check_tensor
+from boxgrpo.kernels.checks import FLOATS, check_choice, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 
 REDUCTIONS = {"none": lambda logps: logps, "sum": torch.sum, "mean": torch.mean}
@@ -41,8 +41,7 @@ def linear_cross_entropy(
             f"dist_process_group has {ranks} ranks; a head in shares of the vocabulary is not served. Gather it."
         )
     reduction = (reduction or "none").lower()
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; it is one of {', '.join(REDUCTIONS)}.")
+    check_choice("reduction", reduction, tuple(REDUCTIONS))
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten().long()
     temperature = 1.0 if temperature is None else temperature
     logps, entropy = token_logps(rows, weight, labels, temperature=temperature, entropy=True)

@@ -2,8 +2,7 @@
 
 import torch
 
-from boxgrpo.kernels.rewards import GroundingRewards, grounding_rewards, pack_texts
-from boxgrpo.kernels.rewards_torch import ANSWER_FORMATS
+from boxgrpo.kernels.rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, pack_texts
 
 COCO = "dataset/coco/train2014/COCO"  # in the path of a single-image example, whose prompt requests no thinking
 

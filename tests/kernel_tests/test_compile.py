@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 
 from boxgrpo.bench.kernel_bench.resources import CAPABILITIES, compile_launch, launches, resources
-from boxgrpo.kernels.dispatch import interpreting
-from boxgrpo.kernels.launch import Launch
+from boxgrpo.kernels.dispatch import Launch, interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter cannot compile")
 
