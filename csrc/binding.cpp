@@ -1,5 +1,5 @@
 // torch.ops.boxgrpo.*: the schemas, and their implementations on a CPU and, where it was built, on CUDA. The fakes are
-// beside the doors, in kernels/.
+// beside the public functions, in kernels/.
 #include <ATen/Functions.h>
 #include <Python.h>
 #include <c10/core/DeviceGuard.h>

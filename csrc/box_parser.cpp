@@ -8,7 +8,7 @@
 namespace boxgrpo {
 namespace {
 
-constexpr int64_t kGrain = 16;  // completions that are worth a thread
+constexpr int64_t kGrain = 16;  // completions of a thread, at least
 
 uint8_t checked_format(const Rewards& rewards, int64_t row) {
   const uint8_t format = rewards.formats[row];
@@ -35,7 +35,7 @@ void score_on_cpu(const Texts& texts, const Rewards& rewards) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t start = texts.offsets[row], end = texts.offsets[row + 1];
       TORCH_CHECK_INDEX(0 <= start && start <= end && end <= texts.size, "offsets go from ", start, " to ", end,
-                        " in a text of ", texts.size, " bytes; they must not fall and must stay inside it.");
+                        " in a text of ", texts.size, " bytes; they must not decrease and must stay inside it.");
       TORCH_CHECK_INDEX(end - start <= INT32_MAX, "completion ", row, " has ", end - start,
                         " bytes; spans are counted in int32. Cut it below 2 GiB.");
       BoxParser parser(checked_format(rewards, row));

@@ -62,7 +62,7 @@ BOXGRPO_HD const uint8_t* find(const uint8_t* p, const uint8_t* end, uint8_t one
   return end;
 }
 
-// Takes a completion in pieces, cut anywhere, then tells what was in it. Completions under 2 GiB.
+// Reads a completion in pieces, cut anywhere, and afterwards gives the results. Completions under 2 GiB.
 class BoxParser {
  public:
   BOXGRPO_HD explicit BoxParser(uint8_t format)
@@ -88,8 +88,8 @@ class BoxParser {
     last_ = end[-1];
   }
 
-  // Outside of tags and boxes, bytes without '<' may be passed without a look, but for their last one; while a box is
-  // searched for, without '(' and '[', too.
+  // Outside of tags and boxes, bytes without '<' need not be fed, except for the last one; while a box is searched for,
+  // only bytes without '(' and '[' as well.
   BOXGRPO_HD bool is_outside() const { return place_ == kOutside; }
   BOXGRPO_HD bool is_searching() const { return searching_; }
 
@@ -98,7 +98,7 @@ class BoxParser {
     last_ = last;
   }
 
-  // Asked after the last piece.
+  // The results, to be read after the last piece.
   BOXGRPO_HD bool found() const { return have_box_ && (format_ != kThink || answer_[1] >= 0); }
 
   BOXGRPO_HD bool well_formed() const {
@@ -124,7 +124,7 @@ class BoxParser {
  private:
   enum Place : uint8_t { kOutside, kInTag, kAfterThink, kInBox, kAfterBox };
 
-  // The tags end to end, without their '<'. `at_` walks here inside a tag, and stands at one of these behind its '>'.
+  // The tags end to end, without their '<'. Inside a tag `at_` is a position here; after its '>' it is one of these.
   enum Tag : uint8_t { kThinkTag = 6, kAnswerTag = 13, kThinkEnd = 20, kAnswerEnd = 28, kBoxStart = 40, kBoxEnd = 50 };
   static constexpr uint8_t kNoTag = 255;
 
@@ -140,7 +140,7 @@ class BoxParser {
     return byte == static_cast<uint8_t>(tags[at]) ? at + 1 : kNoTag;
   }
 
-  // Inside a tag, as far as its bytes are there: to its '>', or to the one that breaks it. step() takes that one.
+  // Inside a tag: to its '>', to the first byte that is not the tag's, or to the end. step() reads the byte returned.
   BOXGRPO_HD const uint8_t* walk(const uint8_t* p, const uint8_t* end) {
     uint8_t at = at_;
     for (; p != end && *p != '>'; ++p) {
@@ -178,13 +178,13 @@ class BoxParser {
       default:
         break;
     }
-    // What was under way has failed here, but no '(' or '[' before this one can still begin a box.
+    // The tag or box that was being read ends wrongly here; a box can begin with this byte, but with no earlier one.
     place_ = searching_ && byte == open() ? kInBox : kOutside;
     at_ = 1;
     exact_ = false;
   }
 
-  // Whether the box goes on, or ends well, with this byte.
+  // Whether this byte continues the box, or completes it.
   BOXGRPO_HD bool step_in_box(uint8_t byte) {
     const uint32_t digit = byte - uint32_t{'0'};
     for (;; ++at_) {
@@ -268,14 +268,14 @@ class BoxParser {
     }
   }
 
-  // The next byte begins a box, and a tag follows its last, or this is not what the format asks for.
+  // The required format has a box from the next byte on, and a tag right after it.
   BOXGRPO_HD void expect_box() {
     place_ = kInBox;
     at_ = 0;
     exact_ = true;
   }
 
-  // The four numbers read last are kept, until they are the box.
+  // The last four numbers are kept; once they are a box, they stay.
   BOXGRPO_HD void begin_number() {
     if (have_box_) return;
     for (int k = 0; k < 3; ++k) {
@@ -303,12 +303,12 @@ class BoxParser {
   const char* shape_;
   uint8_t format_;
   bool searching_;         // an open() anywhere begins a box
-  bool exact_ = false;     // the box under way stands where the format wants it
+  bool exact_ = false;     // the box being read begins where the format requires it
   bool have_box_ = false;  // its numbers are kept
   Place place_ = kOutside, before_tag_ = kOutside;
   uint8_t at_ = 0;  // in the tag or the box
   uint8_t last_ = 0;
-  uint32_t size_ = 0;  // bytes taken
+  uint32_t size_ = 0;  // bytes read
   int32_t think_[2] = {-1, -1}, answer_[2] = {-1, -1};
   int32_t whole_ = -1;  // where the last well-formed answer ended
   uint32_t whole_part_[4] = {0, 0, 0, 0}, decimals_[4] = {0, 0, 0, 0}, unit_ = 0;

@@ -1,7 +1,7 @@
 // The CUDA launchers: a warp to a completion. Its lanes gather the bytes into shared memory, and one of them parses.
 //
-// No torch header, so that nvcc compiles this file without a CUDA build of torch. Where LAUNCH is defined already, a
-// test runs the kernels on a CPU.
+// No torch header, so that nvcc compiles this file without a CUDA build of torch. A test defines LAUNCH to run the
+// kernels on a CPU.
 #include <cassert>
 
 #include "launch.h"
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * kWarps) score_tokens(Tokens tokens, Rewar
   const int64_t* ids = tokens.ids + row * tokens.width;
   const int64_t length = tokens.length(row);
   BoxParser parser(format);
-  unsigned ended = 0;  // lanes that met the end of the completion
+  unsigned ended = 0;  // lanes that read the completion's end
   for (int64_t from = 0; from < length && !ended; from += 32 * kLaneTokens) {
     int64_t starts[kLaneTokens], sizes[kLaneTokens], mine = 0;
     bool met_eos = false, is_foreign = false, is_outside = false;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(32 * kWarps) score_tokens(Tokens tokens, Rewar
       if (t >= length) continue;
       const int64_t id = ids[t];
       const bool is_known = 0 <= id && id < tokens.vocabulary;
-      const Entry entry(is_known ? tokens.entries[id] : 0);  // 0 says nothing
+      const Entry entry(is_known ? tokens.entries[id] : 0);  // 0: no bytes, no role
       met_eos |= entry.role() == Entry::kEos;
       if (met_eos || entry.is_silent(format)) continue;
       is_foreign |= !is_known;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kWarps) score_tokens(Tokens tokens, Rewar
       mine += entry.size();
     }
     ended = __ballot_sync(kAllLanes, met_eos);
-    if (ended && lane > __ffs(ended) - 1) {  // behind the completion's end, where anything may stand
+    if (ended && lane > __ffs(ended) - 1) {  // after the completion's end, where ids may be anything
       mine = 0;
       is_foreign = is_outside = false;
     }

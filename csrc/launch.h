@@ -1,4 +1,4 @@
-// What the binding hands to the launchers: raw pointers, so that nvcc compiles box_parser_cuda.cu without torch's headers.
+// What the binding passes to the launchers: raw pointers, so that nvcc compiles box_parser_cuda.cu without torch.
 #pragma once
 
 #include "box_parser.h"
@@ -83,7 +83,7 @@ void score_on_cpu(const Texts& texts, const Rewards& rewards);
 void score_on_cpu(const Tokens& tokens, const Rewards& rewards);
 void overlap_on_cpu(const Overlaps& overlaps);
 
-// On a stream (cudaStream_t) of the current device. nullptr, or what CUDA says is wrong.
+// On a stream (cudaStream_t) of the current device. Returns nullptr, or CUDA's error message.
 const char* score_on_cuda(const Texts& texts, const Rewards& rewards, void* stream);
 const char* score_on_cuda(const Tokens& tokens, const Rewards& rewards, void* stream);
 const char* overlap_on_cuda(const Overlaps& overlaps, void* stream);

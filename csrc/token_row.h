@@ -6,7 +6,7 @@
 namespace boxgrpo {
 
 constexpr int64_t kRun = 16;     // tokens that are parsed at a time
-constexpr int64_t kCopied = 16;  // bytes that are copied of a short token, its own or not
+constexpr int64_t kCopied = 16;  // bytes that are copied for a short token, beyond its own ones too
 
 template <typename Refuse>
 Entry checked_entry(const Tokens& tokens, int64_t id) {
@@ -21,8 +21,8 @@ const uint8_t* checked_bytes(const Tokens& tokens, const Entry& entry) {
   return tokens.bytes + entry.start();
 }
 
-// What must not be read goes to Refuse::id(id, vocabulary) or to Refuse::bytes(a token's end, size), which do not
-// return. The parser stays in here, where its fields can stay in registers.
+// An id outside the table is passed to Refuse::id(id, vocabulary), bytes outside of it to Refuse::bytes(a token's end,
+// size); neither returns. The parser is a local variable, so that its fields can stay in registers.
 template <typename Refuse>
 void score_row(const Tokens& tokens, const Rewards& rewards, int64_t row, uint8_t format) {
   BoxParser parser(format);
@@ -31,7 +31,7 @@ void score_row(const Tokens& tokens, const Rewards& rewards, int64_t row, uint8_
   const int64_t* end = id + tokens.length(row);
   bool ended = false;
   while (id < end && !ended) {
-    if (parser.is_outside()) {  // most tokens are counted, not read
+    if (parser.is_outside()) {  // most tokens are skipped: their bytes are counted, not read
       int64_t passed = 0;
       Entry last(0);
       for (; id < end; ++id) {

@@ -18,7 +18,7 @@ def group_advantages_torch(
     if scale != "none" and rewards.numel():
         std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
         advantages = advantages / (std + eps)
-    # The mean of eight equal rewards is off by an ulp, and 1e-8 / (1e-8 + eps) is not 0.
+    # The mean of equal rewards may be off by an ulp, and 1e-8 / (1e-8 + eps) is not 0.
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     advantages = advantages.masked_fill(equal, 0)
 

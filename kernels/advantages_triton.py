@@ -13,7 +13,7 @@ ELEMENTS = 1024  # at most, of a program's tile of whole groups
 
 @triton.jit
 def _tile(pointer, group, column, groups, size):
-    """Some groups of (groups, size), 0 beyond them, and where they are."""
+    """Some rows of a (groups, size) tensor, 0 beyond its edges, and the mask of the others."""
     mask = (group[:, None] < groups) & (column[None, :] < size)
     offsets = group[:, None].to(tl.int64) * size + column[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32), mask

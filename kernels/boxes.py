@@ -10,14 +10,14 @@ from .dispatch import compiled_op, register_compiled
 def box_iou(
     a: Tensor, b: Tensor, *, pairwise: bool = False, generalized: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """IoU of boxes with continuous coordinates, row by row or of every pair. Forward only.
+    """IoU of boxes with continuous coordinates, row by row or of every pair. It has no gradient.
 
     Args:
         a, b: (n, 4) and (m, 4) float, x1 y1 x2 y2 in one unit; n = m unless `pairwise`.
         pairwise: every box of a with every box of b, as torchvision's `box_iou`.
         generalized: GIoU, IoU - (hull - union) / hull with the smallest box around both
             ([Rezatofighi et al. 2019](https://arxiv.org/abs/1902.09630)).
-        backend: as in `grounding_rewards`; fp64 is the twin's.
+        backend: as in `grounding_rewards`; fp64 is computed by the twin only.
 
     Returns:
         (n), or (n, m) if `pairwise`: IoU in [0, 1], GIoU in [-1, 1], computed in fp64 and rounded to fp32 (fp64 if

@@ -46,7 +46,7 @@ def _out_dtype(a: Tensor, out: Tensor) -> dict:
 
 
 class HeadGradients:
-    """dhidden (N, H) and dweight (V, H), those that are wanted, from the gradients of some rows of logits at a time."""
+    """dhidden (N, H) and dweight (V, H), if wanted, summed from dlogits of some rows at a time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool):
         self.hidden, self.weight = hidden, weight
@@ -57,7 +57,7 @@ class HeadGradients:
             self.dweight = torch.zeros(weight.shape, dtype=accumulation_dtype(weight), device=weight.device)
 
     def add(self, rows: slice | Tensor, dlogits: Tensor) -> None:
-        """Push the gradient (n, V) of the logits of `rows` through the head, each row once."""
+        """Add the gradients that come from dlogits (n, V) of `rows`. Each row is given once."""
         hidden = self.hidden[rows]
         if self.dhidden is not None:
             self.dhidden[rows] = product(dlogits, self.weight, out=torch.empty_like(hidden))

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 try:
-    importlib.import_module("._C", __package__)  # loading it registers csrc/'s operators
+    importlib.import_module("._C", __package__)  # its loading registers the operators of csrc/
     MISSING = None
 except ImportError as error:
     MISSING = str(error)
 
-# Without the option pip builds where no torch is, and leaves the parser out again.
+# Without the option pip builds in an environment without torch, and leaves the parser out again.
 REMEDY = "With a compiler (for a GPU, nvcc and a CUDA build of torch), run `pip install --no-build-isolation` again"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""The fused GRPO losses on Triton: at the token level a kernel computes a row's loss and gradient in one go."""
+"""The fused GRPO losses on Triton: at the token level one kernel computes loss and gradient of a row."""
 
 import torch
 import triton
@@ -22,7 +22,7 @@ from .rows_triton import LN2, LOG2E, absorb, floored, join, load_block, row_argu
 
 @triton.jit
 def _elements(words, DTYPE: tl.constexpr):
-    """(n) int32 -> the fp32 values of the two half-precision numbers, or of the one fp32, in each word, in order."""
+    """(n) int32 -> fp32 values, in order: of the two half-precision numbers in a word, or of its one fp32."""
     if tl.float32 == DTYPE:
         z = words.to(tl.float32, bitcast=True)
     else:
@@ -45,7 +45,7 @@ def _store(dz, columns, row_ptr, stride, vocabulary):
     tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["n", "first"])  # or another count would be another compilation
+@triton.jit(do_not_specialize=["n", "first"])  # otherwise each new value would be compiled
 def fused_kernel(
     logits,
     row_stride,
@@ -194,7 +194,7 @@ def fused_grpo_loss_from_logits_triton(
 
 
 def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temperature, options) -> tuple[Tensor, ...]:
-    """`sweep` takes the gradients that are wanted; `plain` is the same without them, for a pass before it."""
+    """`sweep` computes the gradients that are wanted; `plain` has the same logits without them, for a first pass."""
     o = LossOptions(*options)
     if sweep.wanted and o.importance_sampling_level == "token":
         terms = terms_triton(targets.shape[0], advantages, completion_cu, o)

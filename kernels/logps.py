@@ -17,7 +17,7 @@ def token_logps(
     entropy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature) at `targets`, without ever holding (N, V) logits.
+    """log softmax(hidden @ weight.T / temperature) at `targets`, without (N, V) logits in memory.
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].

@@ -1,4 +1,4 @@
-"""Triton kernels of the log-probabilities: forward with entropy, and the gradient of any upstream of both."""
+"""Triton kernels of the log-probabilities: forward with entropy, and the gradient from any upstream gradients."""
 
 import torch
 import triton
@@ -138,7 +138,7 @@ def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float, with
 
 
 def sweep_gradients(sweep: HeadSweep | LogitSweep, targets, temperature, state, dlogps, entropy=None, dentropy=None):
-    """The sweep's results, from upstream gradients (N). `entropy` may be None or (0): it was not wanted."""
+    """The sweep's results, from upstream gradients (N). `entropy` is None or (0) if it was not wanted."""
     with_entropy = entropy is not None and entropy.numel() == targets.numel()
     for rows, logits, dlogits in sweep:
         upstream = (dentropy[rows].contiguous(), entropy[rows]) if with_entropy else (None, None)

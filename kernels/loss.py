@@ -1,4 +1,4 @@
-"""The GRPO loss from log-probabilities."""
+"""The GRPO loss from log-probabilities of scored tokens."""
 
 import torch
 from torch import Tensor

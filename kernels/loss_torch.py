@@ -28,7 +28,7 @@ class TokenTerms(NamedTuple):
 
 
 class TokenObjective(NamedTuple):
-    """(n) each: a token's part of the loss, d policy / d log ratio, d KL / d logp (all with their gains), and stats."""
+    """(n) each: parts of the loss, d policy / d log ratio and d KL / d logp, all with their gains; and statistics."""
 
     loss: Tensor
     dpolicy: Tensor
@@ -42,7 +42,7 @@ class TokenObjective(NamedTuple):
 def token_terms(
     n: int, dtype: torch.dtype, advantages: Tensor, completion_cu: Tensor, o: LossOptions
 ) -> tuple[TokenTerms, Tensor, Tensor]:
-    """Spread per-completion values over N tokens; also the completion's index (N) and the lengths (BG)."""
+    """Spread the values of completions over N tokens; also each token's completion (N) and the lengths (BG)."""
     if completion_cu.device.type == "cpu" and completion_cu[-1] != n:
         raise ValueError(f"completion_cu ends at {completion_cu[-1]}; the call scores {n} tokens. Both must agree.")
     lengths = completion_cu.diff()
@@ -64,7 +64,7 @@ def token_terms(
 
 
 def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, o: LossOptions) -> TokenObjective:
-    """The objective of each token. `log_ratio` (n) stands in for logps - old_logps (sequence level); None: computed."""
+    """The objective of each token. `log_ratio` (n) is given at the sequence level; None: logps - old_logps."""
     if log_ratio is None:
         log_ratio = torch.zeros_like(logps) if terms.old_logps is None else logps - terms.old_logps
     ratio, advantage = log_ratio.exp(), terms.advantage
@@ -80,23 +80,23 @@ def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, 
         bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
         policy = torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
         # The minimum is a constant exactly where the token is clipped, or beyond delta (which is above the clip).
-        still = clip_low | clip_high if o.delta is None else clip_low | clip_high | (ratio > o.delta)
-        slope = (ratio * advantage).masked_fill(still, 0)
+        is_constant = clip_low | clip_high if o.delta is None else clip_low | clip_high | (ratio > o.delta)
+        slope = (ratio * advantage).masked_fill(is_constant, 0)
     loss, dpolicy = -terms.gain * policy, -terms.gain * slope
     if terms.ref_logps is None:
         kl = dkl = torch.zeros_like(logps)
     else:
         gap = terms.ref_logps - logps
-        grown = torch.expm1(gap)
-        kl = grown - gap
-        loss, dkl = loss + terms.kl_gain * kl, -terms.kl_gain * grown
+        growth = torch.expm1(gap)
+        kl = growth - gap
+        loss, dkl = loss + terms.kl_gain * kl, -terms.kl_gain * growth
     return TokenObjective(loss, dpolicy, dkl, kl, clip_low, clip_high, ratio)
 
 
 def grpo_loss_torch(
     logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Twin: (N), (BG), (BG+1), the fields of `LossOptions` -> loss (), dlogps (N), GrpoStats' scalars (7)."""
+    """(N), (BG), (BG+1), the fields of `LossOptions` -> loss (), dlogps (N), GrpoStats' scalars (7)."""
     o, n, dtype = LossOptions(*options), logps.shape[0], accumulation_dtype(logps)
     input_dtype, logps = logps.dtype, logps.to(dtype)
     terms, completion, lengths = token_terms(n, dtype, advantages, completion_cu, o)

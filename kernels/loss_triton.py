@@ -11,7 +11,7 @@ from .loss_options import LossOptions
 
 @triton.jit
 def tokens_of(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
-    """Where a completion's tokens start and end; none of any where the offsets do not rise from 0 to n."""
+    """Where a completion's tokens start and end. No completion has tokens if the offsets do not rise from 0 to n."""
     wrong = (tl.load(completion_cu) != 0) | (tl.load(completion_cu + completions) != n)
     for at in range(0, completions, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def tokens_of(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
 def completion_terms(
     completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION: tl.constexpr
 ):
-    """A completion's advantage, share of the policy term and share of the KL (DESIGN section 3)."""
+    """A completion's advantage, share of the policy term and share of the KL (see `token_terms` of loss_torch.py)."""
     share = tl.full((), 1.0, tl.float32)
     if denominator is not None:
         share /= tl.load(denominator).to(tl.float32)
@@ -57,7 +57,7 @@ def terms_kernel(
     PER_COMPLETION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program owns a completion and writes what its tokens share: (3, n) advantage, gain and KL gain."""
+    """A program owns a completion and writes (3, n) advantage, gain and KL gain for each of its tokens."""
     completion = tl.program_id(0)
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
@@ -79,7 +79,7 @@ def terms_kernel(
 def token_objective(
     logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO: tl.constexpr
 ):
-    """loss.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio."""
+    """loss_torch.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio."""
     ratio = tl.exp(log_ratio)
     if CISPO:
         slope = tl.minimum(ratio, epsilon_high, propagate_nan=tl.PropagateNan.ALL) * advantage
@@ -90,14 +90,14 @@ def token_objective(
         least, most = 1 - epsilon, 1 + epsilon_high
         clip_low = (ratio < least) & (advantage < 0)
         clip_high = (ratio > most) & (advantage > 0)
-        still = clip_low | clip_high
+        is_constant = clip_low | clip_high
         bounded = ratio
         if delta is not None:
             bounded = tl.minimum(ratio, delta, propagate_nan=tl.PropagateNan.ALL)
-            still |= ratio > delta
+            is_constant |= ratio > delta
         clipped = tl.clamp(ratio, least, most, propagate_nan=tl.PropagateNan.ALL)
         policy = tl.minimum(bounded * advantage, clipped * advantage, propagate_nan=tl.PropagateNan.ALL)
-        slope = tl.where(still, 0.0, ratio * advantage)
+        slope = tl.where(is_constant, 0.0, ratio * advantage)
     loss = -gain * policy
     kl = tl.where(clip_low, 0.0, 0.0)
     dkl = kl
@@ -111,7 +111,7 @@ def token_objective(
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - gap - 1, by its series where the subtraction would cancel."""
+    """exp(gap) - gap - 1, by its series where the difference would lose its digits."""
     series = 1 / 720 + gap * (1 / 5040 + gap * (1 / 40320 + gap * (1 / 362880)))
     series = gap * gap * (1 / 2 + gap * (1 / 6 + gap * (1 / 24 + gap * (1 / 120 + gap * series))))
     return tl.where(tl.abs(gap) < 1, series, tl.exp(gap) - gap - 1)
@@ -119,7 +119,7 @@ def _k3(gap):
 
 @triton.jit
 def store_token(tokens, n, token, mask, loss, kl, clip_low, clip_high, ratio):
-    """What `reduce_kernel` sums: (5, n) fp32."""
+    """Write a token's values for `reduce_kernel`, (5, n) fp32."""
     tl.store(tokens + token, loss, mask=mask)
     tl.store(tokens + n + token, kl, mask=mask)
     tl.store(tokens + 2 * n + token, clip_low.to(tl.float32), mask=mask)
@@ -155,7 +155,7 @@ def grpo_kernel(
     SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program owns a completion."""
+    """A program owns a completion and computes loss and gradient of its tokens."""
     completion = tl.program_id(0)
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
@@ -171,7 +171,7 @@ def grpo_kernel(
             mask = at + lanes < end
             total += _load(logps, at + lanes, mask) - _load(old_logps, at + lanes, mask)
         mean_log_ratio = tl.sum(total, 0) / length
-    # A completion's ratio moves with each of its logps by 1/|o|; cispo's slope is on logps and stays where it is.
+    # A completion's ratio changes with each of its logps by 1/|o|; the slope of cispo is that of each logp by itself.
     mean_dpolicy = 0.0
     if SEQUENCE and not CISPO:
         total = tl.zeros((BLOCK,), tl.float32)
@@ -245,12 +245,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def objective_arguments(o: LossOptions) -> tuple:
-    """The options that `token_objective` needs: two (N) and its bounds."""
+    """The options that `token_objective` reads: old and reference logps (N), and its bounds."""
     return _contiguous(o.old_logps), _contiguous(o.ref_logps), o.epsilon, o.epsilon_high, o.delta
 
 
 def _completion_launch(kernel, n: int, advantages, completion_cu, o: LossOptions, *rest, **constants) -> Launch:
-    """A program for each completion, of which the first arguments are those of `completion_terms`."""
+    """A program for each completion; the kernel's first arguments are those of `completion_terms`."""
     factors = (_contiguous(x) for x in (o.weights, o.denominator))
     completions = completion_cu.shape[0] - 1
     first = n, completions, advantages.contiguous(), completion_cu.contiguous(), *factors, o.beta
@@ -264,7 +264,7 @@ def terms_launch(terms: Tensor, advantages: Tensor, completion_cu: Tensor, o: Lo
 
 
 def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Tensor:
-    """(3, n) of `terms_launch`; NaN where the offsets are wrong, which a host cannot see without waiting."""
+    """terms (3, n); NaN if the offsets are wrong, which the host cannot check without waiting for the device."""
     terms = torch.full((3, n), float("nan"), device=advantages.device)
     terms_launch(terms, advantages, completion_cu, o).run()
     return terms

@@ -18,7 +18,7 @@ ANSWER_FORMATS = dict(zip(("think", "box", "marked", "list", "fractions"), FORMA
 COORDINATE_LIMIT = 2**31 - 1  # larger numbers saturate here
 
 _BOX = rb"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
-_BARE = {  # formats whose box counts wherever it stands
+_BARE = {  # formats whose box counts anywhere in the text
     FORMAT_BOX: _BOX,
     FORMAT_MARKED: rb"<\|box_start\|>" + _BOX + rb"<\|box_end\|>",
     FORMAT_LIST: rb"\[\s*" + rb",\s*".join([rb"(\d+)"] * 4) + rb"\s*\]",
@@ -54,16 +54,16 @@ def grounding_rewards(
 ) -> GroundingRewards:
     """Score n answers against their gold boxes, in one pass over their bytes.
 
-    The answer formats, and what each takes for the box; digits and white space are ASCII, and numbers larger than
-    COORDINATE_LIMIT count as that:
+    The answer formats, and which box each reads. Digits and white space are ASCII; numbers larger than COORDINATE_LIMIT
+    count as that:
 
-    - "think": `<think>…</think>` and, after white space at most, `<answer>(x1, y1), (x2, y2)</answer>` at the end,
-      where one newline may follow, has format 1. The box is the first one inside the first `<answer>…</answer>`.
+    - "think": `<think>…</think>` and, with white space between or none, `<answer>(x1, y1), (x2, y2)</answer>` at the
+      end, where one newline may follow, has format 1. The box is the first one in the first `<answer>…</answer>`.
     - "box": the first `(x1, y1), (x2, y2)` of the text.
     - "marked": the first `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, as Qwen2-VL writes it.
     - "list": the first `[x1, y1, x2, y2]`, white space allowed inside the brackets and behind the commas.
-    - "fractions": such a list of decimals in parts of the image, digits with or without a point and digits behind it
-      (`0.25`, `1`; no `.5`, `-0.1` or `1e-3`). Nine decimals count. The box is on the 0-1000 scale.
+    - "fractions": such a list of fractions of the image, digits with or without a point and further digits (`0.25`,
+      `1`; not `.5`, `-0.1` or `1e-3`). Nine decimals count. The box returned is on the 0-1000 scale.
 
     In all but "think" format is 1 where a box was found.
 
@@ -76,13 +76,13 @@ def grounding_rewards(
             tensors' device, else the twin with one warning.
 
     Returns:
-        `GroundingRewards`, on gold's device; there csrc/'s parser is one launch and does not synchronise. Never an
-        error and never NaN for any text: a box that is inverted or degenerate has IoU 0, one that leaves the image its
-        ordinary IoU.
+        `GroundingRewards`, on gold's device; on a GPU csrc/'s parser is one launch and does not synchronise. No text is
+        an error or gives NaN: a box that is inverted or degenerate has IoU 0, one that leaves the image its ordinary
+        IoU.
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
-        IndexError: offsets that fall or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
+        IndexError: offsets that decrease or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
     """
     op = compiled_op("grounding_rewards", backend, gold)
     check_tensor("text", text, (None,), (torch.uint8,))
@@ -103,10 +103,10 @@ def grounding_rewards_from_ids(
 ) -> GroundingRewards:
     """`grounding_rewards` of token ids: a completion's text is its tokens' bytes up to the first EOS.
 
-    Special tokens are silent, but for the box marks in the answer format "marked".
+    Special tokens have no text, but for the box marks in the answer format "marked".
 
     Args:
-        ids: (n, C) int64. What stands at `lengths`, or behind the first EOS, does not count and may be any number.
+        ids: (n, C) int64. Those from `lengths` on, or after the first EOS, do not count and may be any number.
         lengths: (n) int32 or int64, tokens of each completion; below 0 is 0, above C is C.
         table: the vocabulary's bytes; it must cover every id that counts. A completion's text is shorter than 2 GiB,
             which is not checked.
@@ -139,14 +139,13 @@ def _formats(answer_format: str | Tensor, gold: Tensor) -> Tensor:
 
 
 def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats: Tensor) -> tuple[Tensor, ...]:
-    """Twin: Python's `re` on the CPU. (M), (n+1), (n, 4), (n) -> the fields of `GroundingRewards`."""
+    """Twin of `grounding_rewards`, by Python's `re` on the CPU: (M), (n+1), (n, 4), (n) -> its results' fields."""
     raw, bounds, codes = text.cpu().numpy().tobytes(), offsets.tolist(), formats.tolist()
     if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(raw):
-        raise IndexError(f"offsets must not fall and must stay inside the {len(raw)} bytes of the text.")
+        raise IndexError(f"offsets must not decrease and must stay inside the {len(raw)} bytes of the text.")
     if unknown := set(codes) - set(FORMATS):
-        raise ValueError(
-            f"answer_format holds the code {unknown.pop()}; codes are 0 to {FORMATS[-1]}, see ANSWER_FORMATS."
-        )
+        last = FORMATS[-1]
+        raise ValueError(f"answer_format holds the code {unknown.pop()}; codes are 0 to {last}, see ANSWER_FORMATS.")
     parsed = [_parse(raw[start:end], code) for start, end, code in zip(bounds, bounds[1:], codes, strict=False)]
     boxes, found, well_formed, spans = zip(*parsed, strict=True) if parsed else ((), (), (), ())
     boxes = torch.tensor(boxes, dtype=torch.float32, device=gold.device).view(-1, 4)
@@ -162,7 +161,7 @@ def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats
 def grounding_rewards_from_ids_torch(
     ids: Tensor, lengths: Tensor, data: Tensor, entries: Tensor, gold: Tensor, formats: Tensor
 ) -> tuple[Tensor, ...]:
-    """Twin: writes the text out, then parses it."""
+    """Twin of `grounding_rewards_from_ids`: writes the text of each row, then parses it."""
     n, width = ids.shape
     starts, sizes, roles = unpacked(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
@@ -183,7 +182,7 @@ def grounding_rewards_from_ids_torch(
 
 
 def _parse(text: bytes, answer_format: int) -> tuple[list[float], bool, bool, list[int]]:
-    """Box, whether there is one, whether the format is right, spans."""
+    """The box, whether there is one, whether the format is right, and the spans."""
     think = re.search(rb"<think>(.*?)</think>", text, _DOTALL_ASCII)
     answer = re.search(rb"<answer>(.*?)</answer>", text, _DOTALL_ASCII)
     spans = [*(think.span(1) if think else (-1, -1)), *(answer.span(1) if answer else (-1, -1))]

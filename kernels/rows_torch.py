@@ -14,7 +14,7 @@ from .chunks import LOGIT_FLOOR, HeadGradients, LogitSweep, chunk_rows, product
 
 
 class _Rows:
-    """Rows in chunks, and a chunk in blocks that stay in a CPU's cache through all that is done to a logit."""
+    """Rows in chunks, and a chunk in blocks that stay in a CPU's cache through all operations on a logit."""
 
     def __init__(self, n: int, vocabulary: int, like: Tensor, temperature: float, at_least: int):
         self.n, self.temperature, self.dtype = n, temperature, accumulation_dtype(like)
@@ -22,7 +22,7 @@ class _Rows:
         self.step = -(-n // max(chunks, 1)) or 1  # chunks of one size, but for the last
         self.on_cpu = like.device.type == "cpu"
         self.block = min(self.step, chunk_rows(vocabulary, self.dtype, like.device, at_least=4))
-        # Buffers are made once: fresh ones would be paged in anew for every chunk.
+        # Buffers are allocated once: new ones would have to be paged in for every chunk.
         self.chunk = torch.empty(min(self.step, n), vocabulary, dtype=self.dtype, device=like.device)
         self.spare = torch.empty(min(self.block, n), vocabulary, dtype=self.dtype, device=like.device)
 
@@ -31,7 +31,7 @@ class _Rows:
 
     def chunks(self, live: Tensor | None = None) -> list:
         """Row selections that cover all rows, or only those where `live` (N) bool is set. At least one chunk."""
-        # On an accelerator nonzero() would wait for the device; there every row is swept.
+        # On an accelerator nonzero() would wait for the device; there all rows are computed.
         if live is not None and self.on_cpu:
             rows = live.nonzero().squeeze(1)
             if rows.numel() < self.n:
@@ -46,15 +46,12 @@ class _Rows:
             selected = slice(rows.start + at, rows.start + end) if isinstance(rows, slice) else rows[at:end]
             yield selected, logits[at:end]
 
-    def log_softmax(self, logits: Tensor) -> Tensor:
-        return torch.log_softmax(logits, 1, out=self.spare[: logits.shape[0]])
-
 
 class HeadRows(_Rows):
     """Rows of hidden @ weight.T. Sums dhidden (N, H) and dweight (V, H), if wanted, in the accumulation dtype."""
 
     def __init__(self, hidden, weight, temperature, grad_hidden=False, grad_weight=False):
-        # Each chunk reads and writes the whole of dweight: 128 rows make that small beside the product itself.
+        # Each chunk reads and writes the whole of dweight: with 128 rows that is little beside the product itself.
         super().__init__(hidden.shape[0], weight.shape[0], hidden, temperature, at_least=128)
         self.input_dtype = hidden.dtype
         if self.on_cpu:  # CPU GEMMs round half-precision results to half precision
@@ -110,7 +107,7 @@ class LogitRows(_Rows):
         return logits.clamp_(min=LOGIT_FLOOR)
 
     def chunks(self, live: Tensor | None = None) -> list:
-        return super().chunks()  # every row of dlogits must be written, the zero ones too
+        return super().chunks()  # every row of dlogits must be written, the zeros too
 
     def gradient_buffer(self, rows, logits: Tensor) -> Tensor:
         return self.dlogits[rows] if self.dlogits.dtype == self.dtype else logits
@@ -139,7 +136,7 @@ def forward(
     for chunk in source.chunks():
         pushed = []
         for rows, logits in source.blocks(chunk):
-            log_softmax = source.log_softmax(logits)
+            log_softmax = torch.log_softmax(logits, 1, out=source.spare[: logits.shape[0]])
             chosen = targets[rows].unsqueeze(1)
             logps[rows] = log_softmax.gather(1, chosen).squeeze(1)
             if not entropy:
@@ -161,7 +158,7 @@ def backward(source: HeadRows | LogitRows, targets: Tensor, dlogps: Tensor, entr
     live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
     for chunk in source.chunks(live):
         for rows, logits in source.blocks(chunk):
-            log_softmax = source.log_softmax(logits)
+            log_softmax = torch.log_softmax(logits, 1, out=source.spare[: logits.shape[0]])
             probabilities = torch.exp(log_softmax, out=source.gradient_buffer(rows, logits))
             if dentropy is not None:  # d entropy / d z = -p (log p + entropy)
                 scale = (dentropy[rows] / source.temperature).unsqueeze(1)

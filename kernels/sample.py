@@ -23,8 +23,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token for each row of logits.
 
-    The filters apply in this order: forbidden ids leave, then the top_k largest stay, then, of what is left and
-    renormalised, the smallest set of the likeliest tokens that reaches top_p stays.
+    The filters apply in this order: forbidden ids are removed; of the others the top_k largest are kept; of those,
+    renormalised, the smallest set of the likeliest tokens whose probabilities reach top_p is kept.
 
     Args:
         logits: (n, V) float.
@@ -32,7 +32,7 @@ def sample_tokens(
         prompt_ids, completion_ids, positions: (n) int64, the row's counters: serial number of the prompt in the run's
             stream, index of the completion in its group, position of the token in the completion.
         temperature: 0 takes the likeliest allowed token.
-        top_k: 0 or V and more: off. Of equal logits at the edge exactly k stay.
+        top_k: 0, or V and more: off. Exactly k are kept, also where logits are equal.
         top_p: in (0, 1]; 1: off.
         forbidden: (F) int64 ids that no row may draw, or None.
 

@@ -1,21 +1,23 @@
 """Torch twin of `sample_tokens`: Gumbel-max with counter-based noise.
 
-Two levels of it (a maximum of Gumbel-perturbed scores is itself one, of their log-sum-exp): the vocabulary falls into
-at most 1024 groups, entry v into group (v // 8) mod 1024; noise on the log-mass of each group picks one, noise on its
-entries picks the token. That is the softmax exactly, with a thousand hashes and logarithms a row in place of 152k.
+It has two levels, for the maximum of Gumbel-perturbed scores is distributed as their perturbed log-sum-exp. The
+vocabulary is divided into at most 1024 groups, entry v into group (v // 8) mod 1024. Noise on the log-mass of each
+group selects one, noise on its entries selects the token. That is exactly the softmax, with a thousand hashes and
+logarithms a row in place of 152k.
 
-The noise of entry v is a hash of (seed, prompt id, completion index, position) and v, that of group g one of 2^30 + g:
+The noise of entry v is a hash of (seed, prompt id, completion index, position) and v; that of group g has 2^30 + g in
+place of v:
 
 - per row, 64-bit: h = mix64(seed + GOLDEN), then h = mix64(h ^ counter) for the three counters; mix64 is the finaliser
   of SplitMix64 (Steele et al. 2014, constants of Stafford's variant 13). k0, k1 = low and high half of h.
 - per entry, 32-bit: x = v * ODD + k0; x ^= x >> 16; x *= 0x7feb352d; x ^= k1; x ^= x >> 15; x *= 0x846ca68b;
-  x ^= x >> 16, all shifts logical (Wellons' lowbias32 with a second key in its middle: without it rows whose k0 differ
-  by a multiple of ODD would draw shifted copies of the same noise).
-- uniform: u = (float(x & 0x7fffffff) + 0.5) * 2^-31 * (1 - 2^-24), in (0, 1); Gumbel = -log(-log1p(-u)). Winners have a
-  small u, where fp32 is dense: 31 bits resolve a flat vocabulary of 152k, 24 would tie in 1 draw of 50.
+  x ^= x >> 16, all shifts logical. (Wellons' lowbias32 with a second key in its middle. Without that key, rows whose
+  k0 differ by a multiple of ODD would draw shifted copies of the same noise.)
+- uniform: u = (float(x & 0x7fffffff) + 0.5) * 2^-31 * (1 - 2^-24), in (0, 1); Gumbel = -log(-log1p(-u)). The largest
+  noise has the smallest u, where fp32 is dense: 31 bits resolve a flat vocabulary of 152k, 24 would tie once in 50.
 
-Equal logits draw equal tokens on every implementation: the two best groups, which fp32 sums could swap once in a
-million draws, and the entries within them are compared in fp64.
+With equal logits every implementation draws the same token: the two best groups, which rounding in fp32 could swap
+once in a million draws, and their entries are compared in fp64.
 """
 
 import torch
@@ -34,17 +36,9 @@ UNIFORM_SCALE = 2.0**-31 * (1 - 2.0**-24)
 
 
 def sample_tokens_torch(
-    logits: Tensor,
-    seed: int,
-    prompt_ids: Tensor,
-    completion_ids: Tensor,
-    positions: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    forbidden: Tensor | None,
+    logits, seed: int, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
 ) -> tuple[Tensor, Tensor]:
-    """Twin of `sample_tokens`, rows in chunks that stay in the cache."""
+    """Arguments and results of `sample_tokens`; rows are taken in chunks that stay in the cache."""
     n, vocabulary = logits.shape
     dtype = accumulation_dtype(logits)
     keys = row_keys(seed, prompt_ids, completion_ids, positions)
@@ -81,7 +75,7 @@ def sample_tokens_torch(
 
 
 def _stride(vocabulary: int) -> int:
-    """Entries from one run of a group to its next; a small vocabulary has one run each."""
+    """Distance between two runs of WIDTH entries of one group; in a small vocabulary a group has one run."""
     return min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
 
 
@@ -93,7 +87,7 @@ def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
     counters = torch.arange(mass.shape[1], dtype=torch.int32, device=mass.device) + FIRST_GROUP
     groups = (mass.log() + gumbel(keys, counters.unsqueeze(0), mass.dtype)).topk(min(2, mass.shape[1]), dim=1).indices
     runs = torch.arange(0, vocabulary, stride, device=mass.device).unsqueeze(1)
-    inside = (runs + torch.arange(WIDTH, device=mass.device)).flatten()  # a group's entries, from its first on
+    inside = (runs + torch.arange(WIDTH, device=mass.device)).flatten()  # offsets of a group's entries from its first
     entries = groups.unsqueeze(2) * WIDTH + inside  # (n, 2, entries)
     columns = entries.clamp(max=vocabulary - 1).flatten(1)
     exact = logits.gather(1, columns).to(scores.dtype).clamp_(min=LOGIT_FLOOR).double().sub_(peak).mul_(inverse)
@@ -106,16 +100,16 @@ def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
 
 
 def owners_of(ids: Tensor, vocabulary: int) -> Tensor:
-    """(vocabulary) int32 that names, for each of `ids` (F), one of the places where it stands; the rest is undefined.
+    """(vocabulary) int32: for each of `ids` (F) one of its places among them; undefined elsewhere.
 
-    So that an id which stands twice counts once, and nobody waits for a device that looks for such ids.
+    With it an id that is given twice counts once, without waiting for the device to find such ids.
     """
     places = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     return places.new_empty(vocabulary).index_copy_(0, ids, places)
 
 
 def is_filtered(vocabulary: int, temperature: float, top_k: int, top_p: float) -> bool:
-    """Whether top-k or top-p takes anything away."""
+    """Whether top-k or top-p may remove anything."""
     return temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
 
 
@@ -125,13 +119,13 @@ def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         probabilities = kept.softmax(1)
         before = probabilities.cumsum(1) - probabilities
-        before[:, 0] = 0  # the likeliest stays, whatever the rounding
+        before[:, 0] = 0  # the likeliest is kept, whatever the rounding
         kept = kept.masked_fill(before >= top_p, float("-inf"))
     return torch.full_like(scores, float("-inf")).scatter_(1, candidates, kept)
 
 
 def fp32_inverse(temperature: float) -> float:
-    """1 / temperature as a kernel receives it; 1 for a temperature of 0, whose logps are those at 1."""
+    """1 / temperature, rounded as a kernel receives it; 1 for temperature 0, whose logps are those at 1."""
     return torch.tensor(1 / temperature if temperature else 1.0, dtype=torch.float32).item()
 
 
@@ -175,13 +169,13 @@ def noise_bits(keys: Tensor, entries: Tensor) -> Tensor:
 def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard Gumbel noise (n, k), between -2.9 and 22.2."""
     bits = noise_bits(keys, entries).bitwise_and_(0x7FFFFFFF)
-    # The uniform itself is fp32 in every implementation; only the logarithms follow the logits' dtype.
+    # The uniform is fp32 in every implementation; only the logarithms are in `dtype`.
     uniform = bits.float().add_(0.5).mul_(UNIFORM_SCALE).to(dtype)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _shifted(x: Tensor, shift: int) -> Tensor:
-    """Logical right shift of int64: torch's copies the sign."""
+    """Logical right shift of int64; torch's own repeats the sign bit."""
     return (x >> shift) & ((1 << (64 - shift)) - 1)
 
 
@@ -192,7 +186,7 @@ def _signed(value: int, bits: int) -> int:
 
 
 def _row_argmax(scores: Tensor) -> Tensor:
-    """argmax(1), the first of equals: of blocks, then within the best one. torch's own is ten times amax on a CPU."""
+    """argmax(1), the first of equals: the best block, then its best entry. On a CPU torch's argmax takes ten amax."""
     width, block = scores.shape[1], 128
     whole = width // block * block
     if width < 8 * block:

@@ -35,7 +35,7 @@ def _row_key(first_key, prompt, completion, position):
 
 @triton.jit
 def _uniform(low, high, counters):
-    """(n) int32 counters -> fp32 uniforms; see sample."""
+    """(n) int32 counters -> fp32 uniforms; see sample_torch.py."""
     x = counters.to(tl.uint32) * tl.full((), _ODD, tl.uint32) + low
     x = (x ^ (x >> 16)) * tl.full((), _D0, tl.uint32)
     x ^= high
@@ -46,7 +46,7 @@ def _uniform(low, high, counters):
 
 @triton.jit
 def _log1m(u):
-    """log(1 - u), with what the subtraction rounds off put back."""
+    """log(1 - u), corrected by the rounding of the subtraction."""
     w = 1 - u
     return tl.log(w) + ((1 - w) - u) / w
 
@@ -58,7 +58,7 @@ def _gumbel(low, high, counters, DTYPE: tl.constexpr):
 
 @triton.jit
 def _without(z, columns, vocabulary, forbidden, instead):
-    """z, or `instead` where `forbidden` (V) uint8 is set."""
+    """z, with `instead` where `forbidden` (V) uint8 is set."""
     if forbidden is not None:
         banned = tl.load(forbidden + columns, mask=columns < vocabulary, other=0)
         z = tl.where(banned != 0, instead, z)
@@ -79,7 +79,7 @@ def _exact_group(
     x = tl.where(columns < vocabulary, x, float("-inf"))
     x = _without(x, columns, vocabulary, forbidden, float("-inf"))
     highest = tl.max(x, 0)
-    # A group without an allowed entry: no mass, and no NaN on the way.
+    # A group without an allowed entry has no mass; with -inf its sums would be NaN.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     log_mass = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
     counter = tl.full((ENTRIES,), 0, tl.int32) + group + _FIRST_GROUP
@@ -113,11 +113,11 @@ def sample_kernel(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """A program owns a row, and its threads the groups."""
+    """A program owns a row, and each of its threads a group."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits + row * row_stride
     scale = inverse_temperature * LOG2E
-    # What is forbidden, or beyond the row, lies below the floor of all that is allowed: no mass beside it, and no NaN.
+    # A forbidden logit, or one beyond the row, is set below the floor of the allowed ones: it has no mass and no NaN.
     top = tl.full((GROUPS,), 2 * floor, tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     for at in tl.range(0, vocabulary, BLOCK, num_stages=3):
@@ -126,7 +126,7 @@ def sample_kernel(
         top, total, _ = absorb(z, top, total, total, scale, GROUPS, WIDTH, False)
     peak = tl.max(top, 0)
     log_masses = (top - peak) * scale + tl.log2(total)
-    # The log-probability is over the whole vocabulary: what is forbidden comes back, which takes nothing away.
+    # The log-probability is over the whole vocabulary: the mass of the forbidden ids is added again.
     highest = peak
     mass = tl.sum(tl.exp2(log_masses), 0)
     if ids is not None:
@@ -165,7 +165,7 @@ def sample_kernel(
             )  # fmt: skip
             token = tl.where((score > best_score) | (i == 0), candidate, token)
             best_score = score
-    token = tl.minimum(token, vocabulary - 1)  # of a row of NaN
+    token = tl.minimum(token, vocabulary - 1)  # larger for a row of NaN
     tl.store(tokens + row, token)
     chosen = floored(tl.load(row_ptr + token.to(tl.int64) * column_stride).to(tl.float32), floor)
     tl.store(logps + row, ((chosen - highest) * scale - tl.log2(mass)) * LN2)

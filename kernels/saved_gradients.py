@@ -34,10 +34,8 @@ def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
         scaled = (lambda gradient, _: gradient) if dloss == 1 else torch.mul
     else:
         scaled = scaled_copy
-    gradients = [
-        scaled(gradient, dloss) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-    ]
+    saved = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    gradients = [scaled(gradient, dloss) if wanted else None for gradient, wanted in saved]
     return *gradients, *(None,) * (ctx.n_inputs - len(gradients))
 
 

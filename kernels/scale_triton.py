@@ -7,7 +7,7 @@ from torch.autograd.graph import increment_version
 
 from .dispatch import Launch
 
-# At most as many programs as run at once, 8 on each multiprocessor of an H200: mostly they have nothing to do.
+# At most as many programs as run at once, 8 on each multiprocessor of an H200: with a factor of 1 all end at once.
 SCALE_PROGRAMS = 8 * 132
 
 

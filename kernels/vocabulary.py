@@ -1,4 +1,4 @@
-"""The bytes of every token id, as tensors, so that text can be written where the ids are."""
+"""The bytes of every token id, as tensors, so that ids are turned into text on their own device."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, Self
@@ -6,13 +6,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-# Roles of a token. Text that begins neither a tag nor a box is plain; with a bracket it may begin a box.
+# Roles of a token. Plain text begins neither a tag nor a box; text with a bracket may begin a box.
 PLAIN, BRACKET, TEXT, EOS, MARK = range(5)
 _SIZE_BITS, _ROLE_BITS = 22, 3
 
 
 class VocabularyBytes(NamedTuple):
-    """What each token id stands for. Special tokens have no bytes, but for the box marks."""
+    """The bytes of each token id. Special tokens have none, but for the box marks."""
 
     data: Tensor  # (total) uint8
     entries: Tensor  # (V) int64, where in `data` a token starts, its size and its role in one word: see `unpacked`
@@ -32,8 +32,8 @@ class VocabularyBytes(NamedTuple):
             tokens: the bytes of every id the model can emit, in id order; b"" for special tokens other than the box
                 marks, and for the ids with which a model pads its vocabulary.
             eos_ids: ids that end a completion.
-            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them: read in the
-                answer format "marked", silent in the others.
+            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them: text in the
+                answer format "marked", skipped in the others.
 
         Raises:
             ValueError: an EOS id or a mark's id lies outside the vocabulary, or a token has 4 MiB or more.
@@ -46,7 +46,7 @@ class VocabularyBytes(NamedTuple):
                 roles[token_id] = role
         sizes = torch.tensor([len(token) for token in tokens], dtype=torch.int64)
         if (sizes >= 1 << _SIZE_BITS).any():
-            raise ValueError(f"a token has {int(sizes.max())} bytes; less than 4 MiB is a token. Split it.")
+            raise ValueError(f"a token has {int(sizes.max())} bytes; a token must have less than 4 MiB. Split it.")
         starts = sizes.cumsum(0) - sizes
         entries = ((starts << _SIZE_BITS | sizes) << _ROLE_BITS) | roles
         data = torch.frombuffer(bytearray(b"".join(tokens)) or bytearray(1), dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Our doors under the names and signatures that other repositories call (DESIGN section 8).
+"""Our ops under the names and signatures that other repositories call (ARCHITECTURE.md, section "Drop-ins").
 
 A module for each repository; none imports the repository, and `import boxgrpo.kernels` imports none of them. Options
-that a door cannot honour raise ValueError.
+that our ops do not support raise ValueError.
 """
 
 from .liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
@@ -9,7 +9,7 @@ from .trl import ChunkedLogProbFunction, selective_log_softmax, selective_log_so
 from .verl import compute_grpo_outcome_advantage, linear_cross_entropy, logprobs_from_logits
 from .vlm_r1 import format_reward_rec, iou_reward
 
-_ChunkedLogProbFunction = ChunkedLogProbFunction  # the name that trl.trainer.utils knows it by
+_ChunkedLogProbFunction = ChunkedLogProbFunction  # its name in trl.trainer.utils
 
 __all__ = [
     "ChunkedLogProbFunction",

@@ -128,7 +128,7 @@ def triton_grpo_loss(
         completion_ids: (B, L) int. completion_mask: (B, L), 0 where a token is not scored; None: all are.
         advantages: (B) float.
         temperature: above 0. beta, eps_low, eps_high: for `cispo` eps_high bounds the ratio itself.
-        inplace: the backward writes the gradient over the logits, which are gone after it.
+        inplace: the backward writes the gradient over the logits, which are lost then.
         loss_type: grpo, bnpo, dapo, dr_grpo or cispo; without `reduce` the first four give the same.
         max_completion_length: for `dr_grpo`; None: L.
         reduce: return the loss and its metrics, and not those of each token.

@@ -9,7 +9,7 @@ from .head import REPORTS, LogitMap, head_logps
 
 
 class ChunkedLogProbFunction:
-    """Stands in for the autograd function of that name: `trl.trainer.utils._ChunkedLogProbFunction = this`.
+    """Replaces the autograd function of that name: `trl.trainer.utils._ChunkedLogProbFunction = this`.
 
     GRPOTrainer and RLOOTrainer call it for every log-probability that they train on or compare with.
     """
@@ -28,21 +28,21 @@ class ChunkedLogProbFunction:
     ) -> tuple[Tensor | None, ...]:
         """log softmax at `targets` of softcap · tanh(scale · (hidden @ weight.T + bias) / softcap) / temperature.
 
-        Without bias, soft cap and reports this is the door `token_logps`; else a sweep of as many FLOPs. Under autocast
-        the inputs are cast to its dtype, else weight to hidden's, as TRL does; the logits are fp32 either way.
+        Without bias, soft cap and reports this is `token_logps`; with them it costs as many FLOPs. Under autocast the
+        inputs are cast to its dtype, else weight to hidden's, as in TRL; the logits are fp32 in both cases.
 
         Args:
             hidden: (N, H) float. weight: (V, H) float. bias: (V) float. targets: (N) int64.
             temperature: above 0.
-            chunk_size: TRL's columns at a time; read by nobody, for our chunks are whole rows.
+            chunk_size: unread; our chunks are whole rows, TRL's are columns.
             final_logit_softcapping: above 0.
-            outputs: what else is wanted of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1"; "log_probs" is
-                always given.
+            outputs: those that are wanted of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1"; "log_probs"
+                is always returned.
 
         Returns:
             log_probs (N) in nats and entropy (N) in nats, differentiable once in hidden, weight and bias;
-            log_sum_sq_probs (N), log of the sum of p²; mean_logits (N), the mean of what softmax is taken of;
-            is_top1 (N) bool, whether the target is the first maximum. fp32 (fp64 for fp64 inputs); None if not wanted.
+            log_sum_sq_probs (N), log of the sum of p²; mean_logits (N), the mean of the logits above;
+            is_top1 (N) bool, whether the target is its first maximum. fp32 (fp64 for fp64 inputs); None if not wanted.
 
         Raises:
             ValueError: shapes, dtypes, temperature, soft cap or a name in `outputs` do not fit.
@@ -52,7 +52,7 @@ class ChunkedLogProbFunction:
             raise ValueError(f"outputs holds {unknown[0]!r}; it may hold log_probs, entropy, {', '.join(REPORTS)}.")
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3 gathers the head for this call only; the backward reads it too
+        if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3 gathers the head for this call only, and the backward reads it
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         found = head_logps(
             hidden.to(dtype),
@@ -78,7 +78,8 @@ def selective_log_softmax(
         row_mask: of index's shape; where it is 0 the result is 0 and has no gradient, whatever the logits and the id.
 
     Returns:
-        Of index's shape, nats, fp32 (fp64 for fp64 logits), as TRL's Triton kernel; its CPU path returns logits' dtype.
+        Of index's shape, nats, fp32 (fp64 for fp64 logits) as from TRL's Triton kernel; its CPU path returns logits'
+        dtype.
 
     Raises:
         ValueError: shapes, dtypes or temperature do not fit.
@@ -107,7 +108,7 @@ def _selected(logits, index, temperature, row_mask, entropy) -> tuple[Tensor, Te
         raise ValueError(f"row_mask has shape {tuple(kept.shape)}; it must be index's, {tuple(index.shape)}.")
     live = kept.any(-1) if several else kept
     rows, ids = logits.reshape(-1, logits.shape[-1]), index.long().masked_fill(~kept, 0)
-    # Of several ids the sweep takes the row's largest logit, and the ids stand off from it by their own.
+    # For several ids of a row, its largest logit is scored; the others follow from their difference to it.
     top = rows.detach().argmax(1, keepdim=True) if several else None
     targets = top.squeeze(1) if several else ids.flatten()
     found = token_logps_from_logits(rows, targets, temperature=temperature, entropy=entropy)

@@ -22,23 +22,23 @@ def linear_cross_entropy(
     reduction: str | None = "none",
     dist_process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logps` with its entropy: no logits.
+    """`token_logps` with its entropy; (N, V) logits are never in memory.
 
     Args:
         hidden: (…, H) float, N rows in all. weight: (V, H) of hidden's dtype. labels: (…) int, N in all.
         temperature: above 0; None: 1.
         reduction: of the logps, "none", "sum" or "mean"; None: "none".
-        dist_process_group: of ranks that hold a share of the vocabulary each; one rank at most.
+        dist_process_group: None or a group of one rank; in verl each of its ranks holds a share of the vocabulary.
 
     Returns:
         logps (N), or 0-dim if reduced, and entropy (N), nats, fp32 (fp64 for fp64 inputs), differentiable once.
 
     Raises:
-        ValueError: a vocabulary in shares, a reduction, shapes, dtypes or temperature that do not fit.
+        ValueError: more than one rank; a reduction, shapes, dtypes or a temperature that do not fit.
     """
     if dist_process_group is not None and (ranks := torch.distributed.get_world_size(dist_process_group)) > 1:
         raise ValueError(
-            f"dist_process_group has {ranks} ranks; a head in shares of the vocabulary is not served. Gather it."
+            f"dist_process_group has {ranks} ranks; a head that is split by vocabulary is not supported. Gather it."
         )
     reduction = (reduction or "none").lower()
     check_choice("reduction", reduction, tuple(REDUCTIONS))
@@ -53,7 +53,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Args:
         logits: (…, V) float. labels: (…) int.
-        inplace_backward: the backward writes the gradient over the logits, which are gone after it.
+        inplace_backward: the backward writes the gradient over the logits, which are lost then.
 
     Returns:
         (…) nats, fp32 (fp64 for fp64 logits), differentiable once.
@@ -75,18 +75,18 @@ def compute_grpo_outcome_advantage(
     norm_adv_by_std_in_grpo: bool = True,
     config=None,
 ) -> tuple[Tensor, Tensor]:
-    """`group_advantages` of the rewards' sums, over groups of any sizes.
+    """`group_advantages` of the sums of rewards, in groups of any sizes.
 
     Args:
         token_level_rewards: (n, T) float. response_mask: (n, T).
         index: n hashable names of groups, as a numpy array, a tensor or a list.
-        epsilon: beside the std (ddof 1) in the divisor.
+        epsilon: added to the std (ddof 1) in the divisor.
         norm_adv_by_std_in_grpo: divide by std + epsilon; False: only subtract the mean.
         config: unread, as in verl.
 
     Returns:
-        The advantages (n, T), a response's one value at each of its tokens and 0 where the mask is, twice. A response
-        alone in its group has mean 0 and std 1, so that its reward stays; verl has it so. Equal rewards give exactly 0.
+        The advantages (n, T), twice: a response's value at each of its tokens, 0 where the mask is 0. A response alone
+        in its group has mean 0 and std 1, as in verl, so that its reward is kept. Equal rewards give exactly 0.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

@@ -13,10 +13,10 @@ def iou_reward(completions: list[list[dict]], solution: list, **kwargs) -> list[
     Args:
         completions: n answers in chat form, [{"role": …, "content": text}].
         solution: n gold boxes x1 y1 x2 y2 on the 0-1000 scale.
-        answer_format: "think" or "box", for all or one for each. Without it it follows from `single_img_with_cot`
-            (False: no thinking in single-image examples) and `image_path` (n lists of paths), as in UniVG-R1, and is
-            "think" where either is missing.
-        kwargs: other columns of the data set; unread.
+        answer_format: "think" or "box", for all or one for each. Without it the format follows from
+            `single_img_with_cot` (False: no thinking in single-image examples) and `image_path` (n lists of paths), as
+            in UniVG-R1, and is "think" where either is missing.
+        kwargs: other columns of the data set, unread.
 
     Returns:
         n floats.
@@ -41,9 +41,8 @@ def format_reward_rec(completions: list[list[dict]], **kwargs) -> list[float]:
 def _rewards(completions, gold: torch.Tensor, columns: dict) -> GroundingRewards:
     texts = [completion[0]["content"].encode(errors="replace") for completion in completions]
     names = _answer_formats(len(texts), **columns)
-    for name in names:
-        if name not in ANSWER_FORMATS:
-            raise ValueError(f"answer_format is {name!r}; it is 'think' or 'box', for all or one for each.")
+    if unknown := set(names) - set(ANSWER_FORMATS):
+        raise ValueError(f"answer_format is {unknown.pop()!r}; it is 'think' or 'box', for all or one for each.")
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
     return grounding_rewards(*pack_texts(texts), gold, answer_format=codes)
 

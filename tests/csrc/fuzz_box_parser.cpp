@@ -1,5 +1,4 @@
-// The parser against a plain matcher that looks at the whole text again and again, and against itself fed in pieces
-// and as token ids.
+// The parser against itself, fed in pieces and as token ids.
 //
 // With -fsanitize=fuzzer and -DBOXGRPO_LIBFUZZER this is a libFuzzer target; without, a program that reads cases
 // (format, size in 4 bytes, text) from standard input and writes what it found in each. fuzz_rewards.py builds and runs
@@ -21,7 +20,6 @@ namespace {
 
 using boxgrpo::Entry;
 using Text = std::string_view;
-constexpr size_t kNone = Text::npos;
 
 struct Found {
   float box[4] = {0, 0, 0, 0};
@@ -29,115 +27,6 @@ struct Found {
   uint8_t found = 0, well_formed = 0, padding[2] = {0, 0};
 };
 static_assert(sizeof(Found) == 36, "what fuzz_rewards.py reads");
-
-// -- the plain matcher -----------------------------------------------------------------------------------------------
-
-bool literal(Text text, size_t& at, Text want) {
-  const bool is_there = at <= text.size() && text.substr(at, want.size()) == want;
-  at += is_there ? want.size() : 0;
-  return is_there;
-}
-
-void spaces(Text text, size_t& at) {
-  while (at < text.size() && Text(" \t\n\v\f\r").find(text[at]) != kNone) ++at;
-}
-
-std::string digits(Text text, size_t& at) {
-  const size_t start = at;
-  while (at < text.size() && '0' <= text[at] && text[at] <= '9') ++at;
-  return std::string(text.substr(start, at - start));
-}
-
-uint64_t saturated(std::string number) {
-  number.erase(0, number.find_first_not_of('0'));
-  const uint64_t value = number.size() > 10 ? UINT64_MAX : number.empty() ? 0 : std::stoull(number);
-  return value < boxgrpo::kCoordinateLimit ? value : boxgrpo::kCoordinateLimit;
-}
-
-bool number(Text text, size_t& at, bool fraction, float& value) {
-  const std::string whole = digits(text, at);
-  if (whole.empty()) return false;
-  value = static_cast<float>(saturated(whole));
-  if (!fraction) return true;
-  std::string decimals;
-  size_t behind = at + 1;
-  if (at < text.size() && text[at] == '.' && !(decimals = digits(text, behind)).empty()) at = behind;
-  decimals.resize(9, '0');
-  const double thousandths = static_cast<double>(saturated(whole) * 1000000000 + std::stoull(decimals)) / 1e6;
-  value = static_cast<float>(thousandths < boxgrpo::kCoordinateLimit ? thousandths : boxgrpo::kCoordinateLimit);
-  return true;
-}
-
-bool box_at(Text text, size_t& at, int format, float* box) {
-  if (format >= boxgrpo::kList) {
-    for (int k = 0; k < 4; ++k) {
-      if (!literal(text, at, k ? "," : "[")) return false;
-      spaces(text, at);
-      if (!number(text, at, format == boxgrpo::kFractions, box[k])) return false;
-    }
-    spaces(text, at);
-    return literal(text, at, "]");
-  }
-  for (int k = 0; k < 4; k += 2) {
-    if (!literal(text, at, "(") || !number(text, at, false, box[k]) || !literal(text, at, ",")) return false;
-    spaces(text, at);
-    if (!number(text, at, false, box[k + 1]) || !literal(text, at, ")")) return false;
-    if (k == 2) return true;
-    if (!literal(text, at, ",")) return false;
-    spaces(text, at);
-  }
-  return true;
-}
-
-bool first_box(Text text, int format, float* box) {
-  for (size_t start = 0; start < text.size(); ++start) {
-    float read[4];
-    size_t at = start;
-    if (format == boxgrpo::kMarked && !literal(text, at, "<|box_start|>")) continue;
-    if (!box_at(text, at, format, read)) continue;
-    if (format == boxgrpo::kMarked && !literal(text, at, "<|box_end|>")) continue;
-    for (int k = 0; k < 4; ++k) box[k] = read[k];
-    return true;
-  }
-  return false;
-}
-
-void contents(Text text, Text open, Text close, int32_t* span) {
-  const size_t start = text.find(open);
-  const size_t end = start == kNone ? kNone : text.find(close, start + open.size());
-  if (end == kNone) return;
-  span[0] = static_cast<int32_t>(start + open.size());
-  span[1] = static_cast<int32_t>(end);
-}
-
-bool thought_and_answered(Text text) {
-  const size_t think = text.find("<think>");
-  for (size_t close = think; (close = text.find("</think>", close)) != kNone; ++close) {
-    float box[4];
-    size_t at = close + 8;
-    spaces(text, at);
-    if (literal(text, at, "<answer>") && box_at(text, at, boxgrpo::kThink, box) && literal(text, at, "</answer>") &&
-        (text.substr(at).empty() || text.substr(at) == "\n"))
-      return true;
-  }
-  return false;
-}
-
-Found matched(Text text, int format) {
-  Found result;
-  contents(text, "<think>", "</think>", result.spans);
-  contents(text, "<answer>", "</answer>", result.spans + 2);
-  const int32_t* answer = result.spans + 2;
-  if (format != boxgrpo::kThink) {
-    result.found = result.well_formed = first_box(text, format, result.box);
-  } else if (answer[1] >= 0) {
-    result.found = first_box(text.substr(answer[0], answer[1] - answer[0]), format, result.box);
-  }
-  if (format == boxgrpo::kThink) result.well_formed = thought_and_answered(text);
-  return result;
-}
-
-// -- the parser ------------------------------------------------------------------------------------------------------
 
 // Each piece lies in memory of its own, so that a sanitizer sees a byte read beside it.
 Found parsed(Text text, int format, const std::vector<size_t>& cuts) {
@@ -178,8 +67,8 @@ struct Refuse {  // there is nothing to refuse
 };
 
 Entry::Role role_of(Text token) {  // as kernels/vocabulary.py
-  if (token.empty() || token.find('<') != kNone) return Entry::kText;
-  return token.find_first_of("([") == kNone ? Entry::kPlain : Entry::kBracket;
+  if (token.empty() || token.find('<') != Text::npos) return Entry::kText;
+  return token.find_first_of("([") == Text::npos ? Entry::kPlain : Entry::kBracket;
 }
 
 // The text as token ids, cut by what the text itself draws. Silent tokens lie between them, and behind their end what
@@ -234,7 +123,6 @@ Found parsed_ids(Text text, int format) {
 
 Found checked(Text text, int format) {
   const Found whole = parsed(text, format, {});
-  require_same(whole, matched(text, format), text, "the plain matcher");
   std::vector<size_t> every;
   for (size_t cut = 1; cut < text.size(); ++cut) every.push_back(cut);
   require_same(whole, parsed(text, format, every), text, "byte by byte");

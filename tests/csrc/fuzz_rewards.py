@@ -131,22 +131,28 @@ def differential(seconds: float, seed: int) -> Counter:
     draw, counts, end = random.Random(seed), Counter(), time.monotonic() + seconds
     while time.monotonic() < end:
         texts, names = completions(draw, BATCH)
-        gold = torch.tensor([[100.0, 200.0, 300.0, 400.0]]).repeat(BATCH, 1)
-        codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
-        if counts["cases"] // BATCH % 2:
-            ids, lengths, table, texts = tokenized(draw, texts, names)
-            got = grounding_rewards_from_ids(ids, lengths, table, gold, answer_format=codes, backend="extension")
-        else:
-            got = grounding_rewards(*pack_texts(texts), gold, answer_format=codes, backend="extension")
-        want = grounding_rewards(*pack_texts(texts), gold, answer_format=codes, backend="torch")
-        for field, a, b in zip(got._fields, got, want, strict=True):
-            wrong = (a != b).view(BATCH, -1).any(1).nonzero().flatten().tolist()
-            for i in wrong[:3]:
-                print(f"{names[i]} {texts[i]!r}: {field} is {a[i].tolist()}, `re` says {b[i].tolist()}")
-            if wrong:
-                raise SystemExit(f"{len(wrong)} of {BATCH} cases differ in {field}; seed {seed}.")
+        want = compare_with_re(texts, names, seed, draw if counts["cases"] // BATCH % 2 else None)
         counts.update(cases=BATCH, boxes=int(want.found.sum()), good_formats=int(want.format.sum()))
     return counts
+
+
+def compare_with_re(texts: list[bytes], names: list[str], seed: int, draw: random.Random | None = None):
+    """What `re` finds, after the operator found the same in the texts, or with `draw` in token ids that spell them."""
+    gold = torch.tensor([[100.0, 200.0, 300.0, 400.0]]).repeat(len(texts), 1)
+    codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
+    if draw:
+        ids, lengths, table, texts = tokenized(draw, texts, names)
+        got = grounding_rewards_from_ids(ids, lengths, table, gold, answer_format=codes, backend="extension")
+    else:
+        got = grounding_rewards(*pack_texts(texts), gold, answer_format=codes, backend="extension")
+    want = grounding_rewards(*pack_texts(texts), gold, answer_format=codes, backend="torch")
+    for field, a, b in zip(got._fields, got, want, strict=True):
+        wrong = (a != b).view(len(texts), -1).any(1).nonzero().flatten().tolist()
+        for i in wrong[:3]:
+            print(f"{names[i]} {texts[i]!r}: {field} is {a[i].tolist()}, that of `re` is {b[i].tolist()}")
+        if wrong:
+            raise SystemExit(f"{len(wrong)} of {len(texts)} cases differ in {field}; seed {seed}.")
+    return want
 
 
 def compiled(folder: Path, compiler: str, *flags: str) -> Path:
@@ -181,7 +187,10 @@ def sanitized(seconds: float, seed: int, program: Path) -> Counter:
 
 
 def guided(seconds: float, seed: int, folder: Path, program: Path) -> dict[str, int]:
-    """libFuzzer from the texts of one batch on; how many cases it tried, and how many edges of the program they met."""
+    """libFuzzer from the texts of one batch on: the number of cases it tried, and of edges of the program they reached.
+
+    The cases that reached a new edge are then compared with `re`.
+    """
     corpus = folder / "corpus"
     corpus.mkdir()
     for i, (text, name) in enumerate(zip(*completions(random.Random(seed), 200), strict=True)):
@@ -191,6 +200,9 @@ def guided(seconds: float, seed: int, folder: Path, program: Path) -> dict[str, 
     if done.returncode:
         raise SystemExit(f"{done.stderr[-4000:]}\nlibFuzzer ends with {done.returncode}; seed {seed}.")
     cases, coverage = re.findall(r"#(\d+)\s.* cov: (\d+)", done.stderr)[-1]
+    kept = [raw for raw in map(Path.read_bytes, corpus.iterdir()) if raw]
+    names = [list(ANSWER_FORMATS)[raw[0] % len(ANSWER_FORMATS)] for raw in kept]
+    compare_with_re([raw[1:] for raw in kept], names, seed)
     return {"cases": int(cases), "coverage": int(coverage)}
 
 

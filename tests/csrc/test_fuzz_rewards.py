@@ -1,4 +1,4 @@
-"""Half a minute of `make fuzz`: the compiled parser against Python's `re`, and its header under the sanitizers."""
+"""Seconds of `make fuzz`, or minutes if slow: the compiled parser against `re`, and its header under the sanitizers."""
 
 import json
 import random
@@ -10,28 +10,30 @@ import torch
 
 import fuzz_rewards
 from boxgrpo.bench.machine import RESULTS
-from boxgrpo.kernels import ANSWER_FORMATS, dispatch, grounding_rewards, pack_texts
+from boxgrpo.kernels import ANSWER_FORMATS, dispatch
 from fuzz_rewards import MARKS, TAGS, compiled, completions, differential, guided, sanitized
 
 SEED = random.SystemRandom().randrange(2**32)  # a failure names it
 
 
 @pytest.mark.skipif(dispatch.MISSING is not None, reason="csrc/ is not compiled")
-def test_the_operators_agree_with_re():
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_operators_agree_with_re(seconds):
     """Text and token ids, every answer format; enough answers are good for the agreement to mean something."""
-    counts = differential(6, SEED)
+    counts = differential(seconds, SEED)
     assert counts["cases"] > 1_000
     assert counts["boxes"] > counts["cases"] / 4 and counts["good_formats"] > counts["cases"] / 5
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_the_sanitizers_are_silent(tmp_path):
-    """Against `re`, a plain matcher, and itself fed byte by byte, in two pieces and as token ids."""
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_sanitizers_are_silent(tmp_path, seconds):
+    """Against `re`, and itself fed byte by byte, in two pieces and as token ids."""
     program = compiled(tmp_path, "g++", "-fsanitize=address,undefined")
-    assert sanitized(5, SEED, program)["cases"] >= fuzz_rewards.BATCH
+    assert sanitized(seconds, SEED, program)["cases"] >= fuzz_rewards.BATCH
 
 
-BROKEN = {  # what the texts, the matcher and the pieces do not show: the reading of token ids
+BROKEN = {  # faults in the reading of token ids, which texts in pieces do not show
     "a copy from one byte too near the end": ("token_row.h", "tokens.size - kCopied;", "tokens.size - kCopied + 1;"),
     "a run of too many tokens": ("token_row.h", "end : id + kRun", "end : id + 2 * kRun"),
     "ids behind an end": ("token_row.h", "id < stop && !ended;", "id < stop;"),
@@ -61,34 +63,31 @@ def test_libfuzzer_finds_nothing(tmp_path):
     assert found["cases"] > 1000 and found["coverage"] > 100
 
 
-def test_the_cases_are_what_they_should_be():
+def test_the_cases_are_of_every_kind():
     """Repeated and unclosed tags, long digits, NULs, broken UTF-8, text around tags, boxes in the reasoning."""
     texts, names = completions(random.Random(0), 20_000)
     assert set(names) == set(ANSWER_FORMATS)
-    for name in ANSWER_FORMATS:
-        mine = [text for text, its in zip(texts, names, strict=True) if its == name]
-        gold = torch.zeros(len(mine), 4)
-        got = grounding_rewards(*pack_texts(mine), gold, answer_format=name, backend="torch")
-        assert 0.1 < got.found.float().mean() < 0.9 and 0.05 < got.format.mean() < 0.9
-
-    def count(test):
-        return sum(bool(test(text)) for text in texts)
 
     def broken(text):
         return text.decode(errors="replace").encode() != text
 
-    assert count(lambda t: any(t.count(tag) > 1 for tag in TAGS)) > 1000
-    assert count(lambda t: t.count(b"<think>") > t.count(b"</think>")) > 500
-    assert count(lambda t: t.count(b"<answer>") > t.count(b"</answer>")) > 500
-    assert count(lambda t: re.search(rb"\d{100}", t)) > 50
-    assert count(lambda t: b"\0" in t) > 500 and count(broken) > 500
-    assert count(lambda t: "世界".encode() + b"</think>" in t) > 50
-    assert count(lambda t: b"(300,400)</think>" in t or b"(300, 400)</think>" in t) > 50
-    assert count(lambda t: t.endswith(b"</answer>\n")) > 200 and count(lambda t: MARKS[1] in t) > 1000
+    for least, holds in (
+        (1000, lambda t: any(t.count(tag) > 1 for tag in TAGS)),
+        (500, lambda t: t.count(b"<think>") > t.count(b"</think>")),
+        (500, lambda t: t.count(b"<answer>") > t.count(b"</answer>")),
+        (50, lambda t: re.search(rb"\d{100}", t)),
+        (500, lambda t: b"\0" in t),
+        (500, broken),
+        (50, lambda t: "世界".encode() + b"</think>" in t),
+        (50, lambda t: b"(300,400)</think>" in t or b"(300, 400)</think>" in t),
+        (200, lambda t: t.endswith(b"</answer>\n")),
+        (1000, lambda t: MARKS[1] in t),
+    ):
+        assert sum(map(bool, map(holds, texts))) > least
 
 
 def test_a_difference_ends_the_run(monkeypatch):
-    """A twin that forgets the newline before the end is told from the parser."""
+    """A twin that forgets the newline before the end is found to differ from the parser."""
     twin = fuzz_rewards.grounding_rewards
 
     def forgetful(text, offsets, gold, **options):

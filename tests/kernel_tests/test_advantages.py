@@ -74,12 +74,6 @@ def test_dtypes_and_no_groups():
         assert shapes == [(0, 4), (0,), (0,)]
 
 
-def test_compiles_without_a_graph_break():
-    compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(*tensors()), group_advantages(*tensors()), strict=True):
-        torch.testing.assert_close(got, want)
-
-
 def test_what_is_refused():
     rewards, accuracy = tensors()
     for message, args, options in (

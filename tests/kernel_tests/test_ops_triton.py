@@ -1,9 +1,10 @@
-"""What every Triton door keeps: schemas, graphs, odd arguments, empty ones and bad ones."""
+"""What holds for every op: schemas, graphs, strided arguments, empty ones and bad ones."""
 
 import pytest
 import torch
 
 from boxgrpo.kernels import (
+    LossOptions,
     fused_grpo_loss,
     fused_grpo_loss_from_logits,
     group_advantages,
@@ -35,7 +36,7 @@ def test_arguments_need_not_be_contiguous():
 
 
 def test_bad_targets_give_nan():
-    """Nobody can look at a device's targets without waiting for it: what they spoil is NaN, not memory."""
+    """A device's targets are not checked, which would wait for it: their results are NaN, and no memory is lost."""
     case = make_case(6, 300, torch.float32, 1.0)
     case["targets"][1], case["targets"][4] = -1, 302
     logps = token_logps_from_logits(case["logits"], case["targets"], backend="triton")
@@ -43,80 +44,84 @@ def test_bad_targets_give_nan():
 
 
 @pytest.mark.parametrize("bounds", [[0, 4], [2, 6], [0, 9], [-2, 6], [0, 5, 3, 6], [0, 5, 3, 3, 6], [0, 6, 4]], ids=str)
-@pytest.mark.parametrize("door", ["logps", "logits", "head"])
-def test_bad_offsets_give_nan(door, bounds):
-    """Nor at its offsets."""
+@pytest.mark.parametrize("compute", ["logps", "logits", "head"])
+def test_bad_offsets_give_nan(compute, bounds):
+    """Nor are its offsets."""
     rest = torch.ones(len(bounds) - 1, device=DEVICE), torch.tensor(bounds, device=DEVICE)
     targets = torch.zeros(6, dtype=torch.int64, device=DEVICE)
     rows, weight = (torch.randn(k, 4, generator=seeded()).to(DEVICE).requires_grad_() for k in (6, 9))
-    if door == "logps":
+    if compute == "logps":
         loss, _ = grpo_loss(rows.sum(1), *rest, backend="triton")
-    elif door == "logits":
+    elif compute == "logits":
         loss, _ = fused_grpo_loss_from_logits(rows, targets, *rest, backend="triton")
     else:
         loss, _ = fused_grpo_loss(rows, weight, targets, *rest, backend="triton")
     assert loss.isnan() and torch.autograd.grad(loss, rows)[0].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("bounds", [[0], [0, 0, 0]])
-def test_no_tokens_give_zeros(bounds, level):
+def test_no_tokens_give_zeros(bounds, level, backend):
     cu, rest = torch.tensor(bounds, device=DEVICE), torch.ones(len(bounds) - 1, device=DEVICE)
     logits = torch.empty(0, 50, device=DEVICE, requires_grad=True)
     hidden, weight = (torch.empty(k, 4, device=DEVICE, requires_grad=True) for k in (0, 50))
-    targets = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    options = {"importance_sampling_level": level, "backend": "triton"}
+    targets, none = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.empty(0, device=DEVICE)
+    options = {"old_logps": none, "ref_logps": none, "importance_sampling_level": level, "backend": backend}
     for loss, stats in (
         fused_grpo_loss_from_logits(logits, targets, rest, cu, **options),
+        fused_grpo_loss_from_logits(logits * 1, targets, rest, cu, overwrite_logits=True, **options),
         fused_grpo_loss(hidden, weight, targets, rest, cu, **options),
         grpo_loss(logits.sum(1), rest, cu, **options),
     ):
         loss.backward()
         assert loss == 0 and all((x == 0).all() for x in stats)
     assert not weight.grad.any()
-    tokens, logps = sample_tokens(logits.detach(), seed=1, **counters(0), backend="triton")
+    tokens, logps = sample_tokens(logits.detach(), seed=1, **counters(0), backend=backend)
     assert tokens.shape == logps.shape == (0,)
 
 
-def test_doors_pass_opcheck():
+@pytest.mark.parametrize("triton", [False, True])
+def test_the_ops_pass_opcheck(triton):
     case = make_case(5, 40, torch.float32, 0.7)
-    ops, logits = torch.ops.boxgrpo, case["logits"].requires_grad_()
+    ops, logits, check = torch.ops.boxgrpo, case["logits"].requires_grad_(), torch.library.opcheck
     targets, rest = case["targets"], (case["advantages"], case["completion_cu"])
     g = seeded()
     hidden, weight = (torch.randn(k, 4, generator=g).to(DEVICE).requires_grad_() for k in (5, 40))
-    own = counters(5)
     for entropy in (False, True):
-        torch.library.opcheck(ops.token_logps, (hidden, weight, targets, 0.7, entropy, True))
-        torch.library.opcheck(ops.token_logps_from_logits, (logits, targets, 0.7, entropy, True))
+        check(ops.token_logps, (hidden, weight, targets, 0.7, entropy, triton))
+        check(ops.token_logps_from_logits, (logits, targets, 0.7, entropy, triton))
     for level in ("token", "sequence"):
-        o = (*[None] * 5, 0.04, 0.2, 0.2, None, "grpo", level)
-        torch.library.opcheck(ops.fused_grpo_loss, (hidden, weight, targets, *rest, 0.7, True, True, True, *o))
-        torch.library.opcheck(ops.fused_grpo_loss_from_logits, (logits, targets, *rest, 0.7, True, True, *o))
-        torch.library.opcheck(ops.grpo_loss, (case["old_logps"].requires_grad_(), *rest, True, *o))
-    torch.library.opcheck(ops.sample_tokens, (logits.detach(), 4, *own.values(), 0.7, 0, 1.0, None, True))
+        given = options_of(case, {"importance_sampling_level": level, "delta": 1.5})
+        o = LossOptions(**given).checked(5, *rest)
+        check(ops.fused_grpo_loss, (hidden, weight, targets, *rest, 0.7, True, True, triton, *o))
+        check(ops.fused_grpo_loss_from_logits, (logits, targets, *rest, 0.7, True, triton, *o))
+        check(ops.grpo_loss, (case["old_logps"].clone().requires_grad_(), *rest, triton, *o))
+    check(ops.fused_grpo_loss, (hidden, weight.detach(), targets, *rest, 0.7, True, False, triton, *o))
+    for filters in ((0, 1.0, None), (3, 0.9, torch.tensor([2], device=DEVICE))):
+        check(ops.sample_tokens, (logits.detach(), 4, *counters(5).values(), 0.7, *filters, triton))
     rewards = torch.rand(2, 4, generator=g).to(DEVICE)
-    torch.library.opcheck(ops.group_advantages, (rewards, rewards, "exp", "group", 1e-4, True))
+    check(ops.group_advantages, (rewards, rewards, "exp", "group", 1e-4, triton))
 
 
-def test_doors_compile_without_a_graph_break():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_functions_compile_without_a_graph_break(backend):
     case = make_case(5, 40, torch.float32, 0.7)
     g = seeded()
     hidden, weight = (torch.randn(k, 4, generator=g).to(DEVICE).requires_grad_() for k in (5, 40))
     own = counters(5)
 
     def step(hidden, weight):
-        options = options_of(case, {}) | {"backend": "triton"}
+        options, on = options_of(case, {}), {"backend": backend}
         logits, rest = hidden @ weight.T, (case["advantages"], case["completion_cu"])
-        tokens, _ = sample_tokens(logits.detach(), seed=3, **own, backend="triton")
-        logps, entropy = token_logps(hidden, weight, tokens, entropy=True, backend="triton")
-        again = token_logps_from_logits(logits, tokens, backend="triton")
-        advantages, _, _ = group_advantages(
-            logps[:4].view(2, 2).detach(), entropy[:4].view(2, 2).detach(), backend="triton"
-        )
+        tokens, _ = sample_tokens(logits.detach(), seed=3, **own, **on)
+        logps, entropy = token_logps(hidden, weight, tokens, entropy=True, **on)
+        again = token_logps_from_logits(logits, tokens, **on)
+        advantages, _, _ = group_advantages(logps[:4].view(2, 2).detach(), entropy[:4].view(2, 2).detach(), **on)
         losses = (
-            fused_grpo_loss(hidden, weight, tokens, *rest, **options)[0],
-            fused_grpo_loss_from_logits(logits, tokens, *rest, **options)[0],
-            grpo_loss(again, *rest, **options)[0],
+            fused_grpo_loss(hidden, weight, tokens, *rest, **options, **on)[0],
+            fused_grpo_loss_from_logits(logits, tokens, *rest, **options, **on)[0],
+            grpo_loss(again, *rest, **options, **on)[0],
         )
         return sum(losses) + logps.sum() + entropy.sum() + advantages.sum()
 

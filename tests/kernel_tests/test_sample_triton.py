@@ -41,16 +41,6 @@ def test_samples_are_the_twins(vocabulary, dtype, n, temperature, banned):
     check_is_the_twins(logits, temperature=temperature, forbidden=forbidden)
 
 
-def test_a_sample_does_not_depend_on_its_batch():
-    logits, own = torch.randn(8, 20_000, generator=seeded()).to(DEVICE), counters(8)
-    whole = sample_tokens(logits, seed=3, **own, backend="triton")
-    order = torch.randperm(8, generator=seeded(1)).to(DEVICE)
-    shuffled = sample_tokens(logits[order], seed=3, **{k: v[order] for k, v in own.items()}, backend="triton")
-    alone = sample_tokens(logits[7:8], seed=3, **{k: v[7:8] for k, v in own.items()}, backend="triton")
-    for a, b, c in zip(whole, shuffled, alone, strict=True):
-        assert torch.equal(a[order], b) and torch.equal(a[7:8], c)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_most_of_the_vocabulary_may_be_forbidden(temperature):
     """Padded ids by the thousand, whole groups of them; and a forbidden favourite far above the rest."""

@@ -120,6 +120,23 @@ def judge(run, ours, theirs, case, **rule):
     return got
 
 
+def hold_beside(ours, theirs, truth, eager):
+    """Ours held to the rule, and `theirs`, another package's, the same function; None stands for no value."""
+    for mine, their, true, fp32 in zip(ours, theirs, truth, eager, strict=True):
+        if true is None:
+            assert mine is None and their is None
+            continue
+        mine, their, true, fp32 = (x.detach() for x in (mine, their, true, fp32))
+        assert mine.shape == their.shape == true.shape and mine.dtype == their.dtype
+        if mine.dtype == torch.bool:
+            assert torch.equal(mine, true) and torch.equal(their, true)
+            continue
+        scale = max(float(true.abs().max()), 1e-3)
+        torch.testing.assert_close(their.double(), true, rtol=1e-4, atol=1e-5 * scale)
+        errors = [float((x.double() - true).abs().max()) for x in (mine, fp32)]
+        assert mine.dtype == torch.float32 and errors[0] <= errors[1] + TOLERANCE * scale, errors
+
+
 def gradients(value, leaf):
     return torch.autograd.grad(value, leaf)[0]
 

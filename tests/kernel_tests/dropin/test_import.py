@@ -1,4 +1,4 @@
-"""boxgrpo.kernels.dropin needs torch and triton only: no repository that it stands in for, no transformers."""
+"""boxgrpo.kernels and its drop-ins need torch and triton only, and importing them changes no state."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import torch
 before = torch.initial_seed(), torch.get_num_threads(), torch.get_rng_state()
 import boxgrpo.kernels
 assert "boxgrpo.kernels.dropin" not in sys.modules
+assert all(hasattr(boxgrpo.kernels, name) for name in boxgrpo.kernels.__all__)
 from boxgrpo.kernels import dropin
 assert before[:2] == (torch.initial_seed(), torch.get_num_threads()) and torch.equal(before[2], torch.get_rng_state())
 assert all(hasattr(dropin, name) for name in dropin.__all__)
