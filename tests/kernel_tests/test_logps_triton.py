@@ -52,13 +52,22 @@ def test_extreme_logits(vocabulary, temperature):
     logits[4, 5], targets[4] = 1e4, 6
     targets[2] = 0
     case["upstream"] = torch.stack([torch.linspace(-1, 1, 6), torch.ones(6)]).to(DEVICE)
-    case["logits"][5, :] = float("-inf")  # a row of equals
-    logps, entropy, _ = check_logps(case, temperature)
-    torch.testing.assert_close(torch.stack([-logps[5], entropy[5]]), torch.full_like(logps[:2], vocabulary).log())
+    check_logps(case, temperature)
     rest = targets, case["advantages"], case["completion_cu"]
     logits.requires_grad_()
     loss, stats = fused_grpo_loss_from_logits(logits, *rest, temperature=temperature, backend="triton")
     assert gradients(loss, logits).isfinite().all() and stats.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [300, 40_000])
+def test_a_row_of_minus_infinity_is_a_row_of_equals(vocabulary):
+    logits = torch.full((1, vocabulary), float("-inf"), device=DEVICE, requires_grad=True)
+    targets = torch.tensor([7], device=DEVICE)
+    logps, entropy = token_logps_from_logits(logits, targets, temperature=0.5, entropy=True, backend="triton")
+    torch.testing.assert_close(torch.cat([-logps, entropy]).cpu(), torch.full((2,), float(vocabulary)).log())
+    want = torch.full_like(logits, -2 / vocabulary)
+    want[0, 7] += 2
+    torch.testing.assert_close(gradients(logps.sum(), logits), want)
 
 
 def every_result(logits, case):
