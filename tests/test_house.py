@@ -39,7 +39,7 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 4100,
+    "kernels": 3900,
     "model": 1700,
     "trainer": 11_300,
     "bench": 6300,
