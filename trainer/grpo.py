@@ -90,7 +90,8 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             more |= length_metrics(groups, o.max_completion_length, vocabulary.eos_token_ids)
             more |= policy_metrics(stats, r)
             more |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
-        tokens, flop = sum(len(p.input_ids) for p in packs), grpo_flop(o, policy.config, groups, trained)
+        tokens = sum(len(p.input_ids) for p in packs)
+        flop = grpo_flop(o, policy.config, groups, trained) if run.peak_flop else 0.0
         shown = {"reward": float(total.mean()), "iou": float(accuracy.mean())}
         run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, more=more)
         if o.log_completions and step % o.log_completions == 0:

@@ -1,5 +1,6 @@
 """What both loops need around their steps: model, engine, data, checkpoints, reports, evaluation, and when to stop."""
 
+import contextlib
 import copy
 import functools
 import time
@@ -25,7 +26,7 @@ from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir, peak_memory_gb
-from boxgrpo.trainer.runtime.spans import pop_timings
+from boxgrpo.trainer.runtime.spans import named_range, pop_timings
 from boxgrpo.trainer.step.metrics import peak_flop
 from boxgrpo.trainer.step.pack import Budget
 
@@ -121,16 +122,21 @@ class Run:
         evaluate = functools.partial(self.validation.after_step, progress, total, self.policy, self.engine, self.report)
         if o.eval_every:
             evaluate()  # where the run was stopped before it
-        for step in profiled(range(progress.step + 1, total + 1), o, r):
+        numbers = range(progress.step + 1, total + 1)
+        watched = bool(o.profile_steps or o.memory_snapshot)
+        for step in profiled(numbers, o, r) if watched else numbers:
             self.started = time.perf_counter()
             progress.step = step
-            yield step
+            with contextlib.nullcontext() if watched else named_range("step", step):  # `profiled` has its own
+                yield step
             progress.position, progress.faults = position(), self.loader.faults
             stop = r.sum(r.stop_asked)[0] > 0
             if o.eval_every:
                 evaluate(stop=stop)
             progress.metrics_bytes, progress.rollout_bytes = self.report.bytes_written, written()
-            self.checkpoints.after_step(progress, total, self.engine, write_model, stop=stop)
+            due = o.save_steps and (step % o.save_steps == 0 or step == total)
+            if stop or due or progress.skipped_steps > o.max_skipped:
+                self.checkpoints.after_step(progress, total, self.engine, write_model, stop=stop)
             self.hooks.step_taken(step)
         self.checkpoints.save_result(self.folder, self.engine, write_model)
         self.report.close()

@@ -38,8 +38,11 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     for _ in run.steps(lambda: loader.position):
         with span("data"):
             groups = [Group(s.item, serial=s.serial, record=s.example) for s in next(batches)]
-            costs = [training_cost(config, g, tower_passes=tower_passes) for g in groups]
-            own = balance_across_ranks(groups, costs, r)
+            own = groups
+            if r.world_size > 1:
+                own = balance_across_ranks(
+                    groups, [training_cost(config, g, tower_passes=tower_passes) for g in groups], r
+                )
             scored = r.sum(sum(int(g.prompt.loss_mask[1:].sum()) for g in groups))[0]
         with span("policy", len(own)):
             update = functools.partial(accumulate, run, scored)
@@ -51,7 +54,7 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             loss=loss,
             grad_norm=grad_norm,
             tokens=sum(len(p.input_ids) for p in packs),
-            flop=sft_flop(o, config, own),
+            flop=sft_flop(o, config, own) if run.peak_flop else 0.0,
             shown={"loss": float(loss)},
         )
 
