@@ -4,9 +4,7 @@ Nothing is stored: images lie in a temporary folder until they are read. One que
 the page ends its question. The page loads nothing but its own two files, and shows a model's words as text only.
 """
 
-import base64
 import contextlib
-import io
 import json
 import logging
 import math
@@ -20,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from boxgrpo.trainer.data.images import upright_size
+from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .grounding import Grounder, Question, as_json
 
@@ -150,10 +149,9 @@ def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
     try:
         for ids in grounder.completion(question):
             yield line({"text": grounder.processor.decode(ids)})
-        answer, png = grounder.read(question, ids), io.BytesIO()
-        grounder.picture(question, answer, words=False).save(png, "PNG")
-        picture = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        yield line(as_json(question, answer) | {"picture": picture})
+        answer = grounder.read(question, ids)
+        picture = grounder.picture(question, answer, words=False)
+        yield line(as_json(question, answer) | {"picture": data_uri(picture, "PNG")})
     except ValueError as error:
         yield line({"error": str(error)})
     except Exception as error:

@@ -47,8 +47,10 @@ def claim_folder(folder: Path, identity: dict, r: Ranks, *, anew: bool) -> dict[
     """
     error, found = None, {}
     if r.is_main:
-        if anew:
-            _remove_earlier(folder)
+        if anew and (earlier := [path for pattern in WRITTEN for path in folder.glob(pattern)]):
+            log.warning("%s: an earlier evaluation is removed", folder)
+            for path in earlier:
+                path.unlink()
         error = _difference(folder, identity)
         if not error:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,14 +73,6 @@ class AnswerFile(JsonLines):
     def keep(self, answers: dict[int, str]) -> None:
         """Add answers by record number."""
         self.append(*({"record": record, "answer": text} for record, text in answers.items()))
-
-
-def _remove_earlier(folder: Path) -> None:
-    earlier = [path for pattern in WRITTEN for path in folder.glob(pattern)]
-    if earlier:
-        log.warning("%s: an earlier evaluation is removed", folder)
-    for path in earlier:
-        path.unlink()
 
 
 def _difference(folder: Path, identity: dict) -> str | None:

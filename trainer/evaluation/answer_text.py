@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from boxgrpo.trainer.data.example import Box, Example
+from boxgrpo.trainer.data.example import Box, Example, is_numbers
 
 # ---- the part that is the answer
 
@@ -153,11 +153,7 @@ def _box_object(text: str) -> tuple[Box, float | None] | None:
     except (ValueError, RecursionError):
         return None
     numbers = record.get("bbox_2d", record.get("bbox"))
-    if not isinstance(numbers, list) or len(numbers) != 4 or not all(_is_number(n, 10_000) for n in numbers):
+    if not is_numbers(numbers) or len(numbers) != 4 or not all(0 <= n <= 10_000 for n in numbers):
         return None
     score = record.get("score", record.get("confidence"))
-    return tuple(map(float, numbers)), float(score) if _is_number(score, 1) else None
-
-
-def _is_number(value: object, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+    return tuple(map(float, numbers)), float(score) if is_numbers([score]) and 0 <= score <= 1 else None

@@ -26,14 +26,9 @@ from boxgrpo.trainer.data.scan import scan
 from .answer_text import answer_row, chosen_letter
 
 RELATIONSHIPS = (
-    "Low-level-semantic",
-    "High-level-sub-semantic",
-    "High-level-obj-semantic",
-    "Discrete-temporal",
-    "Continuous-temporal",
-    "2D-spatial",
-    "3D-spatial",
-)
+    "Low-level-semantic High-level-sub-semantic High-level-obj-semantic Discrete-temporal Continuous-temporal "
+    "2D-spatial 3D-spatial"
+).split()
 
 # In OpenGVLab/MMIU these tasks' questions stand before their context, all others' behind it (VLMEvalKit/test_*.py).
 QUESTION_FIRST = frozenset(

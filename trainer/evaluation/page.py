@@ -1,7 +1,5 @@
 """An evaluation as one HTML page: tables, and cases with their pictures. It opens from any disk, without a network."""
 
-import base64
-import io
 import random
 import re
 from collections import Counter
@@ -10,10 +8,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.data.example import Example, box_text
 
 from .benches import Bench
-from .pictures import annotate_example
+from .pictures import annotate_example, data_uri
 from .tables import comparison, details, in_percent, notes
 
 IMAGE_HEIGHT = 300  # pixels
@@ -53,14 +51,7 @@ def _in_turns(cases: Sequence[Case], sign: int) -> list[Case]:
 
 
 def page(
-    bench: Bench,
-    summary: dict,
-    cases: Sequence[Case],
-    *,
-    name: str,
-    skipped: Sequence[str] = (),
-    count: int = 8,
-    seed: int = 0,
+    bench: Bench, summary: dict, cases: Sequence[Case], *, name: str, skipped: Sequence[str], count: int, seed: int
 ) -> str:
     """The page's HTML. Whatever comes from the model or the records is escaped.
 
@@ -86,7 +77,8 @@ def _shown(answer: dict, example: Example) -> dict:
     thought = _THOUGHT.search(answer["answer"])
     picture, missing = "", ""
     try:
-        picture = _data_uri(annotate_example(example, predicted=answer["box"], image_height=IMAGE_HEIGHT))
+        drawn = annotate_example(example, predicted=answer["box"], image_height=IMAGE_HEIGHT)
+        picture = data_uri(drawn, "JPEG", quality=JPEG_QUALITY)
     except ValueError as error:
         missing = str(error)
     return answer | {
@@ -95,16 +87,6 @@ def _shown(answer: dict, example: Example) -> dict:
         "thought": thought[1].strip() if thought else "",
         "said": answer["answer"].replace(thought[0] if thought else "", "", 1).strip(),
         "verdict": "hit" if answer["iou"] > 0.5 else "miss",
-        "gold_text": _written(answer["gold"]),
-        "box_text": _written(answer["box"]) if answer["box"] else "no box found",
+        "gold_text": box_text(answer["gold"]),
+        "box_text": box_text(answer["box"]) if answer["box"] else "no box found",
     }
-
-
-def _written(box: Sequence[float]) -> str:
-    return "({:g}, {:g}), ({:g}, {:g})".format(*(round(v, 1) for v in box))
-
-
-def _data_uri(picture) -> str:
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

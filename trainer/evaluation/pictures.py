@@ -1,5 +1,7 @@
 """Pictures of what a run did: predictions drawn over their images, sheets of them, and the curves of a run."""
 
+import base64
+import io
 import logging
 import math
 import os
@@ -105,6 +107,13 @@ def draw_cases(cases: Sequence[tuple[dict, Example]], folder: Path, count: int) 
             annotate_example(example, predicted=a["box"], **texts).save(folder / f"{number:02d}.png")
         except ValueError as error:
             log.info("no picture of %s: %s", a["source"], error)
+
+
+def data_uri(picture: Image.Image, form: str, **options) -> str:
+    """The picture as a URI for a page, encoded by Pillow in the format `form`."""
+    data = io.BytesIO()
+    picture.save(data, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -33,7 +33,8 @@ def case(tmp_path):
 def written(example, text, **options) -> str:
     answers = grade_texts([example], [text])
     summary = summarize(answers, resamples=50) | {"skipped": len(options.get("skipped", ()))}
-    return page(BENCHES["mig"], summary, list(zip(answers, [example])), **{"name": "ours"} | options)
+    options = {"name": "ours", "skipped": (), "count": 8, "seed": 0} | options
+    return page(BENCHES["mig"], summary, list(zip(answers, [example])), **options)
 
 
 def test_a_case_has_one_picture_with_its_boxes_and_nothing_is_loaded(case):
@@ -68,7 +69,7 @@ def test_foreign_text_is_escaped(case):
 def test_a_case_without_its_images_and_without_a_box_names_both(case, tmp_path):
     gone = dataclasses.replace(case, images=(case.images[0], str(tmp_path / "gone.png")))
     html = written(gone, "I do not know.")
-    assert re.search(r'<p class="missing">There is no image at .*gone\.png', html) and "<img" not in html
+    assert re.search(r'<p class="missing key">There is no image at .*gone\.png', html) and "<img" not in html
     assert "read from the answer: no box found" in html and "<details" not in html
 
 
