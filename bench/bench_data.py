@@ -3,7 +3,7 @@
     python bench/bench_data.py [--records 630000] [--json PATH]
 
 The records are written in MGrounding's form (several turns, marked boxes, two to six images, about 1.1 KB each) as one
-JSON array. Each reading is a process of its own, whose anonymous memory is watched. Wanted: a scan within 30 s, opening
+JSON array. Each reading is a process of its own, whose anonymous memory is sampled. Wanted: a scan within 30 s, opening
 within 1 s, 500 MB. Results go to bench/results/<device>/data.json; the exit status is 1 when a demand is not met.
 """
 
@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ import psutil
 
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.processes import resident_bytes
+from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import write
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -59,7 +60,7 @@ def write_records(path: Path, count: int) -> None:
     def words(n: int) -> str:
         return " ".join(draw.choices(WORDS, k=n))
 
-    def box(inverted: bool = False) -> str:
+    def box(inverted: bool) -> str:
         x1, x2 = sorted(draw.sample(range(1001), 2), reverse=inverted)
         y1, y2 = sorted(draw.sample(range(1001), 2))
         return f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
@@ -69,7 +70,7 @@ def write_records(path: Path, count: int) -> None:
             turns = []
             for turn in range(draw.randint(1, 3)):
                 turns.append({"from": "human", "value": words(draw.randint(35, 65))})
-                answer = f"{words(draw.randint(8, 25))} {box(inverted=turn == 0 and i % 10_000 == 7)}"
+                answer = f"{words(draw.randint(8, 25))} {box(turn == 0 and i % 10_000 == 7)}"
                 turns.append({"from": "gpt", "value": answer})
             images = [f"mgrounding/part_{i % 97:03d}/{i:07d}_{k}.jpg" for k in range(draw.randint(2, 6))]
             record = {"id": f"mg_{i:07d}", "images": images, "conversations": turns, "type": words(1)}
@@ -81,23 +82,16 @@ def write_records(path: Path, count: int) -> None:
 def read(path: Path, cache: str) -> dict:
     """One reading in a process of its own; with the most anonymous memory it had, MB."""
     environment = os.environ | {"BOXGRPO_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", READ, str(path)]
-    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    process, peak = psutil.Process(run.pid), 0
-
-    def watch() -> None:
-        nonlocal peak
+    with tempfile.TemporaryFile("w+") as out:
+        run = subprocess.Popen([sys.executable, "-P", "-c", READ, str(path)], env=environment, stdout=out)
+        process, peak = psutil.Process(run.pid), 0
         while run.poll() is None:
             peak = max(peak, resident_bytes(process, anonymous=True))
             time.sleep(0.01)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    out, _ = run.communicate()
-    watcher.join()
-    if run.returncode:
-        raise ValueError(f"reading {path} failed with status {run.returncode}; see above.")
-    return json.loads(out) | {"memory_mb": peak / 1e6}
+        if run.returncode:
+            raise ValueError(f"reading {path} failed with status {run.returncode}; see above.")
+        out.seek(0)
+        return json.load(out) | {"memory_mb": peak / 1e6}
 
 
 def measure(o: DataBenchOptions) -> dict:
@@ -105,33 +99,24 @@ def measure(o: DataBenchOptions) -> dict:
         path = Path(place) / "records.json"
         write_records(path, o.records)
         size = path.stat().st_size
-        readings = {"scan": [], "open": []}
-        for k in range(o.repeats):
-            cache = f"{place}/cache{k}"
-            readings["scan"].append(read(path, cache))  # nothing is kept yet
-            readings["open"].append(read(path, cache))
-    ids = {json.dumps(r.pop("ids")) for kind in readings.values() for r in kind}
-    scan, opened = ([r["open_s"] for r in readings[kind]] for kind in ("scan", "open"))
-    found = {
-        "megabytes": round(size / 1e6),
-        "scan_s": statistics.median(scan),
-        "open_s": statistics.median(opened),
-        "memory_mb": max(r["memory_mb"] for kind in readings.values() for r in kind),
-        "same_order": len(ids) == 1,
-    }
+        caches = [f"{place}/cache{k}" for k in range(o.repeats)]
+        pairs = [(read(path, cache), read(path, cache)) for cache in caches]  # the first finds an empty cache
+    readings = dict(zip(("scan", "open"), map(list, zip(*pairs))))
+    ids = {json.dumps(r.pop("ids")) for pair in pairs for r in pair}
+    found = {f"{kind}_s": statistics.median(r["open_s"] for r in readings[kind]) for kind in readings}
+    found["memory_mb"] = max(r["memory_mb"] for pair in pairs for r in pair)
     met = {name: found[name] <= most for name, most in WANTED.items()}
-    return {"machine": machine(), "options": asdict(o), **found, "met": met, "readings": readings}
+    described = {"machine": machine(), "options": asdict(o), "megabytes": round(size / 1e6)}
+    return described | found | {"same_order": len(ids) == 1, "met": met, "readings": readings}
 
 
 def main(args: list[str] | None = None) -> None:
     o = parse(DataBenchOptions, args, prog="bench_data.py")
     result = measure(o)
-    (Path(o.json) if o.json else folder() / "data.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['options']['records']} records, {result['megabytes']} MB, {result['machine']['device']}")
-    for name, most in WANTED.items():
-        print(f"{name:<12}{result[name]:>9.2f}   at most {most:g}   {'met' if result['met'][name] else 'NOT MET'}")
-    if not all(result["met"].values()) or not result["same_order"]:
-        sys.exit(1)
+    write(result, Path(o.json) if o.json else folder() / "data.json")
+    print(table("data", result, WANTED))
+    if unmet := [name for name, met in result["met"].items() if not met] + ["same_order"] * (not result["same_order"]):
+        sys.exit(f"not met: {', '.join(unmet)}")
 
 
 if __name__ == "__main__":

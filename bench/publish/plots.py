@@ -1,7 +1,4 @@
-"""The plots of a device's record: what each shows, as plain values, and how it is drawn.
-
-A plot holds the digest of its values, so that a record which has moved on is noticed without drawing.
-"""
+"""The plots of a device's record. A plot holds the digest of what it shows, so that a drift is noticed undrawn."""
 
 import hashlib
 import json
@@ -16,7 +13,7 @@ from PIL import Image
 
 from boxgrpo.bench.machine import describe
 from boxgrpo.bench.peers import NAMES
-from boxgrpo.bench.records import part
+from boxgrpo.bench.records import find_row, part
 from boxgrpo.bench.step_bench.run import PHASES
 
 from .tables import sizes
@@ -24,16 +21,23 @@ from .tables import sizes
 COLOURS = {"boxgrpo": "#1f5fbf", "eager": "#8a8a8a", "compile": "#d9822b", "liger": "#2f8f4e", "trl": "#b03a68"}
 COLOURS |= {"boxgrpo, overwriting": "#6fa8ff", "one read": "#3a3a3a", "ours": "#1f5fbf"}
 OTHER = ("#7a5cc7", "#11808a", "#a0522d")  # peers without a colour of their own
+LEAST_MB = 16  # of a kernel whose memory is drawn
+STEPS, KERNELS = "a step: peak above the loaded model", "a kernel: peak beyond its inputs"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """`data` gives None where the record has nothing to show."""
+    """`draw` makes a figure of the parts; it is called only where `shows` is true of them."""
 
     title: str
-    part: str  # empty: of several
-    data: Callable[[dict], dict | None]
+    parts: tuple[str, ...]
     draw: Callable[[dict], Figure]
+    shows: Callable[[dict], bool] = lambda parts: True
+
+    def data(self, record: dict) -> dict | None:
+        """The parts that it shows, or None where the record has nothing to show."""
+        found = {name: part(record, name) for name in self.parts if record.get(name, {}).get("rows")}
+        return found if found and self.shows(found) else None
 
 
 def draw(record: dict, folder: Path) -> None:
@@ -42,7 +46,7 @@ def draw(record: dict, folder: Path) -> None:
         if (data := plot.data(record)) is not None:
             figure = plot.draw(data)
             figure.suptitle(plot.title)
-            figure.supxlabel(data["caption"], fontsize=7, color="#555555")
+            figure.supxlabel(caption(data), fontsize=7, color="#555555")
             figure.savefig(folder / name, dpi=120, metadata={"Description": _digest(data)})
 
 
@@ -61,71 +65,42 @@ def stale(record: dict, folder: Path) -> list[str]:
     return found
 
 
+def caption(data: dict) -> str:
+    return "; ".join(dict.fromkeys(describe(measured["machine"]) for measured in data.values()))
+
+
 def _digest(data: dict) -> str:
     return "data " + hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _measured(record: dict, name: str) -> tuple[dict, dict]:
-    """A part, and what each plot of it begins with."""
-    measured = part(record, name)
-    return measured, {"caption": describe(measured["machine"])}
 
 
 def _colour(side: str) -> str:
     return COLOURS.get(side) or OTHER[sum(side.encode()) % len(OTHER)]
 
 
-def _plain(axes) -> None:
+def _plain(axes, **labels: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
+    axes.set(**labels)
 
 
-# -- roofline ---------------------------------------------------------------------------------------------------------
+def _case(row: dict) -> str:
+    return f"{row['op']} {sizes(row['shape'])}"
 
 
-def roofline(record: dict) -> dict | None:
-    """By floor (bytes, FLOP) the cases: FLOP a byte, and FLOP a second of each implementation."""
-    if not record.get("kernels", {}).get("rows"):
-        return None
-    measured, data = _measured(record, "kernels")
-    cases: dict[str, dict] = {}
-    for r in measured["rows"]:
-        values = {"floor": r["floor_is"], "intensity": round(r["flop"] / r["bytes"], 4), "achieved": {}}
-        case = cases.setdefault(f"{r['op']} {sizes(r['shape'])}", values)
-        case["achieved"][r["implementation"]] = round(1e3 * r["flop"] / r["ms"])
-    return data | {"ceilings": measured["ceilings"], "cases": cases}
-
-
-def _draw_roofline(data: dict) -> Figure:
-    floors = [floor for floor in ("bytes", "flop") if any(c["floor"] == floor for c in data["cases"].values())]
-    letters = dict(zip(data["cases"], string.ascii_letters[26:] + string.ascii_letters[:26]))  # A-Z, then a-z
+def draw_roofline(data: dict) -> Figure:
+    """FLOP a second by FLOP a byte; a panel for cases that bytes bound and one for those that FLOP bound."""
+    rows, ceilings = data["kernels"]["rows"], data["kernels"]["ceilings"]
+    peak, bandwidth = ceilings["flop_per_second"], ceilings["bytes_per_second"]
+    letters = dict(zip(dict.fromkeys(map(_case, rows)), string.ascii_uppercase + string.ascii_lowercase))
+    sides = list(dict.fromkeys(row["implementation"] for row in rows))
+    floors = [floor for floor in ("bytes", "flop") if find_row(rows, floor_is=floor)]
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     grid = figure.subplots(1, len(floors), sharey=True, squeeze=False)[0]
-    sides = list(dict.fromkeys(side for case in data["cases"].values() for side in case["achieved"]))
-    peak, bandwidth = (data["ceilings"][key] for key in ("flop_per_second", "bytes_per_second"))
     for axes, floor in zip(grid, floors):
-        cases = {name: case for name, case in data["cases"].items() if case["floor"] == floor}
-        low, high = (f(c["intensity"] for c in cases.values()) for f in (min, max))
-        ends = [low / 1.5, high * 1.5]
-        if ends[0] < (ridge := peak / bandwidth) < ends[1]:
-            ends.insert(1, ridge)
-        axes.plot(ends, [min(peak, bandwidth * x) for x in ends], color="black", linewidth=1.5)
-        axes.plot(ends, [peak] * len(ends), color="black", linewidth=0.8, linestyle="--")
-        neighbours: list[float] = []
-        for name, case in cases.items():
-            beside = sum(abs(math.log(case["intensity"] / x)) < 0.01 for x in neighbours)  # not on top of each other
-            neighbours.append(case["intensity"])
-            for side, rate in case["achieved"].items():
-                x = case["intensity"] * 1.07**beside * 1.012 ** sides.index(side)
-                axes.plot(x, rate, linestyle="", marker=f"${letters[name]}$", markersize=8, color=_colour(side))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xticks(ticks := _apart(sorted({c["intensity"] for c in cases.values()})), [f"{x:.3g}" for x in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("FLOP a byte; letters of one value stand side by side")
+        _draw_points(axes, [row for row in rows if row["floor_is"] == floor], letters, sides, peak, bandwidth)
         axes.set_title(f"least time set by {'bytes' if floor == 'bytes' else 'FLOP'}", fontsize=10)
-        _plain(axes)
+        _plain(axes, xlabel="FLOP a byte; letters of one value stand side by side")
     grid[0].set_ylabel("FLOP a second (counted, whoever computes)")
     grid[0].plot([], [], color="black", label=f"{bandwidth / 1e9:.3g} GB/s, {peak / 1e9:.4g} GFLOP/s, measured")
     for side in sides:
@@ -136,69 +111,63 @@ def _draw_roofline(data: dict) -> Figure:
     return figure
 
 
-def _apart(values: list[float]) -> list[float]:
-    """Those that leave a tick's room to the one before."""
-    kept: list[float] = []
-    for value in values:
-        if not kept or value > 1.15 * kept[-1]:
-            kept.append(value)
-    return kept
+def _draw_points(axes, rows: list[dict], letters: dict[str, str], sides: list[str], peak: float, bandwidth: float):
+    """The roof, and a letter for each row; cases of one intensity stand beside each other."""
+    intensities = {_case(row): row["flop"] / row["bytes"] for row in rows}
+    ends = [min(intensities.values()) / 1.5, max(intensities.values()) * 1.5]
+    if ends[0] < (ridge := peak / bandwidth) < ends[1]:
+        ends.insert(1, ridge)
+    axes.plot(ends, [min(peak, bandwidth * x) for x in ends], color="black", linewidth=1.5)
+    axes.plot(ends, [peak] * len(ends), color="black", linewidth=0.8, linestyle="--")
+    placed: dict[str, int] = {}  # how many of that intensity stand left of the case
+    for name, x in intensities.items():
+        placed[name] = sum(abs(math.log(x / intensities[other])) < 0.01 for other in placed)
+    for row in rows:
+        name, side = _case(row), row["implementation"]
+        x = intensities[name] * 1.07 ** placed[name] * 1.012 ** sides.index(side)
+        rate = 1e3 * row["flop"] / row["ms"]
+        axes.plot(x, rate, linestyle="", marker=f"${letters[name]}$", markersize=8, color=_colour(side))
+    axes.set(xscale="log", yscale="log")
+    ticks: list[float] = []
+    for x in sorted(intensities.values()):
+        if not ticks or x > 1.15 * ticks[-1]:  # with room for its label
+            ticks.append(x)
+    axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+    axes.minorticks_off()
 
 
-# -- a step -----------------------------------------------------------------------------------------------------------
-
-
-def phases(record: dict) -> dict | None:
+def draw_phases(data: dict) -> Figure:
     """By row the seconds of its phases and their floors."""
-    if "step" not in record:
-        return None
-    measured, data = _measured(record, "step")
-    rows = {r["case"]: r["phases"] for r in measured["rows"] if "phases" in r}
-    found = {case: {name: [p["seconds"], p.get("floor_s")] for name, p in of.items()} for case, of in rows.items()}
-    return data | {"rows": found} if found else None
-
-
-def _draw_phases(data: dict) -> Figure:
-    columns = min(2, len(data["rows"]))
-    lines = math.ceil(len(data["rows"]) / columns)
+    rows = [row for row in data["step"]["rows"] if "phases" in row]
+    columns = min(2, len(rows))
+    lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(5.6 * columns, 3.6 * lines + 0.4), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axes, (case, of) in zip(grid, data["rows"].items()):
-        names = [name for name in PHASES if name in of]
-        seconds = [of[name][0] for name in names]
-        axes.barh(names, seconds, color=COLOURS["ours"], label="measured")
-        known = [(name, of[name][1]) for name in names if of[name][1] is not None]
-        axes.barh([n for n, _ in known], [s for _, s in known], color="#f2b134", height=0.35, label="least time")
+    for axes, row in zip(grid, rows):
+        phases = {name.replace("_", " "): row["phases"][name] for name in PHASES if name in row["phases"]}
+        seconds = [phase["seconds"] for phase in phases.values()]
+        axes.barh(list(phases), seconds, color=COLOURS["ours"], label="measured")
+        known = {name: phase["floor_s"] for name, phase in phases.items() if "floor_s" in phase}
+        axes.barh(list(known), list(known.values()), color="#f2b134", height=0.35, label="least time")
         for y, value in enumerate(seconds):
             axes.text(value, y, f" {1e3 * value:.0f} ms", va="center", fontsize=8)
-        axes.set_title(f"{case}: {sum(seconds):.2f} s", fontsize=8)
+        axes.set_title(f"{row['case']}: {sum(seconds):.2f} s", fontsize=8)
         axes.set_xlim(0, 1.18 * max(seconds))
-        axes.set_xlabel("seconds", fontsize=8)
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-        _plain(axes)
+        _plain(axes, xlabel="seconds")
     for axes in grid:
         axes.set_visible(False)
-    axes = figure.axes[0]
-    for each in figure.axes:
-        each.set_ylim(len(PHASES) - 0.4, -0.6)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    for axes in figure.axes:
+        axes.set_ylim(len(PHASES) - 0.4, -0.6)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
-def growth(record: dict) -> dict | None:
-    """By size its values, seconds, samples where they were kept, and the line through them."""
-    if not {"rows", "growth"} <= record.get("step", {}).keys():
-        return None
-    measured, data = _measured(record, "step")
-    kept = ("values", "seconds", "samples_s", "fixed_s", "each_s", "misfit_percent")
-    lines = {size: {key: g[key] for key in kept if key in g} for size, g in measured["growth"].items() if "values" in g}
-    return {"caption": f"other sizes as in {measured['rows'][0]['case']}; {data['caption']}", "sizes": lines}
-
-
-def _draw_growth(data: dict) -> Figure:
-    figure = Figure(figsize=(3.1 * len(data["sizes"]), 3.6), layout="constrained")
-    grid = figure.subplots(1, len(data["sizes"]), squeeze=False)[0]
-    for axes, (size, g) in zip(grid, data["sizes"].items()):
+def draw_growth(data: dict) -> Figure:
+    """By size our step's seconds, every sample, and the line through the fastest."""
+    grown = {size: g for size, g in data["step"]["growth"].items() if "values" in g}
+    figure = Figure(figsize=(3.1 * len(grown), 3.6), layout="constrained")
+    grid = figure.subplots(1, len(grown), squeeze=False)[0]
+    for axes, (size, g) in zip(grid, grown.items()):
         ends = [0, max(g["values"])]
         line = [g["fixed_s"] + g["each_s"] * x for x in ends]
         axes.plot(ends, line, color="#999999", linewidth=1.2)
@@ -206,37 +175,35 @@ def _draw_growth(data: dict) -> Figure:
             axes.plot([x] * len(samples), samples, "o", color=COLOURS["ours"], alpha=0.3, markersize=4)
         axes.plot(g["values"], g["seconds"], "o", color=COLOURS["ours"], markersize=6)
         axes.set_ylim(0, 1.15 * max(*g["seconds"], line[1]))
-        axes.set_xlabel(size)
         axes.set_title(f"{1e3 * g['each_s']:.1f} ms each, misfit {g['misfit_percent']:.0f} %", fontsize=9)
-        _plain(axes)
+        _plain(axes, xlabel=size)
     grid[0].set_ylabel("seconds")
     return figure
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+def _peaks(data: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """panel -> case -> side -> MB, of each step and of each kernel where any takes more than LEAST_MB."""
+    steps, kernels = {}, {}
+    for row in data.get("step", {}).get("rows", []):
+        steps[row["case"]] = {k.removesuffix("_peak_mb"): v for k, v in row.items() if k.endswith("_peak_mb") and v}
+    for row in data.get("kernels", {}).get("rows", []):
+        if row["peak_mb"] is not None:
+            kernels.setdefault(_case(row), {})[row["implementation"]] = row["peak_mb"]
+    panels = {
+        "a step: peak above the loaded model": {case: peaks for case, peaks in steps.items() if peaks},
+        "a kernel: peak beyond its inputs": {
+            c: peaks for c, peaks in kernels.items() if max(peaks.values()) > LEAST_MB
+        },
+    }
+    return {title: cases for title, cases in panels.items() if cases}
 
 
-def memory(record: dict) -> dict | None:
-    """MB by side of each step, and by implementation of each kernel where any takes more than 16 MB."""
-    machines = [describe(part(record, name)["machine"]) for name in ("step", "kernels") if name in record]
-    data = {"caption": "; ".join(dict.fromkeys(machines)), "steps": {}, "kernels": {}}
-    for r in record.get("step", {}).get("rows", []):
-        peaks = {key.removesuffix("_peak_mb"): r[key] for key in r if key.endswith("_peak_mb") and r[key]}
-        if peaks:
-            data["steps"][r["case"]] = peaks
-    for r in record.get("kernels", {}).get("rows", []):
-        if r["peak_mb"] is not None:
-            data["kernels"].setdefault(f"{r['op']} {sizes(r['shape'])}", {})[r["implementation"]] = r["peak_mb"]
-    data["kernels"] = {case: peaks for case, peaks in data["kernels"].items() if max(peaks.values()) > 16}
-    return data if data["steps"] or data["kernels"] else None
-
-
-def _draw_memory(data: dict) -> Figure:
-    panels = [(data[key], title) for key, title in PANELS.items() if data[key]]
-    heights = [sum(len(peaks) + 1 for peaks in cases.values()) for cases, _ in panels]
+def draw_memory(data: dict) -> Figure:
+    panels = _peaks(data)
+    heights = [sum(len(peaks) + 1 for peaks in cases.values()) for cases in panels.values()]
     figure = Figure(figsize=(10, 0.17 * sum(heights) + 1.6), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (cases, title) in zip(grid, panels):
+    for axes, (title, cases) in zip(grid, panels.items()):
         y, ticks = 0, []
         for peaks in cases.values():
             ticks.append(y + (len(peaks) - 1) / 2)
@@ -245,19 +212,26 @@ def _draw_memory(data: dict) -> Figure:
                 axes.text(mb, y, f" {NAMES.get(side, side)} {mb:.0f}", va="center", fontsize=6.5)
                 y += 1
             y += 1
-        axes.set_ylim(y - 0.5, -1)
         axes.set_yticks(ticks, [case.replace(", ", ",\n", 1) for case in cases], fontsize=7)
-        axes.set_xlim(0, 1.2 * max(mb for peaks in cases.values() for mb in peaks.values()))
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel("MB", fontsize=8)
-        _plain(axes)
+        most = max(mb for peaks in cases.values() for mb in peaks.values())
+        _plain(axes, xlabel="MB", xlim=(0, 1.2 * most), ylim=(y - 0.5, -1))
     return figure
 
 
-PANELS = {"steps": "a step: peak above the loaded model", "kernels": "a kernel: peak beyond its inputs"}
 PLOTS = {
-    "roofline.png": Plot("Kernels under the machine's roof", "kernels", roofline, _draw_roofline),
-    "phases.png": Plot("Where our step's time goes, and the least it must take", "step", phases, _draw_phases),
-    "growth.png": Plot("How our step grows with each size", "step", growth, _draw_growth),
-    "memory.png": Plot("Memory", "", memory, _draw_memory),
+    "roofline.png": Plot("Kernels under the machine's roof", ("kernels",), draw_roofline),
+    "phases.png": Plot(
+        "Where our step's time goes, and the least it must take",
+        ("step",),
+        draw_phases,
+        lambda parts: any("phases" in row for row in parts["step"]["rows"]),
+    ),
+    "growth.png": Plot(
+        "How our step grows with each size, the others as in the first row",
+        ("step",),
+        draw_growth,
+        lambda parts: "growth" in parts["step"],
+    ),
+    "memory.png": Plot("Memory", ("step", "kernels"), draw_memory, lambda parts: bool(_peaks(parts))),
 }

@@ -45,7 +45,7 @@ def page(found: Records) -> str:
                 # The machine of each part that figures are wanted of, once where it is the same.
                 "machines": list(dict.fromkeys(describe(m, peers=True) for m in measured or [record["machine"]])),
                 "plots": [
-                    {"file": file, "title": plot.title, "part": plot.part}
+                    {"file": file, "title": plot.title, "part": plot.parts[0] if len(plot.parts) == 1 else ""}
                     for file, plot in plots.PLOTS.items()
                     if plot.data(record) is not None
                 ],

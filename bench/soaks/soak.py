@@ -13,7 +13,6 @@ A's two runs, and B and C, must be the same to the bit. Results go to bench/resu
 is 1 when a demand is not met.
 """
 
-import json
 import os
 import random
 import shutil
@@ -27,11 +26,11 @@ from pathlib import Path
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.processes import kill
 from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import write
 from boxgrpo.bench.soaks.kills import Kill, plan, strike, timing
 from boxgrpo.bench.soaks.verdicts import differences, injected, lost_steps, memory, metrics_of, skipped_steps
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 from boxgrpo.trainer.world import recipe
 
@@ -211,7 +210,7 @@ def main(args: list[str] | None = None) -> None:
     for name in sorted(names):
         print(f"\npart {name} ...", flush=True)
         result["parts"][name] = PARTS[name](o, root, random.Random(f"{o.seed} {name}"))
-        replace_file(path, json.dumps(result, indent=1) + "\n")
+        write(result, path)
     print("\n" + table("soak", result))
     if not all(d["met"] for found in result["parts"].values() for d in found["demands"]):
         sys.exit(1)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.records import write
 from boxgrpo.bench.studies.ablation_tables import report, summary
 from boxgrpo.bench.studies.curves import binned, plot
 from boxgrpo.trainer import demo
@@ -61,17 +62,12 @@ class Method:
 
 
 SFT, GRPO = "tiny_sft", "tiny_grpo"
+AS_GRPO = ("--max_steps=600", "--learning_rate=3e-4")
 METHODS = {
     "pure_rl": Method("grpo.py", "base", "train", ("pure_rl", GRPO)),
     "sft": Method("sft.py", "base", "coordinates", ("sft", SFT), held_out="held_out_coordinates"),
     "cot_sft": Method("sft.py", "base", "cold_start", ("cot_sft", SFT)),
-    "continued_cot_sft": Method(
-        "sft.py",
-        "cot_sft",
-        "train_chains",
-        ("continued_cot_sft", SFT),
-        ("--max_steps=600", "--learning_rate=3e-4"),  # GRPO's
-    ),
+    "continued_cot_sft": Method("sft.py", "cot_sft", "train_chains", ("continued_cot_sft", SFT), AS_GRPO),
     "grpo": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO)),
     "grpo_log": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=log",)),
     "grpo_power": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=power",)),
@@ -100,16 +96,16 @@ class AblationOptions:
 QUICK = {"seeds": "0", "base_scenes": 60, "cold_start": 60, "train": 60, "held_out": 60, "max_steps": 2, "processes": 1}
 
 
-def chosen(o: AblationOptions) -> list[str]:
-    """The methods asked for and those that they start from, in the tables' order.
+def chosen_methods(o: AblationOptions) -> list[str]:
+    """The named methods and those that they start from, in the tables' order.
 
     Raises:
         ValueError: one is not known.
     """
-    asked = o.methods.split(",")
-    if wrong := [name for name in asked if name not in METHODS]:
+    named = o.methods.split(",")
+    if wrong := [name for name in named if name not in METHODS]:
         raise ValueError(f"methods are {o.methods}; {wrong[0]!r} is none of {', '.join(METHODS)}. Correct --methods.")
-    return [name for name in METHODS if name in {*asked, *(METHODS[a].start for a in asked)}]
+    return [name for name in METHODS if name in {*named, *(METHODS[n].start for n in named)}]
 
 
 def draw(root: Path, seed: int, **scenes: int) -> Path:
@@ -140,12 +136,9 @@ def train(o: AblationOptions, method: Method, path: Path, model: Path, data: Pat
     settings = {k: v for k, v in settings.items() if k not in PATHS} | origin(model, data)
     if (path / ENDED).exists():
         held = json.loads((path / ENDED).read_text())
-        for name, value in settings.items():
-            if held["settings"].get(name) != value:
-                raise ValueError(
-                    f"{path} holds a run whose {name} is {held['settings'].get(name)!r}, not {value!r}. Remove it, "
-                    "or name another --output_dir."
-                )
+        for name in (name for name, value in settings.items() if held["settings"].get(name) != value):
+            found = f"whose {name} is {held['settings'].get(name)!r}, not {settings[name]!r}"
+            raise ValueError(f"{path} holds a run {found}. Remove it, or name another --output_dir.")
         return held
     started, found = time.perf_counter(), machine()
     demo.torchrun(method.script, DemoOptions(processes=o.processes), [*flags, "--overwrite_output_dir=true"])
@@ -172,14 +165,8 @@ def score(world: Path, held_out: str, model: Path, path: Path) -> dict:
     made_of = origin(model, data)
     if (path / SCORES).exists() and (held := json.loads((path / SCORES).read_text()))["of"] == made_of:
         return held["scores"]
-    options = EvalOptions(
-        model=str(model),
-        data=str(data),
-        output_dir=str(path / "eval"),
-        eval_batch_size=100,
-        dtype="float32",
-        max_completion_length=COMPLETION,
-    )
+    paths = {"model": str(model), "data": str(data), "output_dir": str(path / "eval")}
+    options = EvalOptions(**paths, eval_batch_size=100, dtype="float32", max_completion_length=COMPLETION)
     shutil.rmtree(path / "eval", ignore_errors=True)
     found = evaluate(options, Ranks(device="cuda" if torch.cuda.is_available() else "cpu"))
     answers = json.loads((path / "eval/results.json").read_text())["answers"]
@@ -196,7 +183,7 @@ def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
     root = Path(o.output_dir) / str(seed)
     world = draw(root, seed, cold_start=o.cold_start, train=o.train, held_out=o.held_out)
     yield {"seed": seed, "method": "base", "scores": score(world, "held_out", base, root / "base")}
-    for name in chosen(o):
+    for name in chosen_methods(o):
         method, path = METHODS[name], root / name
         model = base if method.start == "base" else root / method.start
         ended = train(o, method, path, model, world / f"{method.data}.json", seed)
@@ -219,22 +206,15 @@ def run(o: AblationOptions) -> dict:
     }
 
 
-def compact(result: dict) -> str:
-    """JSON with a line for each run."""
-    lines = [json.dumps(record) for record in result["runs"]]
-    rest = json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1)
-    return rest.removesuffix("\n}") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-
-
 def main(args: list[str] | None = None) -> None:
     o = parse(AblationOptions, args, prog="ablation.py")
     if o.quick:
         o = dataclasses.replace(o, **QUICK, output_dir=f"{o.output_dir}/quick")
-    chosen(o)
+    chosen_methods(o)
     result = run(o)
     root = Path(o.output_dir)
     kept = Path(o.json) if o.json else (root if o.quick else folder()) / "ablation.json"
-    kept.write_text(compact(result))
+    write(result, kept)
     (root / "table.md").write_text(report(result))
     plot(result["runs"], root / "curves.png")
     if kept.parent != root and (root / "curves.png").exists():

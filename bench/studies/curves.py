@@ -1,4 +1,4 @@
-"""What the ablation's runs told step by step: thinned for keeping, and drawn as the paper's Figure 3."""
+"""The metrics of the ablation's runs, step by step: thinned for the record, and drawn as the paper's Figure 3."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
 
 BINS = 20
-UNTOLD = ("timing_s/", "perf/", "data/", "step", "num_tokens", "epoch", "skipped_steps", "learning_rate")
+LEFT_OUT = ("timing_s/", "perf/", "data/", "step", "num_tokens", "epoch", "skipped_steps", "learning_rate")
 RL = ("pure_rl", "grpo", "grpo_log", "grpo_power", "grpo_exp")
 TITLES = {"pure_rl": "pure RL", "grpo": "GRPO", "grpo_log": "−log(mIoU)", "grpo_power": "(1 − mIoU)²"}
 TITLES["grpo_exp"] = "exp(1 − mIoU)"
@@ -19,11 +19,11 @@ TITLES["grpo_exp"] = "exp(1 − mIoU)"
 def binned(metrics: Sequence[dict], bins: int = BINS) -> dict[str, list]:
     """Each metric's mean over every `bins`-th part of the run, and the last `step` of that part."""
     parts = [part for part in np.array_split(np.array(metrics, dtype=object), bins) if len(part)]
-    keys = {k for m in metrics for k, v in m.items() if not k.startswith(UNTOLD) and v is not None}
+    keys = {k for m in metrics for k, v in m.items() if not k.startswith(LEFT_OUT) and v is not None}
     curves = {"step": [part[-1]["step"] for part in parts]}
     for key in sorted(keys):
-        told = [[m[key] for m in part if m.get(key) is not None] for part in parts]
-        curves[key] = [round(math.fsum(values) / len(values), 4) if values else None for values in told]
+        values = [[m[key] for m in part if m.get(key) is not None] for part in parts]
+        curves[key] = [round(math.fsum(v) / len(v), 4) if v else None for v in values]
     return curves
 
 

@@ -97,20 +97,13 @@ def test_the_curves_are_drawn_for_the_methods_with_rl(tmp_path):
 
 
 def test_what_a_method_starts_from_runs_too_and_an_unknown_one_is_refused():
-    assert ablation.chosen(ablation.AblationOptions(methods="grpo_exp")) == ["cot_sft", "grpo_exp"]
-    assert ablation.chosen(ablation.AblationOptions(methods="sft")) == ["sft"]
-    assert ablation.chosen(ablation.AblationOptions()) == list(ablation.METHODS)
+    assert ablation.chosen_methods(ablation.AblationOptions(methods="grpo_exp")) == ["cot_sft", "grpo_exp"]
+    assert ablation.chosen_methods(ablation.AblationOptions(methods="sft")) == ["sft"]
+    assert ablation.chosen_methods(ablation.AblationOptions()) == list(ablation.METHODS)
     with pytest.raises(ValueError, match=r"'ppo' is none of pure_rl, .*Correct --methods"):
         ablation.main(["--methods", "grpo,ppo"])
     with pytest.raises(ValueError, match=r"seeds is '0,x'; .*Correct --seeds"):
         ablation.main(["--seeds", "0,x"])
-
-
-def test_the_results_have_a_line_for_each_run():
-    result = {"machine": {"device": "a machine"}, "runs": RUNS}
-    text = ablation.compact(result)
-    assert json.loads(text) == result
-    assert sum(json.dumps(run) in line for run in RUNS for line in text.splitlines()) == len(RUNS)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def test_a_small_file_is_scanned_once_and_opened_from_then_on(tmp_path, capsys):
     (scan,), (opened,) = (found["readings"][kind] for kind in ("scan", "open"))
     assert scan["records"] == opened["records"] == 19_998 and scan["faulty"] == opened["faulty"] == 2
     assert found["same_order"]
-    assert "20000 records" in capsys.readouterr().out
+    assert "20,000 records" in capsys.readouterr().out
 
 
 def test_what_was_recorded_meets_the_demands():

@@ -51,7 +51,7 @@ def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
     assert any(p.startswith("bench/RESULTS.md, line") and "Kernels" in p for p in places)
     assert "bench/README.md, block profile:unwatched" in places
     drawn = [p for p in places if p.endswith("png")]
-    assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "memory")]
+    assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "growth", "memory")]
     report.write(copy)
     assert report.drift(copy) == []
     assert "| 44M | 4 | 1 | 123.45 |" in (copy / "README.md").read_text()
@@ -107,8 +107,8 @@ def test_every_table_and_plot_names_machine_revision_and_day():
         assert "revision " in section[: section.index("|---")], section[:80]
     record = newest()
     for plot in plots.PLOTS.values():
-        assert record["machine"]["date"][:4] in plot.data(record)["caption"]
-        assert "revision" in plot.data(record)["caption"]
+        shown = plots.caption(plot.data(record))
+        assert "revision" in shown and record["machine"]["date"][:4] in shown
     gpu = {"device": "NVIDIA H200", "gpu_memory_gb": 150.1, "driver": "570", "cuda": "12.8", "torch": "2.11"}
     gpu |= {"threads": 16, "revision": "abc", "date": "2026-01-01"}
     text = "NVIDIA H200, 150 GB, 16 threads, driver 570, CUDA 12.8, torch 2.11, revision abc, 2026-01-01"
