@@ -17,6 +17,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS
 from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.world.tiny import tiny_config
 
 RECORDS = 8  # each with images of its own
 QUESTION = "Which of these images shows the object that stands alone, and where in the first of them is it?"
@@ -117,42 +118,22 @@ def merges(path: str | None) -> Path:
 
 def make_config(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
     special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    half = sizes.hidden // sizes.heads // 2  # frequencies of a head, shared out 1 : 1.5 : 1.5
-    spatial = (half - half // 4) // 2
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": sizes.vocabulary or len(tokenizer),
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.intermediate,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.kv_heads,
-            "max_position_embeddings": 32_768,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": sizes.init,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [half - 2 * spatial, spatial, spatial],
-            },
-            "bos_token_id": special["<|endoftext|>"],
-            "eos_token_id": special["<|im_end|>"],
-            "pad_token_id": special["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": sizes.vision_layers,
-            "embed_dim": sizes.vision_width,
-            "hidden_size": sizes.hidden,
-            "num_heads": sizes.vision_heads,
-            "mlp_ratio": 4,
-            "initializer_range": sizes.init,
-        },
-        image_token_id=special["<|image_pad|>"],
-        video_token_id=special["<|video_pad|>"],
-        vision_start_token_id=special["<|vision_start|>"],
-        vision_end_token_id=special["<|vision_end|>"],
-        tie_word_embeddings=sizes.tied,
+    config = tiny_config(
+        sizes.vocabulary or len(tokenizer),
+        special,
+        hidden_size=sizes.hidden,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        vision_width=sizes.vision_width,
+        vision_depth=sizes.vision_layers,
+        vision_heads=sizes.vision_heads,
+        theta=1e6,
+        initializer_range=sizes.init,
     )
+    config.text_config.intermediate_size, config.text_config.max_position_embeddings = sizes.intermediate, 32_768
+    config.vision_config.mlp_ratio, config.tie_word_embeddings = 4, sizes.tied
+    return config
 
 
 def prepare(case: StepCase, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
