@@ -290,7 +290,7 @@ def test_what_is_refused():
         ),
         ("EOS id 7 is outside the 2 ids", lambda: VocabularyBytes.build([b"a", b"b"], [7])),
         ("mark id 2 is outside the 2 ids", lambda: VocabularyBytes.build([b"a", b"b"], [], mark_ids=[2])),
-        ("a token has 4194304 bytes; less than 4 MiB", lambda: VocabularyBytes.build([b"a" * 2**22], [])),
+        ("a token has 4194304 bytes; a token must have less than 4 MiB", lambda: VocabularyBytes.build([b"a" * 2**22], [])),
         (
             "backend is 'cpp'; for grounding_rewards it is one of",
             lambda: grounding_rewards(text, offsets, gold(1), backend="cpp"),
