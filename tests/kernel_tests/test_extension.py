@@ -91,7 +91,7 @@ def test_the_operators_pass_opcheck():
 
 @compiled
 def test_the_operators_refuse_what_they_would_read_beyond():
-    """Called without a door before them."""
+    """Called directly, without the public function's checks."""
     ops = torch.ops.boxgrpo
     text, offsets = pack_texts([ANSWER])
     formats, ids = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.int64)

@@ -70,6 +70,19 @@ def test_a_row_of_minus_infinity_is_a_row_of_equals(vocabulary):
     torch.testing.assert_close(gradients(logps.sum(), logits), want)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_without_upstream_gradient_has_none(inplace, backend):
+    """Even a row of NaN, which a gradient of 0 from upstream would not stop."""
+    body = torch.randn(4, 9, generator=seeded()).to(DEVICE)
+    body[2] = float("nan")
+    targets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    options = {"inplace_backward": inplace, "backend": backend}
+    logps = token_logps_from_logits(body.requires_grad_() * 1, targets, **options)
+    found = gradients(logps[[0, 1, 3]].sum(), body)
+    assert found[2].eq(0).all() and found[[0, 1, 3]].isfinite().all() and found.any()
+
+
 def every_result(logits, case):
     """Of the loss and the log-probabilities of `logits`; the gradients that are written over them, too."""
     n = logits.shape[0]

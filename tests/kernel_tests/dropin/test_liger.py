@@ -181,7 +181,7 @@ def test_triton_grpo_loss(triton_results, name, reduce):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "no mask"])
 def test_fused_linear_grpo_loss(name, biased):
-    """Both of our ways, the fused door and (with a bias, say) token_logps, against Liger's module."""
+    """The fused loss, and token_logps where there is a bias, against Liger's module."""
     tensors, options = make_case(OPTIONS[name])
     if biased:
         tensors["old"] = None if tensors["old"] is None else tensors["old"] + 0.1

@@ -97,7 +97,7 @@ def test_compute_grpo_outcome_advantage(kind, epsilon, norm):
 
 
 def test_signatures():
-    """The arguments of DESIGN section 8 in their order, with the defaults of verl's source."""
+    """The arguments of ARCHITECTURE.md, section "Drop-ins", in their order, with the defaults of verl's source."""
     want = {
         "linear_cross_entropy": "hidden weight labels temperature=1.0 reduction='none' dist_process_group=None",
         "logprobs_from_logits": "logits labels inplace_backward=True",
