@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from .checks import accumulation_dtype
 
 MIB = 1 << 20
-LOGIT_FLOOR = -1e30  # stands for a logit of -inf, so that p * log p is 0 and not NaN
+LOGIT_FLOOR = -1e30  # replaces a logit of -inf, so that p * log p is 0 and not NaN
 
 # The buffers of `HeadSweep`, together below 1 GB; at V = 152k 512 rows of logits and 2048 of their bf16 gradients.
 LOGIT_BYTES = 320 * 10**6

@@ -30,8 +30,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def is_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> bool:
     """Whether `op` runs its fast implementation, "triton" or "extension", and not its torch twin.
 
-    With "auto" Triton runs if it takes the tensors and they are on a GPU, and the compiled operator always, for it has
-    a stand-in where it was not built. With the name of the fast one it runs or raises. With "torch" the twin runs.
+    With "auto" Triton runs for tensors on a GPU that it can take, and the compiled operator always: where it was not
+    built it falls back to the twin. With the fast one's name that one runs or this raises; with "torch" the twin runs.
 
     Raises:
         ValueError: another backend, or a fast implementation that cannot take the tensors.

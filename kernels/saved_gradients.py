@@ -7,7 +7,7 @@ from torch import Tensor
 def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_at: int | None = None) -> None:
     """An autograd formula for `op`: (loss, `count` gradients of the first inputs, and more without a gradient).
 
-    `triton_at`: the input that says whether Triton ran; then the gradients are scaled in place.
+    `triton_at`: the index of the input that is true if Triton ran; then the gradients are scaled in place.
     """
 
     def setup_context(ctx, inputs, output) -> None:

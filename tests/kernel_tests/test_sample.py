@@ -136,12 +136,6 @@ def test_a_row_depends_on_its_own_counters_only(monkeypatch):
             assert torch.equal(chunked[k], whole)
 
 
-def test_the_same_counters_draw_the_same_and_another_seed_anew():
-    logits, own = torch.zeros(200, 50), counters(200, prompt=None)
-    a, b, c = (sample_tokens(logits, seed=seed, **own)[0] for seed in (1, 1, 2))
-    assert torch.equal(a, b) and (a == c).float().mean() < 0.1
-
-
 def test_filters_keep_the_right_set_and_renormalise():
     """Drawn ids are exactly the allowed ones, in the proportions of their softmax; logps stay those of the whole."""
     n, probabilities = 40_000, torch.tensor([0.05, 0.4, 0.02, 0.3, 0.13, 0.1], dtype=torch.float64)
