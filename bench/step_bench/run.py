@@ -53,7 +53,7 @@ GROWTH = {"images": (1, 2, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: steps, the first among them, and the sizes at which our step is looked at again."""
+    """How much is measured: steps, the first among them, and the sizes at which our step is measured again."""
 
     steps: int = 4  # of ours in each row
     # Of each peer in the first row and in the others; 0: it is not run there.
@@ -84,56 +84,56 @@ def run_fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
 
 
 def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[str, float]) -> dict:
-    """One line of results/. Of a side that had no room, or failed, there is the error, and no ratio."""
+    """One line of results/. Of a side that had too little memory, or failed, there is the error, and no ratio."""
     found = asdict(case) | {"case": case.name}
     for name, side in sides.items():
-        if name == "ours_by_phase":
-            continue
         if isinstance(side, str):
             found[f"{name}_error"] = side
-            continue
-        seconds = without_first(side.seconds)
-        found[f"{name}_s"] = round(statistics.median(seconds), 3)
-        found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
-        found[f"{name}_samples_s"] = [round(x, 3) for x in side.seconds]
-        found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
-        found[f"{name}_settings"] = side.settings | {"threads": side.threads}
-    ours, *peers = (side if isinstance(side := sides.get(name), Side) else None for name in ("ours", *PEERS))
-    for (name, prefix), peer in zip(PEERS.items(), peers, strict=True):
-        if not ours or not peer:
-            continue
-        if (ours.prompt_tokens, ours.trained) != (peer.prompt_tokens, peer.trained):
-            found[f"{name}_error"] = (
-                f"it differs from ours: prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens, "
-                f"{ours.trained} and {peer.trained} trained parameters"
-            )
-            continue
-        like = ours.seconds[:1] if len(peer.seconds) == 1 else without_first(ours.seconds)
-        found[f"{prefix}ratio"] = round(statistics.median(without_first(peer.seconds)) / statistics.median(like), 2)
-        if ours.peak_bytes and peer.peak_bytes:
-            found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
-    if ours:
-        found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
+        elif name != "ours_by_phase":
+            seconds = without_first(side.seconds)
+            found[f"{name}_s"] = round(statistics.median(seconds), 3)
+            found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
+            found[f"{name}_samples_s"] = [round(x, 3) for x in side.seconds]
+            found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
+            found[f"{name}_settings"] = side.settings | {"threads": side.threads}
+    if not isinstance(ours := sides.get("ours"), Side):
+        return found
+    for name, prefix in PEERS.items():
+        if isinstance(peer := sides.get(name), Side):
+            found |= compare(ours, peer, name, prefix)
+    found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
+    by_phase = sides.get("ours_by_phase", None if torch.cuda.is_available() else ours)
+    if isinstance(by_phase, Side):
         counted = work(read_config(at / "model"), case, ours.prompt_tokens)
-        by_phase = sides.get("ours_by_phase", None if torch.cuda.is_available() else ours)
-        if isinstance(by_phase, Side):
-            found["phases"] = phases(by_phase, floors(counted, measured))
+        found["phases"] = phases(by_phase, floors(counted, measured))
+    return found
+
+
+def compare(ours: Side, peer: Side, name: str, prefix: str) -> dict:
+    """The peer's ratios to ours, or an error where it did other work."""
+    if (ours.prompt_tokens, ours.trained) != (peer.prompt_tokens, peer.trained):
+        prompts = f"prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens"
+        return {
+            f"{name}_error": f"it differs from ours: {prompts}, {ours.trained} and {peer.trained} trained parameters"
+        }
+    like = ours.seconds[:1] if len(peer.seconds) == 1 else without_first(ours.seconds)
+    times = statistics.median(without_first(peer.seconds)) / statistics.median(like)
+    found = {f"{prefix}ratio": round(times, 2)}
+    if ours.peak_bytes and peer.peak_bytes:
+        found[f"{prefix}peak_memory_ratio"] = round(ours.peak_bytes / peer.peak_bytes, 3)
     return found
 
 
 def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
     """Seconds of each phase of the median step (of two, the faster), which they add up to, and its floor."""
     seconds = dict.fromkeys(PHASES, 0.0)
-    for name, value in median_step(side).items():
+    median = side.seconds.index(statistics.median_low(without_first(side.seconds)))
+    for name, value in side.steps[median].items():
         name = RENAMED.get(name, name)
         seconds[name] = seconds.get(name, 0.0) + value
     if not seconds["prefill"] or not seconds["backward"]:
         raise ValueError("no prefill or no backward pass was seen; the loop's parts have other names now.")
     return {name: {"seconds": round(value, 6)} | least.get(name, {}) for name, value in seconds.items()}
-
-
-def median_step(side: Side) -> dict[str, float]:
-    return side.steps[side.seconds.index(statistics.median_low(without_first(side.seconds)))]
 
 
 def growth(
@@ -147,7 +147,7 @@ def growth(
     """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
     Of a case's steps after the first the fastest, which was disturbed least. `known`: samples by case of what is
-    measured already. `keep` is given what there is after each size.
+    measured already. `keep` receives what there is after each size.
     """
 
     def points(cases: list[StepCase]) -> dict[str, list]:
@@ -196,7 +196,7 @@ def run(
     measured: dict[str, float],
     keep: Callable[[dict], None],
 ) -> dict:
-    """Everything that was asked for; `keep` is given what there is after each side, so that a stopped run has it.
+    """All rows and the growth; `keep` receives what there is after each side, so that a stopped run has it.
 
     Args:
         peers: sides beside ours; those that are not installed are skipped.
@@ -209,7 +209,7 @@ def run(
             at = Path(scratch) / case.model
             prepare(case, at, tokenizer)
             torch.cuda.empty_cache()  # the sides have the device to themselves
-            # On a GPU phases overlap, and are looked at in a run of their own, which waits for each.
+            # On a GPU phases overlap, and are measured in a run of their own, which waits for each.
             steps = {"ours": plan.steps} | ({"ours_by_phase": plan.steps} if torch.cuda.is_available() else {})
             steps |= {name: plan.peer_steps[name][i > 0] for name in peers}
             sides = {}
