@@ -3,12 +3,12 @@
 #
 #   bench/profiles/nsight.sh CASE [KERNEL [SECTION...]]
 #
-#   CASE      an op of bench_kernels.py, or the beginning of a case's name: fused_grpo_loss, "token_logps N=8192"
+#   CASE      an op of bench/kernel_bench/run.py, or the beginning of a case's name: fused_grpo_loss, "token_logps N=8192"
 #   KERNEL    regular expression of the kernel's name; default: every kernel of the case
 #   SECTION   of ncu --list-sections; default: SpeedOfLight, MemoryWorkloadAnalysis, Occupancy, WarpStateStats
 #
 # IMPLEMENTATION (default boxgrpo) chooses the side, as the benchmark's rows name it; PYTHON the interpreter. Where nothing
-# is installed, PYTHON=python3 takes the packages that bench_gpu.py has linked. The report is written to out/nsight/ for
+# is installed, PYTHON=python3 takes the packages that bench/bench.py has linked. The report is written to out/nsight/ for
 # ncu-ui. Clocks stay as they are: figures are of the chip as the benchmark finds it.
 set -euo pipefail
 
@@ -21,13 +21,13 @@ refuse() {
 case=$1 kernel=${2:-.*}
 shift $(($# < 2 ? $# : 2))
 [ $# -gt 0 ] || set -- SpeedOfLight MemoryWorkloadAnalysis Occupancy WarpStateStats
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 implementation=${IMPLEMENTATION:-boxgrpo}
 command -v "$python" >/dev/null || refuse "there is no $python. Run make install, or name an interpreter with PYTHON=."
 has_boxgrpo() { "$python" -P -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('boxgrpo') is None)"; }
 has_boxgrpo || export PYTHONPATH="$PWD/out/site${PYTHONPATH:+:$PYTHONPATH}"
-has_boxgrpo || refuse "$python has no boxgrpo. Run make install, or bench/bench_gpu.py, which links the checkout."
+has_boxgrpo || refuse "$python has no boxgrpo. Run make install, or bench/bench.py --gpu, which links the checkout."
 command -v ncu >/dev/null || refuse "ncu is not on the PATH. It comes with the CUDA toolkit, as Nsight Compute."
 "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" ||
     refuse "torch sees no GPU here, and ncu reads a GPU's counters. Run it where there is one."

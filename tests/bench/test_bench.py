@@ -123,7 +123,7 @@ def test_every_part_is_one_that_a_worker_has():
         called = {p.command[2] for p in chosen if p.command[1] == "bench/parts.py"}
         assert called <= parts.PARTS.keys()
     files = set(next(p.command for p in chosen if p.name == "tests"))
-    triton, cuda = "tests/kernel_tests/test_loss_triton.py", "tests/csrc/test_box_parser_cuda.py"
+    triton, cuda = "tests/kernel_tests/test_logps_triton.py", "tests/csrc/test_box_parser_cuda.py"
     assert files >= {triton, cuda, "tests/model/test_attention.py"}
     o, _ = parsed(["--quick"])
     assert parts.kernel_cases(o)[0].shape["N"] < 100

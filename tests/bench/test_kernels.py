@@ -6,19 +6,6 @@ import torch
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.kernel_bench.run import IMPLEMENTATIONS, row, run
 from boxgrpo.bench.publish.tables import table
-from boxgrpo.bench.records import newest, part
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    return part(newest(), "kernels")
-
-
-def test_every_case_was_measured(recorded):
-    """And on a tree that git knows."""
-    measured = {(row["op"], *row["shape"].values()) for row in recorded["rows"] if row["implementation"] == "boxgrpo"}
-    assert measured == {(case.op, *case.shape.values()) for case in cases(torch.device("cpu"))}
-    assert not recorded["machine"]["revision"].endswith("dirty")
 
 
 def test_each_case_computes_what_eager_does():
@@ -47,10 +34,6 @@ def test_a_row_holds_every_sample_its_median_and_its_share_of_the_floor():
     assert found["samples_ms"] == [4.0, 2.0, 5.0] and found["ms"] == 4.0 and found["spread_ms"] == [2.0, 5.0]
     assert (found["floor_ms"], found["floor_is"], found["percent_of_floor"]) == (1.0, "flop", 25.0)
     assert (found["bytes"], found["flop"], found["gb_per_second"], found["peak_mb"]) == (4e6, 2e6, 1.0, 5.0)
-
-
-def test_the_table_has_a_line_for_each_row(recorded):
-    assert len(table("kernels", recorded).splitlines()) == 2 + len(recorded["rows"])
 
 
 def test_the_small_table_names_who_has_the_fused_loss():

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.bench.publish.tables import table
-from boxgrpo.bench.records import newest, part
 from boxgrpo.bench.step_bench import run as step_bench
 from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
 from boxgrpo.bench.step_bench.floors import work
@@ -26,11 +25,6 @@ from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
 TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
 MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    return part(newest(), "step")
 
 
 @pytest.fixture(scope="module")
@@ -156,22 +150,3 @@ def test_which_rows_are_asked_for():
 def test_a_straight_line_fits():
     assert line([1, 2, 4], [0.75, 1.0, 1.5]) == {"fixed_s": 0.5, "each_s": 0.25, "misfit_percent": 0.0}
     assert line([1, 2, 3], [1.0, 1.3, 1.0])["misfit_percent"] == pytest.approx(15.4)
-
-
-# -- as recorded ----------------------------------------------------------------------------------------------------
-
-
-def test_every_case_was_measured(recorded):
-    """And on a tree that git knows; a step's phases add up to it."""
-    assert [r["case"] for r in recorded["rows"]] == [case.name for case in step_cases(False)]
-    assert not recorded["machine"]["revision"].endswith("dirty")
-    for r in recorded["rows"]:
-        assert sum(p["seconds"] for p in r["phases"].values()) == pytest.approx(r["ours_s"], abs=2e-3)
-        assert r["phases"]["other"]["seconds"] < 0.02 * r["ours_s"]
-
-
-def test_a_steps_growth_was_measured_with_each_size(recorded):
-    grown = recorded["growth"]
-    assert grown.keys() == {"images", "generations", "tokens", "prompts", "doubled_group"}
-    for size in grown.keys() - {"doubled_group"}:
-        assert len(grown[size]["values"]) == len(grown[size]["seconds"]) == len(grown[size]["samples_s"]) > 2
