@@ -26,7 +26,7 @@ class GrpoStats(NamedTuple):
     ratio_mean: Tensor
     ratio_max: Tensor
     logps: Tensor  # (N) nats
-    entropy: Tensor  # (N) nats; (0) from grpo_loss, which sees no distribution
+    entropy: Tensor  # (N) nats; (0) from grpo_loss, which has no distributions
 
 
 class LossOptions(NamedTuple):
@@ -101,7 +101,7 @@ class LossOptions(NamedTuple):
         return self._replace(epsilon_high=high)
 
 
-# The fields above, in their order; the ops take them flat.
+# The fields of `LossOptions` in their order; the ops take each as an argument.
 OPTIONS_SCHEMA = (
     "Tensor? old_logps, Tensor? ref_logps, Tensor? weights, Tensor? sampler_factor, Tensor? denominator, float beta, "
     "float epsilon, float epsilon_high, float? delta, str loss_type, str importance_sampling_level"

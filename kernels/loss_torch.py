@@ -79,7 +79,7 @@ def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, 
         clip_high = (ratio > high) & (advantage > 0)
         bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
         policy = torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
-        # The minimum is a constant exactly where the token is clipped, or beyond delta (which is above the clip).
+        # The minimum is constant exactly where the ratio is clipped, or above delta (which exceeds the clip).
         is_constant = clip_low | clip_high if o.delta is None else clip_low | clip_high | (ratio > o.delta)
         slope = (ratio * advantage).masked_fill(is_constant, 0)
     loss, dpolicy = -terms.gain * policy, -terms.gain * slope

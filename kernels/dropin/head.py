@@ -9,7 +9,7 @@ from boxgrpo.kernels.checks import FLOATS, check_head, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 from boxgrpo.kernels.rows_torch import HeadRows
 
-# Reported beside the logps, from the logits z (n, V) and targets (n); without a gradient.
+# Further results (n) of the logits z (n, V) and targets (n), without a gradient.
 REPORTS = {
     "log_sum_sq_probs": lambda z, targets: (2 * z.log_softmax(1)).logsumexp(1),
     "mean_logits": lambda z, targets: z.mean(1),
