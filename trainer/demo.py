@@ -20,14 +20,8 @@ from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.evaluation.tables import scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
-from boxgrpo.trainer.world.recipe import (
-    RECIPES,
-    DemoOptions,
-    draw_world,
-    grpo_flags,
-    make_initial_checkpoint,
-    sft_flags,
-)
+from boxgrpo.trainer.world import recipe
+from boxgrpo.trainer.world.recipe import DemoOptions, draw_world, grpo_flags, make_initial_checkpoint, sft_flags
 
 HERE = Path(__file__).resolve().parent
 
@@ -68,7 +62,7 @@ def continued_sft(options: DemoOptions) -> Path:
     root = Path(options.output_dir)
     seconds = {run: [m["step_time"] for m in read_metrics(root / run)] for run in ("sft", "grpo")}
     steps = round(sum(seconds["grpo"]) / (sum(seconds["sft"]) / len(seconds["sft"])))
-    flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={root / 'sft'}", f"--max_steps={steps}"]
+    flags = [f"--config={recipe.RECIPES / 'demo_sft.yaml'}", f"--model={root / 'sft'}", f"--max_steps={steps}"]
     flags += [f"--data={root / 'world/train_chains.json'}", f"--output_dir={root / 'continued_sft'}"]
     torchrun("sft.py", options, [*flags, f"--seed={options.seed + 1}", "--overwrite_output_dir=true"])
     return root / "continued_sft"

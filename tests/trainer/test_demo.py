@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from boxgrpo.trainer import demo, grpo
+from boxgrpo.trainer.world import recipe
 from boxgrpo.trainer.world.world import DEMO_TASKS
 
 FEW = {
@@ -21,9 +22,9 @@ def small(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     for name, few in FEW.items():
-        whole = yaml.safe_load((demo.RECIPES / name).read_text())
+        whole = yaml.safe_load((recipe.RECIPES / name).read_text())
         (recipes / name).write_text(yaml.safe_dump(whole | few))
-    monkeypatch.setattr(demo, "RECIPES", recipes)
+    monkeypatch.setattr(recipe, "RECIPES", recipes)
     monkeypatch.chdir(tmp_path)
     return functools.partial(demo.DemoOptions, cold_start=16, train=16, held_out=8)
 
@@ -43,7 +44,7 @@ def test_the_demo_leaves_what_the_readme_lists(small, tmp_path):
     table = demo.report(summary, "out/demo")
     assert all(word in table for word in (*DEMO_TASKS, "before", "after", "continued sft"))
 
-    with pytest.raises(ValueError, match="not the world asked for"):  # and nothing of the first run is touched
+    with pytest.raises(ValueError, match="not this world"):  # and nothing of the first run is touched
         demo.run(small(seed=1))
     assert (out / "sft/model.safetensors").exists()
 
@@ -58,7 +59,7 @@ def test_a_folder_of_real_runs_is_refused_and_kept(small, tmp_path):
 
 
 def test_grpo_without_flags_makes_the_cold_start_once(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DemoOptions", small)
+    monkeypatch.setattr(recipe, "DemoOptions", small)
     grpo.main([])
     out = tmp_path / "out/demo"
     started = (out / "sft/model.safetensors").stat().st_mtime_ns
