@@ -178,9 +178,6 @@ class Conductor:
 
 def missing(part: Part) -> str | None:
     """Why a part cannot run here."""
-    script = next(word for word in part.command[1:] if not word.startswith("-"))
-    if script.endswith(".py") and not (ROOT / script).is_file():
-        return f"there is no {script}"
     needed = {"tests": "pytest", "build": "setuptools"}.get(part.name)
     return f"{needed} is not installed" if needed and importlib.util.find_spec(needed) is None else None
 

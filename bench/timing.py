@@ -33,7 +33,7 @@ def take_turns(
 
 
 def milliseconds(samples: Sequence[float]) -> dict:
-    """What a row of a record says about samples in seconds: median, ends and every sample, in ms."""
+    """The part of a record's row about samples in seconds: median, ends and every sample, in ms."""
     ms = [round(1e3 * x, 4) for x in samples]
     return {
         "ms": round(1e3 * statistics.median(samples), 4),

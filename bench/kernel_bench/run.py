@@ -1,6 +1,7 @@
 """Each kernel beside eager torch, torch.compile, Liger and TRL, and against the floor that the machine sets.
 
     python bench/kernel_bench/run.py [--only NAME] [--json FILE|-]
+    python -P -m boxgrpo.bench.kernel_bench.run --once CASE IMPLEMENTATION     profiles/nsight.sh starts it under ncu
 
 `make bench` keeps the results. On a GPU the times are triton.testing.do_bench's, each run with a cold L2; on a CPU the
 implementations of a case take turns. The floor of an op is the larger of its least bytes over a copy's bandwidth and
@@ -208,11 +209,35 @@ def row(
     }
 
 
+def run_once(wanted: str, implementation: str, among: Sequence[Case]) -> None:
+    """One run of the first case of the op `wanted`, or whose name begins with it, between CUDA profiler start and stop.
+
+    Raises:
+        ValueError: no case has such a name, or the implementation does not run it here.
+    """
+    named = [case for case in among if case.op == wanted] or [case for case in among if case.name.startswith(wanted)]
+    if not named:
+        raise ValueError(f"no case is {wanted!r}; there are: {'; '.join(case.name for case in among)}.")
+    runs = named[0].make(named[0], device(), SEED)
+    if implementation not in runs:
+        raise ValueError(f"{named[0].name} is not run by {implementation!r} here; by {', '.join(runs)}.")
+    runs[implementation]()  # compiles and tunes
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    runs[implementation]()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name holds this, as fused_grpo_loss")
+    parser.add_argument("--once", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help="run this alone, to be profiled")
     parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
+    if args.once:
+        run_once(*args.once, list(cases(device())))
+        return
     record = begin() | {"ceilings": (limits := ceilings())}
     record["kernels"] = run(choose(list(cases(device())), args.only), limits)
     output(record, args.json, table("kernels", record["kernels"]))

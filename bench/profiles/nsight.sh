@@ -39,6 +39,6 @@ report=out/nsight/$(printf '%s' "$case $implementation" | tr -cs '[:alnum:]_=\n'
 # The worker runs once to warm up; what it runs between cudaProfilerStart and Stop is profiled.
 ncu --profile-from-start off --clock-control none --kernel-name "regex:$kernel" "${sections[@]}" \
     --force-overwrite --export "$report" \
-    "$python" -P -m boxgrpo.bench.profiles.nsight_worker "$case" "$implementation"
+    "$python" -P -m boxgrpo.bench.kernel_bench.run --once "$case" "$implementation"
 # With --export nothing but ncu's own messages is printed: this shows the report.
 ncu --import "$report.ncu-rep" --print-summary per-kernel

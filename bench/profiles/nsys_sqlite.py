@@ -15,7 +15,7 @@ ON_GPU = {  # table: column or text that names the work
     "CUPTI_ACTIVITY_KIND_KERNEL": "demangledName",
     "CUPTI_ACTIVITY_KIND_MEMCPY": "'memory copy'",
     "CUPTI_ACTIVITY_KIND_MEMSET": "'memory set'",
-    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": "'CUDA graph'",  # unless nsys was told to trace a graph's nodes
+    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": "'CUDA graph'",  # where nsys does not trace a graph's nodes
 }
 
 

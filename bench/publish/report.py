@@ -80,7 +80,7 @@ def blocks(found: Records) -> dict[str, str]:
 
 
 def fill(text: str, wanted: dict[str, str]) -> str:
-    """The text with its blocks as they should be; one that says the same in other lines is left alone.
+    """The text with its blocks as they should be; one with the same words in other lines is left alone.
 
     Raises:
         ValueError: it has a block that nothing fills.

@@ -5,6 +5,7 @@ import os
 from argparse import ArgumentParser
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,28 +27,27 @@ MERGE = 2 * 14  # pixels of a vision token's side
 SELECTORS = ("model", "images", "prompts")  # flags that name a row
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """A Qwen2-VL's widths and depths. `vocabulary` None: as many rows as the tokenizer has tokens."""
 
     vocabulary: int | None
-    hidden: int
     intermediate: int
+    tied: bool
+    hidden_size: int
     layers: int
     heads: int
     kv_heads: int
-    tied: bool
     vision_width: int
-    vision_layers: int
+    vision_depth: int
     vision_heads: int
-    init: float
+    initializer_range: float
 
 
 MODELS = {
-    "tiny": Sizes(None, 64, 128, 2, 4, 2, True, 64, 2, 4, 0.08),
-    "44M": Sizes(151_936, 256, 1024, 4, 4, 2, True, 128, 4, 4, 0.08),
-    "2B": Sizes(151_936, 1536, 8960, 28, 12, 2, True, 1280, 32, 16, 0.02),  # as published
-    "7B": Sizes(152_064, 3584, 18944, 28, 28, 4, False, 1280, 32, 16, 0.02),  # as published
+    "tiny": Sizes(None, 128, True, 64, 2, 4, 2, 64, 2, 4, 0.08),
+    "44M": Sizes(151_936, 1024, True, 256, 4, 4, 2, 128, 4, 4, 0.08),
+    "2B": Sizes(151_936, 8960, True, 1536, 28, 12, 2, 1280, 32, 16, 0.02),  # as published
+    "7B": Sizes(152_064, 18_944, False, 3584, 28, 28, 4, 1280, 32, 16, 0.02),  # as published
 }
 
 
@@ -118,21 +118,11 @@ def merges(path: str | None) -> Path:
 
 def make_config(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
     special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    config = tiny_config(
-        sizes.vocabulary or len(tokenizer),
-        special,
-        hidden_size=sizes.hidden,
-        layers=sizes.layers,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        vision_width=sizes.vision_width,
-        vision_depth=sizes.vision_layers,
-        vision_heads=sizes.vision_heads,
-        theta=1e6,
-        initializer_range=sizes.init,
-    )
-    config.text_config.intermediate_size, config.text_config.max_position_embeddings = sizes.intermediate, 32_768
-    config.vision_config.mlp_ratio, config.tie_word_embeddings = 4, sizes.tied
+    own = sizes._asdict()
+    vocabulary, intermediate, tied = (own.pop(name) for name in ("vocabulary", "intermediate", "tied"))
+    config = tiny_config(vocabulary or len(tokenizer), special, theta=1e6, **own)
+    config.text_config.intermediate_size, config.text_config.max_position_embeddings = intermediate, 32_768
+    config.vision_config.mlp_ratio, config.tie_word_embeddings = 4, tied
     return config
 
 

@@ -14,7 +14,7 @@ prompt of a step, a micro-batch of its own:
 
 and one update of AdamW after the last. So the tower runs 3 G times a prompt, and the prompt G times in each pass.
 
-Not taken over: ZeRO-3, which has nobody to share with on one device (the update, masters included, is our own plain
+Left out: ZeRO-3, which cannot share on one device (the update, masters included, is our own plain
 engine's, on both sides); flash-attention 2, its default (SDPA, as all sides have); generation in training mode, where a
 checkpointed model decodes without its cache; top_k 50, transformers' default of that time; one line more in its IoU,
 which gives an overlap of at most a unit 0; wandb, and logs of every answer.

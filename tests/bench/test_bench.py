@@ -77,13 +77,14 @@ def test_rows_join_those_of_this_machine_where_a_part_adds(out, adds):
     assert c.record["ceilings"] == {"flop_per_second": 3}
 
 
-def test_without_time_or_its_script_a_part_is_named(out):
+def test_without_time_or_its_packages_a_part_is_named(out, monkeypatch):
     c = conductor(2)
     c.run(leaves_a_row(out, "late", "pass"))
     assert c.record["parts"]["late"]["outcome"].startswith("not begun: ")
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     c = conductor(100)
-    c.run(Part("profile", (sys.executable, "bench/no_such_script.py")))
-    assert c.record["parts"]["profile"]["outcome"] == "skipped: there is no bench/no_such_script.py"
+    c.run(Part("tests", (sys.executable, "-m", "pytest")))
+    assert c.record["parts"]["tests"]["outcome"] == "skipped: pytest is not installed"
 
 
 def test_an_interrupt_leaves_the_rows_and_no_process(out, monkeypatch):

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from boxgrpo.bench.kernel_bench.cases import cases
+from boxgrpo.bench.kernel_bench.run import run_once
 from boxgrpo.bench.profiles import profile_step
-from boxgrpo.bench.profiles.nsight_worker import chosen
 from boxgrpo.bench.publish.tables import profile_table
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
@@ -70,15 +69,19 @@ def test_the_shell_script_is_clean():
     subprocess.run(["shellcheck", NSIGHT], check=True)
 
 
-def test_a_kernels_case_is_found_by_its_op_or_the_beginning_of_its_name():
-    device = torch.device("cpu")
-    among = [case for case in cases(device) if case.op == "group_advantages"]
-    assert chosen("group_advantages B=16", "boxgrpo", among, device)() is not None
+def test_a_kernels_case_is_found_by_its_op_or_the_beginning_of_its_name(monkeypatch):
+    ran = []
+    for name in ("cuda.synchronize", "cuda.profiler.start", "cuda.profiler.stop"):
+        monkeypatch.setattr(f"torch.{name}", lambda name=name: ran.append(name.split(".")[-1]))
     ops = [
-        SimpleNamespace(op=op, name=f"{op} N=8", make=lambda *_, op=op: {"boxgrpo": op}) for op in ("loss_from", "loss")
+        SimpleNamespace(op=op, name=f"{op} N=8", make=lambda *_, op=op: {"boxgrpo": lambda: ran.append(op)})
+        for op in ("loss_from", "loss")
     ]
-    assert chosen("loss", "boxgrpo", ops, device) == "loss"  # not the first whose name begins so
-    with pytest.raises(ValueError, match="no case is 'softmax'; there are: group_advantages"):
-        chosen("softmax", "boxgrpo", among, device)
-    with pytest.raises(ValueError, match="is not run by 'apex' here; by boxgrpo"):
-        chosen("group_advantages B=16", "apex", among, device)
+    run_once("loss", "boxgrpo", ops)  # not the first whose name begins so
+    assert ran == ["loss", "synchronize", "start", "loss", "synchronize", "stop"]
+    run_once("loss_from N", "boxgrpo", ops)
+    assert ran[6] == "loss_from"
+    with pytest.raises(ValueError, match="no case is 'softmax'; there are: loss_from N=8; loss N=8"):
+        run_once("softmax", "boxgrpo", ops)
+    with pytest.raises(ValueError, match="loss N=8 is not run by 'apex' here; by boxgrpo"):
+        run_once("loss", "apex", ops)
