@@ -1,4 +1,4 @@
-"""What a record is read into, and the rules that its texts, paths and boxes must keep."""
+"""`Example`, which every record becomes, and the checks of a record's texts, paths and boxes."""
 
 import functools
 import os
@@ -19,12 +19,12 @@ THINK_SUFFIX = (
     " and then output the bounding box in <answer> </answer> tags."
 )
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
-UNSIZED = 1_000_000  # pixels of an image whose size is not looked at: only the order of a box's corners is checked
-_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # a path below: no part is empty or begins with a dot
+UNSIZED = 1_000_000  # pixels, in place of the size of an image that is not opened: only the corners' order is checked
+_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # no part is empty or begins with a dot
 
 
 def box_text(box: Sequence[float]) -> str:
-    """A box (0-1000) as answers write it (DESIGN section 3): whole thousandths."""
+    """A box (0-1000) as answers write it: whole thousandths."""
     x1, y1, x2, y2 = (round(value) for value in box)
     return f"({x1}, {y1}), ({x2}, {y2})"
 
@@ -38,7 +38,7 @@ class Example:
     images: tuple[str, ...]  # paths, resolved
     question: str
     gold: Box | None  # 0-1000 on the target image; needed for GRPO and evaluation
-    turns: tuple[tuple[str, str], ...] = ()  # (role, text), user and assistant in turn; empty: no answer text
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text), user and assistant alternately; empty: no answer text
     answer_format: str = "think"  # or "box": no thinking asked for
     target_image: int = 0  # index of the image that the box lies in
     source: str = ""  # "file.json#12": record 12, counted from 0
@@ -75,8 +75,8 @@ class Place:
 
     root: str  # folder of the images, absolute
     bounded: bool  # whether paths must stay in it
-    scale: float = 1.0  # what brings the file's boxes to 0-1000
-    sized: bool = True  # whether an image is opened where its size is needed; else only their boxes' order is checked
+    scale: float = 1.0  # factor that brings the file's boxes to 0-1000
+    sized: bool = True  # whether an image is opened where its size is needed (see `UNSIZED`)
 
     @classmethod
     def of(cls, path: Path, image_root: str | os.PathLike | None, *, sized: bool = True) -> "Place":
@@ -112,7 +112,7 @@ def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, least: 
 
 
 def plain_text(text: str) -> str:
-    """Text without `<image>` marks: all images stand before the question (DESIGN section 3)."""
+    """Text without `<image>` marks: all images stand before the question."""
     return text.replace("<image>", "").strip()
 
 
@@ -128,14 +128,16 @@ def text_of(value: object, name: str) -> str:
 
 def is_numbers(values: object) -> bool:
     return (
-        isinstance(values, list)
-        and len(values) > 0
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in values)
+        isinstance(values, list) and len(values) > 0 and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
     )
 
 
 def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str = "answer") -> Box:
-    """The box in 0-1000, `scales` of x and y applied, or the rule of a gold box that it breaks."""
+    """The box in 0-1000, `scales` of x and y applied.
+
+    Raises:
+        Refused: it breaks a rule of gold boxes.
+    """
     if box is None or box == []:
         raise Refused("no_gold_box", f"{what} is {box!r}; a gold box [x1, y1, x2, y2] is needed.")
     if not isinstance(box, list) or len(box) != 4:
@@ -165,15 +167,14 @@ def image_size(path: str) -> tuple[int, int]:
 
 
 def pixel_box(box: object, path: str, place: Place, what: str, record: dict | None = None) -> Box:
-    """A box in pixels of the image at `path`, whose size the record may tell. Less than a pixel outside is cut off."""
+    """The box in 0-1000, given in pixels of the image at `path`; `record` may hold the image's size.
+
+    What leaves the image by less than a pixel is cut off: annotations are rounded, and sizes are whole.
+    """
     size = [(record or {}).get(key) for key in ("width", "height")]
     if not is_numbers(size) or min(size) <= 0:
         size = image_size(path) if place.sized else (UNSIZED, UNSIZED)
     if is_numbers(box) and len(box) == 4:
-        box = [_within(value, size[i % 2]) for i, value in enumerate(box)]
+        limits = (*size, *size)
+        box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, limits)]
     return checked_box(box, (1000 / size[0], 1000 / size[1]), what)
-
-
-def _within(value: float, most: float) -> float:
-    """Annotations are rounded, and sizes are whole."""
-    return min(max(value, 0), most) if -1 < value < most + 1 else value

@@ -51,8 +51,9 @@ def parse(record: dict, schema: str, place: Place, *, name: str, source: str, sc
     task = record.get("task") or record.get("type") or "grounding"
     if not isinstance(task, str):
         raise Refused("bad_task", f"task is {task!r:.80}; it must be a name.")
-    fields = {"id": str(record.get("id", name)), "task": task, "answer_format": answer_format}
-    fields |= SCHEMAS[schema].parse(record, place)
+    fields = {"id": str(record.get("id", name)), "task": task, **SCHEMAS[schema].parse(record, place)}
+    if "answer_format" in record:
+        fields["answer_format"] = answer_format
     if "target_image" not in fields and (not scanned or "target_image" in record):
         fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
     return Example(source=source, **fields)
@@ -77,9 +78,7 @@ def _parse_question(record: dict, place: Place, box_only: str | None = None) -> 
     gold = checked_box(record.get("answer"), (place.scale, place.scale))
     images = resolve_images(record.get("images"), place)
     fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
-    if box_only and "answer_format" not in record and box_only in record["images"][0]:
-        fields["answer_format"] = "box"
-    return fields
+    return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
 
 
 # By this path the paper's code recognises its single-image RefCOCO records.
@@ -133,7 +132,7 @@ def _only_marked_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
 
 def _marked_box(found: tuple[str, ...]) -> Box:
     x1, y1, x2, y2 = box = [int(value) for value in found]
-    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:
+    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:  # several times as fast: a file holds a million boxes
         return float(x1), float(y1), float(x2), float(y2)
     return checked_box(box, what="box")
 
@@ -149,8 +148,8 @@ def _parse_refcoco(record: dict, place: Place) -> dict:
     else:
         box, what = record.get("solution"), "solution"
         question = text_of(record.get("problem"), "problem")
-    fields = {"images": (image,), "question": question, "gold": pixel_box(box, image, place, what, record)}
-    return fields | ({} if "answer_format" in record else {"answer_format": "box"})
+    gold = pixel_box(box, image, place, what, record)
+    return {"images": (image,), "question": question, "gold": gold, "answer_format": "box"}
 
 
 def _parse_lisa(record: dict, place: Place) -> dict:
@@ -209,7 +208,7 @@ def frames_of(folder: str) -> tuple[str, ...]:
 def _video(record: dict, place: Place, frames: list) -> dict:
     """Six of the frames, uniformly; the box of the third of them, in its pixels."""
     boxes = record.get("bbox_list")
-    # Of six frames or fewer all are shown, and one box is asked for, whatever the others are.
+    # Of six frames or fewer all are shown, and only the third one's box is needed.
     least = ASKED_FRAME + 1 if len(frames) <= FRAMES else len(frames)
     if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
         raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
@@ -268,22 +267,22 @@ _MENTIONED = re.compile(_MENTION, re.IGNORECASE)
 
 
 def target_image(record: dict, question: str, images: int) -> int:
-    """Index of the image that the box lies in: the record's own word, else the wording's, else the last image.
+    """Index of the image that the box lies in: the record's `target_image`, else by the wording, else the last image.
 
-    A box is relative to its image, so only pictures need it, and answers in pixels (`grade_texts`). The wording is read
-    for what it most likely means: the last image in which something is to be found, else the last one mentioned.
+    A box is relative to its image, so only pictures and answers in pixels (`grade_texts`) need the index. By the
+    wording it is the last image in which something is to be found, else the last one mentioned.
     """
     if "target_image" in record:
         target = record["target_image"]
         if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < images:
             raise Refused("bad_target_image", f"target_image is {target!r}; it must be 0 to {images - 1}.")
         return target
-    question = question[:2000]  # the patterns take quadratic time, and questions are anybody's
+    question = question[:2000]  # the patterns take quadratic time, and a question may be of any length
     stated = _STATED.findall(str(record.get("additional_info", "")))
     mentions = stated or _MENTIONED.findall(question)
     if not mentions:
         return images - 1
-    mentions = stated or _SOUGHT.findall(question) or mentions  # the slow pattern last: a file has 630,000 questions
+    mentions = stated or _SOUGHT.findall(question) or mentions  # the slow pattern only where it may match
     number, nth, word = mentions[-1]
     index = _ORDINALS[word.lower()] if word else int(number or nth) - 1
     return min(max(index, 0), images - 1)
