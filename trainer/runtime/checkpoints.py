@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run goes on from: written aside, their manifest of checksums last, then renamed.
+"""Checkpoints from which a killed run is resumed: written beside, sealed with checksums, then renamed.
 
     checkpoint-20/  config.json, model.safetensors, tokenizer ...   what `from_pretrained` reads
                     trainer/progress.json                           step, place in the data, options, revision
@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -26,27 +25,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .files import MANIFEST, find_fault, flush_to_disk, seal
 from .ranks import STOPPED, Ranks
-from .reporter import METRICS
+from .reporter import METRICS, checkpoint_folders
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 TRAINER = "trainer"
 PROGRESS = "progress.json"
-# What a place in the data, the frozen weights or the optimizer's state have no meaning without.
+# Options that must not change: the place in the data, the frozen weights or the optimizer's state depend on them.
 FIXED = (
     *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
-# What changes nothing in what a run computes.
-FREE = ("resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops")
+# Options that do not change what a run computes.
+FREE = {"resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops"}
 CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # of a model's folder
 
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """How far a run is."""
 
     step: int = 0
     position: int = 0  # slots of the data stream that were taken, over all ranks
@@ -64,7 +63,7 @@ class Checkpoints:
     """The `checkpoint-<step>` folders of a run.
 
     Args:
-        options: of the run; `output_dir`, `resume` and `save_total_limit` are looked at here, all are written down.
+        options: of the run; `output_dir`, `resume` and `save_total_limit` are used here, all are written down.
     """
 
     def __init__(self, options, r: Ranks):
@@ -73,77 +72,74 @@ class Checkpoints:
         self.contents = {name: fingerprint(getattr(options, name)) for name in ("model", "data")} if r.is_main else {}
 
     def find(self) -> Path | None:
-        """The folder that `--resume` asks for: the newest whole one for "auto", else the one that is named.
+        """The folder that `--resume` names, or for "auto" the newest whole one; None: the run starts at step 0.
 
         Raises:
             ValueError: the one that is named is not whole, or was made with options that cannot go on from it.
         """
-        resume = self.options.resume
-        found, error = None, None
+        resume, found, error = self.options.resume, None, None
         if self.r.is_main and resume == "auto":
-            for folder in sorted(self._folders(), key=_step, reverse=True):
-                if reason := fault(folder):
-                    log.warning("%s is not whole (%s); an earlier one is looked for.", folder, reason)
-                else:
+            folders = checkpoint_folders(self.root)
+            for folder in reversed(folders.values()):
+                if not (reason := find_fault(folder, f"{TRAINER}/{PROGRESS}")):
                     found = folder
                     break
-            if found is None and self._folders() and not self.options.overwrite_output_dir:
+                log.warning("%s is not whole (%s); an earlier one is looked for.", folder, reason)
+            if folders and not found and not self.options.overwrite_output_dir:
                 error = (
                     f"none of the checkpoints in {self.root} is whole: see the warnings above. Name one with --resume, "
                     "give another --output_dir, or begin anew with --overwrite_output_dir true."
                 )
         elif self.r.is_main and resume:
-            if reason := fault(Path(resume)):
-                error = f"resume is {resume}; it is not a whole checkpoint ({reason}). Use --resume auto, or another."
             found = Path(resume)
+            if reason := find_fault(found, f"{TRAINER}/{PROGRESS}"):
+                error = f"resume is {resume}; it is not a whole checkpoint ({reason}). Use --resume auto, or another."
         found, error = self.r.gather((found, error))[0]
         if error:
             raise ValueError(error)
         if found is not None:
-            self._compare(found)
+            self._check_options(found)
         return found
 
-    def _compare(self, folder: Path) -> None:
-        """Refuse to go on with options that make another run of it; warn of others that changed."""
+    def _check_options(self, folder: Path) -> None:
+        """Refuse options that do not fit the checkpoint; warn of others that changed."""
         written = json.loads((folder / TRAINER / PROGRESS).read_text())
-        now = dataclasses.asdict(self.options)
-        changed = {k: (v, now.get(k)) for k, v in written["options"].items() if k in now and v != now[k]}
+        was, now = written["options"], dataclasses.asdict(self.options)
+        changed = {name for name in was.keys() & now.keys() if was[name] != now[name]}
+        if now["engine"] == "ddp":
+            changed.discard("zero_stage")
         contents = written.get("contents", {})
         for name, content in self.r.gather(self.contents)[0].items():
-            if contents.get(name, content) == content:
-                if name in contents:  # the same files, wherever they are now
-                    changed.pop(name, None)
-            elif name not in changed:
+            if contents.get(name) == content:  # the same files, wherever they are now
+                changed.discard(name)
+            elif name in contents and name not in changed:
                 raise ValueError(
-                    f"{folder} was made with --{name} {written['options'][name]}, whose files have changed since; the "
-                    "run cannot go on with others. Put them back, or start anew without --resume."
+                    f"{folder} was made with --{name} {was[name]}, whose files have changed since; the run cannot go "
+                    "on with others. Put them back, or start anew without --resume."
                 )
-        if now["engine"] == "ddp":
-            changed.pop("zero_stage", None)
-        for name in [n for n in FIXED if n in changed]:
-            was, given = changed[name]
+        for name in FIXED:
+            if name in changed:
+                raise ValueError(
+                    f"{folder} was made with {name} {was[name]!r}, this run has {now[name]!r}; it cannot go on from "
+                    f"there. Give --{name} {was[name]}, or start anew without --resume."
+                )
+        for name in sorted(changed - FREE):
+            log.warning("resumed with %s %r; the checkpoint was made with %r.", name, now[name], was[name])
+        if (ranks := written["world_size"]) == self.r.world_size:
+            return
+        if was.get("engine", "ddp") != "ddp":
             raise ValueError(
-                f"{folder} was made with {name} {was!r}, this run has {given!r}; it cannot go on from there. "
-                f"Give --{name} {was}, or start anew without --resume."
+                f"{folder} holds the optimizer in {ranks} parts, this run has {self.r.world_size} ranks. Start {ranks} "
+                f"of them, or train on its weights with --model {folder}."
             )
-        for name in sorted(changed.keys() - {*FREE}):
-            log.warning(
-                "resumed with %s %r; the checkpoint was made with %r.", name, changed[name][1], changed[name][0]
+        if was.get("rollout_file"):
+            raise ValueError(
+                f"{folder} was made by {ranks} ranks that each store completions in a file; this run has "
+                f"{self.r.world_size}. Leave --rollout_file out, or start {ranks} ranks."
             )
-        if written["world_size"] != self.r.world_size:
-            if written["options"].get("engine", "ddp") != "ddp":
-                raise ValueError(
-                    f"{folder} holds the optimizer in {written['world_size']} parts, this run has {self.r.world_size} "
-                    f"ranks. Start {written['world_size']} of them, or train on its weights with --model {folder}."
-                )
-            if written["options"].get("rollout_file"):
-                raise ValueError(
-                    f"{folder} was made by {written['world_size']} ranks that each store completions in a file; this "
-                    f"run has {self.r.world_size}. Leave --rollout_file out, or start {written['world_size']} ranks."
-                )
 
     def load(self, folder: Path, engine) -> Progress:
-        """Put trained weights, optimizer, schedule and random states back."""
+        """Restore trained weights, optimizer, schedule and random states."""
         progress = Progress(**json.loads((folder / TRAINER / PROGRESS).read_text())["progress"])
         engine.load(folder / TRAINER)
         states = folder / TRAINER / f"rng-rank{self.r.rank}.json"
@@ -153,7 +149,7 @@ class Checkpoints:
         return progress
 
     def after_step(self, progress: Progress, steps: int, engine, write_model, *, stop: bool) -> None:
-        """Save when it is due, or when the run is asked to stop, and then stop.
+        """Save where a checkpoint is due or the launcher stops the run, and then stop.
 
         Raises:
             SystemExit: with 143 (128 + SIGTERM), after a launcher's SIGTERM.
@@ -182,18 +178,15 @@ class Checkpoints:
             ValueError: on every rank, when one of them cannot write; what was written is removed, and the earlier
                 checkpoints are as they were.
         """
-        merged = dataclasses.replace(
-            progress,
-            faults=_union(self.r.gather(progress.faults)),
-            rollout_bytes=_union(self.r.gather(progress.rollout_bytes)),
-        )
+        faults, sizes = self.r.gather(progress.faults), self.r.gather(progress.rollout_bytes)
+        merged = dataclasses.replace(progress, faults=_union(faults), rollout_bytes=_union(sizes))
         target = self.root / f"checkpoint-{progress.step}"
-        aside = self.root / f".{target.name}.part"
+        part = self.root / f".{target.name}.part"
 
-        def begin() -> None:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / TRAINER).mkdir(parents=True)
-            write_model(aside)
+        def write_shared() -> None:
+            shutil.rmtree(part, ignore_errors=True)
+            (part / TRAINER).mkdir(parents=True)
+            write_model(part)
             written = {
                 "progress": dataclasses.asdict(merged),
                 "options": dataclasses.asdict(self.options),
@@ -202,80 +195,78 @@ class Checkpoints:
                 "revision": revision(),
                 "torch": torch.__version__,
             }
-            (aside / TRAINER / PROGRESS).write_text(json.dumps(written, indent=1))
+            (part / TRAINER / PROGRESS).write_text(json.dumps(written, indent=1))
 
-        def own() -> None:
+        def write_own() -> None:
             for name in progress.rollout_bytes:
-                to_disk(Path(self.options.rollout_file).parent / name)
-            engine.save(aside / TRAINER)
-            (aside / TRAINER / f"rng-rank{self.r.rank}.json").write_text(json.dumps(random_states()))
+                flush_to_disk(Path(self.options.rollout_file).parent / name)
+            engine.save(part / TRAINER)
+            (part / TRAINER / f"rng-rank{self.r.rank}.json").write_text(json.dumps(random_states()))
 
         def finish() -> None:
             if (self.root / METRICS).exists():
-                to_disk(self.root / METRICS)
-            seal(aside)
+                flush_to_disk(self.root / METRICS)
+            seal(part)
             shutil.rmtree(target, ignore_errors=True)  # one that was not whole
-            os.rename(aside, target)
-            to_disk(self.root)
+            os.rename(part, target)
+            flush_to_disk(self.root)
 
         with engine.gathered_weights():
-            self._together(begin if self.r.is_main else _nothing, target, aside)
-        self._together(own, target, aside)
-        self._together(finish if self.r.is_main else _nothing, target, aside)
+            self._write(write_shared, target, part, on_main=True)
+        self._write(write_own, target, part)
+        self._write(finish, target, part, on_main=True)
         if self.r.is_main:
             self._prune(progress.step)
         return target
 
     def save_result(self, folder: Path, engine, write_model: Callable[[Path], None]) -> None:
-        """The run's weights, config and tokenizer; every rank calls it.
+        """Write the run's weights, config and tokenizer; every rank calls it.
 
         Raises:
             ValueError: on every rank, when they cannot be written.
         """
         with engine.gathered_weights():
-            self._together((lambda: write_model(folder)) if self.r.is_main else _nothing, folder)
+            self._write(lambda: write_model(folder), folder, on_main=True)
 
-    def _together(self, write: Callable[[], None], target: Path, aside: Path | None = None) -> None:
-        """Let every rank write; where one cannot, all of them stop."""
+    def _write(self, write: Callable[[], None], target: Path, part: Path | None = None, *, on_main=False) -> None:
+        """Call `write` on every rank, or on rank 0 alone; where one fails, all of them raise an error."""
         error = None
         try:
-            write()
+            if self.r.is_main or not on_main:
+                write()
         except Exception as failed:  # a full disk is an OSError, a SafetensorError, or the tokenizer's bare Exception
             log.debug("writing %s failed", target, exc_info=True)
             error = f"rank {self.r.rank}: {type(failed).__name__}: {failed}"
         errors = [e for e in self.r.gather(error) if e]
         if not errors:
             return
-        if self.r.is_main and aside:
-            shutil.rmtree(aside, ignore_errors=True)
-        good = max((f for f in self._folders() if (f / MANIFEST).exists()), key=_step, default=None)
+        if self.r.is_main and part:
+            shutil.rmtree(part, ignore_errors=True)
+        whole = [folder for folder in checkpoint_folders(self.root).values() if (folder / MANIFEST).exists()]
         raise ValueError(
             f"{target} cannot be written ({errors[0]}). "
-            + (f"{good} stays good: " if good else "There is no earlier checkpoint. ")
+            + (f"{whole[-1]} stays good: " if whole else "There is no earlier checkpoint. ")
             + "make room, or give another --output_dir"
-            + (", and go on with --resume auto." if good else ".")
+            + (", and go on with --resume auto." if whole else ".")
         )
-
-    def _folders(self) -> list[Path]:
-        return [f for f in self.root.glob("checkpoint-*") if f.is_dir() and re.fullmatch(r"checkpoint-\d+", f.name)]
 
     def _prune(self, step: int) -> None:
         """Remove the oldest beyond `save_total_limit`, and what a kill left half written; `step`'s is whole, and stays.
 
-        Later ones are none of its business: they were not whole when this run went on from before them.
+        Later ones are left alone: they were not whole when this run was resumed from before them.
         """
         for part in self.root.glob(".checkpoint-*.part"):
             shutil.rmtree(part, ignore_errors=True)
         limit = self.options.save_total_limit
-        kept = sorted((f for f in self._folders() if _step(f) <= step), key=_step)
-        for old in kept[: -limit if limit else 0]:
-            # A kill in the middle leaves a folder without its manifest: not whole, and seen to be.
+        saved = [folder for number, folder in checkpoint_folders(self.root).items() if number <= step]
+        for old in saved[: -limit if limit else 0]:
+            # Without its manifest a folder is not whole, even where a kill leaves the rest of it.
             (old / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(paths: str | Sequence[str]) -> str:
-    """Of data files, or of a model's folder: names, lengths, and the first and last MiB of each file's content.
+    """A hash of data files, or of a model's folder: names, lengths, and the first and last MiB of each file's content.
 
     Weights that were trained again differ everywhere, and hashing all of a large model would take minutes.
     """
@@ -297,93 +288,32 @@ def fingerprint(paths: str | Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _nothing() -> None:
-    pass
-
-
 def _union(mappings: list[dict]) -> dict:
     return {key: value for mapping in mappings for key, value in mapping.items()}
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.rsplit("-", 1)[1])
-
-
-def seal(folder: Path) -> None:
-    """Write the manifest of everything in `folder`, when all of it is on the disk."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        to_disk(path)
-        to_disk(path.parent)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    to_disk(folder / MANIFEST)
-    to_disk(folder)
-
-
-def fault(folder: Path) -> str | None:
-    """What is missing or other than the manifest says; None for a whole checkpoint."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        listed = [(folder / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"no manifest: {error}"
-    for path, size, checksum in listed:
-        name = path.relative_to(folder)
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return f"{name} lies outside it"
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is missing or has another size"
-        try:
-            if _sha256(path) != checksum:
-                return f"{name} has another checksum"
-        except OSError as error:  # a block that cannot be read
-            return f"{name}: {error}"
-    return None if f"{TRAINER}/{PROGRESS}" in files else f"no {PROGRESS}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def to_disk(path: Path) -> None:
-    """Wait until what was written is there after a loss of power, too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def random_states() -> dict:
     """Of Python, numpy, torch and this rank's GPU, as JSON can hold them."""
-    version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     return {
-        "python": [version, list(numbers), gauss],
+        "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-        "cuda": bytes(torch.cuda.get_rng_state().tolist()).hex() if torch.cuda.is_available() else None,
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
     }
 
 
 def set_random_states(states: dict) -> None:
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(states["torch"]))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
     if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(states["cuda"]))
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(states["cuda"]), dtype=torch.uint8))
 
 
 def revision() -> str:
-    """This code's git revision, `unknown` where it was installed without its repository."""
+    """This code's git revision; `unknown` where it was installed without its repository."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Processes under torchrun: who am I, what do the others have."""
+"""The processes of a run under torchrun: this one's rank, collectives, signals and the script's end."""
 
 import ctypes
 import logging
@@ -15,14 +15,10 @@ import torch.distributed as dist
 
 from .watch import Watch
 
-SILENCE = 0.1  # of the timeout
-STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher asked to stop
-OWN = (
-    "data.loader",
-    "step.prefetch",
-    "rollout.local",
-    "step.pack",
-)  # what befalls one rank, and only that rank can tell
+SILENCE = 0.1  # of the timeout: how long a rank may give no sign of life
+STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher has stopped
+# Modules whose warnings concern one rank alone, so that each rank logs them.
+PER_RANK = ("data.loader", "step.prefetch", "rollout.local", "step.pack")
 
 
 class Ranks:
@@ -57,7 +53,7 @@ class Ranks:
     def hand_over(self, value, source: int, target: int):
         """The picklable `value` of rank `source` on rank `target`; None elsewhere.
 
-        Every rank calls it, in the same order: two ranks that wait for each other would do so for ever.
+        Every rank calls it, in the same order; otherwise two ranks would wait for each other forever.
         """
         received = [value]
         if self.rank == source:
@@ -69,21 +65,20 @@ class Ranks:
     def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Mean over the ranks that have the key, in one collective whatever keys each rank holds.
 
-        A last part that begins with min_, max_ or peak_ says which one to keep instead.
+        Where the key's last part begins with min_, max_ or peak_, the smallest or the largest.
         """
         if self.world_size == 1:
             return metrics
         everyone = self.gather(metrics)
-        keys = sorted(set().union(*everyone))
-        keep = {"min": min, "max": max, "peak": max}
+        pick = {"min": min, "max": max, "peak": max}
         return {
-            k: keep.get(k.split("/")[-1].split("_")[0], statistics.fmean)([m[k] for m in everyone if k in m])
-            for k in keys
+            k: pick.get(k.split("/")[-1].split("_")[0], statistics.fmean)([m[k] for m in everyone if k in m])
+            for k in sorted(set().union(*everyone))
         }
 
     @contextmanager
     def noting_sigterm(self):
-        """Within the block SIGTERM only sets `stop_asked`. (torchrun may send two, and SIGKILL when it gets late.)"""
+        """Within the block SIGTERM only sets `stop_asked`. (torchrun may send it twice, and SIGKILL after a while.)"""
 
         def note(*_) -> None:
             self.stop_asked = True
@@ -100,9 +95,9 @@ class Ranks:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks.
+    """Make glibc keep large freed blocks.
 
-    By default each activation is mapped, zeroed page by page and given back, a seventh of a tiny model's step.
+    By default each activation is mapped, zeroed page by page and unmapped, a seventh of a tiny model's step.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
@@ -114,8 +109,8 @@ def ranks(timeout: float = 1800.0):
     """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere.
 
     Args:
-        timeout: seconds after which a collective that not all ranks have joined is an error. A rank without a sign of
-            life is missed after a tenth of that, and ends the others.
+        timeout: seconds after which a collective that not all ranks have joined is an error. A rank that gives no sign
+            of life for a tenth of that ends the others.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -124,9 +119,9 @@ def ranks(timeout: float = 1800.0):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # each fault is named once
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # no message from every rank
     logging.getLogger("boxgrpo").setLevel(level)
-    for name in OWN:
+    for name in PER_RANK:
         logging.getLogger(f"boxgrpo.trainer.{name}").setLevel(logging.WARNING)
     logging.basicConfig(format="%(levelname)s %(message)s")
     if world_size == 1:
@@ -137,24 +132,24 @@ def ranks(timeout: float = 1800.0):
     failed = None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-        dist.barrier()  # a gloo peer that leaves while another still reads from it aborts that one
+        dist.barrier()  # a gloo peer that exits while another still reads from it aborts that one
     except SystemExit as left:
         if left.code == STOPPED:  # which all ranks do after the same step
             dist.barrier()
         raise
     except Exception as error:
         failed = error
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # another rank's doing: the watch knows which
-            watch.wait_for_the_dead()
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # caused by a rank that the watch will name
+            watch.wait_for_lost_rank()
         raise
     finally:
         watch.stop(failed)
 
 
 def run_as_script(main: Callable[[], None], name: str) -> None:
-    """main(), its errors told in a line; one of several ranks then ends without taking the interpreter down.
+    """main(), its errors printed in a line; one of several ranks then ends without the interpreter's own shutdown.
 
-    There threads of gloo and DeepSpeed have aborted ranks whose work was done.
+    In that shutdown threads of gloo and DeepSpeed have aborted ranks whose work was done.
     """
     status = 0
     try:

@@ -1,8 +1,7 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, tables of sampled completions."""
+"""What a run writes: its folder, metrics.jsonl, TensorBoard, a progress bar, tables of sampled completions."""
 
 import dataclasses
 import io
-import json
 import logging
 import math
 import os
@@ -19,19 +18,29 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from .files import JsonLines, replace_file
+
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 OPTIONS = "options.yaml"
 BEST = "best"  # folder of the best checkpoint of a run that evaluates, and in it
 SCORES = "scores.json"
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would steer the terminal
+# Folders of an earlier run, removed where a run begins anew.
+STALE = ("tensorboard", "profile", "adapter", "checkpoint-[0-9]*", ".checkpoint-*.part", BEST, f".{BEST}.*")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would control the terminal
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The `checkpoint-<step>` folders in it by step, in order."""
+    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*") if p.is_dir()}
+    return dict(sorted((int(name[1]), path) for path, name in found.items() if name))
 
 
 def check_output_dir(options, ranks, found: Path | None = None) -> Path:
-    """The run's folder; on every rank an error when it holds another run, or a checkpoint.
+    """The run's folder; an error on every rank when it holds another run, or later checkpoints of this one.
 
     Args:
-        found: the checkpoint that the run goes on from.
+        found: the checkpoint from which the run is resumed.
 
     Raises:
         ValueError: it does, and --overwrite_output_dir was not given.
@@ -42,13 +51,13 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
         held += [*folder.glob("checkpoint-*"), folder / "tensorboard", folder / METRICS]
     if options.resume != "auto" or not (folder / BEST / SCORES).exists():  # else that run's own
         held.append(folder / BEST)
-    taken = ranks.gather(any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held))[0]
-    if taken and not options.overwrite_output_dir and not goes_on_in(folder, found):
+    taken = any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held)
+    taken, later = ranks.gather((taken, _later_checkpoints(folder, found, options.resume)))[0]
+    if taken and not options.overwrite_output_dir and not _resumes_in(folder, found):
         raise ValueError(
             f"output_dir {folder} already holds a run. "
             "Name another with --output_dir, or give --overwrite_output_dir true."
         )
-    later = ranks.gather(later_checkpoints(folder, found, options.resume))[0]
     if later and not options.overwrite_output_dir:
         raise ValueError(
             f"resume is {found}, but {folder} also holds {', '.join(path.name for path in later)}. "
@@ -57,52 +66,44 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
     return folder
 
 
-def goes_on_in(folder: Path, found: Path | None) -> bool:
-    """Whether the run's own earlier part lies in `folder`."""
+def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
+    """`check_output_dir`, then write the options, and remove an earlier run's metrics and checkpoints.
+
+    A run that is resumed keeps its first `metrics_bytes`, those from before its checkpoint.
+    """
+    folder = check_output_dir(options, ranks, found)
+    ranks.barrier()  # every rank has checked before anything is written
+    if not ranks.is_main:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if resumed := _resumes_in(folder, found):
+        stale = _later_checkpoints(folder, found, options.resume)
+        if (folder / METRICS).exists():
+            cut(folder / METRICS, metrics_bytes)
+    else:
+        (folder / METRICS).unlink(missing_ok=True)
+        stale = [path for pattern in STALE for path in folder.glob(pattern)]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=not resumed)
+    replace_file(folder / OPTIONS, yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))
+    return folder
+
+
+def _resumes_in(folder: Path, found: Path | None) -> bool:
+    """Whether `folder` holds the earlier part of this run."""
     return found is not None and found.resolve().parent == folder.resolve()
 
 
-def later_checkpoints(folder: Path, found: Path | None, resume: str) -> list[Path]:
-    """Those of the run's own folder that a named `found` goes back before; --resume auto would take them for its own.
+def _later_checkpoints(folder: Path, found: Path | None, resume: str) -> list[Path]:
+    """Those of the run's folder after a `found` that was named; a later --resume auto would go on from them.
 
-    (What lies later than the one that auto has found is not whole.)
+    (What is later than the one that --resume auto has found is not whole.)
     """
-    if resume == "auto" or not goes_on_in(folder, found):
+    if resume == "auto" or not _resumes_in(folder, found):
         return []
-    steps = {path.name: int(n[1]) for path in folder.iterdir() if (n := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    here = steps.get(found.name, max(steps.values(), default=0))  # one under another name says nothing of its step
-    return [folder / name for name in sorted(steps, key=steps.get) if steps[name] > here]
-
-
-def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
-    """`check_output_dir`, then the options are written, and an earlier run's metrics and checkpoints make room.
-
-    A run that goes on keeps its first `metrics_bytes`, those from before its checkpoint.
-    """
-    folder = check_output_dir(options, ranks, found)
-    ranks.barrier()  # every rank has looked before anything is written
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if goes_on_in(folder, found):
-            for later in later_checkpoints(folder, found, options.resume):
-                shutil.rmtree(later)
-            if (folder / METRICS).exists():
-                cut(folder / METRICS, metrics_bytes)
-        else:
-            (folder / METRICS).unlink(missing_ok=True)
-            for pattern in (
-                "tensorboard",
-                "profile",
-                "adapter",
-                "checkpoint-[0-9]*",
-                ".checkpoint-*.part",
-                BEST,
-                f".{BEST}.*",
-            ):
-                for stale in sorted(folder.glob(pattern)):
-                    shutil.rmtree(stale, ignore_errors=True)
-        (folder / OPTIONS).write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False))
-    return folder
+    steps = checkpoint_folders(folder)
+    here = next((step for step, path in steps.items() if path.name == found.name), max(steps, default=0))
+    return [path for step, path in steps.items() if step > here]
 
 
 def cut(path: Path, size: int) -> None:
@@ -120,19 +121,19 @@ def cut(path: Path, size: int) -> None:
 
 
 class Reporter:
-    """Writes on rank 0; elsewhere every call is nothing. `start`: steps that were taken before."""
+    """Writes on rank 0; on other ranks every call does nothing. `start`: steps that were taken before."""
 
     def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
         self.active = ranks.is_main
         if self.active:
-            self.file = (folder / METRICS).open("ab")
-            self.board = _board(folder / "tensorboard", start)
+            self.file = JsonLines(folder / METRICS)
+            self.board = _tensorboard(folder / "tensorboard", start)
             self.bar = tqdm(total=total_steps, initial=start, desc=title, dynamic_ncols=True, mininterval=1.0)
 
     @property
     def bytes_written(self) -> int:
         """Length of the metrics file."""
-        return self.file.tell() if self.active else 0
+        return self.file.size if self.active else 0
 
     def advance(self, **shown: float) -> None:
         if self.active:
@@ -143,8 +144,7 @@ class Reporter:
         if not self.active:
             return
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-        self.file.write(json.dumps({"step": step, **known}).encode() + b"\n")
-        self.file.flush()
+        self.file.append({"step": step, **known})
         for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
@@ -162,15 +162,13 @@ class Reporter:
         self.bar.write(text.getvalue())
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
-            if self.board:
-                self.board.close()
-            self.bar.close()
+        for part in (self.file, self.board, self.bar) if self.active else ():
+            if part is not None:
+                part.close()
 
 
-def _board(folder: Path, start: int):
-    """TensorBoard's writer; None, and a line in the log, on a machine that runs a checkout without it."""
+def _tensorboard(folder: Path, start: int):
+    """TensorBoard's writer; None, with a warning, where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -180,7 +178,7 @@ def _board(folder: Path, start: int):
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in 1e9 bytes: the GPU's allocator, or this process's resident set."""
+    """Most memory held so far, in 1e9 bytes: by the GPU's allocator, or this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

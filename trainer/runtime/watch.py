@@ -1,4 +1,4 @@
-"""Signs of life: a rank that dies or stands still is named by the others, which then end instead of waiting for it."""
+"""Heartbeats: a rank that dies or stops is named by the others, which then end instead of waiting for it."""
 
 import os
 import socket
@@ -10,19 +10,20 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-BEATS = 6  # of each rank, within the time that it may be silent
+BEATS = 6  # of each rank, within the time after which it counts as lost
 FINISHED, FAILED = "finished", "failed "
 
 
 class Watch:
-    """A thread beside each rank that writes a sign of life into torchrun's store, and looks for the others'.
+    """A thread in each rank that writes a heartbeat into torchrun's store, and checks those of the other ranks.
 
-    It beats however long the main thread computes or waits: what it misses is a process that was killed, stopped, or
-    whose machine or network is gone. A collective that hangs between living ranks ends by the process group's timeout.
+    It beats however long the main thread computes or waits, so a heartbeat is missing only where a process was killed
+    or stopped, or its machine or network is lost. A collective that hangs between living ranks ends by the process
+    group's timeout.
 
     Args:
-        silence: seconds without a sign after which a rank counts as gone.
-        end: called with the message; ends this process. os._exit by default, for the main thread may wait for ever.
+        silence: seconds without a heartbeat after which a rank counts as lost.
+        end: called with the message; ends this process. os._exit by default, as the main thread may wait forever.
     """
 
     def __init__(self, rank: int, world_size: int, silence: float, end: Callable[[str], None] | None = None):
@@ -38,7 +39,7 @@ class Watch:
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> "Watch":
-        """Every rank has said where it is when this returns."""
+        """Returns when every rank has written its place."""
         self.store.set(f"{self.rank}/place", f"pid {os.getpid()} on {socket.gethostname()}")
         self.store.set(str(self.rank), "0")
         self.store.wait([f"{other}/place" for other in self.others] + [str(other) for other in self.others])
@@ -46,35 +47,35 @@ class Watch:
         return self
 
     def stop(self, error: BaseException | None = None) -> None:
-        """This rank has finished, and is not missed; or it has failed, and the others end at their next beat."""
+        """Mark this rank as finished; or, with an error, as failed, and the others end at their next beat."""
         self.over.set()
         self.thread.join(self.silence)
         self.store.set(str(self.rank), f"{FAILED}{type(error).__name__}: {error}" if error else FINISHED)
 
-    def wait_for_the_dead(self) -> None:
-        """After a collective that has failed: until the rank is missed and this process ends, or the time is over."""
+    def wait_for_lost_rank(self) -> None:
+        """After a collective has failed: wait until the lost rank is named and this process ends, but not forever."""
         self.thread.join(2 * self.silence)
 
     def _run(self) -> None:
         beat, last = 0, time.monotonic()
         while not self.over.wait(self.silence / BEATS):
             beat, before, last = beat + 1, last, time.monotonic()
-            if last - before > self.silence / 2:  # this process stood still, as all do when a job is suspended:
-                self.seen.clear()  # the others may be late to wake, too
+            if last - before > self.silence / 2:  # this process was stopped, as all are when a job is suspended:
+                self.seen.clear()  # the others may resume later
             try:
                 self.store.set(str(self.rank), str(beat))
-                gone = self.gone()
-                places = {rank: self.store.get(f"{rank}/place").decode() for rank in gone}
-            except RuntimeError as error:  # DistNetworkError and its like
+                lost = self.lost()
+                places = {rank: self.store.get(f"{rank}/place").decode() for rank in lost}
+            except RuntimeError as error:  # DistNetworkError among others
                 self.end(f"rank {self.rank}: the store at {os.environ['MASTER_ADDR']} cannot be reached ({error}).")
                 return
-            if gone and not self.over.is_set():
-                told = ", ".join(f"rank {r} ({places[r]}) {why}" for r, why in gone.items())
-                self.end(f"rank {self.rank}: {told}. This rank ends too; start again with --resume auto.")
+            if lost and not self.over.is_set():
+                named = ", ".join(f"rank {r} ({places[r]}) {why}" for r, why in lost.items())
+                self.end(f"rank {self.rank}: {named}. This rank ends too; start again with --resume auto.")
                 return
 
-    def gone(self) -> dict[int, str]:
-        """The ranks that failed, or gave no new sign for too long, and which of the two."""
+    def lost(self) -> dict[int, str]:
+        """The ranks that failed, or gave no sign of life for too long, and which of the two."""
         now = time.monotonic()
         found = {}
         for other, sign in zip(self.others, self.store.multi_get([str(r) for r in self.others]), strict=True):

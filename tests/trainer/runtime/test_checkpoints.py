@@ -16,15 +16,8 @@ from torch import nn
 from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.engine.optimizer import optimizer_state, set_optimizer_state
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.runtime.checkpoints import (
-    MANIFEST,
-    Checkpoints,
-    Progress,
-    fault,
-    random_states,
-    revision,
-    set_random_states,
-)
+from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress, random_states, revision, set_random_states
+from boxgrpo.trainer.runtime.files import MANIFEST, find_fault
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import cut
 
@@ -122,7 +115,9 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run):
     for moment in range(200):
         ends.append(in_a_child(lambda moment=moment: killed_at(moment)))
         found = run.checkpoints().find()
-        assert found is not None and found.name in ("checkpoint-1", "checkpoint-2") and fault(found) is None, moment
+        assert found is not None and found.name in ("checkpoint-1", "checkpoint-2") and find_fault(found) is None, (
+            moment
+        )
         if found.name == "checkpoint-2":
             break
         assert found == first
@@ -269,7 +264,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):
         run.checkpoints().find()
     assert run.checkpoints(overwrite_output_dir=True).find() is None
     (folder / MANIFEST).write_text('{"files": []}')
-    assert fault(folder).startswith("no manifest")
+    assert find_fault(folder).startswith("no manifest")
 
 
 def test_a_file_that_is_shorter_than_at_the_checkpoint_is_not_filled_up(tmp_path):

@@ -2,15 +2,12 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import Reporter, claim_output_dir
-from boxgrpo.trainer.step.metrics import length_metrics, policy_metrics, reward_metrics
 
 
 def contents(folder):
@@ -125,57 +122,3 @@ def test_going_on_without_metrics_keeps_the_checkpoints(tmp_path):
     found.mkdir()
     claim_output_dir(GrpoOptions(output_dir=str(tmp_path), resume="auto"), Ranks(), found, metrics_bytes=5)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "options.yaml"}
-
-
-def test_rewards_by_hand():
-    accuracy = torch.tensor([[1.0, 0.8], [0.3, 0.3], [0.2, 0.0]])
-    form = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    total = accuracy + form
-    weights = torch.tensor([0.5, 1.0, 3.0])
-    metrics = reward_metrics(total, accuracy, form, accuracy.mean(1), weights)
-    assert metrics["reward"] == pytest.approx((2.0 + 0.8 + 1.3 + 1.3 + 1.2 + 1.0) / 6)
-    assert metrics["reward_std"] == pytest.approx((1.2 + 0.0 + 0.2) / 2**0.5 / 3)  # of two values: |a - b| / sqrt 2
-    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
-    assert metrics["rewards/accuracy/mean"] == pytest.approx(2.6 / 6)
-    assert metrics["rewards/format/mean"] == pytest.approx(5 / 6)
-    # Mean IoU 0.9 is easy, 0.1 hard, and 0.3 itself still medium.
-    shares = [metrics[f"difficulty/{name}"] for name in ("easy", "medium", "hard")]
-    assert shares == pytest.approx([1 / 3] * 3)
-    assert metrics["difficulty/weight_mean"] == pytest.approx(1.5)
-
-
-def test_lengths_by_hand():
-    """Clipped is what reached the limit without an end token, not what ended there."""
-    completions = [[torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6, 7, 9])], [torch.tensor([9]), torch.tensor([5, 9])]]
-    assert length_metrics(completions, 4, eos=(9,)) == {
-        "completions/mean_length": 11 / 4,
-        "completions/min_length": 1,
-        "completions/max_length": 4,
-        "completions/clipped_ratio": 1 / 4,
-    }
-
-
-def test_policy_metrics_weigh_every_token_alike():
-    """Packs of 1 and 3 tokens: the mean over four tokens, not over two packs."""
-
-    def pack(kl, entropy, clip):
-        low, high, region = map(torch.tensor, clip)
-        return SimpleNamespace(
-            kl=torch.tensor(kl),
-            entropy=torch.tensor(entropy),
-            logps=torch.zeros(len(entropy)),
-            clip_low=low,
-            clip_high=high,
-            clip_region=region,
-        )
-
-    stats = [pack(0.4, [2.0], (1.0, 0.0, 1.0)), pack(0.0, [1.0, 1.0, 4.0], (0.0, 1 / 3, 1 / 3))]
-    assert policy_metrics(stats, Ranks()) == pytest.approx(
-        {
-            "kl": 0.1,
-            "entropy": 2.0,
-            "clip_ratio/low_mean": 0.25,
-            "clip_ratio/high_mean": 0.25,
-            "clip_ratio/region_mean": 0.5,
-        }
-    )

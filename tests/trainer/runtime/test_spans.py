@@ -17,7 +17,7 @@ from boxgrpo.trainer.runtime import spans
 def clock(monkeypatch):
     """Every look at the clock finds it a second later, and nothing is left from another test."""
     monkeypatch.setattr(spans, "time", SimpleNamespace(perf_counter=count().__next__))
-    spans.take_seconds(1)
+    spans.pop_timings(1)
 
 
 def test_nested_and_repeated_spans_add_up():
@@ -26,22 +26,22 @@ def test_nested_and_repeated_spans_add_up():
             pass
         with spans.span("data"):  # 3 to 4
             pass
-    assert spans.take_seconds(1) == {"timing_s/step": 5, "timing_s/data": 2}
+    assert spans.pop_timings(1) == {"timing_s/step": 5, "timing_s/data": 2}
 
 
 def test_taken_seconds_are_a_steps_share_and_are_gone():
     for _ in range(4):
         with spans.span("policy"):
             pass
-    assert spans.take_seconds(2) == {"timing_s/policy": 2}
-    assert spans.take_seconds(2) == {}
+    assert spans.pop_timings(2) == {"timing_s/policy": 2}
+    assert spans.pop_timings(2) == {}
 
 
 def test_a_stage_that_fails_is_timed_and_its_error_passes():
     with pytest.raises(KeyError):
         with spans.span("rollout"):
             raise KeyError
-    assert spans.take_seconds(1) == {"timing_s/rollout": 1}
+    assert spans.pop_timings(1) == {"timing_s/rollout": 1}
 
 
 class Unreadable(int):
@@ -54,7 +54,7 @@ def test_sizes_are_in_the_range_and_not_in_the_metric():
         with spans.span("decode", 8, 64), spans.named_range("head", 512):
             torch.ones(3).add_(1)
     assert {"decode 8x64", "head 512"} <= {event.key for event in seen.key_averages()}
-    assert spans.take_seconds(1).keys() == {"timing_s/decode"}
+    assert spans.pop_timings(1).keys() == {"timing_s/decode"}
 
 
 def test_without_a_profiler_no_name_is_made():
