@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX
@@ -111,7 +112,12 @@ def start(script, options, ranks: int = 2, launch=("--standalone",), **environme
     )
 
 
-def finish(run: subprocess.Popen, timeout: float = 200) -> str:
+def start_forked(script, options, ranks: int = 2) -> forked.Run:
+    """`start` in a fraction of its time, without torchrun."""
+    return forked.fork(script, flags(options), ranks)
+
+
+def finish(run: subprocess.Popen | forked.Run, timeout: float = 200) -> str:
     """What the run told; an error when it fails, and no process is left behind when it hangs."""
     try:
         out, _ = run.communicate(timeout=timeout)
