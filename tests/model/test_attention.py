@@ -89,15 +89,11 @@ def test_equals_the_plain_mask(tree, path):
 
 def test_varlen_call_is_accepted():
     """This torch accepts our arguments of its varlen attention, forward and backward: shapes alone, no device."""
+    assert {pick_backend(torch.empty(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)} == {"sdpa"}
     pack, inputs, upstream = make_pack(TREES["two groups"], torch.bfloat16, "meta")
     attention = PackedAttention(pack, backend="varlen")
     for result, like in zip(run(lambda *qkv: attention(0, *qkv), inputs, upstream), (upstream, *inputs), strict=True):
         assert result.shape[0] == like.shape[0] and result.dtype == torch.bfloat16
-
-
-def test_backend_by_tensor():
-    assert pick_backend(torch.empty(1)) == "sdpa"
-    assert pick_backend(torch.empty(1, dtype=torch.bfloat16)) == "sdpa"
 
 
 @pytest.mark.gpu

@@ -15,23 +15,18 @@ PUBLISHED_NAMES = """visual.patch_embed.proj.weight visual.blocks.1.attn.qkv.bia
     visual.merger.ln_q.bias visual.merger.mlp.2.weight model.embed_tokens.weight model.layers.1.self_attn.k_proj.bias
     model.layers.0.mlp.gate_proj.weight model.layers.0.post_attention_layernorm.weight model.norm.weight"""  # for vLLM
 
-# Qwen2-VL-2B-Instruct's config.json as published: text keys at the top, rope_scaling of type mrope, torch_dtype.
+# Of Qwen2-VL-2B-Instruct's config.json as published: text keys at the top, rope_scaling of type mrope, torch_dtype.
 PUBLISHED_2B = {
-    "architectures": ["Qwen2VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
     "bos_token_id": 151643,
     "eos_token_id": 151645,
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
     "image_token_id": 151655,
     "video_token_id": 151656,
-    "hidden_act": "silu",
     "hidden_size": 1536,
     "initializer_range": 0.02,
     "intermediate_size": 8960,
     "max_position_embeddings": 32768,
-    "max_window_layers": 28,
     "model_type": "qwen2_vl",
     "num_attention_heads": 12,
     "num_hidden_layers": 28,
@@ -41,8 +36,6 @@ PUBLISHED_2B = {
     "sliding_window": 32768,
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
     "use_sliding_window": False,
     "vision_config": {
         "depth": 32,
@@ -173,70 +166,44 @@ def test_a_single_file_with_a_tied_head_stored_twice_and_an_index(saved, twins):
     assert model.lm_head is None and same_weights(model, twins("tiny")[0])
 
 
-def edit_config(**changes):
-    def edit(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edit(name, change):
+    """A function that applies `change` to the content of this file in a folder."""
 
-    return edit
+    def harm(folder):
+        path = folder / name
+        content = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+        change(content)
+        path.write_text(json.dumps(content)) if path.suffix == ".json" else save_file(content, path)
 
-
-def edit_index(**changes):
-    def edit(folder):
-        path = folder / INDEX
-        index = json.loads(path.read_text())
-        index["weight_map"] |= changes
-        path.write_text(json.dumps(index))
-
-    return edit
-
-
-def edit_weights(change):
-    def edit(folder):
-        state = load_file(folder / "model.safetensors")
-        change(state)
-        save_file(state, folder / "model.safetensors")
-
-    return edit
+    return harm
 
 
 def remove(pattern):
     return lambda folder: next(folder.glob(pattern)).unlink()
 
 
-YARN = {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}
+YARN = {"text_config": None, "rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}}
+OTHER, SINGLE, NORM = {"model_type": "qwen2_5_vl"}, "model.safetensors", "model.norm.weight"
 BROKEN = {
-    "no config": ("one file", remove("config.json"), "holds no config.json; --model must name a folder"),
-    "another model": (
-        "one file",
-        edit_config(model_type="qwen2_5_vl"),
-        "is of model_type 'qwen2_5_vl'; boxgrpo trains",
-    ),
-    "another rotation": ("one file", edit_config(text_config=None, rope_scaling=YARN), "asks for rope_type 'yarn'"),
-    "no weights": ("one file", remove("model.safetensors"), r"lacks \['model.safetensors'\]; a checkpoint holds"),
-    "a missing shard": ("shards", remove("model-00002-of-*"), r"lacks \['model-00002-of-\d+.safetensors'\]"),
-    "a shard outside": ("shards", edit_index(a="../x.safetensors"), "names a file outside its folder"),
-    "a missing weight": (
-        "one file",
-        edit_weights(lambda state: state.pop("model.norm.weight")),
-        r"Missing: \['model.norm.weight'\] \(1\)",
-    ),
-    "an unknown weight": (
-        "one file",
-        edit_weights(lambda state: state.update({"model.extra": torch.ones(1)})),
-        r"unknown: \['model.extra'\] \(1\)",
-    ),
+    "no config": (remove("config.json"), "holds no config.json; --model must name a folder"),
+    "another model": (edit("config.json", lambda c: c.update(OTHER)), "is of model_type 'qwen2_5_vl'; boxgrpo trains"),
+    "another rotation": (edit("config.json", lambda c: c.update(YARN)), "asks for rope_type 'yarn'"),
+    "no weights": (remove(SINGLE), r"lacks \['model.safetensors'\]; a checkpoint holds"),
+    "a missing shard": (remove("model-00002-of-*"), r"lacks \['model-00002-of-\d+.safetensors'\]"),
+    "a shard outside": (edit(INDEX, lambda i: i["weight_map"].update(a="../x")), "names a file outside its folder"),
+    "a missing weight": (edit(SINGLE, lambda s: s.pop(NORM)), r"Missing: \['model.norm.weight'\] \(1\)"),
+    "an unknown weight": (edit(SINGLE, lambda s: s.update(a=torch.ones(1))), r"unknown: \['a'\] \(1\)"),
     "a wrong shape": (
-        "one file",
-        edit_weights(lambda state: state.update({"model.norm.weight": torch.ones(3)})),
+        edit(SINGLE, lambda s: s.update({NORM: torch.ones(3)})),
         r"wrong shape: \['model.norm.weight \(3,\) for \(64,\)'\] \(1\)",
     ),
 }
 
 
-@pytest.mark.parametrize("size, harm, message", BROKEN.values(), ids=BROKEN)
-def test_refused(twins, tmp_path, size, harm, message):
-    save_model(twins("tiny")[0], tmp_path, max_shard_size=SHARDS[size])
+@pytest.mark.parametrize("case", BROKEN)
+def test_refused(twins, tmp_path, case):
+    harm, message = BROKEN[case]
+    save_model(twins("tiny")[0], tmp_path, max_shard_size=SHARDS["shards" if "shard" in case else "one file"])
     harm(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
