@@ -58,10 +58,11 @@ def transformers_greedy(theirs, prompt):
 
 @pytest.mark.parametrize("kind", ["tiny", "published"])
 def test_greedy_equals_transformers(twins, groups, make_prompt, kind):
-    """Prompts of 0 to 6 images decoded together against each by itself; some stop at an end token."""
+    """Prompts of 0 to 6 images decoded together against each alone; some stop at an end token."""
     sizes = [(1, 4, 6), (1, 2, 4), (1, 6, 4), (1, 4, 2), (1, 2, 2), (1, 4, 4)]
-    groups = [*groups, *(Group(make_prompt(sizes[:n], words=6, seed=20 + n)) for n in (2, 6))]
     ours, theirs = twins(kind)
+    more = (2, 6) if kind == "tiny" else ()
+    groups = [*groups, *(Group(make_prompt(sizes[:n], words=6, seed=20 + n)) for n in more)]
     whole = [transformers_greedy(theirs, group.prompt) for group in groups]
     assert {len(tokens) for tokens in whole} == {LENGTH}
     eos = (whole[1][4], whole[2][7])  # so that at least two stop early
