@@ -35,7 +35,7 @@ def one(world):
     ("stage", "lora_rank", "resumed"),
     [
         (2, 0, True),
-        (3, 0, False),
+        pytest.param(3, 0, False, marks=pytest.mark.slow),
         pytest.param(1, 0, False, marks=pytest.mark.slow),
         pytest.param(1, 4, False, marks=pytest.mark.slow),
         pytest.param(2, 4, False, marks=pytest.mark.slow),
@@ -134,6 +134,7 @@ def test_bf16_under_deepspeed_learns_as_without(world):
         assert apart < 0.5 * moved[name], name
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused_by_name(world):
     """DeepSpeed's parts belong to as many ranks as there were."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -270,6 +271,7 @@ def test_where_ranks_meet_packs_are_made_to_fit_before_any_begins(world, one, tm
         assert abs(a["loss"] - b["loss"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     (tmp_path / "script.py").write_text(MEMORY)
@@ -279,7 +281,8 @@ def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_pat
     assert run.returncode and "memory ran out (no room), and at --zero_stage 3 no rank can start over alone" in told
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_ranks_without_anything_to_train_keep_step(world, tmp_path, stage):
     """A newborn model's rewards are all 0: without KL no group of any rank has a gradient."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

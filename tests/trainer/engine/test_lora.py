@@ -203,6 +203,7 @@ def test_a_new_run_keeps_no_adapter_of_an_earlier_one(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_on_stored_completions(world):
     changes = {"max_steps": 5, "num_iterations": 2, "rollout_file": str(world / "stored.jsonl")}
     grpo.train(lora_options(world, "one", **changes), Ranks())
