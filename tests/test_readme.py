@@ -1,26 +1,43 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of README.md and docs/*.md run as they stand."""
 
 import pathlib
 import re
 
 import pytest
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+EXAMPLES = [
+    pytest.param(code, id=f"{path.stem}-{i}")
+    for path in DOCUMENTS
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("i", range(len(EXAMPLES)))
-def test_example(i, monkeypatch, capsys):
-    if "trl" in EXAMPLES[i]:
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example(code, monkeypatch, capsys):
+    if "trl" in code:
         utils = pytest.importorskip("trl.trainer.utils")
-        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)  # put back afterwards
+        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)  # restored afterwards
     scope = {}
-    exec(EXAMPLES[i], scope)
+    exec(code, scope)
     if "loss" in scope:
         assert scope["hidden"].grad.any() and scope["head"].grad.any()
-    for line in re.findall(r"print\(.*#(.*)", EXAMPLES[i]):
+    for line in re.findall(r"print\(.*#(.*)", code):
         assert capsys.readouterr().out.strip() == line.strip()
 
 
 def test_an_example_for_each_repository():
-    assert len(EXAMPLES) == 6 and sum("boxgrpo.kernels.dropin" in example for example in EXAMPLES) == 4
+    codes = [example.values[0] for example in EXAMPLES]
+    assert len(codes) == 6 and sum("boxgrpo.kernels.dropin" in code for code in codes) == 4
+
+
+def test_links_lead_to_files():
+    """In every document: a relative link, with or without a section, names a file of the repository."""
+    for path in (*DOCUMENTS, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md"):
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", path.read_text()):
+            assert link.startswith("http") or (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220

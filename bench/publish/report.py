@@ -67,7 +67,7 @@ def blocks(found: Records) -> dict[str, str]:
         raise ValueError(f"bench/results/cpu has no results of {', '.join(sorted(missing))}; `make bench` makes them.")
     if missing := set(STUDIES) - found.studies.keys():
         raise ValueError(
-            f"bench/results/cpu has no {', '.join(sorted(missing))}.json; its command stands in README.md."
+            f"bench/results/cpu has no {', '.join(sorted(missing))}.json; docs/benchmarks.md has the commands."
         )
     parts = {name: part(record, name) for name in PARTS}
     known = {"parts": parts, "study": found.studies, "minutes": minutes(record), "profile": parts["profile"]}

@@ -23,11 +23,12 @@ def test_nothing_has_drifted_from_the_records():
 
 @pytest.fixture
 def copy(tmp_path):
-    """README, page and results in a folder of their own."""
+    """Documents, page and results in a folder of their own."""
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
     for name in ("RESULTS.md", "README.md"):
         shutil.copy(ROOT / "bench" / name, tmp_path / "bench")
     shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     return tmp_path
 
 
@@ -46,8 +47,9 @@ def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
 
     changed(copy, slower)
     places = report.drift(copy)
-    assert [p for p in places if p.startswith("README")] == [
-        f"README.md, block results:{b}" for b in ("step", "phases")
+    assert [p for p in places if p.startswith(("README", "docs"))] == [
+        "README.md, block results:step short",
+        *(f"docs/benchmarks.md, block results:{name}" for name in ("step", "phases")),
     ]
     assert any(p.startswith("bench/RESULTS.md, line") and "Kernels" in p for p in places)
     assert "bench/README.md, block profile:unwatched" in places
@@ -55,25 +57,25 @@ def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
     assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "growth", "memory")]
     report.write(copy)
     assert report.drift(copy) == []
-    assert "| 44M | 4 | 1 | 123.45 |" in (copy / "README.md").read_text()
+    assert "| 44M | 4 | 1 | 123.45 |" in (copy / "docs/benchmarks.md").read_text()
     assert (
         "| 123.45 |" in (copy / "bench/RESULTS.md").read_text() and "7654 ms" in (copy / "bench/README.md").read_text()
     )
 
 
 def test_numbers_written_by_hand_are_noticed(copy):
-    readme, results = copy / "README.md", copy / "bench/RESULTS.md"
-    text = readme.read_text()
-    readme.write_text(text.replace("killed 30 times, 12", "killed 31 times, 12"))
+    training, results = copy / "docs/training.md", copy / "bench/RESULTS.md"
+    text = training.read_text()
+    training.write_text(text.replace("30 times, 12", "31 times, 12"))
     results.write_text("| well met |".join(results.read_text().rsplit("| met |", 1)))
     (copy / "bench/results/cpu/growth.png").unlink()
     first, second, third = report.drift(copy)
-    assert first == "README.md, block results:soak"
+    assert first == "docs/training.md, block results:soak"
     assert second.startswith("bench/RESULTS.md, line") and "under 'The same with ZeRO-2'" in second
     assert third == "bench/results/cpu/growth.png, which is missing"
-    readme.write_text(BLOCK.sub("", text, count=1))
+    benchmarks = copy / "docs/benchmarks.md"
+    benchmarks.write_text(BLOCK.sub("", benchmarks.read_text(), count=1))
     assert "block results:demo machine, which no document has" in report.drift(copy)
-    (copy / "docs").mkdir()
     (copy / "docs/demo.md").write_text("On an <!-- results:demo machine -->abacus<!-- end -->.")
     assert "docs/demo.md, block results:demo machine" in report.drift(copy)
 

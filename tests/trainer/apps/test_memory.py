@@ -29,7 +29,7 @@ from boxgrpo.trainer.world.tiny import tiny_config
 from special_ids import SPECIAL_IDS
 
 ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, least_packs=0)  # an engine of one rank
-README = pathlib.Path(__file__).resolve().parents[3] / "README.md"
+DOCUMENT = pathlib.Path(__file__).resolve().parents[3] / "docs/memory.md"
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES = [
@@ -235,10 +235,10 @@ def test_traffic():
     assert traffic(count(model), 2, 2, tokens=10)["forward and backward"] == 2 * sizes[0]
 
 
-def test_the_readme_holds_what_the_command_prints():
-    text = README.read_text()
+def test_the_document_holds_what_the_command_prints():
+    text = DOCUMENT.read_text()
     assert table(report(MemoryOptions()), MemoryOptions()) in text
-    (flags,) = re.findall(r"boxgrpo\.trainer\.memory (--model 72B.*?)`", text, re.DOTALL)
+    (flags,) = re.findall(r"boxgrpo memory (--model 72B.*?)`", text, re.DOTALL)
     plan = parse(MemoryOptions, [flag.strip("'") for flag in re.findall(r"'[^']*'|\S+", flags)])
     assert table(report(plan), plan) in text
     whole = memory(trained(read("72B"), device="meta"), Sharding("zero 3", 3), MemoryOptions())["gathered"]
