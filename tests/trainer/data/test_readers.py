@@ -26,19 +26,6 @@ CHAT = {
 }
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write_records(records, name="data.json"):
-        path = tmp_path / name
-        if name.endswith("l"):
-            path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
-        else:
-            path.write_text(json.dumps(records))
-        return path
-
-    return write_records
-
-
 def test_all_real_records_parse(shared):
     examples, faults = read_examples(shared / "data/mig_bench/MIG_data.sample.json")
     assert len(examples) == 121 and not faults
@@ -87,6 +74,7 @@ def test_the_two_real_faulty_records_are_refused_by_name(shared, tmp_path):
         ({"images": None}, "no_images", "None"),
         ({"images": []}, "no_images", "[]"),
         ({"question": " <image> "}, "no_question", "<image>"),
+        ({"question": None}, "no_question", "None"),
         ({"question": "half \ud83e"}, "bad_text", "surrogates"),
         ({"target_image": 2}, "bad_target_image", "0 to 1"),
         ({"answer_format": "json"}, "bad_answer_format", "'json'"),
@@ -98,12 +86,6 @@ def test_a_faulty_record_names_itself_the_rule_and_the_value(write, change, reas
     (fault,) = faults
     assert (fault.source, fault.reason) == ("data.json#1", reason)
     assert fault.message.startswith("data.json#1: ") and value in fault.message
-
-
-def test_a_missing_key_is_a_fault_too(write):
-    without = [{k: v for k, v in GOOD.items() if k != key} for key in ("images", "question", "answer")]
-    _, faults = read_examples(write([GOOD, *without]))
-    assert [f.reason for f in faults] == ["no_images", "no_question", "no_gold_box"]
 
 
 def test_a_file_without_one_good_record_counts_the_reasons(write):
@@ -164,14 +146,7 @@ def test_chats_that_cannot_be_learned(write):
     chats = [[user, assistant], [], [user], [assistant, user], [user, inverted], [user, silent], [odd, assistant]]
     examples, faults = read_examples(write([CHAT | {"messages": chat} for chat in chats]))
     assert len(examples) == 1
-    assert [f.reason for f in faults] == [
-        "no_turns",
-        "no_answer",
-        "turn_order",
-        "box_inverted",
-        "no_answer",
-        "turn_order",
-    ]
+    assert [f.reason for f in faults] == "no_turns no_answer turn_order box_inverted no_answer turn_order".split()
 
 
 def test_a_chat_need_not_hold_a_box(write):
@@ -192,10 +167,7 @@ def test_the_papers_single_image_records_ask_for_a_box_only(write):
 def test_jsonl_reads_the_same_and_a_broken_line_is_a_fault(write):
     examples, faults = read_examples(write([GOOD, '{"images": [', "3", GOOD], "data.jsonl"))
     assert [e.source for e in examples] == ["data.jsonl#0", "data.jsonl#3"]
-    assert sorted((f.source, f.reason) for f in faults) == [
-        ("data.jsonl#1", "not_json"),
-        ("data.jsonl#2", "not_a_record"),
-    ]
+    assert [(f.source[-2:], f.reason) for f in faults] == [("#1", "not_json"), ("#2", "not_a_record")]
     (path := write([GOOD])).write_text(json.dumps([GOOD])[:-5])
     with pytest.raises(ValueError, match="is not JSON"):
         read_examples(path)
@@ -211,30 +183,12 @@ def test_image_paths_stay_under_the_image_root(write, tmp_path):
     assert [f.reason for f in faults] == ["image_outside_root"] * 4 and "../secret.png" in faults[0].message
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        "a.png",
-        "x/y/z.png",
-        "x y/ä.png",
-        ".a",
-        "x/.a",
-        "./a",
-        "x/../a",
-        "x//a",
-        "x/",
-        "/a",
-        "//a",
-        "..",
-        "x/..",
-        "a..",
-        "x\\..\\a",
-    ],
-)
-def test_every_spelling_of_a_path_is_resolved_alike(image):
-    """A short way leads round the resolving of plain ones."""
+def test_every_spelling_of_a_path_is_resolved_alike():
+    """Plain paths are joined without being resolved."""
+    spellings = "a.png x/y/z.png x_y/ä.png .a x/.a ./a x/../a x//a x/ /a //a .. x/.. a.. x\\..\\a".split()
     for root in ("/data/images", "/"):
-        assert resolve_images([image], Place(root, bounded=False)) == (os.path.abspath(os.path.join(root, image)),)
+        expected = tuple(os.path.abspath(os.path.join(root, image)) for image in spellings)
+        assert resolve_images(spellings, Place(root, bounded=False)) == expected
 
 
 @pytest.mark.parametrize(

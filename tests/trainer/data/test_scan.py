@@ -21,11 +21,6 @@ MIXED = [
 ]
 
 
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(records, "CHUNK", 7)
-
-
 def test_one_object_over_several_lines_is_no_jsonl(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(MIXED[1], indent=1))
     with pytest.raises(ValueError, match=r"a\.json is one JSON object over several lines. Put \[ before it"):
@@ -34,22 +29,17 @@ def test_one_object_over_several_lines_is_no_jsonl(tmp_path):
 
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escapes", "UTF-8"])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_pieces_of_seven_bytes_give_what_the_whole_file_holds(tmp_path, small_pieces, ascii_only, indent):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(MIXED, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
-    rows = list(scan(path))
-    assert [row.value for row in rows] == MIXED
-    raw = path.read_bytes()
-    assert [json.loads(raw[row.start : row.stop]) for row in rows] == MIXED
-
-
-def test_any_piece_length_gives_the_same(tmp_path, monkeypatch):
+def test_pieces_of_any_length_give_what_the_whole_file_holds(tmp_path, monkeypatch, ascii_only, indent):
     """A number, a string, an escape or a character of several bytes cut in two at every place."""
     path = tmp_path / "a.json"
-    path.write_text("\ufeff " + json.dumps(MIXED[:7], ensure_ascii=False) + " \n", encoding="utf-8")
-    for chunk in range(1, 60):
+    text = json.dumps(MIXED, ensure_ascii=ascii_only, indent=indent)
+    path.write_text(f"\ufeff {text} \n", encoding="utf-8")
+    raw = path.read_bytes()
+    for chunk in range(1, 40):
         monkeypatch.setattr(records, "CHUNK", chunk)
-        assert [row.value for row in scan(path)] == MIXED[:7], chunk
+        rows = list(scan(path))
+        assert [row.value for row in rows] == MIXED, chunk
+        assert [json.loads(raw[row.start : row.stop]) for row in rows] == MIXED, chunk
 
 
 def test_lines_and_their_places(tmp_path):

@@ -1,20 +1,9 @@
 """Each data set's published record becomes the example it means."""
 
-import json
-
 import pytest
 from PIL import Image
 
 from boxgrpo.trainer.data.readers import read_examples
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_records(records, name="data.json"):
-        (tmp_path / name).write_text(json.dumps(records))
-        return tmp_path / name
-
-    return write_records
 
 
 @pytest.fixture

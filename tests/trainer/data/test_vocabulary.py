@@ -3,14 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from boxgrpo.trainer.data.vocabulary import (
-    BOX_MARKS,
-    SPECIAL_TOKENS,
-    box_mark_ids,
-    demo_tokenizer,
-    qwen2_tokenizer,
-    token_bytes,
-)
+from boxgrpo.trainer.data import vocabulary
+from boxgrpo.trainer.data.vocabulary import BOX_MARKS, SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer, token_bytes
 
 MIXED = "Où est 这只猫 🦊?\n\n  (125, 250)\t½ ﬁ\u0000"
 COMPLETION = "<think>The red circle is at the top left.</think><answer>(125, 250), (500, 750)</answer>"
@@ -71,20 +65,9 @@ def test_chat_template_gives_qwen2_vls_prompt(tokenizer):
 
 def test_a_demo_completion_is_one_token_a_piece(demo):
     pieces = [demo.decode([i]) for i in demo.encode(COMPLETION)]
-    words = ["The", " red", " circle", " is", " at", " the", " top", " left"]
-    assert pieces == [
-        "<think>",
-        *words,
-        ".</think><answer>(",
-        "125",
-        ", ",
-        "250",
-        "), (",
-        "500",
-        ", ",
-        "750",
-        ")</answer>",
-    ]
+    words = [f" {word}" for word in "red circle is at the top left".split()]
+    box = [".</think><answer>(", "125", ", ", "250", "), (", "500", ", ", "750", ")</answer>"]
+    assert pieces == ["<think>", "The", *words, *box]
     assert demo.decode(demo.encode(" image 2")[-1:]) == " 2"
 
 
@@ -104,7 +87,7 @@ def test_token_bytes_spell_the_text(tokenizer):
     assert b"".join(table[i] for i in tokenizer.encode(COMPLETION + MIXED)).decode() == COMPLETION + MIXED
     for name, i in zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True):
         assert table[i] == (name.encode() if name in BOX_MARKS else b"")
-    assert [tokenizer.convert_ids_to_tokens(i) for i in box_mark_ids(tokenizer)] == list(BOX_MARKS)
+    assert [tokenizer.convert_ids_to_tokens(i) for i in vocabulary.box_mark_ids(tokenizer)] == list(BOX_MARKS)
     assert all(table[i] for i in range(len(table) - len(SPECIAL_TOKENS)))
     padded = token_bytes(tokenizer, vocab_size=len(table) + 3)
     assert padded == table + [b""] * 3

@@ -45,7 +45,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, tmp_path, engine):
     if engine == "deepspeed":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     steps = {"max_steps": 6, "save_steps": 2, "save_total_limit": 2, "resume": "auto", "num_iterations": 2}
-    steps |= {"engine": engine, "zero_stage": 2}
+    steps |= {"engine": engine, "zero_stage": 2, "prompts_per_step": 2, "num_generations": 2}
 
     def start_into(folder):
         options = grpo_options(world, "", **steps, output_dir=str(folder), rollout_file=str(folder / "samples"))
@@ -73,7 +73,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, tmp_path, engine):
 @pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_run_goes_on(world, launcher):
     """Sent to the launcher, as a scheduler does: all ranks finish their step, save, and leave with 143."""
-    options = {"max_steps": 400, "resume": "auto", "dataloader_num_workers": 1}
+    options = {"max_steps": 400, "resume": "auto", "dataloader_num_workers": int(launcher == "torchrun")}
     folder, begin = world / launcher, {"forked": start_forked, "torchrun": start}[launcher]
     run = begin(GRPO, grpo_options(world, launcher, **options))
     assert wait_for(run, lambda: len(lines(folder)) >= 2)
