@@ -13,7 +13,6 @@ import argparse
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -172,10 +171,7 @@ def host_seconds(case: Case, implementation: str) -> float:
     call, calls = case.make(case, device(), SEED)[implementation], 3  # more could fill the launch queue and wait
     call()
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
+    return sum(take_turns({"": call}, 1, calls)[""][0]) / calls
 
 
 def row(

@@ -53,36 +53,35 @@ def interval(median: float, samples: Sequence[float]) -> Interval:
 
 
 def times(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
-    """case -> side -> time, ours under OURS."""
+    """case -> side -> time, ours under OURS. Of old records the ends of the samples alone are known."""
     found: dict[str, dict[str, Interval]] = {}
     for name in parts:
-        for row in record.get(name, {}).get("rows", []):
-            for case, side, median, samples in TIMES[name](row):
-                found.setdefault(f"{name}: {case}", {})[side] = interval(median, samples)
+        for r in record.get(name, {}).get("rows", []):
+            if name == "step":
+                case = f"{name}: {r['case']}"
+                for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
+                    samples = without_first(r.get(f"{side}_samples_s", [None, *r[f"{side}_spread_s"]]))
+                    found.setdefault(case, {})[side] = interval(r[f"{side}_s"], samples)
+                continue
+            case, side = CASES[name](r)
+            if side not in NO_PEERS:
+                time = interval(r["ms"], r.get("samples_ms", r["spread_ms"]))
+                found.setdefault(f"{name}: {case}", {})[side] = time
     return found
 
 
-def _kernels(r: dict):
+def _kernel(r: dict) -> tuple[str, str]:
     case, side = f"{r['op']} {sizes(r['shape'])} {r['dtype']}", r["implementation"]
-    if side.startswith("boxgrpo"):  # a variant of ours is a case of its own
-        case, side = case + side.removeprefix("boxgrpo"), OURS
-    if side not in NO_PEERS:
-        yield case, side, r["ms"], r.get("samples_ms", r["spread_ms"])  # old records have the ends alone
+    # A variant of ours is a case of its own.
+    return (case + side.removeprefix("boxgrpo"), OURS) if side.startswith("boxgrpo") else (case, side)
 
 
-def _rewards(r: dict):
-    decoded = r["run"] == "decode, re, IoU"
-    yield "ids" if decoded else r["run"], r["run"] if decoded else OURS, r["ms"], r.get("samples_ms", r["spread_ms"])
+def _reward(r: dict) -> tuple[str, str]:
+    return ("ids", r["run"]) if r["run"] == "decode, re, IoU" else (r["run"], OURS)
 
 
-def _step(r: dict):
-    for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
-        samples = without_first(r.get(f"{side}_samples_s", [None, *r[f"{side}_spread_s"]]))
-        yield r["case"], side, r[f"{side}_s"], samples
-
-
-TIMES = {"kernels": _kernels, "rewards": _rewards, "step": _step}
-PARTS = tuple(TIMES)
+CASES = {"kernels": _kernel, "rewards": _reward}
+PARTS = (*CASES, "step")
 
 
 def same_machine(old: dict, new: dict, name: str) -> bool:
@@ -130,7 +129,7 @@ def main(args: list[str] | None = None) -> None:
     files = [Path(file) for file in o.files] or dated(folder())[-2:]
     if len(files) != 2:
         raise ValueError(f"{len(files)} files of results; two are compared. Name the old one and the new one.")
-    if wrong := set(parts := o.parts.split(",")) - TIMES.keys():
+    if wrong := set(parts := o.parts.split(",")) - set(PARTS):
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}.")
     old, new = (read(file) for file in files)
     found = slower(old, new, parts)

@@ -65,7 +65,7 @@ class Demand:
 
 
 def _row(record: dict, name: str, case: dict) -> dict:
-    """The row of a case without values that are None; ours where the case names no implementation. Raises LookupError."""
+    """The row of a case, ours where it names no implementation, without values that are None. Raises LookupError."""
     if not case:
         return {}
     ours = {"implementation": "boxgrpo"} if name == "kernels" else {}

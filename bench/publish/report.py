@@ -10,6 +10,7 @@ studies.
 
 import argparse
 import re
+from itertools import zip_longest
 from pathlib import Path
 
 from jinja2.runtime import Macro
@@ -121,13 +122,13 @@ def drift(root: Path) -> list[str]:
     """The places that differ from the records, and blocks that no document has."""
     found, places, held = read_all(root / "bench/results"), [], set()
     for path, text in texts(root, found).items():
-        old = path.read_text() if path.exists() else ""
-        held |= {block["name"] for block in BLOCK.finditer(old)}
+        name, old = path.relative_to(root), path.read_text() if path.exists() else ""
         if path.name == "RESULTS.md":
-            places += _first_difference(old, text)
+            places += [f"{name}, line {n}" for n in _differing_lines(old, text)[:1]]
             continue
+        held |= {block["name"] for block in BLOCK.finditer(old)}
         pairs = zip(BLOCK.finditer(old), BLOCK.finditer(text), strict=True)
-        places += [f"{path.relative_to(root)}, block {a['name']}" for a, b in pairs if a["body"] != b["body"]]
+        places += [f"{name}, block {a['name']}" for a, b in pairs if a["body"] != b["body"]]
     places += [f"block {name}, which no document has" for name in blocks(found) if name not in held]
     for device, record in found.devices.items():
         stale = plots.stale(record, root / "bench/results" / device)
@@ -135,15 +136,13 @@ def drift(root: Path) -> list[str]:
     return places
 
 
-def _first_difference(old: str, new: str) -> list[str]:
-    """The line of RESULTS.md that differs, and its section."""
-    heading, held, wanted = "", old.splitlines(), new.splitlines()
-    for n in range(max(len(held), len(wanted))):
-        if n < len(wanted) and wanted[n].startswith("#"):
-            heading = wanted[n].strip("# ")
-        if held[n : n + 1] != wanted[n : n + 1]:
-            return [f"bench/RESULTS.md, line {n + 1}, under {heading!r}"]
-    return []
+def _differing_lines(old: str, new: str) -> list[str]:
+    """The numbers of the lines that differ, each with the heading above it."""
+    heading, found = "", []
+    for n, (a, b) in enumerate(zip_longest(old.splitlines(), new.splitlines()), start=1):
+        heading = b.strip("# ") if b and b.startswith("#") else heading
+        found += [f"{n}, under {heading!r}"] if a != b else []
+    return found
 
 
 def write(root: Path) -> None:
