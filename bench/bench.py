@@ -283,6 +283,8 @@ def main(args: list[str] | None = None) -> None:
     site = link_packages()
     env = environment(site, o)
     sys.path.insert(0, str(site))
+    from boxgrpo.bench.outcomes import failures
+
     found = look(o, env)
     minutes = o.minutes or (MINUTES if o.gpu else math.inf)
     patience = max(1.0, minutes / MINUTES) if o.gpu else 1.0
@@ -305,8 +307,6 @@ def main(args: list[str] | None = None) -> None:
         keep(conductor.record, paths, o.output)
     report(conductor.record, o, [part.into for part in chosen])
     print(f"{', '.join(map(str, paths)) or OUT}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    from boxgrpo.bench.outcomes import failures
-
     if failed := failures(conductor.record, [part.name for part in chosen]):
         raise ValueError(f"failed: {'; '.join(failed)}. The logs are in {OUT}.")
 
