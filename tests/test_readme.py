@@ -1,4 +1,4 @@
-"""The Python examples of README.md and docs/*.md run as they stand."""
+"""The Python examples of README.md and docs/*.md run as they stand; links and references name what is there."""
 
 import pathlib
 import re
@@ -37,6 +37,19 @@ def test_links_lead_to_files():
     for path in (*DOCUMENTS, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md"):
         for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", path.read_text()):
             assert link.startswith("http") or (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_references_name_sections_of_the_architecture():
+    """In code and documents: `ARCHITECTURE.md, Traps` or `ARCHITECTURE.md, section "Traps"`."""
+    titles = tuple(re.findall(r"^## (.*)$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE))
+    folders, found = ("csrc", "kernels", "model", "trainer", "bench", "tests", "docs"), 0
+    for path in (p for folder in folders for p in (ROOT / folder).rglob("*.*")):
+        if path.suffix in (".py", ".h", ".yaml", ".md") and path != pathlib.Path(__file__):
+            text = re.sub(r"\s+", " ", path.read_text())
+            for named in re.findall(r'ARCHITECTURE\.md, (?:section )?"?([A-Z].{0,30})', text):
+                assert named.startswith(titles), f"{path}: {named}"
+                found += 1
+    assert found > 10
 
 
 def test_the_readme_is_short():

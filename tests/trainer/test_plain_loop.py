@@ -59,7 +59,7 @@ def logps_of(model, prompt, completion, temperature):
 
 
 def plain_steps(o) -> list[tuple[float, float]]:
-    """The formulas of DESIGN section 3, one completion after the other: losses and gradient norms."""
+    """The formulas of ARCHITECTURE.md, The mathematics, one completion after the other: losses and gradient norms."""
     policy = Qwen2VLForConditionalGeneration.from_pretrained(o.model)
     policy.model.visual.requires_grad_(False)
     reference = copy.deepcopy(policy)
