@@ -18,7 +18,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 demo: $(STAMP)
 	$(BIN)/python trainer/demo.py
 
-# The README's three runs, each beside continued SFT for the same seconds.
+# Three runs of the demo, each beside continued SFT for the same seconds (docs/benchmarks.md).
 seeds: $(STAMP)
 	$(BIN)/python bench/studies/demo_seeds.py
 

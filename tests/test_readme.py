@@ -52,5 +52,17 @@ def test_references_name_sections_of_the_architecture():
     assert found > 10
 
 
+def test_the_architecture_names_functions_that_exist():
+    """`file.py: name`, with as much of the path as is needed."""
+    text = re.sub(r"\s+", " ", (ROOT / "ARCHITECTURE.md").read_text())
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
+    assert len(named) > 20
+    paths = [path for folder in ("kernels", "model", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    for file, name in named:
+        found = [path.read_text() for path in paths if f"/{path.relative_to(ROOT)}".endswith(f"/{file}")]
+        for part in name.split("."):
+            assert any(re.search(rf"^ *(def|class) {part}\b", code, re.MULTILINE) for code in found), f"{file}: {name}"
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 220
