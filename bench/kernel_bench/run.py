@@ -30,7 +30,7 @@ SEED = 0
 PEERS = ("compile", "liger", "trl")
 # Ours and what needs no compiling first, for a run that may be stopped.
 IMPLEMENTATIONS = ("boxgrpo", "one read", "boxgrpo, overwriting", "liger", "trl", "eager", "compile")
-PRELOADED = ("boxgrpo.bench.kernel_bench.run", "trl.trainer.utils", "liger_kernel.chunked_loss")
+PRELOADED = ("boxgrpo.bench.kernel_bench.cases", "trl.trainer.utils", "liger_kernel.chunked_loss")
 PRELOADED += ("torch._inductor.compile_fx",)  # those that are installed
 TURNS, SMALL_ROUNDS, SMALL_WARMUP = 4, 12, 5  # a turn of what takes microseconds has several rounds; else it has one
 LARGE = 10_000  # entries of a vocabulary
