@@ -14,7 +14,8 @@ from boxgrpo.trainer.engine.optimizer import make_optimizer
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.run import make_engine
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, start, told
+from runs import ROOT, finish, grpo_options, lines, told
+from runs import start_forked as start
 
 GRPO = ROOT / "trainer/grpo.py"
 
