@@ -42,9 +42,7 @@ def make_packs(config, engine: Engine, groups: Sequence[Group], budget: int, *, 
     device, image = engine.ranks.device, config.image_token_id
     parts = [part for group in groups for part in _parts(group, budget)]
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
-    plan = plan_packs(sizes, budget)
-    if len(plan) > 1:
-        plan = plan_packs(sizes, budget, [training_cost(config, p, tower_passes=tower_passes) for p in parts])
+    plan = plan_packs(sizes, budget, [training_cost(config, p, tower_passes=tower_passes) for p in parts])
     packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
     most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
     if missing := max(most, engine.least_packs) - len(packs):
