@@ -40,21 +40,21 @@ LAYERS = (
 BUDGET = {
     "csrc": 850,
     "kernels": 3900,
-    "model": 1700,
-    "trainer": 11_300,
-    "bench": 5300,
-    "trainer/apps": 1210,
-    "trainer/chains": 965,
-    "trainer/data": 1590,
+    "model": 1500,
+    "trainer": 10800,
+    "bench": 5250,
+    "trainer/apps": 1160,
+    "trainer/chains": 860,
+    "trainer/data": 1510,
     "trainer/engine": 720,
     "trainer/evaluation": 2170,
-    "trainer/profiling": 400,
-    "trainer/recipes": 210,
-    "trainer/rewards": 60,
-    "trainer/rollout": 420,
-    "trainer/runtime": 1060,
-    "trainer/step": 400,
-    "trainer/world": 830,
+    "trainer/profiling": 370,
+    "trainer/recipes": 200,
+    "trainer/rewards": 50,
+    "trainer/rollout": 450,
+    "trainer/runtime": 1000,
+    "trainer/step": 370,
+    "trainer/world": 775,
 }
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
@@ -171,7 +171,7 @@ def test_files_and_functions_are_short():
     """A Triton kernel, which cannot be cut, apart."""
     for path in FILES:
         text = path.read_text()
-        assert len(text.splitlines()) <= FILE_LINES or path.stem in LONG_FILES, path
+        assert len(text.splitlines()) <= FILE_LINES, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
@@ -179,8 +179,7 @@ def test_files_and_functions_are_short():
                 assert kernel or not long or node.name in LONG_FUNCTIONS, f"{path}: {node.name}"
 
 
-LONG_FILES = {"checkpoints"}  # to be cut
-LONG_FUNCTIONS = {"triton_grpo_loss", "forward", "answer"}  # to be cut
+LONG_FUNCTIONS = {"triton_grpo_loss", "forward"}  # to be cut
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS, ids=names(SCRIPT_FOLDERS))
