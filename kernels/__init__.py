@@ -1,7 +1,7 @@
 """Tensors in, tensors out: the operations of a GRPO step for visual grounding.
 
-An op x has three modules: x.py with its public function and registration, x_torch.py with its torch twin, `<op>_torch`,
-and x_triton.py. The twin is the CPU path, the truth of the tests and the baseline of the benchmarks. Each public
+An op x has two modules: x.py with its public function, its registration and its torch twin, `<op>_torch`; and
+x_triton.py. The twin is the CPU path, the truth of the tests and the baseline of the benchmarks. Each public
 function takes `backend` = "auto" | "triton" | "torch". The rewards and `box_iou` are computed by csrc/, which is
 compiled, on a CPU too: their backend is "auto" | "extension" | "torch", and their twins are in the same module. The ops
 beneath are functional custom ops under `torch.ops.boxgrpo`, which torch.compile takes as they are.
@@ -11,8 +11,7 @@ from .advantages import group_advantages
 from .boxes import box_iou
 from .head import fused_grpo_loss, fused_grpo_loss_from_logits
 from .logps import token_logps, token_logps_from_logits
-from .loss import grpo_loss
-from .loss_options import GrpoStats, LossOptions
+from .loss import GrpoStats, LossOptions, grpo_loss
 from .rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from .sample import sample_tokens
 from .vocabulary import VocabularyBytes

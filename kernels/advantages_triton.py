@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .advantages_torch import LEAST_MIOU
+from .advantages import LEAST_MIOU
 from .dispatch import Launch
 
 ELEMENTS = 1024  # at most, of a program's tile of whole groups

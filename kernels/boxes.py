@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulation_dtype, check_tensor
-from .dispatch import compiled_op, register_compiled
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, compiled_op, register_compiled
 
 
 def box_iou(

@@ -1,6 +1,6 @@
 """Which implementation of an op runs, how ops are registered under `torch.ops.boxgrpo`, and how a kernel is launched.
 
-An op has a torch twin, `<op>_torch` in x_torch.py, and one fast implementation: `<op>_triton` in x_triton.py, which is
+An op has a torch twin, `<op>_torch` in x.py, and one fast implementation: `<op>_triton` in x_triton.py, which is
 imported when it first runs, or the operator that csrc/ compiles ("extension").
 """
 
@@ -14,6 +14,65 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse a tensor of another shape (None: any length) or dtype."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch tensor.")
+    fits = len(tensor.shape) == len(shape)
+    for have, want in zip(tensor.shape, shape, strict=False):
+        fits = fits and (want is None or have == want)
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({wanted}).")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {wanted}. Cast it.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse an option that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}.")
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+    """Refuse hidden (N, H), weight (V, H) and targets (N) that do not fit together."""
+    check_tensor("hidden", hidden, (None, None), FLOATS)
+    check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,))
+    check_targets(targets, hidden.shape[0], temperature)
+
+
+def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    """Refuse logits (N, V) and targets (N) that do not fit together."""
+    check_tensor("logits", logits, (None, None), FLOATS)
+    check_targets(targets, logits.shape[0], temperature)
+
+
+def check_writable(option: str, logits: Tensor) -> None:
+    """Refuse to write over expanded logits, of which several share one place in memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(
+            f"{option} is set and the logits {tuple(logits.shape)} are expanded, strides {logits.stride()}; each logit "
+            "needs a place of its own to be written over. Pass logits.contiguous()."
+        )
+
+
+def check_targets(targets: Tensor, n: int, temperature: float) -> None:
+    """Refuse targets that are not (n) int64, and a temperature that is not above 0."""
+    check_tensor("targets", targets, (n,), (torch.int64,))
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; a scored token needs one above 0.")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 where any tensor is fp64, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
 
 try:
     importlib.import_module("._C", __package__)  # its loading registers the operators of csrc/
@@ -80,15 +139,15 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
 
     Args:
         schema: arguments and results, without the op's name.
-        twin: takes the op's arguments without `triton`, in their order. Its module's name ends in `_torch`; the one
-            that ends in `_triton` instead has the Triton implementation, of the same arguments.
+        twin: takes the op's arguments without `triton`, in their order. The Triton
+            implementation, of the same arguments, is in the module of that name and `_triton`.
         fake: gives empty results for the op's arguments.
 
     Returns:
         The op, to which an autograd formula may be added, and the plain function beneath it.
     """
     op, at = twin.__name__.removesuffix("_torch"), schema[: schema.index(")")].split(", ").index("bool triton")
-    module = f"{twin.__module__.removesuffix('_torch')}_triton"
+    module = f"{twin.__module__}_triton"
 
     def run(*args, **options):
         f = getattr(importlib.import_module(module), f"{op}_triton") if args[at] else twin
@@ -112,7 +171,9 @@ def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
     _define(twin.__name__, schema, twin, fake)
     if MISSING is not None:
         torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(op, "default", stand_in)
+        torch.library.impl(op, "default", stand_in)
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+        torch.library.impl(op, "cuda", stand_in)
     torch.library.register_fake(op, fake)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunks import HeadSweep, LogitSweep
 from .dispatch import Launch
 from .logps_triton import sweep_gradients, sweep_logps
-from .loss_options import LossOptions
+from .loss import LossOptions
 from .loss_triton import (
     grpo_loss_triton,
     objective_arguments,

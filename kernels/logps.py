@@ -3,9 +3,43 @@
 import torch
 from torch import Tensor
 
-from . import logps_torch
-from .checks import accumulation_dtype, check_head, check_logits, check_writable
-from .dispatch import is_fast, register
+from .chunks import HeadRows, LogitRows, backward, forward
+from .dispatch import accumulation_dtype, check_head, check_logits, check_writable, is_fast, register
+
+
+def token_logps_torch(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    """(N, H), (V, H), (N) -> logps (N), entropy (N), or (0) if not wanted, and no state (0)."""
+    return _logps(HeadRows(hidden, weight, temperature), targets, entropy)
+
+
+def token_logps_backward_torch(
+    hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight
+) -> tuple[Tensor, Tensor]:
+    """Upstream (N), (N) or (0) -> dhidden (N, H), dweight (V, H); an unwanted one is (0). `state` is unread."""
+    rows = HeadRows(hidden, weight, temperature, grad_hidden, grad_weight)
+    return _row_gradients(rows, targets, entropy, dlogps, dentropy)
+
+
+def token_logps_from_logits_torch(logits, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    """(N, V), (N) -> logps (N), entropy (N), or (0) if not wanted, and no state (0)."""
+    return _logps(LogitRows(logits, temperature), targets, entropy)
+
+
+def token_logps_from_logits_backward_torch(
+    logits, targets, temperature, entropy, state, dlogps, dentropy, overwrite: bool = False
+) -> Tensor:
+    """dlogits (N, V), in the logits' own storage with `overwrite`. `state` is unread."""
+    rows = LogitRows(logits, temperature, grad=True, overwrite=overwrite)
+    return _row_gradients(rows, targets, entropy, dlogps, dentropy)[0]
+
+
+def _logps(rows: HeadRows | LogitRows, targets: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    return *forward(rows, targets, entropy), targets.new_empty(0).float()
+
+
+def _row_gradients(rows: HeadRows | LogitRows, targets: Tensor, entropy, dlogps, dentropy) -> tuple[Tensor, ...]:
+    backward(rows, targets, dlogps, *((entropy, dentropy) if entropy.numel() == targets.numel() else ()))
+    return rows.results()
 
 
 def token_logps(
@@ -93,20 +127,18 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor targets, float temperature"
 _LOGITS = "Tensor logits, Tensor targets, float temperature"
 _RESULTS = "(Tensor logps, Tensor entropy, Tensor state)"
 _UPSTREAM = "Tensor entropy, Tensor state, Tensor dlogps, Tensor dentropy"
-_head_op, _ = register(
-    f"({_HEAD}, bool entropy, bool triton) -> {_RESULTS}", logps_torch.token_logps_torch, _fake_forward
-)
+_head_op, _ = register(f"({_HEAD}, bool entropy, bool triton) -> {_RESULTS}", token_logps_torch, _fake_forward)
 _logits_op, _logits_forward = register(
-    f"({_LOGITS}, bool entropy, bool triton) -> {_RESULTS}", logps_torch.token_logps_from_logits_torch, _fake_forward
+    f"({_LOGITS}, bool entropy, bool triton) -> {_RESULTS}", token_logps_from_logits_torch, _fake_forward
 )
 register(
     f"({_HEAD}, {_UPSTREAM}, bool grad_hidden, bool grad_weight, bool triton) -> (Tensor, Tensor)",
-    logps_torch.token_logps_backward_torch,
+    token_logps_backward_torch,
     _fake_head_backward,
 )
 _, _logits_backward = register(
     f"({_LOGITS}, {_UPSTREAM}, bool triton) -> Tensor",
-    logps_torch.token_logps_from_logits_backward_torch,
+    token_logps_from_logits_backward_torch,
     lambda logits, *_: logits.new_empty(logits.shape),
 )
 

@@ -1,13 +1,228 @@
-"""The GRPO loss from log-probabilities of scored tokens."""
+"""The GRPO loss from log-probabilities: its options, torch twin and public function, and the objective of a token.
+
+Formulas: ARCHITECTURE.md, section "The mathematics" (GRPO, Shao et al. 2024, eq. 3, with UniVG-R1's difficulty weight
+phi on the policy term). Gradients are written out by hand: the fused losses need d loss / d logp of a row while its
+logits still exist.
+"""
+
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulation_dtype, check_tensor
-from .dispatch import is_fast, register
-from .loss_options import OPTIONS_SCHEMA, GrpoStats, LossOptions
-from .loss_torch import grpo_loss_torch
+from .dispatch import FLOATS, INTS, accumulation_dtype, check_choice, check_tensor, is_fast, register
 from .saved_gradients import register_saved_gradients
+
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
+LEVELS = ("token", "sequence")
+
+
+class GrpoStats(NamedTuple):
+    """Detached tensors on the device. Scalars are 0-dim means over the call's tokens, 0 where there are none.
+
+    `clip_low` is the share of tokens with ratio < 1 - epsilon and A < 0, `clip_high` that of tokens with ratio >
+    1 + epsilon_high and A > 0 (for `cispo` ratio > epsilon_high, and clip_low is 0), `clip_region` that of either:
+    TRL's definitions. At the sequence level every token has its completion's ratio.
+    """
+
+    kl: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    clip_region: Tensor
+    ratio_min: Tensor
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    logps: Tensor  # (N) nats
+    entropy: Tensor  # (N) nats; (0) from grpo_loss, which has no distributions
+
+
+class LossOptions(NamedTuple):
+    """The `**loss_options` of the three loss functions.
+
+    old_logps: (N), the logps of the rollout's weights; None: on-policy, ratio 1.
+    ref_logps: (N), the reference's; None: no KL.
+    weights: (BG), phi >= 0, a factor of the policy term; None: 1.
+    sampler_factor: (N) >= 0, a factor of the policy term: min(exp(old - sampler), C) where the tokens were sampled by
+        another program than computed `old_logps`; None: 1.
+    denominator: 0-dim float tensor, the divisor of the sum; None: this call's completions (`grpo`) or tokens (`bnpo`,
+        `dapo`, `cispo`). `dr_grpo` needs it: completions * max_completion_length, known to the caller only.
+    beta: KL coefficient. epsilon, epsilon_high: clip to [1 - epsilon, 1 + epsilon_high], epsilon_high None: epsilon.
+    delta: upper bound of the unclipped ratio, above 1 + epsilon_high; None: unbounded.
+    For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is unread.
+    """
+
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    weights: Tensor | None = None
+    sampler_factor: Tensor | None = None
+    denominator: Tensor | None = None
+    beta: float = 0.04
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+
+    def checked(self, n: int, advantages: Tensor, completion_cu: Tensor) -> Self:
+        """Refuse what does not fit N tokens; fill in epsilon_high."""
+        check_tensor("completion_cu", completion_cu, (None,), INTS)
+        completions = completion_cu.shape[0] - 1
+        if completions < 0:
+            raise ValueError("completion_cu is empty; it holds completions + 1 offsets. Pass [0] for no completion.")
+        check_tensor("advantages", advantages, (completions,), FLOATS)
+        shapes = {"old_logps": (n,), "ref_logps": (n,), "sampler_factor": (n,), "weights": (completions,)}
+        for name, shape in (shapes | {"denominator": ()}).items():
+            if (tensor := getattr(self, name)) is not None:
+                check_tensor(name, tensor, shape, FLOATS)
+        if self.loss_type == "dr_grpo" and self.denominator is None:
+            raise ValueError(
+                "loss_type is 'dr_grpo' and denominator is None; it divides by completions * max_completion_length. "
+                "Pass that product as a 0-dim tensor."
+            )
+        return self.with_checked_values()
+
+    def with_checked_values(self) -> Self:
+        """Refuse values that no call can use; fill in epsilon_high. Tensors are not looked at."""
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        if self.beta < 0:
+            raise ValueError(f"beta is {self.beta}; it must not be negative.")
+        if self.loss_type == "cispo":
+            if self.epsilon_high is None or self.epsilon_high <= 0:
+                raise ValueError(
+                    f"epsilon_high is {self.epsilon_high}; 'cispo' needs a positive bound of the ratio. Pass, say, 5.0."
+                )
+            if self.delta is not None:
+                raise ValueError(f"delta is {self.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
+            return self
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}; it must lie between 0 and 1.")
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if high < 0:
+            raise ValueError(f"epsilon_high is {high}; it must not be negative.")
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(
+                f"delta is {self.delta}; the bound of the unclipped ratio must exceed 1 + epsilon_high = {1 + high}. "
+                "Raise delta."
+            )
+        return self._replace(epsilon_high=high)
+
+
+# The fields of `LossOptions` in their order; the ops take each as an argument.
+OPTIONS_SCHEMA = (
+    "Tensor? old_logps, Tensor? ref_logps, Tensor? weights, Tensor? sampler_factor, Tensor? denominator, float beta, "
+    "float epsilon, float epsilon_high, float? delta, str loss_type, str importance_sampling_level"
+)
+
+
+class TokenTerms(NamedTuple):
+    """All that the objective of a token depends on besides its logp; every tensor is (N)."""
+
+    advantage: Tensor
+    gain: Tensor  # share of the policy term: phi * factor * s_i / denominator
+    kl_gain: Tensor  # share of the KL: beta * s_i / denominator
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+
+    def rows(self, rows) -> Self:
+        return TokenTerms(*(None if tensor is None else tensor[rows] for tensor in self))
+
+
+class TokenObjective(NamedTuple):
+    """(n) each: parts of the loss, d policy / d log ratio and d KL / d logp, all with their gains; and statistics."""
+
+    loss: Tensor
+    dpolicy: Tensor
+    dkl: Tensor
+    kl: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    ratio: Tensor
+
+
+def token_terms(
+    n: int, dtype: torch.dtype, advantages: Tensor, completion_cu: Tensor, o: LossOptions
+) -> tuple[TokenTerms, Tensor, Tensor]:
+    """Spread the values of completions over N tokens; also each token's completion (N) and the lengths (BG)."""
+    if completion_cu.device.type == "cpu" and completion_cu[-1] != n:
+        raise ValueError(f"completion_cu ends at {completion_cu[-1]}; the call scores {n} tokens. Both must agree.")
+    lengths = completion_cu.diff()
+    completion = torch.repeat_interleave(lengths, output_size=n)
+    if o.denominator is not None:
+        share = 1 / o.denominator.to(dtype)
+    else:
+        share = 1 / max(lengths.shape[0] if o.loss_type == "grpo" else n, 1)
+    shares = torch.ones_like(lengths, dtype=dtype) * share  # (BG)
+    if o.loss_type == "grpo":
+        shares = shares / lengths.clamp(min=1)
+    gains = shares if o.weights is None else shares * o.weights.to(dtype)
+    gain = gains[completion]
+    if o.sampler_factor is not None:
+        gain = gain * o.sampler_factor.to(dtype)
+    old, ref = (None if tensor is None else tensor.to(dtype) for tensor in (o.old_logps, o.ref_logps))
+    terms = TokenTerms(advantages.to(dtype)[completion], gain, o.beta * shares[completion], old, ref)
+    return terms, completion, lengths
+
+
+def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, o: LossOptions) -> TokenObjective:
+    """The objective of each token. `log_ratio` (n) is given at the sequence level; None: logps - old_logps."""
+    if log_ratio is None:
+        log_ratio = torch.zeros_like(logps) if terms.old_logps is None else logps - terms.old_logps
+    ratio, advantage = log_ratio.exp(), terms.advantage
+    if o.loss_type == "cispo":
+        slope = ratio.clamp(max=o.epsilon_high) * advantage  # a constant: no gradient flows through the ratio
+        policy = slope * logps
+        clip_high = (ratio > o.epsilon_high) & (advantage > 0)
+        clip_low = torch.zeros_like(clip_high)
+    else:
+        low, high = 1 - o.epsilon, 1 + o.epsilon_high
+        clip_low = (ratio < low) & (advantage < 0)
+        clip_high = (ratio > high) & (advantage > 0)
+        bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
+        policy = torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
+        # The minimum is constant exactly where the ratio is clipped, or above delta (which exceeds the clip).
+        is_constant = clip_low | clip_high if o.delta is None else clip_low | clip_high | (ratio > o.delta)
+        slope = (ratio * advantage).masked_fill(is_constant, 0)
+    loss, dpolicy = -terms.gain * policy, -terms.gain * slope
+    if terms.ref_logps is None:
+        kl = dkl = torch.zeros_like(logps)
+    else:
+        gap = terms.ref_logps - logps
+        growth = torch.expm1(gap)
+        kl = growth - gap
+        loss, dkl = loss + terms.kl_gain * kl, -terms.kl_gain * growth
+    return TokenObjective(loss, dpolicy, dkl, kl, clip_low, clip_high, ratio)
+
+
+def grpo_loss_torch(
+    logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N), (BG), (BG+1), the fields of `LossOptions` -> loss (), dlogps (N), GrpoStats' scalars (7)."""
+    o, n, dtype = LossOptions(*options), logps.shape[0], accumulation_dtype(logps)
+    input_dtype, logps = logps.dtype, logps.to(dtype)
+    terms, completion, lengths = token_terms(n, dtype, advantages, completion_cu, o)
+    log_ratio, by_sequence = None, o.importance_sampling_level == "sequence"
+
+    def mean_of_completion(x: Tensor) -> Tensor:
+        sums = x.new_zeros(lengths.shape[0]).index_add_(0, completion, x)
+        return (sums / lengths.clamp(min=1))[completion]
+
+    if by_sequence and terms.old_logps is not None:
+        log_ratio = mean_of_completion(logps - terms.old_logps)
+    token = token_objective(logps, log_ratio, terms, o)
+    # A completion's ratio changes with each of its logps by 1/|o|; cispo's slope is that of each logp by itself.
+    spread = by_sequence and o.loss_type != "cispo"
+    dlogps = (mean_of_completion(token.dpolicy) if spread else token.dpolicy) + token.dkl
+    return token.loss.sum(), dlogps.to(input_dtype), _scalars(token, n)
+
+
+def _scalars(token: TokenObjective, n: int) -> Tensor:
+    if n == 0:
+        return token.ratio.new_zeros(7)
+    means = torch.stack(
+        [x.to(token.ratio.dtype) for x in (token.kl, token.clip_low, token.clip_high, token.clip_low | token.clip_high)]
+    ).mean(1)
+    return torch.cat([means, torch.stack([token.ratio.amin(), token.ratio.mean(), token.ratio.amax()])])
 
 
 def grpo_loss(

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import Launch
-from .loss_options import LossOptions
+from .loss import LossOptions
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def tokens_of(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
 def completion_terms(
     completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION: tl.constexpr
 ):
-    """A completion's advantage, share of the policy term and share of the KL (see `token_terms` of loss_torch.py)."""
+    """A completion's advantage, share of the policy term and share of the KL (see `token_terms` of loss.py)."""
     share = tl.full((), 1.0, tl.float32)
     if denominator is not None:
         share /= tl.load(denominator).to(tl.float32)
@@ -79,7 +79,7 @@ def terms_kernel(
 def token_objective(
     logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO: tl.constexpr
 ):
-    """loss_torch.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio."""
+    """loss.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio."""
     ratio = tl.exp(log_ratio)
     if CISPO:
         slope = tl.minimum(ratio, epsilon_high, propagate_nan=tl.PropagateNan.ALL) * advantage

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .boxes import box_iou_torch
-from .checks import INTS, check_tensor
-from .dispatch import compiled_op, register_compiled
+from .dispatch import INTS, check_tensor, compiled_op, register_compiled
 from .vocabulary import EOS, MARK, VocabularyBytes, unpacked
 
 FORMATS = FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)

@@ -1,11 +1,202 @@
-"""Sampling by Gumbel-max: a token depends on its own counters and logits alone, not on its batch or its rank."""
+"""Sampling of tokens by Gumbel-max with counter-based noise: the public function and its torch twin.
+
+It has two levels, for the maximum of Gumbel-perturbed scores is distributed as their perturbed log-sum-exp. The
+vocabulary is divided into at most 1024 groups, entry v into group (v // 8) mod 1024. Noise on the log-mass of each
+group selects one, noise on its entries selects the token. That is exactly the softmax, with a thousand hashes and
+logarithms a row in place of 152k.
+
+The noise of entry v is a hash of (seed, prompt id, completion index, position) and v; that of group g has 2^30 + g in
+place of v:
+
+- per row, 64-bit: h = mix64(seed + GOLDEN), then h = mix64(h ^ counter) for the three counters; mix64 is the finaliser
+  of SplitMix64 (Steele et al. 2014, constants of Stafford's variant 13). k0, k1 = low and high half of h.
+- per entry, 32-bit: x = v * ODD + k0; x ^= x >> 16; x *= 0x7feb352d; x ^= k1; x ^= x >> 15; x *= 0x846ca68b;
+  x ^= x >> 16, all shifts logical. (Wellons' lowbias32 with a second key in its middle. Without that key, rows whose
+  k0 differ by a multiple of ODD would draw shifted copies of the same noise.)
+- uniform: u = (float(x & 0x7fffffff) + 0.5) * 2^-31 * (1 - 2^-24), in (0, 1); Gumbel = -log(-log1p(-u)). The largest
+  noise has the smallest u, where fp32 is dense: 31 bits resolve a flat vocabulary of 152k, 24 would tie once in 50.
+
+With equal logits every implementation draws the same token: the two best groups, which rounding in fp32 could swap
+once in a million draws, and their entries are compared in fp64.
+"""
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, accumulation_dtype, check_tensor
-from .dispatch import is_fast, register
-from .sample_torch import sample_tokens_torch
+from .chunks import LOGIT_FLOOR, chunk_rows
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, is_fast, register
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+ODD = 0x9E3779B1
+MIX32 = (0x7FEB352D, 0x846CA68B)
+GROUPS, WIDTH = 1024, 8  # groups, and neighbouring entries that share one
+FIRST_GROUP = 1 << 30  # where the groups' counters start, above every vocabulary
+UNIFORM_SCALE = 2.0**-31 * (1 - 2.0**-24)
+
+
+def sample_tokens_torch(
+    logits, seed: int, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `sample_tokens`; rows are taken in chunks that stay in the cache."""
+    n, vocabulary = logits.shape
+    dtype = accumulation_dtype(logits)
+    keys = row_keys(seed, prompt_ids, completion_ids, positions)
+    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+    logps = torch.empty(n, dtype=dtype, device=logits.device)
+    inverse = fp32_inverse(temperature)
+    step = chunk_rows(vocabulary, dtype, logits.device, at_least=4)
+    padded = -(-vocabulary // _stride(vocabulary)) * _stride(vocabulary)
+    if forbidden is not None:
+        repeated = owners_of(forbidden, vocabulary)[forbidden] != torch.arange(forbidden.shape[0], device=logits.device)
+    masses = torch.zeros(min(step, n), padded, dtype=dtype, device=logits.device)
+    for at in range(0, n, step):
+        rows = slice(at, at + step)
+        scores = logits[rows].to(dtype, copy=True).clamp_(min=LOGIT_FLOOR)
+        banned = None if forbidden is None else scores[:, forbidden].masked_fill_(repeated, float("-inf"))
+        if forbidden is not None:
+            scores.index_fill_(1, forbidden, float("-inf"))
+        peak = scores.amax(1, keepdim=True)
+        scores.sub_(peak).mul_(inverse)
+        mass = torch.exp(scores, out=masses[: scores.shape[0], :vocabulary])
+        log_mass = mass.sum(1, keepdim=True).log_()
+        if banned is not None:
+            log_mass = torch.cat([log_mass, banned.sub_(peak).mul_(inverse)], 1).logsumexp(1, keepdim=True)
+        if temperature == 0:
+            chosen = _row_argmax(scores).unsqueeze(1)
+        else:
+            if is_filtered(vocabulary, temperature, top_k, top_p):
+                scores = _filter(scores, top_k or vocabulary, top_p)
+                torch.exp(scores, out=mass)
+            chosen = _draw(logits[rows], scores, peak, masses[: scores.shape[0]], keys[rows], inverse)
+        tokens[rows] = chosen.squeeze(1)
+        logps[rows] = (scores.gather(1, chosen) - log_mass).squeeze(1)
+    return tokens, logps
+
+
+def _stride(vocabulary: int) -> int:
+    """Distance between two runs of WIDTH entries of one group; in a small vocabulary a group has one run."""
+    return min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
+
+
+def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
+    """(n, 1) tokens. scores (n, V) are (logits - peak) * inverse, -inf where forbidden; mass (n, padded) their exp."""
+    n, vocabulary = scores.shape
+    stride = _stride(vocabulary)
+    mass = mass.view(n, -1, stride).sum(1).view(n, -1, WIDTH).sum(2)  # (n, groups)
+    counters = torch.arange(mass.shape[1], dtype=torch.int32, device=mass.device) + FIRST_GROUP
+    groups = (mass.log() + gumbel(keys, counters.unsqueeze(0), mass.dtype)).topk(min(2, mass.shape[1]), dim=1).indices
+    runs = torch.arange(0, vocabulary, stride, device=mass.device).unsqueeze(1)
+    inside = (runs + torch.arange(WIDTH, device=mass.device)).flatten()  # offsets of a group's entries from its first
+    entries = groups.unsqueeze(2) * WIDTH + inside  # (n, 2, entries)
+    columns = entries.clamp(max=vocabulary - 1).flatten(1)
+    exact = logits.gather(1, columns).to(scores.dtype).clamp_(min=LOGIT_FLOOR).double().sub_(peak).mul_(inverse)
+    exact.masked_fill_(scores.gather(1, columns).isneginf() | (entries.flatten(1) != columns), float("-inf"))
+    exact = exact.view(entries.shape)
+    log_mass = exact.logsumexp(2) + gumbel(keys, (groups + FIRST_GROUP).int(), torch.float64)
+    winner = log_mass.argmax(1).view(n, 1, 1).expand(-1, 1, entries.shape[2])
+    exact, entries = exact.gather(1, winner).squeeze(1), entries.gather(1, winner).squeeze(1)
+    return entries.gather(1, (exact + gumbel(keys, entries.int(), torch.float64)).argmax(1, keepdim=True))
+
+
+def owners_of(ids: Tensor, vocabulary: int) -> Tensor:
+    """(vocabulary) int32: for each of `ids` (F) one of its places among them; undefined elsewhere.
+
+    With it an id that is given twice counts once, without waiting for the device to find such ids.
+    """
+    places = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
+    return places.new_empty(vocabulary).index_copy_(0, ids, places)
+
+
+def is_filtered(vocabulary: int, temperature: float, top_k: int, top_p: float) -> bool:
+    """Whether top-k or top-p may remove anything."""
+    return temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
+
+
+def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The (n, V) scores, -inf outside the k likeliest and outside top_p."""
+    kept, candidates = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    if top_p < 1:
+        probabilities = kept.softmax(1)
+        before = probabilities.cumsum(1) - probabilities
+        before[:, 0] = 0  # the likeliest is kept, whatever the rounding
+        kept = kept.masked_fill(before >= top_p, float("-inf"))
+    return torch.full_like(scores, float("-inf")).scatter_(1, candidates, kept)
+
+
+def fp32_inverse(temperature: float) -> float:
+    """1 / temperature, rounded as a kernel receives it; 1 for temperature 0, whose logps are those at 1."""
+    return torch.tensor(1 / temperature if temperature else 1.0, dtype=torch.float32).item()
+
+
+def row_keys(seed: int, *counters: Tensor) -> Tensor:
+    """(n) int64 hash of the seed and the row's counters (n) int64."""
+    key = torch.full_like(counters[0], first_key(seed))
+    for counter in counters:
+        key = _mix64(key ^ counter)
+    return key
+
+
+def first_key(seed: int) -> int:
+    """mix64(seed + GOLDEN), signed."""
+    return _mix64(torch.tensor(_signed(seed + GOLDEN, 64))).item()
+
+
+def _mix64(x: Tensor) -> Tensor:
+    for shift, factor in zip((30, 27), MIX64, strict=True):
+        x = (x ^ _shifted(x, shift)) * _signed(factor, 64)
+    return x ^ _shifted(x, 31)
+
+
+def noise_bits(keys: Tensor, entries: Tensor) -> Tensor:
+    """(n) int64 row keys, (1 or n, k) int32 vocabulary entries -> (n, k) int32 hash; products wrap at 32 bits."""
+    low, high = keys.contiguous().view(torch.int32).view(-1, 2, 1).unbind(1)
+    x = entries * _signed(ODD, 32) + low
+    scratch = torch.empty_like(x)
+
+    def fold(shift: int) -> None:  # x ^= x >> shift
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
+
+    fold(16)
+    x.mul_(_signed(MIX32[0], 32)).bitwise_xor_(high)
+    fold(15)
+    x.mul_(_signed(MIX32[1], 32))
+    fold(16)
+    return x
+
+
+def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard Gumbel noise (n, k), between -2.9 and 22.2."""
+    bits = noise_bits(keys, entries).bitwise_and_(0x7FFFFFFF)
+    # The uniform is fp32 in every implementation; only the logarithms are in `dtype`.
+    uniform = bits.float().add_(0.5).mul_(UNIFORM_SCALE).to(dtype)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _shifted(x: Tensor, shift: int) -> Tensor:
+    """Logical right shift of int64; torch's own repeats the sign bit."""
+    return (x >> shift) & ((1 << (64 - shift)) - 1)
+
+
+def _signed(value: int, bits: int) -> int:
+    """The signed integer with the low `bits` of `value`."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _row_argmax(scores: Tensor) -> Tensor:
+    """argmax(1), the first of equals: the best block, then its best entry. On a CPU torch's argmax takes ten amax."""
+    width, block = scores.shape[1], 128
+    whole = width // block * block
+    if width < 8 * block:
+        return scores.argmax(1)
+    tops = scores[:, :whole].unflatten(1, (-1, block)).amax(2)
+    if whole < width:
+        tops = torch.cat([tops, scores[:, whole:].amax(1, keepdim=True)], 1)
+    inside = tops.argmax(1, keepdim=True) * block + torch.arange(block, device=scores.device)
+    inside.clamp_(max=width - 1)
+    return inside.gather(1, scores.gather(1, inside).argmax(1, keepdim=True)).squeeze(1)
 
 
 def sample_tokens(

@@ -5,17 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import sample_torch
+from . import sample
 from .chunks import LOGIT_FLOOR
 from .dispatch import Launch
 from .rows_triton import LN2, LOG2E, absorb, floored, load_block
-from .sample_torch import GROUPS, WIDTH, first_key, fp32_inverse, is_filtered, owners_of, sample_tokens_torch
+from .sample import GROUPS, WIDTH, first_key, fp32_inverse, is_filtered, owners_of, sample_tokens_torch
 
-_C0, _C1 = (tl.constexpr(factor) for factor in sample_torch.MIX64)
-_D0, _D1 = (tl.constexpr(factor) for factor in sample_torch.MIX32)
-_ODD = tl.constexpr(sample_torch.ODD)
-_SCALE = tl.constexpr(sample_torch.UNIFORM_SCALE)
-_FIRST_GROUP = tl.constexpr(sample_torch.FIRST_GROUP)
+_C0, _C1 = (tl.constexpr(factor) for factor in sample.MIX64)
+_D0, _D1 = (tl.constexpr(factor) for factor in sample.MIX32)
+_ODD = tl.constexpr(sample.ODD)
+_SCALE = tl.constexpr(sample.UNIFORM_SCALE)
+_FIRST_GROUP = tl.constexpr(sample.FIRST_GROUP)
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _mix64(x):
 
 @triton.jit
 def _row_key(first_key, prompt, completion, position):
-    """sample_torch.row_keys, as its low and high 32 bits."""
+    """sample.row_keys, as its low and high 32 bits."""
     key = _mix64((tl.full((), 0, tl.int64) + first_key).to(tl.uint64) ^ prompt.to(tl.uint64))
     key = _mix64(_mix64(key ^ completion.to(tl.uint64)) ^ position.to(tl.uint64))
     return key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -35,7 +35,7 @@ def _row_key(first_key, prompt, completion, position):
 
 @triton.jit
 def _uniform(low, high, counters):
-    """(n) int32 counters -> fp32 uniforms; see sample_torch.py."""
+    """(n) int32 counters -> fp32 uniforms; see sample.py."""
     x = counters.to(tl.uint32) * tl.full((), _ODD, tl.uint32) + low
     x = (x ^ (x >> 16)) * tl.full((), _D0, tl.uint32)
     x ^= high

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from boxgrpo.kernels.checks import FLOATS, check_head, check_tensor
+from boxgrpo.kernels.chunks import HeadRows
+from boxgrpo.kernels.dispatch import FLOATS, check_head, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
-from boxgrpo.kernels.rows_torch import HeadRows
 
 # Further results (n) of the logits z (n, V) and targets (n), without a gradient.
 REPORTS = {

@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from boxgrpo.kernels.checks import FLOATS, check_tensor
+from boxgrpo.kernels.dispatch import FLOATS, check_tensor
 from boxgrpo.kernels.head import fused_grpo_loss
 from boxgrpo.kernels.logps import token_logps_from_logits
-from boxgrpo.kernels.loss_options import LOSS_TYPES, LossOptions
-from boxgrpo.kernels.loss_torch import TokenTerms, token_objective
+from boxgrpo.kernels.loss import LOSS_TYPES, LossOptions, TokenTerms, token_objective
 
 from .head import LogitMap, head_logps
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from boxgrpo.kernels.advantages import group_advantages
-from boxgrpo.kernels.checks import FLOATS, check_choice, check_tensor
+from boxgrpo.kernels.dispatch import FLOATS, check_choice, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 
 REDUCTIONS = {"none": lambda logps: logps, "sum": torch.sum, "mean": torch.mean}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from boxgrpo.kernels import chunks, fused_grpo_loss, rows_torch, token_logps, token_logps_from_logits
+from boxgrpo.kernels import chunks, fused_grpo_loss, token_logps, token_logps_from_logits
 
 N, V, H = 7, 13, 5
 
@@ -35,7 +35,7 @@ def dense(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("function", ["head", "logits"])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_values_and_any_upstream_gradient(case, function, inplace, entropy, chunk, monkeypatch):
-    monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_, **__: chunk)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
     hidden, weight, targets = case
     got = functions(inplace)[function](hidden, weight, targets, temperature=0.6, entropy=entropy)
     want = dense(hidden, weight, targets, 0.6)

@@ -8,7 +8,6 @@ from boxgrpo.kernels import (
     fused_grpo_loss,
     fused_grpo_loss_from_logits,
     grpo_loss,
-    rows_torch,
     token_logps,
 )
 from kernel_cases import VARIANTS
@@ -111,7 +110,7 @@ def gradients(loss, *inputs):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_the_formulas(case, variant, function, chunk, monkeypatch):
     """Loss, both gradients and every statistic, with all rows in one chunk and with a ragged last chunk."""
-    monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_, **__: chunk)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
     hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
     options = options_of(case, **VARIANTS[variant])
     want, want_stats = dense(hidden, weight, case, options)

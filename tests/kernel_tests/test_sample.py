@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import sample_tokens
-from boxgrpo.kernels.sample_torch import _row_argmax, gumbel, noise_bits, row_keys
+from boxgrpo.kernels.sample import _row_argmax, gumbel, noise_bits, row_keys
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 
@@ -58,7 +58,7 @@ def test_noise_is_finite_and_gumbel():
 @pytest.mark.parametrize("bits", [0, -(2**31), 2**31 - 1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_at_the_ends_of_the_hash(bits, dtype, monkeypatch):
-    monkeypatch.setattr("boxgrpo.kernels.sample_torch.noise_bits", lambda *_: torch.tensor([[bits]], dtype=torch.int32))
+    monkeypatch.setattr("boxgrpo.kernels.sample.noise_bits", lambda *_: torch.tensor([[bits]], dtype=torch.int32))
     assert -2.9 < gumbel(None, None, dtype).item() < 22.3
 
 
@@ -128,7 +128,7 @@ def test_a_row_depends_on_its_own_counters_only(monkeypatch):
             sample_tokens(logits[[i]], **{k: v[[i]] for k, v in own.items()}, **options, **filters) for i in (0, 39)
         ]
         with monkeypatch.context() as m:
-            m.setattr("boxgrpo.kernels.sample_torch.chunk_rows", lambda *_, **__: 7)
+            m.setattr("boxgrpo.kernels.sample.chunk_rows", lambda *_, **__: 7)
             chunked = sample_tokens(logits, **own, **options, **filters)
         for k, whole in enumerate((tokens, logps)):
             assert torch.equal(shuffled[k], whole[order])

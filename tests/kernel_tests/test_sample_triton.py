@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import sample_tokens
-from boxgrpo.kernels.sample_torch import FIRST_GROUP, gumbel, row_keys
+from boxgrpo.kernels.sample import FIRST_GROUP, gumbel, row_keys
 from kernel_cases import DEVICE, LANE, counters, seeded
 
 pytestmark = LANE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from boxgrpo.kernels import dropin, rows_torch
+from boxgrpo.kernels import chunks, dropin
 from kernel_cases import hold_beside
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -56,7 +56,7 @@ def with_gradients(call, inputs, dtype, entropy=True):
 @pytest.mark.parametrize("outputs", ["default", ("log_probs", "entropy"), ("log_probs",)])
 @pytest.mark.parametrize("head", HEADS)
 def test_chunked_log_prob_function(head, outputs, chunk, monkeypatch):
-    monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_, **__: chunk)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
     options = {"temperature": 0.7, "softcap": None, "scale": 1.0} | HEADS[head]
     inputs, targets = make_head(**options)
     wanted = NAMES if outputs == "default" else outputs
