@@ -133,7 +133,7 @@ class Run:
             stop = r.sum(r.stop_asked)[0] > 0
             if o.eval_every:
                 evaluate(stop=stop)
-            progress.metrics_bytes, progress.rollout_bytes = self.report.bytes_written, written()
+            progress.rollout_bytes = written()
             due = o.save_steps and (step % o.save_steps == 0 or step == total)
             if stop or due or progress.skipped_steps > o.max_skipped:
                 self.checkpoints.after_step(progress, total, self.engine, write_model, stop=stop)
@@ -176,7 +176,7 @@ class Run:
         metrics |= {
             "loss": float(loss),
             "grad_norm": float(grad_norm),
-            "learning_rate": self.engine.learning_rate,
+            "learning_rate": self.engine.schedule.get_last_lr()[0],
             "epoch": self.position() / len(self.loader),
             "num_tokens": progress.num_tokens,
             "skipped_steps": progress.skipped_steps,

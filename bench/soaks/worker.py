@@ -5,6 +5,7 @@ torchrun bench/soaks/worker.py --soak_seed 0 [flags of trainer/grpo.py]
 
 import argparse
 import ctypes
+import json
 import os
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from boxgrpo.trainer import grpo
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.run import Hooks
-from boxgrpo.trainer.runtime.files import JsonLines
+from boxgrpo.trainer.runtime.files import open_lines
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 NAN_SHARE = 0.03  # of the steps
@@ -36,7 +37,7 @@ class Faults:
     def __init__(self, seed: int, folder: Path):
         self.seed, self.folder, self.step = seed, folder, None
         self.rank, self.world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-        self.diary = JsonLines(folder / f"diary.rank{self.rank}.jsonl")
+        self.diary = open_lines(folder / f"diary.rank{self.rank}.jsonl")
 
     def pack_loss(self, loss):
         if self.step is None:  # every step is logged, and the metrics of those after the checkpoint are cut off
@@ -44,7 +45,7 @@ class Faults:
             self.step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         if nan_rank(self.seed, self.step + 1, self.world_size) != self.rank:
             return loss
-        self.diary.append({"step": self.step + 1, "nan": True})
+        self.diary.write(json.dumps({"step": self.step + 1, "nan": True}) + "\n")
         return loss * float("nan")
 
     def step_taken(self, step: int) -> None:
@@ -53,7 +54,7 @@ class Faults:
         me, *others = process_tree(os.getpid())
         sizes = {"resident": resident_bytes(me), "anonymous": resident_bytes(me, anonymous=True)}
         sizes["loader"] = sum(map(resident_bytes, others))
-        self.diary.append({"step": step, **sizes})
+        self.diary.write(json.dumps({"step": step, **sizes}) + "\n")
         self.step = step
 
 

@@ -1,11 +1,14 @@
 """What the loops ask of an engine: optimizer, schedule, gradient exchange and sharding behind one interface."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from boxgrpo.model.batch import PackedBatch
 
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
@@ -15,8 +18,8 @@ class PeerOutOfMemory(torch.OutOfMemoryError):
 class Engine(Protocol):
     """Trains the parameters of a model that require a gradient.
 
-    A step is `check_room(packs)`, then for each pack `model(pack, head)` and `backward(loss)`, then `step()`; where
-    memory runs out in between, `start_over(error)`.
+    A step is `check_room(packs)` where there is one, then for each pack `model(pack, head)` and `backward(loss)`, then
+    `step()`; where memory runs out in between, `start_over(error)`.
 
     Attributes:
         model: to be called in place of the module it was made from.
@@ -24,24 +27,23 @@ class Engine(Protocol):
         lockstep: ranks synchronise in each pack, so all must run the same number, empty packs if need be.
         least_packs: packs that must run before `step`.
         shards_weights: no rank holds all weights outside `gathered_weights`.
+        schedule: torch's learning-rate scheduler; `step` advances it.
+        check_room: raises NoRoom on every rank, before any pack is run, where a pack cannot fit on one of them. None
+            on engines whose ranks can start over alone.
     """
 
     model: nn.Module
     lockstep: bool
     least_packs: int
     shards_weights: bool
-
-    @property
-    def learning_rate(self) -> float: ...
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    check_room: Callable[[Sequence[PackedBatch]], None] | None
 
     def frozen(self, model: nn.Module) -> nn.Module:
         """A model that is never trained, ready to be called; sharded where the engine shards."""
 
     def gathered_weights(self) -> AbstractContextManager:
         """Within the block every rank has all weights; every rank enters and leaves it together."""
-
-    def check_room(self, packs) -> None:
-        """Raise NoRoom before any pack is run where one cannot fit, on engines whose ranks cannot start over."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""

@@ -5,7 +5,7 @@ would win little where a step is mostly sampling, and without it ranks may run d
 """
 
 import functools
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ class DataParallelEngine:
     lockstep = False  # ranks synchronise in `step` alone
     least_packs = 0
     shards_weights = False
+    gathered_weights = staticmethod(nullcontext)
+    check_room = None
 
     def __init__(self, model: nn.Module, options, ranks, total_steps: int):
         self.model = model
@@ -58,19 +60,8 @@ class DataParallelEngine:
         """What is updated in the parameter's place. An update of 1e-6 is lost in bf16: a copy in fp32 can hold it."""
         return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
-    @property
-    def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
-
     def frozen(self, model: nn.Module) -> nn.Module:
         return model
-
-    @contextmanager
-    def gathered_weights(self):
-        yield
-
-    def check_room(self, packs) -> None:
-        """Nothing to check: a rank whose memory runs out starts over alone."""
 
     def backward(self, loss: Tensor) -> None:
         # The gradients of a loss that is not finite become NaN: the all-reduce shows that to every rank.

@@ -51,7 +51,7 @@ class DeepSpeedEngine:
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         trained = [p for p in model.parameters() if p.requires_grad]
-        self._check_room = room_checker(model, options, self.stage, ranks)
+        self.check_room = room_checker(model, options, self.stage, ranks) if self.lockstep else None
         if self.stage == 3:
             # The root runs the fused head: the weight must be there after the module that owns it has let it go.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
@@ -65,19 +65,6 @@ class DeepSpeedEngine:
     def inner(self) -> torch.optim.Optimizer:
         """The optimizer of this rank's partitions."""
         return self.optimizer.optimizer
-
-    @property
-    def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
-
-    def check_room(self, packs) -> None:
-        """Before a step's packs are run, where no rank could start them over alone.
-
-        Raises:
-            NoRoom: this rank or, PeerHasNoRoom, another has a pack that needs more memory than is free.
-        """
-        if self.stage > 1:
-            self._check_room(packs)
 
     def backward(self, loss: Tensor) -> None:
         if self.stage == 2 and self.ranks.sum(0)[0]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from boxgrpo.trainer.data.readers import Example
-from boxgrpo.trainer.runtime.files import JsonLines, read_lines, replace_file
+from boxgrpo.trainer.runtime.files import open_lines, read_lines, replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -64,15 +64,17 @@ def claim_folder(folder: Path, identity: dict, r: Ranks, *, anew: bool) -> dict[
     return found
 
 
-class AnswerFile(JsonLines):
+class AnswerFile:
     """This rank's answers, open for more."""
 
     def __init__(self, folder: Path, r: Ranks):
-        super().__init__(folder / ANSWERS.replace("*", str(r.rank)))
+        self._file = open_lines(folder / ANSWERS.replace("*", str(r.rank)))
+        self.close = self._file.close
 
     def keep(self, answers: dict[int, str]) -> None:
         """Add answers by record number."""
-        self.append(*({"record": record, "answer": text} for record, text in answers.items()))
+        for record, text in answers.items():
+            self._file.write(json.dumps({"record": record, "answer": text}) + "\n")
 
 
 def _difference(folder: Path, identity: dict) -> str | None:

@@ -179,7 +179,9 @@ class Checkpoints:
                 checkpoints are as they were.
         """
         faults, sizes = self.r.gather(progress.faults), self.r.gather(progress.rollout_bytes)
-        merged = dataclasses.replace(progress, faults=_union(faults), rollout_bytes=_union(sizes))
+        metrics_bytes = (self.root / METRICS).stat().st_size if (self.root / METRICS).exists() else 0
+        all_ranks = {"faults": _union(faults), "rollout_bytes": _union(sizes), "metrics_bytes": metrics_bytes}
+        merged = dataclasses.replace(progress, **all_ranks)
         target = self.root / f"checkpoint-{progress.step}"
         part = self.root / f".{target.name}.part"
 

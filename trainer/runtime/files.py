@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 MANIFEST = "manifest.json"
 
@@ -52,34 +53,20 @@ def restore_folder(path: Path) -> None:
         earlier.rename(path)
 
 
-class JsonLines:
-    """An append-only file of JSON values, one a line.
+def open_lines(path: Path) -> TextIO:
+    """Open a file to which JSON values are appended, one a line.
 
-    A line is handed to the system before `append` returns, so a killed process loses none. What it was just writing is
-    a line without an end, which is cut off when the file is opened for more.
+    Each line is handed to the system when its end is written, so a killed process loses none. A line without an end,
+    which the process was just writing, is cut off.
     """
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self.path, self._file = path, path.open("ab")
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file."""
-        return self._file.tell()
-
-    def append(self, *values) -> None:
-        self._file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator:
-    """The values in files that `JsonLines` wrote, without a line that has no end."""
+    """The JSON values in files that `open_lines` opened, without a line that has no end."""
     for path in paths:
         for line in path.read_bytes().split(b"\n")[:-1]:
             yield json.loads(line)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .files import JsonLines, replace_file
+from .files import open_lines, replace_file
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -126,14 +127,9 @@ class Reporter:
     def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
         self.active = ranks.is_main
         if self.active:
-            self.file = JsonLines(folder / METRICS)
+            self.file = open_lines(folder / METRICS)
             self.board = _tensorboard(folder / "tensorboard", start)
             self.bar = tqdm(total=total_steps, initial=start, desc=title, dynamic_ncols=True, mininterval=1.0)
-
-    @property
-    def bytes_written(self) -> int:
-        """Length of the metrics file."""
-        return self.file.size if self.active else 0
 
     def advance(self, **shown: float) -> None:
         if self.active:
@@ -144,7 +140,7 @@ class Reporter:
         if not self.active:
             return
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-        self.file.append({"step": step, **known})
+        self.file.write(json.dumps({"step": step, **known}) + "\n")
         for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
