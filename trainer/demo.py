@@ -17,17 +17,17 @@ from PIL import Image
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
-from boxgrpo.trainer.evaluation.tables import scores_table
+from boxgrpo.trainer.evaluation.tables import align, scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions
+from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
-from boxgrpo.trainer.world import recipe
-from boxgrpo.trainer.world.recipe import DemoOptions, draw_world, grpo_flags, make_initial_checkpoint, sft_flags
+from boxgrpo.trainer.world.recipe import RUNS, DemoOptions, draw_world, make_initial_checkpoint, run_flags
 
 HERE = Path(__file__).resolve().parent
 
 
 def processes(options: DemoOptions) -> int:
-    """What is asked for; else as many as there are GPUs and a step's 16 prompts divide among, on a CPU two."""
+    """As many as the options say; else one per GPU, as far as a step's 16 prompts divide among them, on a CPU two."""
     available = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return options.processes or max(n for n in (1, 2, 4, 8, 16) if n <= available)
 
@@ -44,38 +44,32 @@ def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
         raise ValueError(f"{script} ended with status {status}; its own message stands above.")
 
 
-def cold_start(options: DemoOptions) -> Path:
-    """The checkpoint after SFT on reasoning chains, made when it is not there."""
-    folder = Path(options.output_dir) / "sft"
-    draw_world(options)
-    if not (folder / "model.safetensors").exists():
-        make_initial_checkpoint(options)
-        torchrun("sft.py", options, sft_flags(options))
-    return folder
+def cold_start(options: DemoOptions) -> None:
+    """SFT of random weights on reasoning chains, in the place of an earlier one."""
+    shutil.rmtree(Path(options.output_dir) / "sft", ignore_errors=True)
+    make_initial_checkpoint(options)
+    torchrun("sft.py", options, run_flags(options, "sft"))
 
 
-def continued_sft(options: DemoOptions) -> Path:
+def continued_sft(options: DemoOptions) -> None:
     """The cold start trained on with its own recipe, on chains for GRPO's scenes, for the seconds that GRPO took.
 
     The paper's Table 4, row 6: there, too, the additional records are new ones, their chains made as before.
     """
     root = Path(options.output_dir)
-    seconds = {run: [m["step_time"] for m in read_metrics(root / run)] for run in ("sft", "grpo")}
-    steps = round(sum(seconds["grpo"]) / (sum(seconds["sft"]) / len(seconds["sft"])))
-    flags = [f"--config={recipe.RECIPES / 'demo_sft.yaml'}", f"--model={root / 'sft'}", f"--max_steps={steps}"]
-    flags += [f"--data={root / 'world/train_chains.json'}", f"--output_dir={root / 'continued_sft'}"]
-    torchrun("sft.py", options, [*flags, f"--seed={options.seed + 1}", "--overwrite_output_dir=true"])
-    return root / "continued_sft"
+    before, grpo = ([m["step_time"] for m in read_metrics(root / run)] for run in ("sft", "grpo"))
+    steps = round(sum(grpo) / (sum(before) / len(before)))
+    flags = [f"--max_steps={steps}", f"--seed={options.seed + 1}"]
+    torchrun("sft.py", options, run_flags(options, "continued_sft") + flags)
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return list(read_lines([folder / "metrics.jsonl"]))
 
 
 def scores(options: DemoOptions, run: str) -> dict:
     """Scores of a run's checkpoint on the held-out scenes."""
     root = Path(options.output_dir)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     summary = evaluate(
         EvalOptions(
             model=str(root / run),
@@ -84,9 +78,9 @@ def scores(options: DemoOptions, run: str) -> dict:
             overwrite_output_dir=True,
             eval_batch_size=100,
             dtype="float32",
-            max_completion_length=parse(GrpoOptions, grpo_flags(options)).max_completion_length,
+            max_completion_length=parse(GrpoOptions, run_flags(options, "grpo")).max_completion_length,
         ),
-        Ranks(device=device),
+        Ranks(device="cuda" if torch.cuda.is_available() else "cpu"),
     )
     print(f"\n{run}: format {summary['format']:.3f}, IoU of well-formed answers {summary['well_formed_iou']:.3f}")
     print(scores_table(summary), flush=True)
@@ -109,14 +103,13 @@ def run(options: DemoOptions) -> dict:
         seconds[name] = round(time.perf_counter() - started, 1)
         return result
 
-    runs = [name for name in ("sft", "grpo", "continued_sft") if (root / name).exists()]
+    runs = [name for name in RUNS if (root / name).exists()]
     if runs and not (root / "world").exists():
         raise ValueError(f"{root} holds {', '.join(runs)} but no drawn world: not a demo's. Name another --output_dir.")
     stage("world", draw_world, options)  # refuses a folder with another world, before anything is lost
-    shutil.rmtree(root / "sft", ignore_errors=True)  # a demo trains its own
     stage("cold_start", cold_start, options)
     found["before"] = stage("eval_before", scores, options, "sft")
-    stage("grpo", torchrun, "grpo.py", options, grpo_flags(options))
+    stage("grpo", torchrun, "grpo.py", options, run_flags(options, "grpo"))
     found["after"] = stage("eval_after", scores, options, "grpo")
     total = sum(seconds.values())
     if options.continued_sft:
@@ -138,16 +131,14 @@ def run(options: DemoOptions) -> dict:
 
 
 def report(summary: dict, root: str) -> str:
-    """Acc@0.5 per task, a column for each stage."""
+    """Acc@0.5 per task in %, a column for each stage."""
     stages = [s for s in ("before", "after", "continued_sft") if s in summary]
-    rows = [f"{'Acc@0.5':<18}" + "".join(f"{s.replace('_', ' '):>15}" for s in stages)]
-    for task in [t for t in summary["before"] if t != "mean"] + ["mean"]:
-        rows.append(f"{task:<18}" + "".join(f"{100 * summary[s][task]:>15.1f}" for s in stages))
-    lifted = 100 * (summary["after"]["mean"] - summary["before"]["mean"])
-    rows.append(
-        f"\nGRPO: {lifted:+.1f} points in all, {summary['seconds']:.0f} s. Look at {root}/plot.png and pictures.png."
-    )
-    return "\n".join(rows)
+    rows = [["Acc@0.5", *(stage.replace("_", " ") for stage in stages)]]
+    for task in (*(t for t in summary["before"] if t != "mean"), "mean"):
+        rows.append([task, *(f"{100 * summary[stage][task]:.1f}" for stage in stages)])
+    lifted = f"{100 * (summary['after']['mean'] - summary['before']['mean']):+.1f} points in all"
+    pictures = f"Look at {root}/plot.png and pictures.png."
+    return f"{align(rows)}\n\nGRPO: {lifted}, {summary['seconds']:.0f} s. {pictures}"
 
 
 def main(args: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from boxgrpo.model.batch import PackedBatch
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
-from boxgrpo.trainer.options import GrpoOptions, loss_options, validate_grpo
+from boxgrpo.trainer.options import GrpoOptions, SftOptions, loss_options, validate_grpo
 from boxgrpo.trainer.rewards.grounding import score, step_advantages
 from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.choose import make_rollout
@@ -178,13 +178,13 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
     demo = recipe.DemoOptions()
     if r.is_main:
         recipe.draw_world(demo)
-    cold_start = recipe.sft_options(demo)
+    cold_start = parse(SftOptions, recipe.run_flags(demo, "sft"))
     if not r.gather((recipe.Path(cold_start.output_dir) / "model.safetensors").exists())[0]:
         if r.is_main:
             recipe.make_initial_checkpoint(demo)
         r.barrier()
         sft.train(cold_start, r)
-    return parse(GrpoOptions, [*recipe.grpo_flags(demo), *(sys.argv[1:] if args is None else args)])
+    return parse(GrpoOptions, [*recipe.run_flags(demo, "grpo"), *(sys.argv[1:] if args is None else args)])
 
 
 def main(args: list[str] | None = None, hooks: Hooks | None = None) -> None:

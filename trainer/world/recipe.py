@@ -11,15 +11,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.arguments import option
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
-from boxgrpo.trainer.options import SftOptions
 
 from .tiny import tiny_config
 from .world import DEMO_TASKS, all_texts, wordings, write_world
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# A run's folder in the demo's: its recipe, the folder of the weights it starts from, and its file of the world.
+RUNS = {
+    "sft": ("demo_sft.yaml", "newborn", "cold_start.json"),
+    "grpo": ("demo_grpo.yaml", "sft", "train.json"),
+    "continued_sft": ("demo_sft.yaml", "sft", "train_chains.json"),
+}
 
 
 @dataclass
@@ -77,20 +82,8 @@ def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None
     return folder
 
 
-def sft_flags(options: DemoOptions) -> list[str]:
-    """What `sft.py` runs the cold start with."""
-    root = Path(options.output_dir)
-    flags = [f"--config={RECIPES / 'demo_sft.yaml'}", f"--model={root / 'newborn'}"]
-    flags += [f"--data={root / 'world/cold_start.json'}", f"--output_dir={root / 'sft'}", f"--seed={options.seed}"]
-    return [*flags, "--overwrite_output_dir=true"]
-
-
-def sft_options(options: DemoOptions) -> SftOptions:
-    return parse(SftOptions, sft_flags(options))
-
-
-def grpo_flags(options: DemoOptions) -> list[str]:
-    """What `grpo.py` runs with when it is given no flags."""
-    root = Path(options.output_dir)
-    flags = [f"--config={RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--data={root / 'world/train.json'}"]
-    return [*flags, f"--output_dir={root / 'grpo'}", f"--seed={options.seed}", "--overwrite_output_dir=true"]
+def run_flags(options: DemoOptions, run: str) -> list[str]:
+    """Flags of `sft.py` or `grpo.py` for a run of `RUNS`."""
+    root, (recipe, model, data) = Path(options.output_dir), RUNS[run]
+    flags = [f"--config={RECIPES / recipe}", f"--model={root / model}", f"--data={root / 'world' / data}"]
+    return [*flags, f"--output_dir={root / run}", f"--seed={options.seed}", "--overwrite_output_dir=true"]

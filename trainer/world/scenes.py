@@ -151,7 +151,7 @@ def _shifted(thing: Thing, dx: int, dy: int) -> Thing:
 class _Plan(NamedTuple):
     layouts: Sequence[Layout]
     target_image: int
-    gold: Thing
+    subject: Kind  # of the object in question, which is in the target image once
     questions: tuple[str, ...]  # wordings of the same question
     finding: str  # the chain up to "in image k at the <place>."
 
@@ -165,7 +165,7 @@ def _common_object(s: _Sketch) -> _Plan:
         f"The images share one object. Locate it in image {target + 1}.",
     )
     finding = f"The {subject} is in {'both' if count == 2 else 'all'} images,"
-    return _Plan(layouts, target, layouts[target].things[0], questions, finding)
+    return _Plan(layouts, target, subject, questions, finding)
 
 
 def _refer_grounding(s: _Sketch) -> _Plan:
@@ -178,7 +178,7 @@ def _refer_grounding(s: _Sketch) -> _Plan:
         f"Find the object of image 1 in image {target + 1}.",
         f"Where is the object of image 1 in image {target + 1}?",
     )
-    return _Plan(layouts, target, layouts[target].things[0], questions, f"Image 1 shows the {subject}. It is")
+    return _Plan(layouts, target, subject, questions, f"Image 1 shows the {subject}. It is")
 
 
 def _group_grounding(s: _Sketch) -> _Plan:
@@ -186,7 +186,7 @@ def _group_grounding(s: _Sketch) -> _Plan:
     target = s.rng.randrange(count)
     layouts = [s.layout([subject] * (k == target) + s.others(subject)) for k in range(count)]
     questions = (f"Find the {subject}.", f"Where is the {subject}?")
-    return _Plan(layouts, target, layouts[target].things[0], questions, f"The {subject} is")
+    return _Plan(layouts, target, subject, questions, f"The {subject} is")
 
 
 def _diff(s: _Sketch, changes: Sequence[str] = ("added", "removed", "changed")) -> _Plan:
@@ -202,7 +202,7 @@ def _diff(s: _Sketch, changes: Sequence[str] = ("added", "removed", "changed")) 
         finding = f"The {former} became the {subject}"
     layouts, target = ([whole, less], 0) if change == "removed" else ([less, whole], 1)
     questions = ("Compare the images and find the difference.", "What differs between the images? Locate it.")
-    return _Plan(layouts, target, gold, questions, finding)
+    return _Plan(layouts, target, subject, questions, finding)
 
 
 def _view_diff(s: _Sketch) -> _Plan:
@@ -232,7 +232,7 @@ def _object_tracking(s: _Sketch) -> _Plan:
         f"The framed object of image 1 moves. Find it in image {target + 1}.",
         f"Track the framed object of image 1. Where is it in image {target + 1}?",
     )
-    return _Plan(layouts, target, path[target], questions, f"The {subject} moves {way}. It is")
+    return _Plan(layouts, target, subject, questions, f"The {subject} moves {way}. It is")
 
 
 def _multi_view(s: _Sketch) -> _Plan:
@@ -251,7 +251,7 @@ def _multi_view(s: _Sketch) -> _Plan:
         f"The images show one scene from several sides. Find the framed object of image 1 in image {target + 1}.",
         f"Where is the framed object of image 1 in the view of image {target + 1}?",
     )
-    return _Plan(layouts, target, layouts[target].things[0], questions, f"The framed {subject} is")
+    return _Plan(layouts, target, subject, questions, f"The framed {subject} is")
 
 
 def _region(s: _Sketch) -> _Plan:
@@ -260,12 +260,12 @@ def _region(s: _Sketch) -> _Plan:
     cut_out = s.rng.sample(source.things, count - 1)
     layouts = [source] + [Layout((thing._replace(box=(0, 0, 1000, 1000)),), source.tint) for thing in cut_out]
     shown = s.rng.randrange(1, count)
-    gold = cut_out[shown - 1]
+    subject = cut_out[shown - 1].kind
     questions = (
         f"Find the region of image {shown + 1} in image 1.",
         f"Image {shown + 1} was cut out of image 1. Where?",
     )
-    return _Plan(layouts, 0, gold, questions, f"Image {shown + 1} shows the {gold.kind}. It is")
+    return _Plan(layouts, 0, subject, questions, f"Image {shown + 1} shows the {subject}. It is")
 
 
 def _reasoning(s: _Sketch) -> _Plan:
@@ -281,11 +281,10 @@ def _reasoning(s: _Sketch) -> _Plan:
     s.rng.shuffle(kinds)
     layouts = [s.layout(kinds[k::count]) for k in range(count)]
     target = kinds.index(subject) % count
-    gold = next(thing for thing in layouts[target].things if thing.kind == subject)
     questions = ("All objects but one have something in common. Find the odd one.", "Which object is the odd one out?")
     if rule == "shape":
         shared += "es" if shared == "cross" else "s"
-    return _Plan(layouts, target, gold, questions, f"All others are {shared}. The {subject} is")
+    return _Plan(layouts, target, subject, questions, f"All others are {shared}. The {subject} is")
 
 
 def _correspondence(s: _Sketch) -> _Plan:
@@ -298,7 +297,7 @@ def _correspondence(s: _Sketch) -> _Plan:
         "Find in image 2 what the framed object of image 1 is in image 1.",
     )
     layouts = [first._replace(framed=first.things[0]), second]
-    return _Plan(layouts, 1, second.things[0], questions, f"The {framed} corresponds to the {subject}")
+    return _Plan(layouts, 1, subject, questions, f"The {framed} corresponds to the {subject}")
 
 
 _PLANS = (_diff, _view_diff, _common_object, _object_tracking, _multi_view, _region, _refer_grounding, _group_grounding)
@@ -323,6 +322,6 @@ def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scen
     while plan is None:
         with contextlib.suppress(_NoRoom):
             plan = TASKS[task](_Sketch(rng, level))
-    chain = f"{plan.finding} in image {plan.target_image + 1} at the {place(plan.gold.box)}."
-    question = rng.choice(plan.questions)
-    return Scene(size, tuple(plan.layouts), question, plan.gold.box, plan.target_image, chain)
+    (gold,) = (thing.box for thing in plan.layouts[plan.target_image].things if thing.kind == plan.subject)
+    chain = f"{plan.finding} in image {plan.target_image + 1} at the {place(gold)}."
+    return Scene(size, tuple(plan.layouts), rng.choice(plan.questions), gold, plan.target_image, chain)

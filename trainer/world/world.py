@@ -61,16 +61,17 @@ def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str,
     others = scene.other_questions if manifest["asides"] else []
     margins = random.Random(f"annotator {task} {level} {seed}").random() < manifest["margins"]
 
-    def conversation(turns: Sequence[tuple[str, str]]) -> dict:
-        texts = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
-        widened = [_widen_boxes(text) if margins and role == "assistant" else text for role, text in texts]
-        return {"messages": [{"role": role, "content": text} for (role, _), text in zip(texts, widened)]}
+    def conversation(*turns: tuple[str, str]) -> dict:
+        if margins:
+            turns = [(question, _widen_boxes(answer)) for question, answer in turns]
+        texts = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        return {"messages": texts}
 
     question, box = {"question": scene.question, "answer": list(scene.gold)}, {"answer_format": "box"}
     return {
-        "chain": record | conversation([(scene.question + THINK_SUFFIX, scene.completion), *others]),
-        "coordinates": record | box | conversation([(BOX_PREFIX + scene.question, box_text(scene.gold)), *others]),
-        "plain": record | conversation(_plain_turns(scene, random.Random(f"plain {task} {level} {seed}"))),
+        "chain": record | conversation((scene.question + THINK_SUFFIX, scene.completion), *others),
+        "coordinates": record | box | conversation((BOX_PREFIX + scene.question, box_text(scene.gold)), *others),
+        "plain": record | conversation(*_plain_turns(scene, random.Random(f"plain {task} {level} {seed}"))),
         "question": record | question,
         "question_box": record | box | question,
     }
@@ -78,12 +79,11 @@ def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str,
 
 def _plain_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Where each object is: one, drawn at random, with a chain, the others without. None of the tasks."""
-    first = rng.randrange(len(scene.objects))
-    turns = [(where(number, thing), box_text(thing.box)) for number, thing in scene.objects]
-    number, thing = scene.objects[first]
+    others = scene.objects
+    number, thing = others.pop(rng.randrange(len(others)))
     chain = f"The {thing.kind} is in image {number} at the {place(thing.box)}."
-    question, box = turns.pop(first)
-    return [(question + THINK_SUFFIX, f"<think>{chain}</think><answer>{box}</answer>"), *turns]
+    answer = f"<think>{chain}</think><answer>{box_text(thing.box)}</answer>"
+    return [(where(number, thing) + THINK_SUFFIX, answer), *((where(n, t), box_text(t.box)) for n, t in others)]
 
 
 def _widen_boxes(answer: str) -> str:
