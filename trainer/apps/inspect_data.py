@@ -12,11 +12,10 @@ import logging
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from boxgrpo.trainer.data.example import Example, Fault, Refused, image_size
@@ -31,7 +30,7 @@ COLUMNS = 3  # of the sheet
 
 
 def inspect(path: Path, args: argparse.Namespace) -> dict:
-    """Counts of the file, and the sheet if it is asked for.
+    """Counts of the file, and the sheet if one is requested.
 
     Returns:
         records, usable, faulty {reason: n}, tasks {task: usable records}, images_per_record {n: records},
@@ -42,18 +41,18 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
     )
     if not (records := len(examples) + len(faults)):
         raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
-    there = lru_cache(maxsize=None)(lambda image: Path(image).is_file())
+    there = lru_cache(maxsize=None)(lambda image: args.no_images or Path(image).is_file())
     draw, good = random.Random(args.seed), []
     tasks, formats, images, boxes, chats = Counter(), Counter(), Counter(), 0, 0
     for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
         try:
             example = examples[index]
-        except Refused as refused:  # its image has gone since the file was scanned
-            faults.append(Fault(examples.sources[index], refused.reason, str(refused)))
-            continue
-        if gone := [] if args.no_images else [image for image in example.images if not there(image)]:
-            message = f"{example.source}: there is no image at {gone[0]}. Check --image_root."
-            faults.append(Fault(example.source, "missing_image", message))
+            for image in example.images:
+                if not there(image):
+                    message = f"{example.source}: there is no image at {image}. Check --image_root."
+                    raise Refused("missing_image", message, example.source)
+        except Refused as refused:  # of `examples` too: an image that has gone since the file was scanned
+            faults.append(Fault(refused.source, refused.reason, str(refused)))
             continue
         good.append(index)
         tasks[example.task] += 1
@@ -76,49 +75,46 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         "faults": [f.message for f in faults[: args.faults]],
     }
     if args.sheet:
-        pictures = list(_pictures(examples[i] for i in draw.sample(good, min(args.samples, len(good)))))
-        if pictures:
-            contact_sheet(pictures, COLUMNS).save(args.sheet)
+        draw_sheet((examples[i] for i in draw.sample(good, min(args.samples, len(good)))), args.sheet)
     return found
 
 
 def lengths(examples: Sequence[Example], args: argparse.Namespace) -> dict:
     """Median, 95th percentile and largest of the prompts' and the answers' lengths in `unit`."""
-    prompts, answers, unit = [], [], "characters"
+    processor, measured = None, []
     if args.model:
         from boxgrpo.trainer.data.processor import Processor  # whose imports take seconds
 
         processor = Processor.from_pretrained(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-        unit = "tokens"
     for example in examples:
-        said = "".join(text for role, text in example.turns if role == "assistant")
-        if unit == "characters":
-            prompts.append(len(example.question))
-            answers.append(len(said))
+        answer = "".join(text for role, text in example.turns if role == "assistant")
+        if not processor:
+            measured.append((len(example.question), len(answer)))
             continue
-        try:
+        with contextlib.suppress(Refused):  # a file that is no image: training names it
             sizes = [] if args.no_images else [image_size(path) for path in example.images]
-        except Refused:  # there, but no image: the run will name it
-            continue
-        prompts.append(processor.prompt_tokens(example, sizes))
-        answers.append(len(processor.tokenizer(said).input_ids) if said else 0)
-    return {"unit": unit, "measured": len(prompts), "prompts": _spread(prompts), "answers": _spread(answers)}
+            tokens = processor.prompt_tokens(example, sizes)
+            measured.append((tokens, len(processor.tokenizer(answer).input_ids) if answer else 0))
+    prompts, answers = map(_spread, zip(*measured)) if measured else ({}, {})
+    unit = "tokens" if processor else "characters"
+    return {"unit": unit, "measured": len(measured), "prompts": prompts, "answers": answers}
 
 
-def _spread(values: list[int]) -> dict:
-    if not values:
-        return {}
+def _spread(values: Sequence[int]) -> dict:
     ordered = sorted(values)
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    p95 = ordered[int(0.95 * len(ordered))]
     return {"median": int(statistics.median(ordered)), "p95": p95, "max": ordered[-1]}
 
 
-def _pictures(examples: Iterable[Example]) -> Iterator[Image.Image]:
-    """Each example's images with its gold box; none of one that cannot be read."""
+def draw_sheet(examples: Iterable[Example], path: str) -> None:
+    """Write a picture of each example's images with its gold box, but for those that cannot be read."""
+    pictures = []
     for example in examples:
         with contextlib.suppress(ValueError):
             title = f"{example.task}  {example.source}"
-            yield annotate_example(example, question=example.question, title=title)
+            pictures.append(annotate_example(example, question=example.question, title=title))
+    if pictures:
+        contact_sheet(pictures, COLUMNS).save(path)
 
 
 def table(found: dict) -> str:

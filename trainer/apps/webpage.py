@@ -41,16 +41,9 @@ POLICY = (
 
 
 def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
-    """The WSGI application; `name` is the model's on the page, `host` what it will be served on.
-
-    Raises:
-        ValueError: no Flask to import.
-    """
-    try:
-        from flask import Flask, Response, render_template, request, send_from_directory
-        from werkzeug.exceptions import HTTPException
-    except ImportError as error:
-        raise ValueError(_not_installed(error)) from error
+    """The WSGI application; `name` is the model's on the page, `host` what it will be served on."""
+    from flask import Flask, Response, render_template, request, send_from_directory
+    from werkzeug.exceptions import HTTPException
 
     app = Flask(__name__, template_folder=str(PAGE), static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LIMITS["bytes"]
@@ -166,9 +159,12 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
     """
     try:
         from waitress import create_server
+
+        app = make_app(grounder, name=name, host=host)
     except ImportError as error:
-        raise ValueError(_not_installed(error)) from error
-    app = make_app(grounder, name=name, host=host)
+        raise ValueError(
+            f"serve is true and an import fails: {error}. Install the server (pip install 'flask>=3.1' waitress)."
+        ) from error
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
@@ -185,7 +181,3 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
         print(f"{host} is not a local address: everyone who reaches it can send questions.", file=sys.stderr)
     print(f"{name} answers on http://{host}:{listening.getsockname()[1]} until Ctrl-C", file=sys.stderr, flush=True)
     server.run()
-
-
-def _not_installed(error: ImportError) -> str:
-    return f"serve is true and an import fails: {error}. Install the page's server (pip install 'flask>=3.1' waitress)."

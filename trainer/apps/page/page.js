@@ -21,34 +21,26 @@ function add(files) {
   showImages();
 }
 
-function button(text, label, disabled, act) {
-  const made = document.createElement("button");
-  made.type = "button";
-  made.textContent = text;
-  made.disabled = disabled;
-  made.setAttribute("aria-label", label);
-  made.title = label;
-  made.onclick = () => { act(); showImages(); };
-  return made;
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function button(textContent, label, disabled, act) {
+  const onclick = () => { act(); showImages(); };
+  return make("button", { type: "button", textContent, title: label, ariaLabel: label, disabled, onclick });
 }
 
 function showImages() {
   const swap = (i, j) => { [images[i], images[j]] = [images[j], images[i]]; };
   $("images").replaceChildren(...images.map(({ file, url }, i) => {
-    const card = document.createElement("li");
-    const picture = document.createElement("img");
-    picture.src = url;
-    picture.alt = picture.title = file.name;
-    const bar = document.createElement("div");
-    bar.className = "bar";
-    const name = document.createElement("span");
-    name.textContent = `image ${i + 1}`;
-    bar.append(name,
+    const bar = make("div", { className: "bar" },
+      make("span", { textContent: `image ${i + 1}` }),
       button("←", `move image ${i + 1} forward`, i === 0, () => swap(i, i - 1)),
       button("→", `move image ${i + 1} back`, i === images.length - 1, () => swap(i, i + 1)),
       button("×", `remove image ${i + 1}`, false, () => { URL.revokeObjectURL(url); images.splice(i, 1); }));
-    card.append(picture, bar);
-    return card;
+    return make("li", {}, make("img", { src: url, alt: file.name, title: file.name }), bar);
   }));
   const chosen = Number($("target").value);
   $("target").replaceChildren(new Option("what the question says", 0), ...images.map((_, i) => new Option(`image ${i + 1}`, i + 1)));
@@ -87,11 +79,8 @@ async function ask() {
   if (images.reduce((sum, { file }) => sum + file.size, 0) > MAX_BYTES) {
     return fail(`The images are over ${MAX_BYTES >> 20} MB together. Remove or shrink some.`);
   }
-  const form = new FormData();
+  const form = new FormData($("form"));
   for (const { file } of images) form.append("image", file);
-  form.append("question", $("question").value);
-  form.append("answer_format", $("format").value);
-  form.append("target_image", $("target").value);
 
   fail("");
   running = new AbortController();
