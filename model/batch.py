@@ -55,14 +55,21 @@ class Group:
         own = {name: getattr(self, name) for name in ("image_embeds", "advantages", "weight")}
         return replace(self, **{name: value.to(device) for name, value in own.items() if value is not None})
 
-    def part(self, start: int, stop: int) -> "Group":
-        """The same prompt with some of its completions."""
-        return replace(
-            self,
-            completions=self.completions[start:stop],
-            advantages=None if self.advantages is None else self.advantages[start:stop],
-            sampler_logps=None if self.sampler_logps is None else self.sampler_logps[start:stop],
-        )
+    def split(self, budget: int) -> list["Group"]:
+        """Groups of at most `budget` tokens, each of the whole prompt and at least one completion, in their order."""
+        starts, size = [0], len(self.prompt.input_ids)
+        for i, completion in enumerate(self.completions):
+            if i > starts[-1] and size + len(completion) > budget:
+                starts.append(i)
+                size = len(self.prompt.input_ids)
+            size += len(completion)
+        columns = ("completions", "advantages", "sampler_logps")
+        given = {name: column for name in columns if (column := getattr(self, name)) is not None}
+        stops = [*starts[1:], len(self.completions)]
+        return [
+            replace(self, **{name: column[start:stop] for name, column in given.items()})
+            for start, stop in zip(starts, stops, strict=True)
+        ]
 
 
 @dataclass

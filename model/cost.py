@@ -1,20 +1,16 @@
-"""FLOP of training, and the bytes that it holds on each GPU and moves between them, computed from shapes alone.
+"""The bytes that training holds on each GPU and moves between them, from shapes alone; GPUs' published peaks in FLOP/s.
 
-FLOP are those of the method, not of the code: a prompt counts once for its G completions, and a layer's forward once
-even where checkpointing repeats it. A product's backward costs two of its forward, and one where its weight is frozen.
-The byte formulas of our own code are tested against it; those of DeepSpeed follow the source of 0.19.8.
+The formulas of our own code are tested against it; those of DeepSpeed follow the source of 0.19.8.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from boxgrpo.kernels.chunks import GRADIENT_BYTES, LOGIT_BYTES, MIB, chunk_rows
 
-from .batch import Group
 from .families.qwen2_vl import Qwen2VL
 
 FP32 = 4  # bytes
@@ -42,42 +38,6 @@ def published_peak(name: str) -> float | None:
     if " MIG " in words:
         return None
     return next((1e12 * peak for part, peak in PEAKS.items() if f" {part} " in words), None)
-
-
-def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
-    """FLOP of decoder and head over a prompt of so many tokens, image tokens included, and its completions' tokens.
-
-    Linear layers, causal attention, and the head over `scored` rows. Backward costs twice as much in each of them, so
-    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
-    """
-    text = config.text_config
-    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
-    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
-    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
-    return layers + 2 * scored * text.vocab_size * width
-
-
-def decoder_flop(config, group: Group) -> float:
-    """FLOP of a forward of decoder and head over a group; sampling its completions costs as much, prefill included.
-
-    A group without completions is a conversation, scored where its `loss_mask` is set.
-    """
-    lengths = [len(c) for c in group.completions]
-    scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
-    return forward_flop(config, len(group.prompt.input_ids), lengths, scored)
-
-
-def tower_flop(config, grids: Tensor) -> float:
-    """FLOP of the vision tower over images of `grids` (I, 3) patches; attention is within each image."""
-    vision = config.vision_config
-    patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
-    merged = vision.embed_dim * vision.spatial_merge_size**2
-    merger = (merged**2 + merged * config.text_config.hidden_size) / vision.spatial_merge_size**2
-    linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
-    return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
 
 
 class Sharding(NamedTuple):

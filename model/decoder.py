@@ -79,20 +79,8 @@ def mrope_position_ids(
     return positions
 
 
-def mrope(position_ids: Tensor, *, head_dim: int, theta: float, sections: list[int]) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine for `rotate` at positions (3, T): two of (T, 1, head_dim) fp32.
-
-    `sections` are the numbers of frequencies, highest first, that follow the temporal, height and width axis.
-    """
-    device = position_ids.device
-    index = torch.arange(head_dim // 2, device=device)  # comparisons, not a copied list: no synchronisation
-    axis = (index >= sections[0]).long() + (index >= sections[0] + sections[1])
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    return cos_and_sin(position_ids[axis].T.float() * frequencies)
-
-
 def cos_and_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, d / 2) -> cosine and signed sine, (T, 1, d): the first half of each pair takes the negative sine."""
+    """For `rotate`: (T, d / 2) -> cosine and signed sine, (T, 1, d). The first half of each pair takes -sine."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
@@ -196,14 +184,15 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the last norm: (T, H), from embeddings (T, H) and positions (3, T)."""
-        c = self.config
-        cos, sin = mrope(
-            position_ids,
-            head_dim=c.hidden_size // c.num_attention_heads,
-            theta=c.rope_parameters["rope_theta"],
-            sections=c.rope_parameters["mrope_section"],
-        )
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        c, device = self.config, position_ids.device
+        # The first `temporal` frequencies, which are the highest, turn with the temporal position, then `height` ones.
+        temporal, height, _ = c.rope_parameters["mrope_section"]
+        head_dim = c.hidden_size // c.num_attention_heads
+        index = torch.arange(head_dim // 2, device=device)  # comparisons, not a copied list: no synchronisation
+        axis = (index >= temporal).long() + (index >= temporal + height)
+        exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        frequencies = c.rope_parameters["rope_theta"] ** -exponents
+        cos, sin = (t.to(x.dtype) for t in cos_and_sin(position_ids[axis].T.float() * frequencies))
         for layer in self.layers:
             if self.gradient_checkpointing and x.requires_grad:
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from boxgrpo.kernels import sample_tokens
 
+from .attention import DecodeCache, PackedAttention
 from .batch import Group, pack_groups
-from .cache import DecodeCache, Prefill
 from .families.qwen2_vl import Qwen2VL
 
 # Where steps are all alike, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
@@ -25,11 +25,6 @@ class Samples(NamedTuple):
     ids: Tensor  # (n, C) int64, padding after the end token
     lengths: Tensor  # (n) int64, tokens up to and with the end token
     logps: Tensor  # (n, C) fp32, nats at the sampling temperature
-
-    def completions(self) -> list[Tensor]:
-        """Each completion's own tokens, (C_i) int64 on the CPU."""
-        ids = self.ids.cpu()
-        return [row[:count] for row, count in zip(ids, self.lengths.tolist(), strict=True)]
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -71,9 +66,14 @@ class Decoding:
     graph: torch.cuda.CUDAGraph | None = None
     steps: int = 0  # since the rows last changed
 
-    def sample(self, **options) -> None:
-        """The next token of every row, from its hidden state."""
-        rows, results, at = self.rows, self.results, self.cache.at.expand_as(self.rows.token)
+    def next_token(self, *, advance: bool = True, **options) -> None:
+        """Take each row's last token through the decoder, unless `advance` is false, and sample its next one."""
+        rows, results, cache = self.rows, self.results, self.cache
+        if advance:
+            embeds = self.model.model.embed_tokens(rows.token)
+            rows.hidden.copy_(self.model.model(embeds, (rows.position + cache.at).expand(3, -1), cache.attend))
+            cache.at += 1
+        at = cache.at.expand_as(rows.token)
         counters = {"prompt_ids": rows.serial, "completion_ids": rows.completion, "positions": at}
         tokens, logps = sample_tokens(head_logits(rows.hidden, self.model.head_weight), **counters, **options)
         rows.token.copy_(tokens)
@@ -83,33 +83,14 @@ class Decoding:
         results.lengths.index_copy_(0, rows.place, torch.where(ended, at + 1, results.lengths[rows.place]))
         rows.unfinished.logical_and_(~ended)
 
-    def advance(self) -> None:
-        """The hidden states after the sampled tokens."""
-        embeds = self.model.model.embed_tokens(self.rows.token)
-        positions = (self.rows.position + self.cache.at).expand(3, -1)
-        self.rows.hidden.copy_(self.model.model(embeds, positions, self.cache.attend))
-        self.cache.at += 1
-
-    def step(self, **options) -> None:
-        """Advance and sample; on a GPU the third step of the same rows is recorded, and replayed from then on."""
-        if self.graph is None and self.cache.static and self.steps == 2 and self.rows.hidden.is_cuda:
-            self._record(**options)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.advance()
-            self.sample(**options)
-        self.steps += 1
-
     def _record(self, **options) -> None:
-        """As torch.cuda.graph does, but without waiting for the device, which has other streams' work to do."""
+        """Record `next_token`, as torch.cuda.graph does, but without waiting for the device's other streams."""
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self.advance()
-                self.sample(**options)
+                self.next_token(**options)
             except BaseException:  # such as a lack of memory: the capture must end, for the rollout goes on
                 with contextlib.suppress(RuntimeError):
                     self.graph.capture_end()
@@ -118,40 +99,48 @@ class Decoding:
             self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def drop_ended(self, unfinished: Tensor) -> None:
-        """Continue with the rows that are `unfinished`, (n) bool on the CPU."""
-        kept = unfinished.nonzero().squeeze(1)
-        self.cache.keep(kept)
-        kept = kept.to(self.rows.token.device)
-        self.rows = Rows(*(column[kept] for column in self.rows))
-        self.graph, self.steps = None, 0
-
     @torch.no_grad()
     def run_steps(self, *, anywhere: Callable[[bool], bool] = bool, **options) -> Iterator[int]:
-        """Decode as `run` does; yields, after each step, the most tokens that a completion has."""
-        self.sample(**options)
+        """Decode as `run` does; yields, after each step, the most tokens that a completion has.
+
+        On a GPU the third step of the same rows is recorded, and replayed from then on.
+        """
+        self.next_token(advance=False, **options)
         yield 1
-        on_cpu = self.cache.at.device.type == "cpu"
+        device = self.cache.at.device
         for t in range(1, self.results.ids.shape[1]):
             # Reading the flags costs a synchronisation: every 16 tokens is enough on a GPU.
-            if on_cpu or t % 16 == 0:
+            if device.type == "cpu" or t % 16 == 0:
                 unfinished = self.rows.unfinished.cpu()
                 if not anywhere(bool(unfinished.any())):
                     return
                 if 0 < unfinished.sum() <= DROP_AT * len(unfinished):
-                    self.drop_ended(unfinished)
-            self.step(**options)
+                    kept = unfinished.nonzero().squeeze(1)
+                    self.cache.keep(kept)
+                    self.rows = Rows(*(column[kept.to(device)] for column in self.rows))
+                    self.graph, self.steps = None, 0
+            if self.graph is None and self.cache.static and self.steps == 2 and device.type == "cuda":
+                self._record(**options)
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self.next_token(**options)
+            self.steps += 1
             yield t + 1
 
-    def run(self, **options) -> Samples:
+    def run(self, **options) -> list[Tensor]:
         """Decode until every completion has ended or is full; `options` are those of `sample_tokens`.
 
         anywhere(unfinished here) -> unfinished on any rank: for ranks that shard the weights and synchronise in every
         layer.
+
+        Returns:
+            Each completion's own tokens, (C_i) int64 on the CPU, prompt-major.
         """
-        *_, length = self.run_steps(**options)
-        ids, lengths, logps = self.results
-        return Samples(ids[:, :length], lengths, logps[:, :length])
+        for _ in self.run_steps(**options):
+            pass
+        ids = self.results.ids.cpu()
+        return [row[:count] for row, count in zip(ids, self.results.lengths.tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -178,9 +167,9 @@ def prefill(
     """
     if not groups:
         raise ValueError("there are 0 prompts to sample from; at least 1 is needed. Pass some.")
-    device = model.device
+    device = model.head_weight.device
     batch = pack_groups(groups, image_token_id=model.config.image_token_id).to(device)
-    attend = Prefill(batch)
+    attend = PackedAttention(batch, kv=[])
     hidden = model.hidden(batch, attend)[(batch.cu_seqlens[1:] - 1).long()]  # (B, H), of the prompts' last tokens
     static = static and device.type in STATIC_DEVICES
     cache = DecodeCache(attend, num_generations, max_completion_length, static=static)
@@ -203,24 +192,3 @@ def prefill(
         hidden=hidden.repeat_interleave(num_generations, 0),
     )
     return Decoding(model, cache, rows, results, eos)
-
-
-def generate(
-    model: Qwen2VL,
-    groups: Sequence[Group],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    forbidden: Tensor | None = None,
-    **prefill_options,
-) -> Samples:
-    """Sample `num_generations` completions of every group's prompt; further options are those of `prefill`.
-
-    Args:
-        temperature: 0 is greedy.
-        forbidden: (F) int64 ids that are never sampled, vision tokens above all.
-    """
-    options = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "forbidden": forbidden}
-    return prefill(model, groups, **prefill_options).run(**options)

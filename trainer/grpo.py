@@ -15,6 +15,7 @@ import torch
 
 from boxgrpo.kernels import LossOptions, fused_grpo_loss, token_logps
 from boxgrpo.model.batch import PackedBatch
+from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
@@ -34,7 +35,7 @@ from boxgrpo.trainer.step.metrics import (
     reward_metrics,
     sampling_metrics,
 )
-from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, trained_groups, training_cost
+from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, trained_groups
 from boxgrpo.trainer.step.prefetch import PrefetchedBatches
 from boxgrpo.trainer.world import recipe
 
@@ -72,7 +73,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
         with span("pack", len(groups)):
             trained = trained_groups(o, groups, advantages, weights)
             if o.loss_type != "bnpo" and r.world_size > 1:  # bnpo's mean is over a rank's own tokens
-                costs = [training_cost(policy.config, g, tower_passes=tower_passes) for g in trained]
+                costs = [group_flop(policy.config, g, tower_passes=tower_passes) for g in trained]
                 trained = balance_across_ranks(trained, costs, r)
             counts = r.sum(sum(len(g.completions) for g in groups), sum(len(c) for g in trained for c in g.completions))
             settings = loss_settings._replace(denominator=loss_denominator(o, *counts, r))

@@ -12,6 +12,7 @@ import torch
 
 from boxgrpo.kernels import token_logps
 from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import SftOptions, validate_sft
 from boxgrpo.trainer.run import Hooks, Run
@@ -19,7 +20,7 @@ from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
 from boxgrpo.trainer.step.balance import balance_across_ranks
 from boxgrpo.trainer.step.metrics import sft_flop
-from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, training_cost
+from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit
 
 
 def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
@@ -41,7 +42,7 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             own = groups
             if r.world_size > 1:
                 own = balance_across_ranks(
-                    groups, [training_cost(config, g, tower_passes=tower_passes) for g in groups], r
+                    groups, [group_flop(config, g, tower_passes=tower_passes) for g in groups], r
                 )
             scored = r.sum(sum(int(g.prompt.loss_mask[1:].sum()) for g in groups))[0]
         with span("policy", len(own)):

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from boxgrpo.bench.kernel_bench.run import ceilings, device, median_seconds
-from boxgrpo.model.cost import forward_flop, tower_flop
-from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.families.qwen2_vl import Qwen2VL, forward_flop, tower_flop
 
 from .cases import StepCase
 

@@ -1,7 +1,11 @@
-"""Qwen2-VL on packed tokens: vision tower, decoder and head, under the published checkpoints' names."""
+"""Qwen2-VL on packed tokens: vision tower, decoder and head, under the published checkpoints' names; and their FLOP.
+
+FLOP are those of the method, not of the code: a prompt counts once for its G completions, and a layer's forward once
+even where checkpointing repeats it. A product's backward costs two of its forward, and one where its weight is frozen.
+"""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
 from boxgrpo.model.attention import PackedAttention, pick_backend, varlen
-from boxgrpo.model.batch import PackedBatch
+from boxgrpo.model.batch import Group, PackedBatch
 from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin, rotate
 
 
@@ -63,21 +67,6 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchMerger(nn.Module):
-    """Four neighbouring patches become one embedding of the decoder's width."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.width = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.hidden_size)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(x.numel() // self.width, self.width))
-
-
 class VisionTower(nn.Module):
     """Patches in, one embedding for each merged block of 2×2 out. Module names are those of the checkpoints."""
 
@@ -88,7 +77,9 @@ class VisionTower(nn.Module):
         projection = PatchProjection(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config)
+        merged = config.embed_dim * config.spatial_merge_size**2  # four neighbouring patches become one embedding
+        mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, config.hidden_size))
+        self.merger = nn.ModuleDict({"ln_q": nn.LayerNorm(config.embed_dim, eps=1e-6), "mlp": mlp})
 
     def forward(self, pixel_values: Tensor | None, image_grid_thw: Tensor) -> Tensor:
         """Image embeddings.
@@ -100,34 +91,27 @@ class VisionTower(nn.Module):
         Returns:
             (P / 4, H) in the tower's dtype.
         """
-        c = self.config
+        c, m = self.config, self.config.spatial_merge_size
         if pixel_values is None:
             assert len(image_grid_thw) == 0, "images without pixel values or embeddings"
             pixel_values = torch.empty(0, c.in_channels * c.temporal_patch_size * c.patch_size**2)
-        x = self.patch_embed(pixel_values)
-        cos, sin = (t.to(x.device) for t in self.rotation(image_grid_thw))
-        lengths = [h * w for t, h, w in image_grid_thw.tolist() for _ in range(t)]
-        for block in self.blocks:
-            x = block(x, cos, sin, lengths)
-        return self.merger(x)
-
-    def rotation(self, image_grid_thw: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine for `rotate`: two of (P, 1, head_dim) fp32 on the CPU.
-
-        Patches are in the image processor's order, merge blocks first; half of the frequencies turn with the row and
-        half with the column.
-        """
-        c, m = self.config, self.config.spatial_merge_size
-        theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-        coordinates = [torch.empty(0, 2, dtype=torch.int64)]
-        for t, h, w in image_grid_thw.tolist():
+        coordinates, lengths = [torch.empty(0, 2, dtype=torch.int64)], []
+        for t, h, w in image_grid_thw.tolist():  # patches are in the image processor's order: merge blocks first
             grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)  # (h, w, 2)
             blocks = grid.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(-1, 2)
             coordinates.append(blocks.repeat(t, 1))
+            lengths += [h * w] * t
+        # Half of the frequencies turn with the row, half with the column.
+        theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
         half = c.embed_dim // c.num_heads // 2
         frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
-        angles = torch.cat(coordinates).float()[:, :, None] * frequencies  # (P, 2, half / 2): rows, then columns
-        return cos_and_sin(angles.flatten(1))
+        angles = torch.cat(coordinates).float()[:, :, None] * frequencies  # (P, 2, half / 2)
+        x = self.patch_embed(pixel_values)
+        cos, sin = (part.to(x.device) for part in cos_and_sin(angles.flatten(1)))
+        for block in self.blocks:
+            x = block(x, cos, sin, lengths)
+        merged = self.merger["ln_q"](x).view(len(x) // m**2, c.embed_dim * m**2)
+        return self.merger["mlp"](merged)
 
 
 class Qwen2VL(nn.Module):
@@ -181,11 +165,6 @@ class Qwen2VL(nn.Module):
             x = x.index_copy(0, batch.image_rows, images.to(x.dtype))
         return self.model(x, batch.position_ids, attend)
 
-    @torch.no_grad()
-    def embed_images(self, pixel_values: Tensor | None, image_grid_thw: Tensor) -> Tensor:
-        """(P / 4, H) without gradient: a frozen tower's output, for rollout, reference and policy."""
-        return self.visual(pixel_values, image_grid_thw)
-
     def freeze_vision(self, frozen: bool = True) -> None:
         """Freeze or unfreeze all of `visual`, merger included."""
         self.visual.requires_grad_(not frozen)
@@ -205,3 +184,41 @@ class Qwen2VL(nn.Module):
                 else:
                     parameter.normal_(0.0, std, generator=generator)
         return self
+
+
+def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
+    """FLOP of decoder and head over a prompt of so many tokens, image tokens included, and its completions' tokens.
+
+    Linear layers, causal attention, and the head over `scored` rows. Backward costs twice as much in each of them, so
+    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
+    """
+    text = config.text_config
+    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
+    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
+    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+    return layers + 2 * scored * text.vocab_size * width
+
+
+def group_flop(config, group: Group, *, tower_passes: float = 0.0) -> float:
+    """FLOP of a forward of decoder and head over a group, and of that many passes of the tower over its images.
+
+    To sample the group's completions costs the decoder as much, prefill included. A group without completions is a
+    conversation, scored where its `loss_mask` is set.
+    """
+    lengths = [len(c) for c in group.completions]
+    scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
+    tower = tower_passes * tower_flop(config, group.prompt.image_grid_thw) if tower_passes else 0.0
+    return forward_flop(config, len(group.prompt.input_ids), lengths, scored) + tower
+
+
+def tower_flop(config, grids: Tensor) -> float:
+    """FLOP of the vision tower over images of `grids` (I, 3) patches; attention is within each image."""
+    vision = config.vision_config
+    patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
+    merged = vision.embed_dim * vision.spatial_merge_size**2
+    merger = (merged**2 + merged * config.text_config.hidden_size) / vision.spatial_merge_size**2
+    linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
+    return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())

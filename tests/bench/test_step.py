@@ -117,7 +117,7 @@ def test_the_counted_products_are_those_of_the_model(tiny):
     tokens = len(prompt.input_ids)
     counted = work(model.config, case, tokens)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
-        embeds = model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+        embeds = model.visual(prompt.pixel_values, prompt.image_grid_thw)
     assert counted["vision"][0] == seen.get_total_flops()
 
     text = model.config.text_config

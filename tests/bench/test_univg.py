@@ -71,7 +71,8 @@ def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, t
 
     advantages, weights, _ = group_advantages((accuracy + form)[None], accuracy[None], difficulty="exp")
     own = [c[:n] for c, n in zip(completions, mask.sum(1).tolist(), strict=True)]
-    embeds = policy.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+    with torch.no_grad():
+        embeds = policy.visual(prompt.pixel_values, prompt.image_grid_thw)
     group = Group(prompt, own, embeds, advantages=advantages[0], weight=weights[0])
     pack = pack_groups([group], image_token_id=policy.config.image_token_id)
     pack.ref_logps = logps(before, pack, 1.0)

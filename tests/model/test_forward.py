@@ -58,11 +58,10 @@ def test_tower(twins, make_prompt, pack_prompt, grids):
     prompt = make_prompt(GRIDS[grids])
     with torch.no_grad():
         expected = theirs.model.visual(prompt.pixel_values, prompt.image_grid_thw).pooler_output
-    together = ours.embed_images(prompt.pixel_values, prompt.image_grid_thw)
-    assert not together.requires_grad
+        together = ours.visual(prompt.pixel_values, prompt.image_grid_thw)
+        patches = prompt.pixel_values.split(prompt.image_grid_thw.prod(1).tolist())
+        alone = [ours.visual(p, grid[None]) for p, grid in zip(patches, prompt.image_grid_thw, strict=True)]
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
-    patches = prompt.pixel_values.split(prompt.image_grid_thw.prod(1).tolist())
-    alone = [ours.embed_images(p, grid[None]) for p, grid in zip(patches, prompt.image_grid_thw, strict=True)]
     torch.testing.assert_close(torch.cat(alone), expected, rtol=0, atol=1e-5)
 
     pack = pack_prompt(prompt)

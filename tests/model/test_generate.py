@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
+from boxgrpo.model.attention import DecodeCache
 from boxgrpo.model.batch import Group, pack_groups
-from boxgrpo.model.cache import DecodeCache
-from boxgrpo.model.generate import generate
+from boxgrpo.model.generate import prefill
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -29,13 +29,17 @@ def groups(make_prompt):
     return [Group(prompt, serial=serial) for prompt, serial in zip(prompts, (7, 3, 5))]
 
 
-def sample(model, groups, **options):
-    options = {"eos_token_ids": (101,), "max_completion_length": LENGTH, "forbidden": VISION} | options
-    return generate(model, groups, **options)
-
-
-def token_ids(*args, **options):
-    return [c.tolist() for c in sample(*args, **options).completions()]
+def sample(model, groups, *, eos_token_ids=(101,), max_completion_length=LENGTH, num_generations=1, **options):
+    """The completions as lists of ids, and the decoding's `Samples`."""
+    decoding = prefill(
+        model,
+        groups,
+        eos_token_ids=eos_token_ids,
+        max_completion_length=max_completion_length,
+        num_generations=num_generations,
+    )
+    completions = decoding.run(**{"seed": 0, "forbidden": VISION} | options)
+    return [c.tolist() for c in completions], decoding.results
 
 
 def transformers_greedy(theirs, prompt):
@@ -68,78 +72,74 @@ def test_greedy_equals_transformers(twins, groups, make_prompt, kind):
     eos = (whole[1][4], whole[2][7])  # so that at least two stop early
     expected = [tokens[: min((i + 1 for i, t in enumerate(tokens) if t in eos), default=LENGTH)] for tokens in whole]
     assert len({len(tokens) for tokens in expected}) > 1, "the prompts should end at different lengths"
-    samples = sample(ours, groups, eos_token_ids=eos, temperature=0, forbidden=None)
-    assert [c.tolist() for c in samples.completions()] == expected
-    assert samples.lengths.tolist() == [len(tokens) for tokens in expected]
-    assert torch.equal(sample(ours, groups, eos_token_ids=eos, top_k=1, forbidden=None).ids, samples.ids)
+    assert sample(ours, groups, eos_token_ids=eos, temperature=0, forbidden=None)[0] == expected
+    assert sample(ours, groups, eos_token_ids=eos, top_k=1, forbidden=None)[0] == expected
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_the_trainers(model, groups, temperature):
     """Sampling reports the log-probabilities of a forward over the packed completions, token by token."""
-    samples = sample(model, groups, num_generations=4, temperature=temperature)
-    completions = samples.completions()
+    completions, samples = sample(model, groups, num_generations=4, temperature=temperature)
     assert samples.ids.dtype == torch.int64 and samples.logps.dtype == torch.float32
     for i, group in enumerate(groups):
-        group.completions = completions[4 * i : 4 * i + 4]
+        group.completions = [torch.tensor(c) for c in completions[4 * i : 4 * i + 4]]
     pack = pack_groups(groups, image_token_id=IMAGE)
     with torch.no_grad():
         logits = model(pack) @ model.head_weight.T / temperature
     expected = logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
-    sampled = torch.cat([row[:n] for row, n in zip(samples.logps, samples.lengths.tolist(), strict=True)])
+    sampled = torch.cat([row[: len(c)] for row, c in zip(samples.logps, completions, strict=True)])
     torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
 
 
 def test_a_sample_depends_on_its_serial_number_alone(model, groups):
     """Not on the batch around it, nor on the number of siblings; another seed or serial number changes it."""
-    together = token_ids(model, groups, num_generations=4)
-    assert token_ids(model, groups[::-1], num_generations=4) == together[8:] + together[4:8] + together[:4]
+    together, _ = sample(model, groups, num_generations=4)
+    assert sample(model, groups[::-1], num_generations=4)[0] == together[8:] + together[4:8] + together[:4]
     for i, group in enumerate(groups):
-        assert token_ids(model, [group], num_generations=2) == together[4 * i : 4 * i + 2]
+        assert sample(model, [group], num_generations=2)[0] == together[4 * i : 4 * i + 2]
     assert len({tuple(c) for c in together[:4]}) > 1, "siblings differ"
-    other_seed = token_ids(model, groups, num_generations=4, seed=1)
+    other_seed, _ = sample(model, groups, num_generations=4, seed=1)
     for group in groups:
         group.serial += 1
-    other_serials = token_ids(model, groups, num_generations=4)
+    other_serials, _ = sample(model, groups, num_generations=4)
     assert all(a != b for other in (other_seed, other_serials) for a, b in zip(together, other, strict=True))
 
 
 def test_forbidden_ids_are_never_sampled(model, groups):
     """Half of the vocabulary is forbidden, each prompt's likeliest tokens with it."""
-    favourites = sample(model, groups, temperature=0).ids.unique()
-    forbidden = torch.cat((favourites, torch.arange(0, 160, 2))).unique()
+    favourites = itertools.chain(*sample(model, groups, temperature=0)[0])
+    forbidden = torch.tensor(sorted({*favourites, *range(0, 160, 2)}))
     for options in ({"temperature": 0}, {"num_generations": 8, "temperature": 2.0}):
-        drawn = sample(model, groups, forbidden=forbidden, **options).ids
-        assert not torch.isin(drawn, forbidden).any()
+        drawn, _ = sample(model, groups, forbidden=forbidden, **options)
+        assert not {*itertools.chain(*drawn)} & {*forbidden.tolist()}
 
 
 def test_lengths_and_ends(model, groups):
     """A completion ends with its first end token, or has none and the full length."""
     eos = set(range(40))  # a quarter of the vocabulary
-    completions = token_ids(model, groups, num_generations=8, temperature=2.0, eos_token_ids=sorted(eos))
+    completions, _ = sample(model, groups, num_generations=8, temperature=2.0, eos_token_ids=sorted(eos))
     assert len(completions) == 24
     for completion in completions:
         ends = [i for i, token in enumerate(completion) if token in eos]
         assert ends == [len(completion) - 1] if ends else len(completion) == LENGTH
     assert any(len(c) < LENGTH for c in completions)
-    first = completions[0][0]
-    ended = sample(model, groups[:1], temperature=2.0, eos_token_ids=(first,))
-    assert ended.ids.tolist() == [[first]] and ended.lengths.tolist() == [1], "decoding stops when all have ended"
+    decoding = prefill(model, groups[:1], eos_token_ids=completions[0][:1], max_completion_length=LENGTH)
+    assert [*decoding.run_steps(seed=0, temperature=2.0, forbidden=VISION)] == [1], "it stops when all have ended"
 
 
 def test_embeddings_in_place_of_pixels(model, groups, monkeypatch):
     """Where the groups have the frozen tower's output, the tower does not run."""
-    expected = sample(model, groups)
+    expected, plain = sample(model, groups)
     for group in groups[1:]:
-        group.image_embeds = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
+        group.image_embeds = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
     model.freeze_vision()
     try:
         monkeypatch.setattr(model.visual, "forward", None)
-        samples = sample(model, groups)
+        completions, embedded = sample(model, groups)
     finally:
         model.freeze_vision(False)
-    assert torch.equal(samples.ids, expected.ids)
-    torch.testing.assert_close(samples.logps, expected.logps, rtol=0, atol=1e-5)
+    assert completions == expected
+    torch.testing.assert_close(embedded.logps, plain.logps, rtol=0, atol=1e-5)
 
 
 def test_no_prompts_are_refused(model):
@@ -165,19 +165,18 @@ def test_dropping_ended_rows_changes_no_token(model, groups, dropped, monkeypatc
     """With the attention that grows, and with the masked one of full width, which a CUDA graph can record."""
     options = {"num_generations": 6, "temperature": 1.5, "eos_token_ids": tuple(range(30)), "max_completion_length": 40}
     monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0)
-    whole = sample(model, groups, **options)
+    expected, whole = sample(model, groups, **options)
     assert not dropped
     for devices in ((), ("cpu",)):
         monkeypatch.setattr("boxgrpo.model.generate.STATIC_DEVICES", devices)
         monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0.75)
-        found = sample(model, groups, **options)
+        completions, found = sample(model, groups, **options)
         rows = [n for n, *_ in dropped]
         assert len(rows) > 2 and all(b <= 0.75 * a for a, b in itertools.pairwise([18, *rows])), "fewer rows each time"
         assert dropped[-1][1] < 3 and {full for *_, full in dropped} == {True, False}
-        assert torch.equal(found.lengths, whole.lengths)
-        for a, b, length in zip(found.logps, whole.logps, found.lengths.tolist(), strict=True):
-            torch.testing.assert_close(a[:length], b[:length], rtol=0, atol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(found.completions(), whole.completions(), strict=True))
+        assert completions == expected
+        for a, b, completion in zip(found.logps, whole.logps, expected, strict=True):
+            torch.testing.assert_close(a[: len(completion)], b[: len(completion)], rtol=0, atol=1e-5)
         dropped.clear()
 
 
@@ -187,6 +186,6 @@ def test_a_recorded_step_samples_as_a_plain_one(model, groups, monkeypatch):
     model = copy.deepcopy(model).to("cuda")
     options = {"num_generations": 8, "temperature": 1.5, "eos_token_ids": tuple(range(8)), "max_completion_length": 80}
     options["forbidden"] = VISION.to("cuda")
-    recorded = token_ids(model, groups, **options)
+    recorded, _ = sample(model, groups, **options)
     monkeypatch.setattr("boxgrpo.model.generate.STATIC_DEVICES", ())
-    assert recorded == token_ids(model, groups, **options)
+    assert recorded == sample(model, groups, **options)[0]

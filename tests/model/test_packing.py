@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.model.batch import Conversation, Group, Prompt, pack_groups, plan_packs
-from boxgrpo.model.cost import decoder_flop, tower_flop
+from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -80,7 +80,7 @@ def test_shared_prompt_equals_whole_sequences(model, twins, hf_logits, groups, f
     theirs.zero_grad()
     if frozen:
         for group in groups:
-            group.image_embeds = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
+            group.image_embeds = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
     pack = pack_groups(groups, image_token_id=IMAGE)
     shared_rows = sum(len(g.prompt.input_ids) + sum(map(len, g.completions)) for g in groups)
     assert len(pack.input_ids) == shared_rows, "a prompt stands once"
@@ -243,7 +243,7 @@ def test_flop_formulas_equal_torchs_count(twins, make_prompt):
         model(pack_groups([group], image_token_id=IMAGE), lambda h, w: h @ w.T)
     masked = 4 * 64 * model.config.text_config.num_hidden_layers * (length * length / 2 + 3 * 3 / 2)
     tower = tower_flop(model.config, prompt.image_grid_thw)
-    assert decoder_flop(model.config, group) + tower + masked == seen.get_total_flops()
+    assert group_flop(model.config, group) + tower + masked == seen.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
-        model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+        model.visual(prompt.pixel_values, prompt.image_grid_thw)
     assert tower == seen.get_total_flops()

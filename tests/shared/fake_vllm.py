@@ -12,7 +12,7 @@ import torch
 from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.decoder import mrope_position_ids
-from boxgrpo.model.generate import generate
+from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.rollout.vllm import request_seed
 
@@ -77,20 +77,22 @@ class LLM:
     def _answer(self, request, params):
         prompt = self._expanded(request)
         serial = next(s for s in range(1000) if request_seed(self.seed, s) == params.seed)
-        drawn = generate(
+        decoding = prefill(
             self.model,
             [Group(prompt, serial=serial)],
-            seed=self.seed,
             num_generations=params.n,
             eos_token_ids=params.stop_token_ids,
-            forbidden=torch.tensor([i for i, bias in params.logit_bias.items() if bias <= -100]),
             max_completion_length=params.max_tokens,
+        )
+        completions = decoding.run(
+            seed=self.seed,
+            forbidden=torch.tensor([i for i, bias in params.logit_bias.items() if bias <= -100]),
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
         )
         outputs = []
-        for ids, logps in zip(drawn.completions(), drawn.logps.tolist()):
+        for ids, logps in zip(completions, decoding.results.logps.tolist()):
             told = [{token: SimpleNamespace(logprob=logp)} for token, logp in zip(ids.tolist(), logps)]
             outputs.append(SimpleNamespace(token_ids=ids.tolist(), logprobs=told))
         return SimpleNamespace(prompt_token_ids=prompt.input_ids.tolist(), outputs=outputs)

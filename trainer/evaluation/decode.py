@@ -70,7 +70,7 @@ class GreedyDecoder:
 
     def _run(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         with span("decode", len(prompts), self.max_completion_length):
-            return self._prefill(prompts).run(**self.sampling).completions()
+            return self._prefill(prompts).run(**self.sampling)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> Decoding:
         return prefill(

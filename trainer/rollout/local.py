@@ -105,7 +105,7 @@ class LocalRollout:
                 seed=o.seed,
                 forbidden=self.vocabulary.forbidden,
                 anywhere=(lambda going: self.ranks.sum(going)[0] > 0) if self.sharded else bool,
-            ).completions()
+            )
         n = o.num_generations
         return [replace(group, completions=flat[n * i : n * (i + 1)]) for i, group in enumerate(groups)]
 
@@ -177,7 +177,7 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
     embeds = None
     try:
         grids = torch.cat([p.image_grid_thw for p in prompts])
-        embeds = model.embed_images(torch.cat(pixels) if pixels else None, grids)
+        embeds = model.visual(torch.cat(pixels) if pixels else None, grids)
     except torch.OutOfMemoryError:
         if sharded:
             raise

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from boxgrpo.model.batch import Group
-from boxgrpo.model.cost import decoder_flop, published_peak, tower_flop
+from boxgrpo.model.cost import published_peak
+from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
 from boxgrpo.trainer.rollout.base import sampler_factor, sampler_gap
 from boxgrpo.trainer.runtime.ranks import Ranks
 
@@ -33,20 +34,20 @@ def grpo_flop(o, config, sampled: Sequence[Group], trained: Sequence[Group]) -> 
     flop = 0.0
     for group in sampled:
         if o.rollout != "replay":
-            flop += decoder_flop(config, group)
+            flop += group_flop(config, group)
         if o.rollout != "replay" or o.freeze_vision:  # a frozen tower runs once for all passes
             flop += tower_flop(config, group.prompt.image_grid_thw)
     compared = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forwards of reference and older weights
     for group in trained:
         tower = 0.0 if o.freeze_vision else tower_flop(config, group.prompt.image_grid_thw)
-        decoder = decoder_flop(config, group)
+        decoder = group_flop(config, group)
         flop += compared * (decoder + tower) + o.num_iterations * ((2 if o.lora_rank else 3) * decoder + 3 * tower)
     return flop
 
 
 def sft_flop(o, config, groups: Sequence[Group]) -> float:
     """FLOP of this rank's part of a step of supervised training."""
-    decoder = sum(decoder_flop(config, group) for group in groups)
+    decoder = sum(group_flop(config, group) for group in groups)
     tower = sum(tower_flop(config, group.prompt.image_grid_thw) for group in groups)
     return (2 if o.lora_rank else 3) * decoder + (1 if o.freeze_vision else 3) * tower
 

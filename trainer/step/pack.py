@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from boxgrpo.model.batch import Group, PackedBatch, pack_groups, plan_packs
-from boxgrpo.model.cost import decoder_flop, tower_flop
+from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.engine.base import Engine, PeerOutOfMemory
 
 log = logging.getLogger(__name__)
@@ -27,12 +27,6 @@ def trained_groups(o, groups: Sequence[Group], advantages, weights) -> list[Grou
     return [replace(g, prompt=replace(g.prompt, pixel_values=None)) if o.freeze_vision else g for g in filled]
 
 
-def training_cost(config, group: Group, *, tower_passes: float) -> float:
-    """FLOP of a forward of the group, with that many passes of the tower over its images."""
-    tower = tower_passes * tower_flop(config, group.prompt.image_grid_thw) if tower_passes else 0.0
-    return decoder_flop(config, group) + tower
-
-
 def make_packs(config, engine: Engine, groups: Sequence[Group], budget: int, *, tower_passes: float = 0.0):
     """Packs of at most `budget` tokens and of similar cost, on the engine's device.
 
@@ -40,26 +34,15 @@ def make_packs(config, engine: Engine, groups: Sequence[Group], budget: int, *, 
     added. Groups without completions are conversations.
     """
     device, image = engine.ranks.device, config.image_token_id
-    parts = [part for group in groups for part in _parts(group, budget)]
+    parts = [part for group in groups for part in group.split(budget)]
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
-    plan = plan_packs(sizes, budget, [training_cost(config, p, tower_passes=tower_passes) for p in parts])
+    plan = plan_packs(sizes, budget, [group_flop(config, p, tower_passes=tower_passes) for p in parts])
     packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
     most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
     if missing := max(most, engine.least_packs) - len(packs):
         nothing = pack_groups([], image_token_id=image)
         packs += [replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)] * missing
     return packs
-
-
-def _parts(group: Group, budget: int) -> list[Group]:
-    """The group with as many completions at a time as the budget of tokens allows, at least one."""
-    parts, start, size = [], 0, len(group.prompt.input_ids)
-    for g, completion in enumerate(group.completions):
-        if g > start and size + len(completion) > budget:
-            parts.append(group.part(start, g))
-            start, size = g, len(group.prompt.input_ids)
-        size += len(completion)
-    return [*parts, group.part(start, len(group.completions))]
 
 
 @dataclass

@@ -118,7 +118,7 @@ def test_embeddings_are_each_prompts_own(model, groups):
     embedded = embed_images(model, groups)
     assert embedded[0].image_embeds is None, "a prompt without images"
     for group in embedded[1:]:
-        alone = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
+        alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
         torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-5)
     assert embed_images(model, groups[:1]) == groups[:1]
 
@@ -131,9 +131,10 @@ def test_the_tower_takes_as_many_prompts_as_fit(model, groups, monkeypatch):
         patches.append(len(pixels))
         if len(pixels) > len(groups[3].prompt.pixel_values):
             raise torch.OutOfMemoryError("no room")
-        return type(model).embed_images(model, pixels, grids)
+        return tower(pixels, grids)
 
-    monkeypatch.setattr(model, "embed_images", limited)
+    tower = model.visual.forward
+    monkeypatch.setattr(model.visual, "forward", limited)
     found = embed_images(model, groups)
     assert len(patches) > 3 and found[0].image_embeds is None
     for a, b in zip(found[1:], whole[1:], strict=True):
@@ -144,7 +145,7 @@ def test_a_group_whose_images_never_fit_is_left_out_and_named(model, groups, mon
     def none(pixels, grids):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(model, "embed_images", none)
+    monkeypatch.setattr(model.visual, "forward", none)
     assert embed_images(model, groups[:2]) == groups[:1], "the prompt without images stays"
     assert f"left out {groups[1].source}: its images alone run out of memory" in caplog.text
 

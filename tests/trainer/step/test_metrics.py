@@ -50,7 +50,7 @@ def test_the_flop_of_a_step_are_those_of_its_passes(newborn, prompt):
     model = load_model(newborn)
     config, group = model.config, Group(prompt, [torch.arange(3), torch.arange(5)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.embed_images(prompt.pixel_values, prompt.image_grid_thw)
+        model.visual(prompt.pixel_values, prompt.image_grid_thw)
     tower = counter.get_total_flops()
 
     def flop(**changes):

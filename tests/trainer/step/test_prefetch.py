@@ -73,7 +73,7 @@ def test_on_a_gpu_the_embeddings_of_a_stream_of_its_own_are_the_towers(twins, ma
         batches = PrefetchedBatches(loader, model, frozen=True)
         for _ in range(3):
             for group in batches.embed(batches.next()):
-                alone = model.embed_images(group.prompt.pixel_values, group.prompt.image_grid_thw)
+                alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
                 torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-4)
     finally:
         model.cpu()
