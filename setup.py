@@ -79,7 +79,7 @@ setup(
     package_data={
         "boxgrpo.trainer": ["recipes/*.yaml"],
         "boxgrpo.trainer.chains": ["templates/*.html"],
-        "boxgrpo.trainer.evaluation": ["templates/*.html"],
+        "boxgrpo.trainer.evaluation": ["templates/*.html", "published.json"],
         "boxgrpo.trainer.apps": ["page/*"],
         "boxgrpo.bench.publish": ["templates/*"],
     },

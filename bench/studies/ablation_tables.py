@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Sequence
 
 from boxgrpo.bench.publish.tables import markdown, template
-from boxgrpo.trainer.evaluation.benches import BENCHES
-from boxgrpo.trainer.evaluation.published import DIFFICULTY_FUNCTIONS, STAGES
+from boxgrpo.trainer.evaluation.benches import BENCHES, PUBLISHED
 
-PAPER = STAGES.rows | DIFFICULTY_FUNCTIONS.rows
+PAPER = PUBLISHED["tables"]["Table 4"] | PUBLISHED["tables"]["Table 5"]
 COLUMNS = BENCHES["mig"].columns
 METHODS = {  # method: row of Table 4, or T5; what it is called here; and in the paper
     "base": ("1", "the model that all start from", "Qwen2-VL-7B"),
@@ -35,7 +34,7 @@ def _by_method(runs: Sequence[dict]) -> dict[str, list[dict]]:
     return {name: mine for name, mine in found.items() if mine}
 
 
-def _published(method: str) -> tuple[float, ...]:
+def _published(method: str) -> list[float]:
     """The paper's numbers, the average last."""
     return PAPER[METHODS[method][2]]
 

@@ -1,15 +1,16 @@
 """Greedy answers to a benchmark's records, from all ranks together."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
+from typing import TextIO
 
 from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from boxgrpo.model.batch import Prompt
-from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.loader import Loader, Sample
+from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import Example, plain_text
 from boxgrpo.trainer.options import InputOptions
@@ -52,33 +53,30 @@ class PromptOrReason:
 
 
 def answer(
-    model: Qwen2VL,
-    processor: Processor,
+    decoder: GreedyDecoder,
     examples: Sequence[Example],
     numbers: Sequence[int],
     r: Ranks,
     options: InputOptions,
     *,
-    max_completion_length: int,
     answer_format: str = "auto",
-    keep: Callable[[dict[int, str]], None] | None = None,
+    store: TextIO | None = None,
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Answer `numbers` of the examples greedily; every rank calls it, with the whole model each.
 
     Args:
         numbers: of the examples to answer, the same on every rank; shared out among them.
         options: of the run; `eval_batch_size` prompts are decoded together on a rank, fewer where memory runs out.
-        keep: called on each rank with every batch of its answers, by number.
+        store: file of this rank's answers, a line `{"record": number, "answer": text}` each, written batch by batch.
 
     Returns:
         Texts by number, special tokens left out (but for the box marks in "marked"), and by number why there is none:
         the record's source and the reason.
     """
-    decoder = GreedyDecoder(model, processor, max_completion_length)
     per_rank = max(1, min(options.eval_batch_size, -(-len(numbers) // r.world_size)))
     stream = Loader(
         Subset(examples, numbers),
-        PromptOrReason(processor, answer_format),
+        PromptOrReason(decoder.processor, answer_format),
         batch_size=per_rank,
         seed=0,
         workers=options.dataloader_num_workers,
@@ -93,32 +91,23 @@ def answer(
         for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
             samples = [s for s in next(batches) if s.serial < len(numbers)]  # behind them the stream starts over
             bar.update(len(samples))
-            found, without = _answer_batch(decoder, processor, samples, answer_format)
-            batch = {numbers[serial]: text for serial, text in found.items()}
-            reasons |= {numbers[serial]: reason for serial, reason in without.items()}
-            texts |= batch
-            if keep and batch:
-                keep(batch)
+            ready = [s for s in samples if not isinstance(s.item, str)]
+            completions = decoder.complete([s.item for s in ready])
+            ids_of = {s.serial: ids for s, ids in zip(ready, completions, strict=True)}
+            for s in samples:
+                number, ids = numbers[s.serial], ids_of.get(s.serial)
+                if ids is None:
+                    why = s.item if isinstance(s.item, str) else "decoding it alone runs out of memory"
+                    reasons[number] = f"{s.example.source}: {why}"
+                    continue
+                written = s.example.answer_format if answer_format == "auto" else answer_format
+                texts[number] = decode_answer(decoder.processor, ids, written)
+                if store:
+                    store.write(json.dumps({"record": number, "answer": texts[number]}) + "\n")
     batches.close()  # which ends its workers
     parts = r.gather((texts, reasons))
     texts, reasons = ({n: v for part in parts for n, v in part[k].items()} for k in (0, 1))
     return dict(sorted(texts.items())), dict(sorted(reasons.items()))
-
-
-def _answer_batch(
-    decoder: GreedyDecoder, processor: Processor, samples: Sequence[Sample], answer_format: str
-) -> tuple[dict[int, str], dict[int, str]]:
-    """Texts by serial number, and why there is none."""
-    ready = [s for s in samples if not isinstance(s.item, str)]
-    reasons = {s.serial: f"{s.example.source}: {s.item}" for s in samples if isinstance(s.item, str)}
-    texts = {}
-    for s, ids in zip(ready, decoder.complete([s.item for s in ready]), strict=True):
-        if ids is None:
-            reasons[s.serial] = f"{s.example.source}: decoding it alone runs out of memory"
-        else:
-            written = s.example.answer_format if answer_format == "auto" else answer_format
-            texts[s.serial] = decode_answer(processor, ids, written)
-    return texts, reasons
 
 
 def decode_answer(processor: Processor, ids: Tensor, answer_format: str) -> str:

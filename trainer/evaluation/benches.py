@@ -1,15 +1,22 @@
 """The benchmarks that --bench names: their record format, their tasks, and their published scores."""
 
 import dataclasses
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 
 from boxgrpo.trainer.data.readers import Example
 
-from . import mmiu, odinw, published
-from .published import Table
+from . import mmiu, odinw
+
+# What the UniVG-R1 paper (Bai et al. 2025) prints: the `columns` of its tables by task, and its `tables` with a row for
+# each model, Acc@0.5 in %. A row's last number is its average: the paper's own, also where the row has another mean
+# (UniVG-R1 on MIG-Bench: 72.62).
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+Rows = Mapping[str, Sequence[float]]  # by model: a number for each column, then the average
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Bench:
         title: as a page shows it.
         schema: name of the reader's schema for its files.
         columns: column of the published tables, by task, in their order. A task that is not there has none.
-        published: tables to compare with, all with the same columns.
+        published: tables to compare with, by name, all with the same columns.
         task_of: the task of a record.
         module: for a benchmark whose answer is not one box. It has `read(path, image_root)`, which gives questions
             (Examples) and faults, `grade(questions, texts)`, a dictionary for each answer, and
@@ -30,7 +37,7 @@ class Bench:
     title: str
     schema: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
-    published: tuple[Table, ...] = ()
+    published: Mapping[str, Rows] = field(default_factory=dict)
     task_of: Callable[[Example], str] = lambda example: example.task
     module: ModuleType | None = None
 
@@ -53,7 +60,7 @@ _REFCOCO_SPLITS = {"val": "val", "testa": "testA", "testb": "testB", "test": "te
 
 
 def _refcoco_task(example: Example) -> str:
-    """`refcoco+_testA` and the like, by the record's task or its file's name: the records do not say their split."""
+    """`refcoco+_testA` and the like, by the record's task or its file's name: the records do not name their split."""
     found = _REFCOCO.search(example.task) or _REFCOCO.search(_file(example))
     if not found:
         return example.task
@@ -67,40 +74,21 @@ def _lisa_task(example: Example) -> str:
     return f"lisa_{found[-1]}" if found else "lisa"
 
 
-def _named(task: str) -> Callable[[Example], str]:
-    return lambda example: task
+def _of_boxes(title: str, schema: str, columns: str, *tables: str, **task_of: Callable) -> Bench:
+    """A benchmark of single boxes, with the paper's `columns` and `tables` of these names."""
+    rows = {name: PUBLISHED["tables"][name] for name in tables}
+    return Bench(title, schema, PUBLISHED["columns"][columns], rows, **task_of)
 
-
-MIG_TASKS = (
-    *("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region", "refer_grounding"),
-    *("group_grounding", "reasoning", "correspondence"),
-)
-_REFCOCO_TASKS = (
-    *("refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB"),
-    *("refcocog_val", "refcocog_test"),
-)
-_REASONING_TASKS = ("lisa_val", "lisa_test", "llmseg", "reasonvos", "revos")
-_reasoning = dict(zip(_REASONING_TASKS, published.REASONING.columns, strict=True))
 
 BENCHES = {
     "": Bench("Records"),
-    "mig": Bench(
-        "MIG-Bench",
-        "mig_bench",
-        dict(zip(MIG_TASKS, published.MIG_COLUMNS, strict=True)),
-        (published.MIG, published.MIG_2B),
-    ),
-    "refcoco": Bench(
-        "RefCOCO/+/g",
-        "refcoco",
-        dict(zip(_REFCOCO_TASKS, published.REFCOCO.columns, strict=True)),
-        (published.REFCOCO,),
-        _refcoco_task,
-    ),
-    "lisa": Bench("LISA-Grounding", "lisa", _reasoning, (published.REASONING,), _lisa_task),
-    "llmseg": Bench("LLMSeg-Grounding", "llmseg", _reasoning, (published.REASONING,), _named("llmseg")),
-    "reasonvos": Bench("ReasonVOS-Grounding", "reasonvos", _reasoning, (published.REASONING,), _named("reasonvos")),
-    "revos": Bench("ReVOS-Grounding", "revos", _reasoning, (published.REASONING,), _named("revos")),
-    "mmiu": Bench("MMIU", published=(published.MMIU,), module=mmiu),
-    "odinw": Bench("ODinW-13", published=(published.ODINW,), module=odinw),
+    "mig": _of_boxes("MIG-Bench", "mig_bench", "mig", "Table 1", "Table 6"),
+    "refcoco": _of_boxes("RefCOCO/+/g", "refcoco", "refcoco", "Table 3", task_of=_refcoco_task),
+    "lisa": _of_boxes("LISA-Grounding", "lisa", "reasoning", "Table 2", task_of=_lisa_task),
+    "llmseg": _of_boxes("LLMSeg-Grounding", "llmseg", "reasoning", "Table 2", task_of=lambda _: "llmseg"),
+    "reasonvos": _of_boxes("ReasonVOS-Grounding", "reasonvos", "reasoning", "Table 2", task_of=lambda _: "reasonvos"),
+    "revos": _of_boxes("ReVOS-Grounding", "revos", "reasoning", "Table 2", task_of=lambda _: "revos"),
+    # Accuracy in %, and AP in %; the question and the scoring behind the AP are not published with it.
+    "mmiu": Bench("MMIU", published={"published": {"UniVG-R1": [53.03]}}, module=mmiu),
+    "odinw": Bench("ODinW-13", published={"published": {"UniVG-R1": [33.3]}}, module=odinw),
 }

@@ -25,7 +25,7 @@ class GreedyDecoder:
     """
 
     def __init__(self, model: Qwen2VL, processor: Processor, max_completion_length: int):
-        self.model, self.max_completion_length = model, max_completion_length
+        self.model, self.processor, self.max_completion_length = model, processor, max_completion_length
         vocabulary = Vocabulary.of(processor, model.config, model.device)
         self.eos_token_ids = vocabulary.eos_token_ids
         self.sampling = {"seed": 0, "temperature": 0.0, "forbidden": vocabulary.forbidden}
@@ -41,17 +41,16 @@ class GreedyDecoder:
         while len(found) < len(prompts):
             part = prompts[len(found) :][: self.at_once]
             try:
-                completions = self._run(part)
+                found += self._run(part)
+                continue
             except torch.OutOfMemoryError:
-                completions = None  # the cache is freed after this block: the traceback refers to what filled memory
-            if completions is None:
-                torch.cuda.empty_cache()
-                if len(part) > 1:
-                    self.at_once = len(part) // 2
-                    log.warning("memory ran out while answering; from now on %d prompts together", self.at_once)
-                    continue
-                completions = [None]
-            found += completions
+                pass  # the cache is freed after this block: the traceback refers to what filled memory
+            torch.cuda.empty_cache()
+            if len(part) == 1:
+                found.append(None)
+            else:
+                self.at_once = len(part) // 2
+                log.warning("memory ran out while answering; from now on %d prompts together", self.at_once)
         return found
 
     @torch.no_grad()

@@ -22,18 +22,22 @@ from boxgrpo.trainer.data.readers import Example, Fault
 from boxgrpo.trainer.data.sources import read_usable
 from boxgrpo.trainer.options import EvalOptions, resolve_dtype, validate_evaluator
 from boxgrpo.trainer.runtime.checkpoints import fingerprint
-from boxgrpo.trainer.runtime.files import replace_file
+from boxgrpo.trainer.runtime.files import open_lines, replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .answer import answer
-from .answer_files import AnswerFile, claim_folder, hash_questions
+from .answer_files import ANSWERS, claim_folder, output_folder
 from .benches import BENCHES, Bench
+from .decode import GreedyDecoder
 from .grade import grade_texts, summarize
 from .page import Case, page
 from .pictures import draw_cases
 from .tables import in_percent, markdown
 
 log = logging.getLogger(__name__)
+
+# Options that a model's answers depend on.
+OF_ANSWERS = ("answer_format", "min_pixels", "max_pixels", "dtype", "max_completion_length")
 
 
 def evaluate(options: EvalOptions, r: Ranks) -> dict:
@@ -60,7 +64,6 @@ def evaluate(options: EvalOptions, r: Ranks) -> dict:
     summary |= {"skipped": len(skipped)}
     folder = output_folder(options)
     if r.is_main and folder:
-        folder.mkdir(parents=True, exist_ok=True)
         write(options, bench, summary, list(zip(answers, scored, strict=True)), skipped, folder)
     return summary
 
@@ -69,12 +72,6 @@ def report(options: EvalOptions, summary: dict) -> dict:
     """The scores as JSON: `mean` and `tasks` in %, Acc@0.5 where the answers are boxes, and all of the summary."""
     bench = BENCHES[options.bench]
     return {"bench": options.bench, **in_percent(bench, summary), **(summary if bench.module else {"summary": summary})}
-
-
-def output_folder(options: EvalOptions) -> Path | None:
-    if options.predictions and not options.output_dir:
-        return None
-    return Path(options.output_dir or "out/eval")
 
 
 def read_records(options: EvalOptions, bench: Bench) -> tuple[Sequence[Example], list[Fault]]:
@@ -91,29 +88,16 @@ def answer_records(
     options: EvalOptions, examples: Sequence[Example], numbers: Sequence[int], r: Ranks
 ) -> tuple[dict[int, str], dict[int, str]]:
     """The model's answers by record number, those of an earlier run among them, and why other records have none."""
-    how = ("answer_format", "min_pixels", "max_pixels", "dtype", "max_completion_length")
-    identity = {"model": fingerprint(options.model), "questions": hash_questions(examples)}
-    identity |= {name: getattr(options, name) for name in how}
-    folder = output_folder(options)
-    found = claim_folder(folder, identity, r, anew=options.overwrite_output_dir)
+    found = claim_folder(options, examples, r, *OF_ANSWERS, model=fingerprint(options.model))
     texts, reasons = {n: found[n] for n in numbers if n in found}, {}
     if missing := [n for n in numbers if n not in texts]:
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         processor = Processor.from_pretrained(options.model, **limits)
         model = load_model(options.model, dtype=resolve_dtype(options.dtype, r.device), device=r.device).eval()
-        file = AnswerFile(folder, r)
-        answered, reasons = answer(
-            model,
-            processor,
-            examples,
-            missing,
-            r,
-            options,
-            max_completion_length=options.max_completion_length,
-            answer_format=options.answer_format,
-            keep=file.keep,
-        )
-        file.close()
+        decoder = GreedyDecoder(model, processor, options.max_completion_length)
+        form = options.answer_format
+        with open_lines(output_folder(options) / ANSWERS.format(r.rank)) as store:
+            answered, reasons = answer(decoder, examples, missing, r, options, answer_format=form, store=store)
         texts = dict(sorted((texts | answered).items()))
     for reason in reasons.values() if r.is_main else ():
         log.warning("skipped %s", reason)
@@ -137,10 +121,9 @@ def read_predictions(options: EvalOptions, examples: Sequence[Example], faults: 
             f"{path} holds {len(texts)} answers; {', '.join(options.data)} has {records} records, of which "
             f"{len(examples)} can be used. Give one answer for each record, or one for each that can be used, in order."
         )
-    if folder := output_folder(options):
-        identity = {"predictions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
-        identity |= {"questions": hash_questions(examples), "answer_format": options.answer_format}
-        claim_folder(folder, identity, r, anew=options.overwrite_output_dir)
+    if output_folder(options):
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        claim_folder(options, examples, r, "answer_format", predictions=digest)
     if len(texts) == len(examples):
         if faults:
             log.warning("%s: taken for the answers to the %d usable records alone, in order", path, len(examples))

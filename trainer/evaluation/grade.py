@@ -93,16 +93,13 @@ def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> 
     by_task = defaultdict(list)
     for a in answers:
         by_task[a["task"]].append(a["iou"])
-    tasks = {}
-    drawn = defaultdict(list)  # measure -> resampled values of each task, (resamples) each
+    tasks, drawn = {}, []
     for task, ious in sorted(by_task.items()):
         ious = np.array(ious)
         tasks[task] = {"count": len(ious)} | {name: float(value) for name, value in measures(ious).items()}
         if resamples:
-            redrawn = bootstrap(ious, resamples, np.random.default_rng([seed, *task.encode(errors="replace")]))
-            tasks[task]["interval"] = {name: _interval(values) for name, values in redrawn.items()}
-            for name, values in redrawn.items():
-                drawn[name].append(values)
+            drawn.append(bootstrap(ious, resamples, np.random.default_rng([seed, *task.encode(errors="replace")])))
+            tasks[task]["interval"] = _intervals(drawn[-1])
     names = list(measures(np.zeros(1)))
     well_formed = [a["iou"] for a in answers if a["format"]]
     summary = {
@@ -112,7 +109,7 @@ def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> 
         "well_formed_iou": sum(well_formed) / max(1, len(well_formed)),
     }
     if resamples:
-        summary["interval"] = {name: _interval(np.mean(values, axis=0)) for name, values in drawn.items()}
+        summary["interval"] = _intervals({name: np.mean([d[name] for d in drawn], axis=0) for name in names})
     return summary | {"tasks": tasks}
 
 
@@ -126,5 +123,6 @@ def bootstrap(ious: np.ndarray, resamples: int, generator: np.random.Generator) 
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+def _intervals(drawn: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    return {name: np.quantile(values, edges).tolist() for name, values in drawn.items()}

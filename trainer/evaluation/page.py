@@ -1,12 +1,13 @@
 """An evaluation as one HTML page: tables, and cases with their pictures. It opens from any disk, without a network."""
 
+import itertools
 import random
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 
 from boxgrpo.trainer.data.example import Example, box_text
 
@@ -17,13 +18,7 @@ from .tables import comparison, details, in_percent, notes
 IMAGE_HEIGHT = 300  # pixels
 JPEG_QUALITY = 82
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).resolve().parent / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+PAGE = Path(__file__).with_name("templates") / "evaluation.html"
 
 Case = tuple[dict, Example]  # an answer of `grade_texts` and its example
 
@@ -33,21 +28,12 @@ def choose(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, list
     left = list(cases)
     sections = []
     for name, sign in (("Worst", 1), ("Best", -1)):
-        left = _in_turns(left, sign)
+        turns = defaultdict(itertools.count)  # by task: each task's first case, then each task's second, and so on
+        left.sort(key=lambda case: sign * case[0]["iou"])
+        left.sort(key=lambda case: next(turns[case[0]["task"]]))
         sections.append((name, left[:count]))
         left = left[count:]
     return [*sections, ("Random", random.Random(seed).sample(left, min(count, len(left))))]
-
-
-def _in_turns(cases: Sequence[Case], sign: int) -> list[Case]:
-    """By sign x IoU: each task's first, then each task's second, and so on."""
-    by_iou = sorted(cases, key=lambda case: sign * case[0]["iou"])
-    seen: Counter[str] = Counter()
-    places = []
-    for answer, _ in by_iou:
-        places.append(seen[answer["task"]])
-        seen[answer["task"]] += 1
-    return [by_iou[i] for i in sorted(range(len(by_iou)), key=places.__getitem__)]
 
 
 def page(
@@ -60,7 +46,9 @@ def page(
         count: cases in each section.
     """
     sections = [(title, [_shown(*case) for case in chosen]) for title, chosen in choose(cases, count, seed) if chosen]
-    return TEMPLATES.get_template("evaluation.html").render(
+    strict = {"autoescape": True, "undefined": StrictUndefined}
+    template = Template(PAGE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True, **strict)
+    return template.render(
         title=bench.title,
         name=name,
         mean=in_percent(bench, summary)["mean"],
@@ -74,7 +62,7 @@ def page(
 
 def _shown(answer: dict, example: Example) -> dict:
     """What the template shows of a case. An image that cannot be loaded takes the picture's place as a message."""
-    thought = _THOUGHT.search(answer["answer"])
+    before, thought, after = (_THOUGHT.split(answer["answer"], maxsplit=1) + ["", ""])[:3]
     picture, missing = "", ""
     try:
         drawn = annotate_example(example, predicted=answer["box"], image_height=IMAGE_HEIGHT)
@@ -84,8 +72,8 @@ def _shown(answer: dict, example: Example) -> dict:
     return answer | {
         "picture": picture,
         "missing": missing,
-        "thought": thought[1].strip() if thought else "",
-        "said": answer["answer"].replace(thought[0] if thought else "", "", 1).strip(),
+        "thought": thought.strip(),
+        "said": (before + after).strip(),
         "verdict": "hit" if answer["iou"] > 0.5 else "miss",
         "gold_text": box_text(answer["gold"]),
         "box_text": box_text(answer["box"]) if answer["box"] else "no box found",

@@ -25,9 +25,9 @@ def comparison(bench: Bench, summary: dict, name: str) -> tuple[list[str], list[
     tasks = [] if bench.module else list(bench.columns) or list(scores["tasks"])
     columns = ["model", "from", *(bench.columns.get(task, task) for task in tasks), "mean" if bench.module else "AVG"]
     rows = [
-        [model, published.name, *map(_percent, values)]
-        for published in bench.published
-        for model, values in published.rows.items()
+        [model, table, *map(_percent, values)]
+        for table, published in bench.published.items()
+        for model, values in published.items()
     ]
     whole = bench.module or scores["tasks"].keys() == set(tasks)
     own = [*(scores["tasks"].get(task) for task in tasks), scores["mean"] if whole else None]

@@ -21,6 +21,7 @@ from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
 from boxgrpo.trainer.runtime.spans import untimed
 
 from .answer import answer
+from .decode import GreedyDecoder
 from .grade import grade_texts, summarize
 
 log = logging.getLogger(__name__)
@@ -75,15 +76,8 @@ class Validation:
     def scores(self, policy) -> dict:
         """`summarize`'s scores of the policy's greedy answers, and `skipped`; the same on every rank."""
         o, examples = self.options, self.examples
-        texts, reasons = answer(
-            policy,
-            self.processor,
-            examples,
-            range(len(examples)),
-            self.r,
-            o,
-            max_completion_length=o.eval_max_completion_length,
-        )
+        decoder = GreedyDecoder(policy, self.processor, o.eval_max_completion_length)
+        texts, reasons = answer(decoder, examples, range(len(examples)), self.r, o)
         for n in reasons.keys() - self.logged if self.r.is_main else ():
             log.warning("skipped %s", reasons[n])
         self.logged |= reasons.keys()

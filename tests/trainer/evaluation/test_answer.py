@@ -1,6 +1,8 @@
 """Answers of a model: shared out among ranks, in parts where memory is short, in the format that is requested."""
 
 import dataclasses
+import io
+import json
 
 import pytest
 import torch
@@ -17,14 +19,11 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 OPTIONS = EvalOptions(eval_batch_size=64, dataloader_num_workers=0)
 
 
-@pytest.fixture(scope="module")
-def model(newborn):
-    return load_model(newborn)
-
-
-@pytest.fixture(scope="module")
-def processor(newborn):
-    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=9408)
+@pytest.fixture
+def decoder(newborn):
+    """Of at most six tokens."""
+    processor = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=9408)
+    return GreedyDecoder(load_model(newborn), processor, max_completion_length=6)
 
 
 class OneOfTwo(Ranks):
@@ -34,50 +33,49 @@ class OneOfTwo(Ranks):
         return [value]
 
 
-def test_two_ranks_answer_what_one_does(model, processor, record_file):
+def test_two_ranks_answer_what_one_does(decoder, record_file):
     examples, _ = read_examples(record_file)
-    alone, reasons = answer(model, processor, examples, range(7), Ranks(), OPTIONS, max_completion_length=6)
+    alone, reasons = answer(decoder, examples, range(7), Ranks(), OPTIONS)
     assert list(alone) == [0, 1, 3, 4, 5, 6] and list(reasons) == [2]
-    kept, two = [], dataclasses.replace(OPTIONS, eval_batch_size=2)
-    parts = [
-        answer(model, processor, examples, range(7), OneOfTwo(rank, 2), two, max_completion_length=6, keep=kept.append)
-        for rank in (0, 1)
-    ]
+    stored, two = io.StringIO(), dataclasses.replace(OPTIONS, eval_batch_size=2)
+    parts = [answer(decoder, examples, range(7), OneOfTwo(rank, 2), two, store=stored) for rank in (0, 1)]
     assert [(list(texts), list(why)) for texts, why in parts] == [([0, 4, 6], [2]), ([1, 3, 5], [])]
     assert parts[0][0] | parts[1][0] == alone
-    assert [list(batch) for batch in kept] == [[0], [4, 6], [1, 3], [5]], "each batch is kept as soon as it is decoded"
+    lines = [json.loads(line) for line in stored.getvalue().splitlines()]
+    assert lines == [{"record": n, "answer": alone[n]} for n in (0, 4, 6, 1, 3, 5)]
 
 
-def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(model, processor, record_file, monkeypatch):
+def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(decoder, record_file, monkeypatch):
     """Two prompts fit into memory together, and the one with the largest image not at all."""
     examples, _ = read_examples(record_file)
-    whole, _ = answer(model, processor, examples, range(7), Ranks(), OPTIONS, max_completion_length=6)
-    run = GreedyDecoder._run
-    lengths = {n: len(processor.prompt(examples[n]).input_ids) for n in whole}
+    whole, _ = answer(decoder, examples, range(7), Ranks(), OPTIONS)
+    run = decoder._run
+    lengths = {n: len(decoder.processor.prompt(examples[n]).input_ids) for n in whole}
     largest = max(lengths.values())
     huge = [n for n, length in lengths.items() if length == largest]
     sizes = []
 
-    def limited(decoder, prompts):
+    def limited(prompts):
         sizes.append(len(prompts))
         if len(prompts) > 2 or max(len(p.input_ids) for p in prompts) == largest:
             raise torch.OutOfMemoryError("no room")
-        return run(decoder, prompts)
+        return run(prompts)
 
-    monkeypatch.setattr(GreedyDecoder, "_run", limited)
-    texts, reasons = answer(model, processor, examples, range(7), Ranks(), OPTIONS, max_completion_length=6)
+    monkeypatch.setattr(decoder, "_run", limited)
+    texts, reasons = answer(decoder, examples, range(7), Ranks(), OPTIONS)
     assert texts == {n: t for n, t in whole.items() if n not in huge}
     assert all(reasons[n] == f"benchmark.json#{n}: decoding it alone runs out of memory" for n in huge)
     assert sizes[:2] == [6, 3] and max(sizes[2:]) <= 3, "a number of prompts that failed is not tried again"
 
 
-def test_other_models_get_a_request_for_their_own_format(processor):
+def test_other_models_get_a_request_for_their_own_format(decoder):
     """The question unchanged, and the request; box marks are then part of what is read."""
     example = Example("0", "diff", ("a.png",), "<image>Where is it?", (0.0, 0.0, 500.0, 500.0), answer_format="think")
     marked = in_format(example, "marked")
     assert marked.turns == (("user", "Where is it?" + REQUESTS["marked"]),)
     assert "<|box_start|>(x1,y1)" in REQUESTS["marked"]
     assert in_format(example, "auto") is example and in_format(example, "box").answer_format == "box"
+    processor = decoder.processor
     ids = processor.tokenizer("<|box_start|>(0, 0), (500, 500)<|box_end|><|im_end|>", return_tensors="pt").input_ids[0]
     assert decode_answer(processor, ids, "think") == "(0, 0), (500, 500)"
     assert decode_answer(processor, ids, "marked") == "<|box_start|>(0, 0), (500, 500)<|box_end|>"

@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from boxgrpo.bench.processes import kill
-from boxgrpo.trainer.evaluation.answer_files import AnswerFile
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluator import main
@@ -37,24 +36,17 @@ def test_options_that_do_not_fit_are_refused_by_name(given, message):
         main(given)
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """The numbers of the records that are answered from here on, batch by batch, as they are written to the disk."""
-    batches, keep = [], AnswerFile.keep
-
-    def noting(file, answers):
-        keep(file, answers)
-        batches.append(list(answers))
-
-    monkeypatch.setattr(AnswerFile, "keep", noting)
-    return batches
-
-
 def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(newborn, record_file, decoded, caplog):
+def answered(folder) -> list[list[int]]:
+    """The numbers of the records whose answers are on the disk, rank by rank in the order of their decoding."""
+    files = sorted((folder / "answers").glob("rank*.jsonl"))
+    return [[json.loads(line)["record"] for line in f.read_text().split("\n")[:-1]] for f in files]
+
+
+def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(newborn, record_file, caplog):
     summary = evaluate(eval_options(newborn, record_file, bench="mig", eval_batch_size=3, pictures=100), Ranks())
     folder = record_file.parent / "eval"
     results = results_of(folder)
@@ -62,7 +54,6 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
     assert summary["count"] == 6 and summary["skipped"] == 1
     assert [a["source"] for a in results["answers"]] == [f"benchmark.json#{i}" for i in (0, 1, 3, 4, 5, 6)]
     assert {task: found["count"] for task, found in summary["tasks"].items()} == {"diff": 3, "region": 3}
-    assert decoded == [[0, 1], [3, 4, 5], [6]]
     (fault,) = results["skipped_records"]
     assert re.search(r"benchmark\.json#2: There is no image at .*2\.png", fault) and fault in caplog.text
     assert results["mean"] == 100 * summary["accuracy_at_0.5"] and results["tasks"].keys() == {"diff", "region"}
@@ -72,41 +63,36 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
 
     (folder / "pictures/0001.png").write_text("not ours")
     assert evaluate(eval_options(newborn, record_file, limit=2, pictures=1), Ranks())["count"] == 2
-    assert len(decoded) == 3, "what is answered already is not answered again"
+    assert answered(folder) == [[0, 1, 3, 4, 5, 6]], "what is answered already is not answered again"
     left = {p.name for p in (folder / "pictures").iterdir()}
     assert left == {"00.png", "0001.png"}, "its own earlier cases go, what it never drew stays"
 
 
-def test_a_killed_evaluation_is_resumed(newborn, record_file, decoded, monkeypatch):
+def test_a_killed_evaluation_is_resumed(newborn, record_file, monkeypatch):
     """After two batches it dies, in the middle of a line; then it goes on, and a third run has nothing left to do."""
-    options = eval_options(newborn, record_file, eval_batch_size=2, pictures=0)
+    options, folder = eval_options(newborn, record_file, eval_batch_size=2, pictures=0), record_file.parent / "eval"
     whole = evaluate(eval_options(newborn, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
-    decoded.clear()
     complete = GreedyDecoder.complete
 
     def dying(decoder, prompts):
-        if len(decoded) == 2:
+        if answered(folder) == [[0, 1, 3]]:
             raise KeyboardInterrupt
         return complete(decoder, prompts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(GreedyDecoder, "complete", dying)
         evaluate(options, Ranks())
-    assert decoded == [[0, 1], [3]]
-    folder = record_file.parent / "eval"
-    assert not (folder / "results.json").exists()
+    assert answered(folder) == [[0, 1, 3]] and not (folder / "results.json").exists()
     with (folder / "answers/rank0.jsonl").open("a") as file:
         file.write('{"record": 4, "answer": "<thi')  # what a kill can leave
     assert evaluate(options, Ranks()) == whole
-    assert decoded == [[0, 1], [3], [4], [5, 6]]
-    lines = [json.loads(line) for line in (folder / "answers/rank0.jsonl").read_text().splitlines()]
-    assert [line["record"] for line in lines] == [0, 1, 3, 4, 5, 6]
+    assert answered(folder) == [[0, 1, 3, 4, 5, 6]]
     Image.effect_noise((56, 56), 60).save(record_file.parent / "2.png")  # the lost image is found
     assert evaluate(options, Ranks())["count"] == 7
-    assert decoded[4:] == [[2]]
+    assert answered(folder) == [[0, 1, 3, 4, 5, 6, 2]]
 
 
-def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, decoded, tmp_path, caplog):
+def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, tmp_path, caplog):
     options = eval_options(newborn, record_file, pictures=0)
     evaluate(options, Ranks())
     records = json.loads(record_file.read_text())
@@ -123,15 +109,16 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
             evaluate(eval_options(newborn, record_file, **changes), Ranks())
     other = tmp_path / "model"
     shutil.copytree(newborn, other)
+    caplog.clear()
     evaluate(eval_options(other, record_file), Ranks())
-    assert len(decoded) == 1, "the same model, wherever it lies"
+    assert "6 answers are there already" in caplog.text, "the same model, wherever it lies"
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors")
     with pytest.raises(ValueError, match=r"\(other: model\)\. Name another .* --overwrite_output_dir true"):
         evaluate(eval_options(other, record_file), Ranks())
-    assert len(decoded) == 1
+    caplog.clear()
     evaluate(eval_options(other, record_file, overwrite_output_dir=True, pictures=0), Ranks())
-    assert len(decoded) == 2 and "an earlier evaluation is removed" in caplog.text
+    assert "an earlier evaluation is removed" in caplog.text and "are there already" not in caplog.text
     with pytest.raises(ValueError, match=r"\(other: model\)"):
         evaluate(options, Ranks())
 
@@ -148,20 +135,16 @@ def test_two_killed_processes_resume(newborn, tmp_path):
     options.max_completion_length = 24
     folder = tmp_path / "eval"
 
-    def answers():
-        files = sorted((folder / "answers").glob("rank*.jsonl"))
-        return [[json.loads(line)["record"] for line in f.read_text().split("\n")[:-1]] for f in files]
-
     run = start(ROOT / "trainer/evaluator.py", options)
-    while sum(map(len, answers())) < 4:
+    while sum(map(len, answered(folder))) < 4:
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.01)
     kill(run)
-    before = answers()
+    before = answered(folder)
     assert 4 <= sum(map(len, before)) < 60 and not (folder / "results.json").exists()
     out = finish(start(ROOT / "trainer/evaluator.py", options))
     assert f"{sum(map(len, before))} answers are there already" in out
-    after = answers()
+    after = answered(folder)
     assert sorted(n for part in after for n in part) == list(range(60))
     assert all(now[: len(then)] == then for now, then in zip(after, before))
     alone = evaluate(
