@@ -134,7 +134,7 @@ def test_without_masters_the_weights_are_updated(tiny, monkeypatch):
     start = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
     engine.step()
-    assert all(p is master for p, master in zip(engine.parameters, engine.masters, strict=True))
+    assert not engine.rounded  # each parameter is its own master
     assert {x.dtype for x in engine.optimizer.state[weight].values() if x.ndim} == {torch.bfloat16}
     assert not torch.equal(weight, start)
 

@@ -1,4 +1,4 @@
-"""What the loops ask of an engine: optimizer, schedule, gradient exchange and sharding behind one interface."""
+"""The engine's interface: optimizer, schedule, gradient exchange and sharding of weights."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +12,7 @@ from boxgrpo.model.batch import PackedBatch
 
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
-    """Memory ran out on another rank, and this one starts the step over with it."""
+    """Memory ran out on another rank; this one starts the step over with it."""
 
 
 class Engine(Protocol):
@@ -22,9 +22,9 @@ class Engine(Protocol):
     `step()`; where memory runs out in between, `start_over(error)`.
 
     Attributes:
-        model: to be called in place of the module it was made from.
+        model: called in place of the module from which the engine was made.
         ranks: the processes that train together.
-        lockstep: ranks synchronise in each pack, so all must run the same number, empty packs if need be.
+        lockstep: ranks synchronise in each pack: all must run the same number of packs, empty ones included.
         least_packs: packs that must run before `step`.
         shards_weights: no rank holds all weights outside `gathered_weights`.
         schedule: torch's learning-rate scheduler; `step` advances it.
@@ -40,10 +40,10 @@ class Engine(Protocol):
     check_room: Callable[[Sequence[PackedBatch]], None] | None
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is never trained, ready to be called; sharded where the engine shards."""
+        """Prepare a model that is never trained for being called."""
 
     def gathered_weights(self) -> AbstractContextManager:
-        """Within the block every rank has all weights; every rank enters and leaves it together."""
+        """Within the block every rank has all weights; all ranks must enter and leave it together."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
@@ -52,12 +52,12 @@ class Engine(Protocol):
         """Forget the gradients accumulated since the last update, after memory ran out."""
 
     def step(self) -> tuple[Tensor, bool]:
-        """Average over ranks, clip, update, clear.
+        """Average the gradients over ranks, clip them, update the weights, clear the gradients.
 
         Where a loss or a gradient of any rank is NaN or infinite, no rank updates; the schedule advances all the same.
 
         Returns:
-            The gradient's norm before clipping, a 0-dim tensor, and whether there was an update; alike on every rank.
+            The gradient's norm before clipping, a 0-dim tensor, and whether there was an update; equal on all ranks.
         """
 
     def save(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Data parallelism in the plainest form: every rank holds the whole model.
 
 Gradients are averaged once, after the step's last pack, in a few flat buffers. Overlapping that with the backward pass
-would win little where a step is mostly sampling, and without it ranks may run different numbers of packs.
+would save little where a step is mostly sampling, and without it ranks may run different numbers of packs.
 """
 
 import functools
@@ -10,24 +10,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .optimizer import (
-    STATE,
-    make_optimizer,
-    make_schedule,
-    optimizer_state,
-    schedule_state,
-    set_optimizer_state,
-    set_schedule_state,
-)
+from .optimizer import load_state, make_optimizer, make_schedule, save_state, set_optimizer_state
 
 BUCKET_BYTES = 64 << 20
 
 
 class DataParallelEngine:
-    """An `Engine` that keeps fp32 master weights of a model below fp32."""
+    """An `Engine` that keeps fp32 master weights of a model below fp32.
+
+    Attributes:
+        masters: the fp32 tensors that are updated, by the parameters' names; a parameter in fp32 is its own master.
+        rounded: each other parameter with its master.
+    """
 
     lockstep = False  # ranks synchronise in `step` alone
     least_packs = 0
@@ -36,28 +32,25 @@ class DataParallelEngine:
     check_room = None
 
     def __init__(self, model: nn.Module, options, ranks, total_steps: int):
-        self.model = model
-        self.ranks = ranks
-        self.max_grad_norm = options.max_grad_norm
+        self.model, self.ranks, self.max_grad_norm = model, ranks, options.max_grad_norm
         if ranks.world_size > 1:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)
-        self.names, self.parameters = zip(
-            *((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True
-        )
-        self.masters = [self.master_of(p) for p in self.parameters]
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if p is not master:
-                p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
-        self.optimizer = make_optimizer(self.masters, options)
-        for master in self.masters:  # now, not at the first update: the first packs that fit are then of a size to stay
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {name: self.master_of(p) for name, p in trained.items()}
+        self.rounded = [(p, self.masters[name]) for name, p in trained.items() if p is not self.masters[name]]
+        for p, master in self.rounded:
+            p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
+        self.optimizer = make_optimizer([*self.masters.values()], options)
+        # The moments are made here, not at the first update, so that the sizes of the first packs account for them.
+        for master in self.masters.values():
             moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
             set_optimizer_state(self.optimizer, master, {"step": torch.zeros(()), **moments})
         self.schedule = make_schedule(self.optimizer, options, total_steps)
 
     @staticmethod
     def master_of(p: nn.Parameter) -> nn.Parameter:
-        """What is updated in the parameter's place. An update of 1e-6 is lost in bf16: a copy in fp32 can hold it."""
+        """What is updated in the parameter's place: an update of 1e-6 is lost in bf16, and not in an fp32 copy."""
         return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
     def frozen(self, model: nn.Module) -> nn.Module:
@@ -70,49 +63,41 @@ class DataParallelEngine:
     def start_over(self, error: torch.OutOfMemoryError) -> None:
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
     def step(self) -> tuple[Tensor, bool]:
-        for master in self.masters:
-            if master.grad is None:  # a step whose packs had no use for it, on this rank at least
+        masters = [*self.masters.values()]
+        for master in masters:
+            if master.grad is None:  # no pack of this rank used it
                 master.grad = torch.zeros_like(master)
         if self.ranks.world_size > 1:
-            self._average_gradients()
-        grad_norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm or float("inf"))
+            self._average_gradients([master.grad for master in masters])
+        grad_norm = nn.utils.clip_grad_norm_(masters, self.max_grad_norm or float("inf"))
         updates = bool(grad_norm.isfinite())
         if updates:
             self.optimizer.step()
-            with torch.no_grad():
-                for p, master in zip(self.parameters, self.masters, strict=True):
-                    if p is not master:
-                        p.copy_(master)
+            for p, master in self.rounded:
+                p.copy_(master)
         self.schedule.step()
         self.optimizer.zero_grad()
         return grad_norm, updates
 
     def save(self, folder: Path) -> None:
-        """Trained weights in fp32, moments and the schedule's place: the same on every rank, written by rank 0."""
-        if not self.ranks.is_main:
-            return
-        tensors = {"schedule": schedule_state(self.schedule)}
-        for name, master in zip(self.names, self.masters, strict=True):
-            tensors[f"{name}/weight"] = master.detach()
-            tensors |= {f"{name}/{key}": value for key, value in optimizer_state(self.optimizer, master).items()}
-        save_file(tensors, folder / "rank0.safetensors")
+        """Weights, moments and schedule are the same on every rank: rank 0 writes them."""
+        if self.ranks.is_main:
+            save_state(folder / "rank0.safetensors", self.masters, self.optimizer, self.schedule)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """What `save` wrote, on any number of ranks."""
-        tensors = load_file(folder / "rank0.safetensors")
-        for name, p, master in zip(self.names, self.parameters, self.masters, strict=True):
-            master.copy_(tensors[f"{name}/weight"])
+        """Restore what `save` wrote, on any number of ranks."""
+        load_state(folder / "rank0.safetensors", self.masters, self.optimizer, self.schedule)
+        for p, master in self.rounded:
             p.copy_(master)
-            set_optimizer_state(self.optimizer, master, {k: tensors.get(f"{name}/{k}") for k in STATE})
-        set_schedule_state(self.schedule, tensors["schedule"])
 
-    def _average_gradients(self) -> None:
-        bucket: list[torch.Tensor] = []
-        for master in self.masters:
-            bucket.append(master.grad)
-            if sum(g.nbytes for g in bucket) < BUCKET_BYTES and master is not self.masters[-1]:
+    def _average_gradients(self, gradients: list[Tensor]) -> None:
+        bucket: list[Tensor] = []
+        for gradient in gradients:
+            bucket.append(gradient)
+            if sum(g.nbytes for g in bucket) < BUCKET_BYTES and gradient is not gradients[-1]:
                 continue
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat)
@@ -123,6 +108,6 @@ class DataParallelEngine:
 
 
 def _move_gradient(master: nn.Parameter, p: nn.Parameter) -> None:
-    """Add a pack's gradient to the master's fp32 one as soon as it is there: no second full set, no sums in bf16."""
+    """Add a pack's gradient to the master's in fp32 at once: no second set of gradients, no sums in bf16."""
     master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
     p.grad = None

@@ -8,69 +8,51 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .base import PeerOutOfMemory
-from .optimizer import (
-    STATE,
-    make_optimizer,
-    make_schedule,
-    optimizer_state,
-    schedule_state,
-    set_optimizer_state,
-    set_schedule_state,
-)
+from .optimizer import load_state, make_optimizer, make_schedule, save_state
 from .room import NoRoom, room_checker
 
 
 class DeepSpeedEngine:
-    """Trains the parameters of `model` that require a gradient, their state shared out among the ranks.
+    """Trains the parameters of `model` that require a gradient; their optimizer state is divided among the ranks.
 
-    Attributes:
-        lockstep: from stage 2 on ranks meet in each backward pass, at stage 3 in each layer: they must run the same
-            number of packs, empty ones if need be. At stage 2 they ask each other before each backward pass whether
-            memory has lasted, so that all start over where it has not.
-        least_packs: DeepSpeed's step fails where there was no backward pass.
-        shards_weights: at stage 3 no rank holds them all but within `gathered_weights`.
+    Ranks synchronise in each backward pass at stage 2, in each layer at stage 3. Before each backward pass of stage 2
+    they exchange whether memory ran out on one of them: then all start over.
 
     Raises:
         ValueError: DeepSpeed cannot be imported.
     """
 
-    least_packs = 1
+    least_packs = 1  # DeepSpeed's step fails where there was no backward pass
 
     def __init__(self, model: nn.Module, options, ranks: Ranks, total_steps: int):
         deepspeed = import_deepspeed()
         self.deepspeed, self.stage, self.ranks, self.module = deepspeed, options.zero_stage, ranks, model
         self.lockstep, self.shards_weights = self.stage > 1, self.stage == 3
-        if not dist.is_initialized():  # DeepSpeed wants a group, of one rank too
+        self.file = f"rank{ranks.rank}.safetensors"
+        if not dist.is_initialized():  # DeepSpeed needs a process group of one rank too
             os.environ.setdefault("LOCAL_RANK", "0")
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        trained = [p for p in model.parameters() if p.requires_grad]
         self.check_room = room_checker(model, options, self.stage, ranks) if self.lockstep else None
         if self.stage == 3:
-            # The root runs the fused head: the weight must be there after the module that owns it has let it go.
+            # The root runs the fused head: it needs the weight after the module that owns it has partitioned it again.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
         self.config = deepspeed_config(options, model, self.stage)
-        self.model, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(trained, options), config=self.config
-        )
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], options)
+        self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
+        self.inner = self.optimizer.optimizer  # of this rank's partitions
         self.schedule = make_schedule(self.inner, options, total_steps)
-
-    @property
-    def inner(self) -> torch.optim.Optimizer:
-        """The optimizer of this rank's partitions."""
-        return self.optimizer.optimizer
 
     def backward(self, loss: Tensor) -> None:
         if self.stage == 2 and self.ranks.sum(0)[0]:
             raise PeerOutOfMemory("on another rank")
         try:
-            # The gradients of a loss that is not finite become NaN, which every rank then sees.
+            # The gradients of a loss that is not finite become NaN: their reduction shows that to every rank.
             self.model.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             if self.stage == 1:
@@ -81,7 +63,7 @@ class DeepSpeedEngine:
             ) from error
 
     def start_over(self, error: torch.OutOfMemoryError) -> None:
-        """Forget the gradients accumulated so far, after memory ran out; at stage 2 on every rank.
+        """At stage 2 every rank starts over.
 
         Raises:
             ValueError: at stage 3, where the others wait for this rank in the middle of a layer.
@@ -94,11 +76,11 @@ class DeepSpeedEngine:
                 "--tokens_per_pass, or set --gradient_checkpointing true."
             ) from error
         if self.stage == 2 and not isinstance(error, PeerOutOfMemory):
-            self.ranks.sum(1)  # what the others ask before their backward pass
+            self.ranks.sum(1)  # with the sum in the other ranks' `backward`
         self._forget()
 
     def _forget(self) -> None:
-        """Drop all that stages 1 and 2 have summed up since the last update; zero_grad alone leaves the sums."""
+        """Drop the gradients that stages 1 and 2 have summed since the last update: zero_grad alone keeps the sums."""
         zero = self.optimizer
         zero.zero_grad()
         if zero.cpu_offload:
@@ -111,13 +93,13 @@ class DeepSpeedEngine:
         self.model.step()
         updated = not self.optimizer.overflow
         if not updated and self.stage < 3:
-            self._forget()  # with offload in bf16 DeepSpeed keeps the sum that is not finite, for every later step
+            self._forget()  # with offload in bf16 DeepSpeed would add the sum that is not finite to every later step
         self.schedule.step()
         norm = torch.as_tensor(self.model.get_global_grad_norm() if updated else float("nan"))
         return norm, updated
 
     def frozen(self, model: nn.Module) -> Callable:
-        """A model to call that is never trained: at stage 3 its weights are shared out, too."""
+        """At stage 3 the frozen weights are divided among the ranks, too."""
         if self.stage < 3:
             return model
         self.deepspeed.zero.register_external_parameter(model, model.head_weight)
@@ -125,10 +107,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def gathered_weights(self):
-        """Within the block every rank has all weights, and no layer waits for another rank.
-
-        For sampling, whose steps differ from rank to rank, and for saving. Every rank must enter and leave together.
-        """
+        """Within the block no layer waits for another rank: ranks may sample different numbers of tokens."""
         if self.stage < 3:
             yield
             return
@@ -143,43 +122,28 @@ class DeepSpeedEngine:
                 parts._register_deepspeed_module(parts.module)
 
     def save(self, folder: Path) -> None:
-        """This rank's partitions: fp32 weights and moments, and the schedule's place."""
-        tensors = {"schedule": schedule_state(self.schedule)}
-        for i, partition in enumerate(self._partitions()):
-            tensors[f"{i}/weight"] = partition.detach()
-            tensors |= {f"{i}/{key}": value for key, value in optimizer_state(self.inner, partition).items()}
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / self._file())
+        """Each rank writes its partitions."""
+        save_state(folder / self.file, self._partitions(), self.inner, self.schedule)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """What `save` wrote, on the same number of ranks."""
-        tensors = load_file(folder / self._file())
-        for i, partition in enumerate(self._partitions()):
-            partition.data.copy_(tensors[f"{i}/weight"])
-            set_optimizer_state(self.inner, partition, {k: tensors.get(f"{i}/{k}") for k in STATE})
-        self._to_the_model()
-        set_schedule_state(self.schedule, tensors["schedule"])
-
-    def _file(self) -> str:
-        return f"rank{self.ranks.rank}.safetensors"
-
-    def _partitions(self) -> list[Tensor]:
-        """Flat fp32 tensors that the optimizer updates on this rank."""
-        if self.stage == 3:
-            return self.optimizer.fp32_partitioned_groups_flat
-        return self.optimizer.single_partition_of_fp32_groups
-
-    def _to_the_model(self) -> None:
-        """The model's weights from the partitions, as after a step."""
+        """Restore what `save` wrote, on the same number of ranks."""
+        zero, partitions = self.optimizer, self._partitions()
+        load_state(folder / self.file, partitions, self.inner, self.schedule)
         if self.stage < 3:
-            self.optimizer.update_lp_params()
+            zero.update_lp_params()
             return
-        for low, high in zip(self.optimizer.fp16_partitioned_groups_flat, self._partitions(), strict=True):
+        for low, high in zip(zero.fp16_partitioned_groups_flat, partitions.values(), strict=True):
             low.data.copy_(high.data)
-        kept = self.optimizer.persistent_parameters  # small ones, which every rank keeps whole
-        if kept:
-            kept[0].partition(kept)
-            kept[0].all_gather(kept)
+        if whole := zero.persistent_parameters:  # small ones, which every rank keeps whole
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+    def _partitions(self) -> dict[str, Tensor]:
+        """The flat fp32 tensors that the optimizer updates on this rank, by number."""
+        zero = self.optimizer
+        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return {str(number): partition for number, partition in enumerate(flat)}
 
 
 def import_deepspeed():
@@ -190,17 +154,16 @@ def import_deepspeed():
             f"engine is 'deepspeed' and importing it fails: {error}. Install it (pip install deepspeed), "
             "or use --engine ddp."
         ) from error
-    # Its shared-memory collectives for CPUs are compiled at first use, under a lock that a killed run leaves behind for
-    # all later ones to wait for. gloo serves.
+    # Its shared-memory collectives for CPUs are compiled under a lock file, which a killed run leaves behind: all later
+    # runs would wait for it. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls torch's collectives by their older names, and each call would be told.
+    # It calls torch's collectives by their older names, each of which warns.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     return deepspeed
 
 
 def deepspeed_config(options, model: nn.Module, stage: int) -> dict:
-    """DeepSpeed's configuration. Packs are accumulated by hand: the step ends when we say so."""
-    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    """DeepSpeed's configuration, without its accumulation of gradients: a step ends where `step` is called."""
     zero: dict = {"stage": stage, "overlap_comm": False}
     if options.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -213,7 +176,7 @@ def deepspeed_config(options, model: nn.Module, stage: int) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if bf16:
+    if next(model.parameters()).dtype == torch.bfloat16:
         found["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if stage > 1:
             found["data_types"] = {"grad_accum_dtype": "fp32"}

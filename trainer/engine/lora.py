@@ -1,4 +1,4 @@
-"""LoRA through PEFT: adapters on the decoder's linear layers, trained in place of its weights, merged to be read."""
+"""LoRA through PEFT: adapters on the decoder's linear layers, trained in place of its weights, merged when saved."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ BASE = ".base_layer"  # PEFT's name for the layer that it wraps
 
 
 def add_adapters(model: Qwen2VL, options) -> None:
-    """Wrap the decoder's linear layers; from here on the adapters alone are trained, B A x * alpha / rank.
+    """Wrap the decoder's linear layers: from here on only the adapters are trained, which add B A x * alpha / rank.
 
-    A is drawn from `options.seed`, B is zero: the model is what it was. Adapters are fp32, as by PEFT's and TRL's
-    default; in a bf16 model a layer's input is cast to fp32 for them, and the sum with its own result back to bf16.
-    (DeepSpeed, which keeps fp32 copies of its own, makes them bf16 with the rest.)
+    A is drawn by `options.seed`, B is zero: the model's output does not change. Adapters are fp32, as by PEFT's and
+    TRL's default; in a bf16 model a layer's input is cast to fp32 for them, and the sum with its own result to bf16.
+    (DeepSpeed, which keeps fp32 copies of its own, casts them to bf16 with the rest.)
 
     Raises:
-        ValueError: no peft to import.
+        ValueError: peft cannot be imported.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -55,7 +55,7 @@ def _adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is what it was before `add_adapters`; one that has no adapters stays as it is."""
+    """Within the block `model` computes what it did before `add_adapters`."""
     layers = _adapted(model).values()
     for layer in layers:
         layer.enable_adapters(False)
@@ -70,10 +70,10 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Published name and tensor of every weight, with the adapters added where there are some.
 
-    The model is left alone: merged tensors are new, one at a time, and rounded once to the weight's dtype.
+    The model does not change: merged tensors are new, made one at a time, and rounded once to the weight's dtype.
 
     Args:
-        trained: only those that training changes.
+        trained: only the weights that training changes.
     """
     adapted = {f"{name}{BASE}.weight": layer for name, layer in _adapted(model).items()}
     for name, weight in model.named_parameters():
@@ -85,9 +85,9 @@ def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter, if there is one, for `PeftModel.from_pretrained(base, folder)`, in fp32.
+    """Write the adapter, if there is one, in fp32, as `PeftModel.from_pretrained(base, folder)` reads it.
 
-    `base` is transformers' model: the adapter goes by its names, which nest the decoder.
+    `base` is transformers' model, whose names of weights nest the decoder.
     """
     tensors = {
         "base_model.model.model.language_model." + name.removeprefix("model.").replace(".default", ""): p.detach().cpu()
@@ -100,9 +100,9 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
-    """Weights, config, tokenizer and image processor, as `from_pretrained` and vLLM read them.
+    """Write weights, config, tokenizer and image processor as `from_pretrained` and vLLM read them.
 
-    Adapters are merged into the weights, and stand in `adapter/` as PEFT reads them.
+    Adapters are merged into the weights, and are in `adapter/` as PEFT reads them.
     """
     save_model(model, folder, weights=merged_weights(model))
     save_adapter(model, folder / "adapter")

@@ -1,7 +1,7 @@
-"""Whether a step's packs have room, asked before any rank begins.
+"""Whether memory holds a step's packs, checked before any rank begins.
 
-Where ranks meet within a pass, as under ZeRO-3 and in the backward pass of ZeRO-2, one whose memory runs out leaves the
-others waiting: none can start over. What a pack needs is known from its shape (`footprint`) to about a tenth.
+Where ranks synchronise within a pass, as under ZeRO-3 and in the backward pass of ZeRO-2, a rank whose memory runs out
+leaves the others waiting: none can start over. A pack's shape gives its memory to about a tenth (`model/cost.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class PeerHasNoRoom(NoRoom, PeerOutOfMemory):
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a GPU can still give, with what the allocator holds and nobody uses; None on a CPU."""
+    """A GPU's free memory, with what torch's allocator holds unused; None on a CPU."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -36,14 +36,15 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callable[[Sequence[PackedBatch]], None]:
-    """A function of packs which raises NoRoom on a rank that lacks the room for one of them, and PeerHasNoRoom on the
-    others. A trained tower's activations are not counted.
+    """A function of packs which raises NoRoom on a rank that lacks the memory for one of them, PeerHasNoRoom on others.
+
+    A trained tower's activations are not counted.
 
     Args:
-        model: before DeepSpeed takes the weights apart.
+        model: before DeepSpeed partitions its weights.
     """
-    rank, dtype = options.lora_rank, model.head_weight.dtype
-    size = dtype.itemsize
+    dtype = model.head_weight.dtype
+    size, rank = dtype.itemsize, options.lora_rank
     buckets = bucket_bytes(count(model), Sharding("", stage), size)
     head_trained, checkpointing = model.head_weight.requires_grad, options.gradient_checkpointing
 
@@ -57,10 +58,11 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
 
     def check(packs: Sequence[PackedBatch]) -> None:
         free = free_bytes(ranks.device)
-        most = max(map(needed, packs), default=0) if free is not None else 0
-        lacking = free is not None and most > free
-        if ranks.sum(lacking)[0]:
-            if lacking:
+        if free is None:
+            return
+        most = max(map(needed, packs), default=0)
+        if ranks.sum(most > free)[0]:
+            if most > free:
                 raise NoRoom(f"it needs about {most / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
             raise PeerHasNoRoom("on another rank")
 

@@ -147,9 +147,9 @@ def test_ddp_holds_what_is_counted(dtype):
         engine.backward(loss)
         if not engine.optimizer.state:
             engine.step()
-    grads = [p.grad for p in (*policy.parameters(), *engine.masters) if p.grad is not None]
+    grads = [p.grad for p in (*policy.parameters(), *engine.masters.values()) if p.grad is not None]
     moments = [t for state in engine.optimizer.state.values() for t in state.values()]
-    held = storages([*policy.parameters(), *reference.parameters(), *engine.masters, *grads, *moments])
+    held = storages([*policy.parameters(), *reference.parameters(), *engine.masters.values(), *grads, *moments])
     c, size, ddp = count(policy), dtype.itemsize, engines(1)[0]
     counted = sum(state_bytes(c, ddp, 1, size).values()) + reference_bytes(c, ddp, 1, size, 0.04)
     assert sum(held.values()) == counted
