@@ -198,14 +198,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and device.type == "cuda") else torch.float32
 
 
-def check_values(values: dict) -> None:
-    """Refuse option values, by name, that are not among CHOICES, not AT_LEAST or not ABOVE."""
+def check_values(values: dict, *, choices: dict = CHOICES, at_least: dict = AT_LEAST) -> None:
+    """Refuse option values, by name, that are not among the choices, below the least value or not ABOVE."""
     for name, value in values.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            choices = ", ".join(str(choice) for choice in CHOICES[name] if choice != "")
-            raise ValueError(f"{name} is {value!r}; it must be one of {choices}. Change --{name}.")
-        if name in AT_LEAST and value < AT_LEAST[name]:
-            raise ValueError(f"{name} is {value}; it must be at least {AT_LEAST[name]}. Raise --{name}.")
+        if name in choices and value not in choices[name]:
+            known = ", ".join(str(choice) for choice in choices[name] if choice != "")
+            raise ValueError(f"{name} is {value!r}; it must be one of {known}. Change --{name}.")
+        if name in at_least and value < at_least[name]:
+            raise ValueError(f"{name} is {value}; it must be at least {at_least[name]}. Raise --{name}.")
         if name in ABOVE and value <= ABOVE[name]:
             raise ValueError(f"{name} is {value:g}; it must be above {ABOVE[name]}. Raise --{name}.")
 

@@ -66,9 +66,8 @@ def prepare(o: SoakOptions) -> Path:
     )
     world = recipe.draw_world(small)
     if not (root / "sft/model.safetensors").exists():
-        flags = [f"--config={recipe.RECIPES / 'demo_sft.yaml'}", f"--model={recipe.make_initial_checkpoint(small)}"]
-        flags += [f"--data={world / 'cold_start.json'}", f"--output_dir={root / 'sft'}", f"--seed={o.seed}"]
-        demo.torchrun("sft.py", small, [*flags, f"--max_steps={o.cold_start_steps}", "--overwrite_output_dir=true"])
+        recipe.make_initial_checkpoint(small)
+        demo.torchrun("sft.py", small, [*recipe.run_flags(small, "sft"), f"--max_steps={o.cold_start_steps}"])
     images = sorted((world / "images/train").iterdir())
     draw = random.Random(o.seed)
     for path in draw.sample(images, round(CORRUPT * len(images))):
@@ -83,10 +82,10 @@ def launch(o: SoakOptions, root: Path, name: str, steps: int) -> subprocess.Pope
     """
     part, target = name[0], root / name
     script = ["trainer/grpo.py"] if part == "A" else ["bench/soaks/worker.py", f"--soak_seed={o.seed}"]
-    flags = [f"--config={recipe.RECIPES / 'demo_grpo.yaml'}", f"--model={root / 'sft'}", f"--seed={o.seed}"]
-    flags += [f"--data={root / 'world/train.json'}", f"--output_dir={target}", f"--rollout_file={target / 'samples'}"]
-    flags += [f"--max_steps={steps}", f"--save_steps={SAVE_STEPS[part]}", f"--save_total_limit={KEPT}"]
-    flags += ["--resume=auto"]
+    flags = recipe.run_flags(recipe.DemoOptions(output_dir=str(root), seed=o.seed), "grpo")
+    flags += ["--overwrite_output_dir=false", "--resume=auto", f"--output_dir={target}"]
+    flags += [f"--rollout_file={target / 'samples'}", f"--max_steps={steps}"]
+    flags += [f"--save_steps={SAVE_STEPS[part]}", f"--save_total_limit={KEPT}"]
     flags += [f"--{k}={v}" for k, v in (("engine", o.engine), ("zero_stage", o.zero_stage)) if v]
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={RANKS}"]
     with target.with_suffix(".log").open("a") as log:

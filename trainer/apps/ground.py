@@ -15,7 +15,7 @@ from pathlib import Path
 
 from boxgrpo.trainer.apps.grounding import Answer, Grounder, Question, as_json, check_question, headline
 from boxgrpo.trainer.arguments import option, parse, repeated
-from boxgrpo.trainer.options import EvalOptions
+from boxgrpo.trainer.options import EvalOptions, check_values
 from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 
 NO_BOX = 3
@@ -48,10 +48,7 @@ def check(o: GroundOptions) -> None:
     """Refuse options that do not fit, before the model is loaded."""
     if not o.model:
         raise ValueError("no model. Name a checkpoint folder with --model.")
-    if o.max_completion_length < 1:
-        raise ValueError(
-            f"max_completion_length is {o.max_completion_length}; it must be at least 1. Raise --max_completion_length."
-        )
+    check_values({"max_completion_length": o.max_completion_length})
     if o.serve:
         if o.question or o.image:
             raise ValueError("serve is given with a question or an image; both are put on the page. Leave them out.")

@@ -34,7 +34,7 @@ from boxgrpo.model.cost import (
 )
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.options import GrpoOptions, check_values
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 # The config.json of Qwen/Qwen2-VL-*-Instruct: hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head.
@@ -148,13 +148,9 @@ def report(o: MemoryOptions) -> dict[str, dict]:
 
 
 def check(o: MemoryOptions) -> None:
-    for name in ("gpus", "lora_rank", "prompts_per_step", "prompt_tokens", "num_generations", "max_completion_length"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least 1. Raise --{name}.")
-    if o.dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype is {o.dtype!r}; it must be bfloat16 or float32. Change --dtype.")
-    if o.device not in ("cuda", "cpu"):
-        raise ValueError(f"device is {o.device!r}; it must be cuda or cpu. Change --device.")
+    counts = ("gpus", "lora_rank", "prompts_per_step", "prompt_tokens", "num_generations", "max_completion_length")
+    choices = {"dtype": ("bfloat16", "float32"), "device": ("cuda", "cpu")}
+    check_values(vars(o), choices=choices, at_least=dict.fromkeys(counts, 1))
     names = [e.name for e in engines(o.lora_rank)]
     if not any(name.startswith(o.engine) for name in names):
         raise ValueError(f"engine is {o.engine!r}; it must begin one of: {'; '.join(names)}. Change --engine.")

@@ -150,10 +150,7 @@ def check(o: CotOptions) -> None:
             raise ValueError(f"{name} is empty; no request can be sent without one. Give --{name}.")
     least = dict.fromkeys(("chains", "max_tokens", "concurrency", "tries", "max_failures", "max_pixels"), 1)
     least |= dict.fromkeys(("sample", "requests_per_minute", "backoff", "temperature", "judge_temperature"), 0)
-    for name, bound in least.items():
-        if getattr(o, name) < bound:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be at least {bound}. Raise --{name}.")
-    check_values(vars(o))
+    check_values(vars(o), at_least=least)
     if not 0 <= o.min_iou < 1:
         raise ValueError(f"min_iou is {o.min_iou:g}; it must be 0 or more and below 1. Change --min_iou.")
 

@@ -254,7 +254,7 @@ def test_json_and_refusals(capsys, tmp_path):
         main(["--engine", "fsdp"])
     with pytest.raises(ValueError, match="gpus is 0; it must be at least 1. Raise --gpus"):
         main(["--gpus", "0"])
-    with pytest.raises(ValueError, match="dtype is 'fp8'; it must be bfloat16 or float32. Change --dtype"):
+    with pytest.raises(ValueError, match="dtype is 'fp8'; it must be one of bfloat16, float32. Change --dtype"):
         main(["--dtype", "fp8"])
-    with pytest.raises(ValueError, match="device is 'tpu'; it must be cuda or cpu. Change --device"):
+    with pytest.raises(ValueError, match="device is 'tpu'; it must be one of cuda, cpu. Change --device"):
         main(["--device", "tpu"])

@@ -1,0 +1,1 @@
+from chain_runs import key, options, server  # noqa: F401 - fixtures
