@@ -2,17 +2,19 @@
 
     python bench/publish/compare.py [OLD.json NEW.json] [--parts kernels,rewards,step]
 
-Without files: the last two days of this device. What has a peer is compared by its ratio to the peer's time within each
-file, which a faster or slower machine leaves alone: it is slower when its ratio rose against most of its peers. What
-has none is compared by its own time, where machine and packages are the same. A time lies between the quartiles of its
-samples, or their ends where they are few; a ratio rose when its interval begins above the old one's end, and its
-middle by more than 5 %. Cases that one file alone has are named. The exit status is 1 when anything is slower.
+Without files: the last two days of this device. A case with peers is compared by its ratio to the peer's time within
+each file, which is the same on a faster or slower machine: it is slower when its ratio rose against most of its peers.
+A case without peers is compared by its own time, where machine and packages are the same. A time lies between the
+quartiles of its samples, or their ends where they are few; a ratio rose when its interval begins above the old one's
+end, and its middle by more than 5 %. Cases that one file alone has are named. The exit status is 1 when anything is
+slower.
 """
 
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,8 @@ from boxgrpo.trainer.runtime.ranks import run_as_script
 LEAST = 0.05  # a smaller change is none
 UNKNOWN = 0.10  # noise of what was timed once
 SAME = ("device", "driver", "threads", "torch", "triton")  # of two machines that are one
-OURS, NO_PEERS = "ours", ("one read",)  # a floor in the table
+PARTS = ("kernels", "rewards", "step")
+OURS, FLOOR = "ours", "one read"
 
 
 class Interval(NamedTuple):
@@ -52,36 +55,35 @@ def interval(median: float, samples: Sequence[float]) -> Interval:
     return Interval(min(low, median), median, max(high, median))
 
 
+def sides_of(part: str, row: dict) -> Iterator[tuple[str, str, Interval]]:
+    """The case, the side, ours as OURS, and the time of each side in a row.
+
+    Of steps in old records only the ends of the samples are known, which stand in for those after the first.
+    """
+    if part == "step":
+        for side in (key.removesuffix("_spread_s") for key in row if key.endswith("_spread_s")):
+            samples = without_first(row.get(f"{side}_samples_s", [None, *row[f"{side}_spread_s"]]))
+            yield row["case"], side, interval(row[f"{side}_s"], samples)
+        return
+    time = interval(row["ms"], row.get("samples_ms", row["spread_ms"]))
+    if part == "rewards":
+        yield ("ids", row["run"], time) if row["run"] == "decode, re, IoU" else (row["run"], OURS, time)
+        return
+    case, side = f"{row['op']} {sizes(row['shape'])} {row['dtype']}", row["implementation"]
+    if side.startswith("boxgrpo"):  # a variant of ours is a case of its own
+        case, side = case + side.removeprefix("boxgrpo"), OURS
+    if side != FLOOR:
+        yield case, side, time
+
+
 def times(record: dict, parts: Sequence[str]) -> dict[str, dict[str, Interval]]:
-    """case -> side -> time, ours under OURS. Of old records the ends of the samples alone are known."""
-    found: dict[str, dict[str, Interval]] = {}
+    """case -> side -> time."""
+    found = defaultdict(dict)
     for name in parts:
-        for r in record.get(name, {}).get("rows", []):
-            if name == "step":
-                case = f"{name}: {r['case']}"
-                for side in (key.removesuffix("_spread_s") for key in r if key.endswith("_spread_s")):
-                    samples = without_first(r.get(f"{side}_samples_s", [None, *r[f"{side}_spread_s"]]))
-                    found.setdefault(case, {})[side] = interval(r[f"{side}_s"], samples)
-                continue
-            case, side = CASES[name](r)
-            if side not in NO_PEERS:
-                time = interval(r["ms"], r.get("samples_ms", r["spread_ms"]))
-                found.setdefault(f"{name}: {case}", {})[side] = time
+        for row in record.get(name, {}).get("rows", []):
+            for case, side, time in sides_of(name, row):
+                found[f"{name}: {case}"][side] = time
     return found
-
-
-def _kernel(r: dict) -> tuple[str, str]:
-    case, side = f"{r['op']} {sizes(r['shape'])} {r['dtype']}", r["implementation"]
-    # A variant of ours is a case of its own.
-    return (case + side.removeprefix("boxgrpo"), OURS) if side.startswith("boxgrpo") else (case, side)
-
-
-def _reward(r: dict) -> tuple[str, str]:
-    return ("ids", r["run"]) if r["run"] == "decode, re, IoU" else (r["run"], OURS)
-
-
-CASES = {"kernels": _kernel, "rewards": _reward}
-PARTS = (*CASES, "step")
 
 
 def same_machine(old: dict, new: dict, name: str) -> bool:
@@ -94,11 +96,9 @@ def slower(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:
     before, after = times(old, parts), times(new, parts)
     if not before.keys() & after.keys():
         raise ValueError(f"the files have no case of {', '.join(parts)} in common; measure both alike.")
-    found = []
-    for case in (case for case in after if case in before):
-        reason = _compare(before[case], after[case], same_machine(old, new, case.split(":")[0]))
-        found += [f"{case}: {reason}"] if reason else []
-    return found
+    common = (case for case in after if case in before)
+    reasons = {c: _compare(before[c], after[c], same_machine(old, new, c.partition(":")[0])) for c in common}
+    return [f"{case}: {reason}" for case, reason in reasons.items() if reason]
 
 
 def left_out(old: dict, new: dict, parts: Sequence[str] = PARTS) -> list[str]:

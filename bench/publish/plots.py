@@ -1,4 +1,4 @@
-"""The plots of a device's record. A plot holds the digest of what it shows, so that a drift is noticed undrawn."""
+"""The plots of a device's record. A file holds the digest of its data, by which `stale` finds it without drawing."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,11 +19,23 @@ from boxgrpo.bench.step_bench.run import PHASES
 
 from .tables import sizes
 
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.dpi": 120,
+    "ytick.labelsize": 8,
+}
 COLOURS = {"boxgrpo": "#1f5fbf", "eager": "#8a8a8a", "compile": "#d9822b", "liger": "#2f8f4e", "trl": "#b03a68"}
-COLOURS |= {"boxgrpo, overwriting": "#6fa8ff", "one read": "#3a3a3a", "ours": "#1f5fbf"}
-OTHER = ("#7a5cc7", "#11808a", "#a0522d")  # peers without a colour of their own
+COLOURS |= {"boxgrpo, overwriting": "#6fa8ff", "one read": "#3a3a3a", "ours": "#1f5fbf", "univg_r1": "#11808a"}
+OTHER = "#7a5cc7"  # of a peer without a colour of its own
 LEAST_MB = 16  # of a kernel whose memory is drawn
-STEPS, KERNELS = "a step: peak above the loaded model", "a kernel: peak beyond its inputs"
 
 
 @dataclass(frozen=True)
@@ -40,27 +53,31 @@ class Plot:
         return found if found and self.shows(found) else None
 
 
+def shown(record: dict) -> dict[str, Plot]:
+    """The plots that the record has values for, by file."""
+    return {name: plot for name, plot in PLOTS.items() if plot.data(record) is not None}
+
+
 def draw(record: dict, folder: Path) -> None:
     """Every plot that the record has values for."""
-    for name, plot in PLOTS.items():
-        if (data := plot.data(record)) is not None:
+    for name, plot in shown(record).items():
+        data = plot.data(record)
+        with rc_context(STYLE):
             figure = plot.draw(data)
             figure.suptitle(plot.title)
             figure.supxlabel(caption(data), fontsize=7, color="#555555")
-            figure.savefig(folder / name, dpi=120, metadata={"Description": _digest(data)})
+            figure.savefig(folder / name, metadata={"Description": _digest(data)})
 
 
 def stale(record: dict, folder: Path) -> list[str]:
     """Names of plots that are missing or show other values."""
     found = []
-    for name, plot in PLOTS.items():
-        if (data := plot.data(record)) is None:
-            continue
+    for name, plot in shown(record).items():
         if not (folder / name).exists():
             found.append(f"{name}, which is missing")
             continue
         with Image.open(folder / name) as image:
-            if image.info.get("Description") != _digest(data):
+            if image.info.get("Description") != _digest(plot.data(record)):
                 found.append(name)
     return found
 
@@ -73,17 +90,6 @@ def _digest(data: dict) -> str:
     return "data " + hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _colour(side: str) -> str:
-    return COLOURS.get(side) or OTHER[sum(side.encode()) % len(OTHER)]
-
-
-def _plain(axes, **labels: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.set(**labels)
-
-
 def _case(row: dict) -> str:
     return f"{row['op']} {sizes(row['shape'])}"
 
@@ -94,31 +100,30 @@ def draw_roofline(data: dict) -> Figure:
     peak, bandwidth = ceilings["flop_per_second"], ceilings["bytes_per_second"]
     letters = dict(zip(dict.fromkeys(map(_case, rows)), string.ascii_uppercase + string.ascii_lowercase))
     sides = list(dict.fromkeys(row["implementation"] for row in rows))
-    floors = [floor for floor in ("bytes", "flop") if find_row(rows, floor_is=floor)]
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    floors = {"bytes": "bytes", "flop": "FLOP"}
+    floors = {floor: name for floor, name in floors.items() if find_row(rows, floor_is=floor)}
+    figure = Figure(figsize=(11, 7.2))
     grid = figure.subplots(1, len(floors), sharey=True, squeeze=False)[0]
-    for axes, floor in zip(grid, floors):
+    for axes, (floor, name) in zip(grid, floors.items()):
         _draw_points(axes, [row for row in rows if row["floor_is"] == floor], letters, sides, peak, bandwidth)
-        axes.set_title(f"least time set by {'bytes' if floor == 'bytes' else 'FLOP'}", fontsize=10)
-        _plain(axes, xlabel="FLOP a byte; letters of one value stand side by side")
+        axes.set(title=f"least time set by {name}", xlabel="FLOP a byte; letters of one value stand side by side")
     grid[0].set_ylabel("FLOP a second (counted, whoever computes)")
     grid[0].plot([], [], color="black", label=f"{bandwidth / 1e9:.3g} GB/s, {peak / 1e9:.4g} GFLOP/s, measured")
     for side in sides:
-        grid[0].plot([], [], linestyle="", marker="s", color=_colour(side), label=NAMES.get(side, side))
+        grid[0].plot([], [], "s", color=COLOURS.get(side, OTHER), label=NAMES.get(side, side))
     for name, letter in letters.items():
         grid[0].plot([], [], linestyle="", marker=f"${letter}$", color="black", label=name)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
 def _draw_points(axes, rows: list[dict], letters: dict[str, str], sides: list[str], peak: float, bandwidth: float):
     """The roof, and a letter for each row; cases of one intensity stand beside each other."""
     intensities = {_case(row): row["flop"] / row["bytes"] for row in rows}
-    ends = [min(intensities.values()) / 1.5, max(intensities.values()) * 1.5]
-    if ends[0] < (ridge := peak / bandwidth) < ends[1]:
-        ends.insert(1, ridge)
-    axes.plot(ends, [min(peak, bandwidth * x) for x in ends], color="black", linewidth=1.5)
-    axes.plot(ends, [peak] * len(ends), color="black", linewidth=0.8, linestyle="--")
+    ends = min(intensities.values()) / 1.5, max(intensities.values()) * 1.5
+    roof = sorted({*ends, min(max(peak / bandwidth, ends[0]), ends[1])})  # with the ridge, where it is in sight
+    axes.plot(roof, [min(peak, bandwidth * x) for x in roof], color="black", linewidth=1.5)
+    axes.axhline(peak, color="black", linewidth=0.8, linestyle="--")
     placed: dict[str, int] = {}  # how many of that intensity stand left of the case
     for name, x in intensities.items():
         placed[name] = sum(abs(math.log(x / intensities[other])) < 0.01 for other in placed)
@@ -126,57 +131,45 @@ def _draw_points(axes, rows: list[dict], letters: dict[str, str], sides: list[st
         name, side = _case(row), row["implementation"]
         x = intensities[name] * 1.07 ** placed[name] * 1.012 ** sides.index(side)
         rate = 1e3 * row["flop"] / row["ms"]
-        axes.plot(x, rate, linestyle="", marker=f"${letters[name]}$", markersize=8, color=_colour(side))
+        axes.plot(x, rate, linestyle="", marker=f"${letters[name]}$", markersize=8, color=COLOURS.get(side, OTHER))
     axes.set(xscale="log", yscale="log")
-    ticks: list[float] = []
-    for x in sorted(intensities.values()):
-        if not ticks or x > 1.15 * ticks[-1]:  # with room for its label
-            ticks.append(x)
-    axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
-    axes.minorticks_off()
 
 
 def draw_phases(data: dict) -> Figure:
-    """By row the seconds of its phases and their floors."""
+    """Of each case our step's seconds by phase, and the floor in each."""
     rows = [row for row in data["step"]["rows"] if "phases" in row]
-    columns = min(2, len(rows))
+    columns = min(3, len(rows))
     lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(5.6 * columns, 3.6 * lines + 0.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.6 * lines))
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axes, row in zip(grid, rows):
+    for row, axes in zip(rows, grid):
         phases = {name.replace("_", " "): row["phases"][name] for name in PHASES if name in row["phases"]}
         seconds = [phase["seconds"] for phase in phases.values()]
-        axes.barh(list(phases), seconds, color=COLOURS["ours"], label="measured")
-        known = {name: phase["floor_s"] for name, phase in phases.items() if "floor_s" in phase}
-        axes.barh(list(known), list(known.values()), color="#f2b134", height=0.35, label="least time")
-        for y, value in enumerate(seconds):
-            axes.text(value, y, f" {1e3 * value:.0f} ms", va="center", fontsize=8)
-        axes.set_title(f"{row['case']}: {sum(seconds):.2f} s", fontsize=8)
-        axes.set_xlim(0, 1.18 * max(seconds))
-        _plain(axes, xlabel="seconds")
-    for axes in grid:
+        bars = axes.barh(list(phases), seconds, color=COLOURS["ours"], label="measured")
+        axes.bar_label(bars, [f" {1e3 * value:.0f} ms" for value in seconds], fontsize=8)
+        least = [phase.get("floor_s", 0.0) for phase in phases.values()]
+        axes.barh(list(phases), least, color="#f2b134", height=0.35, label="least time")
+        axes.set_title(f"{row['case']}: {sum(seconds):.2f} s", fontsize=7.5)
+        axes.set(xlabel="seconds", xlim=(0, 1.18 * max(seconds)))
+    for axes in grid:  # those left over
         axes.set_visible(False)
-    for axes in figure.axes:
-        axes.set_ylim(len(PHASES) - 0.4, -0.6)
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.axes[0].invert_yaxis()  # which they share: the first phase on top
+    figure.axes[0].legend(loc="lower right")
     return figure
 
 
 def draw_growth(data: dict) -> Figure:
     """By size our step's seconds, every sample, and the line through the fastest."""
     grown = {size: g for size, g in data["step"]["growth"].items() if "values" in g}
-    figure = Figure(figsize=(3.1 * len(grown), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(grown), 3.6))
     grid = figure.subplots(1, len(grown), squeeze=False)[0]
     for axes, (size, g) in zip(grid, grown.items()):
-        ends = [0, max(g["values"])]
-        line = [g["fixed_s"] + g["each_s"] * x for x in ends]
-        axes.plot(ends, line, color="#999999", linewidth=1.2)
+        axes.axline((0, g["fixed_s"]), slope=g["each_s"], color="#999999", linewidth=1.2)
         for x, samples in zip(g["values"], g.get("samples_s", [])):
             axes.plot([x] * len(samples), samples, "o", color=COLOURS["ours"], alpha=0.3, markersize=4)
-        axes.plot(g["values"], g["seconds"], "o", color=COLOURS["ours"], markersize=6)
-        axes.set_ylim(0, 1.15 * max(*g["seconds"], line[1]))
-        axes.set_title(f"{1e3 * g['each_s']:.1f} ms each, misfit {g['misfit_percent']:.0f} %", fontsize=9)
-        _plain(axes, xlabel=size)
+        axes.plot(g["values"], g["seconds"], "o", color=COLOURS["ours"])
+        axes.set(title=f"{1e3 * g['each_s']:.1f} ms each, misfit {g['misfit_percent']:.0f} %", xlabel=size)
+        axes.set(xlim=(0, None), ylim=(0, 1.15 * max(g["seconds"])))
     grid[0].set_ylabel("seconds")
     return figure
 
@@ -191,31 +184,28 @@ def _peaks(data: dict) -> dict[str, dict[str, dict[str, float]]]:
             kernels.setdefault(_case(row), {})[row["implementation"]] = row["peak_mb"]
     panels = {
         "a step: peak above the loaded model": {case: peaks for case, peaks in steps.items() if peaks},
-        "a kernel: peak beyond its inputs": {
-            c: peaks for c, peaks in kernels.items() if max(peaks.values()) > LEAST_MB
-        },
+        "a kernel: peak beyond its inputs": {c: p for c, p in kernels.items() if max(p.values()) > LEAST_MB},
     }
     return {title: cases for title, cases in panels.items() if cases}
 
 
 def draw_memory(data: dict) -> Figure:
+    """A bar for each side of each case, MB; cases one above the other."""
     panels = _peaks(data)
     heights = [sum(len(peaks) + 1 for peaks in cases.values()) for cases in panels.values()]
-    figure = Figure(figsize=(10, 0.17 * sum(heights) + 1.6), layout="constrained")
+    figure = Figure(figsize=(10, 0.17 * sum(heights) + 1.6))
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, cases) in zip(grid, panels.items()):
-        y, ticks = 0, []
-        for peaks in cases.values():
-            ticks.append(y + (len(peaks) - 1) / 2)
-            for side, mb in peaks.items():
-                axes.barh(y, mb, color=_colour(side), height=0.9)
-                axes.text(mb, y, f" {NAMES.get(side, side)} {mb:.0f}", va="center", fontsize=6.5)
-                y += 1
-            y += 1
-        axes.set_yticks(ticks, [case.replace(", ", ",\n", 1) for case in cases], fontsize=7)
-        axes.set_title(title, fontsize=9)
-        most = max(mb for peaks in cases.values() for mb in peaks.values())
-        _plain(axes, xlabel="MB", xlim=(0, 1.2 * most), ylim=(y - 0.5, -1))
+        y, ticks = 0, {}
+        for case, peaks in cases.items():
+            bars = axes.barh(range(y, y + len(peaks)), peaks.values(), color=[COLOURS.get(s, OTHER) for s in peaks])
+            axes.bar_label(bars, [f" {NAMES.get(s, s)} {mb:.0f}" for s, mb in peaks.items()], fontsize=6.5)
+            ticks[case.replace(", ", ",\n", 1)] = y + (len(peaks) - 1) / 2
+            y += len(peaks) + 1
+        axes.set_yticks(list(ticks.values()), list(ticks), fontsize=7)
+        axes.margins(x=0.2, y=0)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="MB")
     return figure
 
 

@@ -3,24 +3,22 @@
     python -P -m boxgrpo.bench.publish.report          writes RESULTS.md, results/<device>/*.png, the documents' blocks
     python -P -m boxgrpo.bench.publish.report --check   writes nothing; exit status 1 where one of them differs
 
-A block is what stands between `<!-- results:NAME -->` or `<!-- profile:NAME -->` and `<!-- end -->` in README.md,
-docs/*.md or bench/README.md. Of each part a device's newest dated file counts that has it, and the records of the
-studies.
+A block is the text between `<!-- results:NAME -->` or `<!-- profile:NAME -->` and `<!-- end -->` in README.md,
+docs/*.md or bench/README.md. Each part is that of a device's newest dated file that has it; the studies have files of
+their own.
 """
 
 import argparse
 import re
-from itertools import zip_longest
+import textwrap
 from pathlib import Path
 
 from jinja2.runtime import Macro
 
-from boxgrpo.bench.machine import describe
 from boxgrpo.bench.publish import plots
 from boxgrpo.bench.publish.demands import minutes, verdicts
 from boxgrpo.bench.publish.tables import template
 from boxgrpo.bench.records import PARTS, STUDIES, Records, part, read_all
-from boxgrpo.bench.studies.ablation_tables import summary as ablation_table
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,32 +26,10 @@ BLOCK = re.compile(r"(?P<open><!-- (?P<name>(?:results|profile):[\w ]+) -->)(?P<
 WIDTH = 120
 
 
-def documents(root: Path) -> list[Path]:
-    """Those that may hold blocks."""
-    return [root / "README.md", root / "bench/README.md", *sorted((root / "docs").glob("*.md"))]
-
-
 def page(found: Records) -> str:
     """bench/RESULTS.md: every table that the records give, each under the machine that it was measured on."""
-    devices = []
-    for folder, record in found.devices.items():
-        measured = [part(record, name)["machine"] for name in ("kernels", "rewards", "step") if name in record]
-        devices.append(
-            {
-                "folder": folder,
-                "record": record,
-                "parts": {name: part(record, name) for name in PARTS if name in record},
-                # The machine of each part that figures are wanted of, once where it is the same.
-                "machines": list(dict.fromkeys(describe(m, peers=True) for m in measured or [record["machine"]])),
-                "plots": [
-                    {"file": file, "title": plot.title, "part": plot.parts[0] if len(plot.parts) == 1 else ""}
-                    for file, plot in plots.PLOTS.items()
-                    if plot.data(record) is not None
-                ],
-                "verdicts": verdicts(record),
-            }
-        )
-    text = template("results.md").render(devices=devices, studies=found.studies, ablation_table=ablation_table)
+    functions = {"part": part, "verdicts": verdicts, "plots_of": plots.shown}
+    text = template("results.md").render(devices=found.devices, studies=found.studies, **functions)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -74,7 +50,7 @@ def blocks(found: Records) -> dict[str, str]:
     known = {"parts": parts, "study": found.studies, "minutes": minutes(record), "profile": parts["profile"]}
     filled = {}
     for kind in ("results", "profile"):
-        module = template(f"block_{kind}.md").make_module(known | {"ablation_table": ablation_table})
+        module = template(f"block_{kind}.md").make_module(known)
         macros = {name: macro for name, macro in vars(module).items() if isinstance(macro, Macro)}
         filled |= {f"{kind}:{name.replace('_', ' ')}": str(macro()).strip() for name, macro in macros.items()}
     return filled
@@ -90,31 +66,24 @@ def fill(text: str, wanted: dict[str, str]) -> str:
     def replaced(block: re.Match) -> str:
         if (body := wanted.get(block["name"])) is None:
             raise ValueError(f"no record fills the block {block['name']!r}; there are {', '.join(wanted)}.")
-        on_its_own = block["body"].startswith("\n")
-        if block["body"].strip() == body if on_its_own else block["body"].split() == body.split():
+        if block["body"].startswith("\n"):  # in lines of its own
+            return block[0] if block["body"].strip() == body else f"{block['open']}\n\n{body}\n\n{block['close']}"
+        if block["body"].split() == body.split():
             return block[0]
-        column = block.start("body") - text.rfind("\n", 0, block.start("body")) - 1
-        return block["open"] + (f"\n\n{body}\n\n" if on_its_own else _wrapped(body, column)) + block["close"]
+        indent = " " * (block.start("body") - text.rfind("\n", 0, block.start("body")) - 1)
+        wrapped = textwrap.fill(
+            body, WIDTH, initial_indent=indent, break_long_words=False, break_on_hyphens=False
+        ).removeprefix(indent)
+        return block["open"] + wrapped + block["close"]
 
     return BLOCK.sub(replaced, text)
 
 
-def _wrapped(text: str, column: int) -> str:
-    """The words in lines of the documents' width, the first of which begins at a column."""
-    lines = [[]]
-    for word in text.split():
-        if lines[-1] and column + len(word) + 1 > WIDTH:
-            lines.append([])
-            column = 0
-        column += len(word) + (1 if lines[-1] else 0)
-        lines[-1].append(word)
-    return "\n".join(" ".join(words) for words in lines)
-
-
 def texts(root: Path, found: Records) -> dict[Path, str]:
-    """What the page and every document should hold."""
+    """What the page and every document that may hold blocks should contain."""
+    documents = [root / "README.md", root / "bench/README.md", *sorted((root / "docs").glob("*.md"))]
     wanted = blocks(found)
-    filled = {path: fill(path.read_text(), wanted) for path in documents(root)}
+    filled = {path: fill(path.read_text(), wanted) for path in documents}
     return filled | {root / "bench/RESULTS.md": page(found)}
 
 
@@ -124,11 +93,11 @@ def drift(root: Path) -> list[str]:
     for path, text in texts(root, found).items():
         name, old = path.relative_to(root), path.read_text() if path.exists() else ""
         if path.name == "RESULTS.md":
-            places += [f"{name}, line {n}" for n in _differing_lines(old, text)[:1]]
+            places += [f"{name}, {_first_difference(old, text)}"] if old != text else []
             continue
-        held |= {block["name"] for block in BLOCK.finditer(old)}
-        pairs = zip(BLOCK.finditer(old), BLOCK.finditer(text), strict=True)
-        places += [f"{name}, block {a['name']}" for a, b in pairs if a["body"] != b["body"]]
+        for before, after in zip(BLOCK.finditer(old), BLOCK.finditer(text), strict=True):
+            held.add(before["name"])
+            places += [f"{name}, block {before['name']}"] if before["body"] != after["body"] else []
     places += [f"block {name}, which no document has" for name in blocks(found) if name not in held]
     for device, record in found.devices.items():
         stale = plots.stale(record, root / "bench/results" / device)
@@ -136,13 +105,12 @@ def drift(root: Path) -> list[str]:
     return places
 
 
-def _differing_lines(old: str, new: str) -> list[str]:
-    """The numbers of the lines that differ, each with the heading above it."""
-    heading, found = "", []
-    for n, (a, b) in enumerate(zip_longest(old.splitlines(), new.splitlines()), start=1):
-        heading = b.strip("# ") if b and b.startswith("#") else heading
-        found += [f"{n}, under {heading!r}"] if a != b else []
-    return found
+def _first_difference(old: str, new: str) -> str:
+    """The first line that differs, and the heading above it."""
+    before, after = old.splitlines(), new.splitlines()
+    same = next((n for n, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+    headings = [line.strip("# ") for line in after[: same + 1] if line.startswith("#")]
+    return f"line {same + 1}, under {headings[-1]!r}"
 
 
 def write(root: Path) -> None:
@@ -159,8 +127,8 @@ def main(args: list[str] | None = None) -> None:
     if not parser.parse_args(args).check:
         write(ROOT)
     elif places := drift(ROOT):
-        mend = "`python -P -m boxgrpo.bench.publish.report` writes them"
-        raise ValueError(f"these differ from the records: {'; '.join(places)}. {mend}.")
+        remedy = "`python -P -m boxgrpo.bench.publish.report` writes them"
+        raise ValueError(f"these differ from the records: {'; '.join(places)}. {remedy}.")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 `block_profile.md` fills a block of a document: `<!-- results:NAME -->` and `<!-- profile:NAME -->`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -14,14 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, Und
 from boxgrpo.bench.machine import describe
 from boxgrpo.bench.peers import NAMES
 from boxgrpo.bench.records import find_row
+from boxgrpo.bench.studies.ablation_rows import COLUMNS, by_method
 from boxgrpo.trainer.profiling.timeline import Row
 from boxgrpo.trainer.profiling.timeline import table as timeline_table
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def template(name: str) -> Template:
@@ -55,7 +50,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters |= {"f": _formatted, "sizes": sizes, "describe": describe, "profile_table": profile_table}
-    found.globals |= {"find": find_row, "NAMES": NAMES}
+    found.filters |= {"by_method": by_method}
+    found.globals |= {"find": find_row, "NAMES": NAMES, "COLUMNS": COLUMNS}
     return found
 
 

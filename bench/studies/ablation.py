@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.publish.tables import table, template
 from boxgrpo.bench.records import write
-from boxgrpo.bench.studies.ablation_tables import report, summary
 from boxgrpo.bench.studies.curves import binned, plot
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
@@ -215,11 +215,11 @@ def main(args: list[str] | None = None) -> None:
     root = Path(o.output_dir)
     kept = Path(o.json) if o.json else (root if o.quick else folder()) / "ablation.json"
     write(result, kept)
-    (root / "table.md").write_text(report(result))
+    (root / "table.md").write_text(template("ablation.md").render(result))
     plot(result["runs"], root / "curves.png")
     if kept.parent != root and (root / "curves.png").exists():
         shutil.copy(root / "curves.png", kept.with_suffix(".png"))
-    print("\n" + summary(result["runs"]))
+    print("\n" + table("ablation", result["runs"]))
     print(f"\nAll of it is in {root}/table.md and curves.png, the figures in {kept}.")
 
 

@@ -5,15 +5,21 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from boxgrpo.bench.publish.plots import STYLE
 from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
 
 BINS = 20
 LEFT_OUT = ("timing_s/", "perf/", "data/", "step", "num_tokens", "epoch", "skipped_steps", "learning_rate")
-RL = ("pure_rl", "grpo", "grpo_log", "grpo_power", "grpo_exp")
-TITLES = {"pure_rl": "pure RL", "grpo": "GRPO", "grpo_log": "−log(mIoU)", "grpo_power": "(1 − mIoU)²"}
-TITLES["grpo_exp"] = "exp(1 − mIoU)"
+TITLES = {
+    "pure_rl": "pure RL",
+    "grpo": "GRPO",
+    "grpo_log": "−log(mIoU)",
+    "grpo_power": "(1 − mIoU)²",
+    "grpo_exp": "exp(1 − mIoU)",
+}
 
 
 def binned(metrics: Sequence[dict], bins: int = BINS) -> dict[str, list]:
@@ -32,28 +38,22 @@ def plot(runs: Sequence[dict], out_png: str | os.PathLike) -> None:
 
     Lines are means over the seeds, bands reach from the lowest seed to the highest. Nothing is drawn without such runs.
     """
-    columns = [(name, found) for name in RL if (found := [r["curves"] for r in runs if r["method"] == name])]
+    columns = {name: found for name in TITLES if (found := [r["curves"] for r in runs if r["method"] == name])}
     if not columns:
         return
-    figure = Figure(figsize=(3.2 * len(columns) + 0.6, 6.2), layout="constrained")
-    grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey=True)
-    for column, (name, curves) in enumerate(columns):
-        grid[0][column].set_title(TITLES[name])
-        grid[1][column].set_xlabel("step")
-        for axes, drawn in zip(grid[:, column], (DIFFICULTY, REWARDS)):
-            for key, label, colour in drawn:
-                _band(axes, curves, key, label, colour)
-            axes.set_ylim(-0.02, 1.02)
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    for axes, label in zip(grid[:, 0], ("share of groups", "mean reward")):
-        axes.set_ylabel(label)
-        axes.legend(frameon=False, fontsize="small", loc="best")
-    figure.savefig(out_png, dpi=120)
-
-
-def _band(axes, curves: Sequence[dict], key: str, label: str, colour: str) -> None:
-    values = np.array([c[key] for c in curves], dtype=float)  # (seeds, bins)
-    steps = curves[0]["step"]
-    axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-    axes.plot(steps, values.mean(0), color=colour, linewidth=2, label=label)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.2 * len(columns) + 0.6, 6.2))
+        grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey=True)
+        for column, (name, curves) in enumerate(columns.items()):
+            steps = curves[0]["step"]
+            for axes, drawn in zip(grid[:, column], (DIFFICULTY, REWARDS)):
+                for key, label, colour in drawn:
+                    values = np.array([c[key] for c in curves], dtype=float)  # (seeds, bins)
+                    axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+                    axes.plot(steps, values.mean(0), color=colour, linewidth=2, label=label)
+            grid[0, column].set_title(TITLES[name])
+            grid[1, column].set(xlabel="step", ylim=(-0.02, 1.02))
+        for axes, label in zip(grid[:, 0], ("share of groups", "mean reward")):
+            axes.set_ylabel(label)
+            axes.legend()
+        figure.savefig(out_png)

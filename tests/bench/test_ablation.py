@@ -5,8 +5,9 @@ import json
 import pytest
 from PIL import Image
 
+from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.studies import ablation
-from boxgrpo.bench.studies.ablation_tables import COLUMNS, METHODS, PAPER, per_level, per_task, spread, summary
+from boxgrpo.bench.studies.ablation_rows import COLUMNS, METHODS, PAPER, spread
 from boxgrpo.bench.studies.curves import binned, plot
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
@@ -45,7 +46,7 @@ def test_a_spread_is_mean_and_sample_deviation_in_points():
 
 def test_the_summary_compares_a_run_with_its_own_seeds_start_and_stands_beside_the_paper():
     """GRPO adds 10 and 0 points to its two cold starts, whatever these are."""
-    assert summary(RUNS).splitlines()[2:] == [
+    assert table("ablation", RUNS).splitlines()[2:] == [
         "| 1 | the model that all start from | 15.0 ± 7.1 |  | 100.0 ± 0.0 |  | 30.20 |  |",
         "| 5 | CoT-SFT | 50.0 ± 14.1 | +35.0 ± 7.1 | 100.0 ± 0.0 | 101 | 69.00 | +38.80 |",
         "| 7 | GRPO | 55.0 ± 7.1 | +5.0 ± 7.1 | 100.0 ± 0.0 | 61 | 70.65 | +1.65 |",
@@ -54,13 +55,13 @@ def test_the_summary_compares_a_run_with_its_own_seeds_start_and_stands_beside_t
 
 def test_the_papers_row_stands_under_ours_task_by_task():
     runs = [*RUNS, made_up("sft", 0, 0.3) | {"scores": scores(0.3) | {"reasoning": 0.123}}]
-    rows = [line.strip("| ").split(" | ") for line in per_task(runs).splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in table("ablation_tasks", runs).splitlines()]
     assert rows[0] == ["No.", "method", *COLUMNS.values(), "AVG"]
     ours, paper = rows[4:6]
     assert ours[:3] == ["4", "SFT on coordinates", "30.0"] and ours[2 + [*COLUMNS].index("reasoning")] == "12.3"
     assert paper == ["paper", *(f"{v:.2f}" for v in PAPER["SFT (90k)"])]
-    assert per_level(runs).splitlines()[0] == "| method | level 0 | level 1 |"
-    assert "| GRPO | 50.0 ± 0.0 | 25.0 ± 0.0 |" in per_level(runs)
+    levels = table("ablation_levels", runs).splitlines()
+    assert levels[0] == "| method | level 0 | level 1 |" and "| GRPO | 50.0 ± 0.0 | 25.0 ± 0.0 |" in levels
 
 
 def test_a_curve_is_the_mean_of_each_part_of_the_run():
@@ -168,8 +169,8 @@ def test_a_short_ablation(tmp_path, capsys, monkeypatch):
     for method, weight in (("grpo", 1.0), ("grpo_power", None)):
         (curves,) = (r["curves"] for r in result["runs"] if r["method"] == method)
         assert curves["step"] == [1, 2] and (weight is None or curves["difficulty/weight_mean"] == [weight] * 2)
-    assert summary(result["runs"]) in (root / "table.md").read_text()
-    assert summary(result["runs"]) in capsys.readouterr().out
+    assert table("ablation", result["runs"]) in (root / "table.md").read_text()
+    assert table("ablation", result["runs"]) in capsys.readouterr().out
     assert Image.open(root / "curves.png").width > 1500
 
     def repeats(*_):
