@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,99 +10,95 @@ from pathlib import Path
 import pytest
 
 from boxgrpo.bench import bench, parts
-from boxgrpo.bench.bench import Conductor, Part, parsed
-from boxgrpo.bench.outcomes import failures, read_test_log
+from boxgrpo.bench.all_parts import CPU_PARTS, GPU_PARTS, parsed
+from boxgrpo.bench.runner import Part, Runner, failures, read_test_log
 
 MACHINE = {"device": "a machine", "revision": "abc"}
-ROW = {"op": "grpo_loss", "implementation": "boxgrpo", "ms": 1.0}
-LEAVES_A_ROW = """
-import json, sys, time
-open(sys.argv[1], "w").write(json.dumps({{"measured": {{"rows": [{row}]}}}}))
-{then}
+# In the place of parts.py: leaves a row of the case `function`, and then behaves as that name says.
+SCRIPT = """
+import json, pathlib, sys, tempfile, time
+function, path = sys.argv[1], pathlib.Path(sys.argv[2])
+path.write_text(json.dumps({} if function == "early" else {"rows": [{"op": function, "options": sys.argv[3]}]}))
+if function == "slow":
+    path.with_name("scratch").write_text(tempfile.mkdtemp())
+    time.sleep(600)
+if function == "beside":
+    time.sleep(1)
+if function == "broken":
+    sys.exit("no such kernel")
 """
 
 
 @pytest.fixture
-def out(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "OUT", tmp_path)
-    return tmp_path
+def run(tmp_path):
+    """run(*parts, seconds=300): the record of a run of parts that add rows of kernels."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    kept = {"machine": MACHINE}
+
+    def run(*named, seconds=300):
+        chosen = [Part(**{"function": p["name"], "into": "kernels", "adds": True} | p) for p in named]
+        Runner(tmp_path, time.monotonic() + seconds, kept, script=tmp_path / "script.py").run(chosen)
+        return kept
+
+    run.out, run.record = tmp_path, kept
+    return run
 
 
-def script(out, name, text, into="kernels", **more):
-    (out / f"{name}.py").write_text(text)
-    return Part(name, (sys.executable, str(out / f"{name}.py"), str(out / f"{name}.json")), into, adds=True, **more)
-
-
-def leaves_a_row(out, name, then, **more):
-    return script(out, name, LEAVES_A_ROW.format(row=ROW | {"op": name}, then=then), **more)
-
-
-def conductor(seconds):
-    return Conductor(time.monotonic() + seconds, 1.0, {}, {"machine": MACHINE})
-
-
-def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(out):
+def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(run):
     """So are those of one that fails; the next ones run, and a part beside them is waited for."""
-    c = conductor(300)
-    c.run(leaves_a_row(out, "beside", "time.sleep(1)", beside=True))
-    leave = "import tempfile; open(sys.argv[1] + '.at', 'w').write(tempfile.mkdtemp()); time.sleep(600)"
-    c.run(leaves_a_row(out, "slow", leave, limit=3))
-    c.run(leaves_a_row(out, "broken", "sys.exit('no such kernel')"))
-    c.run(leaves_a_row(out, "last", "pass", after="beside"))
-    c.run(script(out, "early", f"open({str(out / 'early.json')!r}, 'w').write('{{}}')", "rewards"))
-    outcomes = {name: found["outcome"] for name, found in c.record["parts"].items()}
+    record = run(
+        {"name": "beside", "beside": "slow"},
+        {"name": "slow", "limit": 3, "options": {"only": "x"}},
+        {"name": "broken"},
+        {"name": "early", "into": "rewards"},
+    )
+    outcomes = {name: found["outcome"] for name, found in record["parts"].items()}
+    assert list(outcomes) == ["slow", "beside", "broken", "early"] and outcomes["beside"] == outcomes["early"] == "done"
     assert outcomes["slow"].startswith("stopped after ") and outcomes["broken"] == "failed with 1: no such kernel"
-    assert outcomes["beside"] == outcomes["last"] == "done"
-    assert failures(c.record, outcomes) == ["broken"]  # a stopped one is none
-    c.record["kernels"]["errors"] = [{"case": "a", "implementation": "trl"}, {"case": "b", "implementation": "boxgrpo"}]
-    c.record["tests"] = {"failed": ["tests/test_a.py::test_b"]}
-    assert failures(c.record, outcomes) == ["broken", "tests/test_a.py::test_b", "b"]
-    assert "rewards" not in c.record  # it left no row
-    left = Path((out / "slow.json.at").read_text())
-    assert left.parent.name.startswith("boxgrpo-") and not left.parent.exists()
-    assert {r["op"] for r in c.record["kernels"]["rows"]} == {"beside", "slow", "broken", "last"}
+    assert failures(record, outcomes) == ["broken"]  # a stopped one is none
+    record["kernels"]["errors"] = [{"case": "a", "implementation": "trl"}, {"case": "b", "implementation": "boxgrpo"}]
+    record["tests"] = {"failed": ["tests/test_a.py::test_b"]}
+    assert failures(record, outcomes) == ["broken", "tests/test_a.py::test_b", "b"]
+    assert "rewards" not in record  # it left no row
+    scratch = Path((run.out / "scratch").read_text())
+    assert scratch.parent.name.startswith("boxgrpo-") and not scratch.parent.exists()
+    options = {row["op"]: json.loads(row["options"]) for row in record["kernels"]["rows"]}
+    assert options == {"beside": {}, "slow": {"only": "x"}, "broken": {}}
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_rows_join_those_of_this_machine_where_a_part_adds(out, adds):
+def test_rows_join_those_of_this_machine_where_a_part_adds(run, adds):
     """Of a case that both have the new row counts; another machine's are replaced."""
-    c, rest = conductor(10), Part("rest", (), "step", adds=adds)
     for machine in ({"device": "another"}, MACHINE):
-        c.record["step"] = {"machine": machine, "rows": [{"case": "4"}, {"case": "1", "ms": 1}], "took_s": 2}
-        new = {"case": "1", "ms": 2}
-        (out / "rest.json").write_text(json.dumps({"measured": {"rows": [new]}, "ceilings": {"flop_per_second": 3}}))
-        c.gather(rest, 5.0)
+        rows = [{"case": "4"}, {"op": "rest", "ms": 1}]
+        run.record["step"] = {"machine": machine, "rows": rows, "took_s": 2000}
+        step = run({"name": "rest", "into": "step", "adds": adds})["step"]
         joined = adds and machine == MACHINE
-        assert c.record["step"]["rows"] == ([{"case": "4"}, new] if joined else [new])
-        assert c.record["step"]["took_s"] == (7 if joined else 5)
-    assert c.record["ceilings"] == {"flop_per_second": 3}
+        assert step["rows"] == [{"case": "4"}] * joined + [{"op": "rest", "options": "{}"}]
+        assert (step["took_s"] >= 2000) == joined
 
 
-def test_without_time_or_its_packages_a_part_is_named(out, monkeypatch):
-    c = conductor(2)
-    c.run(leaves_a_row(out, "late", "pass"))
-    assert c.record["parts"]["late"]["outcome"].startswith("not begun: ")
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    c = conductor(100)
-    c.run(Part("tests", (sys.executable, "-m", "pytest")))
-    assert c.record["parts"]["tests"]["outcome"] == "skipped: pytest is not installed"
+def test_without_time_or_its_packages_a_part_is_named(run):
+    late, tests = {"name": "late"}, {"name": "tests", "needs": "no_such_package"}
+    assert run(late, seconds=2)["parts"]["late"]["outcome"].startswith("not begun: ")
+    assert run(tests)["parts"]["tests"]["outcome"] == "skipped: no_such_package is not installed"
 
 
-def test_an_interrupt_leaves_the_rows_and_no_process(out, monkeypatch):
-    wait = bench.subprocess.Popen.wait
+def test_an_interrupt_leaves_the_rows_and_no_process(run, monkeypatch):
+    started, wait = [], subprocess.Popen.wait
 
     def interrupted(self, timeout=None):
-        monkeypatch.setattr(bench.subprocess.Popen, "wait", wait)
-        while not (out / "slow.json").exists() or not (out / "slow.json").read_text():
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        started.append(self)
+        while not (run.out / "scratch").exists():
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    c = conductor(100)
-    monkeypatch.setattr(bench.subprocess.Popen, "wait", interrupted)
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        c.run(leaves_a_row(out, "slow", "time.sleep(600)"))
-    assert c.record["kernels"]["rows"] == [ROW | {"op": "slow"}] and not c.running
-    assert c.record["parts"]["slow"]["outcome"] == "interrupted"
+        run({"name": "slow"})
+    assert [row["op"] for row in run.record["kernels"]["rows"]] == ["slow"] and started[0].poll() is not None
+    assert run.record["parts"]["slow"]["outcome"] == "interrupted"
 
 
 def test_failures_are_read_off_a_log_that_was_cut(tmp_path):
@@ -118,16 +115,22 @@ def test_failures_are_read_off_a_log_that_was_cut(tmp_path):
     assert read_test_log(tmp_path / "none.log") == {"counts": {}, "failed": []}
 
 
-def test_every_part_is_one_that_a_worker_has():
-    for flags in ([], ["--gpu"]):
-        _, chosen = parsed(flags)
-        called = {p.command[2] for p in chosen if p.command[1] == "bench/parts.py"}
-        assert called <= parts.PARTS.keys()
-    files = set(next(p.command for p in chosen if p.name == "tests"))
-    triton, cuda = "tests/kernel_tests/test_logps_triton.py", "tests/csrc/test_box_parser_cuda.py"
-    assert files >= {triton, cuda, "tests/model/test_attention.py"}
+def test_every_part_is_a_function_of_the_worker():
+    assert {part.function for part in CPU_PARTS + GPU_PARTS} == parts.FUNCTIONS.keys()
     o, _ = parsed(["--quick"])
     assert parts.kernel_cases(o)[0].shape["N"] < 100
+
+
+def test_a_gpus_tests_are_those_of_the_files_that_have_some(monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        parts.subprocess, "run", lambda command: ran.extend(command) or subprocess.CompletedProcess([], 3)
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        parts.tests(None, None)
+    triton, cuda = "tests/kernel_tests/test_logps_triton.py", "tests/csrc/test_box_parser_cuda.py"
+    assert ended.value.code == 3 and set(ran) >= {triton, cuda, "tests/model/test_attention.py"}
 
 
 @pytest.mark.parametrize(

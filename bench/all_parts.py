@@ -1,0 +1,126 @@
+"""Options of bench/bench.py, the parts that it runs on a CPU and on a GPU, and what it keeps of them."""
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from boxgrpo.bench.processes import run_isolated
+from boxgrpo.bench.publish.demands import verdicts
+from boxgrpo.bench.publish.tables import table
+from boxgrpo.bench.records import PARTS, begin, dump, path_of_today, write
+from boxgrpo.bench.runner import MARGIN, ROOT, Part, Runner, failures
+from boxgrpo.bench.step_bench.floors import limits
+
+OUT = ROOT / "out/bench"
+MINUTES = 9  # that the limits of a GPU's parts are made for
+SELECTED = ("kernels", "guard", "step")  # parts of which --only takes some cases
+MEASURED_AGAINST_CEILINGS = {"kernels", "step", "growth", "profile"}  # functions
+CPU_PARTS = [Part(name, name, name) for name in ("kernels", "guard", "rewards", "step", "profile")]
+# The figures that are demanded first. Nine minutes are not enough for the last.
+GPU_PARTS = [
+    Part("build", "build", limit=170, beside="kernels", needs="setuptools"),
+    Part("kernels", "kernels", "kernels", 90, {"compiled": False}),
+    Part("rewards", "rewards", "rewards", 40),
+    Part("steps", "step", "step", 320, {"images": (4,)}),
+    Part("tests", "tests", limit=130, needs="pytest"),
+    Part("profile", "profile", "profile", 150),
+    Part("kernels_compiled", "kernels", "kernels", 90, {"compiled": True}, adds=True),
+    Part("steps_rest", "step", "step", 600, {"images": (1, 6)}, adds=True),
+    Part("growth", "growth", "step", 600, adds=True),
+]
+
+
+def parsed(args: list[str] | None, description: str = "") -> tuple[argparse.Namespace, list[Part]]:
+    """Options and the parts to run. Raises ValueError for what cannot be run together."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="build, test and measure on one GPU, within --minutes")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: with --gpu cuda, else what torch sees")
+    parser.add_argument("--minutes", type=float, help="all parts together; with --gpu 9, and more gives each part more")
+    parser.add_argument("--parts", nargs="+", help="only these, separated by blanks or commas")
+    parser.add_argument("--only", help="cases whose name holds this; kept where --json says, or nowhere")
+    parser.add_argument("--full", action="store_true", help="all steps and sizes")
+    parser.add_argument("--peers", nargs="*", default=["univg_r1", "trl"], help="whose steps stand beside ours")
+    parser.add_argument("--merges", help="Qwen2's merges.txt; default: data/qwen2_tokenizer under BOXGRPO_SHARED")
+    parser.add_argument("--revision", help="of a copy that is no git checkout")
+    parser.add_argument("--json", help="the file, - for standard output; default: bench/results/<device>/<date>.json")
+    parser.add_argument("--output", help="a folder for a copy of record, verdicts and logs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, kept out of bench/results")
+    o = parser.parse_args(args)
+    o.device = o.device or ("cuda" if o.gpu else None)
+    parts = GPU_PARTS if o.gpu else CPU_PARTS
+    names = ",".join(o.parts).split(",") if o.parts else [part.name for part in parts]
+    if unknown := sorted(set(names) - {part.name for part in parts}):
+        known = ", ".join(part.name for part in parts)
+        raise ValueError(f"parts are {','.join(names)}; {', '.join(unknown)} is none of {known}.")
+    if o.only and not set(names) <= set(SELECTED):
+        raise ValueError(f"only is {o.only!r}; name the parts it is meant for with --parts, of {', '.join(SELECTED)}.")
+    if o.gpu and o.device == "cpu" and not o.quick:
+        raise ValueError("device is cpu, where --gpu is only tried: `make bench` measures a CPU. Add --quick.")
+    return o, [part for part in parts if part.name in names]
+
+
+def look(o: argparse.Namespace, functions: set[str]) -> tuple[dict, Path | None]:
+    """The record to begin with, its ceilings included, and the file that keeps it. Run apart: it holds GPU memory.
+
+    Where no kernels are measured, the ceilings are those of the day's kernels.
+    """
+    if o.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here; add --device cpu --quick to try the script without one.")
+    kept = o.json != "-" and bool(o.json or not (o.quick or o.only))
+    path = (Path(o.json) if o.json else path_of_today()) if kept else None
+    record = begin(path)
+    if "kernels" in functions or ("ceilings" not in record and functions & MEASURED_AGAINST_CEILINGS):
+        record["ceilings"] = limits()
+    return record, path
+
+
+def keep(path: Path | None, output: str | None, record: dict) -> None:
+    """Write record and verdicts, to `path` too; all of it, with the logs, into the folder `output`."""
+    (OUT / "verdicts.md").write_text(table("verdicts", verdicts(record)) + "\n")
+    for file in filter(None, (OUT / "results.json", path)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(record, file)
+    if output:
+        shutil.copytree(OUT, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("profile"))
+
+
+def report(record: dict, o: argparse.Namespace, names: list[str | None]) -> None:
+    """Print the record, or the tables of what was measured and the verdicts."""
+    if o.json == "-":
+        print(dump(record))
+        return
+    tables = [table(name, record[name]) for name in PARTS if name in names and record.get(name, {}).get("rows")]
+    print(*tables, *([] if o.only else [(OUT / "verdicts.md").read_text()]), sep="\n\n")
+
+
+def main(args: list[str] | None, description: str) -> None:
+    begun = time.monotonic()
+    o, chosen = parsed(args, description)
+    if o.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if o.revision:
+        os.environ["BOXGRPO_REVISION"] = o.revision
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    record, path = run_isolated(look, o, {part.function for part in chosen})
+    if path and record["machine"]["revision"].endswith("-dirty"):
+        print("the tree has uncommitted changes, and the record will say so; commit first to keep it", file=sys.stderr)
+    if "cuda" in record["machine"]:
+        chosen = [part for part in chosen if part.name != "guard" or o.parts]  # which has bounds for a CPU alone
+    minutes = o.minutes or (MINUTES if o.gpu else math.inf)
+    patience = max(1.0, minutes / MINUTES) if o.gpu else 1.0
+    options = {key: getattr(o, key) for key in ("only", "merges", "quick", "full", "peers")}
+    options["ceilings"] = record.get("ceilings", {})
+    kept = partial(keep, path, o.output)
+    Runner(OUT, begun + 60 * minutes - MARGIN, record, kept, patience, options).run(chosen)
+    report(record, o, [part.into for part in chosen])
+    print(f"{path or OUT}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    if failed := failures(record, [part.name for part in chosen]):
+        raise ValueError(f"failed: {'; '.join(failed)}. The logs are in {OUT}.")
