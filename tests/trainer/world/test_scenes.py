@@ -1,5 +1,6 @@
 """The drawn scenes: pixels, boxes, questions and reasoning agree, for every task at every level."""
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -84,8 +85,9 @@ def test_a_scene_is_the_same_every_time_and_another_seed_is_another_scene(task, 
 
 
 def test_a_seed_names_one_scene_on_every_machine():
-    scene = draw_scene("group_grounding", 7)
-    assert (scene.question, scene.target_image, scene.gold) == ("Where is the red diamond?", 0, (375, 625, 750, 1000))
+    """Texts, boxes, kinds and tints; recorded results are of these scenes."""
+    drawn = [(s.question, s.chain, s.gold, s.target_image, s.layouts) for one in SCENES for s in scenes(*one)]
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest().startswith("d548911631cc7e6a")
 
 
 @pytest.mark.parametrize("size", [56, 168, 224])
@@ -208,25 +210,6 @@ class TestTheQuestionHasOneAnswer:
                     odd.append(kind)
             assert odd == [gold_thing(scene).kind]
 
-    def test_correspondence(self, level):
-        for scene in scenes("correspondence", level):
-            framed, gold = scene.layouts[0].framed.kind, gold_thing(scene).kind
-            assert framed.colour != gold.colour
-            assert [t.kind for t in scene.layouts[1].things if t.kind.shape == framed.shape] == [gold]
-
-
-@pytest.mark.parametrize(
-    ("task", "arguments", "message"),
-    [
-        ("counting", {}, "task is 'counting'; the world draws diff"),
-        ("diff", {"level": 3}, "level is 3; the world has levels 0"),
-        ("diff", {"size": 100}, "size is 100; an image side must be a multiple of 56"),
-    ],
-)
-def test_unknown_tasks_levels_and_sizes_are_refused(task, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        draw_scene(task, 0, **arguments)
-
 
 def test_rulers_change_only_their_lines_and_mark_the_position_of_every_patch():
     scene = draw_scene("diff", 3, level=1)
@@ -247,9 +230,6 @@ def test_other_questions_are_about_every_other_object(task, level):
             for k, layout in enumerate(scene.layouts, 1)
             for t in layout.things
         }
-        assert set(scene.other_questions) < everything
-        assert len(everything - set(scene.other_questions)) == 1
-        assert all(
-            answer != box_text(scene.gold) or str(scene.target_image + 1) not in q
-            for q, answer in scene.other_questions
-        )
+        asked = f"Where is the {gold_thing(scene).kind} in image {scene.target_image + 1}?"
+        assert everything - set(scene.other_questions) == {(asked, box_text(scene.gold))}
+        assert len(scene.other_questions) == len(everything) - 1
