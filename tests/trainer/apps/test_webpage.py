@@ -1,23 +1,22 @@
 """The page to ask on: in a real browser, and what it refuses."""
 
-import http.client
+import functools
 import io
 import json
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
+import httpx2
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.apps import webpage
+from boxgrpo.trainer.apps import ground, webpage
 from boxgrpo.trainer.apps.grounding import Grounder
 from boxgrpo.trainer.apps.webpage import LIMITS, make_app, serve
-from grounded import ANSWER, QUESTION, THOUGHT, loaded
+from grounded import ANSWER, QUESTION, THOUGHT
 
 pytest.importorskip("flask")
 pytest.importorskip("waitress")
@@ -50,60 +49,56 @@ def new_page(browser):
     return page
 
 
-@contextmanager
-def served(model):
-    """The real command's page, by its address."""
-    program = [sys.executable, "-P", "-m", "boxgrpo.trainer.ground", f"--model={model}", "--serve", "--port=0"]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            told = []
-            for line in process.stderr:
-                told.append(line)
-                if address := re.search(r"answers on (http://127\.0\.0\.1:\d+)", line):
-                    break
-            assert told and address, f"the command said {told}"
-            yield address[1]
-        finally:
-            process.kill()
+def serving(model, *flags):
+    """Serve with the real command in a thread of this process; the page's address."""
+    printed = io.StringIO()
+    args = [f"--model={model}", "--serve", "--port=0", "--min_pixels=784", "--max_pixels=50000", *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", printed)
+        thread = threading.Thread(target=ground.main, args=(args,), daemon=True)
+        thread.start()
+        while "until" not in printed.getvalue():
+            assert thread.is_alive(), printed.getvalue()
+            time.sleep(0.01)
+    return re.search(r"answers on (http://127\.0\.0\.1:\d+) until", printed.getvalue())[1]
 
 
 def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(browser, certain, pair):
     """The real command in a real browser; what model and person write is never run, and no request leaves."""
     requests, errors = [], []
-    with served(certain) as address:
-        page = new_page(browser)
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address)
-        title = page.title()
+    address, page = serving(certain, "--dtype=float32"), new_page(browser)
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    title = page.title()
 
-        page.click("#ask")
-        assert page.inner_text("#error") == "Add an image first."
-        page.set_input_files("#files", [str(path) for path in reversed(pair)])
-        page.click("text=Ask >> nth=-1")
-        assert page.inner_text("#error") == "Write a question first."
-        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["turned.jpg", "one.png"]
-        page.get_by_label("move image 1 back").click()
-        page.set_input_files("#files", str(pair[0]))
-        page.get_by_label("remove image 3").click()
-        assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["one.png", "turned.jpg"]
-        assert page.locator("#images img").evaluate_all("all => all.map(i => i.naturalWidth)") == [112, 80]
+    page.click("#ask")
+    assert page.inner_text("#error") == "Add an image first."
+    page.set_input_files("#files", [str(path) for path in reversed(pair)])
+    page.click("text=Ask >> nth=-1")
+    assert page.inner_text("#error") == "Write a question first."
+    assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["turned.jpg", "one.png"]
+    page.get_by_label("move image 1 back").click()
+    page.set_input_files("#files", str(pair[0]))
+    page.get_by_label("remove image 3").click()
+    assert page.locator("#images img").evaluate_all("all => all.map(i => i.alt)") == ["one.png", "turned.jpg"]
+    assert page.locator("#images img").evaluate_all("all => all.map(i => i.naturalWidth)") == [112, 80]
 
-        page.fill("#question", QUESTION)
-        page.select_option("#target", "2")
-        page.press("#question", "Control+Enter")
-        page.wait_for_selector("#figure:not([hidden])")
-        assert page.inner_text("#status") == "in image 2, of 80 × 160 pixels"
-        assert page.locator("#box td").all_inner_texts() == ["10", "40", "40", "120"]
-        assert page.inner_text("#text") == THOUGHT
-        assert page.text_content("#answer") == ANSWER
-        assert page.locator("#picture").evaluate("picture => picture.naturalHeight") > 420
-        with page.expect_download() as download:
-            page.click("#save")
-        assert Image.open(download.value.path()).format == "PNG"
-        assert page.title() == title and page.locator("main img").count() == 3, "the text of a model or a person ran"
-        page.close()
+    page.fill("#question", QUESTION)
+    page.select_option("#target", "2")
+    page.press("#question", "Control+Enter")
+    page.wait_for_selector("#figure:not([hidden])")
+    assert page.inner_text("#status") == "in image 2, of 80 × 160 pixels"
+    assert page.locator("#box td").all_inner_texts() == ["10", "40", "40", "120"]
+    assert page.inner_text("#text") == THOUGHT
+    assert page.text_content("#answer") == ANSWER
+    assert page.locator("#picture").evaluate("picture => picture.naturalHeight") > 420
+    with page.expect_download() as download:
+        page.click("#save")
+    assert Image.open(download.value.path()).format == "PNG"
+    assert page.title() == title and page.locator("main img").count() == 3, "the text of a model or a person ran"
+    page.close()
     assert not errors
     assert {url.split("/")[-1] for url in requests if url.startswith(address)} == {"", "page.css", "page.js", "ask"}
     held = ("data:", f"blob:{address}/")  # pictures within the page
@@ -112,9 +107,8 @@ def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(brows
 
 def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browser, newborn, pair, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    host, port = serving(loaded(newborn, max_completion_length=5))
     page = new_page(browser)
-    page.goto(f"http://{host}:{port}")
+    page.goto(serving(newborn, "--max_completion_length=5"))
     page.set_input_files("#files", str(pair[0]))
     page.fill("#question", "Where?")
     page.click("#ask")
@@ -132,50 +126,20 @@ def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browse
 
 def test_a_visitor_who_leaves_ends_the_question(newborn, pair):
     """Else a page closed over a long answer would keep everybody waiting; the newborn's never ends by itself."""
-    grounder = loaded(newborn, max_completion_length=100_000)
-    body, kind = multipart(pair[0].read_bytes())
-    address = serving(grounder)
-    first = http.client.HTTPConnection(*address, timeout=30)
-    first.request("POST", "/ask", body, kind)
-    answer = first.getresponse()
-    assert "text" in json.loads(answer.readline()), "an answer is shown as it comes"
-
-    def ask_again():
-        other = http.client.HTTPConnection(*address, timeout=30)
-        other.request("POST", "/ask", body, kind)
-        response = other.getresponse()
-        said = json.loads(response.readline())
-        other.close()
-        return response.status, said
-
-    status, said = ask_again()
-    assert status == 503 and "another question is being answered" in said["error"]
-    answer.close()
-    first.close()
-    until = time.monotonic() + 20
-    while (found := ask_again())[0] == 503:
+    url = serving(newborn, "--max_completion_length=100000") + "/ask"
+    form = {"data": {"question": "Where?"}, "files": {"image": pair[0].read_bytes()}}
+    ask = functools.partial(httpx2.stream, "POST", url, timeout=30, **form)
+    with ask() as first:
+        lines = first.iter_lines()  # the connection is closed with it
+        assert "text" in json.loads(next(lines)), "an answer is shown as it comes"
+        with ask() as second:
+            assert second.status_code == 503 and b"another question is being answered" in second.read()
+    until, status = time.monotonic() + 20, 503
+    while status == 503:
         assert time.monotonic() < until, "the question of a visitor who has left goes on"
-        time.sleep(0.05)
-    assert found[0] == 200
-
-
-def multipart(image):
-    boundary = "5d1f0c"
-    part = f'--{boundary}\r\nContent-Disposition: form-data; name="'.encode()
-    body = part + b'question"\r\n\r\nWhere?\r\n' + part + b'image"; filename="a"\r\n\r\n' + image
-    return body + f"\r\n--{boundary}--\r\n".encode(), {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-
-
-def serving(grounder):
-    """Serve in a thread of this process; the address."""
-    told = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stderr", told)
-        options = {"name": "newborn", "host": "127.0.0.1", "port": 0}
-        threading.Thread(target=serve, args=(grounder,), kwargs=options, daemon=True).start()
-        while "until" not in told.getvalue():
-            time.sleep(0.01)
-    return "127.0.0.1", int(re.search(r":(\d+) until", told.getvalue())[1])
+        with ask() as later:
+            status = later.status_code
+    assert status == 200
 
 
 def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, pair):
@@ -233,9 +197,7 @@ def test_its_own_files_are_served(app, path):
     assert app.test_client().get(path).data == (webpage.PAGE / path[1:]).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "path", ["/index.html", "/page.css/../../ground.py", "/../webpage.py", "/static/page.js", "/%2e%2e/ground.py"]
-)
+@pytest.mark.parametrize("path", ["/index.html", "/page.css/../../ground.py", "/../webpage.py", "/%2e%2e/ground.py"])
 def test_nothing_else_is_served(app, path):
     assert app.test_client().get(path).status_code == 404
 
