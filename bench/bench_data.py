@@ -38,7 +38,7 @@ imported = time.perf_counter()
 examples, faults = read_examples(sys.argv[1], schema="auto")
 opened = time.perf_counter()
 loader = Loader(examples, lambda example: example.id, batch_size=100, seed=1, workers=0, start=len(examples) // 2)
-ids = [sample.item for sample in next(iter(loader))]
+ids = [group.prompt for group in next(iter(loader))]
 print(json.dumps({"import_s": imported - started, "open_s": opened - imported, "records": len(examples),
                   "faulty": len(faults), "hundred_s": time.perf_counter() - opened, "ids": ids}))
 """

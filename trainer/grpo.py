@@ -7,9 +7,9 @@ Left out, on purpose: a critic, a reward model, padding, logits, and any rollout
 """
 
 import contextlib
-import dataclasses
-import functools
 import sys
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,23 +20,22 @@ from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, loss_options, validate_grpo
-from boxgrpo.trainer.rewards.grounding import score, step_advantages
+from boxgrpo.trainer.rewards.grounding import score, step_rewards
 from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.choose import make_rollout
+from boxgrpo.trainer.rollout.local import PrefetchedBatches
 from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
 from boxgrpo.trainer.step.balance import balance_across_ranks
 from boxgrpo.trainer.step.metrics import (
+    completion_metrics,
     completion_table,
     grpo_flop,
-    length_metrics,
     policy_metrics,
-    reward_metrics,
     sampling_metrics,
 )
 from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, trained_groups
-from boxgrpo.trainer.step.prefetch import PrefetchedBatches
 from boxgrpo.trainer.world import recipe
 
 
@@ -54,8 +53,8 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     loader = run.begin("grpo", run.processor.prompt)
     early = False if engine.shards_weights else None
     batches = PrefetchedBatches(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
-    tower_passes = 0.0 if o.freeze_vision else 1.0
-    make = functools.partial(make_packs, policy.config, engine, tower_passes=tower_passes)
+    cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
+    make = partial(make_packs, engine, cost, policy.config.image_token_id)
     loss_settings = loss_options(o)
 
     for step in run.steps(lambda: batches.position, lambda: rollout.written):
@@ -66,18 +65,14 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
                 groups = batches.embed(groups)
             groups = rollout(policy, groups)
         with span("reward", sum(len(g.completions) for g in groups)):
-            rewards = hooks.rewards(groups, score(groups, vocabulary.bytes, r.device))
-            accuracy = rewards.accuracy.view(len(groups), o.num_generations)  # (B, G), IoU in 0-1
-            total = accuracy + rewards.format.view_as(accuracy)  # (B, G), 0-2
-            advantages, weights, miou = step_advantages(o, total, accuracy, r)
+            rewards = step_rewards(o, hooks.rewards(groups, score(groups, vocabulary.bytes, r.device)), r)
         with span("pack", len(groups)):
-            trained = trained_groups(o, groups, advantages, weights)
-            if o.loss_type != "bnpo" and r.world_size > 1:  # bnpo's mean is over a rank's own tokens
-                costs = [group_flop(policy.config, g, tower_passes=tower_passes) for g in trained]
-                trained = balance_across_ranks(trained, costs, r)
+            trained = trained_groups(o, groups, rewards)
+            if o.loss_type != "bnpo":  # whose mean is over a rank's own tokens
+                trained = balance_across_ranks(trained, cost, r)
             counts = r.sum(sum(len(g.completions) for g in groups), sum(len(c) for g in trained for c in g.completions))
             settings = loss_settings._replace(denominator=loss_denominator(o, *counts, r))
-        update = functools.partial(update_gradients, run, settings)
+        update = partial(update_gradients, run, settings)
         packs, loss, stats = run_packs_that_fit(trained, run.budget, engine, make, update)
         for iteration in range(o.num_iterations):
             if iteration:
@@ -87,27 +82,27 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             progress.skipped_steps += not updated
         more = {}
         if run.is_logged:
-            more |= reward_metrics(total, accuracy, rewards.format, miou, weights)
-            more |= length_metrics(groups, o.max_completion_length, vocabulary.eos_token_ids)
+            more |= completion_metrics(groups, rewards, o.max_completion_length, vocabulary.eos_token_ids)
             more |= policy_metrics(stats, r)
+        if run.is_logged and o.rollout == "vllm":
             more |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
         tokens = sum(len(p.input_ids) for p in packs)
         flop = grpo_flop(o, policy.config, groups, trained) if run.peak_flop else 0.0
-        shown = {"reward": float(total.mean()), "iou": float(accuracy.mean())}
+        shown = {"reward": float(rewards.total.mean()), "iou": float(rewards.accuracy.mean())}
         run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, more=more)
         if o.log_completions and step % o.log_completions == 0:
-            run.report.table(f"step {step}", *completion_table(run.processor, groups, accuracy))
+            run.report.table(f"step {step}", *completion_table(run.processor, groups, rewards.accuracy))
 
 
 def update_gradients(run: Run, settings: LossOptions, packs: list[PackedBatch]):
     """Gradients at the rollout's weights; the packs with the log-probabilities that further iterations compare with."""
     o = run.options
-    with span("reference", sum(len(p.input_ids) for p in packs)):
+    with span("reference", sum(len(p.input_ids) for p in packs)), torch.no_grad():
         if run.reference is not None:
             with without_adapters(run.reference) if o.lora_rank else contextlib.nullcontext():
-                packs = [dataclasses.replace(p, ref_logps=logps(run.reference, p, o.temperature)) for p in packs]
+                packs = [replace(p, ref_logps=run.reference(p, partial(logps, p, o.temperature))) for p in packs]
         if o.num_iterations > 1 or o.rollout == "vllm":
-            packs = [dataclasses.replace(p, old_logps=logps(run.engine.model, p, o.temperature)) for p in packs]
+            packs = [replace(p, old_logps=run.engine.model(p, partial(logps, p, o.temperature))) for p in packs]
     return packs, *accumulate(run, settings, packs)
 
 
@@ -117,7 +112,7 @@ def accumulate(run: Run, settings: LossOptions, packs: list[PackedBatch]):
     with span("policy", len(packs)):
         for pack in packs:
             with span("forward", len(pack.input_ids)):
-                pack_loss, pack_stats = engine.model(pack, loss_head(run.options, settings, pack))
+                pack_loss, pack_stats = engine.model(pack, partial(policy_loss, run.options, settings, pack))
                 pack_loss = run.hooks.pack_loss(pack_loss)
                 if settings.denominator is None:
                     pack_loss = pack_loss / max(1, sum(len(p.targets) > 0 for p in packs))
@@ -149,29 +144,20 @@ def loss_denominator(o, completions: float, tokens: float, r: Ranks):
     return None if whole is None else torch.tensor(whole / r.world_size, device=r.device, dtype=torch.float32)
 
 
-def loss_head(o, settings: LossOptions, pack: PackedBatch):
-    """The loss as the model's head: called with hidden states (N, H) and the head's weight (V, H)."""
+def policy_loss(o, settings: LossOptions, pack: PackedBatch, hidden, weight):
+    """The pack's loss and its statistics: the model's head, called with hidden states (N, H) and weight (V, H)."""
     factor = None if pack.sampler_logps is None else sampler_factor(pack, o.vllm_importance_sampling_clip_max)
     tensors = {"old_logps": pack.old_logps, "ref_logps": pack.ref_logps, "weights": pack.weights}
     options = settings._replace(**tensors, sampler_factor=factor)._asdict()
-
-    def head(hidden, weight):
-        with named_range("head+loss", len(hidden), len(weight)):
-            scored = (pack.targets, pack.advantages, pack.completion_cu)
-            return fused_grpo_loss(hidden, weight, *scored, temperature=o.temperature, **options)
-
-    return head
+    with named_range("head+loss", len(hidden), len(weight)):
+        scored = (pack.targets, pack.advantages, pack.completion_cu)
+        return fused_grpo_loss(hidden, weight, *scored, temperature=o.temperature, **options)
 
 
-@torch.no_grad()
-def logps(model, pack: PackedBatch, temperature: float) -> torch.Tensor:
-    """(N) fp32 log-probabilities of the scored tokens."""
-
-    def head(hidden, weight):
-        with named_range("head", len(hidden), len(weight)):
-            return token_logps(hidden, weight, pack.targets, temperature=temperature)
-
-    return model(pack, head)
+def logps(pack: PackedBatch, temperature: float, hidden, weight):
+    """(N) fp32 log-probabilities of the scored tokens: the model's head, called with (N, H) and (V, H)."""
+    with named_range("head", len(hidden), len(weight)):
+        return token_logps(hidden, weight, pack.targets, temperature=temperature)
 
 
 def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:

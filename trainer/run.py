@@ -1,8 +1,8 @@
 """What both loops need around their steps: model, engine, data, checkpoints, reports, evaluation, and when to stop."""
 
-import contextlib
 import copy
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.engine.base import Engine
 from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.engine.deepspeed import DeepSpeedEngine
@@ -24,11 +24,13 @@ from boxgrpo.trainer.evaluation.validation import Validation
 from boxgrpo.trainer.options import DataOptions, resolve_dtype
 from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.ranks import STOPPED, Ranks
 from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir, peak_memory_gb
 from boxgrpo.trainer.runtime.spans import named_range, pop_timings
 from boxgrpo.trainer.step.metrics import peak_flop
 from boxgrpo.trainer.step.pack import Budget
+
+log = logging.getLogger(__name__)
 
 
 def make_engine(model: nn.Module, options: DataOptions, ranks: Ranks, total_steps: int) -> Engine:
@@ -115,6 +117,10 @@ class Run:
         Args:
             position: of the data stream, behind the records of the step.
             written: bytes by name of the files of completions.
+
+        Raises:
+            SystemExit: with 143 (128 + SIGTERM), after a launcher's SIGTERM.
+            ValueError: more than `max_skipped` steps had no update.
         """
         o, r, progress, total = self.options, self.ranks, self.progress, self.total_steps
         self.position = position
@@ -123,29 +129,31 @@ class Run:
         if o.eval_every:
             evaluate()  # where the run was stopped before it
         numbers = range(progress.step + 1, total + 1)
-        watched = bool(o.profile_steps or o.memory_snapshot)
-        for step in profiled(numbers, o, r) if watched else numbers:
+        for step in profiled(numbers, o, r) if o.profile_steps or o.memory_snapshot else numbers:
             self.started = time.perf_counter()
+            self.is_logged = step % o.logging_steps == 0 or step == total
             progress.step = step
-            with contextlib.nullcontext() if watched else named_range("step", step):  # `profiled` has its own
+            with named_range("step", step):
                 yield step
             progress.position, progress.faults = position(), self.loader.faults
             stop = r.sum(r.stop_asked)[0] > 0
             if o.eval_every:
                 evaluate(stop=stop)
-            progress.rollout_bytes = written()
-            due = o.save_steps and (step % o.save_steps == 0 or step == total)
-            if stop or due or progress.skipped_steps > o.max_skipped:
-                self.checkpoints.after_step(progress, total, self.engine, write_model, stop=stop)
+            if progress.skipped_steps > o.max_skipped:
+                raise ValueError(
+                    f"{progress.skipped_steps} updates in {step} steps had a loss or a gradient that is NaN or "
+                    f"infinite; max_skipped is {o.max_skipped}. Lower --learning_rate, or go on from an earlier "
+                    "checkpoint with --resume."
+                )
+            if stop or (o.save_steps and (step % o.save_steps == 0 or step == total)):
+                progress.rollout_bytes = written()
+                saved = self.checkpoints.save(progress, self.engine, write_model)
+            if stop:
+                log.warning("asked to stop: saved %s; --resume auto goes on from there", saved)
+                raise SystemExit(STOPPED)
             self.hooks.step_taken(step)
         self.checkpoints.save_result(self.folder, self.engine, write_model)
         self.report.close()
-
-    @property
-    def is_logged(self) -> bool:
-        """Whether a line of metrics is due for this step."""
-        step = self.progress.step
-        return step % self.options.logging_steps == 0 or step == self.total_steps
 
     def log_step(
         self,
@@ -177,7 +185,7 @@ class Run:
             "loss": float(loss),
             "grad_norm": float(grad_norm),
             "learning_rate": self.engine.schedule.get_last_lr()[0],
-            "epoch": self.position() / len(self.loader),
+            "epoch": self.position() / len(self.examples),
             "num_tokens": progress.num_tokens,
             "skipped_steps": progress.skipped_steps,
             "step_time": seconds,

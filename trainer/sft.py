@@ -11,7 +11,7 @@ import functools
 import torch
 
 from boxgrpo.kernels import token_logps
-from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.batch import PackedBatch
 from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import SftOptions, validate_sft
@@ -32,18 +32,14 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     config, engine, progress = run.policy.config, run.engine, run.progress
     loader = run.begin("sft", run.processor.conversation)
     batches = iter(loader)
-    # A third of forward and backward passes; a frozen tower has no backward pass, which is twice a forward.
-    tower_passes = 1 / 3 if o.freeze_vision else 1.0
-    make = functools.partial(make_packs, config, engine, tower_passes=tower_passes)
+    # Of three passes, a backward counted as two, a frozen tower runs one.
+    cost = functools.partial(group_flop, config, tower_passes=1 / 3 if o.freeze_vision else 1.0)
+    make = functools.partial(make_packs, engine, cost, config.image_token_id)
 
     for _ in run.steps(lambda: loader.position):
         with span("data"):
-            groups = [Group(s.item, serial=s.serial, record=s.example) for s in next(batches)]
-            own = groups
-            if r.world_size > 1:
-                own = balance_across_ranks(
-                    groups, [group_flop(config, g, tower_passes=tower_passes) for g in groups], r
-                )
+            groups = next(batches)
+            own = balance_across_ranks(groups, cost, r)
             scored = r.sum(sum(int(g.prompt.loss_mask[1:].sum()) for g in groups))[0]
         with span("policy", len(own)):
             update = functools.partial(accumulate, run, scored)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
-from boxgrpo.trainer.run import frozen_copy
+from boxgrpo.trainer.run import Hooks, frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, lines, start
 
@@ -107,11 +108,12 @@ def test_batch_scaled_advantages_use_the_rewards_of_all_ranks():
             return [(theirs, theirs / 2), value]  # we are rank 1
 
     ours, theirs = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[0.5, 1.0], [2.0, 2.0]])
-    options = GrpoOptions(scale_rewards="batch", difficulty="none")
-    advantages, weights, miou = grpo.step_advantages(options, ours, ours / 2, Two(1, 2))
+    options = GrpoOptions(scale_rewards="batch", difficulty="none", num_generations=2)
+    scored = SimpleNamespace(accuracy=ours.view(-1) / 2, format=ours.view(-1) / 2)
+    rewards = grpo.step_rewards(options, scored, Two(1, 2))
     std = torch.cat([ours, theirs]).std() + 1e-4
-    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / std)
-    assert miou.tolist() == [0.5, 0.5] and weights.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(rewards.advantages, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / std)
+    assert rewards.miou.tolist() == [0.5, 0.5] and rewards.weights.tolist() == [1.0, 1.0]
 
 
 def seen_by_the_loss(monkeypatch) -> list[tuple]:
@@ -165,8 +167,8 @@ def test_a_sampler_that_is_off_is_corrected_token_by_token(world, cold, monkeypa
     packs = []
     logps = grpo.logps
 
-    def spy(model, pack, temperature):
-        packs.append((pack, logps(model, pack, temperature)))
+    def spy(pack, *arguments):
+        packs.append((pack, logps(pack, *arguments)))
         return packs[-1][1]
 
     monkeypatch.setattr(grpo, "logps", spy)
@@ -232,28 +234,12 @@ def test_an_output_folder_with_another_run_is_refused(world, cold):
     assert len(lines(world / "mine")) == 2
 
 
-def test_bad_records_are_skipped_counted_and_named(world, cold, caplog):
-    records = json.loads((world / "world/train.json").read_text())[:8]
-    records[1]["images"] = ["images/nowhere.png"] * 2
-    records[2]["answer"] = [500, 500, 250, 250]
-    del records[3]["answer"]
-    (world / "world/bad.json").write_text(json.dumps(records))
-    options = grpo_options(world, cold, "bad", data=str(world / "world/bad.json"), max_steps=3)
-    grpo.train(options, Ranks())
-    assert lines(world / "bad")[-1]["data/skipped"] == 3
-    for source in ("bad.json#1", "bad.json#2", "bad.json#3"):
-        assert source in caplog.text
-
-    for record in records:
-        record["images"] = ["images/nowhere.png"] * len(record["images"])
-    (world / "world/bad.json").write_text(json.dumps(records))
-    with pytest.raises(ValueError, match="none of the 6 records can be prepared"):
-        grpo.train(grpo_options(world, cold, "worse", data=str(world / "world/bad.json")), Ranks())
-
-
-def test_a_prompt_over_the_budget_is_skipped_or_stops_the_run(world, cold):
-    with pytest.raises(ValueError, match="over the budget of 20"):
-        grpo.train(grpo_options(world, cold, "long", max_prompt_length=20), Ranks())
+def test_a_run_without_updates_ends(world, cold):
+    """And saves no checkpoint before it is due."""
+    options = grpo_options(world, cold, "nan", save_steps=5, max_skipped=1, max_steps=5)
+    with pytest.raises(ValueError, match="2 updates in 2 steps had a loss or a gradient that is NaN.*max_skipped is 1"):
+        grpo.train(options, Ranks(), Hooks(pack_loss=lambda loss: loss * float("nan")))
+    assert len(lines(world / "nan")) == 2 and not list((world / "nan").glob("checkpoint-*"))
 
 
 def test_evaluation_gives_every_record_an_answer(world, cold):

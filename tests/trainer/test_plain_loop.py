@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from boxgrpo.model.batch import Group
 from boxgrpo.trainer import demo, grpo, sft
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.rewards.grounding import score
 from boxgrpo.trainer.rollout.base import Vocabulary
@@ -72,7 +71,7 @@ def plain_steps(o) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(trained, lr=o.learning_rate, betas=(0.9, o.adam_beta2), weight_decay=o.weight_decay)
     steps = []
     for _ in range(o.max_steps):
-        groups = replay(None, [Group(s.item, serial=s.serial, record=s.example) for s in next(batches)])
+        groups = replay(None, next(batches))
         rewards = score(groups, vocabulary.bytes, "cpu")
         total = 0.0
         for i, group in enumerate(groups):

@@ -9,7 +9,7 @@ import yaml
 
 from boxgrpo.bench.studies.ablation import BASE, METHODS
 from boxgrpo.trainer.arguments import parse
-from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
 from boxgrpo.trainer.world.recipe import RECIPES
 

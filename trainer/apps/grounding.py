@@ -12,10 +12,8 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.example import Example, plain_text
-from boxgrpo.trainer.data.images import upright_size
+from boxgrpo.trainer.data.example import Example, plain_text, target_image, upright_size
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.schemas import target_image
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate
 from boxgrpo.trainer.options import resolve_dtype

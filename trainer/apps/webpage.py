@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from boxgrpo.trainer.data.images import upright_size
+from boxgrpo.trainer.data.example import upright_size
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .grounding import Grounder, Question, as_json

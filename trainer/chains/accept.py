@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, is_numbers, plain_text
-from boxgrpo.trainer.data.images import load_image
+from boxgrpo.trainer.data.processor import load_image
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.scan import scan
 from boxgrpo.trainer.evaluation.pictures import annotate

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from boxgrpo.trainer.data.images import load_image
+from boxgrpo.trainer.data.processor import load_image
 
 from .journal import Journal
 

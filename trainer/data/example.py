@@ -1,16 +1,14 @@
-"""`Example`, which every record becomes, and the checks of a record's texts, paths and boxes."""
+"""`Example`, which `parse` makes of every record, and the checks of a record's texts, paths and boxes."""
 
 import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from .images import upright_size
+from PIL import ExifTags, Image
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 # As in the paper's code (ARCHITECTURE.md, section "The mathematics").
@@ -19,8 +17,17 @@ THINK_SUFFIX = (
     " and then output the bounding box in <answer> </answer> tags."
 )
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of images; EPS, for one, would start another program
 UNSIZED = 1_000_000  # pixels, in place of the size of an image that is not opened: only the corners' order is checked
 _PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # no part is empty or begins with a dot
+_ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
+_MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
+_MENTIONED = re.compile(_MENTION, re.IGNORECASE)
+_STATED = re.compile(rf"\bit is in the {_MENTION}", re.IGNORECASE)
+_SOUGHT = re.compile(
+    rf"\b(?:locat|ground|find|identif|recogni|which|what|where)[^.?!]*?\b(?:in|on|of) (?:the )?{_MENTION}",
+    re.IGNORECASE,
+)
 
 
 def box_text(box: Sequence[float]) -> str:
@@ -153,6 +160,14 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
     return scaled
 
 
+def upright_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Width and height in pixels of an image that `load_image` accepts: upright, and before a small one is enlarged."""
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if quarter_turn else (width, height)
+
+
 @functools.lru_cache(maxsize=4096)
 def image_size(path: str) -> tuple[int, int]:
     """Width and height by the file's header, upright as the image will be shown; no pixel is decoded."""
@@ -178,3 +193,66 @@ def pixel_box(box: object, path: str, place: Place, what: str, record: dict | No
         limits = (*size, *size)
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, limits)]
     return checked_box(box, (1000 / size[0], 1000 / size[1]), what)
+
+
+def parse(
+    record: dict,
+    read: Callable[[dict, Place], dict],
+    place: Place,
+    *,
+    name: str,
+    source: str,
+    scanned: bool = False,
+) -> Example:
+    """The record as an example.
+
+    Args:
+        read: of the record's schema: returns fields of the example.
+        name: the example's id where the record has none.
+        scanned: the record is only checked; its target image is not worked out from the question's wording.
+
+    Raises:
+        Refused: the record breaks a rule.
+    """
+    answer_format = record.get("answer_format", "think")
+    if answer_format not in ("think", "box"):
+        raise Refused("bad_answer_format", f'answer_format is {answer_format!r}; it must be "think" or "box".')
+    task = record.get("task") or record.get("type") or "grounding"
+    if not isinstance(task, str):
+        raise Refused("bad_task", f"task is {task!r:.80}; it must be a name.")
+    fields = {"id": str(record.get("id", name)), "task": task, **read(record, place)}
+    if "answer_format" in record:
+        fields["answer_format"] = answer_format
+    if "target_image" not in fields and (not scanned or "target_image" in record):
+        fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
+    return Example(source=source, **fields)
+
+
+def read_question(record: dict, place: Place, box_only: str | None = None) -> dict:
+    """A question with its box; one whose first image's path holds `box_only` is asked without thinking."""
+    gold = checked_box(record.get("answer"), (place.scale, place.scale))
+    images = resolve_images(record.get("images"), place)
+    fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
+    return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
+
+
+def target_image(record: dict, question: str, images: int) -> int:
+    """Index of the image that the box lies in: the record's `target_image`, else by the wording, else the last image.
+
+    A box is relative to its image, so only pictures and answers in pixels (`grade_texts`) need the index. By the
+    wording it is the last image in which something is to be found, else the last one mentioned.
+    """
+    if "target_image" in record:
+        target = record["target_image"]
+        if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < images:
+            raise Refused("bad_target_image", f"target_image is {target!r}; it must be 0 to {images - 1}.")
+        return target
+    question = question[:2000]  # the patterns take quadratic time, and a question may be of any length
+    stated = _STATED.findall(str(record.get("additional_info", "")))
+    mentions = stated or _MENTIONED.findall(question)
+    if not mentions:
+        return images - 1
+    mentions = stated or _SOUGHT.findall(question) or mentions  # the slow pattern only where it may match
+    number, nth, word = mentions[-1]
+    index = _ORDINALS[word.lower()] if word else int(number or nth) - 1
+    return min(max(index, 0), images - 1)

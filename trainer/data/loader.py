@@ -1,7 +1,8 @@
-"""Prepared examples, one step after another without end, the same for any number of ranks and workers."""
+"""`Examples`, records read when they are needed, and `Loader`, the stream of a run's prepared ones."""
 
 import contextlib
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -10,25 +11,81 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from .example import Example
+from boxgrpo.model.batch import Group
+
+from .example import Example, Place, Refused, parse
+from .schemas import SCHEMAS
 
 logger = logging.getLogger(__name__)
 
+GOLD, TURNS = 1, 2  # bits of `has`
+# One good record: its file, its number and bytes there, how many images, and whether it has a gold box or answers.
+TABLE = np.dtype([("file", "i2"), ("number", "i4"), ("start", "i8"), ("stop", "i8"), ("images", "i4"), ("has", "u1")])
 
-class Sample(NamedTuple):
-    """One slot of the stream."""
 
-    serial: int  # number of the slot, the same for any number of ranks
-    example: Example
-    item: object  # what `prepare` made of it
+@dataclass(frozen=True)
+class Source:
+    """A file of records, and what is needed to read one of them again."""
+
+    path: Path
+    label: str  # of the file, in `Example.source`
+    schema: str
+    place: Place
+
+
+class Examples(Sequence):
+    """Good records of one or several files, read and parsed on access. Pickled, they are places in files."""
+
+    def __init__(self, files: list[Source], table: np.ndarray):
+        self.files = files
+        self.table = table  # (n) TABLE
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index):
+        """One example, or for a slice or an array those records, unread.
+
+        Raises:
+            Refused: with its `source`, where an image that was there during the scan has gone.
+        """
+        if isinstance(index, slice | np.ndarray):
+            return Examples(self.files, self.table[index])
+        number_of_file, number, start, stop, *_ = self.table[index].item()
+        file = self.files[number_of_file]
+        source = f"{file.label}#{number}"
+        with file.path.open("rb") as content:
+            content.seek(start)
+            record = json.loads(content.read(stop - start))
+        try:
+            read, name = SCHEMAS[file.schema].read, f"{file.path.stem}-{number}"
+            return parse(record, read, file.place, name=name, source=source)
+        except Refused as refused:
+            raise Refused(refused.reason, f"{source}: {refused}", source) from refused
+
+    def __add__(self, other: "Examples") -> "Examples":
+        later = other.table.copy()
+        later["file"] += len(self.files)
+        return Examples(self.files + other.files, np.concatenate([self.table, later]))
+
+    @property
+    def sources(self) -> list[str]:
+        """`Example.source` of each, without reading any."""
+        return [f"{self.files[file].label}#{number}" for file, number, *_ in self.table.tolist()]
+
+    @property
+    def most_images(self) -> int:
+        """Images of the example that has the most."""
+        return int(self.table["images"].max())
 
 
 class Loader:
@@ -42,10 +99,10 @@ class Loader:
     epoch's order that can. No other slot moves, and no rank needs to know of another's bad records.
 
     Args:
-        examples: the records.
-        prepare: makes what the step needs from one `Example`; picklable when there are workers. The same example must
+        examples: the records, at least one.
+        prepare: makes a group's `prompt` of one `Example`; picklable when there are workers. The same example must
             always give the same.
-        batch_size: samples a step and rank.
+        batch_size: groups a step and rank.
         seed: of the order; each epoch is shuffled anew.
         workers: processes that prepare ahead, one thread each; 0 prepares in this process on demand. A fork server
             starts them, free of CUDA and of this process's threads. They send results through pipes, so /dev/shm cannot
@@ -60,7 +117,7 @@ class Loader:
         faults: why each record was skipped, by `Example.source`.
 
     Raises:
-        ValueError: no examples, or a size out of range; while iterating: not one record can be prepared.
+        ValueError: while iterating: not one record can be prepared.
     """
 
     def __init__(
@@ -76,46 +133,30 @@ class Loader:
         start: int = 0,
         shuffle: bool = True,
     ):
-        if len(examples) == 0:
-            raise ValueError("there are 0 examples; the stream needs at least 1. Check --data.")
-        if batch_size < 1 or workers < 0 or start < 0 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size}, workers {workers}, start {start}, rank {rank} of {world_size}: batch_size "
-                "must be at least 1, workers and start at least 0, rank 0 to world_size - 1. Correct what is not."
-            )
         self.batch_size, self.workers, self.rank, self.world_size = batch_size, workers, rank, world_size
         self.position = start
         self.faults: dict[str, str] = {}
         self._slots = _Slots(examples, prepare, seed, shuffle)
 
-    def __len__(self) -> int:
-        """Number of examples; the stream repeats them."""
-        return len(self._slots.examples)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far, by all ranks."""
-        return self.position / len(self)
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        """Steps from `position` on: lists of samples."""
+    def __iter__(self) -> Iterator[list[Group]]:
+        """Steps from `position` on: groups of a prompt, the slot's number (`serial`) and the `record`."""
         numbers = itertools.count(self.position + self.rank, self.world_size)
         prepared = self._in_workers(numbers) if self.workers else map(self._slots.prepare, numbers)
         while True:
             step = []
-            for outcome in itertools.islice(prepared, self.batch_size):
-                for source, reason in outcome.faults:
+            for group, faults in itertools.islice(prepared, self.batch_size):
+                for source, reason in faults:
                     if source not in self.faults:
                         self.faults[source] = reason
                         logger.warning("skipped %s: %s", source, reason)
-                if outcome.example is None:
-                    ((reason, times),) = Counter(reason for _, reason in outcome.faults).most_common(1)
-                    raise ValueError(f"none of the {len(self)} records can be prepared. {times} of them: {reason}")
-                step.append(Sample(outcome.slot, outcome.example, outcome.item))
+                if group is None:
+                    ((reason, times),) = Counter(reason for _, reason in faults).most_common(1)
+                    raise ValueError(f"none of the {len(faults)} records can be prepared. {times} of them: {reason}")
+                step.append(group)
             self.position += self.batch_size * self.world_size
             yield step
 
-    def _in_workers(self, numbers: Iterator[int]) -> Iterator["_Outcome"]:
+    def _in_workers(self, numbers: Iterator[int]) -> Iterator["_Prepared"]:
         context = multiprocessing.get_context("forkserver")
         # Imported once in the server, not in each worker: torch, and the module of `prepare`.
         context.set_forkserver_preload([__name__, self._slots.prepare_example.__module__])
@@ -133,42 +174,38 @@ class Loader:
             arriving = iter(loader)
         while True:
             with _ctrl_c_delayed():
-                outcome = next(arriving)
-            yield pickle.loads(outcome)
+                prepared = next(arriving)
+            yield pickle.loads(prepared)
 
 
-class _Outcome(NamedTuple):
-    slot: int
-    example: Example | None  # the one that was used; None: no record can be prepared
-    item: object
-    faults: list[tuple[str, str]]  # (source, reason) of the records passed over
+# A slot's group, None where no record can be prepared, and (source, reason) of each record that was passed over.
+_Prepared = tuple[Group | None, list[tuple[str, str]]]
 
 
 class _Slots(Dataset):
     """The prepared record of each slot, which every process can work out alone."""
 
     def __init__(self, examples: Sequence[Example], prepare: Callable[[Example], object], seed: int, shuffle: bool):
-        self.examples, self.prepare_example, self._seed, self._shuffle = examples, prepare, seed, shuffle
-        self._count = len(examples)
+        self.examples, self.prepare_example, self.seed, self.shuffle = examples, prepare, seed, shuffle
 
     def __getitem__(self, slot: int) -> bytes:
         # Plain pickle copies tensors into the bytes; torch's own would leave them in shared memory.
         return pickle.dumps(self.prepare(slot), protocol=pickle.HIGHEST_PROTOCOL)
 
-    def prepare(self, slot: int) -> _Outcome:
-        n = self._count
+    def prepare(self, slot: int) -> _Prepared:
+        n = len(self.examples)
         epoch, place = divmod(slot, n)
-        order = _order(n, self._seed, epoch) if self._shuffle else range(n)
+        order = _order(n, self.seed, epoch) if self.shuffle else range(n)
         faults = []
         for step in range(n):
             source = None
             try:
                 example = self.examples[int(order[(place + step) % n])]
                 source = example.source
-                return _Outcome(slot, example, self.prepare_example(example), faults)
+                return Group(self.prepare_example(example), serial=slot, record=example), faults
             except (ValueError, OSError) as error:  # reading the record gives a Refused with its source
                 faults.append((source or getattr(error, "source", "a record"), str(error)))
-        return _Outcome(slot, None, None, faults)
+        return None, faults
 
 
 @contextlib.contextmanager

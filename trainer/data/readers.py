@@ -6,11 +6,13 @@ and left out; it never ends a run.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
 import logging
+import operator
 import os
 import zipfile
 from collections import Counter
@@ -22,89 +24,74 @@ import numpy as np
 
 from boxgrpo.trainer.runtime.files import replace_file
 
-from .example import Example, Fault, Place, Refused, plain_text, require_some
+from .example import Fault, Place, Refused, parse, require_some
+from .loader import GOLD, TABLE, TURNS, Examples, Source
 from .scan import Row, scan
-from .schemas import SCHEMAS, box_scale, parse, recognise
+from .schemas import SCHEMAS, box_scale, recognise
 
-__all__ = ["Example", "Examples", "Fault", "most_images", "plain_text", "read_examples"]
-
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of images, which may be there for the next run
 SNIFF_RECORDS = 1000  # read to find a file's schema and the scale of its boxes
 CACHE_MIN_BYTES = 16 << 20  # of a file whose scan is cached
 CACHE_VERSION = 3  # of the cache's format, and of the rules by which records were checked
-GOLD, TURNS = 1, 2  # bits of `has`
-# One good record: its file, its number and bytes there, how many images, and whether it has a gold box or answers.
-TABLE = np.dtype([("file", "i2"), ("number", "i4"), ("start", "i8"), ("stop", "i8"), ("images", "i4"), ("has", "u1")])
+FAULTS_LOGGED = 100  # of a run: most of MGrounding has two boxes, which GRPO cannot use
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of records, and what is needed to read one of them again."""
+def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
+    """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
 
-    path: Path
-    label: str  # of the file, in `Example.source`
-    schema: str
-    place: Place
+    Of a source with a count so many are taken, drawn by the seed. The log names the first faults and counts them all.
 
-
-class Examples(Sequence):
-    """Good records of one or several files, read and parsed on access. Pickled, they are places in files."""
-
-    def __init__(self, files: list[Source], table: np.ndarray):
-        self.files = files
-        self.table = table  # (n) TABLE
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index):
-        """One example, or for a slice or an array those records, unread.
-
-        Raises:
-            Refused: with its `source`, where an image that was there during the scan has gone.
-        """
-        if isinstance(index, slice | np.ndarray):
-            return Examples(self.files, self.table[index])
-        number_of_file, number, start, stop, *_ = self.table[index].item()
-        file = self.files[number_of_file]
-        source = f"{file.label}#{number}"
-        with file.path.open("rb") as content:
-            content.seek(start)
-            record = json.loads(content.read(stop - start))
-        try:
-            return parse(record, file.schema, file.place, name=f"{file.path.stem}-{number}", source=source)
-        except Refused as refused:
-            raise Refused(refused.reason, f"{source}: {refused}", source) from refused
-
-    def having(self, bit: int) -> tuple["Examples", "Examples"]:
-        """Those with a gold box (GOLD) or with answers (TURNS), and those without."""
-        there = (self.table["has"] & bit) > 0
-        return self[there], self[~there]
-
-    def drawn(self, count: int, seed: int) -> "Examples":
-        """`count` of them by chance, in their order; all where there are no more."""
-        if count >= len(self):
-            return self
-        return self[np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))]
-
-    def __add__(self, other: "Examples") -> "Examples":
-        later = other.table.copy()
-        later["file"] += len(self.files)
-        return Examples(self.files + other.files, np.concatenate([self.table, later]))
-
-    @property
-    def sources(self) -> list[str]:
-        """`Example.source` of each, without reading any."""
-        return [f"{self.files[file].label}#{number}" for file, number, *_ in self.table.tolist()]
+    Raises:
+        ValueError: no data named, no such file, or one without a record that can be used.
+    """
+    if not options.data:
+        raise ValueError("no data. Name a JSON or JSONL file with --data.")
+    kind, bit = {"gold": ("gold box", GOLD), "turns": ("assistant's answer", TURNS)}[needs]
+    parts, faults = [], []
+    for number, (path, count, label) in enumerate(_sources(options.data)):
+        found, refused = read_examples(path, schema=options.schema, image_root=options.image_root or None, label=label)
+        usable = (found.table["has"] & bit) > 0
+        good, without = found[usable], found[~usable]
+        refused += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
+        if not good:
+            raise ValueError(
+                f"{path}: 0 of {len(refused)} records can be used; they need the {kind}. The first: "
+                f"{refused[0].message} Pass other records with --data."
+            )
+        if count and count > len(good):
+            log.warning("%s: %d records are asked for and %d can be used; all are taken", label, count, len(good))
+        elif count:
+            draw = np.random.default_rng(options.seed + number)
+            good = good[np.sort(draw.choice(len(good), count, replace=False))]
+        parts.append(good)
+        faults += refused
+    for fault in faults[:FAULTS_LOGGED]:
+        log.warning("skipped %s", fault.message)
+    if more := faults[FAULTS_LOGGED:]:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in more).most_common())
+        log.warning("skipped %d more (%s); boxgrpo.trainer.inspect_data --faults N names them", len(more), reasons)
+    return functools.reduce(operator.add, parts), faults
 
 
-def most_images(examples: Sequence[Example]) -> int:
-    """Images of the example that has the most."""
-    return max(
-        examples.table["images"].tolist() if isinstance(examples, Examples) else (len(e.images) for e in examples)
-    )
+def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
+    """Path, count and label of each `path` or `path#count`. The label is the file's name where that tells it apart.
+
+    Raises:
+        ValueError: there is no such file, or nothing to take from it.
+    """
+    found = []
+    for source in data:
+        path, _, count = source.rpartition("#")
+        path, count = (path, int(count)) if count.isdigit() and path and not Path(source).is_file() else (source, None)
+        if not Path(path).is_file():
+            raise ValueError(f"data is {source}; there is no such file. Correct --data.")
+        if count == 0:
+            raise ValueError(f"data is {source}; at least 1 record is to be taken. Correct --data.")
+        found.append((Path(path), count))
+    names = Counter(path.name for path, _ in found)
+    return [(path, count, path.name if names[path.name] == 1 else str(path)) for path, count in found]
 
 
 def read_examples(
@@ -131,18 +118,14 @@ def read_examples(
         The good examples in file order, read lazily, and one `Fault` for each record refused.
 
     Raises:
-        ValueError: unknown schema, no record that fits one, a broken JSON array, or fewer good records than `least`.
+        ValueError: no record that fits a schema, a broken JSON array, or fewer good records than `least`.
         OSError: the file cannot be read.
     """
     path, label = Path(path), label or Path(path).name
-    if schema not in SCHEMAS and schema != "auto":
-        raise ValueError(
-            f"schema is {schema!r}; known schemas are auto, {', '.join(SCHEMAS)}. Pass one of them as --schema."
-        )
     place = Place.of(path, image_root, sized=sized)
     found = _cached_scan(path, schema, place)
     for note in found.notes:
-        logger.info("%s: %s", label, note)
+        log.info("%s: %s", label, note)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
     remedy = "Correct the file, or name its format with --schema."
     require_some(path, found.table, faults, least=least, remedy=remedy)
@@ -186,7 +169,7 @@ def _good_rows(rows: Iterable[tuple[int, Row]], schema: str, place: Place, fault
                 raise Refused("not_json", f"the line is not JSON ({row.fault}). Write it again.")
             if not isinstance(row.value, dict):
                 raise Refused("not_a_record", f"{row.value!r:.80} is no JSON object. Drop it.")
-            example = parse(row.value, schema, place, name="", source="", scanned=True)
+            example = parse(row.value, SCHEMAS[schema].read, place, name="", source="", scanned=True)
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
         except Exception as error:  # a record may hold anything, and what no rule foresees must not end a run
@@ -231,7 +214,7 @@ def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        logger.warning("%s cannot be used (%s); the data is scanned again", cache, error)
+        log.warning("%s cannot be used (%s); the data is scanned again", cache, error)
     found = _scan_file(path, schema, place)
     if any(reason in TRANSIENT_FAULTS for _, reason, _ in found.faults):
         return found
@@ -242,5 +225,5 @@ def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
         np.savez(content := io.BytesIO(), about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8), table=table)
         replace_file(cache, content.getvalue())
     except OSError as error:
-        logger.warning("the scan of %s cannot be kept (%s); the next run scans it again", path, error)
+        log.warning("the scan of %s cannot be kept (%s); the next run scans it again", path, error)
     return found

@@ -4,18 +4,18 @@ The formats follow UniVG-R1's own loaders (AMAP-ML/UniVG-R1: grpo_univg.py, eval
 the questions of the zero-shot sets; VLM-R1's files for RefCOCO; MGrounding-630k's records.
 """
 
-import functools
 import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Box, Example, Place, Refused, checked_box, is_numbers, pixel_box, resolve_images, text_of
+from .example import Box, Place, Refused, checked_box, is_numbers, pixel_box, read_question, resolve_images, text_of
 
 FRAMES, ASKED_FRAME = 6, 2  # shown of a video, and the one whose box is asked for: the third
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -30,33 +30,11 @@ _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)"
 
 @dataclass(frozen=True)
 class Schema:
-    """How to recognise a record format and how to read it: `parse(record, place)` gives fields of the `Example`."""
+    """How to recognise a record format and how to read it."""
 
     sign: str  # by which it is recognised, for the log
     recognise: Callable[[dict], bool]
-    parse: Callable[[dict, Place], dict]
-
-
-def parse(record: dict, schema: str, place: Place, *, name: str, source: str, scanned: bool = False) -> Example:
-    """The record as an example; `name` is its id where it has none.
-
-    `scanned`: only checked, so its target image is not worked out from the question's wording.
-
-    Raises:
-        Refused: it breaks a rule.
-    """
-    answer_format = record.get("answer_format", "think")
-    if answer_format not in ("think", "box"):
-        raise Refused("bad_answer_format", f'answer_format is {answer_format!r}; it must be "think" or "box".')
-    task = record.get("task") or record.get("type") or "grounding"
-    if not isinstance(task, str):
-        raise Refused("bad_task", f"task is {task!r:.80}; it must be a name.")
-    fields = {"id": str(record.get("id", name)), "task": task, **SCHEMAS[schema].parse(record, place)}
-    if "answer_format" in record:
-        fields["answer_format"] = answer_format
-    if "target_image" not in fields and (not scanned or "target_image" in record):
-        fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
-    return Example(source=source, **fields)
+    read: Callable[[dict, Place], dict]  # fields of the `Example`
 
 
 def recognise(record: dict) -> str | None:
@@ -71,18 +49,6 @@ def box_scale(records: Sequence[dict]) -> float:
     """
     ends = [max(record["answer"]) for record in records if is_numbers(record.get("answer"))]
     return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
-
-
-def _parse_question(record: dict, place: Place, box_only: str | None = None) -> dict:
-    """A question with its box; one whose first image's path holds `box_only` is asked without thinking."""
-    gold = checked_box(record.get("answer"), (place.scale, place.scale))
-    images = resolve_images(record.get("images"), place)
-    fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
-    return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
-
-
-# By this path the paper's code recognises its single-image RefCOCO records.
-_parse_stage2 = functools.partial(_parse_question, box_only="coco/train2014/COCO")
 
 
 def _turns(record: dict) -> tuple[tuple[str, str], ...]:
@@ -104,7 +70,15 @@ def _turns(record: dict) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
+def _read_chat(record: dict, place: Place, gold_box: Callable) -> dict:
+    turns = _turns(record)
+    gold = gold_box(turns)
+    images = resolve_images(record.get("images"), place)
+    return {"images": images, "question": turns[0][1], "turns": turns, "gold": gold}
+
+
 def _tagged_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
+    """The box in the first answer's tags, if there is one."""
     answer = turns[1][1]
     if "<answer>" not in answer:  # a quick check before the kernel
         return None
@@ -112,20 +86,8 @@ def _tagged_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
     return checked_box(read.boxes[0].tolist()) if read.found else None
 
 
-def _parse_chat(record: dict, place: Place, gold_box: Callable = _tagged_box) -> dict:
-    """A chat with answers. The gold box is the one in the first answer's tags, if there is one."""
-    turns = _turns(record)
-    gold = gold_box(turns)
-    images = resolve_images(record.get("images"), place)
-    return {"images": images, "question": turns[0][1], "turns": turns, "gold": gold}
-
-
-def _parse_mgrounding(record: dict, place: Place) -> dict:
-    """A chat of MGrounding-630k: several turns, boxes between marks. The gold box is the first answer's only one."""
-    return _parse_chat(record, place, _only_marked_box)
-
-
 def _only_marked_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
+    """The box between marks in the first answer, if it has no other. The boxes of all answers are checked."""
     boxes = [[_marked_box(found) for found in _MARKED.findall(text)] for _, text in turns[1::2]]
     return boxes[0][0] if len(boxes[0]) == 1 else None
 
@@ -137,7 +99,7 @@ def _marked_box(found: tuple[str, ...]) -> Box:
     return checked_box(box, what="box")
 
 
-def _parse_refcoco(record: dict, place: Place) -> dict:
+def _read_refcoco(record: dict, place: Place) -> dict:
     """RefCOCO/+/g: `problem` and `solution`, or `expression` and `bbox` (x, y, width, height); boxes in pixels."""
     (image,) = resolve_images([record.get("image")], place)
     if "expression" in record:
@@ -152,14 +114,14 @@ def _parse_refcoco(record: dict, place: Place) -> dict:
     return {"images": (image,), "question": question, "gold": gold, "answer_format": "box"}
 
 
-def _parse_lisa(record: dict, place: Place) -> dict:
+def _read_lisa(record: dict, place: Place) -> dict:
     (image,), boxes = resolve_images([record.get("image_path")], place), record.get("boxes")
     box = boxes[0] if isinstance(boxes, list) and boxes else boxes
     question = ON_IMAGE.format(_instruction(record, "instruction"))
     return {"images": (image,), "question": question, "gold": pixel_box(box, image, place, "boxes[0]", record)}
 
 
-def _parse_llmseg(record: dict, place: Place) -> dict:
+def _read_llmseg(record: dict, place: Place) -> dict:
     (image,), box = resolve_images([record.get("image_path")], place), record.get("bbox")
     if isinstance(box, list) and all(isinstance(part, list) for part in box):
         box = [value for part in box for value in part][:4]
@@ -171,14 +133,14 @@ def _instruction(record: dict, name: str) -> str:
     return text_of(record.get(name), name).strip().rstrip(".")
 
 
-def _parse_reasonvos(record: dict, place: Place) -> dict:
+def _read_reasonvos(record: dict, place: Place) -> dict:
     frames = record.get("image_list")
     if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
         raise Refused("too_few_frames", f"image_list is {frames!r:.80}; the third frame is asked for.")
     return _video(record, place, frames)
 
 
-def _parse_revos(record: dict, place: Place) -> dict:
+def _read_revos(record: dict, place: Place) -> dict:
     """`frames` are numbers among the sorted images of the folder `video_id`, or file names in it."""
     frames, video = record.get("frames"), record.get("video_id")
     if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
@@ -195,7 +157,7 @@ def _parse_revos(record: dict, place: Place) -> dict:
     return _video(record, place, [os.path.join(folder, name) for name in names])
 
 
-@functools.lru_cache(maxsize=512)
+@lru_cache(maxsize=512)
 def frames_of(folder: str) -> tuple[str, ...]:
     """Names of the folder's images by their first number; empty where there is no folder."""
     try:
@@ -235,54 +197,32 @@ def _has_marks(record: dict) -> bool:
 
 # A new format is one more entry; the first that recognises a record is its format.
 SCHEMAS: dict[str, Schema] = {
-    "mgrounding": Schema("conversations with <|box_start|>", _has_marks, _parse_mgrounding),
-    "univg_stage1": Schema("messages or conversations", _has("messages", "conversations"), _parse_chat),
+    "mgrounding": Schema(
+        "conversations with <|box_start|>", _has_marks, partial(_read_chat, gold_box=_only_marked_box)
+    ),
+    "univg_stage1": Schema(
+        "messages or conversations", _has("messages", "conversations"), partial(_read_chat, gold_box=_tagged_box)
+    ),
     "mig_bench": Schema(
         "question, answer and additional_info or need_format",
         _has("question answer additional_info", "question answer need_format"),
-        _parse_question,
+        read_question,
     ),
-    "univg_stage2": Schema("images, question and answer", _has("images question answer"), _parse_stage2),
+    "univg_stage2": Schema(
+        "images, question and answer",
+        _has("images question answer"),
+        # By this path the paper's code recognises its single-image RefCOCO records.
+        partial(read_question, box_only="coco/train2014/COCO"),
+    ),
     "refcoco": Schema(
         "image, and problem with solution or expression with bbox",
         _has("image problem solution", "image expression bbox"),
-        _parse_refcoco,
+        _read_refcoco,
     ),
-    "lisa": Schema("image_path, instruction and boxes", _has("image_path instruction boxes"), _parse_lisa),
-    "llmseg": Schema("image_path, question and bbox", _has("image_path question bbox"), _parse_llmseg),
-    "reasonvos": Schema("image_list, question and bbox_list", _has("image_list question bbox_list"), _parse_reasonvos),
+    "lisa": Schema("image_path, instruction and boxes", _has("image_path instruction boxes"), _read_lisa),
+    "llmseg": Schema("image_path, question and bbox", _has("image_path question bbox"), _read_llmseg),
+    "reasonvos": Schema("image_list, question and bbox_list", _has("image_list question bbox_list"), _read_reasonvos),
     "revos": Schema(
-        "video_id, frames, question and bbox_list", _has("video_id frames question bbox_list"), _parse_revos
+        "video_id, frames, question and bbox_list", _has("video_id frames question bbox_list"), _read_revos
     ),
 }
-
-_ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
-_MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
-_STATED = re.compile(rf"\bit is in the {_MENTION}", re.IGNORECASE)
-_SOUGHT = re.compile(
-    rf"\b(?:locat|ground|find|identif|recogni|which|what|where)[^.?!]*?\b(?:in|on|of) (?:the )?{_MENTION}",
-    re.IGNORECASE,
-)
-_MENTIONED = re.compile(_MENTION, re.IGNORECASE)
-
-
-def target_image(record: dict, question: str, images: int) -> int:
-    """Index of the image that the box lies in: the record's `target_image`, else by the wording, else the last image.
-
-    A box is relative to its image, so only pictures and answers in pixels (`grade_texts`) need the index. By the
-    wording it is the last image in which something is to be found, else the last one mentioned.
-    """
-    if "target_image" in record:
-        target = record["target_image"]
-        if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < images:
-            raise Refused("bad_target_image", f"target_image is {target!r}; it must be 0 to {images - 1}.")
-        return target
-    question = question[:2000]  # the patterns take quadratic time, and a question may be of any length
-    stated = _STATED.findall(str(record.get("additional_info", "")))
-    mentions = stated or _MENTIONED.findall(question)
-    if not mentions:
-        return images - 1
-    mentions = stated or _SOUGHT.findall(question) or mentions  # the slow pattern only where it may match
-    number, nth, word = mentions[-1]
-    index = _ORDINALS[word.lower()] if word else int(number or nth) - 1
-    return min(max(index, 0), images - 1)

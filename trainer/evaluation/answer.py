@@ -10,9 +10,9 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from boxgrpo.model.batch import Prompt
+from boxgrpo.trainer.data.example import Example, plain_text
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import Example, plain_text
 from boxgrpo.trainer.options import InputOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 
@@ -89,18 +89,18 @@ def answer(
     own = len(range(r.rank, len(numbers), r.world_size))
     with tqdm(total=own, desc="evaluate", leave=False, disable=not r.is_main, dynamic_ncols=True) as bar:
         for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
-            samples = [s for s in next(batches) if s.serial < len(numbers)]  # behind them the stream starts over
-            bar.update(len(samples))
-            ready = [s for s in samples if not isinstance(s.item, str)]
-            completions = decoder.complete([s.item for s in ready])
-            ids_of = {s.serial: ids for s, ids in zip(ready, completions, strict=True)}
-            for s in samples:
-                number, ids = numbers[s.serial], ids_of.get(s.serial)
+            groups = [g for g in next(batches) if g.serial < len(numbers)]  # behind them the stream starts over
+            bar.update(len(groups))
+            ready = [g for g in groups if not isinstance(g.prompt, str)]
+            completions = decoder.complete([g.prompt for g in ready])
+            ids_of = {g.serial: ids for g, ids in zip(ready, completions, strict=True)}
+            for g in groups:
+                number, ids = numbers[g.serial], ids_of.get(g.serial)
                 if ids is None:
-                    why = s.item if isinstance(s.item, str) else "decoding it alone runs out of memory"
-                    reasons[number] = f"{s.example.source}: {why}"
+                    why = g.prompt if isinstance(g.prompt, str) else "decoding it alone runs out of memory"
+                    reasons[number] = f"{g.source}: {why}"
                     continue
-                written = s.example.answer_format if answer_format == "auto" else answer_format
+                written = g.record.answer_format if answer_format == "auto" else answer_format
                 texts[number] = decode_answer(decoder.processor, ids, written)
                 if store:
                     store.write(json.dumps({"record": number, "answer": texts[number]}) + "\n")

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.runtime.files import read_lines, replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks

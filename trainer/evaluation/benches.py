@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.data.example import Example
 
 from . import mmiu, odinw
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data.example import Example, Fault
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import Example, Fault
-from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.options import EvalOptions, resolve_dtype, validate_evaluator
 from boxgrpo.trainer.runtime.checkpoints import fingerprint
 from boxgrpo.trainer.runtime.files import open_lines, replace_file

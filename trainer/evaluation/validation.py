@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.sources import read_usable
+from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.engine.lora import save_pretrained
 from boxgrpo.trainer.options import DataOptions
 from boxgrpo.trainer.runtime.checkpoints import Progress

@@ -20,7 +20,7 @@ import torch
 
 from boxgrpo.trainer.options import profile_is_too_late, profile_window
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.runtime.spans import UNDER_NSYS, named_range
+from boxgrpo.trainer.runtime.spans import UNDER_NSYS
 
 from .chrome_trace import read_chrome_trace
 from .timeline import rows, table
@@ -33,7 +33,7 @@ EVENTS = 100_000  # the last allocations and frees that a snapshot holds
 
 
 def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
-    """The loop's steps, each a range of the timeline; those that `o.profile_steps` names are profiled.
+    """The loop's steps; those that `o.profile_steps` names are profiled.
 
     The profile is written when its last step ends, or the run does, and of several runs into a folder each has its own.
 
@@ -57,8 +57,7 @@ def _profiled(steps: range, window: range, o, r: Ranks) -> Iterator[int]:
             if step in window and (step == window.start or step == steps.start):
                 seen = range(step, min(window.stop, steps.stop))
                 profile.enter_context(_profile(folder, f"steps{seen.start}-{seen.stop - 1}-rank{r.rank}", o, r))
-            with named_range("step", step):
-                yield step
+            yield step
             if step == window.stop - 1:
                 profile.close()
 

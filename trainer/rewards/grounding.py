@@ -1,6 +1,7 @@
 """The built-in rewards of a step's completions, and what the policy learns from them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +33,30 @@ def score(groups: Sequence[Group], table: VocabularyBytes, device) -> GroundingR
     )
 
 
-def step_advantages(o, total: Tensor, accuracy: Tensor, r: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's advantages (B, G), weights (B) and mean IoUs (B) of rewards and IoUs (B, G).
+class StepRewards(NamedTuple):
+    """A step's rewards on this rank: B groups of G completions."""
+
+    accuracy: Tensor  # (B, G) fp32, IoU in 0-1
+    format: Tensor  # (B, G) fp32, 0 or 1
+    total: Tensor  # (B, G) fp32, their sum
+    advantages: Tensor  # (B, G) fp32
+    weights: Tensor  # (B) fp32, difficulty weights
+    miou: Tensor  # (B) fp32, mean IoU
+
+
+def step_rewards(o, scored: GroundingRewards, r: Ranks) -> StepRewards:
+    """The rewards of `score` by group, and what follows from them.
 
     With `scale_rewards` "batch" the standard deviation is over the completions of all ranks.
     """
+    accuracy, format = (x.view(-1, o.num_generations) for x in (scored.accuracy, scored.format))
+    total = accuracy + format
     if o.scale_rewards != "batch" or r.world_size == 1:
-        return group_advantages(total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards)
+        found = group_advantages(total, accuracy, difficulty=o.difficulty, scale=o.scale_rewards)
+        return StepRewards(accuracy, format, total, *found)
     everyone = r.gather((total.cpu(), accuracy.cpu()))
     whole = [torch.cat(part).to(total.device) for part in zip(*everyone, strict=True)]
     before = sum(len(theirs) for theirs, _ in everyone[: r.rank])
     mine = slice(before, before + len(total))
-    return tuple(x[mine] for x in group_advantages(*whole, difficulty=o.difficulty, scale="batch"))
+    found = group_advantages(*whole, difficulty=o.difficulty, scale="batch")
+    return StepRewards(accuracy, format, total, *(x[mine] for x in found))

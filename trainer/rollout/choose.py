@@ -1,10 +1,8 @@
 """The rollout that `--rollout` names."""
 
-from collections.abc import Sequence
-
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.data.loader import Examples
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import Example, most_images
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 
@@ -18,7 +16,7 @@ def make_rollout(
     processor: Processor,
     vocabulary: Vocabulary,
     policy: Qwen2VL,
-    examples: Sequence[Example],
+    examples: Examples,
     r: Ranks,
     *,
     stored: dict[str, int],
@@ -33,5 +31,5 @@ def make_rollout(
     if o.rollout == "replay":
         return ReplayRollout(o)
     if o.rollout == "vllm":
-        return VllmRollout(o, processor, vocabulary, policy, most_images(examples))
+        return VllmRollout(o, processor, vocabulary, policy, examples.most_images)
     return LocalRollout(o, vocabulary, r, stored, sharded=sharded)

@@ -1,5 +1,6 @@
-"""Completions sampled by the policy itself, or replayed from the file of an earlier run."""
+"""Image embeddings, and completions sampled by the policy itself or replayed from the file of an earlier run."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from torch import Tensor
 from boxgrpo.model.batch import Group
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
+from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import OPTIONS, cut
@@ -196,3 +198,57 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
         g if g.prompt.pixel_values is None else replace(g, image_embeds=part)
         for g, part in zip(groups, parts, strict=True)
     ]
+
+
+class PrefetchedBatches:
+    """The loader's groups; with a frozen tower also the embeddings of their images.
+
+    On a GPU the tower computes the next step's images on a stream of its own while this step decodes, which leaves the
+    matrix units nearly idle. On a CPU they are computed when they are needed.
+
+    Args:
+        early: whether to compute ahead; None: on a GPU. Not where the tower's weights are gathered for a while only.
+        sharded: whether ranks synchronise in the tower's layers.
+
+    Attributes:
+        position: the loader's, without the groups taken ahead: where to go on after a restart.
+    """
+
+    def __init__(
+        self, loader: Loader, policy: Qwen2VL, *, frozen: bool, early: bool | None = None, sharded: bool = False
+    ):
+        self.loader, self.frozen = loader, frozen
+        self.position = loader.position
+        on_gpu = policy.device.type == "cuda"
+        self.early = frozen and (on_gpu if early is None else early)
+        self.stream = torch.cuda.Stream(policy.device) if on_gpu and self.early else None
+        self._embed = functools.partial(embed_images, policy, sharded=sharded)
+        self._batches = iter(loader)
+        self._ahead: list[Group] | None = None
+
+    def next(self) -> list[Group]:
+        """The next step's groups; they have embeddings where those are computed ahead."""
+        groups, self._ahead = self._ahead, None
+        if groups is None:
+            groups = next(self._batches)
+            groups = self._embed(groups) if self.early else groups
+        self.position = self.loader.position
+        return groups
+
+    def embed(self, groups: list[Group]) -> list[Group]:
+        """The groups with embeddings, none with a trained tower, which runs in every pack; then starts the next step's.
+
+        A group whose images do not fit into memory is left out and named.
+        """
+        if not self.early:
+            return self._embed(groups) if self.frozen else groups
+        if self.stream:
+            here = torch.cuda.current_stream()
+            here.wait_stream(self.stream)
+            for group in groups:
+                if group.image_embeds is not None:
+                    group.image_embeds.record_stream(here)
+            self.stream.wait_stream(here)  # the first time, for the weights
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+            self._ahead = self._embed(next(self._batches))
+        return groups

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .files import MANIFEST, find_fault, flush_to_disk, seal
-from .ranks import STOPPED, Ranks
+from .ranks import Ranks
 from .reporter import METRICS, checkpoint_folders
 
 log = logging.getLogger(__name__)
@@ -147,26 +147,6 @@ class Checkpoints:
             set_random_states(json.loads(states.read_text()))
         log.info("resumed %s at step %d", folder, progress.step)
         return progress
-
-    def after_step(self, progress: Progress, steps: int, engine, write_model, *, stop: bool) -> None:
-        """Save where a checkpoint is due or the launcher stops the run, and then stop.
-
-        Raises:
-            SystemExit: with 143 (128 + SIGTERM), after a launcher's SIGTERM.
-            ValueError: more than `max_skipped` steps had no update.
-        """
-        o = self.options
-        if progress.skipped_steps > o.max_skipped:
-            raise ValueError(
-                f"{progress.skipped_steps} updates in {progress.step} steps had a loss or a gradient that is NaN or "
-                f"infinite; max_skipped is {o.max_skipped}. Lower --learning_rate, or go on from an earlier checkpoint "
-                "with --resume."
-            )
-        if stop or (o.save_steps and (progress.step % o.save_steps == 0 or progress.step == steps)):
-            saved = self.save(progress, engine, write_model)
-        if stop:
-            log.warning("asked to stop: saved %s; --resume auto goes on from there", saved)
-            raise SystemExit(STOPPED)
 
     def save(self, progress: Progress, engine, write_model: Callable[[Path], None]) -> Path:
         """Write `checkpoint-<step>`; every rank calls it. Afterwards the oldest beyond `save_total_limit` are removed.

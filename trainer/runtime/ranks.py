@@ -18,7 +18,7 @@ from .watch import Watch
 SILENCE = 0.1  # of the timeout: how long a rank may give no sign of life
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher has stopped
 # Modules whose warnings concern one rank alone, so that each rank logs them.
-PER_RANK = ("data.loader", "step.prefetch", "rollout.local", "step.pack")
+PER_RANK = ("data.loader", "rollout.local", "step.pack")
 
 
 class Ranks:

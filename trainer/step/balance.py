@@ -1,6 +1,6 @@
 """Which rank trains which of a step's groups: as costly a share for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from boxgrpo.model.batch import Group
@@ -38,11 +38,11 @@ def plan_moves(costs: Sequence[Sequence[float]]) -> list[Move]:
         load[light] += costs[best[0]][best[1]]
 
 
-def balance_across_ranks(groups: Sequence[Group], costs: Sequence[float], r: Ranks) -> list[Group]:
+def balance_across_ranks(groups: list[Group], cost: Callable[[Group], float], r: Ranks) -> list[Group]:
     """What this rank trains after an exchange: its groups without those it gave away, then those it received."""
     if r.world_size == 1:
-        return list(groups)
-    moves = plan_moves(r.gather(list(costs)))
+        return groups
+    moves = plan_moves(r.gather(list(map(cost, groups))))
     # From CPU to CPU: a tensor of cuda:0 would arrive on cuda:0, whatever the receiver's device.
     given = [r.hand_over(groups[m.index].to("cpu") if m.source == r.rank else None, m.source, m.target) for m in moves]
     gone = {m.index for m in moves if m.source == r.rank}

@@ -7,6 +7,7 @@ import torch
 from boxgrpo.model.batch import Group
 from boxgrpo.model.cost import published_peak
 from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
+from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.rollout.base import sampler_factor, sampler_gap
 from boxgrpo.trainer.runtime.ranks import Ranks
 
@@ -52,34 +53,31 @@ def sft_flop(o, config, groups: Sequence[Group]) -> float:
     return (2 if o.lora_rank else 3) * decoder + (1 if o.freeze_vision else 3) * tower
 
 
-def reward_metrics(total, accuracy, format, miou, weights) -> dict[str, float]:
-    """Rewards over the rank's completions, and how hard its groups were (paper Figure 3)."""
-    if not len(total):
+def completion_metrics(
+    groups: Sequence[Group], rewards: StepRewards, limit: int, eos: tuple[int, ...]
+) -> dict[str, float]:
+    """Rewards and lengths of the rank's completions, and how hard its groups were (paper, Figure 3).
+
+    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token.
+    """
+    if not groups:
         return {}
-    spread = total.std(dim=1)
+    total, miou = rewards.total, rewards.miou
+    flat = [c for group in groups for c in group.completions]
+    lengths = [len(c) for c in flat]
+    clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
     return {
         "reward": float(total.mean()),
-        "reward_std": float(spread.mean()),
+        "reward_std": float(total.std(dim=1).mean()),
         "frac_reward_zero_std": float((total == total[:, :1]).all(1).float().mean()),
-        "rewards/accuracy/mean": float(accuracy.mean()),
-        "rewards/accuracy/std": float(accuracy.std()),
-        "rewards/format/mean": float(format.mean()),
-        "rewards/format/std": float(format.std()),
+        "rewards/accuracy/mean": float(rewards.accuracy.mean()),
+        "rewards/accuracy/std": float(rewards.accuracy.std()),
+        "rewards/format/mean": float(rewards.format.mean()),
+        "rewards/format/std": float(rewards.format.std()),
         "difficulty/easy": float((miou > 0.7).float().mean()),
         "difficulty/medium": float(((miou >= 0.3) & (miou <= 0.7)).float().mean()),
         "difficulty/hard": float((miou < 0.3).float().mean()),
-        "difficulty/weight_mean": float(weights.mean()),
-    }
-
-
-def length_metrics(groups: Sequence[Group], limit: int, eos: tuple[int, ...]) -> dict[str, float]:
-    """Tokens per completion, and the share that never reached its end token."""
-    flat = [c for group in groups for c in group.completions]
-    lengths = [len(c) for c in flat]
-    if not lengths:
-        return {}
-    clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
-    return {
+        "difficulty/weight_mean": float(rewards.weights.mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

@@ -8,18 +8,19 @@ from typing import TypeVar
 import torch
 
 from boxgrpo.model.batch import Group, PackedBatch, pack_groups, plan_packs
-from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.engine.base import Engine, PeerOutOfMemory
+from boxgrpo.trainer.rewards.grounding import StepRewards
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def trained_groups(o, groups: Sequence[Group], advantages, weights) -> list[Group]:
+def trained_groups(o, groups: Sequence[Group], rewards: StepRewards) -> list[Group]:
     """The groups that have a gradient, with their advantages (G each) and weights.
 
     Without KL a group of equal rewards has none, and is left out. (Not with bnpo, a mean over each pack's own tokens.)
     """
+    advantages, weights = rewards.advantages, rewards.weights
     every = bool(o.beta) or o.loss_type == "bnpo"
     has_gradient = [True] * len(groups) if every else (advantages != 0).any(1).tolist()
     filled = [replace(g, advantages=advantages[i], weight=weights[i]) for i, g in enumerate(groups) if has_gradient[i]]
@@ -27,20 +28,22 @@ def trained_groups(o, groups: Sequence[Group], advantages, weights) -> list[Grou
     return [replace(g, prompt=replace(g.prompt, pixel_values=None)) if o.freeze_vision else g for g in filled]
 
 
-def make_packs(config, engine: Engine, groups: Sequence[Group], budget: int, *, tower_passes: float = 0.0):
+def make_packs(
+    engine: Engine, cost: Callable[[Group], float], image_token_id: int, groups: Sequence[Group], budget: int
+) -> list[PackedBatch]:
     """Packs of at most `budget` tokens and of similar cost, on the engine's device.
 
     A group too long for one pack is split over several. Where ranks must run the same number of packs, empty ones are
     added. Groups without completions are conversations.
     """
-    device, image = engine.ranks.device, config.image_token_id
+    device = engine.ranks.device
     parts = [part for group in groups for part in group.split(budget)]
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
-    plan = plan_packs(sizes, budget, [group_flop(config, p, tower_passes=tower_passes) for p in parts])
-    packs = [pack_groups([parts[i] for i in chosen], image_token_id=image).to(device) for chosen in plan]
+    plan = plan_packs(sizes, budget, list(map(cost, parts)))
+    packs = [pack_groups([parts[i] for i in chosen], image_token_id=image_token_id).to(device) for chosen in plan]
     most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
     if missing := max(most, engine.least_packs) - len(packs):
-        nothing = pack_groups([], image_token_id=image)
+        nothing = pack_groups([], image_token_id=image_token_id)
         packs += [replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)] * missing
     return packs
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model import attention, decoder
 from boxgrpo.model.batch import Group, Prompt, pack_groups
 from boxgrpo.model.cost import Sharding, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
-from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.families.qwen2_vl import Qwen2VL, group_flop
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.apps.memory import MemoryOptions, engines, largest_pack, main, memory, read, report, table
 from boxgrpo.trainer.arguments import parse
@@ -36,6 +37,10 @@ SHAPES = [
     ({"hidden_size": 128, "layers": 3}, [(150, [40] * 6), (150, [40] * 6)], 600),
     ({"hidden_size": 64, "layers": 5, "heads": 2, "kv_heads": 1}, [(300, [70, 64, 67]), (290, [60])], 2000),
 ]
+
+
+def packs_of(config, sizes, budget):
+    return make_packs(ALONE, partial(group_flop, config), config.image_token_id, groups(sizes), budget)
 
 
 def groups(sizes):
@@ -120,7 +125,7 @@ def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, mon
         assert count(trained(config, device="meta"), rank).trained == count(model).trained
     model.model.gradient_checkpointing = checkpointing
     lengths = [options.max_completion_length] * options.num_generations
-    (batch,) = make_packs(config, ALONE, groups([(options.prompt_tokens, lengths)] * 2), options.tokens_per_pass)
+    (batch,) = packs_of(config, [(options.prompt_tokens, lengths)] * 2, options.tokens_per_pass)
     pack = largest_pack(options, prompts=2)
     assert pack == (len(batch.input_ids), len(batch.kv_index), len(batch.targets), 0, False)
     counted = activation_bytes(config, pack, 2, checkpointing=checkpointing, head_trained=not lora, lora_rank=rank)
@@ -129,7 +134,7 @@ def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, mon
 
 def test_a_group_above_the_budget_stands_in_several_packs():
     o = MemoryOptions(tokens_per_pass=3000, prompt_tokens=2000, max_completion_length=300, num_generations=8)
-    packs = make_packs(tiny_config(160, SPECIAL_IDS), ALONE, groups([(2000, [300] * 8)]), 3000)
+    packs = packs_of(tiny_config(160, SPECIAL_IDS), [(2000, [300] * 8)], 3000)
     largest = max(packs, key=lambda p: len(p.input_ids))
     assert largest_pack(o, 1)[:3] == (len(largest.input_ids), len(largest.kv_index), len(largest.targets))
 

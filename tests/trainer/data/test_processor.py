@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.model.decoder import mrope_position_ids
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import Example, read_examples
+from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer
 
 THINK = (

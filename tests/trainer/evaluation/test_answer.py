@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import Example, read_examples
+from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.evaluation.answer import REQUESTS, answer, decode_answer, in_format
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.grade import grade_texts

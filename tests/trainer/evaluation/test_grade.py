@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.data.readers import Example, read_examples
+from boxgrpo.trainer.data.example import Example
+from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.evaluation.grade import bootstrap, grade_texts, summarize
 from boxgrpo.trainer.evaluation.tables import scores_table
 from scoring import scored_by_counting, text, varied_answers

@@ -10,7 +10,7 @@ import pytest
 from markupsafe import escape
 from PIL import Image
 
-from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.evaluation.benches import BENCHES
 from boxgrpo.trainer.evaluation.grade import grade_texts, summarize
 from boxgrpo.trainer.evaluation.page import choose, page

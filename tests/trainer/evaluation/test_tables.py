@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from boxgrpo.trainer.data.readers import Example
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.evaluation.benches import BENCHES, PUBLISHED
 from boxgrpo.trainer.evaluation.grade import summarize
 from boxgrpo.trainer.evaluation.tables import comparison, markdown, scores_table

@@ -12,6 +12,7 @@ from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.profiling.timeline import Row, rows
 from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.spans import named_range
 
 SIZES = {"min_pixels": 784, "max_pixels": 9408, "dataloader_num_workers": 0}
 
@@ -72,19 +73,28 @@ def test_a_step_that_fails_leaves_its_profile(tmp_path):
     o = GrpoOptions(output_dir=str(tmp_path), profile_steps="1:3")
     with pytest.raises(KeyError):
         for step in profiled(range(1, 5), o, Ranks(1, 2)):
-            torch.ones(2).add_(1)
-            if step == 2:
-                raise KeyError
+            with named_range("step", step):
+                torch.ones(2).add_(1)
+                if step == 2:
+                    raise KeyError
     (trace,) = tmp_path.glob("profile/*.gz")
     assert trace.name == "steps1-2-rank1.trace.json.gz"
     assert rows(read_chrome_trace(trace))[0].titles == ["step 1", "step 2"]
 
 
+def take(steps, o) -> list[int]:
+    taken = []
+    for step in profiled(steps, o, Ranks()):
+        with named_range("step", step):
+            taken.append(step)
+    return taken
+
+
 def test_a_resumed_run_profiles_the_steps_that_are_left(tmp_path, caplog):
     o = GrpoOptions(output_dir=str(tmp_path), profile_steps="3:6")
-    assert list(profiled(range(5, 8), o, Ranks())) == [5, 6, 7]
+    assert take(range(5, 8), o) == [5, 6, 7]
     assert [path.name for path in tmp_path.glob("profile/*.gz")] == ["steps5-5-rank0.trace.json.gz"]
-    assert list(profiled(range(6, 8), o, Ranks())) == [6, 7]
+    assert take(range(6, 8), o) == [6, 7]
     assert "continues from step 6" in caplog.text
 
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 import fake_vllm
 from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import Example
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rollout.base import Vocabulary
 from boxgrpo.trainer.rollout.local import LocalRollout

@@ -248,14 +248,6 @@ def test_other_changes_are_told(run, caplog):
     assert not caplog.text  # what is watched does not change the run
 
 
-def test_a_step_that_is_not_due_saves_nothing_and_too_many_skipped_ones_end_the_run(run):
-    checkpoints = run.checkpoints(save_steps=5, max_skipped=2)
-    checkpoints.after_step(Progress(step=4), 8, run.engine, None, stop=False)
-    assert checkpoints.find() is None
-    with pytest.raises(ValueError, match="3 updates in 6 steps had a loss or a gradient that is NaN.*max_skipped is 2"):
-        checkpoints.after_step(Progress(step=6, skipped_steps=3), 8, run.engine, None, stop=False)
-
-
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):
     """A disk that cannot be read for a moment would cost all of them."""
     folder = run.save(1)

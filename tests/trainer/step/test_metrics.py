@@ -15,13 +15,13 @@ from boxgrpo.model.cost import published_peak
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.metrics import (
+    completion_metrics,
     grpo_flop,
-    length_metrics,
     peak_flop,
     policy_metrics,
-    reward_metrics,
     sft_flop,
 )
 
@@ -78,12 +78,15 @@ def test_supervised_training_counts_a_forward_and_two_backward(newborn, prompt):
     assert sft_flop(SftOptions(lora_rank=4), config, [Group(prompt)]) == pytest.approx((frozen - tower) * 2 / 3 + tower)
 
 
-def test_rewards_by_hand():
+def test_completions_by_hand():
+    """Clipped is what reached the limit without an end token, not what ended there."""
+    completions = [[[5, 6, 7, 8], [5, 6, 7, 9]], [[9], [5, 9]], [[9], [9]]]
+    groups = [Group(None, list(map(torch.tensor, group))) for group in completions]
     accuracy = torch.tensor([[1.0, 0.8], [0.3, 0.3], [0.2, 0.0]])
     form = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    total = accuracy + form
     weights = torch.tensor([0.5, 1.0, 3.0])
-    metrics = reward_metrics(total, accuracy, form, accuracy.mean(1), weights)
+    rewards = StepRewards(accuracy, form, accuracy + form, None, weights, accuracy.mean(1))
+    metrics = completion_metrics(groups, rewards, 4, eos=(9,))
     assert metrics["reward"] == pytest.approx((2.0 + 0.8 + 1.3 + 1.3 + 1.2 + 1.0) / 6)
     assert metrics["reward_std"] == pytest.approx((1.2 + 0.0 + 0.2) / 2**0.5 / 3)  # of two values: |a - b| / sqrt 2
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
@@ -93,18 +96,8 @@ def test_rewards_by_hand():
     shares = [metrics[f"difficulty/{name}"] for name in ("easy", "medium", "hard")]
     assert shares == pytest.approx([1 / 3] * 3)
     assert metrics["difficulty/weight_mean"] == pytest.approx(1.5)
-
-
-def test_lengths_by_hand():
-    """Clipped is what reached the limit without an end token, not what ended there."""
-    groups = [[[5, 6, 7, 8], [5, 6, 7, 9]], [[9], [5, 9]]]
-    groups = [SimpleNamespace(completions=list(map(torch.tensor, group))) for group in groups]
-    assert length_metrics(groups, 4, eos=(9,)) == {
-        "completions/mean_length": 11 / 4,
-        "completions/min_length": 1,
-        "completions/max_length": 4,
-        "completions/clipped_ratio": 1 / 4,
-    }
+    lengths = [metrics[f"completions/{name}_length"] for name in ("mean", "min", "max")]
+    assert lengths == [13 / 6, 1, 4] and metrics["completions/clipped_ratio"] == 1 / 6
 
 
 def test_policy_metrics_weigh_every_token_alike():

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from boxgrpo.model.batch import Group, Prompt, pack_groups
+from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.balance import balance_across_ranks, plan_moves
 from boxgrpo.trainer.step.pack import Budget, make_packs, run_packs_that_fit, trained_groups
@@ -57,7 +59,7 @@ def test_nothing_moves_where_it_would_not_help(costs):
 
 def test_one_rank_keeps_its_groups():
     groups = [Group(prompt(3), ()), Group(prompt(9), ())]
-    assert balance_across_ranks(groups, [1.0, 5.0], Ranks()) == groups
+    assert balance_across_ranks(groups, None, Ranks()) == groups
 
 
 THREE_RANKS = """
@@ -76,7 +78,7 @@ with ranks() as r:
         groups.append(
             Group(prompt, completions, torch.full((1, 4), float(number)), torch.tensor([1.0, -1.0]) * number,
                   torch.tensor(number / 7), [torch.full((2,), -float(number))] * 2))
-    mine = balance_across_ranks(groups, [1.0] * len(groups), r)
+    mine = balance_across_ranks(groups, lambda group: 1.0, r)
     for g in mine:
         number = int(g.prompt.input_ids[0])
         assert len(g.prompt.input_ids) == number + 1
@@ -103,16 +105,23 @@ def scored_groups(options, advantages, logps=(None, None)):
         Group(prompt(n), completions[i], serial=i, sampler_logps=logps[i], record=SimpleNamespace(source=f"{n} tokens"))
         for i, n in enumerate((5, 8))
     ]
-    return trained_groups(options, groups, torch.tensor(advantages), torch.tensor([0.5, 2.0]))
+    nothing = [None] * 3
+    return trained_groups(
+        options, groups, StepRewards(*nothing, torch.tensor(advantages), torch.tensor([0.5, 2.0]), None)
+    )
+
+
+def make(twins, room):
+    config = twins("tiny")[0].config
+    return partial(make_packs, room, partial(group_flop, config), config.image_token_id)
 
 
 def test_a_groups_parts_keep_what_is_theirs(twins):
     """A budget that holds no group whole: prompt by prompt, completion by completion, nothing changes place."""
-    config = twins("tiny")[0].config
     logps = [[torch.tensor([-1.0, -2, -3]), torch.tensor([-4.0])], [torch.tensor([-5.0, -6]), torch.tensor([-7.0, -8])]]
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]], logps=logps)
     found = {}
-    packs = make_packs(config, Room(0), groups, 10)
+    packs = make(twins, Room(0))(groups, 10)
     for pack in packs:
         assert len(pack.input_ids) <= 10
         for i, (first, last) in enumerate(itertools.pairwise(pack.completion_cu)):
@@ -159,24 +168,24 @@ class Room:
 
 def test_packs_shrink_until_they_fit(twins, caplog):
     """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is forgotten."""
-    config, room = twins("tiny")[0].config, Room(tokens=10)
+    room = Room(tokens=10)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
     budget = Budget(100)
-    assert run_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert run_packs_that_fit(groups, budget, room, make(twins, room), room.run) == 3
     assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert room.tries == 2 and "memory ran out in a pack of 21 tokens (no room); again with 10" in caplog.text
-    assert run_packs_that_fit(groups, budget, room, partial(make_packs, config, room), room.run) == 3
+    assert run_packs_that_fit(groups, budget, room, make(twins, room), room.run) == 3
     assert room.tries == 3, "the next step knows"
 
 
 def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
-    config, room = twins("tiny")[0].config, Room(tokens=8)
+    room = Room(tokens=8)
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    run_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run)
+    run_packs_that_fit(groups, Budget(100), room, make(twins, room), room.run)
     assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
     assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
     room.tokens = 3
-    assert run_packs_that_fit(groups, Budget(100), room, partial(make_packs, config, room), room.run) == 0, (
+    assert run_packs_that_fit(groups, Budget(100), room, make(twins, room), room.run) == 0, (
         "and where none fits, no pack is left"
     )
 
@@ -206,5 +215,5 @@ def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog
         return room.run(packs)
 
     groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    assert run_packs_that_fit(groups, Budget(100), room, partial(make_packs, twins("tiny")[0].config, room), run) == 1
+    assert run_packs_that_fit(groups, Budget(100), room, make(twins, room), run) == 1
     assert packed == [[21], [21]] and caplog.text == ""
