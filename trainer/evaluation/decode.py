@@ -11,7 +11,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import Decoding, prefill
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.rollout.base import Vocabulary
-from boxgrpo.trainer.runtime.spans import span
+from boxgrpo.trainer.runtime.spans import named_range
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class GreedyDecoder:
                 return
 
     def _run(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        with span("decode", len(prompts), self.max_completion_length):
+        with named_range("decode", len(prompts), self.max_completion_length):
             return self._prefill(prompts).run(**self.sampling)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> Decoding:

@@ -18,7 +18,6 @@ from boxgrpo.trainer.runtime.checkpoints import Progress
 from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, seal
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
-from boxgrpo.trainer.runtime.spans import untimed
 
 from .answer import answer
 from .decode import GreedyDecoder
@@ -62,7 +61,7 @@ class Validation:
         if not due or stop or progress.evaluated >= step:
             return
         started = time.perf_counter()
-        with untimed(), engine.gathered_weights():
+        with engine.gathered_weights():
             summary = self.scores(policy)
             if summary["accuracy_at_0.5"] > progress.best_accuracy:
                 self._save_best(policy, {"step": step, **summary})

@@ -25,14 +25,9 @@ class Ranks:
     """This process among `world_size`; a run without torchrun is rank 0 of 1."""
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
-        self.rank = rank
-        self.world_size = world_size
+        self.rank, self.is_main, self.world_size = rank, rank == 0, world_size
         self.device = torch.device(device)
         self.stop_asked = False  # by a launcher's SIGTERM
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
         """Element-wise sums over all ranks, in float64."""
@@ -63,9 +58,9 @@ class Ranks:
         return received[0] if self.rank == target else None
 
     def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Mean over the ranks that have the key, in one collective whatever keys each rank holds.
+        """Mean over the ranks that have the key, in one collective whatever keys each rank has.
 
-        Where the key's last part begins with min_, max_ or peak_, the smallest or the largest.
+        The smallest where the key's last part begins with min_, the largest where it begins with max_ or peak_.
         """
         if self.world_size == 1:
             return metrics
@@ -79,11 +74,7 @@ class Ranks:
     @contextmanager
     def noting_sigterm(self):
         """Within the block SIGTERM only sets `stop_asked`. (torchrun may send it twice, and SIGKILL after a while.)"""
-
-        def note(*_) -> None:
-            self.stop_asked = True
-
-        before = signal.signal(signal.SIGTERM, note)
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_asked", True))
         try:
             yield
         finally:
@@ -95,13 +86,13 @@ class Ranks:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep large freed blocks.
+    """Make glibc reuse large freed blocks.
 
-    By default each activation is mapped, zeroed page by page and unmapped, a seventh of a tiny model's step.
+    By default it maps, zeroes and unmaps each activation, a seventh of the time of a tiny model's step.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: only blocks above 32 MiB, glibc's limit, are mapped anew
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing to the system
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: map only blocks above 32 MiB, glibc's limit
 
 
 @contextmanager
@@ -109,8 +100,8 @@ def ranks(timeout: float = 1800.0):
     """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere.
 
     Args:
-        timeout: seconds after which a collective that not all ranks have joined is an error. A rank that gives no sign
-            of life for a tenth of that ends the others.
+        timeout: seconds after which a collective that not all ranks have joined is an error. Where a rank gives no sign
+            of life for a tenth of that, the others end.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -139,7 +130,7 @@ def ranks(timeout: float = 1800.0):
         raise
     except Exception as error:
         failed = error
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # caused by a rank that the watch will name
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # of a lost rank, which the watch will name
             watch.wait_for_lost_rank()
         raise
     finally:
@@ -147,7 +138,7 @@ def ranks(timeout: float = 1800.0):
 
 
 def run_as_script(main: Callable[[], None], name: str) -> None:
-    """main(), its errors printed in a line; one of several ranks then ends without the interpreter's own shutdown.
+    """Call main; print its error in one line. One of several ranks then ends without the interpreter's own shutdown.
 
     In that shutdown threads of gloo and DeepSpeed have aborted ranks whose work was done.
     """
@@ -155,15 +146,15 @@ def run_as_script(main: Callable[[], None], name: str) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        status = 1
-        print(f"{name}: {error}", file=sys.stderr)
+        status = f"{name}: {error}"
     except SystemExit as left:
-        if left.code and not isinstance(left.code, int):
-            print(left.code, file=sys.stderr)
-        status = left.code if isinstance(left.code, int) else bool(left.code)
+        status = left.code
+    if status and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
     if not dist.is_initialized():
         sys.exit(status)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(status or 0)

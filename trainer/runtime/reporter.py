@@ -1,7 +1,6 @@
-"""What a run writes: its folder, metrics.jsonl, TensorBoard, a progress bar, tables of sampled completions."""
+"""A run's output folder, its metrics in metrics.jsonl and TensorBoard, and what it shows on the terminal."""
 
 import dataclasses
-import io
 import json
 import logging
 import math
@@ -145,7 +144,7 @@ class Reporter:
             self.board.add_scalar(name, value, step)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """Print a table above the progress bar; the model's text is shown as it is, never as markup or emoji names."""
+        """Print a table above the progress bar; no text is interpreted as markup or as an emoji's name."""
         if not self.active:
             return
         table = Table(title=title, show_lines=True)
@@ -153,9 +152,8 @@ class Reporter:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", cell)) for cell in row))
-        text = io.StringIO()
-        Console(file=text, width=shutil.get_terminal_size((140, 40)).columns).print(table)
-        self.bar.write(text.getvalue())
+        with self.bar.external_write_mode():
+            Console(force_terminal=False, width=shutil.get_terminal_size((140, 40)).columns).print(table)
 
     def close(self) -> None:
         for part in (self.file, self.board, self.bar) if self.active else ():

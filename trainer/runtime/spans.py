@@ -1,7 +1,7 @@
-"""Named spans of a step: wall-clock seconds for the metrics, and ranges on a profiler's timeline where one listens.
+"""Named spans of a step: wall-clock seconds for the metrics, and ranges on the timeline of a profiler that records.
 
-NVTX comes from the `nvtx` package: it needs no CUDA, has a domain for our ranges alone, and knows whether a tool
-listens. Where it is missing, torch.cuda.nvtx serves under nsys.
+NVTX ranges are made by the `nvtx` package: it needs no CUDA, puts them into a domain of their own, and reports whether
+a tool is attached. Where it is missing, torch.cuda.nvtx makes them under nsys.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _NOTHING = contextlib.nullcontext()
 def span(name: str, *size: int):
     """Time a stage, and name it on the timeline. Without a profiler this is two clock reads.
 
-    A GPU works asynchronously, so a stage's seconds are those of the CPU; the timeline has the rest.
+    A GPU works asynchronously: a stage's seconds are those of the CPU, and the timeline has the GPU's.
     """
     start = time.perf_counter()
     for listener in listeners:
@@ -41,8 +41,8 @@ def span(name: str, *size: int):
 def named_range(name: str, *size: int):
     """A range that only profilers see: `decode 8x64` for ("decode", 8, 64).
 
-    It is NVTX's where a tool such as nsys is attached, torch.profiler's while that records; else it is nothing, and the
-    sizes are not even written down.
+    NVTX has it where a tool such as nsys is attached, torch.profiler while it records. Otherwise nothing happens: the
+    title is not even formatted.
     """
     nvtx, recorded = _nvtx(), torch.autograd._profiler_enabled()
     if nvtx is None and not recorded:
@@ -52,41 +52,19 @@ def named_range(name: str, *size: int):
 
 @contextmanager
 def _open(title: str, nvtx, recorded: bool):
-    with torch.profiler.record_function(title) if recorded else _NOTHING:
-        if nvtx is not None:
-            push, pop = nvtx
-            push(title)
-        try:
-            yield
-        finally:
-            if nvtx is not None:
-                pop()
+    with torch.profiler.record_function(title) if recorded else _NOTHING, nvtx(title) if nvtx else _NOTHING:
+        yield
 
 
 @functools.cache
 def _nvtx():
-    """What opens a range and what closes it, or None where no tool was attached as the process started."""
+    """A context manager of a range by its title; None where no tool was attached when the process started."""
     try:
         import nvtx
     except ImportError:
-        if UNDER_NSYS not in os.environ or not torch.cuda.is_available():
-            return None
-        return torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
-    domain = nvtx.get_domain(DOMAIN)
-    if domain.get_event_attributes(message="") is None:
-        return None
-    return lambda title: domain.push_range(domain.get_event_attributes(message=title)), domain.pop_range
-
-
-@contextmanager
-def untimed():
-    """What happens in the block is not part of a step: its spans add no seconds."""
-    before = dict(seconds)
-    try:
-        yield
-    finally:
-        seconds.clear()
-        seconds.update(before)
+        return torch.cuda.nvtx.range if UNDER_NSYS in os.environ and torch.cuda.is_available() else None
+    attached = nvtx.get_domain(DOMAIN).get_event_attributes(message="") is not None
+    return functools.partial(nvtx.annotate, domain=DOMAIN) if attached else None
 
 
 def pop_timings(steps: int) -> dict[str, float]:

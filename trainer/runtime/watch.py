@@ -1,12 +1,12 @@
-"""Heartbeats: a rank that dies or stops is named by the others, which then end instead of waiting for it."""
+"""Heartbeats: where a rank dies or is stopped, the others name it and end instead of waiting for it."""
 
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -23,13 +23,11 @@ class Watch:
 
     Args:
         silence: seconds without a heartbeat after which a rank counts as lost.
-        end: called with the message; ends this process. os._exit by default, as the main thread may wait forever.
     """
 
-    def __init__(self, rank: int, world_size: int, silence: float, end: Callable[[str], None] | None = None):
+    def __init__(self, rank: int, world_size: int, silence: float):
         self.rank, self.silence = rank, silence
         self.others = [other for other in range(world_size) if other != rank]
-        self.end = end or _exit
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of this thread's own: the process group's may be waiting in the main thread.
         store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=silence), wait_for_workers=False)
@@ -39,7 +37,7 @@ class Watch:
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> "Watch":
-        """Returns when every rank has written its place."""
+        """Return when every rank has written its process and host into the store."""
         self.store.set(f"{self.rank}/place", f"pid {os.getpid()} on {socket.gethostname()}")
         self.store.set(str(self.rank), "0")
         self.store.wait([f"{other}/place" for other in self.others] + [str(other) for other in self.others])
@@ -60,22 +58,20 @@ class Watch:
         beat, last = 0, time.monotonic()
         while not self.over.wait(self.silence / BEATS):
             beat, before, last = beat + 1, last, time.monotonic()
-            if last - before > self.silence / 2:  # this process was stopped, as all are when a job is suspended:
-                self.seen.clear()  # the others may resume later
+            if last - before > self.silence / 2:  # this process was suspended, perhaps with the whole job:
+                self.seen.clear()  # other ranks may continue later than this one
             try:
                 self.store.set(str(self.rank), str(beat))
                 lost = self.lost()
                 places = {rank: self.store.get(f"{rank}/place").decode() for rank in lost}
             except RuntimeError as error:  # DistNetworkError among others
-                self.end(f"rank {self.rank}: the store at {os.environ['MASTER_ADDR']} cannot be reached ({error}).")
-                return
+                _exit(f"rank {self.rank}: the store at {os.environ['MASTER_ADDR']} cannot be reached ({error}).")
             if lost and not self.over.is_set():
                 named = ", ".join(f"rank {r} ({places[r]}) {why}" for r, why in lost.items())
-                self.end(f"rank {self.rank}: {named}. This rank ends too; start again with --resume auto.")
-                return
+                _exit(f"rank {self.rank}: {named}. This rank ends too; start again with --resume auto.")
 
     def lost(self) -> dict[int, str]:
-        """The ranks that failed, or gave no sign of life for too long, and which of the two."""
+        """The ranks that failed, or gave no sign of life for `silence` seconds, each with which of the two it was."""
         now = time.monotonic()
         found = {}
         for other, sign in zip(self.others, self.store.multi_get([str(r) for r in self.others]), strict=True):
@@ -90,6 +86,7 @@ class Watch:
         return found
 
 
-def _exit(message: str) -> None:
+def _exit(message: str) -> NoReturn:
+    """End the process from this thread: the main one may wait forever."""
     print(message, file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,5 +1,6 @@
 """Evaluation within the loops: the evaluator's own numbers, the best checkpoint kept, the run itself as without."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -76,7 +77,7 @@ def test_the_loops_scores_equal_the_evaluators_and_training_is_unchanged(world):
 class EngineAndReporter:
     """Of a run that has only its weights."""
 
-    gathered_weights = staticmethod(lambda: span("gathering"))
+    gathered_weights = staticmethod(contextlib.nullcontext)
 
     def log(self, step, metrics):
         self.logged = metrics
