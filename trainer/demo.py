@@ -17,7 +17,7 @@ from PIL import Image
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
-from boxgrpo.trainer.evaluation.tables import align, scores_table
+from boxgrpo.trainer.evaluation.report import align, scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions
 from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script

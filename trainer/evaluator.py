@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 
 from boxgrpo.trainer.arguments import parse
-from boxgrpo.trainer.evaluation.answer_files import output_folder
 from boxgrpo.trainer.evaluation.benches import BENCHES
-from boxgrpo.trainer.evaluation.evaluate import evaluate, report
-from boxgrpo.trainer.evaluation.tables import scores_table
+from boxgrpo.trainer.evaluation.evaluate import evaluate, output_folder, report
+from boxgrpo.trainer.evaluation.report import scores_table
 from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import ranks, run_as_script

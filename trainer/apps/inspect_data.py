@@ -22,7 +22,7 @@ from boxgrpo.trainer.data.example import Example, Fault, Refused, image_size
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
-from boxgrpo.trainer.evaluation.tables import align
+from boxgrpo.trainer.evaluation.report import align
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 MEASURED = 2000  # records whose length is taken, drawn by chance

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from boxgrpo.trainer.data.example import Box, Example, is_numbers
+from boxgrpo.trainer.data.example import Box, is_numbers
 
 # ---- the part that is the answer
 
@@ -20,12 +20,6 @@ def answer_part(text: str) -> str:
     if "</think>" in text:
         return text.rpartition("</think>")[2]
     return "" if "<think>" in text else text
-
-
-def answer_row(example: Example, text: str, **found) -> dict:
-    """An answer for results.json: the example's source, id, task and question, the text, and what was found in it."""
-    names = ("source", "id", "task", "question")
-    return {name: getattr(example, name) for name in names} | {"answer": text} | found
 
 
 # ---- the letter of an option

@@ -29,9 +29,10 @@ class Bench:
         columns: column of the published tables, by task, in their order. A task that is not there has none.
         published: tables to compare with, by name, all with the same columns.
         task_of: the task of a record.
-        module: for a benchmark whose answer is not one box. It has `read(path, image_root)`, which gives questions
-            (Examples) and faults, `grade(questions, texts)`, a dictionary for each answer, and
-            `score(questions, answers)`, with `mean` and `tasks` in %.
+        module: for a benchmark whose answer is not one box. It has `read(path, image_root)`, which opens no image and
+            gives questions (Examples for `Processor.prompt`) and faults; `grade(questions, texts)`, a JSON dictionary
+            for each answer; and `score(questions, answers)`, with `mean` and `tasks` in %. Image paths must not leave
+            `image_root`; None allows any path, from the file's own folder.
     """
 
     title: str

@@ -8,10 +8,12 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from boxgrpo.trainer.data.example import Place, Refused, is_numbers, resolve_images, text_of
+
+from .questions import read_each
 
 
 def read_coco(path: Path, name: str, image_root: str | os.PathLike | None = None, folder: str = ""):
@@ -37,26 +39,18 @@ def read_coco(path: Path, name: str, image_root: str | os.PathLike | None = None
         raise Refused("no_annotations", f"{path} cannot be read ({error.strerror}). Fetch the set.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise Refused("not_json", f"{path} is not JSON ({error}). Fetch the set again.") from error
-    checks = {"images": _image, "categories": _category, "annotations": _annotation}  # in the order of their references
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in checks):
-        raise Refused("not_coco", f"{path} is no COCO annotation file; it needs lists {', '.join(checks)}.")
-    place = Place.of(path, image_root)
-    usable, faults = {key: {} for key in checks}, []
-    for key, checked in checks.items():
-        for index, row in enumerate(data[key]):
-            try:
-                if not isinstance(row, dict):
-                    raise Refused("not_a_record", f"{row!r:.80} is no JSON object. Drop it.")
-                entry = checked(row, usable, place, folder)
-                usable[key][entry["id"]] = entry
-            except Refused as refused:
-                faults.append(refused.fault(f"{name}/{key}#{index}"))
-    return make_coco(**{key: [*entries.values()] for key, entries in usable.items()}), faults
+    entries, faults = _Entries(Place.of(path, image_root), folder), []
+    add = {"images": entries.add_image, "categories": entries.add_category, "annotations": entries.add_annotation}
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in add):
+        raise Refused("not_coco", f"{path} is no COCO annotation file; it needs lists {', '.join(add)}.")
+    for key in add:
+        faults += read_each(data[key], add[key], f"{name}/{key}")[1]
+    return make_coco(entries.images.values(), entries.categories.values(), entries.annotations), faults
 
 
 def average_precision(
     asked: Sequence[tuple[int, int]], true: Sequence[dict], found: Sequence[dict]
-) -> tuple[float, float, float] | None:
+) -> tuple[float, float, float] | tuple[None, None, None]:
     """COCO's AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, in percent, by pycocotools; None without a true box.
 
     Args:
@@ -77,11 +71,11 @@ def average_precision(
     precision = evaluation.eval["precision"]  # (10 thresholds, 101 recalls, categories, 1, 1), 0-1; -1 without truth
     with_truth = precision[:, :, (precision > -1).all(axis=(0, 1, 3, 4))]
     if not with_truth.size:
-        return None
+        return None, None, None
     return tuple(100 * float(part.mean()) for part in (with_truth, with_truth[0], with_truth[5]))
 
 
-def make_coco(images: Sequence[dict], categories: Sequence[dict], annotations: Sequence[dict]):
+def make_coco(images: Iterable[dict], categories: Iterable[dict], annotations: Iterable[dict]):
     """A COCO with its index. Annotations are numbered from 1: COCOeval takes a match with id 0 for none."""
     try:
         from pycocotools.coco import COCO
@@ -95,44 +89,51 @@ def make_coco(images: Sequence[dict], categories: Sequence[dict], annotations: S
     return coco
 
 
-def _image(row: dict, usable: dict, place: Place, folder: str) -> dict:
-    number = _new_id(row, usable["images"])
-    file_name = text_of(row.get("file_name"), "file_name")
-    (resolved,) = resolve_images([os.path.join(folder, file_name) if place.bounded else file_name], place)
-    sides = [row.get("width"), row.get("height")]
-    if not is_numbers(sides) or min(sides) <= 0:
-        raise Refused("bad_size", f"width and height are {sides!r:.80}; two numbers above 0 are needed.")
-    return {"id": number, "file_name": resolved, "width": float(sides[0]), "height": float(sides[1])}
+class _Entries:
+    """The usable entries of an annotation file. Each `add_...` raises Refused for an entry that breaks a rule."""
+
+    def __init__(self, place: Place, folder: str):
+        self.place, self.folder = place, folder
+        self.images: dict[int, dict] = {}
+        self.categories: dict[int, dict] = {}
+        self.annotations: list[dict] = []
+
+    def add_image(self, row: dict, source: str) -> None:
+        number = _new_id(row, self.images)
+        file_name = text_of(row.get("file_name"), "file_name")
+        path = os.path.join(self.folder, file_name) if self.place.bounded else file_name
+        (resolved,) = resolve_images([path], self.place)
+        sides = [row.get("width"), row.get("height")]
+        if not is_numbers(sides) or min(sides) <= 0:
+            raise Refused("bad_size", f"width and height are {sides!r:.80}; two numbers above 0 are needed.")
+        width, height = map(float, sides)
+        self.images[number] = {"id": number, "file_name": resolved, "width": width, "height": height}
+
+    def add_category(self, row: dict, source: str) -> None:
+        number = _new_id(row, self.categories)
+        self.categories[number] = {"id": number, "name": text_of(row.get("name"), "name")}
+
+    def add_annotation(self, row: dict, source: str) -> None:
+        owners = {"image": self.images, "category": self.categories}
+        ids = {f"{kind}_id": _whole(row, f"{kind}_id") for kind in owners}
+        for (kind, known), number in zip(owners.items(), ids.values()):
+            if number not in known:
+                raise Refused(f"unknown_{kind}", f"{kind}_id is {number}; no usable {kind} has that id.")
+        box = row.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not is_numbers(box):
+            raise Refused("bad_box", f"bbox is {box!r:.80}; [x, y, width, height] in pixels is needed.")
+        x, y, width, height = map(float, box)
+        if width <= 0 or height <= 0:
+            raise Refused("box_empty", f"bbox {box} has no area; width and height must be above 0.")
+        image = self.images[ids["image_id"]]
+        if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
+            size = f"{image['width']:g} x {image['height']:g}"
+            raise Refused("box_outside", f"bbox {box} lies outside the image of {size} pixels.")
+        shape = {"bbox": [x, y, width, height], "area": width * height, "iscrowd": int(bool(row.get("iscrowd")))}
+        self.annotations.append({"id": len(self.annotations) + 1} | ids | shape)
 
 
-def _category(row: dict, usable: dict, place: Place, folder: str) -> dict:
-    return {"id": _new_id(row, usable["categories"]), "name": text_of(row.get("name"), "name")}
-
-
-def _annotation(row: dict, usable: dict, place: Place, folder: str) -> dict:
-    image = _known(row, "image", usable["images"])
-    category = _known(row, "category", usable["categories"])
-    box = row.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not is_numbers(box):
-        raise Refused("bad_box", f"bbox is {box!r:.80}; [x, y, width, height] in pixels is needed.")
-    x, y, width, height = map(float, box)
-    if width <= 0 or height <= 0:
-        raise Refused("box_empty", f"bbox {box} has no area; width and height must be above 0.")
-    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
-        size = f"{image['width']:g} x {image['height']:g}"
-        raise Refused("box_outside", f"bbox {box} lies outside the image of {size} pixels.")
-    place_of = {"id": len(usable["annotations"]), "image_id": image["id"], "category_id": category["id"]}
-    return place_of | {"bbox": [x, y, width, height], "area": width * height, "iscrowd": int(bool(row.get("iscrowd")))}
-
-
-def _known(row: dict, kind: str, usable: dict[int, dict]) -> dict:
-    number = _whole(row, f"{kind}_id")
-    if number not in usable:
-        raise Refused(f"unknown_{kind}", f"{kind}_id is {number}; no usable {kind} has that id.")
-    return usable[number]
-
-
-def _new_id(row: dict, known: dict[int, object]) -> int:
+def _new_id(row: dict, known: dict[int, dict]) -> int:
     number = _whole(row, "id")
     if number in known:
         raise Refused("id_twice", f"id {number} was there before. Number the entries anew.")

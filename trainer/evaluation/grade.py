@@ -9,7 +9,8 @@ import torch
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
 from boxgrpo.trainer.data.example import Example, Refused, image_size
 
-from .answer_text import answer_part, answer_row, first_box
+from .answer_text import answer_part, first_box
+from .questions import answer_row
 
 LEVEL = 0.95  # of the intervals
 AT_ONCE = 4_000_000  # resampled values in memory

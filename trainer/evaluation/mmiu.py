@@ -1,29 +1,24 @@
 """MMIU: multiple-choice questions about several images, scored by accuracy (arXiv 2408.02718).
 
-A benchmark whose answer is not one box has the same names here and in odinw.py:
-
-    questions, faults = read(path, image_root)  # no image is opened; a question is an Example, for Processor.prompt
-    answers = grade(questions, texts)           # one dictionary a question, to be stored or shown
-    score(questions, answers)                   # {"mean": ..., "tasks": {task: ...}, ...}, in percent
-
 The format is that of the data set FanqingM/MMIU-Benchmark on Hugging Face (README.md, "Data Fields"), which publishes
-the annotations as all.parquet, and of OpenGVLab/MMIU on GitHub (VLMEvalKit/all.json): records of `task`,
+the annotations as all.parquet, and of OpenGVLab/MMIU on GitHub (VLMEvalKit/all.json): 11,698 records of `task`,
 `visual_input_component`, `source`, `options` ("A: ...", a line each, or several), `question`, `context`,
-`input_image_path` (a list of "./Low-level-semantic/TASK/FILE.jpg") and `output`, the right option's letter. There are
-11,698 records. The first folder of a path is the images' relationship, and the name of the archive that they are in.
+`input_image_path` (a list of "./Low-level-semantic/TASK/FILE.jpg") and `output`, the right option's letter. The first
+folder of a path is the images' relationship, and the name of the archive that they are in.
 """
 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from boxgrpo.trainer.data.example import Example, Fault, Place, Refused, require_some, resolve_images, text_of
 from boxgrpo.trainer.data.scan import scan
 
-from .answer_text import answer_row, chosen_letter
+from .answer_text import chosen_letter
+from .questions import answer_row, read_each, user_turn
 
 RELATIONSHIPS = (
     "Low-level-semantic High-level-sub-semantic High-level-obj-semantic Discrete-temporal Continuous-temporal "
@@ -47,7 +42,7 @@ ANSWER_SUFFIX = (
 
 @dataclass(frozen=True, kw_only=True)
 class Question(Example):
-    """A multiple-choice question. Its `turns` hold the user's turn alone, so that a prompt adds nothing to the text."""
+    """A multiple-choice question."""
 
     options: dict[str, str] = field(hash=False)  # letter to text
     letter: str  # of the right option
@@ -55,15 +50,10 @@ class Question(Example):
 
 
 def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple[list[Question], list[Fault]]:
-    """Read all.parquet, or a JSON array of the same records. No image is opened.
+    """Read all.parquet, or a JSON array of the same records.
 
     Args:
-        path: the file.
-        image_root: folder that the archives were unpacked in, each into a folder of its own name; image paths must not
-            leave it. None: the file's own folder, and any path is allowed.
-
-    Returns:
-        The questions in file order, and one `Fault` for each record refused.
+        image_root: folder that the archives were unpacked in, each into a folder of its own name.
 
     Raises:
         ValueError: a broken file or one without a usable record, or pyarrow needed and missing.
@@ -71,12 +61,7 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
     """
     path = Path(path)
     place = Place.of(path, image_root)
-    questions, faults = [], []
-    for index, record in enumerate(_records(path)):
-        try:
-            questions.append(_question(record, path, index, place))
-        except Refused as refused:
-            faults.append(refused.fault(f"{path.name}#{index}"))
+    questions, faults = read_each(_records(path), lambda record, source: _question(record, source, place), path.name)
     require_some(path, questions, faults, remedy="Pass MMIU's all.parquet or all.json.")
     return questions, faults
 
@@ -88,7 +73,8 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
     """
     answers = []
     for q, text in zip(questions, texts, strict=True):
-        found = {"chosen": (letter := chosen_letter(text, q.options)), "gold": q.letter, "correct": letter == q.letter}
+        letter = chosen_letter(text, q.options)
+        found = {"chosen": letter, "gold": q.letter, "correct": letter == q.letter}
         answers.append(answer_row(q, text, relationship=q.relationship, **found))
     return answers
 
@@ -100,26 +86,23 @@ def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
     `task` has in the data; the paper has 52. `overall` weighs every question alike. `relationships` are means over
     the tasks of each. Unlike there no language model reads the answers: `unread` of `count` chose no option.
     """
-    by_task = defaultdict(list)
-    tasks_of = defaultdict(set)
+    by_task, tasks_of = defaultdict(list), defaultdict(set)
     for answer in answers:
         by_task[answer["task"]].append(answer["correct"])
-        if answer["relationship"]:
-            tasks_of[answer["relationship"]].add(answer["task"])
+        tasks_of[answer["relationship"]].add(answer["task"])
     tasks = {task: 100 * _mean(by_task[task]) for task in sorted(by_task)}
     return {
         "mean": _mean(tasks.values()),
-        "overall": 100 * _mean(answer["correct"] for answer in answers),
+        "overall": 100 * _mean([answer["correct"] for answer in answers]),
         "tasks": tasks,
-        "relationships": {r: _mean(tasks[t] for t in tasks_of[r]) for r in RELATIONSHIPS if r in tasks_of},
+        "relationships": {r: _mean([tasks[t] for t in sorted(tasks_of[r])]) for r in RELATIONSHIPS if r in tasks_of},
         "counts": {task: len(by_task[task]) for task in tasks},
         "count": len(answers),
         "unread": sum(answer["chosen"] is None for answer in answers),
     }
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
+def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)
 
 
@@ -136,25 +119,21 @@ def _records(path: Path) -> list:
         raise ValueError(f"{path} is not a Parquet file ({error}). Fetch it again.") from error
 
 
-def _question(record: object, path: Path, index: int, place: Place) -> Question:
-    if not isinstance(record, dict):
-        raise Refused("not_a_record", f"{record!r:.80} is no JSON object. Drop it.")
+def _question(record: dict, source: str, place: Place) -> Question:
     task = text_of(record.get("task"), "task")
     images = resolve_images(record.get("input_image_path"), place, name="input_image_path")
     options = _options(record.get("options"))
     letter = str(record.get("output") or "").strip(" .:()").upper()
     if letter not in options:
         raise Refused("bad_output", f"output is {record.get('output')!r:.80}; one of {', '.join(options)} is needed.")
-    text = _question_text(record, task, options) + ANSWER_SUFFIX
+    file, _, index = source.rpartition("#")
     folders = Path(record["input_image_path"][0]).parts
     return Question(
-        id=f"{path.stem}-{index}",
+        **user_turn(_question_text(record, task, options) + ANSWER_SUFFIX),
+        id=f"{Path(file).stem}-{index}",
         task=task,
         images=images,
-        question=text,
-        gold=None,
-        turns=(("user", text),),
-        source=f"{path.name}#{index}",
+        source=source,
         options=options,
         letter=letter,
         relationship=next((r for r in RELATIONSHIPS if r in folders), ""),

@@ -1,12 +1,10 @@
 """ODinW-13: object detection in 13 small domains, scored by COCO's average precision through pycocotools.
 
-`read`, `grade` and `score` as in mmiu.py; a task is one of the 13 sets.
-
-The sets are those of GLIP (microsoft/GLIP, configs/odinw_13 and odinw/README.md), laid out as its odinw/download.py
-unpacks them, images beside their annotations. The file of each, its validation part, and the categories' names are
-those of mmdetection's configs/odinw/grounding_dino_swin-t_pretrain_odinw13.py, the repository whose configuration
-Qwen's authors evaluate by (QwenLM/Qwen3-VL, issue 839). GLIP's own configurations take mini_val for EgoHands and
-VehiclesOpenImages.
+A task is one of the 13 sets. They are those of GLIP (microsoft/GLIP, configs/odinw_13 and odinw/README.md), laid out as
+its odinw/download.py unpacks them, images beside their annotations. The file of each, its validation part, and the
+categories' names are those of mmdetection's configs/odinw/grounding_dino_swin-t_pretrain_odinw13.py, the repository
+whose configuration Qwen's authors evaluate by (QwenLM/Qwen3-VL, issue 839). GLIP's own configurations take mini_val for
+EgoHands and VehiclesOpenImages.
 
 As those authors do, a question names one category, in the words they give there; the form of the answer is this
 project's, in the plural. The reader also takes Qwen2-VL's box marks and Qwen2.5-VL's list of {"bbox_2d": [...],
@@ -22,8 +20,9 @@ from pathlib import Path
 
 from boxgrpo.trainer.data.example import Example, Fault, Refused, require_some
 
-from .answer_text import answer_row, listed_boxes
+from .answer_text import listed_boxes
 from .coco import average_precision, read_coco
+from .questions import answer_row, user_turn
 
 _PARTS = {  # name to the folder of its validation part, and the beginning of its annotation file's name
     "AerialMaritimeDrone": "large/valid/",
@@ -50,7 +49,7 @@ QUESTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Question(Example):
-    """One image and one category. Its `turns` hold the user's turn alone, so that a prompt adds nothing to the text."""
+    """One image and one category."""
 
     category: str
     category_id: int  # within the set, as image_id
@@ -60,17 +59,16 @@ class Question(Example):
 
 
 def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple[list[Question], list[Fault]]:
-    """Read the folder of the 13 sets, or one COCO annotation file as a set of its own. No image is opened.
+    """Read the folder of the 13 sets, or one COCO annotation file as a set of its own.
 
     There is a question for every image and every category of its set, whether the image has that category or not.
 
     Args:
         path: the folder that holds AerialMaritimeDrone and the others, or a file.
-        image_root: a folder with the images in the same layout, which their paths must not leave; for a file, the
-            folder of its images. None: images lie beside the annotations, and any path is allowed.
+        image_root: a folder with the images in the same layout; for a file, the folder of its images.
 
     Returns:
-        The questions, and one `Fault` for each set, category, image or annotation that was passed over.
+        The questions, and one `Fault` for each set, category, image or annotation that was left out.
 
     Raises:
         ValueError: not one question, or pycocotools is missing.
@@ -82,8 +80,7 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
         whole = Path(os.path.abspath(path)).as_posix()
         name = next((name for name, file in SETS.items() if whole.endswith(f"/{file}")), path.stem)
         files = {name: (path, "")}
-    questions: list[Question] = []
-    faults: list[Fault] = []
+    questions, faults = [], []
     for name, (file, folder) in files.items():
         try:
             coco, found = read_coco(file, name, image_root, folder)
@@ -91,21 +88,17 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
             faults.append(refused.fault(name))
             continue
         faults += found
-        pairs = ((image, category) for image in coco.imgs.values() for category in coco.cats.values())
-        questions += [_question(name, coco, image, category) for image, category in pairs]
+        questions += [_question(name, coco, image, kind) for image in coco.imgs.values() for kind in coco.cats.values()]
     require_some(path, questions, faults, remedy="Pass the folder that GLIP's odinw/download.py fills.")
     return questions, faults
 
 
 def _question(name: str, coco, image: dict, category: dict) -> Question:
-    text = QUESTION.format(category=category["name"])
     return Question(
+        **user_turn(QUESTION.format(category=category["name"])),
         id=f"{image['id']}-{category['id']}",
         task=name,
         images=(image["file_name"],),
-        question=text,
-        gold=None,
-        turns=(("user", text),),
         source=f"{name}#{image['id']}/{category['id']}",
         category=category["name"],
         category_id=category["id"],
@@ -124,12 +117,11 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
     answers = []
     for q, text in zip(questions, texts, strict=True):
         listed = listed_boxes(text)
-        found = {
-            "boxes": [list(box) for box, _ in listed],
-            "scores": [1 / (1 + i) if score is None else score for i, (_, score) in enumerate(listed)],
-            "gold": [_in_thousandths(box["bbox"], q.size) for box in q.truth],
-        }
-        answers.append(answer_row(q, text, category=q.category, **found))
+        scores = [1 / (1 + i) if score is None else score for i, (_, score) in enumerate(listed)]
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (box["bbox"] for box in q.truth)]
+        gold = [[1000 * v / side for v, side in zip(box, q.size * 2)] for box in corners]
+        boxes = [list(box) for box, _ in listed]
+        answers.append(answer_row(q, text, category=q.category, boxes=boxes, scores=scores, gold=gold))
     return answers
 
 
@@ -169,10 +161,8 @@ def _set_scores(asked: Sequence[tuple[Question, dict]]) -> dict:
     pairs = [(q.image_id, q.category_id) for q, _ in asked]
     true = [box for q, _ in asked for box in q.truth]
     found = [detection for q, answer in asked for detection in _detections(q, answer)]
-    equal = [detection | {"score": 1.0} for detection in found]
-    ap, ap50, ap75 = average_precision(pairs, true, found) or (None, None, None)
-    # With one box an answer, as models for one box give, the scores are equal as they are.
-    equal_ap = ap if equal == found else (average_precision(pairs, true, equal) or (None,))[0]
+    ap, ap50, ap75 = average_precision(pairs, true, found)
+    equal_ap, *_ = average_precision(pairs, true, [detection | {"score": 1.0} for detection in found])
     return {
         "ap": ap,
         "ap50": ap50,
@@ -192,9 +182,3 @@ def _detections(question: Question, answer: dict) -> list[dict]:
         box = {"bbox": [x1 * width / 1000, y1 * height / 1000, w, h], "area": w * h, "iscrowd": 0, "score": score}
         found.append({"image_id": question.image_id, "category_id": question.category_id, **box})
     return found
-
-
-def _in_thousandths(xywh: Sequence[float], size: tuple[float, float]) -> list[float]:
-    x, y, w, h = xywh
-    width, height = size
-    return [1000 * x / width, 1000 * y / height, 1000 * (x + w) / width, 1000 * (y + h) / height]

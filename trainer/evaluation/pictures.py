@@ -60,8 +60,7 @@ def annotate(
     heading, asked, thought = (_wrap(text, font, width - 2 * MARGIN) for text, font in texts)
     top = MARGIN + len(heading) * LINE + (8 if heading else 0)
     captions = top + max(image.height for image in shown) + 6
-    legend = captions + LINE
-    text = legend + LINE + 6
+    text = captions + 2 * LINE + 6
     page = Image.new("RGB", (width, text + LINE * (len(asked) + len(thought)) + 4 + MARGIN), PAPER)
     pen = ImageDraw.Draw(page)
     pen.multiline_text((MARGIN, MARGIN - 4), "\n".join(heading), INK, large, spacing=LINE - TEXT_SIZE)
@@ -70,17 +69,15 @@ def annotate(
         page.paste(image, (x, top))
         pen.rectangle([x - 1, top - 1, x + image.width, top + image.height], outline=FRAME)
         pen.text((x, captions), f"image {k + 1}", INK if k == target_image else FAINT, small)
-        if (
-            k == target_image
-        ):  # the gold box grows outwards from its edge, the prediction inwards: equal boxes show both
-            for box, colour, outwards in ((gold, GOLD, 3), (predicted, PREDICTED, 0)):
-                if box is not None:
-                    _outline(pen, box, image, (x, top), colour, outwards)
+        if k == target_image:
+            # The gold box grows outwards from its edge, the prediction inwards: equal boxes show both.
+            _outline(pen, gold, image, (x, top), GOLD, outwards=3)
+            _outline(pen, predicted, image, (x, top), PREDICTED, outwards=0)
         x += image.width + MARGIN
-    _draw_legend(pen, (MARGIN, legend), regular, gold, predicted, answered=reasoning is not None)
-    for k, line in enumerate(asked + thought):
-        later = k >= len(asked)
-        pen.text((MARGIN, text + 4 * later + k * LINE), line, FAINT if later else INK, regular)
+    _draw_legend(pen, captions + LINE, regular, gold, predicted, answered=reasoning is not None)
+    for lines, y, ink in ((asked, text, INK), (thought, text + 4 + LINE * len(asked), FAINT)):
+        for k, line in enumerate(lines):
+            pen.text((MARGIN, y + k * LINE), line, ink, regular)
     return page
 
 
@@ -121,21 +118,18 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
     widths = [max(picture.width for picture in pictures[k::columns]) for k in range(min(columns, len(pictures)))]
     heights = [max(picture.height for picture in row) for row in rows]
-    size = sum(widths) + MARGIN * (len(widths) + 1), sum(heights) + MARGIN * (len(rows) + 1)
-    sheet = Image.new("RGB", size, (225, 225, 225))
-    y = MARGIN
-    for row, height in zip(rows, heights):
-        x = MARGIN
-        for picture, width in zip(row, widths):
-            sheet.paste(PAPER, (x, y, x + width, y + height))
-            sheet.paste(picture, (x, y))
-            x += width + MARGIN
-        y += height + MARGIN
+    x, y = (np.cumsum([MARGIN, *(side + MARGIN for side in sides)]).tolist() for sides in (widths, heights))
+    sheet = Image.new("RGB", (x[-1], y[-1]), (225, 225, 225))
+    for k, picture in enumerate(pictures):
+        row, column = divmod(k, columns)
+        left, top = x[column], y[row]
+        sheet.paste(PAPER, (left, top, left + widths[column], top + heights[row]))
+        sheet.paste(picture, (left, top))
     return sheet
 
 
-def _draw_legend(pen, corner: tuple[int, int], font, gold, predicted, *, answered: bool) -> None:
-    x, y = corner
+def _draw_legend(pen, y: int, font, gold, predicted, *, answered: bool) -> None:
+    x = MARGIN
     for name, colour, box in (("gold", GOLD, gold), ("predicted", PREDICTED, predicted)):
         if box is not None:
             pen.rectangle([x, y + 4, x + 12, y + 14], outline=colour, width=3)
@@ -149,10 +143,10 @@ def _draw_legend(pen, corner: tuple[int, int], font, gold, predicted, *, answere
         pen.text((x, y), found, INK, font)
 
 
-def _outline(
-    pen, box, image: Image.Image, corner: tuple[int, int], colour: tuple[int, int, int], outwards: int
-) -> None:
-    """Draws `box` (0-1000 of `image`, which stands at `corner`) with a white seam: a red box shows on a red object."""
+def _outline(pen, box, image: Image.Image, corner: tuple[int, int], colour: tuple[int, ...], *, outwards: int) -> None:
+    """Draws a box (0-1000 of `image` at `corner`), or None, with a white seam: a red box shows on a red object."""
+    if box is None:
+        return
     x1, x2 = sorted(corner[0] + round(min(max(v / 1000, 0), 1) * image.width) for v in (box[0], box[2]))
     y1, y2 = sorted(corner[1] + round(min(max(v / 1000, 0), 1) * image.height) for v in (box[1], box[3]))
     # Pillow's corners are inclusive and its lines grow inwards; a box seen edge-on still gets a line.

@@ -152,4 +152,4 @@ def test_average_precision_by_hand(true, found, ap, capsys):
 def test_average_precision_at_single_thresholds_and_without_truth():
     """IoU 0.6 counts at 0.50, 0.55 and 0.60, three of ten thresholds."""
     assert precision(rows(BOX), rows((0, 0, 60, 100))) == pytest.approx((30, 100, 0))
-    assert precision([], rows(BOX)) is None
+    assert precision([], rows(BOX)) == (None, None, None)

@@ -10,7 +10,7 @@ from PIL import Image
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.evaluation.grade import bootstrap, grade_texts, summarize
-from boxgrpo.trainer.evaluation.tables import scores_table
+from boxgrpo.trainer.evaluation.report import scores_table
 from scoring import scored_by_counting, text, varied_answers
 
 GOLD = (200.0, 200.0, 600.0, 600.0)

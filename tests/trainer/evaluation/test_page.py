@@ -13,8 +13,8 @@ from PIL import Image
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.evaluation.benches import BENCHES
 from boxgrpo.trainer.evaluation.grade import grade_texts, summarize
-from boxgrpo.trainer.evaluation.page import choose, page
 from boxgrpo.trainer.evaluation.pictures import GOLD, PREDICTED
+from boxgrpo.trainer.evaluation.report import choose, page
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>&amp; \" '"
 RIGHT = "<answer>(100, 200), (700, 600)</answer>"
@@ -55,7 +55,7 @@ def test_foreign_text_is_escaped(case):
     for part in (
         f"<title>MIG-Bench: {shown}</title>",
         f"<h3>{shown}</h3>",
-        f'<span class="source">{shown}#0</span>',
+        f'<span class="faint">{shown}#0</span>',
         f'<p class="text question">{shown}</p>',
         f'<p class="text thought">Thought: {shown}\nand more.</p>',
         f'<p class="text said">{escape(RIGHT)}{shown}</p>',
@@ -69,7 +69,7 @@ def test_foreign_text_is_escaped(case):
 def test_a_case_without_its_images_and_without_a_box_names_both(case, tmp_path):
     gone = dataclasses.replace(case, images=(case.images[0], str(tmp_path / "gone.png")))
     html = written(gone, "I do not know.")
-    assert re.search(r'<p class="missing key">There is no image at .*gone\.png', html) and "<img" not in html
+    assert re.search(r'<p class="faint">There is no image at .*gone\.png', html) and "<img" not in html
     assert "read from the answer: no box found" in html and "<details" not in html
 
 

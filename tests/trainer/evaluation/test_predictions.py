@@ -94,7 +94,7 @@ def test_predictions_write_their_page_into_output_dir(record_file, tmp_path, cap
     assert re.search(r"mean over tasks +7 +87\.50", shown) and f"see {tmp_path / 'out'}/report.html" in shown
     assert json.loads((tmp_path / "scores.json").read_text())["mean"] == 87.5
     assert len(json.loads((tmp_path / "out/results.json").read_text())["answers"]) == 7
-    assert re.search(r'class="missing key">There is no image at .*2\.png', (tmp_path / "out/report.html").read_text())
+    assert re.search(r'class="faint">There is no image at .*2\.png', (tmp_path / "out/report.html").read_text())
     assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 6
     (tmp_path / "answers.json").write_text(json.dumps(["other"] * 7))
     with pytest.raises(ValueError, match=r"\(other: predictions\)"):

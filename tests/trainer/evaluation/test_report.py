@@ -7,7 +7,7 @@ import pytest
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.evaluation.benches import BENCHES, PUBLISHED
 from boxgrpo.trainer.evaluation.grade import summarize
-from boxgrpo.trainer.evaluation.tables import comparison, markdown, scores_table
+from boxgrpo.trainer.evaluation.report import comparison, markdown, scores_table
 
 ROWS = [(table, model, row) for table, rows in PUBLISHED["tables"].items() for model, row in rows.items()]
 

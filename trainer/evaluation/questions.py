@@ -1,0 +1,30 @@
+"""What benchmarks share whose answer is not one box: how records become questions, and the rows of their answers."""
+
+from collections.abc import Callable, Iterable
+
+from boxgrpo.trainer.data.example import Example, Fault, Refused
+
+
+def read_each(records: Iterable, read: Callable[[dict, str], object], source: str) -> tuple[list, list[Fault]]:
+    """`read(record, "source#12")` of every record, and a `Fault` for each that it refuses or that is no object."""
+    made, faults = [], []
+    for index, record in enumerate(records):
+        name = f"{source}#{index}"
+        try:
+            if not isinstance(record, dict):
+                raise Refused("not_a_record", f"{record!r:.80} is no JSON object. Drop it.")
+            made.append(read(record, name))
+        except Refused as refused:
+            faults.append(refused.fault(name))
+    return made, faults
+
+
+def user_turn(text: str) -> dict:
+    """Fields of an Example whose `turns` hold the user's turn alone, so that a prompt adds nothing to the text."""
+    return {"question": text, "turns": (("user", text),), "gold": None}
+
+
+def answer_row(example: Example, text: str, **found) -> dict:
+    """An answer for results.json: the example's source, id, task and question, the text, and what was found in it."""
+    names = ("source", "id", "task", "question")
+    return {name: getattr(example, name) for name in names} | {"answer": text} | found
