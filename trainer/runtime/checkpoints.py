@@ -1,4 +1,4 @@
-"""Checkpoints from which a killed run is resumed: written beside, sealed with checksums, then renamed.
+"""Checkpoints from which a killed run is resumed: written beside their place, sealed with checksums, then renamed.
 
     checkpoint-20/  config.json, model.safetensors, tokenizer ...   what `from_pretrained` reads
                     trainer/progress.json                           step, place in the data, options, revision
@@ -10,25 +10,27 @@
 All ranks write into one folder, which they must share. Nothing in it is a pickle.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from .files import MANIFEST, find_fault, flush_to_disk, seal
+from .files import MANIFEST, find_fault, flush_to_disk, replace_folder, seal
 from .ranks import Ranks
 from .reporter import METRICS, checkpoint_folders
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 TRAINER = "trainer"
@@ -158,19 +160,17 @@ class Checkpoints:
             ValueError: on every rank, when one of them cannot write; what was written is removed, and the earlier
                 checkpoints are as they were.
         """
-        faults, sizes = self.r.gather(progress.faults), self.r.gather(progress.rollout_bytes)
-        metrics_bytes = (self.root / METRICS).stat().st_size if (self.root / METRICS).exists() else 0
-        all_ranks = {"faults": _union(faults), "rollout_bytes": _union(sizes), "metrics_bytes": metrics_bytes}
-        merged = dataclasses.replace(progress, **all_ranks)
-        target = self.root / f"checkpoint-{progress.step}"
-        part = self.root / f".{target.name}.part"
+        ranks = self.r.gather({"faults": progress.faults, "rollout_bytes": progress.rollout_bytes})
+        of_all = {name: {k: v for rank in ranks for k, v in rank[name].items()} for name in ranks[0]}
+        metrics, target = self.root / METRICS, self.root / f"checkpoint-{progress.step}"
 
-        def write_shared() -> None:
-            shutil.rmtree(part, ignore_errors=True)
-            (part / TRAINER).mkdir(parents=True)
+        def write_shared() -> Path:
+            part = replacing.enter_context(replace_folder(target))
+            (part / TRAINER).mkdir()
             write_model(part)
+            of_all["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
             written = {
-                "progress": dataclasses.asdict(merged),
+                "progress": dataclasses.asdict(progress) | of_all,
                 "options": dataclasses.asdict(self.options),
                 "contents": self.contents,
                 "world_size": self.r.world_size,
@@ -178,6 +178,7 @@ class Checkpoints:
                 "torch": torch.__version__,
             }
             (part / TRAINER / PROGRESS).write_text(json.dumps(written, indent=1))
+            return part
 
         def write_own() -> None:
             for name in progress.rollout_bytes:
@@ -186,17 +187,16 @@ class Checkpoints:
             (part / TRAINER / f"rng-rank{self.r.rank}.json").write_text(json.dumps(random_states()))
 
         def finish() -> None:
-            if (self.root / METRICS).exists():
-                flush_to_disk(self.root / METRICS)
+            if metrics.exists():
+                flush_to_disk(metrics)
             seal(part)
-            shutil.rmtree(target, ignore_errors=True)  # one that was not whole
-            os.rename(part, target)
-            flush_to_disk(self.root)
+            replacing.close()
 
-        with engine.gathered_weights():
-            self._write(write_shared, target, part, on_main=True)
-        self._write(write_own, target, part)
-        self._write(finish, target, part, on_main=True)
+        with contextlib.ExitStack() as replacing:
+            with engine.gathered_weights():
+                part = self._write(write_shared, target, on_main=True)
+            self._write(write_own, target)
+            self._write(finish, target, on_main=True)
         if self.r.is_main:
             self._prune(progress.step)
         return target
@@ -210,23 +210,21 @@ class Checkpoints:
         with engine.gathered_weights():
             self._write(lambda: write_model(folder), folder, on_main=True)
 
-    def _write(self, write: Callable[[], None], target: Path, part: Path | None = None, *, on_main=False) -> None:
-        """Call `write` on every rank, or on rank 0 alone; where one fails, all of them raise an error."""
-        error = None
+    def _write(self, write: Callable[[], T], target: Path, *, on_main: bool = False) -> T:
+        """Call `write` on every rank, or on rank 0 alone. All return rank 0's result, or raise where one has failed."""
+        result = error = None
         try:
             if self.r.is_main or not on_main:
-                write()
+                result = write()
         except Exception as failed:  # a full disk is an OSError, a SafetensorError, or the tokenizer's bare Exception
             log.debug("writing %s failed", target, exc_info=True)
             error = f"rank {self.r.rank}: {type(failed).__name__}: {failed}"
-        errors = [e for e in self.r.gather(error) if e]
-        if not errors:
-            return
-        if self.r.is_main and part:
-            shutil.rmtree(part, ignore_errors=True)
+        results, errors = zip(*self.r.gather((result, error)), strict=True)
+        if not any(errors):
+            return results[0]
         whole = [folder for folder in checkpoint_folders(self.root).values() if (folder / MANIFEST).exists()]
         raise ValueError(
-            f"{target} cannot be written ({errors[0]}). "
+            f"{target} cannot be written ({next(filter(None, errors))}). "
             + (f"{whole[-1]} stays good: " if whole else "There is no earlier checkpoint. ")
             + "make room, or give another --output_dir"
             + (", and go on with --resume auto." if whole else ".")
@@ -237,8 +235,8 @@ class Checkpoints:
 
         Later ones are left alone: they were not whole when this run was resumed from before them.
         """
-        for part in self.root.glob(".checkpoint-*.part"):
-            shutil.rmtree(part, ignore_errors=True)
+        for left in self.root.glob(".checkpoint-*"):
+            shutil.rmtree(left, ignore_errors=True)
         limit = self.options.save_total_limit
         saved = [folder for number, folder in checkpoint_folders(self.root).items() if number <= step]
         for old in saved[: -limit if limit else 0]:
@@ -268,10 +266,6 @@ def fingerprint(paths: str | Sequence[str]) -> str:
                 content.seek(max(0, size - (1 << 20)))
                 digest.update(content.read())
     return digest.hexdigest()
-
-
-def _union(mappings: list[dict]) -> dict:
-    return {key: value for mapping in mappings for key, value in mapping.items()}
 
 
 def random_states() -> dict:

@@ -26,7 +26,7 @@ OPTIONS = "options.yaml"
 BEST = "best"  # folder of the best checkpoint of a run that evaluates, and in it
 SCORES = "scores.json"
 # Folders of an earlier run, removed where a run begins anew.
-STALE = ("tensorboard", "profile", "adapter", "checkpoint-[0-9]*", ".checkpoint-*.part", BEST, f".{BEST}.*")
+STALE = ("tensorboard", "profile", "adapter", "checkpoint-[0-9]*", ".checkpoint-*", BEST, f".{BEST}.*")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would control the terminal
 
 

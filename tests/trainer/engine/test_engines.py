@@ -1,18 +1,13 @@
 """Two ranks under every engine train as one rank does, and go on from their checkpoints to the bit."""
 
 import json
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from boxgrpo.trainer import grpo
-from boxgrpo.trainer.engine.optimizer import make_optimizer
-from boxgrpo.trainer.options import GrpoOptions, SftOptions
-from boxgrpo.trainer.run import make_engine
+from boxgrpo.trainer.options import SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, finish, grpo_options, lines, told
 from runs import start_forked as start
@@ -291,48 +286,3 @@ def test_ranks_without_anything_to_train_keep_step(world, tmp_path, stage):
     finish(start(GRPO, grpo_options(world, "", **changes, output_dir=str(tmp_path))))
     assert [m["loss"] for m in lines(tmp_path)] == [0, 0]
     assert all(m["frac_reward_zero_std"] == 1 for m in lines(tmp_path))
-
-
-@pytest.mark.slow
-def test_deepspeeds_adam_is_adam():
-    """It is compiled when it is first made."""
-    cpu_adam = pytest.importorskip("deepspeed.ops.adam", reason="deepspeed is not installed")
-    assert cpu_adam
-    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 64)) for _ in range(2)]
-    optimizers = [
-        make_optimizer([w], GrpoOptions(optimizer=name, learning_rate=0.01, weight_decay=0.1))
-        for w, name in zip(weights, ("adamw", "cpu_adam"), strict=True)
-    ]
-    for step in range(5):
-        for w, optimizer in zip(weights, optimizers, strict=True):
-            w.grad = torch.sin(torch.arange(64.0) + step)
-            optimizer.step()
-    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
-
-
-def test_an_optimizer_that_is_not_there_is_refused(monkeypatch):
-    weights = [torch.nn.Parameter(torch.zeros(2))]
-    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # the other project of that name
-    sys.modules["apex"].__spec__ = ModuleSpec("apex", None)
-    with pytest.raises(ValueError, match="apex.optimizers.FusedAdam cannot be imported.*is another project"):
-        make_optimizer(weights, GrpoOptions(optimizer="apex"))
-    monkeypatch.delitem(sys.modules, "apex")
-    with pytest.raises(ValueError, match="apex.optimizers.FusedAdam cannot be imported.*no apex here"):
-        make_optimizer(weights, GrpoOptions(optimizer="apex"))
-    for name in ("deepspeed", "deepspeed.ops.adam"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match="optimizer is 'cpu_adam' and importing DeepSpeed fails.*--optimizer adamw"):
-        make_optimizer(weights, GrpoOptions(optimizer="cpu_adam"))
-    with pytest.raises(ValueError, match="engine is 'deepspeed' and importing it fails.*--engine ddp"):
-        make_engine(torch.nn.Linear(1, 1), GrpoOptions(engine="deepspeed"), Ranks(), 1)
-
-
-def test_apex_is_called_as_it_wants_to_be(monkeypatch):
-    """NVIDIA's FusedAdam takes `adam_w_mode`; it needs a GPU, so here its arguments are looked at."""
-    given = {}
-    apex, optimizers = ModuleType("apex"), ModuleType("apex.optimizers")
-    optimizers.FusedAdam = lambda parameters, **options: given.update(options)
-    monkeypatch.setitem(sys.modules, "apex", apex)
-    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
-    make_optimizer([torch.nn.Parameter(torch.zeros(2))], GrpoOptions(optimizer="apex", weight_decay=0.1))
-    assert given == {"lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.1, "adam_w_mode": True}
