@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from boxgrpo.trainer.apps.grounding import Answer, Grounder, Question, as_json, check_question, headline
+from boxgrpo.trainer.apps.grounding import Answer, Grounder, check_question
 from boxgrpo.trainer.arguments import option, parse, repeated
 from boxgrpo.trainer.options import EvalOptions, check_values
 from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
@@ -65,13 +65,13 @@ def check(o: GroundOptions) -> None:
         raise ValueError(f"output is {o.output}, one of the images; it would be lost. Change --output.")
 
 
-def terminal_text(question: Question, answer: Answer) -> str:
+def terminal_text(answer: Answer) -> str:
     """The answer for a terminal; control characters of the model's text are replaced, for they would steer it."""
-    name, said = "answer", answer.text
-    if answer.reasoning is not None and answer.box_px is not None:
-        name, said = "reasoning", answer.reasoning
-    said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in said)
-    return f"{name}: {said}\n{'box: ' if answer.box_px else ''}{headline(question, answer)}"
+    name, text = "answer", answer.answer
+    if answer.reasoning is not None and answer.box is not None:
+        name, text = "reasoning", answer.reasoning
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return f"{name}: {text}\n{'box: ' if answer.box else ''}{answer.headline}"
 
 
 def ask(o: GroundOptions, grounder: Grounder) -> bool:
@@ -85,10 +85,10 @@ def ask(o: GroundOptions, grounder: Grounder) -> bool:
     except OSError as error:
         raise ValueError(f"output is {o.output}; it cannot be written ({error}). Change --output.") from error
     if o.json:
-        print(json.dumps(as_json(question, answer) | {"images": o.image, "picture": o.output}, indent=1))
+        print(json.dumps(answer.as_json() | {"images": o.image, "picture": o.output}, indent=1))
     else:
-        print(f"{terminal_text(question, answer)}\npicture: {o.output}")
-    return answer.box_px is not None
+        print(f"{terminal_text(answer)}\npicture: {o.output}")
+    return answer.box is not None
 
 
 def main(args: list[str] | None = None) -> None:

@@ -32,13 +32,30 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote, and its box."""
+    """What the model wrote, and its box; the fields are those of the JSON."""
 
-    text: str
+    question: str
+    target_image: int  # counted from 1
+    image_sizes: tuple[tuple[int, int], ...]  # width and height of each image, pixels, upright
+    answer: str
     reasoning: str | None  # inside <think> </think>; None: there are no such tags
-    box_1000: tuple[int, ...] | None  # x1, y1, x2, y2 as written, 0-1000 of the target image; None: no box found
-    box_px: tuple[float, ...] | None  # the same in pixels of the target image, upright, before any scaling
+    box: tuple[float, ...] | None  # x1, y1, x2, y2 in pixels of the target image, before any scaling; None: none found
+    box_1000: tuple[int, ...] | None  # the same as written, 0-1000 of the target image
     note: str  # why there is no box, or what is wrong with it; empty: nothing
+
+    @property
+    def headline(self) -> str:
+        """The box in whole pixels of its image, or that there is none."""
+        if self.box is None:
+            return self.note
+        x1, y1, x2, y2 = map(round, self.box)
+        width, height = self.image_sizes[self.target_image - 1]
+        where = f"image {self.target_image}, {width} x {height} pixels"
+        return f"({x1}, {y1}), ({x2}, {y2}) in {where}" + (f"; {self.note}" if self.note else "")
+
+    def as_json(self) -> dict:
+        """The fields for machines, the box to hundredths of a pixel."""
+        return vars(self) | {"box": self.box and [round(v, 2) for v in self.box]}
 
 
 class Grounder:
@@ -138,22 +155,24 @@ class Grounder:
         """The answer in a completion; its box is found as the rewards find it."""
         text = self.processor.decode(ids)
         raw, example = text.encode(), question.example
+        target, sizes = example.target_image, question.sizes
         found = grounding_rewards(*pack_texts([raw]), torch.zeros(1, 4), answer_format=example.answer_format)
         start, end, *_ = found.spans[0].tolist()
         reasoning = None if start < 0 else raw[start:end].decode().strip()
+        box = pixels = None
+        note = ""
         if not found.found:
             note = "no box found in the answer"
             if ids[-1] not in self.decoder.eos_token_ids:
                 note += f", which was cut off after {len(ids)} tokens; raise --max_completion_length"
-            return Answer(text, reasoning, None, None, note)
-        box = tuple(int(v) for v in found.boxes[0])
-        pixels = tuple(v * side / 1000 for v, side in zip(box, question.sizes[example.target_image] * 2, strict=True))
-        note = ""
-        if box[0] >= box[2] or box[1] >= box[3]:
-            note = "the box is inverted or empty: it encloses nothing"
-        elif max(box) > 1000:
-            note = "the box leaves the image"
-        return Answer(text, reasoning, box, pixels, note)
+        else:
+            x1, y1, x2, y2 = box = tuple(int(v) for v in found.boxes[0])
+            pixels = tuple(v * side / 1000 for v, side in zip(box, sizes[target] * 2, strict=True))
+            if x1 >= x2 or y1 >= y2:
+                note = "the box is inverted or empty: it encloses nothing"
+            elif max(box) > 1000:
+                note = "the box leaves the image"
+        return Answer(example.question, target + 1, sizes, text, reasoning, pixels, box, note)
 
     def picture(self, question: Question, answer: Answer, *, words: bool = True) -> Image.Image:
         """The images as the model saw them and the box on its target; with `words`, question and answer as well."""
@@ -161,9 +180,9 @@ class Grounder:
             self.processor.images_of(question.prompt),
             predicted=answer.box_1000,
             target_image=question.example.target_image,
-            question=question.example.question if words else "",
-            reasoning=answer.text if words else "",
-            title=headline(question, answer),
+            question=answer.question if words else "",
+            reasoning=answer.answer if words else "",
+            title=answer.headline,
             image_height=PICTURE_HEIGHT,
         )
 
@@ -176,28 +195,3 @@ def check_question(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # a shell hands on any bytes; no tokenizer takes half a character
         raise ValueError(f"the question is not UTF-8 text ({error}). Write it again.") from error
-
-
-def headline(question: Question, answer: Answer) -> str:
-    """The box in whole pixels of its image, or that there is none."""
-    if answer.box_px is None:
-        return answer.note
-    x1, y1, x2, y2 = map(round, answer.box_px)
-    target = question.example.target_image
-    width, height = question.sizes[target]
-    where = f"image {target + 1}, {width} x {height} pixels"
-    return f"({x1}, {y1}), ({x2}, {y2}) in {where}" + (f"; {answer.note}" if answer.note else "")
-
-
-def as_json(question: Question, answer: Answer) -> dict:
-    """Question and answer for machines; `target_image` counts from 1, `box` is in its pixels, null where none is."""
-    return {
-        "question": question.example.question,
-        "target_image": question.example.target_image + 1,
-        "image_sizes": [list(size) for size in question.sizes],
-        "answer": answer.text,
-        "reasoning": answer.reasoning,
-        "box": answer.box_px and [round(v, 2) for v in answer.box_px],
-        "box_1000": answer.box_1000 and list(answer.box_1000),
-        "note": answer.note,
-    }

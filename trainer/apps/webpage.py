@@ -20,7 +20,7 @@ from PIL import Image
 from boxgrpo.trainer.data.example import upright_size
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
-from .grounding import Grounder, Question, as_json
+from .grounding import Grounder, Question
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
             yield line({"text": grounder.processor.decode(ids)})
         answer = grounder.read(question, ids)
         picture = grounder.picture(question, answer, words=False)
-        yield line(as_json(question, answer) | {"picture": data_uri(picture, "PNG")})
+        yield line(answer.as_json() | {"picture": data_uri(picture, "PNG")})
     except ValueError as error:
         yield line({"error": str(error)})
     except Exception as error:

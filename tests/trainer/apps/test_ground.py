@@ -9,7 +9,7 @@ from PIL import Image
 
 from boxgrpo.trainer.apps import ground
 from boxgrpo.trainer.apps.ground import GroundOptions, terminal_text
-from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT, as_json, headline
+from boxgrpo.trainer.apps.grounding import PICTURE_HEIGHT
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.evaluation.pictures import LINE, MARGIN, PREDICTED
 from boxgrpo.trainer.runtime.ranks import run_as_script
@@ -72,7 +72,7 @@ def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder,
     asked = grounder.prepare(QUESTION, [images["small"]])
     *_, ids = grounder.completion(asked)
     answer = grounder.read(asked, ids)
-    assert (asked.sizes, answer.box_px) == (((20, 10),), (2.5, 2.5, 10.0, 7.5))
+    assert (asked.sizes, answer.box) == (((20, 10),), (2.5, 2.5, 10.0, 7.5))
 
 
 @pytest.mark.parametrize("who", ["certain", "newborn"])
@@ -94,7 +94,7 @@ def test_the_answer_token_by_token_is_that_of_a_batch(who, pair, request):
 )
 def test_the_target_is_the_one_named_else_the_questions_else_the_last(grounder, images, question, target, found):
     asked = grounder.prepare(question, [images["one"], images["turned"]], target=target)
-    assert as_json(asked, grounder.read(asked, [grounder.decoder.eos_token_ids[0]]))["target_image"] == found
+    assert grounder.read(asked, [grounder.decoder.eos_token_ids[0]]).target_image == found
 
 
 def test_a_simple_reference_asks_for_no_reasoning_and_takes_the_first_box(grounder, images):
@@ -121,15 +121,15 @@ def said(grounder, text):
 def test_the_fault_of_a_box_is_named(grounder, images, text, pixels, note):
     asked = grounder.prepare("Where is it?", [images["one"]])
     answer = grounder.read(asked, said(grounder, text))
-    assert answer.box_px == (pixels and pytest.approx(pixels))
-    assert note in answer.note and answer.note in headline(asked, answer) and "cut off" not in answer.note
+    assert answer.box == (pixels and pytest.approx(pixels))
+    assert note in answer.note and answer.note in answer.headline and "cut off" not in answer.note
     grounder.picture(asked, answer)  # draws whatever there is
 
 
 def test_control_characters_do_not_reach_the_terminal(grounder, images):
     asked = grounder.prepare("Where is it?", [images["one"]])
     answer = grounder.read(asked, said(grounder, f"<think>\x1b[2J\x9b gone\nnext</think><answer>{BOX}</answer>"))
-    shown = terminal_text(asked, answer)
+    shown = terminal_text(answer)
     assert "\x1b" not in shown and "\x9b" not in shown and "gone\nnext" in shown
 
 
