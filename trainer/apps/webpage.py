@@ -1,7 +1,7 @@
-"""A web page for questions: Flask and waitress around one `Grounder`, for the person at this machine.
+"""A web page for questions: Flask and waitress around one `Grounder`, for users of this machine.
 
-Nothing is stored: images lie in a temporary folder until they are read. One question is answered at a time; closing
-the page ends its question. The page loads nothing but its own two files, and shows a model's words as text only.
+Nothing is stored: images are in a temporary folder until they are read. One question is answered at a time; closing
+the page ends its question. The page loads nothing but its own two files, and shows what a model writes as text only.
 """
 
 import contextlib
@@ -77,11 +77,9 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
 
     @app.errorhandler(Exception)
     def refused(error: Exception):
-        if isinstance(error, ValueError):
-            return {"error": str(error)}, 400
-        if not isinstance(error, HTTPException):
-            return failure(error), 500
-        return {"error": TOO_LARGE if error.code == 413 else error.description}, error.code
+        if isinstance(error, HTTPException):
+            return {"error": TOO_LARGE if error.code == 413 else error.description}, error.code
+        return explain(error), 400 if isinstance(error, ValueError) else 500
 
     @app.after_request
     def guarded(response):
@@ -94,8 +92,10 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
     return app
 
 
-def failure(error: Exception) -> dict:
-    """What a visitor sees of an error that is not the question's fault; the log has the rest."""
+def explain(error: Exception) -> dict:
+    """What a visitor sees: what is wrong with the question (a ValueError); any other error is logged instead."""
+    if isinstance(error, ValueError):
+        return {"error": str(error)}
     log.error("a question failed", exc_info=error)
     return {"error": f"the question failed ({type(error).__name__}). The terminal says why."}
 
@@ -143,12 +143,10 @@ def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
         for ids in grounder.completion(question):
             yield line({"text": grounder.processor.decode(ids)})
         answer = grounder.read(question, ids)
-        picture = grounder.picture(question, answer, words=False)
-        yield line(answer.as_json() | {"picture": data_uri(picture, "PNG")})
-    except ValueError as error:
-        yield line({"error": str(error)})
+        picture = data_uri(grounder.picture(question, answer, words=False), "PNG")
+        yield line(answer.as_json() | {"picture": picture})
     except Exception as error:
-        yield line(failure(error))
+        yield line(explain(error))
 
 
 def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
