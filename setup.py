@@ -78,7 +78,7 @@ setup(
     packages=[f"boxgrpo.{package}" for folder in FOLDERS for package in (folder, *subpackages(folder))],
     package_data={
         "boxgrpo.trainer": ["recipes/*.yaml"],
-        "boxgrpo.trainer.chains": ["templates/*.html"],
+        "boxgrpo.trainer.chains": ["templates/*"],
         "boxgrpo.trainer.evaluation": ["templates/*.html", "published.json"],
         "boxgrpo.trainer.apps": ["page/*"],
         "boxgrpo.bench.publish": ["templates/*"],

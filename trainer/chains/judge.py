@@ -1,6 +1,7 @@
 """From a record with a gold box to one with a reasoning chain: several are requested, checked, and the best is kept.
 
-The prompts (the wording is ours) are part of the keys of kept answers: after a change all are requested again.
+The prompts in `templates/` (the wording is ours) are part of the keys of kept answers: after a change all are requested
+again.
 """
 
 import asyncio
@@ -9,8 +10,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from jinja2 import Environment, FileSystemLoader
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, box_text, plain_text
@@ -19,58 +22,21 @@ from .ask import TRUNCATED, Asker, RecordImages
 
 log = logging.getLogger(__name__)
 
-# 150 words leave room in the 256 tokens that GRPO samples.
-_CHAIN = """\
-You are shown {images} and a question about {them}. The answer is known: it is a bounding box.
-
-Question: {question}
-Box: {box}
-
-A box is written (x1, y1), (x2, y2), its top left and its bottom right corner, in thousandths of the width and of the \
-height of the image in which the question wants something found.
-
-Write down how a careful observer who was not told the box would find it: what is asked for, what each image that \
-matters shows, how the images belong together, which other candidates there are and why they are not meant, and where \
-the object lies that remains. Say only what can be seen. Never say or hint that the box was given. At most 150 words.
-
-Reply in this form and add nothing:
-<think>the reasoning</think><answer>{box}</answer>"""
-
-_JUDGE = """\
-You are shown {images} and a question about {them}, whose correct answer is the box {box}: its top left and its bottom \
-right corner, in thousandths of the width and of the height of the image in which the question wants something found.
-
-Question: {question}
-
-{replies}
-
-Judge each reply by its reasoning. Is everything that it says to be seen really there? Does one step follow from \
-another, and do they lead to this box and no other object? Does it find the box by itself, without having been told? \
-Is it clear and free of repetition?
-
-Write one short sentence about each reply, then a last line with the number of the best one, or with 0 if none of \
-them is sound:
-Best: N"""
-
+PROMPTS = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True)
 _BEST = re.compile(r"\bbest\b[^\n0-9]{0,20}([0-9]{1,3})(?![0-9])", re.IGNORECASE)
 _BARE = re.compile(r"\W*([0-9]{1,3})\W*")
 _FORBIDDEN = re.compile("<\\||<image>|[\ud800-\udfff]")  # marks of chat templates and of records; half a character
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def chain_prompt(question: str, box: Sequence[float], images: int) -> str:
-    """The request for one reasoning chain; the images come before it."""
-    return _CHAIN.format(question=question, box=box_text(box), **_image_words(images))
+def prompt(kind: str, question: str, box: Sequence[float], images: int, chains: Sequence[str] = ()) -> str:
+    """The request for a "chain", or that to "judge" which of `chains`, counted from 1, is best. Images come before it.
 
-
-def judge_prompt(question: str, box: Sequence[float], images: int, chains: Sequence[str]) -> str:
-    """The request for the number of the best chain, counted from 1; the images come before it."""
-    replies = "\n\n".join(f"Reply {k}:\n{chain}" for k, chain in enumerate(chains, 1))
-    return _JUDGE.format(question=question, box=box_text(box), replies=replies, **_image_words(images))
-
-
-def _image_words(images: int) -> dict[str, str]:
-    return {"images": "an image", "them": "it"} if images == 1 else {"images": f"{images} images", "them": "them"}
+    A chain's 150 words leave room in the 256 tokens that GRPO samples.
+    """
+    words = {"images": "an image", "them": "it"} if images == 1 else {"images": f"{images} images", "them": "them"}
+    template = PROMPTS.get_template(f"{kind}.txt")
+    return template.render(question=question, box=box_text(box), chains=chains, **words)
 
 
 def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) -> tuple[list[str], list[float]]:
@@ -117,8 +83,8 @@ async def make_record(example: Example, images: RecordImages, asker: Asker, o) -
         return Outcome(None, "box_too_small")
 
     question, count = plain_text(example.question).removesuffix(THINK_SUFFIX), len(example.images)
-    prompt = chain_prompt(question, gold, count)
-    answers = await asyncio.gather(*(asker.answer("chain", prompt, images, number=k) for k in range(o.chains)))
+    request = prompt("chain", question, gold, count)
+    answers = await asyncio.gather(*(asker.answer("chain", request, images, number=k) for k in range(o.chains)))
     for answer in answers:
         if "failure" in answer:
             return _left_out(example, answer)
@@ -129,8 +95,8 @@ async def make_record(example: Example, images: RecordImages, asker: Asker, o) -
     if not passed:
         return Outcome(None, "no_chain_passed", labels)
 
-    prompt = judge_prompt(question, gold, count, [texts[k] for k in passed])
-    verdict = await asker.answer("judge", prompt, images)
+    request = prompt("judge", question, gold, count, [texts[k] for k in passed])
+    verdict = await asker.answer("judge", request, images)
     if "failure" in verdict:
         return _left_out(example, verdict, labels)
     best = read_verdict(verdict["text"], len(passed)) if verdict["finish"] not in TRUNCATED else None

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.chains.judge import chain_prompt
+from boxgrpo.trainer.chains.judge import prompt
 from boxgrpo.trainer.chains.make import CotOptions, make
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
@@ -60,9 +60,9 @@ def test_a_served_qwen2_vl_gets_prompt_and_images_as_our_processor_makes_them(se
     summary = make(o)
     assert summary["answers"] == {"chain": 3, "judge": 0} and not summary["failed_requests"], summary
 
-    turns = [{"role": "user", "content": chain_prompt(QUESTION, GOLD, 2)}, {"role": "assistant", "content": "?"}]
+    turns = [{"role": "user", "content": prompt("chain", QUESTION, GOLD, 2)}, {"role": "assistant", "content": "?"}]
     (tmp_path / "chat.json").write_text(json.dumps([images | {"messages": turns}]))
     ((chat,), _) = read_examples(tmp_path / "chat.json")
-    prompt = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000).prompt(chat)
-    assert summary["tokens"]["chain"]["in"] == 3 * len(prompt.input_ids)
+    made = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000).prompt(chat)
+    assert summary["tokens"]["chain"]["in"] == 3 * len(made.input_ids)
     assert make(o) == summary  # all from the journal
