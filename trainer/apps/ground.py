@@ -13,8 +13,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from boxgrpo.trainer.apps.grounding import Answer, Grounder, check_question
+from boxgrpo.trainer.apps.grounding import Answer, Grounder
 from boxgrpo.trainer.arguments import option, parse, repeated
+from boxgrpo.trainer.data.example import text_of
 from boxgrpo.trainer.options import EvalOptions, check_values
 from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 
@@ -55,7 +56,7 @@ def check(o: GroundOptions) -> None:
         if not 0 <= o.port <= 65535:
             raise ValueError(f"port is {o.port}; it must be 0 to 65535. Change --port.")
         return
-    check_question(o.question)
+    text_of(o.question, "question")
     if o.json not in ("", "-"):
         raise ValueError(f"json is {o.json!r}; it must be - for standard output. Use --json -.")
     output = Path(o.output)

@@ -12,7 +12,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.example import Example, plain_text, target_image, upright_size
+from boxgrpo.trainer.data.example import Example, target_image, text_of, upright_size
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate
@@ -106,7 +106,7 @@ class Grounder:
         Raises:
             ValueError: no question, no image, one that cannot be read, or a target or format that does not fit.
         """
-        check_question(text)
+        text_of(text, "question")
         if not images:
             raise ValueError("there are 0 images; a question needs at least 1. Add one with --image.")
         for path in images:
@@ -185,13 +185,3 @@ class Grounder:
             title=answer.headline,
             image_height=PICTURE_HEIGHT,
         )
-
-
-def check_question(text: str) -> None:
-    """Raises ValueError for a question without words, or with bytes that are no text."""
-    if not plain_text(text):
-        raise ValueError(f"the question is {text!r}; text is needed. Write one behind the flags.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # a shell hands on any bytes; no tokenizer takes half a character
-        raise ValueError(f"the question is not UTF-8 text ({error}). Write it again.") from error

@@ -154,7 +154,7 @@ def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, pair):
     ("form", "says"),
     [
         (question(), "there are 0 images"),
-        (question(png(40, 40), text=" "), "the question is ''"),
+        (question(png(40, 40), text=" "), "question is ''"),
         (question(b"no picture"), "image 1 cannot be opened as an image (cannot identify image file 'image 1')"),
         (question(png(40, 40), png(400, 400)[:50]), "image 2 cannot be decoded"),
         (question(*[png(40, 40)] * 9), "there are 9 images; the page takes 8"),
