@@ -11,7 +11,8 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ BETA, LEARNING_RATE = 0.04, 1e-6
 OURS = {"dataloader_num_workers": 0}
 ATTENTION = "sdpa"
 CHECKPOINTED = ("7B",)  # whose activations the peers can only hold with activation checkpointing
-FREED_MEMORY = "kept by glibc on a CPU"  # on both sides: less time, for memory that is not given back
+FREED_MEMORY = "kept by glibc on a CPU"  # on all sides: less time, for memory that is not given back
 
 
 class WithoutMasters(DataParallelEngine):
@@ -49,32 +50,39 @@ def engine_of(case: StepCase) -> type[DataParallelEngine]:
 
 @dataclass
 class Side:
-    """What one side took."""
+    """The time and memory of one side."""
 
     steps: list[dict[str, float]]  # seconds by phase, each phase without those inside it; they add up to the step
     peak_bytes: int | None  # the most above the loaded model
     prompt_tokens: float  # of a prompt, on average
     trained: int  # parameters
     threads: int
-    settings: dict = field(default_factory=dict)
+    settings: dict
 
     @property
     def seconds(self) -> list[float]:
         return [sum(step.values()) for step in self.steps]
 
 
-class Clock:
-    """Seconds by phase and step. A phase's seconds are without those of the phases inside it.
+class Measurement:
+    """Seconds by phase and step, a phase without those inside it, and memory above the loaded model.
 
-    A GPU runs behind the host. With `waits` each phase waits for it, and is charged its own work; the overlap of phases
-    is lost. Without, only steps wait.
+    Phases are the spans of the loop. A GPU runs behind the host. With `waits` each phase waits for it, and is charged
+    its own work; the overlap of phases is lost. Without, only steps wait.
     """
 
-    def __init__(self, *, waits: bool = True):
+    def __init__(self, *, waits: bool = False):
         self.waits = waits
         self.steps: list[dict[str, float]] = []
         self.inside = ["other"]
         self.last = self.now(True)
+
+    def model_loaded(self, model) -> None:
+        for p in model.parameters():
+            p.sum()  # a mapped file's pages count as the model's
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.memory = PeakMemory(gpu=torch.cuda.is_available())
+        self.memory.start()
 
     @staticmethod
     def now(wait: bool) -> float:
@@ -104,28 +112,24 @@ class Clock:
         self.inside.pop()
 
     @contextlib.contextmanager
-    def span(self, name: str):
-        self.enter(name)
+    def listening(self) -> Iterator[None]:
+        spans.listeners.append(self)
         try:
             yield
         finally:
-            self.leave(name)
+            spans.listeners.remove(self)
 
     def whole_steps(self) -> list[dict[str, float]]:
         """The last one begins as the run ends and is none."""
         return [dict(step) for step in self.steps[:-1]]
 
-
-def start_memory(model) -> PeakMemory:
-    """The most memory above the loaded model, from here on."""
-    for p in model.parameters():
-        p.sum()  # a mapped file's pages count as the model's
-    memory = PeakMemory(gpu=torch.cuda.is_available())
-    memory.start()
-    return memory
+    def side(self, prompt_tokens: float, **settings) -> Side:
+        settings["freed_memory"] = FREED_MEMORY
+        threads = torch.get_num_threads()
+        return Side(self.whole_steps(), self.memory.peak(), prompt_tokens, self.trained, threads, settings)
 
 
-def load_peer(case: StepCase, folder: Path):
+def load_peer(case: StepCase, folder: Path, measurement: Measurement):
     """The peers' model, transformers' own, its tower frozen."""
     from transformers import Qwen2VLForConditionalGeneration  # which our side does without
 
@@ -135,16 +139,14 @@ def load_peer(case: StepCase, folder: Path):
         folder / "model", dtype=getattr(torch, case.dtype), attn_implementation=ATTENTION
     )
     model.model.visual.requires_grad_(False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    measurement.model_loaded(model)
+    return model
 
 
 def load_processor(folder: Path) -> Processor:
     o = GrpoOptions()
     return Processor.from_pretrained(folder / "model", min_pixels=o.min_pixels, max_pixels=o.max_pixels)
-
-
-def trained_parameters(model) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def stand_in(ids) -> float:
@@ -184,31 +186,21 @@ def our_options(case: StepCase, folder: Path, output_dir: str, steps: int, **mor
     )
 
 
-def check_log(lines: list[dict], case: StepCase) -> None:
+def prompt_tokens_logged(lines: list[dict], case: StepCase) -> float:
+    """Tokens of a prompt, from metrics that add up the tokens of prompts and completions over all steps."""
     for line in lines:
         assert line["completions/min_length"] == case.tokens and line["grad_norm"] > 0, line
+    return lines[-1]["num_tokens"] / (len(lines) * case.prompts)
 
 
 def ours(case: StepCase, folder: Path, steps: int, *, waits: bool = False) -> Side:
     """`grpo.train` as it is, its spans on this clock."""
-    clock, seen = Clock(waits=waits), {}
-
-    def loaded(model) -> None:
-        seen.update(model=model, memory=start_memory(model))
-
+    m = Measurement(waits=waits)
     # A GPU's steps look at the next one's images, the last at none: it is one more, and is not counted.
     ahead = torch.cuda.is_available()
-    hooks = benchmark_hooks(case, model_loaded=loaded, **({} if ahead else {"write_model": clock.begin_step}))
-    with tempfile.TemporaryDirectory() as out, ranks() as r:
-        spans.listeners.append(clock)
-        try:
-            grpo.train(our_options(case, folder, out, steps + ahead), r, hooks)
-        finally:
-            spans.listeners.remove(clock)
-        peak = seen["memory"].peak()
+    hooks = benchmark_hooks(case, model_loaded=m.model_loaded, **({} if ahead else {"write_model": m.begin_step}))
+    with tempfile.TemporaryDirectory() as out, ranks() as r, m.listening():
+        grpo.train(our_options(case, folder, out, steps + ahead), r, hooks)
         logged = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    check_log(logged, case)
-    tokens = logged[-1]["num_tokens"] / len(logged) / case.prompts - case.generations * case.tokens
-    settings = OURS | {"masters": case.masters, "freed_memory": FREED_MEMORY}
-    trained = trained_parameters(seen["model"])
-    return Side(clock.whole_steps(), peak, tokens, trained, torch.get_num_threads(), settings)
+    tokens = prompt_tokens_logged(logged, case) - case.generations * case.tokens
+    return m.side(tokens, **OURS, masters=case.masters)

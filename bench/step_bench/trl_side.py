@@ -9,22 +9,9 @@ from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
 from boxgrpo.trainer.data.processor import THINK_SUFFIX
 from boxgrpo.trainer.data.readers import read_examples
 
+from . import sides
 from .cases import StepCase
-from .sides import (
-    ATTENTION,
-    BETA,
-    CHECKPOINTED,
-    FREED_MEMORY,
-    LEARNING_RATE,
-    Clock,
-    Side,
-    check_log,
-    load_peer,
-    load_processor,
-    stand_in,
-    start_memory,
-    trained_parameters,
-)
+from .sides import Measurement, Side
 
 # Tried too, and slower: a static cache, half a group in a batch (in less memory), a loader process, huge pages.
 TRL = {"dataloader_num_workers": 0}
@@ -34,30 +21,26 @@ def trl(case: StepCase, folder: Path, steps: int) -> Side:
     """TRL's `GRPOTrainer` with transformers' generate, a group's completions in one batch."""
     from transformers import TrainerCallback
 
-    clock, model = Clock(), load_peer(case, folder)
-    memory = start_memory(model)
+    m = Measurement()
+    model = sides.load_peer(case, folder, m)
 
     class Steps(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            clock.begin_step()
+            m.begin_step()
 
-        def on_step_end(self, *_, **__):
-            clock.begin_step()
+        on_step_end = on_train_begin
 
     # A group in one batch; all groups are generated together, whatever the batches.
     settings = {"per_device_train_batch_size": case.generations, "gradient_accumulation_steps": case.prompts} | TRL
-    settings["gradient_checkpointing"] = case.model in CHECKPOINTED
+    settings["gradient_checkpointing"] = case.model in sides.CHECKPOINTED
     with tempfile.TemporaryDirectory() as out:
         trainer = _trl_trainer(case, folder, model, Steps(), output_dir=out, max_steps=steps, **settings)
         trainer.train()
-        peak = memory.peak()
     logged = [line for line in trainer.state.log_history if "loss" in line]
-    check_log(logged, case)
-    completions = len(logged) * case.prompts * case.generations
-    tokens = logged[-1]["num_tokens"] / completions - case.tokens
+    # It counts a prompt once for each completion.
+    tokens = sides.prompt_tokens_logged(logged, case) / case.generations - case.tokens
     masters = case.dtype == "float32"  # else it updates bf16 weights
-    settings |= {"masters": masters, "attn_implementation": ATTENTION, "freed_memory": FREED_MEMORY}
-    return Side(clock.whole_steps(), peak, tokens, trained_parameters(model), torch.get_num_threads(), settings)
+    return m.side(tokens, **settings, masters=masters, attn_implementation=sides.ATTENTION)
 
 
 def _trl_trainer(case: StepCase, folder: Path, model, callback, **settings):
@@ -74,7 +57,7 @@ def _trl_trainer(case: StepCase, folder: Path, model, callback, **settings):
 
     def reward(completions, completion_ids, solution, **_):
         rule = zip(iou_reward(completions, solution), format_reward_rec(completions), strict=True)
-        return [iou + well + stand_in(ids) for (iou, well), ids in zip(rule, completion_ids, strict=True)]
+        return [iou + well + sides.stand_in(ids) for (iou, well), ids in zip(rule, completion_ids, strict=True)]
 
     def record(example) -> dict:
         prompt = [{"role": "user", "content": example.question + THINK_SUFFIX}]
@@ -82,14 +65,14 @@ def _trl_trainer(case: StepCase, folder: Path, model, callback, **settings):
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     processor = ImageProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder / "model"), tokenizer)
-    ours, examples = load_processor(folder), read_examples(folder / "records.json")[0]
+    ours, examples = sides.load_processor(folder), read_examples(folder / "records.json")[0]
     config = GRPOConfig(
         num_generations=case.generations,
         max_completion_length=case.tokens,
         generation_kwargs={"suppress_tokens": [*ours.vision_ids, *ours.eos_ids]},
-        beta=BETA,
+        beta=sides.BETA,
         loss_type="grpo",
-        learning_rate=LEARNING_RATE,
+        learning_rate=sides.LEARNING_RATE,
         logging_steps=1,
         report_to=[],
         save_strategy="no",

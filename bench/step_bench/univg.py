@@ -37,23 +37,11 @@ from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.spans import span
 
+from . import sides
 from .cases import StepCase
-from .sides import (
-    ATTENTION,
-    BETA,
-    CHECKPOINTED,
-    FREED_MEMORY,
-    LEARNING_RATE,
-    Clock,
-    Side,
-    engine_of,
-    load_peer,
-    load_processor,
-    stand_in,
-    start_memory,
-    trained_parameters,
-)
+from .sides import Measurement, Side
 
 EPSILON, STD_EPSILON = 0.2, 1e-4
 
@@ -96,7 +84,7 @@ def completion_logps(model, batch: Batch, completions: Tensor) -> Tensor:
 def rewards_of(tokenizer, completions: Tensor, gold: list[float]) -> tuple[Tensor, Tensor]:
     """Accuracy and format (G) of a prompt's completions, on the CPU; the benchmark's stand-in is in the accuracy."""
     accuracy, form = decoded_and_searched(tokenizer, completions, [gold] * len(completions))
-    return accuracy + torch.tensor([stand_in(ids) for ids in completions.tolist()]), form
+    return accuracy + torch.tensor([sides.stand_in(ids) for ids in completions.tolist()]), form
 
 
 def micro_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor, accuracy: Tensor, form: Tensor) -> Tensor:
@@ -107,7 +95,7 @@ def micro_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor, accuracy: Tensor,
     policy = -torch.min(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
     policy = math.exp(1 - accuracy.mean().item()) * policy
     kl = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
-    per_token = (policy + BETA * kl) * mask
+    per_token = (policy + sides.BETA * kl) * mask
     return (per_token.sum(1) / mask.sum(1)).mean()
 
 
@@ -122,7 +110,7 @@ def univg_r1(case: StepCase, folder: Path, steps: int) -> Side:
 
     Without activation checkpointing where there is enough memory for that; the paper's script always has it.
     """
-    if case.model not in CHECKPOINTED:
+    if case.model not in sides.CHECKPOINTED:
         with contextlib.suppress(torch.OutOfMemoryError):
             return _run(case, folder, steps, checkpointing=False)
         gc.collect()
@@ -131,8 +119,8 @@ def univg_r1(case: StepCase, folder: Path, steps: int) -> Side:
 
 
 def _run(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> Side:
-    clock, policy, processor = Clock(waits=False), load_peer(case, folder), load_processor(folder)
-    memory = start_memory(policy)
+    m, processor = Measurement(), sides.load_processor(folder)
+    policy = sides.load_peer(case, folder, m)
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -146,49 +134,48 @@ def _run(case: StepCase, folder: Path, steps: int, *, checkpointing: bool) -> Si
         pad_token_id=processor.eos_ids[1],
         suppress_tokens=[*processor.vision_ids, *processor.eos_ids],
     )
-    options = GrpoOptions(learning_rate=LEARNING_RATE)
-    engine = engine_of(case)(policy, options, Ranks(device=policy.device), steps)
+    options = GrpoOptions(learning_rate=sides.LEARNING_RATE)
+    engine = sides.engine_of(case)(policy, options, Ranks(device=policy.device), steps)
     torch.manual_seed(options.seed)
     tokens, norms, (examples, _) = 0, [], read_examples(folder / "records.json")
-    for step in range(steps):
-        with clock.span("data"):
-            chosen = [examples[(step * case.prompts + b) % len(examples)] for b in range(case.prompts)]
-            copies = [[processor.prompt(e) for _ in range(case.generations)] for e in chosen]
-            batches = [Batch.of(prompts, policy.device) for prompts in copies]
-        for example, batch in zip(chosen, batches, strict=True):
-            loss = micro_batch(clock, policy, reference, processor, batch, sampling, list(example.gold))
-            with clock.span("backward"):
-                engine.backward(loss / case.prompts)
-            tokens += batch.input_ids.shape[1]
-        with clock.span("optimizer"):
-            norm, updated = engine.step()
-        assert updated, norm
-        norms.append(float(norm))
-    clock.begin_step()  # which ends the last one
+    with m.listening():
+        for step in range(steps):
+            with span("data"):
+                chosen = [examples[(step * case.prompts + b) % len(examples)] for b in range(case.prompts)]
+                copies = [[processor.prompt(e) for _ in range(case.generations)] for e in chosen]
+                batches = [Batch.of(prompts, policy.device) for prompts in copies]
+            for example, batch in zip(chosen, batches, strict=True):
+                loss = micro_batch(policy, reference, processor, batch, sampling, list(example.gold))
+                with span("backward"):
+                    engine.backward(loss / case.prompts)
+                tokens += batch.input_ids.shape[1]
+            with span("optimizer"):
+                norm, updated = engine.step()
+            assert updated, norm
+            norms.append(float(norm))
+        m.begin_step()  # which ends the last one
     assert max(norms) > 0, norms  # few short completions may all have one reward, but not in every step
-    settings = {
-        "per_device_train_batch_size": case.generations,
-        "gradient_accumulation_steps": case.prompts,
-        "gradient_checkpointing": checkpointing,
-        "masters": case.masters,
-        "attn_implementation": ATTENTION,
-        "freed_memory": FREED_MEMORY,
-    }
-    prompt_tokens, trained = tokens / (steps * case.prompts), trained_parameters(policy)
-    return Side(clock.whole_steps(), memory.peak(), prompt_tokens, trained, torch.get_num_threads(), settings)
+    return m.side(
+        tokens / (steps * case.prompts),
+        per_device_train_batch_size=case.generations,
+        gradient_accumulation_steps=case.prompts,
+        gradient_checkpointing=checkpointing,
+        masters=case.masters,
+        attn_implementation=sides.ATTENTION,
+    )
 
 
-def micro_batch(clock: Clock, policy, reference, processor: Processor, batch: Batch, sampling, gold) -> Tensor:
+def micro_batch(policy, reference, processor: Processor, batch: Batch, sampling: GenerationConfig, gold) -> Tensor:
     """A prompt's loss, sampled and scored."""
-    with clock.span("rollout"), torch.no_grad():
+    with span("rollout"), torch.no_grad():
         completions = generated(policy, batch, sampling)
     assert completions.shape[1] == sampling.max_new_tokens, completions.shape
-    with clock.span("reference"), torch.no_grad():
+    with span("reference"), torch.no_grad():
         ref_logps = completion_logps(reference, batch, completions)
-    with clock.span("reward"):
+    with span("reward"):
         scored = (x.to(completions.device) for x in rewards_of(processor.tokenizer, completions.cpu(), gold))
         mask = mask_of(completions, processor.eos_ids[0])
-    with clock.span("policy_forward"):
+    with span("policy_forward"):
         return micro_loss(completion_logps(policy, batch, completions), ref_logps, mask, *scored)
 
 
