@@ -30,15 +30,14 @@ class Kill:
 
 def strike(run: subprocess.Popen, path: Path, planned: Kill) -> bool:
     """Kill the run at the planned moment; False when it ends before."""
-    began, launched, options = time.monotonic(), time.time_ns(), path / "options.yaml"
+    began, launched = time.monotonic(), time.time_ns()
 
     def claimed() -> bool:  # from then on the metrics hold this launch's steps, and those it keeps
-        return options.exists() and options.stat().st_mtime_ns > launched
+        return touched(path / "options.yaml") > launched
 
     def saving() -> bool:
-        return any(
-            touched(part) > launched and number(part) >= planned.step for part in path.glob(".checkpoint-*.part")
-        )
+        parts = path.glob(".checkpoint-*.part")
+        return any(touched(part) > launched and number(part) >= planned.step for part in parts)
 
     waits: dict[str, list[Callable[[], bool]]] = {
         "starting": [],
@@ -89,6 +88,7 @@ def timing(path: Path, seconds: float) -> dict[str, float]:
 
 
 def touched(path: Path) -> int:
+    """Time of the last change, ns; 0 of what is not there."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -108,7 +108,6 @@ def logged(path: Path) -> int:
 def left(path: Path, launched: int) -> str:
     """The newest whole checkpoint, and those that this launch (ns of the clock) left unfinished."""
     whole = [number(f) for f in path.glob("checkpoint-*") if (f / "manifest.json").exists()]
-    torn = [f.name for f in path.glob("checkpoint-*") if not (f / "manifest.json").exists()]
-    parts = [f for f in path.glob(".checkpoint-*.part") if touched(f) > launched]
-    partial = [f"{f.name} with {sum(p.is_file() for p in f.rglob('*'))} files" for f in parts]
-    return ", ".join([f"checkpoint-{max(whole)}" if whole else "no checkpoint", *partial, *(f"{t} torn" for t in torn)])
+    torn = [f"{f.name} torn" for f in path.glob("checkpoint-*") if not (f / "manifest.json").exists()]
+    parts = [f.name for f in path.glob(".checkpoint-*.part") if touched(f) > launched]
+    return ", ".join([f"checkpoint-{max(whole)}" if whole else "no checkpoint", *parts, *torn])

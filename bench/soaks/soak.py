@@ -28,7 +28,7 @@ from boxgrpo.bench.processes import kill
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import write
 from boxgrpo.bench.soaks.kills import Kill, plan, strike, timing
-from boxgrpo.bench.soaks.verdicts import differences, injected, lost_steps, memory, metrics_of, skipped_steps
+from boxgrpo.bench.soaks.verdicts import demand, differences, faulty_demands, memory, metrics_of, none_lost
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.runtime.ranks import run_as_script
@@ -58,12 +58,15 @@ class SoakOptions:
     json: str = option("", "Where to write the results; empty: bench/results/<device>/soak.json, or soak_zero2.json.")
 
 
+def demo_of(o: SoakOptions) -> recipe.DemoOptions:
+    return recipe.DemoOptions(
+        output_dir=o.output_dir, seed=o.seed, cold_start=o.train, train=o.train, held_out=8, processes=RANKS
+    )
+
+
 def prepare(o: SoakOptions) -> Path:
     """World and cold start, made when they are not there; then some of the training images are made unreadable."""
-    root = Path(o.output_dir)
-    small = recipe.DemoOptions(
-        output_dir=str(root), seed=o.seed, cold_start=o.train, train=o.train, held_out=8, processes=RANKS
-    )
+    root, small = Path(o.output_dir), demo_of(o)
     world = recipe.draw_world(small)
     if not (root / "sft/model.safetensors").exists():
         recipe.make_initial_checkpoint(small)
@@ -82,9 +85,8 @@ def launch(o: SoakOptions, root: Path, name: str, steps: int) -> subprocess.Pope
     """
     part, target = name[0], root / name
     script = ["trainer/grpo.py"] if part == "A" else ["bench/soaks/worker.py", f"--soak_seed={o.seed}"]
-    flags = recipe.run_flags(recipe.DemoOptions(output_dir=str(root), seed=o.seed), "grpo")
-    flags += ["--overwrite_output_dir=false", "--resume=auto", f"--output_dir={target}"]
-    flags += [f"--rollout_file={target / 'samples'}", f"--max_steps={steps}"]
+    flags = [*recipe.run_flags(demo_of(o), "grpo"), "--overwrite_output_dir=false", "--resume=auto"]
+    flags += [f"--output_dir={target}", f"--rollout_file={target / 'samples'}", f"--max_steps={steps}"]
     flags += [f"--save_steps={SAVE_STEPS[part]}", f"--save_total_limit={KEPT}"]
     flags += [f"--{k}={v}" for k, v in (("engine", o.engine), ("zero_stage", o.zero_stage)) if v]
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={RANKS}"]
@@ -122,30 +124,25 @@ def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: Seq
 
 
 def part_a(o: SoakOptions, root: Path, draw: random.Random) -> dict:
-    steps = max(4 * SAVE_STEPS["A"], 2 * o.kills)
-    whole = run_to_the_end(o, root, "A-whole", steps)
-    seconds = timing(root / "A-whole", whole)
-    kills = plan(draw, o.kills, steps, SAVE_STEPS["A"], seconds)
-    path = root / "A-killed"
-    killed = run_to_the_end(o, root, path.name, steps, kills)
+    steps, whole, killed = max(4 * SAVE_STEPS["A"], 2 * o.kills), root / "A-whole", root / "A-killed"
+    seconds = {"undisturbed": run_to_the_end(o, root, whole.name, steps)}
+    times = timing(whole, seconds["undisturbed"])
+    kills = plan(draw, o.kills, steps, SAVE_STEPS["A"], times)
+    seconds["killed"] = run_to_the_end(o, root, killed.name, steps, kills)
     torn = sum(".part" in k.left or "torn" in k.left for k in kills if k.struck)
-    unlike = differences(root / "A-whole", path)
-    folders = sorted(f.name for f in path.glob("*checkpoint-*"))
+    unlike = differences(whole, killed)
+    folders = sorted(f.name for f in killed.glob("*checkpoint-*"))
     clean = len(folders) == KEPT and not any(name.startswith(".") for name in folders)
-    return {
-        "steps": steps,
-        "seconds": {"undisturbed": round(whole), "killed": round(killed)},
-        "timing": {k: round(v, 3) for k, v in seconds.items()},
-        "kills": [asdict(k) for k in kills],
-        "differences": unlike,
-        "demands": [
-            struck(kills, o.kills, f", {torn} while saving"),
-            demand("some while saving", str(torn), torn > 0),
-            none_lost(metrics_of(path), steps),
-            demand("to the bit as never killed", f"{len(unlike)} differences", not unlike),
-            demand(f"{KEPT} checkpoints kept", ", ".join(folders), clean),
-        ],
-    }
+    demands = [
+        struck(kills, o.kills, f", {torn} while saving"),
+        demand("some while saving", str(torn), torn > 0),
+        none_lost(metrics_of(killed), steps),
+        demand("to the bit as never killed", f"{len(unlike)} differences", not unlike),
+        demand(f"{KEPT} checkpoints kept", ", ".join(folders), clean),
+    ]
+    found = {"steps": steps, "seconds": {k: round(v) for k, v in seconds.items()}, "differences": unlike}
+    found["timing"] = {k: round(v, 3) for k, v in times.items()}
+    return found | {"kills": [asdict(k) for k in kills], "demands": demands}
 
 
 def part_b(o: SoakOptions, root: Path, draw: random.Random) -> dict:
@@ -171,28 +168,9 @@ def part_c(o: SoakOptions, root: Path, _draw: random.Random) -> dict:
     return result
 
 
-def faulty_demands(path: Path, steps: int) -> list[dict]:
-    metrics = metrics_of(path)
-    skipped, nan, records = skipped_steps(metrics), injected(path), metrics[-1]["data/skipped"]
-    return [
-        none_lost(metrics, steps),
-        demand("NaN steps skipped, no others", f"{len(skipped)} of {len(nan)}", skipped == nan and len(nan) > 0),
-        demand("corrupt images passed over", f"{records:.0f} records", records > 0),
-    ]
-
-
 def struck(kills: Sequence[Kill], wanted: int, detail: str = "") -> dict:
     count = sum(k.struck for k in kills)
     return demand(f"struck by {wanted} kills", f"{count}{detail}", count >= wanted)
-
-
-def none_lost(metrics: list[dict], steps: int) -> dict:
-    lost = lost_steps(metrics, steps)
-    return demand("no step lost", f"{len(lost)} of {steps}", not lost)
-
-
-def demand(what: str, found: str, met: bool) -> dict:
-    return {"demand": what, "found": found, "met": bool(met)}
 
 
 PARTS = {"A": part_a, "B": part_b, "C": part_c}

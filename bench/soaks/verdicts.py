@@ -1,21 +1,20 @@
 """Judges runs of bench/soaks/soak.py that have ended: whether two are the same, what was lost, what grew."""
 
 import json
-import statistics
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from boxgrpo.trainer.runtime.files import read_lines
 
 UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
+# Left out: what holds paths, the clock, or random states.
+SKIPPED = ("manifest.json", "options.yaml", "metrics.jsonl", "rng-", "diary.")
 
 
 def metrics_of(path: Path) -> list[dict]:
     return list(read_lines([path / "metrics.jsonl"]))
-
-
-def _untimed(path: Path) -> list[dict]:
-    """A run's metrics without what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in metrics_of(path)]
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -24,29 +23,23 @@ def differences(one: Path, other: Path) -> list[str]:
     Weights, samples and checkpoints byte by byte, without a checkpoint's options, bytes of metrics and random states;
     metrics without times.
     """
-    found, metrics = [], [_untimed(path) for path in (one, other)]
-    for line, (a, b) in enumerate(zip(*metrics), start=1):
-        found += [
-            f"metrics line {line}: {k}" for k in sorted(a.keys() | b.keys()) if (k in a, a.get(k)) != (k in b, b.get(k))
-        ]
-    if len(metrics[0]) != len(metrics[1]):
-        found.append("number of metrics lines")
-    kept = [{f.relative_to(path).as_posix() for f in _compared(path)} for path in (one, other)]
-    found += [f"{name} is missing in one" for name in sorted(kept[0] ^ kept[1])]
-    return found + [name for name in sorted(kept[0] & kept[1]) if _content(one / name) != _content(other / name)]
+    a, b = _compared(one), _compared(other)
+    found = sorted(name for name in a.keys() & b.keys() if a[name] != b[name])
+    return found + [f"{name} is missing in one" for name in sorted(a.keys() ^ b.keys())]
 
 
-def _compared(path: Path) -> list[Path]:
-    skipped = ("manifest.json", "options.yaml", "metrics.jsonl")
-    files = [f for f in path.rglob("*") if f.is_file() and f.name not in skipped]
-    return [f for f in files if "tensorboard" not in f.parts and not f.name.startswith(("rng-", "diary."))]
-
-
-def _content(path: Path):
-    if path.name != "progress.json":
-        return path.read_bytes()
-    progress = json.loads(path.read_text())["progress"]
-    return {k: v for k, v in progress.items() if k != "metrics_bytes"}
+def _compared(path: Path) -> dict[str, object]:
+    """By name, what two runs must have in common."""
+    found = {}
+    for n, line in enumerate(metrics_of(path), start=1):
+        found |= {f"metrics line {n}: {key}": value for key, value in line.items() if not key.startswith(UNTIMED)}
+    for file in path.rglob("*"):
+        if file.is_file() and not file.name.startswith(SKIPPED) and "tensorboard" not in file.parts:
+            content = file.read_bytes()
+            if file.name == "progress.json":
+                content = json.loads(content)["progress"] | {"metrics_bytes": None}
+            found[file.relative_to(path).as_posix()] = content
+    return found
 
 
 def lost_steps(metrics: list[dict], steps: int) -> list[int]:
@@ -66,25 +59,42 @@ def injected(path: Path) -> list[int]:
     return sorted({line["step"] for line in read_lines(path.glob("diary.rank*")) if "nan" in line})
 
 
-def growth(sizes: list[float]) -> float:
-    """Mean of the last fifth against that of the second: of 500 steps, the last 100 against steps 100 to 200."""
-    part = max(1, len(sizes) // 5)
-    return statistics.fmean(sizes[-part:]) / statistics.fmean(sizes[part : 2 * part]) - 1
+def growth(sizes: Sequence[float]) -> dict:
+    """Means of the fifths of a run, its peak, and the last fifth against the second: of 500 steps, the last 100
+    against steps 100 to 200. Sizes in bytes, figures in MB."""
+    fifths = [1e-6 * part.mean() for part in np.array_split(sizes, 5)]
+    change = round(fifths[4] / fifths[1] - 1, 5)
+    return {"fifths_mb": [round(x, 1) for x in fifths], "peak_mb": round(1e-6 * max(sizes), 1), "growth": change}
 
 
 def memory(path: Path) -> dict[str, dict]:
-    """Of each rank, of its anonymous part, and of its loader: the mean of each fifth of the run in MB, peak and growth.
+    """Of each rank, of its anonymous part, and of its loader.
 
     The kernel may drop pages of libraries at any time, so that resident memory may shrink for reasons of its own.
     """
     found = {}
     for diary in sorted(path.glob("diary.rank*")):
-        lines = [line for line in read_lines([diary]) if "resident" in line]
-        rank = diary.name.split(".")[1]
+        lines, rank = [line for line in read_lines([diary]) if "resident" in line], diary.name.split(".")[1]
         kinds = {rank: "resident", f"{rank} anonymous": "anonymous", f"{rank} loader": "loader"}
-        for name, key in kinds.items():
-            sizes = [line[key] / 1e6 for line in lines]
-            part = max(1, len(sizes) // 5)
-            fifths = [round(statistics.fmean(sizes[i : i + part]), 1) for i in range(0, 5 * part, part)]
-            found[name] = {"fifths_mb": fifths, "peak_mb": round(max(sizes), 1), "growth": round(growth(sizes), 5)}
+        found |= {name: growth([line[key] for line in lines]) for name, key in kinds.items()}
     return found
+
+
+def demand(what: str, found: str, met: bool) -> dict:
+    return {"demand": what, "found": found, "met": bool(met)}
+
+
+def none_lost(metrics: list[dict], steps: int) -> dict:
+    lost = lost_steps(metrics, steps)
+    return demand("no step lost", f"{len(lost)} of {steps}", not lost)
+
+
+def faulty_demands(path: Path, steps: int) -> list[dict]:
+    """Those of a run with NaN losses and corrupt images."""
+    metrics = metrics_of(path)
+    skipped, nan, records = skipped_steps(metrics), injected(path), metrics[-1]["data/skipped"]
+    return [
+        none_lost(metrics, steps),
+        demand("NaN steps skipped, no others", f"{len(skipped)} of {len(nan)}", skipped == nan and len(nan) > 0),
+        demand("corrupt images passed over", f"{records:.0f} records", records > 0),
+    ]

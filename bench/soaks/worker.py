@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 from boxgrpo.bench.processes import process_tree, resident_bytes
+from boxgrpo.bench.soaks.kills import logged
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import GrpoOptions
@@ -41,8 +42,7 @@ class Faults:
 
     def pack_loss(self, loss):
         if self.step is None:  # every step is logged, and the metrics of those after the checkpoint are cut off
-            metrics = self.folder / "metrics.jsonl"
-            self.step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            self.step = logged(self.folder)
         if nan_rank(self.seed, self.step + 1, self.world_size) != self.rank:
             return loss
         self.diary.write(json.dumps({"step": self.step + 1, "nan": True}) + "\n")

@@ -40,9 +40,9 @@ LATER = [line | {"step_time": 9.0, "timing_s/data": 8.0, "perf/mfu": 7.0} for li
         ({"weights": b"abd"}, None, ["model.safetensors"]),
         ({"samples": b"2\n"}, None, ["samples.rank1"]),
         ({"position": 64}, None, ["checkpoint-3/trainer/progress.json"]),
-        ({"metrics": METRICS[:2]}, None, ["number of metrics lines"]),
+        ({"metrics": METRICS[:2]}, None, [f"metrics line 3: {key} is missing in one" for key in ("loss", "step")]),
         ({"metrics": [*METRICS[:2], METRICS[2] | {"loss": 0.5 + 1e-16 * 2}]}, None, ["metrics line 3: loss"]),
-        ({"metrics": [*METRICS[:2], METRICS[2] | {"kl": 0.0}]}, None, ["metrics line 3: kl"]),
+        ({"metrics": [*METRICS[:2], METRICS[2] | {"kl": 0.0}]}, None, ["metrics line 3: kl is missing in one"]),
         ({}, ".checkpoint-3.part/config.json", [".checkpoint-3.part/config.json is missing in one"]),
         ({}, "checkpoint-1/config.json", ["checkpoint-1/config.json is missing in one"]),
     ],
@@ -71,11 +71,14 @@ def test_a_step_that_is_lost_or_logged_twice_is_found(steps, lost):
 
 
 def test_growth_compares_the_last_100_steps_with_those_after_the_first_100():
-    sizes = [500.0] * 100 + [1000.0] * 100 + [5000.0] * 200  # a beginning and a bulge say nothing
-    assert soak_verdicts.growth(sizes + [1000.0] * 100) == 0
-    assert soak_verdicts.growth(sizes + [1030.0] * 100) == pytest.approx(0.03)
-    assert soak_verdicts.growth(sizes + [970.0] * 100) == pytest.approx(-0.03)
-    assert soak_verdicts.growth([1000.0 + n / 10 for n in range(500)]) > soak.FLAT, "100 KB a step is a leak"
+    def growth(*last):
+        sizes = [500e6] * 100 + [1000e6] * 100 + [5000e6] * 200  # a beginning and a bulge count for nothing
+        return soak_verdicts.growth([*sizes, *last])
+
+    assert growth(*[1000e6] * 100) == {"fifths_mb": [500, 1000, 5000, 5000, 1000], "peak_mb": 5000, "growth": 0}
+    assert growth(*[1030e6] * 100)["growth"] == 0.03 and growth(*[970e6] * 100)["growth"] == -0.03
+    leak = soak_verdicts.growth([1000e6 + 1e5 * n for n in range(500)])
+    assert leak["growth"] > soak.FLAT, "100 KB a step is a leak"
 
 
 def test_nan_steps_must_be_those_that_were_made_nan(tmp_path):
@@ -86,7 +89,7 @@ def test_nan_steps_must_be_those_that_were_made_nan(tmp_path):
         for rank in range(2):
             diary = [{"step": n} | ({"nan": True} if n == made_nan and rank == 1 else {}) for n in (1, 2, 2, 3)]
             (path / f"diary.rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in diary))
-        demands = {d["demand"]: d["met"] for d in soak.faulty_demands(path, 3)}
+        demands = {d["demand"]: d["met"] for d in soak_verdicts.faulty_demands(path, 3)}
         assert demands == {
             "no step lost": True,
             "NaN steps skipped, no others": met,
