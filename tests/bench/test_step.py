@@ -14,7 +14,7 @@ from boxgrpo.bench.step_bench import run as step_bench
 from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
 from boxgrpo.bench.step_bench.floors import work
 from boxgrpo.bench.step_bench.run import Plan, choose_cases, line, row, run, run_fresh
-from boxgrpo.bench.step_bench.sides import Clock, Side
+from boxgrpo.bench.step_bench.sides import Measurement, Side
 from boxgrpo.model.attention import PackedAttention
 from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model
@@ -22,6 +22,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+from boxgrpo.trainer.runtime.spans import span
 
 TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
 MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
@@ -96,16 +97,16 @@ def test_a_side_without_room_is_told(tiny):
 
 
 def test_a_phase_is_without_those_inside_it(monkeypatch):
-    clock = Clock()
-    ticks = iter(range(100))
-    monkeypatch.setattr(clock, "now", lambda wait: next(ticks))
-    for _ in range(3):
-        with clock.span("data"):
-            pass
-        with clock.span("rollout"), clock.span("prefill"):
-            pass
-    assert [set(step) for step in clock.whole_steps()] == [{"data", "rollout", "prefill", "other"}] * 2
-    step = clock.whole_steps()[1]
+    measured, ticks = Measurement(waits=True), iter(range(100))
+    monkeypatch.setattr(measured, "now", lambda wait: next(ticks))
+    with measured.listening():
+        for _ in range(3):
+            with span("data"):
+                pass
+            with span("rollout"), span("prefill"):
+                pass
+    assert [set(step) for step in measured.whole_steps()] == [{"data", "rollout", "prefill", "other"}] * 2
+    step = measured.whole_steps()[1]
     assert step["prefill"] == 1 and step["rollout"] == 2 and step["data"] == 1
 
 
