@@ -20,6 +20,8 @@ With equal logits every implementation draws the same token: the two best groups
 once in a million draws, and their entries are compared in fp64.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,10 @@ GROUPS, WIDTH = 1024, 8  # groups, and neighbouring entries that share one
 FIRST_GROUP = 1 << 30  # where the groups' counters start, above every vocabulary
 UNIFORM_SCALE = 2.0**-31 * (1 - 2.0**-24)
 
+# The same bits as torch's signed integers, whose sums and products wrap as those of unsigned ones do.
+_GOLDEN, *_MIX64 = (ctypes.c_int64(bits).value for bits in (GOLDEN, *MIX64))
+_ODD, *_MIX32 = (ctypes.c_int32(bits).value for bits in (ODD, *MIX32))
+
 
 def sample_tokens_torch(
     logits, seed: int, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
@@ -44,9 +50,12 @@ def sample_tokens_torch(
     keys = row_keys(seed, prompt_ids, completion_ids, positions)
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     logps = torch.empty(n, dtype=dtype, device=logits.device)
-    inverse = fp32_inverse(temperature)
+    # 1 / temperature as a kernel receives it, in fp32; 1 for temperature 0, whose logps are those at 1.
+    inverse = torch.tensor(1 / (temperature or 1), dtype=torch.float32).item()
     step = chunk_rows(vocabulary, dtype, logits.device, at_least=4)
-    padded = -(-vocabulary // _stride(vocabulary)) * _stride(vocabulary)
+    # Distance between two runs of WIDTH entries of one group; in a small vocabulary a group has one run.
+    stride = min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
+    padded = -(-vocabulary // stride) * stride
     if forbidden is not None:
         repeated = owners_of(forbidden, vocabulary)[forbidden] != torch.arange(forbidden.shape[0], device=logits.device)
     masses = torch.zeros(min(step, n), padded, dtype=dtype, device=logits.device)
@@ -65,25 +74,22 @@ def sample_tokens_torch(
         if temperature == 0:
             chosen = _row_argmax(scores).unsqueeze(1)
         else:
-            if is_filtered(vocabulary, temperature, top_k, top_p):
+            if top_k or top_p < 1:
                 scores = _filter(scores, top_k or vocabulary, top_p)
                 torch.exp(scores, out=mass)
-            chosen = _draw(logits[rows], scores, peak, masses[: scores.shape[0]], keys[rows], inverse)
+            runs = masses[: scores.shape[0]].view(scores.shape[0], -1, stride)
+            chosen = _draw(logits[rows], scores, peak, runs, keys[rows], inverse)
         tokens[rows] = chosen.squeeze(1)
         logps[rows] = (scores.gather(1, chosen) - log_mass).squeeze(1)
     return tokens, logps
 
 
-def _stride(vocabulary: int) -> int:
-    """Distance between two runs of WIDTH entries of one group; in a small vocabulary a group has one run."""
-    return min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
-
-
 def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
-    """(n, 1) tokens. scores (n, V) are (logits - peak) * inverse, -inf where forbidden; mass (n, padded) their exp."""
-    n, vocabulary = scores.shape
-    stride = _stride(vocabulary)
-    mass = mass.view(n, -1, stride).sum(1).view(n, -1, WIDTH).sum(2)  # (n, groups)
+    """(n, 1) tokens. scores (n, V) are (logits - peak) * inverse, -inf where forbidden; mass (n, runs, stride) their
+    exp, padded with zeros.
+    """
+    (n, vocabulary), stride = scores.shape, mass.shape[2]
+    mass = mass.sum(1).view(n, -1, WIDTH).sum(2)  # (n, groups)
     counters = torch.arange(mass.shape[1], dtype=torch.int32, device=mass.device) + FIRST_GROUP
     groups = (mass.log() + gumbel(keys, counters.unsqueeze(0), mass.dtype)).topk(min(2, mass.shape[1]), dim=1).indices
     runs = torch.arange(0, vocabulary, stride, device=mass.device).unsqueeze(1)
@@ -108,11 +114,6 @@ def owners_of(ids: Tensor, vocabulary: int) -> Tensor:
     return places.new_empty(vocabulary).index_copy_(0, ids, places)
 
 
-def is_filtered(vocabulary: int, temperature: float, top_k: int, top_p: float) -> bool:
-    """Whether top-k or top-p may remove anything."""
-    return temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
-
-
 def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     """The (n, V) scores, -inf outside the k likeliest and outside top_p."""
     kept, candidates = scores.topk(min(top_k, scores.shape[1]), dim=1)
@@ -124,46 +125,25 @@ def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.full_like(scores, float("-inf")).scatter_(1, candidates, kept)
 
 
-def fp32_inverse(temperature: float) -> float:
-    """1 / temperature, rounded as a kernel receives it; 1 for temperature 0, whose logps are those at 1."""
-    return torch.tensor(1 / temperature if temperature else 1.0, dtype=torch.float32).item()
-
-
 def row_keys(seed: int, *counters: Tensor) -> Tensor:
-    """(n) int64 hash of the seed and the row's counters (n) int64."""
-    key = torch.full_like(counters[0], first_key(seed))
-    for counter in counters:
-        key = _mix64(key ^ counter)
+    """Hash of the seed and the row's counters (n) int64: (n) int64; 0-dim without counters."""
+    key = torch.tensor(seed + _GOLDEN)
+    for counter in (0, *counters):  # the first round hashes the seed alone
+        key = key ^ counter
+        # torch's shift to the right repeats the sign bit: the mask makes it logical.
+        for shift, factor in zip((30, 27), _MIX64, strict=True):
+            key = (key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        key = key ^ ((key >> 31) & ((1 << 33) - 1))
     return key
-
-
-def first_key(seed: int) -> int:
-    """mix64(seed + GOLDEN), signed."""
-    return _mix64(torch.tensor(_signed(seed + GOLDEN, 64))).item()
-
-
-def _mix64(x: Tensor) -> Tensor:
-    for shift, factor in zip((30, 27), MIX64, strict=True):
-        x = (x ^ _shifted(x, shift)) * _signed(factor, 64)
-    return x ^ _shifted(x, 31)
 
 
 def noise_bits(keys: Tensor, entries: Tensor) -> Tensor:
     """(n) int64 row keys, (1 or n, k) int32 vocabulary entries -> (n, k) int32 hash; products wrap at 32 bits."""
     low, high = keys.contiguous().view(torch.int32).view(-1, 2, 1).unbind(1)
-    x = entries * _signed(ODD, 32) + low
-    scratch = torch.empty_like(x)
-
-    def fold(shift: int) -> None:  # x ^= x >> shift
-        torch.bitwise_right_shift(x, shift, out=scratch)
-        x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
-
-    fold(16)
-    x.mul_(_signed(MIX32[0], 32)).bitwise_xor_(high)
-    fold(15)
-    x.mul_(_signed(MIX32[1], 32))
-    fold(16)
-    return x
+    x = entries * _ODD + low
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _MIX32[0] ^ high
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _MIX32[1]
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,17 +152,6 @@ def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     # The uniform is fp32 in every implementation; only the logarithms are in `dtype`.
     uniform = bits.float().add_(0.5).mul_(UNIFORM_SCALE).to(dtype)
     return uniform.neg_().log1p_().neg_().log_().neg_()
-
-
-def _shifted(x: Tensor, shift: int) -> Tensor:
-    """Logical right shift of int64; torch's own repeats the sign bit."""
-    return (x >> shift) & ((1 << (64 - shift)) - 1)
-
-
-def _signed(value: int, bits: int) -> int:
-    """The signed integer with the low `bits` of `value`."""
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
 
 
 def _row_argmax(scores: Tensor) -> Tensor:
@@ -250,6 +219,10 @@ def sample_tokens(
         check_tensor("forbidden", forbidden, (None,), (torch.int64,))
         if forbidden.shape[0] >= vocabulary:
             raise ValueError(f"{forbidden.shape[0]} ids of {vocabulary} are forbidden; at least one must be allowed.")
+    if temperature == 0:
+        top_k, top_p = 0, 1.0  # the likeliest token passes any filter
+    elif top_k >= vocabulary:
+        top_k = 0
     triton = is_fast("sample_tokens", backend, logits)
     return torch.ops.boxgrpo.sample_tokens(
         logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden, triton

@@ -9,7 +9,7 @@ from . import sample
 from .chunks import LOGIT_FLOOR
 from .dispatch import Launch
 from .rows_triton import LN2, LOG2E, absorb, floored, load_block
-from .sample import GROUPS, WIDTH, first_key, fp32_inverse, is_filtered, owners_of, sample_tokens_torch
+from .sample import GROUPS, WIDTH, owners_of, row_keys, sample_tokens_torch
 
 _C0, _C1 = (tl.constexpr(factor) for factor in sample.MIX64)
 _D0, _D1 = (tl.constexpr(factor) for factor in sample.MIX32)
@@ -175,8 +175,8 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
     """logits (n, V), counters (n), forbidden (F) ids or None -> tokens (n) int64, logps (n) fp32."""
     vocabulary = logits.shape[1]
     floor = LOGIT_FLOOR * min(temperature or 1.0, 1.0)
-    rows = logits, *logits.stride(), vocabulary, fp32_inverse(temperature), floor
-    counters = first_key(seed), *(ids.contiguous() for ids in (prompt_ids, completion_ids, positions))
+    rows = logits, *logits.stride(), vocabulary, 1 / (temperature or 1), floor
+    counters = row_keys(seed).item(), *(ids.contiguous() for ids in (prompt_ids, completion_ids, positions))
     banned = None, 0, None, None
     if forbidden is not None:
         is_banned = torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, forbidden, 1)
@@ -198,7 +198,7 @@ def sample_tokens_triton(
 ) -> tuple[Tensor, Tensor]:
     """`sample_tokens_torch` on Triton, for all dtypes but fp64; with top-k or top-p it is the twin itself."""
     counters = seed, prompt_ids, completion_ids, positions
-    if is_filtered(logits.shape[1], temperature, top_k, top_p):
+    if top_k or top_p < 1:
         return sample_tokens_torch(logits, *counters, temperature, top_k, top_p, forbidden)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     logps = torch.empty(logits.shape[0], device=logits.device)
