@@ -40,17 +40,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}.")
 
 
-def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
-    """Refuse hidden (N, H), weight (V, H) and targets (N) that do not fit together."""
-    check_tensor("hidden", hidden, (None, None), FLOATS)
-    check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,))
-    check_targets(targets, hidden.shape[0], temperature)
-
-
-def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
-    """Refuse logits (N, V) and targets (N) that do not fit together."""
-    check_tensor("logits", logits, (None, None), FLOATS)
-    check_targets(targets, logits.shape[0], temperature)
+def check_scored_rows(rows: Tensor, targets: Tensor, temperature: float, weight: Tensor | None = None) -> None:
+    """Refuse hidden states (N, H) and their head's weight (V, H), or logits (N, V), that `targets` (N) do not fit."""
+    check_tensor("logits" if weight is None else "hidden", rows, (None, None), FLOATS)
+    if weight is not None:
+        check_tensor("weight", weight, (None, rows.shape[1]), (rows.dtype,))
+    check_tensor("targets", targets, (rows.shape[0],), (torch.int64,))
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; a scored token needs one above 0.")
 
 
 def check_writable(option: str, logits: Tensor) -> None:
@@ -60,13 +57,6 @@ def check_writable(option: str, logits: Tensor) -> None:
             f"{option} is set and the logits {tuple(logits.shape)} are expanded, strides {logits.stride()}; each logit "
             "needs a place of its own to be written over. Pass logits.contiguous()."
         )
-
-
-def check_targets(targets: Tensor, n: int, temperature: float) -> None:
-    """Refuse targets that are not (n) int64, and a temperature that is not above 0."""
-    check_tensor("targets", targets, (n,), (torch.int64,))
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; a scored token needs one above 0.")
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -97,12 +87,12 @@ def is_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> bo
     """
     if backend not in ("auto", fast, "torch"):
         raise ValueError(f"backend is {backend!r}; for {op} it is one of 'auto', {fast!r}, 'torch'.")
-    if backend == "torch" or (backend, fast) == ("auto", "extension"):
-        return backend == "auto"
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return fast == "extension" or (tensors[0].is_cuda and not any(map(_triton_obstacle, tensors)))
     find_obstacle = _triton_obstacle if fast == "triton" else _extension_obstacle
     obstacle = next(filter(None, map(find_obstacle, tensors)), None)
-    if backend == "auto":
-        return obstacle is None and tensors[0].is_cuda
     if obstacle:
         raise ValueError(f"backend is {backend!r} and {op} {obstacle} or use backend='auto'.")
     return True

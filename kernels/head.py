@@ -3,44 +3,56 @@
 import torch
 from torch import Tensor
 
-from .chunks import HeadRows, LogitRows, backward, forward
-from .dispatch import accumulation_dtype, check_head, check_logits, check_writable, is_fast, register
-from .loss import OPTIONS_SCHEMA, GrpoStats, LossOptions, grpo_loss_torch, token_objective, token_terms
-from .saved_gradients import register_saved_gradients, scale_saved_gradients, scaled_copy
+from .chunks import HeadSweep, LogitSweep, backward, forward
+from .dispatch import accumulation_dtype, check_scored_rows, check_writable, is_fast, register
+from .loss import (
+    OPTIONS_SCHEMA,
+    GrpoStats,
+    LossOptions,
+    TokenTerms,
+    grpo_loss_torch,
+    options_of_call,
+    register_saved_gradients,
+    scale_saved_gradients,
+    scaled_copy,
+    token_objective,
+    token_terms,
+)
 
 
 def fused_grpo_loss_torch(
     hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, *options
 ) -> tuple[Tensor, ...]:
     """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unwanted gradient is (0)."""
-    rows = HeadRows(hidden, weight, temperature, grad_hidden, grad_weight)
-    return _loss_and_gradients(rows, targets, advantages, completion_cu, grad_hidden or grad_weight, options)
+    sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
+    return _loss_and_gradients(sweep, targets, advantages, completion_cu, temperature, options)
 
 
 def fused_grpo_loss_from_logits_torch(
     logits, targets, advantages, completion_cu, temperature, grad, *options, overwrite: bool = False
 ) -> tuple[Tensor, ...]:
     """loss (), dlogits (N, V) or (0), logps (N), entropy (N), stats (7)."""
-    rows = LogitRows(logits, temperature, grad, overwrite)
-    return _loss_and_gradients(rows, targets, advantages, completion_cu, grad, options)
+    sweep = LogitSweep(logits, grad, overwrite)
+    return _loss_and_gradients(sweep, targets, advantages, completion_cu, temperature, options)
 
 
-def _loss_and_gradients(rows, targets, advantages, completion_cu, grad: bool, options) -> tuple[Tensor, ...]:
-    o = LossOptions(*options)
-    in_one_pass = grad and o.importance_sampling_level == "token"
+def _loss_and_gradients(sweep, targets, advantages, completion_cu, temperature, options) -> tuple[Tensor, ...]:
+    o = LossOptions._make(options)
+    in_one_pass = sweep.wanted and o.importance_sampling_level == "token"
     gradient = None
     if in_one_pass:
-        terms, _, _ = token_terms(rows.n, rows.dtype, advantages, completion_cu, o)
+        terms, _, _ = token_terms(targets.shape[0], sweep.dtype, advantages, completion_cu, o)
 
-        def gradient(chunk, logps: Tensor) -> Tensor:
-            token = token_objective(logps, None, terms.rows(chunk), o)
+        def gradient(rows, logps: Tensor) -> Tensor:
+            terms_of_rows = TokenTerms(*(None if tensor is None else tensor[rows] for tensor in terms))
+            token = token_objective(logps, None, terms_of_rows, o)
             return token.dpolicy + token.dkl
 
-    logps, entropy = forward(rows, targets, entropy=True, gradient=gradient)
+    logps, entropy = forward(sweep, targets, temperature, entropy=True, gradient=gradient)
     loss, dlogps, stats = grpo_loss_torch(logps, advantages, completion_cu, *options)
-    if grad and not in_one_pass:
-        backward(rows, targets, dlogps)
-    return loss, *rows.results(), logps, entropy, stats
+    if sweep.wanted and not in_one_pass:
+        backward(sweep, targets, temperature, dlogps)
+    return loss, *sweep.results(), logps, entropy, stats
 
 
 def fused_grpo_loss(
@@ -51,6 +63,7 @@ def fused_grpo_loss(
     completion_cu: Tensor,
     *,
     temperature: float = 1.0,
+    options: LossOptions | None = None,
     backend: str = "auto",
     **loss_options,
 ) -> tuple[Tensor, GrpoStats]:
@@ -68,7 +81,8 @@ def fused_grpo_loss(
         advantages: (BG) float.
         completion_cu: (BG+1) int32 or int64, offsets of each completion's tokens into N.
         temperature: above 0; logps are those of logits / temperature.
-        **loss_options: see `LossOptions`.
+        options: a `LossOptions`; None: made of the keywords.
+        **loss_options: the fields of `LossOptions`.
 
     Returns:
         loss, 0-dim fp32 (fp64 for fp64 inputs), differentiable once in hidden and weight, and `GrpoStats`.
@@ -76,8 +90,8 @@ def fused_grpo_loss(
     Raises:
         ValueError: a shape, a dtype or an option does not fit; on a CPU also offsets that do not end at N.
     """
-    check_head(hidden, weight, targets, temperature)
-    options = LossOptions(**loss_options).checked(hidden.shape[0], advantages, completion_cu)
+    check_scored_rows(hidden, targets, temperature, weight)
+    options = options_of_call(hidden.shape[0], advantages, completion_cu, options, loss_options)
     triton = is_fast("fused_grpo_loss", backend, hidden)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     loss, _, _, logps, entropy, stats = torch.ops.boxgrpo.fused_grpo_loss(
@@ -94,6 +108,7 @@ def fused_grpo_loss_from_logits(
     *,
     temperature: float = 1.0,
     overwrite_logits: bool = False,
+    options: LossOptions | None = None,
     backend: str = "auto",
     **loss_options,
 ) -> tuple[Tensor, GrpoStats]:
@@ -104,7 +119,8 @@ def fused_grpo_loss_from_logits(
         targets, advantages, completion_cu, temperature: as in `fused_grpo_loss`.
         overwrite_logits: the forward writes the gradient over the logits, if they need one. Any other operation whose
             backward reads the logits raises then, and so does a second backward. Not for torch.compile.
-        **loss_options: see `LossOptions`.
+        options: a `LossOptions`; None: made of the keywords.
+        **loss_options: the fields of `LossOptions`.
 
     Returns:
         loss, 0-dim fp32 (fp64 for fp64 logits), differentiable once in the logits, and `GrpoStats`.
@@ -112,8 +128,8 @@ def fused_grpo_loss_from_logits(
     Raises:
         ValueError: a shape, a dtype or an option does not fit; on a CPU also offsets that do not end at N.
     """
-    check_logits(logits, targets, temperature)
-    options = LossOptions(**loss_options).checked(logits.shape[0], advantages, completion_cu)
+    check_scored_rows(logits, targets, temperature)
+    options = options_of_call(logits.shape[0], advantages, completion_cu, options, loss_options)
     if overwrite_logits:
         check_writable("overwrite_logits", logits)
     triton = is_fast("fused_grpo_loss_from_logits", backend, logits)

@@ -195,7 +195,7 @@ def fused_grpo_loss_from_logits_triton(
 
 def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temperature, options) -> tuple[Tensor, ...]:
     """`sweep` computes the gradients that are wanted; `plain` has the same logits without them, for a first pass."""
-    o = LossOptions(*options)
+    o = LossOptions._make(options)
     if sweep.wanted and o.importance_sampling_level == "token":
         terms = terms_triton(targets.shape[0], advantages, completion_cu, o)
         logps, entropy, tokens = (torch.empty(*k, targets.shape[0], device=targets.device) for k in ((), (), (5,)))

@@ -3,43 +3,36 @@
 import torch
 from torch import Tensor
 
-from .chunks import HeadRows, LogitRows, backward, forward
-from .dispatch import accumulation_dtype, check_head, check_logits, check_writable, is_fast, register
+from .chunks import HeadSweep, LogitSweep, backward, forward
+from .dispatch import accumulation_dtype, check_scored_rows, check_writable, is_fast, register
 
 
 def token_logps_torch(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
     """(N, H), (V, H), (N) -> logps (N), entropy (N), or (0) if not wanted, and no state (0)."""
-    return _logps(HeadRows(hidden, weight, temperature), targets, entropy)
+    return *forward(HeadSweep(hidden, weight), targets, temperature, entropy), hidden.new_empty(0, dtype=torch.float32)
 
 
 def token_logps_backward_torch(
     hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight
 ) -> tuple[Tensor, Tensor]:
     """Upstream (N), (N) or (0) -> dhidden (N, H), dweight (V, H); an unwanted one is (0). `state` is unread."""
-    rows = HeadRows(hidden, weight, temperature, grad_hidden, grad_weight)
-    return _row_gradients(rows, targets, entropy, dlogps, dentropy)
+    sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
+    backward(sweep, targets, temperature, dlogps, entropy, dentropy)
+    return sweep.results()
 
 
 def token_logps_from_logits_torch(logits, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
     """(N, V), (N) -> logps (N), entropy (N), or (0) if not wanted, and no state (0)."""
-    return _logps(LogitRows(logits, temperature), targets, entropy)
+    return *forward(LogitSweep(logits), targets, temperature, entropy), logits.new_empty(0, dtype=torch.float32)
 
 
 def token_logps_from_logits_backward_torch(
     logits, targets, temperature, entropy, state, dlogps, dentropy, overwrite: bool = False
 ) -> Tensor:
     """dlogits (N, V), in the logits' own storage with `overwrite`. `state` is unread."""
-    rows = LogitRows(logits, temperature, grad=True, overwrite=overwrite)
-    return _row_gradients(rows, targets, entropy, dlogps, dentropy)[0]
-
-
-def _logps(rows: HeadRows | LogitRows, targets: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    return *forward(rows, targets, entropy), targets.new_empty(0).float()
-
-
-def _row_gradients(rows: HeadRows | LogitRows, targets: Tensor, entropy, dlogps, dentropy) -> tuple[Tensor, ...]:
-    backward(rows, targets, dlogps, *((entropy, dentropy) if entropy.numel() == targets.numel() else ()))
-    return rows.results()
+    sweep = LogitSweep(logits, grad=True, overwrite=overwrite)
+    backward(sweep, targets, temperature, dlogps, entropy, dentropy)
+    return sweep.dlogits
 
 
 def token_logps(
@@ -68,7 +61,7 @@ def token_logps(
     Raises:
         ValueError: shapes, dtypes, temperature or backend do not fit.
     """
-    check_head(hidden, weight, targets, temperature)
+    check_scored_rows(hidden, targets, temperature, weight)
     triton = is_fast("token_logps", backend, hidden)
     logps, entropies, _ = torch.ops.boxgrpo.token_logps(hidden, weight, targets, temperature, entropy, triton)
     return (logps, entropies) if entropy else logps
@@ -97,7 +90,7 @@ def token_logps_from_logits(
     Raises:
         ValueError: shapes, dtypes, temperature or backend do not fit.
     """
-    check_logits(logits, targets, temperature)
+    check_scored_rows(logits, targets, temperature)
     if inplace_backward:
         check_writable("inplace_backward", logits)
     triton = is_fast("token_logps_from_logits", backend, logits)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .dispatch import FLOATS, INTS, accumulation_dtype, check_choice, check_tensor, is_fast, register
-from .saved_gradients import register_saved_gradients
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
 LEVELS = ("token", "sequence")
@@ -36,21 +35,7 @@ class GrpoStats(NamedTuple):
     entropy: Tensor  # (N) nats; (0) from grpo_loss, which has no distributions
 
 
-class LossOptions(NamedTuple):
-    """The `**loss_options` of the three loss functions.
-
-    old_logps: (N), the logps of the rollout's weights; None: on-policy, ratio 1.
-    ref_logps: (N), the reference's; None: no KL.
-    weights: (BG), phi >= 0, a factor of the policy term; None: 1.
-    sampler_factor: (N) >= 0, a factor of the policy term: min(exp(old - sampler), C) where the tokens were sampled by
-        another program than computed `old_logps`; None: 1.
-    denominator: 0-dim float tensor, the divisor of the sum; None: this call's completions (`grpo`) or tokens (`bnpo`,
-        `dapo`, `cispo`). `dr_grpo` needs it: completions * max_completion_length, known to the caller only.
-    beta: KL coefficient. epsilon, epsilon_high: clip to [1 - epsilon, 1 + epsilon_high], epsilon_high None: epsilon.
-    delta: upper bound of the unclipped ratio, above 1 + epsilon_high; None: unbounded.
-    For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is unread.
-    """
-
+class _LossFields(NamedTuple):
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     weights: Tensor | None = None
@@ -63,49 +48,78 @@ class LossOptions(NamedTuple):
     loss_type: str = "grpo"
     importance_sampling_level: str = "token"
 
-    def checked(self, n: int, advantages: Tensor, completion_cu: Tensor) -> Self:
-        """Refuse what does not fit N tokens; fill in epsilon_high."""
-        check_tensor("completion_cu", completion_cu, (None,), INTS)
-        completions = completion_cu.shape[0] - 1
-        if completions < 0:
-            raise ValueError("completion_cu is empty; it holds completions + 1 offsets. Pass [0] for no completion.")
-        check_tensor("advantages", advantages, (completions,), FLOATS)
-        shapes = {"old_logps": (n,), "ref_logps": (n,), "sampler_factor": (n,), "weights": (completions,)}
-        for name, shape in (shapes | {"denominator": ()}).items():
-            if (tensor := getattr(self, name)) is not None:
-                check_tensor(name, tensor, shape, FLOATS)
-        if self.loss_type == "dr_grpo" and self.denominator is None:
-            raise ValueError(
-                "loss_type is 'dr_grpo' and denominator is None; it divides by completions * max_completion_length. "
-                "Pass that product as a 0-dim tensor."
-            )
-        return self.with_checked_values()
 
-    def with_checked_values(self) -> Self:
-        """Refuse values that no call can use; fill in epsilon_high. Tensors are not looked at."""
-        check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
-        if self.beta < 0:
-            raise ValueError(f"beta is {self.beta}; it must not be negative.")
-        if self.loss_type == "cispo":
-            if self.epsilon_high is None or self.epsilon_high <= 0:
+class LossOptions(_LossFields):
+    """The options of the three loss functions, in one object or as keywords.
+
+    old_logps: (N), the logps of the rollout's weights; None: on-policy, ratio 1.
+    ref_logps: (N), the reference's; None: no KL.
+    weights: (BG), phi >= 0, a factor of the policy term; None: 1.
+    sampler_factor: (N) >= 0, a factor of the policy term: min(exp(old - sampler), C) where the tokens were sampled by
+        another program than computed `old_logps`; None: 1.
+    denominator: 0-dim float tensor, the divisor of the sum; None: this call's completions (`grpo`) or tokens (`bnpo`,
+        `dapo`, `cispo`). `dr_grpo` needs it: completions * max_completion_length, which only the caller can count.
+    beta: KL coefficient. epsilon, epsilon_high: clip to [1 - epsilon, 1 + epsilon_high], epsilon_high None: epsilon.
+    delta: upper bound of the unclipped ratio, above 1 + epsilon_high; None: unbounded.
+    For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is unread.
+
+    Values are checked here, once; `_replace` adds a call's tensors, which the call checks.
+
+    Raises:
+        ValueError: a value that no call can use.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *args, **kwargs) -> Self:
+        o = super().__new__(cls, *args, **kwargs)
+        check_choice("loss_type", o.loss_type, LOSS_TYPES)
+        check_choice("importance_sampling_level", o.importance_sampling_level, LEVELS)
+        if o.beta < 0:
+            raise ValueError(f"beta is {o.beta}; it must not be negative.")
+        if o.loss_type == "cispo":
+            if o.epsilon_high is None or o.epsilon_high <= 0:
                 raise ValueError(
-                    f"epsilon_high is {self.epsilon_high}; 'cispo' needs a positive bound of the ratio. Pass, say, 5.0."
+                    f"epsilon_high is {o.epsilon_high}; 'cispo' needs a positive bound of the ratio. Pass, say, 5.0."
                 )
-            if self.delta is not None:
-                raise ValueError(f"delta is {self.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
-            return self
-        if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}; it must lie between 0 and 1.")
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+            if o.delta is not None:
+                raise ValueError(f"delta is {o.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
+            return o
+        if not 0 <= o.epsilon <= 1:
+            raise ValueError(f"epsilon is {o.epsilon}; it must lie between 0 and 1.")
+        high = o.epsilon if o.epsilon_high is None else o.epsilon_high
         if high < 0:
             raise ValueError(f"epsilon_high is {high}; it must not be negative.")
-        if self.delta is not None and self.delta <= 1 + high:
+        if o.delta is not None and o.delta <= 1 + high:
             raise ValueError(
-                f"delta is {self.delta}; the bound of the unclipped ratio must exceed 1 + epsilon_high = {1 + high}. "
+                f"delta is {o.delta}; the bound of the unclipped ratio must exceed 1 + epsilon_high = {1 + high}. "
                 "Raise delta."
             )
-        return self._replace(epsilon_high=high)
+        return o._replace(epsilon_high=high)
+
+
+def options_of_call(
+    n: int, advantages: Tensor, completion_cu: Tensor, options: LossOptions | None, keywords: dict
+) -> LossOptions:
+    """`options`, or those of `keywords`, for a call that scores n tokens; refuse tensors that do not fit them."""
+    if options is not None and keywords:
+        raise ValueError(f"options and {', '.join(keywords)} are given. Put all of them into options, or leave it out.")
+    o = LossOptions(**keywords) if options is None else options
+    check_tensor("completion_cu", completion_cu, (None,), INTS)
+    completions = completion_cu.shape[0] - 1
+    if completions < 0:
+        raise ValueError("completion_cu is empty; it holds completions + 1 offsets. Pass [0] for no completion.")
+    check_tensor("advantages", advantages, (completions,), FLOATS)
+    shapes = {"old_logps": (n,), "ref_logps": (n,), "sampler_factor": (n,), "weights": (completions,)}
+    for name, shape in (shapes | {"denominator": ()}).items():
+        if (tensor := getattr(o, name)) is not None:
+            check_tensor(name, tensor, shape, FLOATS)
+    if o.loss_type == "dr_grpo" and o.denominator is None:
+        raise ValueError(
+            "loss_type is 'dr_grpo' and denominator is None; it divides by completions * max_completion_length. "
+            "Pass that product as a 0-dim tensor."
+        )
+    return o
 
 
 # The fields of `LossOptions` in their order; the ops take each as an argument.
@@ -123,9 +137,6 @@ class TokenTerms(NamedTuple):
     kl_gain: Tensor  # share of the KL: beta * s_i / denominator
     old_logps: Tensor | None
     ref_logps: Tensor | None
-
-    def rows(self, rows) -> Self:
-        return TokenTerms(*(None if tensor is None else tensor[rows] for tensor in self))
 
 
 class TokenObjective(NamedTuple):
@@ -198,7 +209,7 @@ def grpo_loss_torch(
     logps: Tensor, advantages: Tensor, completion_cu: Tensor, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N), (BG), (BG+1), the fields of `LossOptions` -> loss (), dlogps (N), GrpoStats' scalars (7)."""
-    o, n, dtype = LossOptions(*options), logps.shape[0], accumulation_dtype(logps)
+    o, n, dtype = LossOptions._make(options), logps.shape[0], accumulation_dtype(logps)
     input_dtype, logps = logps.dtype, logps.to(dtype)
     terms, completion, lengths = token_terms(n, dtype, advantages, completion_cu, o)
     log_ratio, by_sequence = None, o.importance_sampling_level == "sequence"
@@ -213,20 +224,22 @@ def grpo_loss_torch(
     # A completion's ratio changes with each of its logps by 1/|o|; cispo's slope is that of each logp by itself.
     spread = by_sequence and o.loss_type != "cispo"
     dlogps = (mean_of_completion(token.dpolicy) if spread else token.dpolicy) + token.dkl
-    return token.loss.sum(), dlogps.to(input_dtype), _scalars(token, n)
-
-
-def _scalars(token: TokenObjective, n: int) -> Tensor:
-    if n == 0:
-        return token.ratio.new_zeros(7)
-    means = torch.stack(
-        [x.to(token.ratio.dtype) for x in (token.kl, token.clip_low, token.clip_high, token.clip_low | token.clip_high)]
-    ).mean(1)
-    return torch.cat([means, torch.stack([token.ratio.amin(), token.ratio.mean(), token.ratio.amax()])])
+    stats = token.ratio.new_zeros(7)
+    if n:
+        shares = token.kl, token.clip_low, token.clip_high, token.clip_low | token.clip_high
+        means = torch.stack([x.to(dtype) for x in shares]).mean(1)
+        stats = torch.cat([means, torch.stack([token.ratio.amin(), token.ratio.mean(), token.ratio.amax()])])
+    return token.loss.sum(), dlogps.to(input_dtype), stats
 
 
 def grpo_loss(
-    logps: Tensor, advantages: Tensor, completion_cu: Tensor, *, backend: str = "auto", **loss_options
+    logps: Tensor,
+    advantages: Tensor,
+    completion_cu: Tensor,
+    *,
+    options: LossOptions | None = None,
+    backend: str = "auto",
+    **loss_options,
 ) -> tuple[Tensor, GrpoStats]:
     """The GRPO loss of N scored tokens in BG completions.
 
@@ -234,7 +247,8 @@ def grpo_loss(
         logps: (N) float, nats; differentiable, once.
         advantages: (BG) float.
         completion_cu: (BG+1) int32 or int64, offsets of each completion's tokens into N; completions may be empty.
-        **loss_options: see `LossOptions`.
+        options: a `LossOptions`; None: made of the keywords.
+        **loss_options: the fields of `LossOptions`.
 
     Returns:
         loss, 0-dim fp32 (fp64 for fp64 logps), and `GrpoStats`, whose entropy is empty.
@@ -243,11 +257,52 @@ def grpo_loss(
         ValueError: a shape, a dtype or an option does not fit; on a CPU also offsets that do not end at N.
     """
     check_tensor("logps", logps, (None,), FLOATS)
-    options = LossOptions(**loss_options).checked(logps.shape[0], advantages, completion_cu)
+    options = options_of_call(logps.shape[0], advantages, completion_cu, options, loss_options)
     triton = is_fast("grpo_loss", backend, logps)
     loss, _, stats = torch.ops.boxgrpo.grpo_loss(logps, advantages, completion_cu, triton, *options)
     logps = logps.detach().to(stats.dtype)
     return loss, GrpoStats(*stats.unbind(), logps, logps.new_empty(0))
+
+
+def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_at: int | None = None) -> None:
+    """An autograd formula for `op`: (loss, `count` gradients of the first inputs, and more without a gradient).
+
+    `triton_at`: the index of the input that is true if Triton ran; then the gradients are scaled in place.
+    """
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.n_inputs, ctx.in_place = len(inputs), triton_at is not None and inputs[triton_at]
+        ctx.save_for_backward(*output[1 : 1 + count])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # otherwise the backward would be given zeros of dweight's size
+
+    op.register_autograd(scale_saved_gradients, setup_context=setup_context)
+
+
+def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
+    """The saved gradients times dloss, and None for the other inputs.
+
+    A copy of them would be as large as the logits. On a CPU they are returned as they are if dloss is 1; in place a
+    kernel reads dloss and writes only if it is not 1. Then a second backward through a retained graph raises.
+    """
+    if dloss is None:  # the graph does not reach the loss
+        return (None,) * ctx.n_inputs
+    eager = type(dloss) is Tensor  # and not traced
+    if ctx.in_place and eager:
+        from .scale_triton import scale_triton as scaled
+    elif eager and dloss.device.type == "cpu":
+        scaled = (lambda gradient, _: gradient) if dloss == 1 else torch.mul
+    else:
+        scaled = scaled_copy
+    saved = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    gradients = [scaled(gradient, dloss) if wanted else None for gradient, wanted in saved]
+    return *gradients, *(None,) * (ctx.n_inputs - len(gradients))
+
+
+def scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """gradient * dloss (0-dim), in gradient's dtype."""
+    # Off the CPU torch.mul would round dloss to the gradient's dtype, and a loss scale of 65536 to infinity.
+    return (gradient.to(dloss.dtype) * dloss).to(gradient.dtype)
 
 
 def _fake(logps, advantages, completion_cu, triton, *options):

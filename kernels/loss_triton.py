@@ -294,6 +294,6 @@ def grpo_loss_triton(logps: Tensor, advantages: Tensor, completion_cu: Tensor, *
     """`grpo_loss_torch` on Triton, for all dtypes but fp64; NaN where the offsets are wrong."""
     dlogps = torch.full_like(logps, float("nan"), memory_format=torch.contiguous_format)
     tokens = torch.full((5, logps.shape[0]), float("nan"), device=logps.device)
-    grpo_launch(logps, advantages, completion_cu, LossOptions(*options), dlogps, tokens).run()
+    grpo_launch(logps, advantages, completion_cu, LossOptions._make(options), dlogps, tokens).run()
     loss, scalars = reduce_triton(tokens)
     return loss, dlogps, scalars

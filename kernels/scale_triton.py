@@ -1,4 +1,4 @@
-"""Triton kernel that scales saved gradients in place; the op's torch twin is `saved_gradients.scaled_copy`."""
+"""Triton kernel that scales saved gradients in place; its torch twin is `loss.scaled_copy`."""
 
 import triton
 import triton.language as tl

@@ -148,10 +148,10 @@ def policy_loss(o, settings: LossOptions, pack: PackedBatch, hidden, weight):
     """The pack's loss and its statistics: the model's head, called with hidden states (N, H) and weight (V, H)."""
     factor = None if pack.sampler_logps is None else sampler_factor(pack, o.vllm_importance_sampling_clip_max)
     tensors = {"old_logps": pack.old_logps, "ref_logps": pack.ref_logps, "weights": pack.weights}
-    options = settings._replace(**tensors, sampler_factor=factor)._asdict()
+    options = settings._replace(**tensors, sampler_factor=factor)
     with named_range("head+loss", len(hidden), len(weight)):
         scored = (pack.targets, pack.advantages, pack.completion_cu)
-        return fused_grpo_loss(hidden, weight, *scored, temperature=o.temperature, **options)
+        return fused_grpo_loss(hidden, weight, *scored, temperature=o.temperature, options=options)
 
 
 def logps(pack: PackedBatch, temperature: float, hidden, weight):

@@ -181,7 +181,7 @@ class EvalOptions(InputOptions):
 
 
 def loss_options(o: GrpoOptions) -> LossOptions:
-    """The kernels' loss options of a run; each pack adds its tensors."""
+    """The kernels' loss options of a run, with checked values; each pack adds its tensors."""
     return LossOptions(
         beta=o.beta,
         epsilon=o.epsilon,
@@ -242,8 +242,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
             f"prompts_per_step is {o.prompts_per_step}; it must divide into {world_size} ranks x "
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {max(parts, 1)}."
         )
-    nothing = torch.empty(0)
-    loss_options(o)._replace(denominator=torch.ones(())).checked(0, nothing, torch.zeros(1, dtype=torch.int32))
+    loss_options(o)  # refuses values that the loss cannot use
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     if o.rollout == "replay" and not o.rollout_file:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from boxgrpo.kernels.chunks import HeadRows
-from boxgrpo.kernels.dispatch import FLOATS, check_head, check_tensor
+from boxgrpo.kernels.chunks import HeadSweep
+from boxgrpo.kernels.dispatch import FLOATS, check_scored_rows, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 
 # Further results (n) of the logits z (n, V) and targets (n), without a gradient.
@@ -70,7 +70,7 @@ def head_logps(
     if bias is None and softcap is None and scale > 0 and not reports:
         found = token_logps(hidden, weight, targets, temperature=temperature / scale, entropy=entropy)
         return dict(zip(("log_probs", "entropy"), found if entropy else (found,), strict=False))
-    check_head(hidden, weight, targets, temperature)
+    check_scored_rows(hidden, targets, temperature, weight)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), FLOATS)
     names = ("log_probs", *(("entropy",) if entropy else ()), *reports)
@@ -82,9 +82,9 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, reports):
-        rows, columns = HeadRows(hidden, weight, 1.0), []
-        for chunk in rows.chunks():
-            z, chosen = logit_map(rows.logits(chunk), bias), targets[chunk]
+        columns = []
+        for rows, product in HeadSweep(hidden, weight).chunks():
+            z, chosen = logit_map(product, bias), targets[rows]
             found = token_logps_from_logits(z, chosen, entropy=entropy)
             columns.append([*(found if entropy else (found,)), *(REPORTS[name](z, chosen) for name in reports)])
         outputs = [torch.cat(column) for column in zip(*columns, strict=True)]
@@ -98,19 +98,19 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx, *upstream):
         hidden, weight, bias, targets = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        rows = HeadRows(hidden, weight, 1.0, want_hidden, want_weight)
-        dbias = rows.new(weight.shape[0]) if want_bias else None
+        sweep = HeadSweep(hidden, weight, want_hidden, want_weight)
+        dbias = weight.new_zeros(weight.shape[0], dtype=sweep.dtype) if want_bias else None
         upstream = upstream[: ctx.n_differentiable]
         live = torch.stack(upstream).any(0)
-        for chunk in rows.chunks(live):
-            product = rows.logits(chunk).requires_grad_()
+        for rows, product in sweep.chunks(live=live):
+            product.requires_grad_()
             with torch.enable_grad():
                 z = ctx.logit_map(product, bias)
-                found = token_logps_from_logits(z, targets[chunk], entropy=ctx.entropy, inplace_backward=True)
-            (dproduct,) = torch.autograd.grad(found, product, tuple(given[chunk] for given in upstream))
+                found = token_logps_from_logits(z, targets[rows], entropy=ctx.entropy, inplace_backward=True)
+            (dproduct,) = torch.autograd.grad(found, product, tuple(given[rows] for given in upstream))
             if want_bias:
                 dbias += dproduct.sum(0)
-            rows.finish_chunk(chunk, live[chunk], dproduct)
-        gradients = zip(rows.results(), (want_hidden, want_weight), strict=True)
+            sweep.add(rows, dproduct)
+        gradients = zip(sweep.results(), (want_hidden, want_weight), strict=True)
         dhidden, dweight = (gradient if want else None for gradient, want in gradients)
         return dhidden, dweight, dbias, None, None, None, None

@@ -1,5 +1,19 @@
 """What Liger 0.8.5 exports: `liger_kernel.transformers.grpo_loss.triton_grpo_loss` and, of `liger_kernel.chunked_loss`,
-`LigerFusedLinearGRPOLoss`. Its loss types sapo, luspo and vespo are refused.
+`LigerFusedLinearGRPOLoss`.
+
+Both take B completions of up to L tokens and raise ValueError where a shape, a dtype or an option does not fit. Their
+common arguments:
+
+    advantages: (B) float.
+    temperature: above 0.
+    beta, lower and upper epsilon: for `cispo` the upper one bounds the ratio itself.
+    delta: upper bound of the unclipped ratio, above 1 + upper epsilon.
+    loss_type: grpo, bnpo, dapo, dr_grpo or cispo. Liger's sapo, luspo and vespo are refused: sapo_… and vespo_… are
+        unread.
+    max_completion_length: `dr_grpo` divides by B times it.
+    use_bias_correction_kl: multiply the KL by the ratio.
+    vllm_is_ratio: (B, L), (B, 1) or (B) float >= 0, a factor of the policy term.
+    num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
 """
 
 from typing import NamedTuple, Self
@@ -24,16 +38,25 @@ class _Objective(NamedTuple):
     use_bias_correction_kl: bool
 
     @classmethod
-    def checked(cls, max_completion_length: int | None, use_bias_correction_kl: bool, **options) -> Self:
+    def checked(
+        cls, beta, epsilon, epsilon_high, delta, loss_type, level, max_completion_length, use_bias_correction_kl
+    ) -> Self:
         """Refuse options that are not Liger's, or loss types that are not ours."""
-        o = LossOptions(**options)
-        if o.loss_type not in LOSS_TYPES:
+        if loss_type not in LOSS_TYPES:
             raise ValueError(
-                f"loss_type is {o.loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
+                f"loss_type is {loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
             )
-        if o.loss_type == "cispo" and o.importance_sampling_level == "sequence":
+        if loss_type == "cispo" and level == "sequence":
             raise ValueError("importance_sampling_level is 'sequence'; 'cispo' takes 'token' only, as in Liger.")
-        return cls(o.with_checked_values(), max_completion_length, use_bias_correction_kl)
+        options = LossOptions(
+            beta=beta,
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
+            delta=delta,
+            loss_type=loss_type,
+            importance_sampling_level=level,
+        )
+        return cls(options, max_completion_length, use_bias_correction_kl)
 
     def denominator(self, mask: Tensor, num_items_in_batch) -> Tensor:
         """The divisor of the sum over tokens, 0-dim fp32; for `grpo` that of the sum over the means of completions."""
@@ -116,61 +139,45 @@ def triton_grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
-    """GRPO from logits, by `token_logps_from_logits`: no copy of the logits.
+    """GRPO from logits, by `token_logps_from_logits`: no copy of the logits, 6·N·V bytes moved in bf16, as by Liger.
 
-    It moves 6·N·V bytes of bf16 logits, as Liger does; the zero gradient of an unscored row is written without reading
-    the row again.
-
-    Args:
+    Args (the others are in the module's docstring):
         logits: (B, L+1, V) float; the last row of each completion is unread.
         old_logp, ref_logp: (B, L) float, nats; old None: on-policy. ref is needed with a beta.
         completion_ids: (B, L) int. completion_mask: (B, L), 0 where a token is not scored; None: all are.
-        advantages: (B) float.
-        temperature: above 0. beta, eps_low, eps_high: for `cispo` eps_high bounds the ratio itself.
         inplace: the backward writes the gradient over the logits, which are lost then.
-        loss_type: grpo, bnpo, dapo, dr_grpo or cispo; without `reduce` the first four give the same.
-        max_completion_length: for `dr_grpo`; None: L.
-        reduce: return the loss and its metrics, and not those of each token.
-        vllm_is_ratio: (B, L), (B, 1) or (B) float, a factor of the policy term.
-        delta: upper bound of the unclipped ratio, above 1 + eps_high.
-        use_bias_correction_kl: multiply the KL by the ratio.
-        num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
-        sapo_…, vespo_…: unread, for those loss types are refused.
+        max_completion_length: None: L.
+        reduce: return the loss and its metrics instead of each token's.
 
     Returns:
         loss, kl (None without a beta) and is_clipped (0 or 1), (B, L) fp32 (fp64 for fp64 logits), 0 where the mask is;
         with `reduce` the loss (0-dim) and [mean kl, if there is a beta, clipped share]. Only a loss is differentiable,
         once, in the logits.
-
-    Raises:
-        ValueError: a shape, a dtype or an option does not fit.
     """
     batch, length = completion_ids.shape
+    longest = length if max_completion_length is None else max_completion_length
     objective = _Objective.checked(
-        length if max_completion_length is None else max_completion_length,
-        use_bias_correction_kl,
-        beta=beta,
-        epsilon=eps_low,
-        epsilon_high=eps_high,
-        delta=delta,
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
+        beta, eps_low, eps_high, delta, loss_type, importance_sampling_level, longest, use_bias_correction_kl
     )
     check_tensor("logits", logits, (batch, length + 1, None), FLOATS)
     mask = _mask(completion_mask, completion_ids)
-    old, ref = _logps("old_logp", old_logp, mask), _logps("ref_logp", ref_logp, mask)
+    old, ref = _checked_logps("old_logp", old_logp, mask), _checked_logps("ref_logp", ref_logp, mask)
     if beta and ref is None:
         raise ValueError(f"ref_logp is None and beta is {beta}; the KL needs the reference's. Pass it, or beta=0.")
-    # Every row is scored, the unread ones too: to leave some out would copy the logits.
-    targets = torch.nn.functional.pad(completion_ids.long().masked_fill(~mask, 0), (0, 1))
+    logps = _logps_of_completions(logits, completion_ids.long().masked_fill(~mask, 0), temperature, inplace)
+    losses = objective.token_losses(logps, old, ref, _factor(vllm_is_ratio, mask), advantages, mask)
+    if reduce:
+        return objective.reduced(losses, mask, num_items_in_batch)
+    loss, kl, clipped = losses
+    return loss, kl if beta else None, clipped
+
+
+def _logps_of_completions(logits: Tensor, ids: Tensor, temperature: float, inplace: bool) -> Tensor:
+    """(B, L+1, V), (B, L) -> (B, L). The last rows are scored too: to leave them out would copy the logits."""
+    targets = torch.nn.functional.pad(ids, (0, 1))
     rows = logits.reshape(-1, logits.shape[-1])
     logps = token_logps_from_logits(rows, targets.flatten(), temperature=temperature, inplace_backward=inplace)
-    logps = logps.view_as(targets)[:, :-1]
-    factor = _factor(vllm_is_ratio, mask)
-    loss, kl, clipped = objective.token_losses(logps, old, ref, factor, advantages, mask)
-    if reduce:
-        return objective.reduced((loss, kl, clipped), mask, num_items_in_batch)
-    return loss, kl if beta else None, clipped
+    return logps.view_as(targets)[:, :-1]
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
@@ -178,16 +185,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     With a bias or use_bias_correction_kl it uses log-probabilities instead: 8·N·V·H FLOP in place of 6.
 
-    Args:
-        beta, epsilon_low, epsilon_high, delta: for `cispo` epsilon_high bounds the ratio itself.
+    Args (the others are in the module's docstring):
+        compiled, chunk_size: unread; they tune Liger's code.
         use_ref_model: with False the reference arguments of a call are unread and the KL is 0.
-        loss_type: grpo, bnpo, dapo, dr_grpo or cispo.
         max_completion_length: needed by `dr_grpo`.
-        temperature: above 0.
-        compiled, chunk_size: unread; they tune Liger's code. sapo_…, vespo_…: unread, for those loss types are refused.
-
-    Raises:
-        ValueError: an option does not fit.
     """
 
     def __init__(
@@ -213,14 +214,14 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     ):
         super().__init__()
         self.objective = _Objective.checked(
+            beta,
+            epsilon_low,
+            epsilon_high,
+            delta,
+            loss_type,
+            importance_sampling_level,
             max_completion_length,
             use_bias_correction_kl,
-            beta=beta,
-            epsilon=epsilon_low,
-            epsilon_high=epsilon_high,
-            delta=delta,
-            loss_type=loss_type,
-            importance_sampling_level=importance_sampling_level,
         )
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length is None; 'dr_grpo' divides by it. Pass it.")
@@ -242,67 +243,59 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss and metrics of B completions of up to T tokens.
+        """Loss and metrics of a batch.
 
-        Args:
-            _input: (B, T, H) float, hidden states; row t predicts selected_token_ids[:, t].
+        Args (the others are in the module's docstring):
+            _input: (B, L, H) float, hidden states; row t predicts selected_token_ids[:, t].
             lin_weight: (V, H) float. bias: (V) float.
-            selected_token_ids: (B, T) int. attention_mask: (B, T), 0 where a token is not scored.
-            advantages: (B) float.
-            ref_per_token_logps, old_per_token_logps: (B, T) float, nats; old None: on-policy.
+            selected_token_ids: (B, L) int. attention_mask: (B, L), 0 where a token is not scored.
+            ref_per_token_logps, old_per_token_logps: (B, L) float, nats; old None: on-policy.
             ref_input, ref_weight, ref_bias: of the reference, where its logps are not given.
-            vllm_is_ratio: (B, T), (B, 1) or (B) float >= 0, a factor of the policy term.
-            num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
 
         Returns:
             loss, 0-dim fp32 (fp64 for fp64 inputs), differentiable once in _input, lin_weight and bias; and
             (mean kl, if there is a beta, clipped share).
-
-        Raises:
-            ValueError: a shape, a dtype or an option does not fit.
         """
         objective, o = self.objective, self.objective.options
         mask = _mask(attention_mask, selected_token_ids)
         check_tensor("_input", _input, (*mask.shape, None), FLOATS)
         targets, weight = selected_token_ids.long()[mask], lin_weight.to(_input.dtype)
-        old = _logps("old_per_token_logps", old_per_token_logps, mask)
-        ref = None
-        if self.use_ref_model:
-            if ref_per_token_logps is None and ref_input is None:
-                raise ValueError(
-                    "use_ref_model is True; pass ref_per_token_logps or ref_input, or use_ref_model=False."
-                )
-            ref = _logps("ref_per_token_logps", ref_per_token_logps, mask)
-            if ref is None and o.beta:
-                ref = self._reference(ref_input, ref_weight, ref_bias, targets, mask)
+        old = _checked_logps("old_per_token_logps", old_per_token_logps, mask)
+        ref = self._reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, targets, mask)
         factor = _factor(vllm_is_ratio, mask)
-        if bias is None and not (o.beta and objective.use_bias_correction_kl):
-            o = o._replace(
-                old_logps=None if old is None else old[mask],
-                ref_logps=ref[mask] if ref is not None and o.beta else None,
-                sampler_factor=None if factor is None else factor[mask],
-                denominator=objective.denominator(mask, num_items_in_batch),
-            )
-            completion_cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-            rest = targets, advantages, completion_cu
-            loss, stats = fused_grpo_loss(_input[mask], weight, *rest, temperature=self.temperature, **o._asdict())
-            return loss, (*((stats.kl,) if o.beta else ()), stats.clip_region)
-        logps = self._scored(_input, weight, bias, targets, mask)
-        losses = objective.token_losses(logps, old, ref, factor, advantages, mask)
-        loss, metrics = objective.reduced(losses, mask, num_items_in_batch)
-        return loss, tuple(metrics)
+        if bias is not None or (o.beta and objective.use_bias_correction_kl):
+            logps = self._logps(_input, weight, bias, targets, mask)
+            losses = objective.token_losses(logps, old, ref, factor, advantages, mask)
+            loss, metrics = objective.reduced(losses, mask, num_items_in_batch)
+            return loss, tuple(metrics)
+        o = o._replace(
+            old_logps=None if old is None else old[mask],
+            ref_logps=None if ref is None or not o.beta else ref[mask],
+            sampler_factor=None if factor is None else factor[mask],
+            denominator=objective.denominator(mask, num_items_in_batch),
+        )
+        rest = targets, advantages, torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        loss, stats = fused_grpo_loss(_input[mask], weight, *rest, temperature=self.temperature, options=o)
+        return loss, (*((stats.kl,) if o.beta else ()), stats.clip_region)
 
-    def _scored(self, hidden, weight, bias, targets, mask) -> Tensor:
-        """logps (B, T), 0 where `mask` is false."""
+    def _logps(self, hidden, weight, bias, targets, mask) -> Tensor:
+        """(B, L), 0 where `mask` is false."""
         logps = head_logps(hidden[mask], weight, targets, bias=bias, logit_map=LogitMap(self.temperature))["log_probs"]
         return torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
 
     @torch.no_grad()
-    def _reference(self, hidden, weight, bias, targets, mask) -> Tensor:
+    def _reference(self, logps, hidden, weight, bias, targets, mask) -> Tensor | None:
+        """The reference's logps (B, L), given or of its hidden states; None if they are not needed."""
+        if not self.use_ref_model:
+            return None
+        if logps is None and hidden is None:
+            raise ValueError("use_ref_model is True; pass ref_per_token_logps or ref_input, or use_ref_model=False.")
+        if logps is not None or not self.objective.options.beta:
+            return _checked_logps("ref_per_token_logps", logps, mask)
         check_tensor("ref_input", hidden, (*mask.shape, None), FLOATS)
         if weight is None:
             raise ValueError("ref_weight is None; ref_input needs the reference's head. Pass it.")
-        return self._scored(hidden, weight.to(hidden.dtype), bias, targets, mask)
+        return self._logps(hidden, weight.to(hidden.dtype), bias, targets, mask)
 
 
 def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
@@ -314,7 +307,7 @@ def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
     return mask != 0
 
 
-def _logps(name: str, logps: Tensor | None, mask: Tensor) -> Tensor | None:
+def _checked_logps(name: str, logps: Tensor | None, mask: Tensor) -> Tensor | None:
     if logps is not None:
         check_tensor(name, logps, tuple(mask.shape), FLOATS)
     return logps

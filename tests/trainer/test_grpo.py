@@ -120,9 +120,9 @@ def seen_by_the_loss(monkeypatch) -> list[tuple]:
     """Arguments and options of every call of the loss from here on."""
     seen = []
 
-    def door(*args, **options):
-        seen.append((args, options))
-        return fused_grpo_loss(*args, **options)
+    def door(*args, temperature, options):
+        seen.append((args, options._asdict() | {"temperature": temperature}))
+        return fused_grpo_loss(*args, temperature=temperature, options=options)
 
     monkeypatch.setattr(grpo, "fused_grpo_loss", door)
     return seen
