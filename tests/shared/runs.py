@@ -72,6 +72,21 @@ def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:
     return GrpoOptions(**values | changes)
 
 
+def sft_options(world: Path, name: str, **changes) -> SftOptions:
+    """Six supervised steps from the newborn model into `world / name`."""
+    values = {
+        "model": str(world / "newborn"),
+        "data": str(world / "world/cold_start.json"),
+        "output_dir": str(world / name),
+        "max_steps": 6,
+        "train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "freeze_vision": False,
+        "dataloader_num_workers": 0,
+    }
+    return SftOptions(**values | changes)
+
+
 def eval_options(newborn, record_file, **changes) -> EvalOptions:
     """A short evaluation of `record_file` into eval/ beside it."""
     values = {"model": str(newborn), "data": str(record_file), "output_dir": str(record_file.parent / "eval")}
