@@ -51,9 +51,9 @@ BUDGET = {
     "trainer/profiling": 370,
     "trainer/recipes": 200,
     "trainer/rewards": 65,
-    "trainer/rollout": 505,
+    "trainer/rollout": 470,
     "trainer/runtime": 1000,
-    "trainer/step": 285,
+    "trainer/step": 275,
     "trainer/world": 775,
 }
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}

@@ -21,13 +21,12 @@ from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, loss_options, validate_grpo
 from boxgrpo.trainer.rewards.grounding import score, step_rewards
-from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
-from boxgrpo.trainer.rollout.choose import make_rollout
-from boxgrpo.trainer.rollout.local import PrefetchedBatches
+from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
+from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
+from boxgrpo.trainer.rollout.vllm import VllmRollout
 from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
-from boxgrpo.trainer.step.balance import balance_across_ranks
 from boxgrpo.trainer.step.metrics import (
     completion_metrics,
     completion_table,
@@ -35,7 +34,7 @@ from boxgrpo.trainer.step.metrics import (
     policy_metrics,
     sampling_metrics,
 )
-from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit, trained_groups
+from boxgrpo.trainer.step.pack import balance_across_ranks, make_packs, run_packs_that_fit, trained_groups
 from boxgrpo.trainer.world import recipe
 
 
@@ -48,11 +47,10 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     policy, engine, progress = run.policy, run.engine, run.progress
     vocabulary = hooks.vocabulary(Vocabulary.of(run.processor, policy.config, r.device))
     sharded = engine.shards_weights and not o.ds3_gather_for_generation
-    chosen = {"stored": progress.rollout_bytes, "sharded": sharded}
-    rollout = make_rollout(o, run.processor, vocabulary, policy, run.examples, r, **chosen)
+    rollout = make_rollout(run, vocabulary, sharded=sharded)
     loader = run.begin("grpo", run.processor.prompt)
-    early = False if engine.shards_weights else None
-    batches = PrefetchedBatches(loader, policy, frozen=o.freeze_vision, early=early, sharded=sharded)
+    embed = partial(embed_images, policy, sharded=sharded) if o.freeze_vision else None
+    batches = PrefetchedBatches(loader, embed, early=r.device.type == "cuda" and not engine.shards_weights)
     cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
     make = partial(make_packs, engine, cost, policy.config.image_token_id)
     loss_settings = loss_options(o)
@@ -92,6 +90,16 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
         run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, more=more)
         if o.log_completions and step % o.log_completions == 0:
             run.report.table(f"step {step}", *completion_table(run.processor, groups, rewards.accuracy))
+
+
+def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
+    """Completions replayed from a file, sampled by vLLM, or sampled by the policy itself, `sharded` or not."""
+    o = run.options
+    if o.rollout == "replay":
+        return ReplayRollout(o)
+    if o.rollout == "vllm":
+        return VllmRollout(o, run.processor, vocabulary, run.policy, run.examples.most_images)
+    return LocalRollout(o, vocabulary, run.ranks, run.progress.rollout_bytes, sharded=sharded)
 
 
 def update_gradients(run: Run, settings: LossOptions, packs: list[PackedBatch]):

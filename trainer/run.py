@@ -106,7 +106,17 @@ class Run:
         """Claim the output folder and start the report; the stream of records, prepared, from where the run stands."""
         o, r, progress = self.options, self.ranks, self.progress
         self.folder = claim_output_dir(o, r, self.found, progress.metrics_bytes)
-        self.loader = make_loader(self.examples, prepare, self.batch_size // r.world_size, o, r, progress)
+        self.loader = Loader(
+            self.examples,
+            prepare,
+            batch_size=self.batch_size // r.world_size,
+            seed=o.seed,
+            workers=o.dataloader_num_workers,
+            rank=r.rank,
+            world_size=r.world_size,
+            start=progress.position,
+        )
+        self.loader.faults |= progress.faults
         self.report = Reporter(self.folder, r, self.total_steps, title, start=progress.step)
         self.logged = progress.step
         return self.loader
@@ -219,21 +229,3 @@ def frozen_copy(policy: Qwen2VL, *, share_vision: bool) -> Qwen2VL:
 def total_steps(options: DataOptions, examples: int, per_step: int) -> int:
     """Optimizer steps of the run: `max_steps`, or as many as the epochs take."""
     return options.max_steps if options.max_steps > 0 else max(1, round(options.num_train_epochs * examples / per_step))
-
-
-def make_loader(
-    examples, prepare, per_rank: int, options: DataOptions, r: Ranks, progress: Progress | None = None
-) -> Loader:
-    """The stream of prepared examples, from the position of `progress`."""
-    loader = Loader(
-        examples,
-        prepare,
-        batch_size=per_rank,
-        seed=options.seed,
-        workers=options.dataloader_num_workers,
-        rank=r.rank,
-        world_size=r.world_size,
-        start=progress.position if progress else 0,
-    )
-    loader.faults |= progress.faults if progress else {}
-    return loader

@@ -18,9 +18,8 @@ from boxgrpo.trainer.options import SftOptions, validate_sft
 from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
-from boxgrpo.trainer.step.balance import balance_across_ranks
 from boxgrpo.trainer.step.metrics import sft_flop
-from boxgrpo.trainer.step.pack import make_packs, run_packs_that_fit
+from boxgrpo.trainer.step.pack import balance_across_ranks, make_packs, run_packs_that_fit
 
 
 def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:

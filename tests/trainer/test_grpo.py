@@ -46,9 +46,11 @@ def test_sft_learns_and_says_so(world, cold):
     }
 
 
-def test_grpo_reports_under_trls_names(world, cold, capsys):
-    grpo.train(grpo_options(world, cold, "names", log_completions=1, max_steps=1), Ranks())
+def test_grpo_reports_under_trls_names(world, cold, capsys, monkeypatch):
+    monkeypatch.setattr(grpo, "grpo_flop", lambda *_: 3e9)
+    grpo.train(grpo_options(world, cold, "names", log_completions=1, max_steps=1, peak_tflops=0.5), Ranks())
     (metrics,) = lines(world / "names")
+    assert metrics["perf/mfu"] == pytest.approx(3e9 / (metrics["step_time"] * 0.5e12))
     expected = """loss grad_norm learning_rate epoch num_tokens step_time reward reward_std frac_reward_zero_std
         rewards/accuracy/mean rewards/accuracy/std rewards/format/mean rewards/format/std completions/mean_length
         completions/min_length completions/max_length completions/clipped_ratio kl entropy clip_ratio/low_mean

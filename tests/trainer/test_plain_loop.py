@@ -8,13 +8,13 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from boxgrpo.trainer import demo, grpo, sft
+from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.rewards.grounding import score
 from boxgrpo.trainer.rollout.base import Vocabulary
 from boxgrpo.trainer.rollout.local import ReplayRollout
-from boxgrpo.trainer.run import make_loader
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 STEPS, PROMPTS, GENERATIONS = 20, 2, 4
@@ -65,7 +65,7 @@ def plain_steps(o) -> list[tuple[float, float]]:
     processor = Processor.from_pretrained(o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels)
     vocabulary = Vocabulary.of(processor, policy.config, "cpu")
     examples, _ = read_usable(o, needs="gold")
-    batches = iter(make_loader(examples, processor.prompt, o.prompts_per_step, o, Ranks()))
+    batches = iter(Loader(examples, processor.prompt, batch_size=o.prompts_per_step, seed=o.seed, workers=0))
     replay = ReplayRollout(o)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=o.learning_rate, betas=(0.9, o.adam_beta2), weight_decay=o.weight_decay)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,28 +201,23 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
 
 
 class PrefetchedBatches:
-    """The loader's groups; with a frozen tower also the embeddings of their images.
+    """The loader's groups and the embeddings of their images by a frozen tower.
 
-    On a GPU the tower computes the next step's images on a stream of its own while this step decodes, which leaves the
-    matrix units nearly idle. On a CPU they are computed when they are needed.
+    Embedding early, a GPU computes the next step's images on a stream of their own while this step decodes, which
+    leaves the matrix units nearly idle.
 
     Args:
-        early: whether to compute ahead; None: on a GPU. Not where the tower's weights are gathered for a while only.
-        sharded: whether ranks synchronise in the tower's layers.
+        embed: gives groups their embeddings; None: a trained tower, which runs in every pack.
+        early: whether to embed ahead.
 
     Attributes:
         position: the loader's, without the groups taken ahead: where to go on after a restart.
     """
 
-    def __init__(
-        self, loader: Loader, policy: Qwen2VL, *, frozen: bool, early: bool | None = None, sharded: bool = False
-    ):
-        self.loader, self.frozen = loader, frozen
+    def __init__(self, loader: Loader, embed: Callable[[list[Group]], list[Group]] | None, *, early: bool):
+        self.loader, self.embed_images, self.early = loader, embed, early and embed is not None
         self.position = loader.position
-        on_gpu = policy.device.type == "cuda"
-        self.early = frozen and (on_gpu if early is None else early)
-        self.stream = torch.cuda.Stream(policy.device) if on_gpu and self.early else None
-        self._embed = functools.partial(embed_images, policy, sharded=sharded)
+        self.stream = torch.cuda.Stream() if self.early and torch.cuda.is_available() else None
         self._batches = iter(loader)
         self._ahead: list[Group] | None = None
 
@@ -231,17 +226,14 @@ class PrefetchedBatches:
         groups, self._ahead = self._ahead, None
         if groups is None:
             groups = next(self._batches)
-            groups = self._embed(groups) if self.early else groups
+            groups = self.embed_images(groups) if self.early else groups
         self.position = self.loader.position
         return groups
 
     def embed(self, groups: list[Group]) -> list[Group]:
-        """The groups with embeddings, none with a trained tower, which runs in every pack; then starts the next step's.
-
-        A group whose images do not fit into memory is left out and named.
-        """
+        """The groups with their embeddings; those of the next step are begun."""
         if not self.early:
-            return self._embed(groups) if self.frozen else groups
+            return self.embed_images(groups) if self.embed_images else groups
         if self.stream:
             here = torch.cuda.current_stream()
             here.wait_stream(self.stream)
@@ -250,5 +242,5 @@ class PrefetchedBatches:
                     group.image_embeds.record_stream(here)
             self.stream.wait_stream(here)  # the first time, for the weights
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            self._ahead = self._embed(next(self._batches))
+            self._ahead = self.embed_images(next(self._batches))
         return groups

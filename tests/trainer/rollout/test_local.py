@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from functools import partial
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,9 @@ from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.vocabulary import qwen2_tokenizer
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import score
-from boxgrpo.trainer.rollout import local
 from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -164,14 +166,11 @@ def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, 
     assert len(drawn) > 0.8 * rows and not drawn & expected
 
 
-def test_completions_end_where_the_tokenizer_says(vocabulary, processor):
-    """Qwen's generation_config is never asked: it is not even there."""
+def test_the_vocabulary_is_the_tokenizers_and_as_large_as_the_head(vocabulary, processor, model):
+    """Completions end at the tokenizer's end tokens; generation_config is not read: it is not even there."""
     assert processor.tokenizer.convert_ids_to_tokens(list(vocabulary.eos_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
     roles = unpacked(vocabulary.bytes.entries)[2]
     assert (roles == EOS).nonzero()[:, 0].tolist() == sorted(vocabulary.eos_token_ids)
-
-
-def test_the_reward_reads_every_id_the_head_can_give(vocabulary, model):
     assert len(vocabulary.bytes.entries) == model.config.text_config.vocab_size
 
 
@@ -232,8 +231,16 @@ def test_the_correction_by_hand():
     torch.testing.assert_close(sampler_factor(pack, cap=2.5), torch.tensor([2.0, 0.5, 2.5, 1.0]))
 
 
-def test_scores_by_hand(processor, vocabulary):
+@pytest.mark.parametrize("kind", ["demo", "qwen2"])
+def test_scores_by_hand(processor, kind, request):
     """Two prompts with two completions each, prompt after prompt, every one against its own prompt's gold box."""
+    rows = len(processor.tokenizer)
+    if kind == "qwen2":  # whose tokens have parts of several marks: `)</`, `),`
+        merges = request.getfixturevalue("shared") / "data/qwen2_tokenizer/merges.txt"
+        processor = Processor(qwen2_tokenizer(merges), processor.image_processor, min_pixels=784, max_pixels=784)
+        rows = 151_936
+    config = SimpleNamespace(text_config=SimpleNamespace(vocab_size=rows))
+    vocabulary = Vocabulary.of(processor, config, "cpu")
 
     def answered(gold, answer_format, *texts):
         example = Example("0", "diff", (), "Where?", gold, answer_format=answer_format)
@@ -261,28 +268,28 @@ def test_scores_by_hand(processor, vocabulary):
     assert rewards.boxes[0].tolist() == [250, 0, 750, 500] and rewards.boxes[2].tolist() == [100, 100, 300, 200]
 
 
+def batches_of(prompts, embed, *, early) -> PrefetchedBatches:
+    """Batches of two groups, endlessly."""
+    examples = [SimpleNamespace(prompt=prompt, source=f"data#{i}") for i, prompt in enumerate(prompts)]
+    return PrefetchedBatches(
+        Loader(examples, attrgetter("prompt"), batch_size=2, seed=1, workers=0), embed, early=early
+    )
+
+
 @pytest.fixture
-def embedded(monkeypatch):
-    """The serial numbers that the tower was given, call by call; its embedding of a prompt is the prompt."""
+def embedding():
+    """A function for `PrefetchedBatches`, to which a prompt is its own embedding, and the serial numbers it gets."""
     calls = []
 
-    def embed(policy, groups, *, sharded=False):
+    def embed(groups):
         calls.append([g.serial for g in groups])
         return [dataclasses.replace(g, image_embeds=g.prompt) for g in groups]
 
-    monkeypatch.setattr(local, "embed_images", embed)
-    return calls
+    return embed, calls
 
 
-def batches_of(policy, **options) -> PrefetchedBatches:
-    examples = [SimpleNamespace(number=i, source=f"data#{i}") for i in range(5)]
-    loader = Loader(examples, lambda e: torch.tensor(e.number), batch_size=2, seed=1, workers=0)
-    return PrefetchedBatches(loader, policy, **options)
-
-
-def test_the_same_groups_with_their_own_embeddings(twins, embedded):
-    plain = batches_of(twins("tiny")[0], frozen=True, early=False)
-    early = batches_of(twins("tiny")[0], frozen=True, early=True)
+def test_groups_have_their_own_embeddings_early_or_not(embedding):
+    plain, early = (batches_of(range(5), embedding[0], early=early) for early in (False, True))
     for step in range(1, 5):
         for batches in (plain, early):
             groups = batches.embed(batches.next())
@@ -292,35 +299,30 @@ def test_the_same_groups_with_their_own_embeddings(twins, embedded):
     assert early.loader.position == 10, "one step more was taken than given out"
 
 
-def test_the_next_images_are_computed_before_they_are_needed(twins, embedded):
-    batches = batches_of(twins("tiny")[0], frozen=True, early=True)
-    batches.embed(batches.next())
-    assert embedded == [[0, 1], [2, 3]]
-    batches.next()
-    assert len(embedded) == 2
-
-
-def test_a_cpu_computes_no_image_early(twins, embedded):
-    batches = batches_of(twins("tiny")[0], frozen=True)
+@pytest.mark.parametrize(
+    ("early", "first", "then"), [(True, [[0, 1]], [[0, 1], [2, 3]]), (False, [], [[0, 1]])], ids=["early", "in time"]
+)
+def test_when_images_are_embedded(embedding, early, first, then):
+    embed, calls = embedding
+    batches = batches_of(range(5), embed, early=early)
     groups = batches.next()
-    assert embedded == []
+    assert calls == first
     batches.embed(groups)
-    assert embedded == [[0, 1]] and batches.loader.position == 2
+    batches.next()
+    assert calls == then
 
 
-def test_a_trained_tower_runs_in_every_pack(twins, embedded):
-    batches = batches_of(twins("tiny")[0], frozen=False)
-    assert [g.image_embeds for g in batches.embed(batches.next())] == [None, None] and embedded == []
+def test_a_trained_tower_runs_in_every_pack():
+    batches = batches_of(range(5), None, early=True)
+    assert [g.image_embeds for g in batches.embed(batches.next())] == [None, None]
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_embeddings_of_a_stream_of_its_own_are_the_towers(twins, make_prompt):
     model = twins("tiny")[0].cuda()
     try:
-        grids = [(1, 4, 8), (1, 6, 4)]
-        examples = [SimpleNamespace(prompt=make_prompt(grids, seed=i), source=f"data#{i}") for i in range(6)]
-        loader = Loader(examples, lambda e: e.prompt, batch_size=2, seed=1, workers=0)
-        batches = PrefetchedBatches(loader, model, frozen=True)
+        prompts = [make_prompt([(1, 4, 8), (1, 6, 4)], seed=i) for i in range(6)]
+        batches = batches_of(prompts, partial(embed_images, model), early=True)
         for _ in range(3):
             for group in batches.embed(batches.next()):
                 alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)

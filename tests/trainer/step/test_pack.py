@@ -14,8 +14,14 @@ from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.step.balance import balance_across_ranks, plan_moves
-from boxgrpo.trainer.step.pack import Budget, make_packs, run_packs_that_fit, trained_groups
+from boxgrpo.trainer.step.pack import (
+    Budget,
+    balance_across_ranks,
+    make_packs,
+    plan_moves,
+    run_packs_that_fit,
+    trained_groups,
+)
 from runs import finish, start
 
 
@@ -65,7 +71,7 @@ def test_one_rank_keeps_its_groups():
 THREE_RANKS = """
 import json, sys, torch
 from boxgrpo.model.batch import Group, Prompt
-from boxgrpo.trainer.step.balance import balance_across_ranks
+from boxgrpo.trainer.step.pack import balance_across_ranks
 from boxgrpo.trainer.runtime.ranks import ranks
 
 with ranks() as r:
