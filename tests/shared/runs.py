@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import forked
@@ -130,6 +131,17 @@ def start(script, options, ranks: int = 2, launch=("--standalone",), **environme
 def start_forked(script, options, ranks: int = 2) -> forked.Run:
     """`start` in a fraction of its time, without torchrun."""
     return forked.fork(script, flags(options), ranks)
+
+
+def wait_for(run, condition, seconds: float = 100) -> bool:
+    """Until the condition holds; False when the run ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if run.poll() is not None:
+            return False
+        assert time.monotonic() < end, "the condition was never met"
+        time.sleep(0.01)
+    return True
 
 
 def finish(run: subprocess.Popen | forked.Run, timeout: float = 200) -> str:

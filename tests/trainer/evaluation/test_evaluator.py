@@ -1,9 +1,9 @@
 """The evaluator: every usable record is answered once, killed or not; answers from elsewhere are scored alike."""
 
+import dataclasses
 import json
 import re
 import shutil
-import time
 
 import pytest
 from PIL import Image
@@ -14,7 +14,7 @@ from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluator import main
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, eval_options, finish, start
+from runs import ROOT, eval_options, finish, flags, start_forked, wait_for
 
 
 @pytest.mark.parametrize(
@@ -135,33 +135,22 @@ def test_two_killed_processes_resume(newborn, tmp_path):
     options.max_completion_length = 24
     folder = tmp_path / "eval"
 
-    run = start(ROOT / "trainer/evaluator.py", options)
-    while sum(map(len, answered(folder))) < 4:
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.01)
+    run = start_forked(ROOT / "trainer/evaluator.py", options)
+    assert wait_for(run, lambda: sum(map(len, answered(folder))) >= 4)
     kill(run)
     before = answered(folder)
     assert 4 <= sum(map(len, before)) < 60 and not (folder / "results.json").exists()
-    out = finish(start(ROOT / "trainer/evaluator.py", options))
+    out = finish(start_forked(ROOT / "trainer/evaluator.py", options))
     assert f"{sum(map(len, before))} answers are there already" in out
     after = answered(folder)
     assert sorted(n for part in after for n in part) == list(range(60))
     assert all(now[: len(then)] == then for now, then in zip(after, before))
-    alone = evaluate(
-        eval_options(newborn, tmp_path / "records.json", **vars(options) | {"output_dir": str(tmp_path / "alone")}),
-        Ranks(),
-    )
+    alone = evaluate(dataclasses.replace(options, output_dir=str(tmp_path / "alone")), Ranks())
     assert results_of(folder)["summary"] == alone
     assert results_of(folder)["answers"] == results_of(tmp_path / "alone")["answers"]
 
 
-CHOICES = {
-    "task": "person_reid",
-    "options": "A: The second image\nB: The third image",
-    "question": "Please retrieve the most similar person to the query in the candidate.",
-    "context": "Select from the following choices.\nA: The second image\nB: The third image",
-    "output": "A",
-}
+CHOICES = {"task": "person_reid", "options": "A: The second image\nB: The third image", "question": "Which is alike?"}
 
 
 def test_multiple_choice_is_scored_by_its_own_module(newborn, tmp_path, capsys):
@@ -172,9 +161,7 @@ def test_multiple_choice_is_scored_by_its_own_module(newborn, tmp_path, capsys):
     (tmp_path / "answers.json").write_text(json.dumps(["<think>B?</think><answer>A</answer>", "The answer is A."]))
 
     def scored(**changes) -> dict:
-        options = eval_options(newborn, tmp_path / "all.json", bench="mmiu", **changes)
-        lists = ["--data", *options.data]
-        main([*(f"--{k}={v}" for k, v in vars(options).items() if v != "" and k != "data"), *lists, "--json=-"])
+        main([*flags(eval_options(newborn, tmp_path / "all.json", bench="mmiu", **changes)), "--json=-"])
         return json.loads(capsys.readouterr().out)
 
     assert scored()["mean"] == 0 and len(results_of(tmp_path / "eval")["answers"]) == 2

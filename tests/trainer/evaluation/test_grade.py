@@ -1,7 +1,6 @@
 """Scores on real records: gold scores 100, a wrong box costs its own task alone, another scorer finds the same."""
 
 import dataclasses
-import re
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.evaluation.grade import bootstrap, grade_texts, summarize
 from boxgrpo.trainer.evaluation.report import scores_table
-from scoring import scored_by_counting, text, varied_answers
+from scoring import text
 
 GOLD = (200.0, 200.0, 600.0, 600.0)
 WHOLE = Example("0", "region", (), "Where?", (0.0, 0.0, 1000.0, 1000.0), source="data.json#0")
@@ -102,18 +101,6 @@ def test_an_iou_of_exactly_a_half_is_not_above_it():
     narrower = dataclasses.replace(WHOLE, gold=(0.0, 0.0, 999.999999, 1000.0))
     (graded,) = grade_texts([narrower], [text((0, 0, 500, 1000))])
     assert 0.5 < graded["iou"] < 0.5 + 1e-8, "fp32 would say 0.5"
-
-
-def test_scores_are_those_of_an_independent_scorer(real):
-    texts = varied_answers(real)
-    assert any(int(n) > 1000 for answered in texts for n in re.findall(r"\d+", answered))
-    summary, expected = summarize(grade_texts(real, texts)), scored_by_counting(real, texts)
-    assert summary["tasks"].keys() == expected.keys()
-    for task, (accuracy, iou) in expected.items():
-        assert summary["tasks"][task]["accuracy_at_0.5"] == pytest.approx(accuracy)
-        assert summary["tasks"][task]["mean_iou"] == pytest.approx(iou, abs=1e-6)
-    assert summary["accuracy_at_0.5"] == pytest.approx(np.mean([a for a, _ in expected.values()]))
-    assert 0.2 < summary["accuracy_at_0.5"] < 0.9  # the answers tell something
 
 
 def test_iou_of_well_formed_answers_leaves_the_others_out():

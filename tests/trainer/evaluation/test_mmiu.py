@@ -9,8 +9,6 @@ from boxgrpo.trainer.evaluation.mmiu import ANSWER_SUFFIX, grade, read, score
 # As FanqingM/MMIU-Benchmark publishes them: every task spells its options and its context a little differently.
 FORENSIC = {
     "task": "forensic_detection_blink",
-    "visual_input_component": "natural image and synthetic image",
-    "source": "blink",
     "options": "A: the first image\nB: the second image\nC: the third image\nD: the fourth image",
     "question": "Which image is most likely to be a real photograph?",
     "context": "You are a judge in a photography competition.\nSelect from the following choices.\nA: the first image\n"
@@ -20,8 +18,6 @@ FORENSIC = {
 }
 REID = {
     "task": "person_reid",
-    "visual_input_component": "['natural_image']",
-    "source": "market_1501",
     "options": "A: The second image\nB: The third image",
     "question": "Please retrieve the most similar person to the query in the candidate.",
     "context": "Select from the following choices.\nA: The second image\nB: The third image",

@@ -52,7 +52,7 @@ def answer(question, *, shift=0.0):
     )
 
 
-def test_every_image_is_asked_for_every_category(write):
+def test_every_image_is_asked_for_every_category(write, tmp_path):
     folder = write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL)
     questions, faults = read(folder, None)
     assert [(q.task, q.image_id, q.category, len(q.truth)) for q in questions] == [
@@ -64,38 +64,27 @@ def test_every_image_is_asked_for_every_category(write):
     assert questions[0].images == (str(folder / "pistols/export/a.jpg"),), "where GLIP unpacks the set"
     assert [q.source for q in questions[1:3]] == ["pistols#1/1", "thermalDogsAndPeople#4/1"]
     assert len({q.source for q in questions}) == 4
-    assert (
-        len(SETS) == 13 and len(faults) == 11 and {f.reason for f in faults} == {"no_annotations"}
-    )  # the sets that are not there
-
-
-def test_the_prompt_is_the_whole_turn_of_the_user(write):
-    """`Processor.prompt` adds its own request for one box to a question without turns."""
-    question = read(write(pistols=PISTOLS), None)[0][0]
-    assert question.question == (
+    assert len(SETS) == 13 and [f.reason for f in faults] == ["no_annotations"] * 11
+    assert questions[0].question == (
         "Locate every pistol in the image. First output the thinking process in <think> </think> tags"
         " and then output the bounding boxes in <answer> </answer> tags."
     )
-    assert question.turns == (("user", question.question),)
+    # `Processor.prompt` adds its own request for one box to a question without turns.
+    assert questions[0].turns == (("user", questions[0].question),)
 
 
-def test_one_file_is_a_set_of_its_own(write, tmp_path):
-    folder = write(pistols=PISTOLS)
-    questions, faults = read(folder / SETS["pistols"], tmp_path / "photos")
-    assert not faults and {q.task for q in questions} == {"pistols"}
+def test_images_stay_under_their_root(write, tmp_path):
+    """In the sets' own layout; one file is a set of its own, and its images are in the root itself."""
+    images = [*PISTOLS["images"], {"id": 2, "file_name": "../../../secret.jpg", "height": 1, "width": 1}]
+    folder = write(pistols=PISTOLS | {"images": images})
+    questions, faults = read(folder, tmp_path)
+    assert questions[0].images == (str(tmp_path / "pistols/export/a.jpg"),) and len(questions) == 2
+    assert ("pistols/images#2", "image_outside_root") in {(f.source, f.reason) for f in faults}
+    questions, _ = read(folder / SETS["pistols"], tmp_path / "photos")
+    assert {q.task for q in questions} == {"pistols"}
     assert questions[0].images == (str(tmp_path / "photos/a.jpg"),)
     (tmp_path / "mine.json").write_text(json.dumps(THERMAL))
     assert {q.task for q in read(tmp_path / "mine.json", None)[0]} == {"mine"}
-
-
-def test_images_stay_under_their_root_and_faulty_entries_are_named(write, tmp_path):
-    images = [*PISTOLS["images"], {"id": 2, "file_name": "../../../secret.jpg", "height": 1, "width": 1}]
-    annotations = [{"id": 3, "image_id": 0, "category_id": 1, "bbox": [1, 1, 0, 0]}, *PISTOLS["annotations"]]
-    questions, faults = read(write(pistols=PISTOLS | {"images": images, "annotations": annotations}), tmp_path)
-    assert questions[0].images == (str(tmp_path / "pistols/export/a.jpg"),)
-    assert [len(q.truth) for q in questions] == [2, 1]
-    named = {(f.source, f.reason) for f in faults if f.reason != "no_annotations"}
-    assert named == {("pistols/images#2", "image_outside_root"), ("pistols/annotations#0", "box_empty")}
 
 
 def test_a_folder_without_sets_is_refused(tmp_path):

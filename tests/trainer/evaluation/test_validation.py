@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from boxgrpo.trainer.runtime.files import find_fault
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import claim_output_dir
 from boxgrpo.trainer.runtime.spans import seconds, span
-from runs import ROOT, finish, grpo_options, lines, start, told
+from runs import ROOT, finish, grpo_options, lines, start_forked, told, wait_for
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 401408}
 SCORES = ("accuracy_at_0.3", "accuracy_at_0.5", "accuracy_at_least_0.5", "accuracy_at_0.7", "mean_iou", "format")
@@ -113,31 +112,23 @@ def best_step(folder):
     return json.loads((folder / "best/scores.json").read_text())["step"]
 
 
-def test_only_a_better_policy_replaces_best(world, steps_of):
-    """Equal is not better: the earlier one stays."""
+def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_of, monkeypatch):
+    """Equal is not better. The earlier one survives a full disk, and a kill between the two renames."""
     found = steps_of("kept", 0.25, 0.5, 0.5, 0.375)
     assert [metrics["eval/best_step"] for metrics in found] == [1, 2, 2, 2]
     assert best_step(world / "kept") == 2
 
-
-def test_the_earlier_best_survives_a_full_disk_and_a_kill_between_the_renames(world, steps_of, monkeypatch):
-    steps_of("full", 0.25)
-
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(
-            ValueError, match=r"full/best cannot be written \(.*No space left.*; an earlier one is as it was"
-        ),
-    ):
+    message = r"kept/best cannot be written \(.*No space left.*; an earlier one is as it was"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(validation, "save_pretrained", full)
-        steps_of("full", 0.5)
-    assert best_step(world / "full") == 1
-    (world / "full/best").rename(world / "full/.best.old")  # as a kill between the two renames leaves it
-    steps_of("full")
-    assert best_step(world / "full") == 1 and not list((world / "full").glob(".best*"))
+        steps_of("kept", 0.75)
+    assert best_step(world / "kept") == 2
+    (world / "kept/best").rename(world / "kept/.best.old")  # as a kill between the two renames leaves it
+    steps_of("kept")
+    assert best_step(world / "kept") == 2 and not list((world / "kept").glob(".best*"))
 
 
 @pytest.mark.slow
@@ -149,15 +140,13 @@ def test_a_killed_run_has_the_metrics_and_the_best_of_an_undisturbed_one(world, 
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         values |= {"engine": "deepspeed", "zero_stage": 3}
     runs_into = [evaluated(world, "", **values, output_dir=str(tmp_path / name)) for name in ("whole", "killed")]
-    finish(start(ROOT / "trainer/grpo.py", runs_into[0]))
+    finish(start_forked(ROOT / "trainer/grpo.py", runs_into[0]))
     folder = tmp_path / "killed"
-    run = start(ROOT / "trainer/grpo.py", runs_into[1])
-    while not [line for line in eval_lines(folder) if line["step"] == 4]:
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.01)
+    run = start_forked(ROOT / "trainer/grpo.py", runs_into[1])
+    assert wait_for(run, lambda: [line for line in eval_lines(folder) if line["step"] == 4])
     kill(run)
     assert not (folder / "model.safetensors").exists()
-    finish(start(ROOT / "trainer/grpo.py", runs_into[1]))
+    finish(start_forked(ROOT / "trainer/grpo.py", runs_into[1]))
     assert [line["step"] for line in eval_lines(folder)] == [2, 4, 6, 8]
     assert told(folder) == told(tmp_path / "whole")
     kept, expected = ({p.name: p.read_bytes() for p in (f / "best").iterdir()} for f in (folder, tmp_path / "whole"))
@@ -199,40 +188,35 @@ def test_a_new_run_removes_its_own_earlier_best_alone(tmp_path):
             claim_output_dir(dataclasses.replace(options, resume=resume), Ranks())
 
 
-def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(world, tmp_path):
-    for changes, message in (
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"eval_data": ""}, "eval_every is 2 and no file is named. Give --eval_data"),
         ({"eval_every": 0}, "eval_every 0. Give --eval_every"),
-        ({"eval_every": -1}, "eval_every is -1; it must be at least 0"),
-        ({"eval_data": str(tmp_path / "gone.json")}, r"gone\.json; there is no such file"),
-        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            grpo.train(evaluated(world, "refused", **changes), Ranks())
+        ({"eval_data": "gone.json"}, r"gone\.json; there is no such file"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        grpo.train(evaluated(world, "refused", **changes), Ranks())
     assert not (world / "refused").exists()
 
 
 def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps_of, tmp_path, caplog):
+    """And an evaluation's own spans are no part of the step's times."""
     records = json.loads((world / "world/held_out.json").read_text())
     records[1]["images"] = ["gone.png"] * len(records[1]["images"])
     for record in records[2:]:
         record["images"] = [str(world / "world" / image) for image in record["images"]]
     (tmp_path / "held_out.json").write_text(json.dumps(records[1:4]))
-    found = steps_of("some", True, True, eval_data=str(tmp_path / "held_out.json"))
-    assert [metrics["eval/skipped"] for metrics in found] == [1, 1]
-    assert sum("held_out.json#0" in message for message in caplog.messages) == 1
-    (tmp_path / "held_out.json").write_text(json.dumps(records[1:2]))
-    with pytest.raises(
-        ValueError, match=r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
-    ):
-        steps_of("none", True, eval_data=str(tmp_path / "held_out.json"))
-
-
-def test_an_evaluations_own_spans_are_no_part_of_a_step(steps_of):
-    seconds.clear()
     with span("decode"):
         pass
     before = dict(seconds)
-    (metrics,) = steps_of("spans", True)
-    assert seconds == before and metrics["timing_s/eval"] > 0
-    seconds.clear()
+    found = steps_of("some", True, True, eval_data=str(tmp_path / "held_out.json"))
+    assert seconds == before and all(metrics["timing_s/eval"] > 0 for metrics in found)
+    assert [metrics["eval/skipped"] for metrics in found] == [1, 1]
+    assert sum("held_out.json#0" in message for message in caplog.messages) == 1
+    (tmp_path / "held_out.json").write_text(json.dumps(records[1:2]))
+    message = r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
+    with pytest.raises(ValueError, match=message):
+        steps_of("none", True, eval_data=str(tmp_path / "held_out.json"))

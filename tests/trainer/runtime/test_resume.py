@@ -13,20 +13,9 @@ from safetensors.torch import load_file
 from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, sft_options, start, start_forked, told
+from runs import ROOT, finish, grpo_options, lines, sft_options, start, start_forked, told, wait_for
 
 GRPO = ROOT / "trainer/grpo.py"
-
-
-def wait_for(run, condition, seconds: float = 100) -> bool:
-    """Until the condition holds; False when the run ends before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if run.poll() is not None:
-            return False
-        assert time.monotonic() < end, "the condition was never met"
-        time.sleep(0.01)
-    return True
 
 
 def check_same_end(one, other) -> None:
