@@ -25,7 +25,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass
 class GroundOptions:
-    """Ask a checkpoint where something is in some images; or serve a page that does."""
+    """Locate something in images with a checkpoint, or serve a page for such questions."""
 
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     image: list[str] = field(
@@ -67,7 +67,7 @@ def check(o: GroundOptions) -> None:
 
 
 def terminal_text(answer: Answer) -> str:
-    """The answer for a terminal; control characters of the model's text are replaced, for they would steer it."""
+    """The answer for a terminal; control characters of the model's text are replaced."""
     name, text = "answer", answer.answer
     if answer.reasoning is not None and answer.box is not None:
         name, text = "reasoning", answer.reasoning

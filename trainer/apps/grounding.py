@@ -99,8 +99,8 @@ class Grounder:
 
         Args:
             text: the question.
-            target: number of the image that the box lies in, counted from 1 as people do; 0: by the question's
-                wording, else the last one.
+            target: number of the image that the box lies in, counted from 1; 0: by the question's wording, else
+                the last one.
             answer_format: "think", or "box" for a simple reference in a single image, answered without reasoning.
 
         Raises:

@@ -85,7 +85,7 @@ def read(model: str) -> Qwen2VLConfig:
 
 
 def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
-    """The largest that `make_packs` makes of `prompts` groups; a group above the budget stands in several."""
+    """The largest that `make_packs` makes of `prompts` groups; a group above the budget is split into several packs."""
     fitting = (o.tokens_per_pass - o.prompt_tokens) // o.max_completion_length
     completions = min(o.num_generations, max(fitting, 1))
     scored = completions * o.max_completion_length
@@ -98,9 +98,9 @@ def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
 
 
 def memory(model: Qwen2VL, engine: Sharding, o: MemoryOptions) -> dict[str, int]:
-    """Bytes per GPU. `total` is what the phase that needs most holds, with the state and the reference.
+    """Bytes per GPU. `total` is the state, the reference and what the phase with the largest need holds beside them.
 
-    Our own engine drops gradients with each update: they stand beside activations only where a step has several packs.
+    Our own engine frees gradients at each update: they add to activations only where a step has several packs.
     `*_checkpointed` are with gradient checkpointing. There the loss and a recomputed layer come one after the other.
     """
     config, size = model.config, getattr(torch, o.dtype).itemsize

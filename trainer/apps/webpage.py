@@ -48,7 +48,7 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
     app = Flask(__name__, template_folder=str(PAGE), static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LIMITS["bytes"]
     app.config["MAX_FORM_PARTS"] = LIMITS["images"] + 10
-    if host in LOCAL:  # a request under another host name comes from another site's page (DNS rebinding)
+    if host in LOCAL:  # another host name is that of another site's page (DNS rebinding)
         app.config["TRUSTED_HOSTS"] = list(LOCAL)
     busy = threading.Lock()
 
@@ -82,7 +82,7 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
         return explain(error), 400 if isinstance(error, ValueError) else 500
 
     @app.after_request
-    def guarded(response):
+    def add_headers(response):
         response.headers["Content-Security-Policy"] = POLICY
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -173,7 +173,7 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
         app,
         sockets=[listening],
         ident=None,
-        max_request_body_size=LIMITS["bytes"] + (1 << 20),  # what is only a little too large is refused with words
+        max_request_body_size=LIMITS["bytes"] + (1 << 20),  # Flask refuses what is a little above its limit: TOO_LARGE
     )
     if host not in LOCAL:
         print(f"{host} is not a local address: everyone who reaches it can send questions.", file=sys.stderr)

@@ -20,7 +20,7 @@ from .journal import Journal
 
 TRUNCATED = ("length", "content_filter")  # finish reasons of an answer without its end
 FATAL = (401, 403, 404, 405)  # statuses that every other request would get, too
-REASONING_FIELDS = ("reasoning_content", "reasoning")  # where servers put what stood in <think>
+REASONING_FIELDS = ("reasoning_content", "reasoning")  # where servers put the text of <think>
 
 
 @dataclass
@@ -131,7 +131,7 @@ def read_reply(body: bytes) -> dict | None:
     }
 
 
-class Asker:
+class Requester:
     """Answers from the journal, else from a server, unless `o.ask` is false.
 
     `o.concurrency` requests are under way at once, those that wait for another try included. After `o.max_failures`

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, box_text, plain_text
 
-from .ask import TRUNCATED, Asker, RecordImages
+from .ask import TRUNCATED, RecordImages, Requester
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Outcome:
     labels: Sequence[str] = ()  # passed, half_answer, bad_form or wrong_box
 
 
-async def make_record(example: Example, images: RecordImages, asker: Asker, o) -> Outcome:
+async def make_record(example: Example, images: RecordImages, requester: Requester, o) -> Outcome:
     """Request an example's chains, check them, have the best chosen, and make its stage-1 record."""
     if example.gold is None:
         return Outcome(None, "no_gold_box")
@@ -84,7 +84,7 @@ async def make_record(example: Example, images: RecordImages, asker: Asker, o) -
 
     question, count = plain_text(example.question).removesuffix(THINK_SUFFIX), len(example.images)
     request = prompt("chain", question, gold, count)
-    answers = await asyncio.gather(*(asker.answer("chain", request, images, number=k) for k in range(o.chains)))
+    answers = await asyncio.gather(*(requester.answer("chain", request, images, number=k) for k in range(o.chains)))
     for answer in answers:
         if "failure" in answer:
             return _left_out(example, answer)
@@ -96,7 +96,7 @@ async def make_record(example: Example, images: RecordImages, asker: Asker, o) -
         return Outcome(None, "no_chain_passed", labels)
 
     request = prompt("judge", question, gold, count, [texts[k] for k in passed])
-    verdict = await asker.answer("judge", request, images)
+    verdict = await requester.answer("judge", request, images)
     if "failure" in verdict:
         return _left_out(example, verdict, labels)
     best = read_verdict(verdict["text"], len(passed)) if verdict["finish"] not in TRUNCATED else None

@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.chains.ask import Asker, RecordImages
+from boxgrpo.trainer.chains.ask import RecordImages, Requester
 from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.example import Example
@@ -73,7 +73,7 @@ async def make_records(
     examples: Sequence[Example], chosen: Sequence[int], journal: Journal, o: CotOptions
 ) -> list[Outcome]:
     """The outcome of each chosen example, in order. At most `concurrency` of them are in memory with their images."""
-    asker, slots = Asker(journal, o), asyncio.Semaphore(o.concurrency)
+    requester, slots = Requester(journal, o), asyncio.Semaphore(o.concurrency)
     root, seen = o.image_root or Path(o.data).parent, set()
 
     async def outcome(index: int) -> Outcome:
@@ -84,7 +84,7 @@ async def make_records(
                 return Outcome(None, "duplicate")
             seen.add(same)
             images = RecordImages(example.source, example.images, names, o.max_pixels)
-            return await make_record(example, images, asker, o)
+            return await make_record(example, images, requester, o)
 
     try:
         with tqdm(total=len(chosen), desc="chains") as bar:
@@ -95,7 +95,7 @@ async def make_records(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
-        await asker.close()
+        await requester.close()
     return [task.result() for task in tasks]
 
 

@@ -148,30 +148,3 @@ def test_every_chain_is_true_of_its_scene_and_false_of_almost_all_others(task, l
     others = [(s, o.chain) for s, o in itertools.permutations(scenes, 2) if s.chain != o.chain]
     believed = [(s, chain) for s, chain in others if true(s, chain)]
     assert len(believed) < 0.01 * len(others)
-
-
-ELSEWHERE = dict(zip(PLACES, PLACES[1:] + PLACES[:1]))
-SWAPPED = {"left": "right", "right": "left", "up": "down", "down": "up", "both": "all", "all": "both"}
-
-
-@pytest.mark.parametrize(
-    ("task", "change"),
-    [
-        ("common_object", lambda c: re.sub("both|all", lambda m: SWAPPED[m[0]], c)),
-        ("object_tracking", lambda c: re.sub("(?<=moves )[a-z]+", lambda m: SWAPPED[m[0]], c)),
-        ("region", lambda c: re.sub(r"(?<=Image )\d", lambda m: str(5 - int(m[0])), c)),
-        ("reasoning", lambda c: re.sub(r"(?<=are )\w+", "striped", c)),
-        ("group_grounding", lambda c: re.sub(PLACE + r"\.$", lambda m: ELSEWHERE[m[1]] + ".", c)),
-        ("view_diff", lambda c: c.replace("only", "not")),
-        ("view_diff", lambda c: re.sub(rf"{KIND} became the {KIND}", r"\2 became the \1", c)),
-        ("multi_view", lambda c: c.replace("framed ", "framed small ")),
-        ("refer_grounding", lambda c: re.sub(r"(?<=shows the )\w+", "white", c)),
-        ("correspondence", lambda c: re.sub(rf"{KIND} corresponds to the {KIND}", r"\2 corresponds to the \1", c)),
-    ],
-)
-def test_a_chain_with_a_word_changed_is_false(task, change):
-    """So the test above can fail: each change is a mistake that a planner could make."""
-    scenes = [draw_scene(task, seed, level=1) for seed in SEEDS]
-    changed = [(s, change(s.chain)) for s in scenes if change(s.chain) != s.chain]
-    believed = [chain for s, chain in changed if true(s, chain)]
-    assert len(changed) >= 5 and not believed
