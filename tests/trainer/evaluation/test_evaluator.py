@@ -23,8 +23,6 @@ from runs import ROOT, eval_options, finish, flags, start_forked, wait_for
         ([], "no model"),
         (["--model=a", "--predictions=b"], "model is a and predictions b; answers come from one of them"),
         (["--model=a", "--bench=coco"], "bench is 'coco'; it must be one of mig, refcoco"),
-        (["--model=a", "--answer_format=json"], "answer_format is 'json'; it must be one of auto, think"),
-        (["--model=a", "--eval_batch_size=0"], "eval_batch_size is 0; it must be at least 1"),
         (["--model=a", "--resamples=-1"], "resamples is -1; it must be at least 0"),
         (["--model=a"], "no data"),
         (["--model=a", "--data=gone.json"], r"data is gone\.json; there is no such file"),

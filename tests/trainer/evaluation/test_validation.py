@@ -17,13 +17,13 @@ from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.evaluation import validation
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.validation import Validation
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.options import EvalOptions, GrpoOptions
 from boxgrpo.trainer.runtime.checkpoints import Progress
 from boxgrpo.trainer.runtime.files import find_fault
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import claim_output_dir
 from boxgrpo.trainer.runtime.spans import seconds, span
-from runs import ROOT, finish, grpo_options, lines, start_forked, told, wait_for
+from runs import ROOT, finish, grpo_options, lines, sft_options, start_forked, told, wait_for
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 401408}
 SCORES = ("accuracy_at_0.3", "accuracy_at_0.5", "accuracy_at_least_0.5", "accuracy_at_0.7", "mean_iou", "format")
@@ -56,19 +56,16 @@ def test_the_loops_scores_equal_the_evaluators_and_training_is_unchanged(world):
         expected = elsewhere(world, folder / f"checkpoint-{line['step']}", f"eval_{line['step']}")
         assert {name: line[f"eval/{name}"] for name in SCORES} == {name: expected[name] for name in SCORES}
         assert line["eval/count"] == 8 and line["eval/skipped"] == 0 and line["timing_s/eval"] > 0
-        tasks = {task: scores["accuracy_at_0.5"] for task, scores in expected["tasks"].items()}
-        assert {k.removeprefix("eval/tasks/"): v for k, v in line.items() if k.startswith("eval/tasks/")} == tasks
+        tasks = {f"eval/tasks/{task}": scores["accuracy_at_0.5"] for task, scores in expected["tasks"].items()}
+        assert {k: v for k, v in line.items() if k.startswith("eval/tasks/")} == tasks
     accuracies = [line["eval/accuracy_at_0.5"] for line in found]
-    best = max(range(2), key=lambda i: (accuracies[i], -i))
-    assert [line["eval/best_accuracy_at_0.5"] for line in found] == [max(accuracies[: i + 1]) for i in range(2)]
-    step = found[best]["step"]
-    assert found[-1]["eval/best_step"] == step
+    step = found[accuracies.index(max(accuracies))]["step"]
+    assert [line["eval/best_accuracy_at_0.5"] for line in found] == [accuracies[0], max(accuracies)]
+    assert found[-1]["eval/best_step"] == best_step(folder) == step
     kept, saved = (load_file(folder / name / "model.safetensors") for name in ("best", f"checkpoint-{step}"))
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
-    scores = json.loads((folder / "best/scores.json").read_text())
-    assert scores["accuracy_at_0.5"] == max(accuracies)
+    assert json.loads((folder / "best/scores.json").read_text())["accuracy_at_0.5"] == max(accuracies)
     assert elsewhere(world, folder / "best", "eval_best")["accuracy_at_0.5"] == max(accuracies)
-    assert best_step(folder) == step
     events = next((folder / "tensorboard").iterdir()).read_bytes()
     assert b"eval/mean_iou" in events and b"eval/tasks/" in events
 
@@ -156,19 +153,16 @@ def test_a_killed_run_has_the_metrics_and_the_best_of_an_undisturbed_one(world, 
 
 def test_an_evaluation_due_at_a_stop_is_done_when_the_run_is_resumed(world):
     """There is no time before the launcher's SIGKILL: the checkpoint comes first, the lines are the same in the end."""
-    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 4}
-    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
-    values |= {"eval_every": 2, "eval_data": str(world / "world/held_out.json"), "eval_max_completion_length": 8}
-    sft.train(SftOptions(**values, output_dir=str(world / "sft_whole")), Ranks())
-    values |= {"output_dir": str(world / "sft_stopped"), "resume": "auto"}
-    ranks = Ranks()
+    held_out = {"eval_every": 2, "eval_data": str(world / "world/held_out.json"), "eval_max_completion_length": 8}
+    sft.train(sft_options(world, "sft_whole", max_steps=4, **held_out), Ranks())
+    options, ranks = sft_options(world, "sft_stopped", max_steps=4, resume="auto", **held_out), Ranks()
     for left in (1, 2):
         with ranks.noting_sigterm(), pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
-            sft.train(SftOptions(**values), ranks)
+            sft.train(options, ranks)
         ranks.stop_asked = False
         assert [line["step"] for line in lines(world / "sft_stopped")] == [1, 2][:left]
-    sft.train(SftOptions(**values), ranks)
+    sft.train(options, ranks)
     assert [line["step"] for line in lines(world / "sft_whole")] == [1, 2, 2, 3, 4, 4]
     assert told(world / "sft_stopped") == told(world / "sft_whole")
     assert (world / "sft_stopped/best/config.json").exists()

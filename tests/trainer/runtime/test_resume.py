@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import time
 from itertools import pairwise
 
 import pytest
