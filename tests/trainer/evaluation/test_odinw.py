@@ -29,15 +29,15 @@ THERMAL = {
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write_sets(**sets):
+def write_sets(write, tmp_path):
+    """write_sets(pistols=...) -> the folder with the annotation file of each set."""
+
+    def write_files(**sets):
         for name, data in sets.items():
-            path = tmp_path / "odinw" / SETS[name]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(data))
+            write(f"odinw/{SETS[name]}", data)
         return tmp_path / "odinw"
 
-    return write_sets
+    return write_files
 
 
 def scores_of(questions, texts):
@@ -52,8 +52,8 @@ def answer(question, *, shift=0.0):
     )
 
 
-def test_every_image_is_asked_for_every_category(write, tmp_path):
-    folder = write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL)
+def test_every_image_is_asked_for_every_category(write_sets):
+    folder = write_sets(pistols=PISTOLS, thermalDogsAndPeople=THERMAL)
     questions, faults = read(folder, None)
     assert [(q.task, q.image_id, q.category, len(q.truth)) for q in questions] == [
         ("pistols", 0, "pistol", 2),
@@ -73,18 +73,17 @@ def test_every_image_is_asked_for_every_category(write, tmp_path):
     assert questions[0].turns == (("user", questions[0].question),)
 
 
-def test_images_stay_under_their_root(write, tmp_path):
+def test_images_stay_under_their_root(write_sets, write, tmp_path):
     """In the sets' own layout; one file is a set of its own, and its images are in the root itself."""
     images = [*PISTOLS["images"], {"id": 2, "file_name": "../../../secret.jpg", "height": 1, "width": 1}]
-    folder = write(pistols=PISTOLS | {"images": images})
+    folder = write_sets(pistols=PISTOLS | {"images": images})
     questions, faults = read(folder, tmp_path)
     assert questions[0].images == (str(tmp_path / "pistols/export/a.jpg"),) and len(questions) == 2
     assert ("pistols/images#2", "image_outside_root") in {(f.source, f.reason) for f in faults}
     questions, _ = read(folder / SETS["pistols"], tmp_path / "photos")
     assert {q.task for q in questions} == {"pistols"}
     assert questions[0].images == (str(tmp_path / "photos/a.jpg"),)
-    (tmp_path / "mine.json").write_text(json.dumps(THERMAL))
-    assert {q.task for q in read(tmp_path / "mine.json", None)[0]} == {"mine"}
+    assert {q.task for q in read(write("mine.json", THERMAL), None)[0]} == {"mine"}
 
 
 def test_a_folder_without_sets_is_refused(tmp_path):
@@ -92,8 +91,8 @@ def test_a_folder_without_sets_is_refused(tmp_path):
         read(tmp_path, None)
 
 
-def test_a_perfect_answer_scores_100(write):
-    questions, _ = read(write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL), None)
+def test_a_perfect_answer_scores_100(write_sets):
+    questions, _ = read(write_sets(pistols=PISTOLS, thermalDogsAndPeople=THERMAL), None)
     result = scores_of(questions, [answer(q) for q in questions])
     assert result["mean"] == result["mean_equal_scores"] == pytest.approx(100)
     assert result["tasks"] == pytest.approx({"pistols": 100, "thermalDogsAndPeople": 100})
@@ -105,9 +104,9 @@ def test_a_perfect_answer_scores_100(write):
     json.dumps(result)
 
 
-def test_the_first_box_of_an_answer_gets_the_highest_score(write):
+def test_the_first_box_of_an_answer_gets_the_highest_score(write_sets):
     """A wrong box after the right one: with equal scores it comes before the next image's right one."""
-    questions, _ = read(write(pistols=PISTOLS | {"annotations": PISTOLS["annotations"][::2]}), None)
+    questions, _ = read(write_sets(pistols=PISTOLS | {"annotations": PISTOLS["annotations"][::2]}), None)
     texts = ["(100, 100), (300, 300), (900, 0), (950, 50)", answer(questions[1])]
     result = scores_of(questions, texts)
     assert result["mean"] == pytest.approx(100)
@@ -117,14 +116,14 @@ def test_the_first_box_of_an_answer_gets_the_highest_score(write):
     assert grade(questions, [sure, ""])[0]["scores"] == [0.9, 0.2]
 
 
-def test_an_inverted_box_is_wrong_and_no_error(write):
-    questions, _ = read(write(thermalDogsAndPeople=THERMAL), None)
+def test_an_inverted_box_is_wrong_and_no_error(write_sets):
+    questions, _ = read(write_sets(thermalDogsAndPeople=THERMAL), None)
     inverted = "(250, 100), (0, 500)"  # turned round about its corner, it would have IoU 0.625
     assert scores_of(questions, [inverted, ""])["mean"] == 0
     assert scores_of(questions, [f"{inverted}, (100, 100), (500, 500)", ""])["mean"] == pytest.approx(50)
 
 
-def test_equal_to_pycocotools_on_the_file_itself(write, tmp_path):
+def test_equal_to_pycocotools_on_the_file_itself(write_sets):
     """Answers moved at random, against COCO's own loader on the annotation file (its ids from 1) and pixel results."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -137,7 +136,7 @@ def test_equal_to_pycocotools_on_the_file_itself(write, tmp_path):
         for n in range(90)
     ]
     data = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": f"c{i}"} for i in (1, 2, 3)]}
-    folder = write(Aquarium=data)
+    folder = write_sets(Aquarium=data)
     questions, _ = read(folder, None)
     texts = [answer(q, shift=g.choice([0, 10, 30])) for q in questions]
     results = [
@@ -156,8 +155,8 @@ def test_equal_to_pycocotools_on_the_file_itself(write, tmp_path):
     assert 10 < ours["mean"] < 95
 
 
-def test_scores_need_a_true_box(write):
-    questions, _ = read(write(pistols=PISTOLS, thermalDogsAndPeople=THERMAL), None)
+def test_scores_need_a_true_box(write_sets):
+    questions, _ = read(write_sets(pistols=PISTOLS, thermalDogsAndPeople=THERMAL), None)
     with pytest.raises(ValueError, match="1 questions have 0 true boxes"):
         scores_of(questions[3:], [""])
     people = [q for q in questions if q.category != "dog"]

@@ -196,21 +196,21 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(world, ch
     assert not (world / "refused").exists()
 
 
-def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps_of, tmp_path, caplog):
+def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps_of, write, caplog):
     """And an evaluation's own spans are no part of the step's times."""
     records = json.loads((world / "world/held_out.json").read_text())
     records[1]["images"] = ["gone.png"] * len(records[1]["images"])
     for record in records[2:]:
         record["images"] = [str(world / "world" / image) for image in record["images"]]
-    (tmp_path / "held_out.json").write_text(json.dumps(records[1:4]))
+    data = str(write("held_out.json", records[1:4]))
     with span("decode"):
         pass
     before = dict(seconds)
-    found = steps_of("some", True, True, eval_data=str(tmp_path / "held_out.json"))
+    found = steps_of("some", True, True, eval_data=data)
     assert seconds == before and all(metrics["timing_s/eval"] > 0 for metrics in found)
     assert [metrics["eval/skipped"] for metrics in found] == [1, 1]
     assert sum("held_out.json#0" in message for message in caplog.messages) == 1
-    (tmp_path / "held_out.json").write_text(json.dumps(records[1:2]))
+    write("held_out.json", records[1:2])
     message = r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
     with pytest.raises(ValueError, match=message):
-        steps_of("none", True, eval_data=str(tmp_path / "held_out.json"))
+        steps_of("none", True, eval_data=data)
