@@ -1,4 +1,4 @@
-"""Two ranks under every engine train as one rank does, and go on from their checkpoints to the bit."""
+"""Two ranks under DeepSpeed train as one rank does, and continue from their checkpoints to the bit."""
 
 import json
 
@@ -7,12 +7,20 @@ import torch
 from safetensors.torch import load_file
 
 from boxgrpo.trainer import grpo
-from boxgrpo.trainer.options import SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, told
+from runs import ROOT, finish, grpo_options, lines, sft_options, told
 from runs import start_forked as start
 
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 GRPO = ROOT / "trainer/grpo.py"
+SHARDED = {"engine": "deepspeed", "zero_stage": 3}
+
+
+def check_same_steps(one, other, *, loss=1e-5, grad_norm=1e-3):
+    """The losses of two runs differ by at most `loss`, their gradients' norms by a share of at most `grad_norm`."""
+    a, b = lines(one), lines(other)
+    assert [m["loss"] for m in a] == pytest.approx([m["loss"] for m in b], abs=loss)
+    assert [m["grad_norm"] for m in a] == pytest.approx([m["grad_norm"] for m in b], rel=grad_norm)
 
 
 @pytest.fixture(scope="module")
@@ -27,78 +35,53 @@ def one(world):
     return folders
 
 
+def replay(world, folder, stage, script=GRPO, **changes):
+    """Two ranks' run of five steps on the completions of `one`; what it printed."""
+    stored = {"max_steps": 5, "rollout": "replay", "rollout_file": str(world / "stored"), "output_dir": str(folder)}
+    return finish(start(script, grpo_options(world, "", **stored, **SHARDED | {"zero_stage": stage} | changes)))
+
+
 @pytest.mark.parametrize(
-    ("stage", "lora_rank", "resumed"),
-    [
-        (2, 0, True),
-        pytest.param(3, 0, False, marks=pytest.mark.slow),
-        pytest.param(1, 0, False, marks=pytest.mark.slow),
-        pytest.param(1, 4, False, marks=pytest.mark.slow),
-        pytest.param(2, 4, False, marks=pytest.mark.slow),
-        pytest.param(3, 4, False, marks=pytest.mark.slow),
-        pytest.param(1, 0, True, marks=pytest.mark.slow),
-        pytest.param(3, 0, True, marks=pytest.mark.slow),
-        pytest.param(2, 4, True, marks=pytest.mark.slow),
-        pytest.param(3, 4, True, marks=pytest.mark.slow),
-    ],
+    ("stage", "lora_rank"),
+    [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (3, 0), (1, 4), (2, 4), (3, 4)))],
 )
-def test_two_ranks_under_deepspeed_equal_one(world, one, tmp_path, stage, lora_rank, resumed):
+def test_two_ranks_under_deepspeed_equal_one(world, one, tmp_path, stage, lora_rank):
     """Packs of unequal number on the ranks, a checkpoint on the way, and the same end from there."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    one = one[lora_rank]
-    changes = {"max_steps": 5, "rollout": "replay", "rollout_file": str(world / "stored"), "save_steps": 3}
-    changes |= {"engine": "deepspeed", "zero_stage": stage, "lora_rank": lora_rank, "tokens_per_pass": 200}
-    folder = tmp_path / "run"
-    finish(start(GRPO, grpo_options(world, "", **changes, output_dir=str(folder))))
-    for a, b in zip(lines(one), lines(folder), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-5
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    one, folder, again = one[lora_rank], tmp_path / "run", tmp_path / "again"
+    changes = {"lora_rank": lora_rank, "tokens_per_pass": 200, "save_steps": 3}
+    replay(world, folder, stage, **changes)
+    check_same_steps(one, folder)
     assert all(m["grad_norm"] > 1e-3 for m in lines(one))  # there was something to agree on
     ours, alone = (load_file(f / "model.safetensors") for f in (folder, one))
     for name, tensor in alone.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-4, msg=name)
-    if resumed:
-        again = tmp_path / "again"
-        changes |= {"output_dir": str(again), "resume": str(folder / "checkpoint-3")}
-        finish(start(GRPO, grpo_options(world, "", **changes)))
-        assert told(again) == told(folder)[3:]
-        end = load_file(again / "model.safetensors")
-        assert all(torch.equal(end[name], tensor) for name, tensor in ours.items())
-
-
-SHARDED = {"engine": "deepspeed", "zero_stage": 3}
+    replay(world, again, stage, **changes, resume=str(folder / "checkpoint-3"))
+    assert told(again) == told(folder)[3:]
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_sharded_weights_sample_and_learn_as_whole_ones(world):
-    """ZeRO-3 with its own rollout: weights come together and part again."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    """ZeRO-3 with its own rollout: weights are gathered and partitioned again."""
     finish(start(GRPO, grpo_options(world, "whole", max_steps=2)))
     finish(start(GRPO, grpo_options(world, "sharded", max_steps=2, **SHARDED)))
-    for a, b in zip(lines(world / "whole"), lines(world / "sharded"), strict=True):
-        assert a["reward"] == pytest.approx(b["reward"])
-        assert a["completions/mean_length"] == b["completions/mean_length"]
-        assert abs(a["loss"] - b["loss"]) < 1e-5
+    check_same_steps(world / "whole", world / "sharded")
+    for name in ("reward", "completions/mean_length"):
+        assert [m[name] for m in lines(world / "whole")] == [m[name] for m in lines(world / "sharded")]
 
 
 @pytest.mark.slow
 def test_sharded_weights_learn_chains_as_whole_ones(world):
     """SFT with a trained tower."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 3}
-    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
-    finish(start(ROOT / "trainer/sft.py", SftOptions(**values, output_dir=str(world / "sft_whole"))))
-    finish(start(ROOT / "trainer/sft.py", SftOptions(**values, **SHARDED, output_dir=str(world / "sft_sharded"))))
-    losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_whole", "sft_sharded")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name, changes in (("sft_whole", {}), ("sft_sharded", SHARDED)):
+        finish(start(ROOT / "trainer/sft.py", sft_options(world, name, max_steps=3, **changes)))
+    check_same_steps(world / "sft_whole", world / "sft_sharded")
 
 
 @pytest.mark.slow
 def test_weights_stay_sharded_while_sampling(world):
-    """Ranks then meet in every layer of every token; their completions end at tokens of their own all the same."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    """Ranks then synchronise in every layer of every token, and their completions end at different tokens."""
     shared = {"max_steps": 2, "max_completion_length": 48, "temperature": 0.7, "gradient_accumulation_steps": 2}
-    layered = {"engine": "deepspeed", "zero_stage": 3, "ds3_gather_for_generation": False}
-    for name, changes in (("gathered", {}), ("layered", layered)):
+    for name, changes in (("gathered", {}), ("layered", SHARDED | {"ds3_gather_for_generation": False})):
         file = str(world / name / "samples")
         finish(start(GRPO, grpo_options(world, name, **shared, **changes, rollout_file=file)))
     longest = []
@@ -107,21 +90,17 @@ def test_weights_stay_sharded_while_sampling(world):
         assert ours == whole
         longest.append([max(map(len, json.loads(line)["ids"])) for line in ours.splitlines()])
     assert longest[0] != longest[1], "no rank had to wait for the other"
-    for a, b in zip(lines(world / "gathered"), lines(world / "layered"), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-5
+    check_same_steps(world / "gathered", world / "layered")
 
 
 @pytest.mark.slow
 def test_bf16_under_deepspeed_learns_as_without(world):
     """fp32 master weights under both: updates of 1e-4 would be lost in bf16."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    changes = {"dtype": "bfloat16", "max_steps": 3, "learning_rate": 1e-4}
-    grpo.train(grpo_options(world, "bf16", **changes, rollout_file=str(world / "bf16_stored")), Ranks())
-    changes |= {"rollout": "replay", "rollout_file": str(world / "bf16_stored")}
-    finish(start(GRPO, grpo_options(world, "bf16_zero", **changes, engine="deepspeed", zero_stage=2)))
-    for a, b in zip(lines(world / "bf16"), lines(world / "bf16_zero"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.1)
+    changes = {"dtype": "bfloat16", "max_steps": 3, "learning_rate": 1e-4, "rollout_file": str(world / "bf16_stored")}
+    grpo.train(grpo_options(world, "bf16", **changes), Ranks())
+    changes |= {"rollout": "replay", "engine": "deepspeed", "zero_stage": 2}
+    finish(start(GRPO, grpo_options(world, "bf16_zero", **changes)))
+    check_same_steps(world / "bf16", world / "bf16_zero", loss=1e-2, grad_norm=0.1)
     before = load_file(world / "sft/model.safetensors")
     ours, alone = (load_file(world / name / "model.safetensors") for name in ("bf16_zero", "bf16"))
     moved = {n: (alone[n].float() - before[n]).norm() for n in alone if alone[n].ndim == 2 and n in before}
@@ -133,20 +112,11 @@ def test_bf16_under_deepspeed_learns_as_without(world):
 @pytest.mark.slow
 def test_another_number_of_ranks_is_refused_by_name(world):
     """DeepSpeed's parts belong to as many ranks as there were."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     options = grpo_options(world, "two", max_steps=1, save_steps=1, engine="deepspeed", zero_stage=2)
     finish(start(GRPO, options))
     options.resume, options.max_steps = "auto", 2
     with pytest.raises(ValueError, match="holds the optimizer in 2 parts, this run has 1 ranks"):
         grpo.train(options, Ranks())
-
-
-def test_deepspeed_skips_what_is_not_finite(world, tmp_path):
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    script = tmp_path / "script.py"
-    script.write_text(SKIPS)
-    told = finish(start(script, grpo_options(world, "skips", max_steps=1)))
-    assert told.count("skipped [True, True, False, False]") == 10, told
 
 
 SKIPS = """
@@ -194,14 +164,19 @@ with ranks() as r:
 """
 
 
+def test_deepspeed_skips_what_is_not_finite(world, tmp_path):
+    (tmp_path / "script.py").write_text(SKIPS)
+    shown = finish(start(tmp_path / "script.py", grpo_options(world, "skips", max_steps=1)))
+    assert shown.count("skipped [True, True, False, False]") == 10, shown
+
+
 MEMORY = """
-import logging
 import torch
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 calls = 0
-loss = grpo.fused_grpo_loss
+loss, make_packs = grpo.fused_grpo_loss, grpo.make_packs
 
 def short_of_memory(*args, **options):
     global calls
@@ -210,12 +185,10 @@ def short_of_memory(*args, **options):
         raise torch.OutOfMemoryError("no room")
     return loss(*args, **options)
 
-make_packs = grpo.make_packs
-
 def counted(*args, **options):
     packs = make_packs(*args, **options)
     if calls == 0 and torch.distributed.get_rank() == 1:
-        print(f"{sum(len(p.targets) > 0 for p in packs)} packs hold something", flush=True)
+        print(f"{sum(len(p.targets) > 0 for p in packs)} packs have tokens", flush=True)
     return packs
 
 grpo.fused_grpo_loss, grpo.make_packs = short_of_memory, counted
@@ -227,18 +200,13 @@ run_as_script(grpo.main, "grpo.py")
     ("stage", "offload"), [(2, False), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2, True), (1, False)))]
 )
 def test_memory_that_runs_out_on_one_rank_changes_no_step(world, one, tmp_path, stage, offload):
-    """In its second pack, the first of which has left gradients: these are forgotten, and all packs are taken again."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    """In its second pack, after the first has left gradients: these are forgotten, and all packs are computed again."""
     script, folder = tmp_path / "script.py", tmp_path / "run"
     script.write_text(MEMORY)
-    changes = {"max_steps": 5, "rollout": "replay", "rollout_file": str(world / "stored"), "tokens_per_pass": 200}
-    changes |= {"engine": "deepspeed", "zero_stage": stage, "offload_optimizer": offload}
-    told = finish(start(script, grpo_options(world, "", **changes, output_dir=str(folder))))
-    assert "WARNING memory ran out in a pack of" in told
-    assert int(told.split(" packs hold something")[0][-1]) > 1, "the second pack is the next step's"
-    for a, b in zip(lines(one[0]), lines(folder), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-5
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    shown = replay(world, folder, stage, script, offload_optimizer=offload, tokens_per_pass=200)
+    assert "WARNING memory ran out in a pack of" in shown
+    assert int(shown.split(" packs have tokens")[0][-1]) > 1, "the second pack is the next step's"
+    check_same_steps(one[0], folder)
 
 
 PLANNED = """
@@ -254,34 +222,27 @@ run_as_script(grpo.main, "grpo.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_where_ranks_meet_packs_are_made_to_fit_before_any_begins(world, one, tmp_path, stage):
-    """One rank has little room: its packs shrink, the other waits for it, and the steps are the same."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+def test_packs_are_made_to_fit_before_any_begins(world, one, tmp_path, stage):
+    """One rank has little memory: its packs shrink, the other waits for it, and the steps are the same."""
     script, folder = tmp_path / "script.py", tmp_path / "run"
     script.write_text(PLANNED)
-    changes = {"max_steps": 5, "rollout": "replay", "rollout_file": str(world / "stored")}
-    changes |= {"engine": "deepspeed", "zero_stage": stage}
-    said = finish(start(script, grpo_options(world, "", **changes, output_dir=str(folder))))
-    assert "WARNING memory ran out in a pack of" in said and "MB, and 13 are free); again with 105" in said
-    for a, b in zip(lines(one[0]), lines(folder), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-5
+    shown = replay(world, folder, stage, script)
+    assert "WARNING memory ran out in a pack of" in shown and "MB, and 13 are free); again with 105" in shown
+    check_same_steps(one[0], folder)
 
 
 @pytest.mark.slow
-def test_where_ranks_meet_in_every_layer_lost_memory_ends_the_run(world, tmp_path):
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+def test_under_zero3_lost_memory_ends_the_run(world, tmp_path):
     (tmp_path / "script.py").write_text(MEMORY)
-    options = grpo_options(world, "no memory", tokens_per_pass=200, engine="deepspeed", zero_stage=3, timeout=60)
-    run = start(tmp_path / "script.py", options)
-    told, _ = run.communicate(timeout=100)
-    assert run.returncode and "memory ran out (no room), and at --zero_stage 3 no rank can start over alone" in told
+    run = start(tmp_path / "script.py", grpo_options(world, "no memory", tokens_per_pass=200, timeout=60, **SHARDED))
+    shown, _ = run.communicate(timeout=100)
+    assert run.returncode and "memory ran out (no room), and at --zero_stage 3 no rank can start over alone" in shown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_without_anything_to_train_keep_step(world, tmp_path, stage):
+def test_ranks_without_anything_to_train_run_the_same_steps(world, tmp_path, stage):
     """A newborn model's rewards are all 0: without KL no group of any rank has a gradient."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     changes = {"model": str(world / "newborn"), "beta": 0.0, "engine": "deepspeed", "zero_stage": stage}
     finish(start(GRPO, grpo_options(world, "", **changes, output_dir=str(tmp_path))))
     assert [m["loss"] for m in lines(tmp_path)] == [0, 0]
