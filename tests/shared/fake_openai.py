@@ -137,16 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.status != 200:
             return {"error": {"message": reply.text or "an error of the test", "code": reply.status}}
         message = {"role": "assistant", "content": reply.text, **reply.extra}
-        answer = {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "fake",
-            "choices": [{"index": 0, "message": message, "finish_reason": reply.finish}],
-        }
-        if reply.usage:
-            answer["usage"] = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
-        return answer
+        answer = {"choices": [{"index": 0, "message": message, "finish_reason": reply.finish}]}
+        return answer | ({"usage": {"prompt_tokens": 1000, "completion_tokens": 10}} if reply.usage else {})
 
     def log_message(self, *_):
         pass

@@ -57,17 +57,9 @@ def numbers(text: str, name: str) -> list[int]:
 
 
 def draw_world(options: DemoOptions) -> Path:
-    return write_world(
-        Path(options.output_dir) / "world",
-        tasks=options.tasks.split(","),
-        cold_start=options.cold_start,
-        train=options.train,
-        held_out=options.held_out,
-        seed=options.seed,
-        levels=numbers(options.levels, "levels"),
-        size=options.size,
-        margins=options.margins,
-    )
+    tasks, levels = options.tasks.split(","), numbers(options.levels, "levels")
+    same = {name: getattr(options, name) for name in ("cold_start", "train", "held_out", "seed", "size", "margins")}
+    return write_world(Path(options.output_dir) / "world", tasks=tasks, levels=levels, **same)
 
 
 def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None) -> Path:
