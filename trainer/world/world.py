@@ -35,6 +35,7 @@ FILES = {  # name: split, form of the records (ARCHITECTURE.md, section "Data")
 }
 SEEDS_PER_SPLIT = 1_000_000
 SEEDS_PER_WORLD = 10**12
+ONE_PROCESS = 500  # scenes at most; for more, the calling script needs its `__main__` guard
 
 
 def scene_of(split: str, task: str, seed: int, *, level: int, size: int) -> Scene:
@@ -108,7 +109,6 @@ def write_world(
     size: int = 112,
     asides: bool = True,
     margins: float = 0.5,
-    processes: int = 2,
 ) -> Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
 
@@ -119,7 +119,6 @@ def write_world(
         asides: conversations also have questions about the scene's other objects.
         margins: share of the conversations, as from a less exact annotator, with a cell of background around each box.
             The boxes of stage 2 are exact.
-        processes: above 1 the calling script needs its `__main__` guard.
 
     Raises:
         ValueError: nothing to draw, or `folder` holds anything but this world, by the arguments in its `world.json`.
@@ -141,11 +140,11 @@ def write_world(
             return folder
         raise ValueError(f"{folder} holds {held}, not this world: {manifest}. Remove it or name another folder.")
     with replace_folder(folder) as partial:
-        _write_files(partial, manifest, processes)
+        _write_files(partial, manifest)
     return folder
 
 
-def _write_files(folder: Path, manifest: dict, processes: int) -> None:
+def _write_files(folder: Path, manifest: dict) -> None:
     tasks, levels, jobs = manifest["tasks"], manifest["levels"], []
     for number, split in enumerate(SPLITS):
         (folder / "images" / split).mkdir(parents=True)
@@ -154,8 +153,8 @@ def _write_files(folder: Path, manifest: dict, processes: int) -> None:
             task, level = tasks[k % len(tasks)], levels[k // len(tasks) % len(levels)]
             jobs.append((split, f"{k:06d}", task, level, first_seed + k))
     write = functools.partial(_write_scene, folder, manifest)
-    if processes > 1:  # spawned: a fork of a process that has run torch's threads may hang
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    if len(jobs) > ONE_PROCESS:  # others are spawned: a fork of a process that has run torch's threads may hang
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
             records = list(pool.map(write, *zip(*jobs), chunksize=100))
     else:
         records = list(itertools.starmap(write, jobs))

@@ -12,8 +12,8 @@ from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.world.scenes import TASKS, box_text, place
 from boxgrpo.trainer.world.world import FILES, SPLITS, all_texts, scene_of, write_world
 
-SMALL = {"cold_start": 12, "train": 8, "held_out": 4, "processes": 1}
-LARGER = {"cold_start": 60, "train": 30, "held_out": 30, "processes": 1}
+SMALL = {"cold_start": 12, "train": 8, "held_out": 4}
+LARGER = {"cold_start": 60, "train": 30, "held_out": 30}
 
 
 def read(folder, name):
@@ -115,8 +115,9 @@ def test_no_arrangement_is_both_trained_on_and_held_out(task):
     assert len(held_out) > 100 and not trained & held_out
 
 
-def test_the_same_arguments_write_the_same_bytes_with_any_number_of_processes(world, tmp_path):
-    assert contents(write_world(tmp_path / "again", **SMALL | {"processes": 2})) == contents(world)
+def test_the_same_arguments_write_the_same_bytes_in_one_process_or_several(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("boxgrpo.trainer.world.world.ONE_PROCESS", 3)
+    assert contents(write_world(tmp_path / "again", **SMALL)) == contents(world)
 
 
 def test_held_out_scenes_are_the_same_when_another_split_grows(world, tmp_path):
@@ -151,7 +152,7 @@ def test_a_folder_with_a_world_or_with_other_files_is_never_overwritten(tmp_path
     folder = write_world(tmp_path / "w", **SMALL)
     (folder / "train.json").unlink()  # would come back if anything were written
     before = contents(folder)
-    assert write_world(tmp_path / "w", **SMALL | {"processes": 2}) == folder
+    assert write_world(tmp_path / "w", **SMALL) == folder
     with pytest.raises(ValueError, match=r"'seed': 0.*not this world: .*'seed': 3.*Remove it or name another"):
         write_world(folder, seed=3, **SMALL)
     assert contents(folder) == before
