@@ -90,15 +90,16 @@ def test_a_folder_of_other_things_is_taken_and_they_stay(tmp_path):
     assert "num_generations: 6" in (tmp_path / "options.yaml").read_text()
 
 
-def test_overwriting_starts_the_metrics_anew(tmp_path):
+def test_overwriting_removes_metrics_and_adapters(tmp_path):
     options = GrpoOptions(output_dir=str(tmp_path), overwrite_output_dir=True)
+    (tmp_path / "adapter").mkdir()
     for loss in (1.0, 2.0):
         folder = claim_output_dir(options, Ranks())
         reporter = Reporter(folder, Ranks(), total_steps=1, title="test")
         reporter.log(1, {"loss": loss})
         reporter.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
-    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1 and not (tmp_path / "adapter").exists()
 
 
 def test_going_back_is_refused_while_later_checkpoints_are_there(tmp_path):
