@@ -3,50 +3,32 @@
 python bench/kernel_bench/compile_cuda.py
 """
 
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+
+from boxgrpo.bench.kernel_bench.resources import Resources, read_cubin
 
 SOURCE = Path(__file__).resolve().parents[2] / "csrc/box_parser_cuda.cu"
 CAPABILITIES = (80, 90)
 KERNELS = ("score_texts", "score_tokens", "overlap")
 
 
-class KernelResources(NamedTuple):
-    registers: int  # of a thread
-    shared: int  # bytes of a block
-    spilled: int  # bytes a thread stores to and loads from local memory for want of registers
-    stack: int  # bytes of a thread in local memory
-
-
-def compile_cuda(source: Path, capability: int) -> dict[str, KernelResources]:
+def compile_cuda(source: Path, capability: int) -> dict[str, Resources]:
     """Kernel -> resources, of `source` compiled for one compute capability.
 
     Raises:
         RuntimeError: nvcc refuses the source.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++20", "-O3", "-fmad=false", f"-arch=sm_{capability}", "--ptxas-options=-v"]
-        done = subprocess.run(
-            [*command, "-I", str(SOURCE.parent), "-c", str(source), "-o", f"{folder}/object.o"],
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise RuntimeError(f"nvcc does not compile {source} for sm_{capability}: {done.stderr}")
-    found = {}
-    for part in done.stderr.split("Compiling entry function")[1:]:
-        name = part.split("'")[1]
-        name = next((kernel for kernel in KERNELS if kernel in name), name)
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) .*?stores, (\d+)", part).groups())
-        shared = re.search(r"(\d+) bytes smem", part)
-        registers = int(re.search(r"Used (\d+) registers", part)[1])
-        found[name] = KernelResources(registers, int(shared[1]) if shared else 0, stores + loads, stack)
-    return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        command = ["nvcc", "-std=c++20", "-O3", "-fmad=false", f"-arch=sm_{capability}", "-I", str(SOURCE.parent)]
+        done = subprocess.run([*command, "-cubin", str(source), "-o", cubin.name], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc does not compile {source} for sm_{capability}: {done.stderr}")
+        found = read_cubin(cubin.name)
+    return {next((k for k in KERNELS if k in name), name): taken for name, taken in found.items()}
 
 
 def main() -> None:
@@ -57,9 +39,8 @@ def main() -> None:
     for capability in CAPABILITIES:
         for name, r in compile_cuda(SOURCE, capability).items():
             spilled += r.spilled
-            print(
-                f"sm_{capability} {name}: {r.registers} registers, {r.shared} bytes shared, {r.spilled} bytes spilled"
-            )
+            words = f"{r.registers} registers, {r.shared} bytes shared, {r.spilled} bytes spilled"
+            print(f"sm_{capability} {name}: {words}")
     sys.exit(f"{spilled} bytes are spilled." if spilled else 0)
 
 

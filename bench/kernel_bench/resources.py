@@ -37,17 +37,17 @@ N, COMPLETIONS, GROUP = 8192, 128, 8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Logits and their gradients: as a model gives them, and as the head's chunks hold them.
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32))
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 # How rows may lie in memory: end to end; of an odd width; padded by one element, or by two; with columns apart; with
 # offsets beyond int32.
 LAYOUTS = ("rows", "odd", "padded", "unaligned", "columns", "far")
-POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
+POINTERS = SHORT | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 class Resources(NamedTuple):
     registers: int  # per thread
     spilled: int  # bytes of stack and local memory per thread
     shared: int  # bytes per program
-    instructions: dict[str, int]  # of some PTX instructions
 
 
 def compile_launch(launch: Launch, capability: int):
@@ -61,7 +61,7 @@ def compile_launch(launch: Launch, capability: int):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
+            signature[name] = f"*{POINTERS[value.dtype]}"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         else:
@@ -74,21 +74,28 @@ def compile_launch(launch: Launch, capability: int):
     return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
 
 
-def resources(compiled) -> Resources:
-    """What ptxas gave the kernel, read by the cuobjdump inside the triton package."""
+def read_cubin(path: str) -> dict[str, Resources]:
+    """Kernel -> what ptxas gave it, read by the cuobjdump inside the triton package."""
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    numbers = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    found = {name: map(int, taken) for name, *taken in re.findall(numbers, report)}
+    return {name: Resources(reg, stack + local, shared) for name, (reg, stack, shared, local) in found.items()}
+
+
+def resources(compiled) -> Resources:
+    """Those of a kernel that Triton has compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-    ptx = compiled.asm["ptx"]
-    instructions = {
-        "barriers": ptx.count("bar.sync"),
-        "16-byte loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
-        "16-byte stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
-    }
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"], instructions)
+        (found,) = read_cubin(file.name).values()
+    return found
+
+
+def instructions(ptx: str) -> str:
+    """How many of some instructions a kernel has."""
+    wide = {kind: len(re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st")}
+    return f"{ptx.count('bar.sync')} barriers, {wide['ld']} 16-byte loads, {wide['st']} 16-byte stores"
 
 
 def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
@@ -96,13 +103,13 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
     shapes = itertools.product(VOCABULARIES, DTYPES)
     for vocabulary, (dtype, gradient) in shapes if every_variant else ((QWEN_2B, DTYPES[0]), (QWEN_2B, DTYPES[2])):
         for name, launch in _row_launches(vocabulary, dtype, gradient, every_variant):
-            yield f"{name} V={vocabulary} {_short(dtype)}->{_short(gradient)}", launch
+            yield f"{name} V={vocabulary} {SHORT[dtype]}->{SHORT[gradient]}", launch
     layouts = itertools.product(VOCABULARIES, (BF16, FP16, FP32), LAYOUTS[1:])
     for vocabulary, dtype, layout in layouts if every_variant else ():
         for name, launch in _row_launches(vocabulary, dtype, dtype, False, layout):
-            yield f"{name} V={vocabulary} {_short(dtype)} {layout}", launch
+            yield f"{name} V={vocabulary} {SHORT[dtype]} {layout}", launch
     for dtype, layout in itertools.product((BF16, FP32), ("rows", "padded", "columns")):
-        yield f"scale_kernel {_short(dtype)} {layout}", scale_launch(_rows(QWEN_2B, dtype, layout), _empty())
+        yield f"scale_kernel {SHORT[dtype]} {layout}", scale_launch(_rows(QWEN_2B, dtype, layout), _empty())
     for kind, o in _options(every_variant, levels=("token", "sequence")):
         objective = grpo_launch(_empty(N), *_completions(), o, _empty(N), _empty(5, N))
         for launch in (terms_launch(_empty(3, N), *_completions(), o), objective):
@@ -168,10 +175,6 @@ def _empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append", help="default: all")
@@ -180,8 +183,8 @@ def main() -> None:
     print(f"{'capability':>10} {'registers':>9} {'spilled':>7} {'shared':>6}  kernel")
     for name, launch in launches(args.every_variant):
         for capability in args.capability or CAPABILITIES:
-            r = resources(compile_launch(launch, capability))
-            detail = ", ".join(f"{count} {what}" for what, count in r.instructions.items())
+            compiled = compile_launch(launch, capability)
+            r, detail = resources(compiled), instructions(compiled.asm["ptx"])
             print(f"{capability:>10} {r.registers:>9} {r.spilled:>7} {r.shared:>6}  {name} ({detail})", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The figures that are wanted of each machine, in one place, and whether a record of results has them.
+"""The figures that are demanded of each machine, in one place, and whether a record of results has them.
 
 python bench/publish/demands.py [bench/results/<device>/<date>.json]        default: the newest of this machine's device
 """
@@ -16,18 +16,7 @@ from boxgrpo.trainer.runtime.ranks import run_as_script
 QWEN_2B, QWEN_7B = {"V": 151_936, "H": 1536}, {"V": 152_064, "H": 3584}
 LOGITS, HEAD = "fused_grpo_loss_from_logits", "fused_grpo_loss"
 MB = 1e6
-# What may close a gap: conclusions from counting, not tried yet.
-ONE_READ = "each row of logits read once, not twice: kept in a cluster's shared memory, or a product that stores exp(z)"
-READS = "more bytes in flight, for it is one pass over the logits: larger tiles, rows that overlap"
-LATENCY = "one launch less, or a CUDA graph around it, for it moves next to nothing"
-PRODUCTS = "more tokens in a pack for larger products, fewer small operators between them"
-DECODING = "fewer and larger operators between the reads of the weights, more completions at a time"
-SCRATCH = "smaller chunks of logits"
-STEP = "the phase that is furthest above its floor"
-LARGER = "larger chunks of logits, which are larger products, as far as the memory goes"
-PYTHON = "less Python around the compiled parser's call"
-WIDER = "wider loads where a byte opens no tag"
-QUIET = "steps that the host's other guests do not disturb, or more of them"
+Find = Callable[[dict, dict], float | None]
 
 
 @dataclass(frozen=True)
@@ -43,11 +32,10 @@ class Demand:
     limit: float
     unit: str
     case: dict
-    find: Callable[[dict, dict], float | None]
-    remedy: str = ""
+    find: Find
 
     def verdict(self, record: dict) -> dict:
-        """What is wanted and what was measured: met, short by how much, or not measured."""
+        """The figure that is wanted and the measured one: met, short by how much, or not measured."""
         try:
             row = _row(record, self.part, self.case)
             measured = self.find(row, record)
@@ -59,8 +47,7 @@ class Demand:
             return found | {"verdict": "not measured"}
         met = measured <= self.limit if self.bound == "at most" else measured >= self.limit
         away = f"{abs(measured - self.limit) / self.limit:.1%}" if self.limit else f"{measured:g}"
-        parts = (f"short by {away}", _where(row), f"to try: {self.remedy}" if self.remedy else "")
-        short = "; ".join(filter(None, parts))
+        short = "; ".join(filter(None, (f"short by {away}", _where(row))))
         return found | {"measured": float(f"{measured:.4g}"), "verdict": "met" if met else short}
 
 
@@ -86,11 +73,11 @@ def _where(row: dict) -> str:
     return f"above their floors: {words}" if named else ""
 
 
-def figure(key: str, scale: float = 1.0):
+def figure(key: str, scale: float = 1.0) -> Find:
     return lambda row, record: scale * row[key]
 
 
-def share_of(key: str, name: str, **other):
+def share_of(key: str, name: str, **other) -> Find:
     """Our figure over that of the part's row with other values."""
 
     def find(row: dict, record: dict) -> float:
@@ -100,7 +87,7 @@ def share_of(key: str, name: str, **other):
     return find
 
 
-def times_of(name: str, **other):
+def times_of(name: str, **other) -> Find:
     """How many times ours another row takes."""
     share = share_of("ms", name, **other)
     return lambda row, record: 1 / share(row, record)
@@ -112,7 +99,7 @@ def head_memory(row: dict, record: dict) -> float:
     return max(0.0, row["peak_mb"] - (2 * (n + vocabulary) + 4 * vocabulary) * width / MB)
 
 
-def matrix_rate(*names: str):
+def matrix_rate(*names: str) -> Find:
     """Percent of the measured matrix rate that phases of a step together reach."""
 
     def find(row: dict, record: dict) -> float:
@@ -143,72 +130,68 @@ def minutes(record: dict) -> float | None:
     return None if None in taken else sum(taken) / 60
 
 
-def gpu_demands() -> Iterator[Demand]:
-    """Of one H200."""
-    yield Demand("tests", "tests marked gpu that fail", "at most", 0, "", {}, failed_tests)
-    for n in (2048, 8192, 32768):
-        what, case = f"loss from logits, N = {n}: of the copy bandwidth", {"op": LOGITS, "N": n}
-        yield Demand("kernels", what, "at least", 85, "%", case, figure("percent_of_floor"), READS)
-    what, case = "loss from logits: Liger's time over ours", {"op": LOGITS, "N": 8192}
-    yield Demand("kernels", what, "at least", 1.4, "x", case, times_of("kernels", implementation="liger"), READS)
-    for name, sizes, most in (("2B", QWEN_2B, 17), ("7B", QWEN_7B, 40)):
-        head, case = f"fused head, {name}", {"op": HEAD, "N": 8192} | sizes
-        yield Demand("kernels", f"{head}, N = 8192", "at most", most, "ms", case, figure("ms"), ONE_READ)
-        yield Demand("kernels", f"{head}: memory of its own", "at most", 1000, "MB", case, head_memory, SCRATCH)
-        for peer in ("liger", "trl"):
-            slower = times_of("kernels", implementation=peer)
-            yield Demand("kernels", f"{head}: {peer}'s time over ours", "at least", 1, "x", case, slower, ONE_READ)
-    for groups in (16, 1024):
-        what, case = f"group_advantages, {groups} groups", {"op": "group_advantages", "B": groups}
-        yield Demand("kernels", what, "at most", 15, "µs", case, figure("ms", 1e3), LATENCY)
-    what, case = "sample_tokens, 128 rows: over one read", {"op": "sample_tokens", "n": 128}
-    reads = share_of("ms", "kernels", implementation="one read")
-    yield Demand("kernels", what, "at most", 1.3, "x", case, reads, READS)
-    what = "1,024 completions of 256 tokens"
-    yield Demand("rewards", what, "at most", 50, "µs", {"run": "ids"}, figure("ms", 1e3), LATENCY)
-    for model in ("2B", "7B"):
-        case = {"model": model, "images": 4, "prompts": 1}
-        for name, rate in (
-            ("prefill", matrix_rate("prefill")),
-            ("training", matrix_rate("policy_forward", "backward")),
-        ):
-            yield Demand("step", f"{model}: {name}, of the matrix rate", "at least", 40, "%", case, rate, PRODUCTS)
-        what = f"{model}: decoding, over its floor"
-        yield Demand("step", what, "at most", 1.5, "x", case, decoding_over_floor, DECODING)
-        for images in (1, 4, 6):
-            for peer, key in (("TRL's step", "ratio"), ("the paper's trainer's step", "univg_r1_ratio")):
-                what = f"{model}, {_counted(images, 'image')}: {peer} over ours"
-                yield Demand("step", what, "at least", 4, "x", case | {"images": images}, figure(key), STEP)
-
-
 def decoding_over_floor(row: dict, record: dict) -> float:
     return row["phases"]["decode"]["seconds"] / row["phases"]["decode"]["floor_s"]
 
 
+def doubled_group(row: dict, record: dict) -> float:
+    return record["step"]["growth"]["doubled_group"]["ratio"]
+
+
+def gpu_demands() -> Iterator[Demand]:
+    """Of one H200."""
+    yield Demand("tests", "tests marked gpu that fail", "at most", 0, "", {}, failed_tests)
+    share, ms, us = figure("percent_of_floor"), figure("ms"), figure("ms", 1e3)
+    peers = {name: times_of("kernels", implementation=name) for name in ("liger", "trl")}
+    for n in (2048, 8192, 32768):
+        what = f"loss from logits, N = {n}: of the copy bandwidth"
+        yield Demand("kernels", what, "at least", 85, "%", {"op": LOGITS, "N": n}, share)
+    what, case = "loss from logits: Liger's time over ours", {"op": LOGITS, "N": 8192}
+    yield Demand("kernels", what, "at least", 1.4, "x", case, peers["liger"])
+    for name, sizes, most in (("2B", QWEN_2B, 17), ("7B", QWEN_7B, 40)):
+        head, case = f"fused head, {name}", {"op": HEAD, "N": 8192} | sizes
+        yield Demand("kernels", f"{head}, N = 8192", "at most", most, "ms", case, ms)
+        yield Demand("kernels", f"{head}: memory of its own", "at most", 1000, "MB", case, head_memory)
+        for peer, slower in peers.items():
+            yield Demand("kernels", f"{head}: {peer}'s time over ours", "at least", 1, "x", case, slower)
+    for groups in (16, 1024):
+        case = {"op": "group_advantages", "B": groups}
+        yield Demand("kernels", f"group_advantages, {groups} groups", "at most", 15, "µs", case, us)
+    case, reads = {"op": "sample_tokens", "n": 128}, share_of("ms", "kernels", implementation="one read")
+    yield Demand("kernels", "sample_tokens, 128 rows: over one read", "at most", 1.3, "x", case, reads)
+    yield Demand("rewards", "1,024 completions of 256 tokens", "at most", 50, "µs", {"run": "ids"}, us)
+    rates = {"prefill": matrix_rate("prefill"), "training": matrix_rate("policy_forward", "backward")}
+    for model in ("2B", "7B"):
+        case = {"model": model, "images": 4, "prompts": 1}
+        for name, rate in rates.items():
+            yield Demand("step", f"{model}: {name}, of the matrix rate", "at least", 40, "%", case, rate)
+        yield Demand("step", f"{model}: decoding, over its floor", "at most", 1.5, "x", case, decoding_over_floor)
+        for images in (1, 4, 6):
+            for peer, key in (("TRL's step", "ratio"), ("the paper's trainer's step", "univg_r1_ratio")):
+                what = f"{model}, {_counted(images, 'image')}: {peer} over ours"
+                yield Demand("step", what, "at least", 4, "x", case | {"images": images}, figure(key))
+
+
 def cpu_demands() -> Iterator[Demand]:
     """Of two cores."""
-    case, eager = {"op": HEAD, "N": 512, "V": 151_936, "H": 256}, {"implementation": "eager"}
-    for what, key, most, remedy in (("time", "ms", 1, LARGER), ("memory", "peak_mb", 0.25, SCRATCH)):
-        what = f"fused loss: its {what} over eager's"
-        yield Demand("kernels", what, "at most", most, "x", case, share_of(key, "kernels", **eager), remedy)
+    case = {"op": HEAD, "N": 512, "V": 151_936, "H": 256}
+    for what, key, most in (("time", "ms", 1), ("memory", "peak_mb", 0.25)):
+        what, share = f"fused loss: its {what} over eager's", share_of(key, "kernels", implementation="eager")
+        yield Demand("kernels", what, "at most", most, "x", case, share)
     what, python = "decode, re and IoU in Python: over ours", times_of("rewards", run="decode, re, IoU")
-    yield Demand("rewards", what, "at least", 100, "x", {"run": "ids"}, python, PYTHON)
+    yield Demand("rewards", what, "at least", 100, "x", {"run": "ids"}, python)
     for run in ("bytes, think", "bytes, list"):
-        rate = figure("gb_per_second")
-        yield Demand("rewards", f"{run}: read", "at least", 1, "GB/s", {"run": run}, rate, WIDER)
+        yield Demand("rewards", f"{run}: read", "at least", 1, "GB/s", {"run": run}, figure("gb_per_second"))
     for images, prompts, least in ((4, 1, 5), (1, 1, 3), (6, 1, 3), (4, 4, 3)):
         case = {"model": "44M", "images": images, "prompts": prompts}
         what = f"{_counted(images, 'image')}, {_counted(prompts, 'prompt')}: TRL's step over ours"
-        yield Demand("step", what, "at least", least, "x", case, figure("ratio"), STEP)
+        yield Demand("step", what, "at least", least, "x", case, figure("ratio"))
     what, case = "4 images: our memory over TRL's", {"model": "44M", "images": 4, "prompts": 1}
-    yield Demand("step", what, "at most", 1 / 3, "x", case, figure("peak_memory_ratio"), SCRATCH)
-    what = "twice the completions, where prompts dominate"
-    doubled = lambda row, record: record["step"]["growth"]["doubled_group"]["ratio"]  # noqa: E731
-    yield Demand("step", what, "at most", 1.3, "x", {}, doubled, DECODING)
-    what = "growth with a size: a step's distance from its line"
-    yield Demand("step", what, "at most", 25, "%", {}, off_line, QUIET)
-    what, took = "`make bench`: its parts", lambda row, record: minutes(record)
-    yield Demand("all", what, "at most", 15, "minutes", {}, took, "fewer steps of the peers")
+    yield Demand("step", what, "at most", 1 / 3, "x", case, figure("peak_memory_ratio"))
+    yield Demand("step", "twice the completions, where prompts dominate", "at most", 1.3, "x", {}, doubled_group)
+    yield Demand("step", "growth with a size: a step's distance from its line", "at most", 25, "%", {}, off_line)
+    took = lambda row, record: minutes(record)  # noqa: E731
+    yield Demand("all", "`make bench`: its parts", "at most", 15, "minutes", {}, took)
 
 
 def _counted(n: int, noun: str) -> str:
