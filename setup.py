@@ -101,6 +101,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "psutil>=5.9",
             "ruff>=0.9",

@@ -13,7 +13,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
-# How a description names them.
+# As a description names them.
 VERSIONS = {"driver": "driver", "cuda": "CUDA", "torch": "torch"}
 PEERS = {"triton": "Triton", "transformers": "transformers", "liger-kernel": "Liger", "trl": "TRL"}
 
@@ -40,13 +40,10 @@ def machine() -> dict[str, str | int | float]:
 
 def folder() -> Path:
     """bench/results/<device>, made if need be."""
-    path = RESULTS / (folder_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    path = RESULTS / device.replace(" ", "-").lower()
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def folder_name(gpu: str) -> str:
-    return gpu.replace(" ", "-").lower()
 
 
 def describe(machine: dict, *, peers: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The files of results: one for each device and day, bench/results/<device>/<date>.json, and what stands where in it.
+"""The files of results: one for each device and day, bench/results/<device>/<date>.json, and their content.
 
     {"machine": {...}, "load_before": 0.1, "ceilings": {...}, "kernels": {"rows": [...]}, "step": {...}, ...}
 
@@ -9,8 +9,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from boxgrpo.trainer.runtime.files import replace_file
 
@@ -84,27 +84,21 @@ def without_first(seconds: Sequence[float]) -> Sequence[float]:
     return seconds[1:] or seconds
 
 
-@dataclass
-class Records:
-    """What bench/results holds: by device's folder its newest record, and by study its record."""
+class Records(NamedTuple):
+    """What bench/results holds: the newest record of each device, by its folder, and the records of the studies."""
 
-    devices: dict[str, dict] = field(default_factory=dict)
-    studies: dict[str, dict] = field(default_factory=dict)
+    devices: dict[str, dict]
+    studies: dict[str, dict]
 
 
 def read_all(results: Path) -> Records:
-    found = Records()
-    for device in sorted(path for path in results.iterdir() if path.is_dir()):
-        if dated(device):
-            found.devices[device.name] = newest(device)
-    for name in STUDIES:
-        if (path := results / f"cpu/{name}.json").exists():
-            found.studies[name] = json.loads(path.read_text())
-    return found
+    devices = {folder.name: newest(folder) for folder in sorted(results.iterdir()) if dated(folder)}
+    studies = {name: results / f"cpu/{name}.json" for name in STUDIES}
+    return Records(devices, {name: read(path) for name, path in studies.items() if path.exists()})
 
 
 def write(record: dict, path: Path) -> None:
-    """Whole or not at all; a list of numbers takes one line."""
+    """Whole or not at all."""
     replace_file(path, dump(record) + "\n")
 
 
@@ -118,14 +112,6 @@ def output(record: dict, path: str | None, text: str) -> None:
     print(text)
 
 
-def dump(value, depth: int = 0) -> str:
-    """JSON, a key to a line, but for lists that hold no list or dict."""
-    if not isinstance(value, (dict, list)) or not value:
-        return json.dumps(value)
-    if isinstance(value, list) and not any(isinstance(x, (dict, list)) for x in value):
-        return json.dumps(value)
-    inner = "\n" + " " * (depth + 1)
-    if isinstance(value, dict):
-        lines = (f"{json.dumps(key)}: {dump(x, depth + 1)}" for key, x in value.items())
-        return "{" + inner + f",{inner}".join(lines) + "\n" + " " * depth + "}"
-    return "[" + inner + f",{inner}".join(dump(x, depth + 1) for x in value) + "\n" + " " * depth + "]"
+def dump(value) -> str:
+    """JSON in which a list of numbers takes one line."""
+    return re.sub(r'\[\n[^][{}"]*\]', lambda found: json.dumps(json.loads(found[0])), json.dumps(value, indent=1))

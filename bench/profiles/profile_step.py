@@ -25,7 +25,7 @@ from boxgrpo.bench.profiles.nsys_sqlite import read_nsys
 from boxgrpo.bench.publish.tables import table as results_table
 from boxgrpo.bench.records import begin, output
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
-from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, prepare, select_case
+from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
 from boxgrpo.bench.step_bench.floors import floors, limits, work
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
@@ -130,7 +130,7 @@ def main() -> None:
         return
     if args.steps < 1:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
-    case = select_case(args, torch.cuda.is_available())
+    case = choose_cases(args, torch.cuda.is_available())[0]
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     record = begin() | {"ceilings": limits()}
     record["profile"] = result = run(case, Path(args.output_dir), args.steps, tokenizer, record["ceilings"])

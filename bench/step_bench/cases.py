@@ -99,12 +99,17 @@ def add_selectors(parser: ArgumentParser) -> None:
     parser.add_argument("--json", help="write the results there, - for standard output")
 
 
-def select_case(args, gpu: bool) -> StepCase:
-    """The first row, with what the flags of SELECTORS change. Raises ValueError for a published model without a GPU."""
-    case = replace(step_cases(gpu)[0], **{key: value for key in SELECTORS if (value := getattr(args, key)) is not None})
-    if case.model in ("2B", "7B") and not gpu:
-        raise ValueError(f"model is {case.model}; it runs on a GPU, and none is here. Drop --model.")
-    return case
+def choose_cases(args, gpu: bool) -> list[StepCase]:
+    """All rows; with flags of SELECTORS one, the first with what they change.
+
+    Raises:
+        ValueError: a published model, and no GPU.
+    """
+    every, given = step_cases(gpu), {key: value for key in SELECTORS if (value := getattr(args, key)) is not None}
+    chosen = [replace(every[0], **given)] if given else every
+    if chosen[0].model in ("2B", "7B") and not gpu:
+        raise ValueError(f"model is {chosen[0].model}; it runs on a GPU, and none is here. Drop --model.")
+    return chosen
 
 
 def merges(path: str | None) -> Path:

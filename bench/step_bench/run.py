@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +33,7 @@ from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import begin, output, without_first, write
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
-from boxgrpo.bench.step_bench.cases import SELECTORS, TEXTS, StepCase, add_selectors, prepare, select_case, step_cases
+from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
 from boxgrpo.bench.step_bench.floors import floors, limits, work
 from boxgrpo.bench.step_bench.sides import Side, ours
 from boxgrpo.bench.step_bench.trl_side import trl
@@ -113,9 +112,8 @@ def compare(ours: Side, peer: Side, name: str, prefix: str) -> dict:
     """The peer's ratios to ours, or an error where it did other work."""
     if (ours.prompt_tokens, ours.trained) != (peer.prompt_tokens, peer.trained):
         prompts = f"prompts of {ours.prompt_tokens} and {peer.prompt_tokens} tokens"
-        return {
-            f"{name}_error": f"it differs from ours: {prompts}, {ours.trained} and {peer.trained} trained parameters"
-        }
+        differs = f"it differs from ours: {prompts}, {ours.trained} and {peer.trained} trained parameters"
+        return {f"{name}_error": differs}
     like = ours.seconds[:1] if len(peer.seconds) == 1 else without_first(ours.seconds)
     times = statistics.median(without_first(peer.seconds)) / statistics.median(like)
     found = {f"{prefix}ratio": round(times, 2)}
@@ -151,9 +149,7 @@ def growth(
     """
 
     def points(cases: list[StepCase]) -> dict[str, list]:
-        for case in cases:
-            if case.name in known:
-                continue
+        for case in (case for case in cases if case.name not in known):
             prepare(case, at, tokenizer)
             side = run_fresh("ours", case, at, plan.growth_steps)
             if isinstance(side, str):
@@ -177,15 +173,9 @@ def growth(
 
 def line(values, seconds) -> dict[str, float]:
     """Least squares: seconds = fixed + each · value, and the farthest that a measurement lies off it."""
-    each, fixed = np.polyfit(values, seconds, 1)
+    each, fixed = statistics.linear_regression(values, seconds)
     off = max(abs(fixed + each * v - s) / s for v, s in zip(values, seconds, strict=True))
     return {"fixed_s": round(fixed, 4), "each_s": round(each, 5), "misfit_percent": round(100 * off, 1)}
-
-
-def choose_cases(args, gpu: bool) -> list[StepCase]:
-    """All rows, or the one that the flags name."""
-    one = any(getattr(args, key) is not None for key in SELECTORS)
-    return [select_case(args, gpu)] if one else step_cases(gpu)
 
 
 def run(
@@ -202,8 +192,8 @@ def run(
         peers: sides beside ours; those that are not installed are skipped.
         measured: the machine's ceilings, as `limits` measures them.
     """
-    result = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}
-    peers, known = [name for name in peers if name not in result["skipped"]], {}
+    result, known = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}, {}
+    peers = [name for name in peers if name not in result["skipped"]]
     with tempfile.TemporaryDirectory() as scratch:
         for i, case in enumerate(cases):
             at = Path(scratch) / case.model
@@ -220,12 +210,9 @@ def run(
             if "ours_samples_s" in found:
                 known[case.name] = found["ours_samples_s"]
         if plan.growth:
-
-            def keep_growth(found: dict) -> None:
-                keep(result | {"growth": found})
-
             at = Path(scratch) / cases[0].model
-            result["growth"] = growth(plan, cases[0], at, tokenizer, known, keep_growth)
+            arguments = plan, cases[0], at, tokenizer, known
+            result["growth"] = growth(*arguments, lambda found: keep(result | {"growth": found}))
             keep(result)
     return result
 

@@ -1,8 +1,11 @@
 """The kernel benchmark: what it covers and computes, and its tables."""
 
+import json
+
 import pytest
 import torch
 
+from boxgrpo.bench.kernel_bench import test_ops
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.kernel_bench.run import IMPLEMENTATIONS, row, run
 from boxgrpo.bench.publish.tables import table
@@ -71,3 +74,13 @@ def test_a_case_is_chosen_by_a_part_of_its_name():
     assert {case.op for case in choose(every, "group_advantages B=16")} == {"group_advantages"}
     with pytest.raises(ValueError, match="only is 'softmax', which no case's name holds; there are "):
         choose(every, "softmax")
+
+
+def test_pytest_benchmark_times_an_op_beside_eager(tmp_path):
+    path = tmp_path / "ops.json"
+    flags = ["--benchmark-only", "--benchmark-max-time=0.05", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+    assert pytest.main([*flags, "-q", "-k", "group_advantages", test_ops.__file__]) == 0
+    found = json.loads(path.read_text())["benchmarks"]
+    groups = {case.name for case in cases(torch.device("cpu")) if case.op == "group_advantages"}
+    assert {b["group"] for b in found} == groups and len(found) == 2 * len(groups)
+    assert all(b["extra_info"].keys() == {"bytes", "flop"} and b["stats"]["rounds"] >= 5 for b in found)

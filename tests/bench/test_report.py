@@ -93,13 +93,13 @@ def test_a_block_keeps_its_lines_while_its_words_are_right():
 
 
 def test_a_device_without_records_is_named():
-    text = page(Records())
+    text = page(Records({}, {}))
     assert "## CPU\n\nNothing has been recorded" in text and "## GPU\n\nNothing has been recorded" in text
     with pytest.raises(
         ValueError,
         match="bench/results/cpu has no results of guard, kernels, profile, rewards, step; `make bench` makes",
     ):
-        blocks(Records())
+        blocks(Records({}, {}))
 
 
 def test_every_table_and_plot_names_machine_revision_and_day():
@@ -130,7 +130,7 @@ def test_a_record_of_kernels_alone_has_their_page_and_plots(tmp_path):
     assert plots.stale(record, tmp_path) == []
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.width > 1000
-    text = page(Records(devices={"cpu": record}))
+    text = page(Records({"cpu": record}, {}))
     assert "### Kernels" in text and "### A step" not in text
     assert "results/cpu/roofline.png" in text and "results/cpu/memory.png" in text and "phases" not in text
 
