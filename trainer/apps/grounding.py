@@ -12,7 +12,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.example import Example, target_image, text_of, upright_size
+from boxgrpo.trainer.data.example import Example, image_size, target_image, text_of
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate
@@ -135,7 +135,7 @@ class Grounder:
             source="question",
         )
         prompt = self.processor.prompt(example)
-        return Question(example, tuple(upright_size(path) for path in images), prompt)
+        return Question(example, tuple(image_size(path) for path in images), prompt)
 
     def completion(self, question: Question) -> Iterator[list[int]]:
         """The answer's token ids after every token, all so far; close the iterator to stop.

@@ -15,9 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
-from boxgrpo.trainer.data.example import upright_size
+from boxgrpo.trainer.data.example import image_size
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .grounding import Grounder, Question
@@ -119,8 +117,8 @@ def prepare(grounder: Grounder, request) -> Question:
         pixels = 0
         for file, path in zip(files, paths, strict=True):
             file.save(path)
-            with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                pixels += math.prod(upright_size(path))  # by its header; `Grounder.prepare` refuses what is no image
+            with contextlib.suppress(ValueError):
+                pixels += math.prod(image_size(path))  # by its header; `Grounder.prepare` refuses what is no image
         if pixels > LIMITS["pixels"]:
             raise ValueError(
                 f"the images have {pixels / 1e6:.0f} million pixels together; the limit is "

@@ -134,9 +134,8 @@ def text_of(value: object, name: str) -> str:
 
 
 def is_numbers(values: object) -> bool:
-    return (
-        isinstance(values, list) and len(values) > 0 and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
-    )
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
+    return numbers and len(values) > 0
 
 
 def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str = "answer") -> Box:
@@ -160,25 +159,18 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
     return scaled
 
 
-def upright_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels of an image that `load_image` accepts: upright, and before a small one is enlarged."""
-    with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return (height, width) if quarter_turn else (width, height)
-
-
 @functools.lru_cache(maxsize=4096)
-def image_size(path: str) -> tuple[int, int]:
-    """Width and height by the file's header, upright as the image will be shown; no pixel is decoded."""
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Width and height in pixels by the file's header: upright, and before `load_image` enlarges a small one."""
     try:
-        return upright_size(path)
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except FileNotFoundError as error:
-        raise Refused("missing_image", f"the box is in pixels and there is no image at {path}. Fetch it.") from error
+        raise Refused("missing_image", f"there is no image at {path}, whose size is needed. Fetch it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused(
-            "image_unreadable", f"the box is in pixels and the size of {path} cannot be read ({error}). Fetch it again."
-        ) from error
+        raise Refused("image_unreadable", f"the size of {path} cannot be read ({error}). Fetch it again.") from error
+    return (height, width) if quarter_turn else (width, height)
 
 
 def pixel_box(box: object, path: str, place: Place, what: str, record: dict | None = None) -> Box:

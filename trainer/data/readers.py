@@ -184,14 +184,14 @@ def _recognise_most(path: Path, records: list[dict]) -> tuple[str, str]:
     """The schema that most of the records fit, and why it was chosen."""
     fits = Counter(name for record in records if (name := recognise(record)))
     if not fits:
-        known = "; ".join(f"{name} has {schema.sign}" for name, schema in SCHEMAS.items())
+        known = "; ".join(f"{name} has {schema}" for name, schema in SCHEMAS.items())
         raise ValueError(
             f"{path}: records with the keys {sorted(records[0])} fit no known schema ({known}). "
             "Rename the keys, or name the format with --schema."
         )
     ((name, count), *_) = fits.most_common(1)
     among = f"of the first {len(records)} records" if len(records) == SNIFF_RECORDS else f"of {len(records)} records"
-    return name, f"schema {name}, because {count} {among} have {SCHEMAS[name].sign}"
+    return name, f"schema {name}, because {count} {among} have {SCHEMAS[name]}"
 
 
 def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:

@@ -8,8 +8,8 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
@@ -24,22 +24,34 @@ ON_VIDEO = (
     "bounding box in the third image according to the instruction: {}."
 )
 DESCRIBED = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+CHAT = ("conversations", "messages")  # keys of a chat
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 
 
-@dataclass(frozen=True)
-class Schema:
+class Schema(NamedTuple):
     """How to recognise a record format and how to read it."""
 
-    sign: str  # by which it is recognised, for the log
-    recognise: Callable[[dict], bool]
-    read: Callable[[dict, Place], dict]  # fields of the `Example`
+    keys: Sequence[str]  # alternatives: names of all the keys that a record has
+    read: Callable[[dict, Place], dict]  # gives fields of the `Example`
+    mark: str = ""  # stands in the texts under these keys
+
+    def fits(self, record: dict) -> bool:
+        for names in self.keys:
+            if record.keys() >= set(keys := names.split()):
+                return self.mark in str([record[key] for key in keys])
+        return False
+
+    def __str__(self) -> str:
+        """What its records have, for the log."""
+        wanted = [names.split() for names in self.keys]
+        words = [f"{', '.join(first)} and {last}" if first else last for *first, last in wanted]
+        return f"{self.mark} in " * bool(self.mark) + " or ".join(words)
 
 
 def recognise(record: dict) -> str | None:
     """The first schema that the record fits."""
-    return next((name for name, schema in SCHEMAS.items() if schema.recognise(record)), None)
+    return next((name for name, schema in SCHEMAS.items() if schema.fits(record)), None)
 
 
 def box_scale(records: Sequence[dict]) -> float:
@@ -133,32 +145,21 @@ def _instruction(record: dict, name: str) -> str:
     return text_of(record.get(name), name).strip().rstrip(".")
 
 
-def _read_reasonvos(record: dict, place: Place) -> dict:
-    frames = record.get("image_list")
-    if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
-        raise Refused("too_few_frames", f"image_list is {frames!r:.80}; the third frame is asked for.")
-    return _video(record, place, frames)
-
-
-def _read_revos(record: dict, place: Place) -> dict:
-    """`frames` are numbers among the sorted images of the folder `video_id`, or file names in it."""
-    frames, video = record.get("frames"), record.get("video_id")
-    if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
-        raise Refused("too_few_frames", f"frames is {frames!r:.80}; the third frame is asked for.")
+def _frame_paths(frames: list, video: object, place: Place) -> list[str]:
+    """Of ReVOS, whose frames are numbers among the sorted images of the folder `video`, or file names in it."""
     (folder,) = resolve_images([str(video)], place)
     if all(isinstance(frame, str) for frame in frames):
-        return _video(record, place, [os.path.join(folder, frame) for frame in frames])
+        return [os.path.join(folder, frame) for frame in frames]
     if not is_numbers(frames) or any(frame != int(frame) or frame < 0 for frame in frames):
         raise Refused("bad_frames", f"frames is {frames!r:.80}; it holds numbers of frames, or names.")
-    there = frames_of(folder)
+    there = _images_of(folder)
     if there and max(frames) >= len(there):
         raise Refused("bad_frames", f"frames asks for {max(frames)}; {folder} has {len(there)} images. Correct it.")
-    names = [there[int(frame)] if there else f"{int(frame):05d}.jpg" for frame in frames]
-    return _video(record, place, [os.path.join(folder, name) for name in names])
+    return [os.path.join(folder, there[int(frame)] if there else f"{int(frame):05d}.jpg") for frame in frames]
 
 
 @lru_cache(maxsize=512)
-def frames_of(folder: str) -> tuple[str, ...]:
+def _images_of(folder: str) -> tuple[str, ...]:
     """Names of the folder's images by their first number; empty where there is no folder."""
     try:
         names = [name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg", ".png"))]
@@ -167,9 +168,13 @@ def frames_of(folder: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int((re.findall(r"\d+", name) or ["0"])[0]), name)))
 
 
-def _video(record: dict, place: Place, frames: list) -> dict:
-    """Six of the frames, uniformly; the box of the third of them, in its pixels."""
-    boxes = record.get("bbox_list")
+def _read_video(record: dict, place: Place, key: str) -> dict:
+    """Six of the frames under `key`, uniformly; the box of the third of them, in its pixels."""
+    frames, boxes = record.get(key), record.get("bbox_list")
+    if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
+        raise Refused("too_few_frames", f"{key} is {frames!r:.80}; the third frame is asked for.")
+    if key == "frames":
+        frames = _frame_paths(frames, record.get("video_id"), place)
     # Of six frames or fewer all are shown, and only the third one's box is needed.
     least = ASKED_FRAME + 1 if len(frames) <= FRAMES else len(frames)
     if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
@@ -185,44 +190,16 @@ def _video(record: dict, place: Place, frames: list) -> dict:
     return {"images": images, "question": question, "gold": gold, "target_image": ASKED_FRAME}
 
 
-def _has(*alternatives: str) -> Callable[[dict], bool]:
-    """Whether a record has all the keys of one of the alternatives."""
-    return lambda record: any(record.keys() >= set(keys.split()) for keys in alternatives)
-
-
-def _has_marks(record: dict) -> bool:
-    chat = record.get("conversations", record.get("messages"))
-    return isinstance(chat, list) and "<|box_start|>" in str(chat)
-
-
 # A new format is one more entry; the first that recognises a record is its format.
-SCHEMAS: dict[str, Schema] = {
-    "mgrounding": Schema(
-        "conversations with <|box_start|>", _has_marks, partial(_read_chat, gold_box=_only_marked_box)
-    ),
-    "univg_stage1": Schema(
-        "messages or conversations", _has("messages", "conversations"), partial(_read_chat, gold_box=_tagged_box)
-    ),
-    "mig_bench": Schema(
-        "question, answer and additional_info or need_format",
-        _has("question answer additional_info", "question answer need_format"),
-        read_question,
-    ),
-    "univg_stage2": Schema(
-        "images, question and answer",
-        _has("images question answer"),
-        # By this path the paper's code recognises its single-image RefCOCO records.
-        partial(read_question, box_only="coco/train2014/COCO"),
-    ),
-    "refcoco": Schema(
-        "image, and problem with solution or expression with bbox",
-        _has("image problem solution", "image expression bbox"),
-        _read_refcoco,
-    ),
-    "lisa": Schema("image_path, instruction and boxes", _has("image_path instruction boxes"), _read_lisa),
-    "llmseg": Schema("image_path, question and bbox", _has("image_path question bbox"), _read_llmseg),
-    "reasonvos": Schema("image_list, question and bbox_list", _has("image_list question bbox_list"), _read_reasonvos),
-    "revos": Schema(
-        "video_id, frames, question and bbox_list", _has("video_id frames question bbox_list"), _read_revos
-    ),
+SCHEMAS = {
+    "mgrounding": Schema(CHAT, partial(_read_chat, gold_box=_only_marked_box), mark="<|box_start|>"),
+    "univg_stage1": Schema(CHAT, partial(_read_chat, gold_box=_tagged_box)),
+    "mig_bench": Schema(["question answer additional_info", "question answer need_format"], read_question),
+    # By this path the paper's code recognises its single-image RefCOCO records.
+    "univg_stage2": Schema(["images question answer"], partial(read_question, box_only="coco/train2014/COCO")),
+    "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco),
+    "lisa": Schema(["image_path instruction boxes"], _read_lisa),
+    "llmseg": Schema(["image_path question bbox"], _read_llmseg),
+    "reasonvos": Schema(["image_list question bbox_list"], partial(_read_video, key="image_list")),
+    "revos": Schema(["video_id frames question bbox_list"], partial(_read_video, key="frames")),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.data.example import upright_size
+from boxgrpo.trainer.data.example import image_size
 from boxgrpo.trainer.data.processor import load_image
 
 
@@ -84,7 +84,7 @@ def test_a_turned_photo_is_shown_and_measured_upright(tmp_path, turn):
     image = Image.new("RGB", (20, 10), "red")
     image.paste("blue", (10, 0, 20, 10))
     image.save(tmp_path / "small.png", exif=exif)
-    width, height = upright_size(tmp_path / "small.png")
+    width, height = image_size(tmp_path / "small.png")
     shown = load_image(tmp_path / "small.png")
     assert (width, height) == ((20, 10) if turn < 5 else (10, 20)) and shown.width / shown.height == width / height
     assert (shown.getpixel((5, 5)) == (255, 0, 0)) == (turn in (1, 4, 5, 6))  # the red half is left or above

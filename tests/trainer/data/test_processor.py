@@ -13,8 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer
+from boxgrpo.trainer.data.vocabulary import demo_tokenizer, qwen2_tokenizer
 
 THINK = (
     " First output the thinking process in <think> </think> tags"
@@ -82,12 +81,6 @@ def test_prompt_is_images_question_and_instruction(processor, images):
     )
 
 
-def test_a_box_question_has_the_prefix_and_no_instruction(demo, images):
-    text = spelled(demo, demo.prompt(example(images[:1], answer_format="box")).input_ids)
-    assert "This is a single image grounding task with simple reference. Where is the cup?<|im_end|>" in text
-    assert "think" not in text
-
-
 def test_image_tokens_patches_and_grids_agree(demo, images):
     prompt = demo.prompt(example(images))
     assert prompt.image_grid_thw.tolist() == [[1, 4, 8], [1, 10, 4]]  # patches of 14 pixels: 56 x 112, 140 x 56
@@ -129,23 +122,18 @@ def test_ids_are_those_of_the_chat_template(processor, images):
     assert conversation.input_ids.tolist() == processor.tokenizer.encode(text.removesuffix("\n"))
 
 
-def test_the_mask_covers_each_answer_and_its_end(processor, images):
-    conversation = processor.conversation(chat(images, "Where is the cup?", ANSWER, "Sure?", "Yes."))
-    learned = conversation.input_ids[conversation.loss_mask]
-    assert processor.tokenizer.decode(learned) == f"{ANSWER}<|im_end|>Yes.<|im_end|>"
-    assert conversation.loss_mask.shape == conversation.input_ids.shape
-
-
-def test_prompt_is_the_prefix_of_the_conversation(processor, images):
+def test_a_conversation_is_its_prompt_and_learned_answers(processor, images):
     chatted = chat(images, f"Where is the cup?{THINK}", ANSWER, "Sure?", "Yes.")
     prompt, conversation = processor.prompt(chatted), processor.conversation(chatted)
     length = len(prompt.input_ids)
     assert torch.equal(prompt.input_ids, conversation.input_ids[:length])
     assert torch.equal(prompt.position_ids, conversation.position_ids[:, :length])
     assert torch.equal(prompt.pixel_values, conversation.pixel_values)
-    assert conversation.loss_mask.nonzero()[0] == length  # the first token of the answer
     # The same question as a stage-2 record asks in the same words.
     assert torch.equal(prompt.input_ids, processor.prompt(example(images)).input_ids)
+    mask = conversation.loss_mask
+    assert mask.shape == conversation.input_ids.shape and mask.nonzero()[0] == length
+    assert processor.tokenizer.decode(conversation.input_ids[mask]) == f"{ANSWER}<|im_end|>Yes.<|im_end|>"
 
 
 def test_a_prompt_over_the_budget_says_by_how_much(images, demo):
@@ -179,12 +167,8 @@ def test_text_alone_has_no_patches(demo):
     assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
 
 
-def test_sft_needs_an_answer(demo, images):
-    with pytest.raises(ValueError, match=r"data\.json#3: the record has no answer"):
-        demo.conversation(example(images))
-
-
 def test_decode_keeps_box_marks_and_drops_the_end(demo):
+    assert demo.tokenizer.convert_ids_to_tokens(demo.eos_ids) == ["<|im_end|>", "<|endoftext|>"]
     text = "<|box_start|>(1,2)<|box_end|>"
     assert demo.decode(demo.tokenizer.encode(f"{text}<|im_end|><|endoftext|><|endoftext|>")) == text
     assert demo.decode(torch.tensor(demo.tokenizer.encode(ANSWER))) == ANSWER
@@ -214,27 +198,14 @@ def test_pixel_limits_and_tokens_are_checked(demo):
         Processor(plain, Qwen2VLImageProcessorPil(), **LIMITS)
 
 
-def test_vision_tokens_are_named_for_the_sampler(demo):
-    names = demo.tokenizer.convert_ids_to_tokens(demo.vision_ids)
-    assert set(names) == {t for t in SPECIAL_TOKENS if "vision" in t or "pad" in t}
-    assert demo.tokenizer.convert_ids_to_tokens(demo.eos_ids) == ["<|im_end|>", "<|endoftext|>"]
-
-
-def test_a_real_record_with_its_photos(qwen2, shared):
-    ((record,), _) = read_examples(shared / "data/mig_bench/with_images.json")
-    prompt = qwen2.prompt(record)
-    assert len(prompt.image_grid_thw) == 2
-    assert (prompt.image_grid_thw.prod(1) * 14**2 <= LIMITS["max_pixels"]).all()
-    assert (prompt.input_ids == 151655).sum() == prompt.image_grid_thw.prod(1).sum() // 4
-
-
 def test_without_thinking_the_box_alone_is_learned(demo, images):
     """RefCOCO in SFT: the question as GRPO asks it, and the gold box as its answer."""
     one = example(images, answer_format="box", gold=(125.4, 250.0, 500.0, 749.6), question="Where is the cup?")
-    learned = demo.conversation(one)
-    said = demo.tokenizer.decode(learned.input_ids[learned.loss_mask])
-    assert said == "(125, 250), (500, 750)<|im_end|>"
-    prompt = demo.prompt(one).input_ids
+    learned, prompt = demo.conversation(one), demo.prompt(one).input_ids
+    assert demo.tokenizer.decode(learned.input_ids[learned.loss_mask]) == "(125, 250), (500, 750)<|im_end|>"
     assert torch.equal(prompt, learned.input_ids[: len(prompt)])
-    with pytest.raises(ValueError, match="no answer to learn"):
+    text = spelled(demo, prompt)
+    assert "This is a single image grounding task with simple reference. Where is the cup?<|im_end|>" in text
+    assert "think" not in text
+    with pytest.raises(ValueError, match=r"data\.json#3: the record has no answer to learn"):
         demo.conversation(example(images, gold=(1, 2, 3, 4)))

@@ -7,11 +7,9 @@ import re
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from boxgrpo.model.batch import Group, pack_groups
-from boxgrpo.model.checkpoint import load_model, save_model
+from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
@@ -108,61 +106,18 @@ def test_evaluation_finds_the_box_and_draws_it(real, photos):
     assert {(0, 150, 60), (225, 30, 30)} <= colours  # both boxes
 
 
-def test_transformers_reads_what_was_saved_and_says_the_same(real, photos):
-    """Its own classes on our checkpoint, prompt and answer: the same logits, and ids of its own tokenizer's making."""
-    example, prompt = photos
-    theirs = Qwen2VLForConditionalGeneration.from_pretrained(real / "grpo", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(real / "grpo")
-    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": example.question.strip() + THINK_SUFFIX}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    for tokens in (prompt.image_grid_thw.prod(1) // 4).tolist():
-        text = text.replace("<|image_pad|>", "<|placeholder|>" * tokens, 1)
-    prompt_ids = tokenizer.encode(text.replace("<|placeholder|>", "<|image_pad|>"))
-    assert prompt_ids == prompt.input_ids.tolist()
-
-    completion = torch.tensor(tokenizer.encode(f"{ANSWER}<|im_end|>"))
-    ids = torch.cat((prompt.input_ids, completion))[None]
-    images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-    ours = load_model(real / "grpo")
-    with torch.no_grad():
-        expected = theirs(
-            input_ids=ids, mm_token_type_ids=(ids == 151655).int(), **images, logits_to_keep=len(completion) + 1
-        ).logits[0, :-1]
-        hidden = ours(pack_groups([Group(prompt, [completion])], image_token_id=151655))
-    logits = hidden @ ours.head_weight.T
-    assert logits.shape == (len(completion), 151_936)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
-    assert torch.equal(expected.argmax(1), completion)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of images of every kind: those that can be used, and what the log says of those that cannot."""
+    """A folder of images: those that can be used, and what the log has on those that cannot."""
     folder = tmp_path_factory.mktemp("pictures")
     photo = Image.effect_noise((84, 56), 60).convert("RGB")
     for name in ("plain", "other", "truncated"):
         photo.save(folder / f"{name}.png")
     Image.new("RGB", (10, 10), "green").save(folder / "tiny.png")
     photo.convert("RGBA").save(folder / "alpha.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    photo.save(folder / "turned.jpg", exif=exif)
     (folder / "truncated.png").write_bytes((folder / "truncated.png").read_bytes()[:2000])
-    Image.new("1", (9000, 8000)).save(folder / "bomb.png")
-    Image.new("1", (20000, 10000)).save(folder / "larger_bomb.png")
-    usable = ["plain.png", "other.png", "tiny.png", "alpha.png", "turned.jpg"]
-    return (
-        folder,
-        usable,
-        {
-            "missing.png": "no image at",
-            "truncated.png": "cannot be decoded",
-            "bomb.png": "the limit is 64000000",
-            "larger_bomb.png": "over Pillow's own limit",
-        },
-    )
+    usable = ["plain.png", "other.png", "tiny.png", "alpha.png"]
+    return folder, usable, {"missing.png": "no image at", "truncated.png": "cannot be decoded"}
 
 
 def faulty_records(pictures, chats):
@@ -206,7 +161,7 @@ def test_bad_records_cost_only_themselves(newborn, pictures, tmp_path, caplog, l
         named = [message for message in caplog.messages if re.search(rf"records\.json#{number}\b", message)]
         assert len(named) == 1 and says in named[0], f"record {number}: {named}"
     skipped = [message for message in caplog.messages if message.startswith("skipped")]
-    assert len(skipped) == len(reasons), "small, transparent and turned pictures are no fault"
+    assert len(skipped) == len(reasons), "small and transparent pictures are no fault"
     assert (tmp_path / "run/model.safetensors").exists()
 
 
@@ -222,5 +177,5 @@ def test_a_run_of_bad_records_alone_stops(newborn, pictures, tmp_path, loop):
         "grpo": lambda: grpo.train(GrpoOptions(**values), Ranks()),
         "evaluate": lambda: evaluate(EvalOptions(**values), Ranks()),
     }
-    with pytest.raises(ValueError, match="none of the 4 records can be prepared"):
+    with pytest.raises(ValueError, match="none of the 2 records can be prepared"):
         runs[loop]()

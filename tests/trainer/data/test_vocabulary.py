@@ -34,10 +34,6 @@ def test_qwen2_ids_are_the_published_ones(qwen2):
     assert qwen2.encode("<|image_pad|><|vision_end|>") == [151655, 151653]
 
 
-def test_multi_byte_text_round_trips(tokenizer):
-    assert tokenizer.decode(tokenizer.encode(MIXED), clean_up_tokenization_spaces=False) == MIXED
-
-
 def test_loads_back_through_autotokenizer_beside_a_qwen2_vl_config(tokenizer, tmp_path):
     # With that config AutoTokenizer prefers Qwen2's class, whose own rules would split the demo's numbers into digits.
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
@@ -47,19 +43,15 @@ def test_loads_back_through_autotokenizer_beside_a_qwen2_vl_config(tokenizer, tm
     assert loaded.encode(COMPLETION + MIXED + "<|im_end|>") == tokenizer.encode(COMPLETION + MIXED + "<|im_end|>")
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.decode(loaded.encode(MIXED), clean_up_tokenization_spaces=False) == MIXED
 
 
-def test_chat_template_gives_qwen2_vls_prompt(tokenizer):
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Where is it?"}]}
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{image}{image}Where is it?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Here."}
-    assert tokenizer.apply_chat_template([system, user, answer], tokenize=False) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        f"<|im_start|>user\n{image}{image}Where is it?<|im_end|>\n<|im_start|>assistant\nHere.<|im_end|>\n"
+def test_the_chat_template_takes_a_system_message_and_plain_texts(tokenizer):
+    """What else it gives is compared with the processor's own ids."""
+    messages = [{"role": role, "content": f"{role}'s."} for role in ("system", "user", "assistant")]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == (
+        "<|im_start|>system\nsystem's.<|im_end|>\n<|im_start|>user\nuser's.<|im_end|>\n"
+        "<|im_start|>assistant\nassistant's.<|im_end|>\n"
     )
 
 
@@ -89,14 +81,10 @@ def test_token_bytes_spell_the_text(tokenizer):
         assert table[i] == (name.encode() if name in BOX_MARKS else b"")
     assert [tokenizer.convert_ids_to_tokens(i) for i in vocabulary.box_mark_ids(tokenizer)] == list(BOX_MARKS)
     assert all(table[i] for i in range(len(table) - len(SPECIAL_TOKENS)))
-    padded = token_bytes(tokenizer, vocab_size=len(table) + 3)
-    assert padded == table + [b""] * 3
-
-
-def test_token_bytes_of_an_added_token_are_its_own_text():
-    tokenizer = demo_tokenizer(["cat"])
-    tokenizer.add_tokens(["<höhe>"])
-    assert token_bytes(tokenizer)[tokenizer.encode("<höhe>")[0]].decode() == "<höhe>"
+    assert token_bytes(tokenizer, vocab_size=len(table) + 3) == table + [b""] * 3
+    other = demo_tokenizer(["cat"])
+    other.add_tokens(["<höhe>"])  # stands for its own text, not for byte-level characters
+    assert token_bytes(other)[other.encode("<höhe>")[0]].decode() == "<höhe>"
 
 
 def test_foreign_merges_are_refused(tmp_path):
