@@ -22,13 +22,10 @@ FILE = {
 }
 
 
-def rows(*boxes, image=0, category=1, scores=None):
-    """Annotations, or detections with a score each."""
-    return [
-        {"image_id": image, "category_id": category, "bbox": [*map(float, box)], "area": box[2] * box[3]}
-        | {"iscrowd": 0, "score": score}
-        for box, score in zip(boxes, scores or [1.0] * len(boxes), strict=True)
-    ]
+def rows(*boxes, image=0, category=1):
+    """Detections, which are annotations too."""
+    entry = {"image_id": image, "category_id": category, "iscrowd": 0, "score": 1.0}
+    return [entry | {"bbox": [*map(float, box)], "area": box[2] * box[3]} for box in boxes]
 
 
 def test_a_file_is_images_categories_and_boxes(write, tmp_path):
@@ -99,32 +96,20 @@ BOX, FAR = (0, 0, 100, 100), (500, 500, 100, 100)
 @pytest.mark.parametrize(
     ("true", "found", "ap"),
     [
-        (rows(BOX), rows(BOX), (100, 100, 100)),
         (rows(BOX), [], (0, 0, 0)),
         ([], rows(BOX), (None, None, None)),
         # IoU 0.6 counts at 0.50, 0.55 and 0.60, three of ten thresholds.
         (rows(BOX), rows((0, 0, 60, 100)), (30, 100, 0)),
         # One of two: precision 1 up to recall 0.5, which is 51 of COCO's 101 points.
         (rows(BOX, FAR), rows(BOX), (100 * 51 / 101,) * 3),
-        # The surer one is wrong: precision 1/2 at every recall.
-        (rows(BOX), rows(FAR, BOX, scores=[0.9, 0.8]), (50, 50, 50)),
         # A box in an image without one: as likely as the right one, and the first image's comes first.
         (rows(BOX, image=1), [*rows(BOX), *rows(BOX, image=1)], (50, 50, 50)),
         # A category without truth does not count; one with truth and nothing found does.
-        (rows(BOX), [*rows(BOX), *rows(BOX, category=2)], (100, 100, 100)),
-        ([*rows(BOX), *rows(BOX, category=2)], rows(BOX), (50, 50, 50)),
-        # A detection in a crowd counts neither way.
-        (
-            [*rows(BOX), rows((400, 400, 400, 400))[0] | {"iscrowd": 1}],
-            rows(FAR, BOX, scores=[0.9, 0.8]),
-            (100, 100, 100),
-        ),
-        # A box without area finds nothing, and is wrong.
-        (rows(BOX), rows((10, 10, 0, 0), BOX, scores=[0.9, 0.8]), (50, 50, 50)),
+        ([*rows(BOX), *rows(BOX, category=2)], [*rows(BOX), *rows(BOX, category=3)], (50, 50, 50)),
     ],
 )
 def test_average_precision_by_hand(true, found, ap, capsys):
-    """AP, and at single thresholds; nothing is printed."""
+    """AP, and at single thresholds; nothing is printed. (test_odinw.py compares a whole set with pycocotools.)"""
     asked = [(row["image_id"], row["category_id"]) for row in [*true, *found]]
     assert average_precision(asked, true, found) == pytest.approx(ap, abs=1e-9)
     assert capsys.readouterr().out == ""

@@ -124,21 +124,25 @@ def test_an_inverted_box_is_wrong_and_no_error(write_sets):
 
 
 def test_equal_to_pycocotools_on_the_file_itself(write_sets):
-    """Answers moved at random, against COCO's own loader on the annotation file (its ids from 1) and pixel results."""
+    """Answers moved at random, against COCO's own loader on the annotation file (its ids from 1) and pixel results.
+
+    Some boxes are crowds; one image has no box, and one category has none.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     g = random.Random(1)
-    images = [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(20)]
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(21)]
     annotations = [
-        {"id": n + 1, "image_id": n % 20, "category_id": 1 + n % 3, "iscrowd": 0}
+        {"id": n + 1, "image_id": n % 20, "category_id": 1 + n % 3, "iscrowd": int(n % 11 == 0)}
         | {"bbox": [w := g.randrange(200), h := g.randrange(200), 20 + w, 30 + h], "area": (20 + w) * (30 + h)}
         for n in range(90)
     ]
-    data = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": f"c{i}"} for i in (1, 2, 3)]}
-    folder = write_sets(Aquarium=data)
+    categories = [{"id": i, "name": f"c{i}"} for i in (1, 2, 3, 4)]
+    folder = write_sets(Aquarium={"images": images, "annotations": annotations, "categories": categories})
     questions, _ = read(folder, None)
-    texts = [answer(q, shift=g.choice([0, 10, 30])) for q in questions]
+    wrong = "(10, 10), (200, 200)"
+    texts = [g.choice(["", wrong]) + answer(q, shift=g.choice([0, 10, 30])) for q in questions]
     results = [
         {"image_id": q.image_id, "category_id": q.category_id, "score": 1 / (1 + n)}
         | {"bbox": [x1 * 0.64, y1 * 0.48, (x2 - x1) * 0.64, (y2 - y1) * 0.48]}
@@ -150,9 +154,9 @@ def test_equal_to_pycocotools_on_the_file_itself(write_sets):
     direct.evaluate()
     direct.accumulate()
     direct.summarize()
-    ours = scores_of(questions, texts)
-    assert ours["tasks"]["Aquarium"] == pytest.approx(100 * direct.stats[0], abs=1e-9)
-    assert 10 < ours["mean"] < 95
+    ours = scores_of(questions, texts)["sets"]["Aquarium"]
+    assert [ours["ap"], ours["ap50"], ours["ap75"]] == pytest.approx(list(100 * direct.stats[:3]), abs=1e-9)
+    assert 10 < ours["ap"] < 95
 
 
 def test_scores_need_a_true_box(write_sets):

@@ -109,8 +109,3 @@ def test_the_files_of_refcoco_are_its_columns(write, tmp_path, capsys):
     main([*flags, "--json=-"])
     scores = json.loads(capsys.readouterr().out)
     assert scores["tasks"] == {"refcoco_val": 75.0, "refcoco+_testA": 50.0, "refcocog_test": 0.0}
-    main([*flags, f"--output_dir={tmp_path / 'out'}"])
-    assert (
-        "| answers | this run | 75.00 | – | – | – | 50.00 | – | – | 0.00 | – |"
-        in (tmp_path / "out/table.md").read_text()
-    )
