@@ -53,23 +53,23 @@ def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
         text: a completion.
         options: letter (A, B, ...) to the option's text.
     """
-    said = answer_part(text).strip()
-    if (bare := said.strip(_EDGES).upper()) in options:
+    answer = answer_part(text).strip()
+    if (bare := answer.strip(_EDGES).upper()) in options:
         return bare
     texts = {letter: _plain(option) for letter, option in options.items()}
-    if own := _only(letter for letter, option in texts.items() if option and option == _plain(said)):
+    if own := _only(letter for letter, option in texts.items() if option and option == _plain(answer)):
         return own
-    found = [m for m in _LETTER.finditer(said) if m[1].upper() in options and not _NEGATED.search(_before(m))]
+    found = [m for m in _LETTER.finditer(answer) if m[1].upper() in options and not _NEGATED.search(_before(m))]
     stated = [m[1].upper() for m in found if _names_option(m, lower=True) and _STATED.search(_before(m))]
-    leading = _LEADING.match(said)
-    last = said.rpartition("\n")[2].strip(_EDGES)
+    leading = _LEADING.match(answer)
+    last = answer.rpartition("\n")[2].strip(_EDGES)
     for letter in (*stated[-1:], leading and leading[1], last):
         if letter in options:
             return letter
-    bracketed = _only(m[1].upper() for m in found if _before(m).endswith("(") and said.startswith(")", m.end()))
+    bracketed = _only(m[1].upper() for m in found if _before(m).endswith("(") and answer.startswith(")", m.end()))
     capitals = [m for m in found if _names_option(m)]
     named = _only(m[1] for m in capitals if _NAMED.search(_before(m)))
-    return bracketed or named or _only(m[1] for m in capitals) or _mentioned(_plain(said), texts)
+    return bracketed or named or _only(m[1] for m in capitals) or _mentioned(_plain(answer), texts)
 
 
 def _before(match: re.Match) -> str:
@@ -94,17 +94,15 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(_EDGES)
 
 
-def _mentioned(said: str, texts: Mapping[str, str]) -> str | None:
-    """The only option whose text is part of `said`, and of no longer option's there; a short word at its start only."""
+def _mentioned(answer: str, texts: Mapping[str, str]) -> str | None:
+    """The only option whose text the answer contains, outside of longer options; a short word at its start only."""
     found = {}
     for letter, option in texts.items():
         start = r"\A" if len(option) < 3 and option.isalpha() else r"(?<![\w.-])"
-        if option and re.search(rf"{start}{re.escape(option)}(?!\w|\.\d)", said):
+        if option and re.search(rf"{start}{re.escape(option)}(?!\w|\.\d)", answer):
             found[letter] = option
-    longest = (
-        letter for letter, text in found.items() if not any(text != other and text in other for other in found.values())
-    )
-    return _only(longest)
+    parts = {text for text in found.values() for other in found.values() if text != other and text in other}
+    return _only(letter for letter, text in found.items() if text not in parts)
 
 
 # ---- boxes that the kernels do not read

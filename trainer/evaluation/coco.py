@@ -49,18 +49,18 @@ def read_coco(path: Path, name: str, image_root: str | os.PathLike | None = None
 
 
 def average_precision(
-    asked: Sequence[tuple[int, int]], true: Sequence[dict], found: Sequence[dict]
+    pairs: Sequence[tuple[int, int]], true: Sequence[dict], found: Sequence[dict]
 ) -> tuple[float, float, float] | tuple[None, None, None]:
     """COCO's AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, in percent, by pycocotools; None without a true box.
 
     Args:
-        asked: (image id, category id). A category without a true box does not enter the mean; an image without one
-            does, with what was found in it.
+        pairs: the questions' (image id, category id). A category without a true box does not enter the mean; an image
+            without one does, with what was found in it.
         true, found: annotations and detections.
     """
     from pycocotools.cocoeval import COCOeval
 
-    images, categories = ([{"id": number} for number in dict.fromkeys(ids)] for ids in zip(*asked))
+    images, categories = ([{"id": number} for number in dict.fromkeys(ids)] for ids in zip(*pairs))
     evaluation = COCOeval(make_coco(images, categories, true), make_coco(images, categories, found), "bbox")
     # Boxes of every size, at most 100 an image and category: the part of COCO's table that is reported here.
     evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]

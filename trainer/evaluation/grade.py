@@ -23,7 +23,7 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
 
     Args:
         answer_format: how boxes are written: "think", "box", "marked" or "list" (see `grounding_rewards`); "fractions"
-            of the image, "pixels" of the target image, whose file is then looked at (both `[x1, y1, x2, y2]` or pairs,
+            of the image, "pixels" of the target image, whose file is then opened (both `[x1, y1, x2, y2]` or pairs,
             with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": the example's own.
 
     Returns:
@@ -41,9 +41,9 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
         found = form = torch.tensor([box is not None for box in read])
     else:
         formats = [e.answer_format if answer_format == "auto" else answer_format for e in examples]
-        said = [t if f == "think" else answer_part(t) for t, f in zip(texts, formats, strict=True)]
+        parts = [t if f == "think" else answer_part(t) for t, f in zip(texts, formats, strict=True)]
         codes = torch.tensor([ANSWER_FORMATS[f] for f in formats], dtype=torch.uint8)
-        text, offsets = pack_texts([t.encode(errors="replace") for t in said])
+        text, offsets = pack_texts([t.encode(errors="replace") for t in parts])
         rewards = grounding_rewards(text, offsets, gold.float(), answer_format=codes)
         boxes, found, form = rewards.boxes.double(), rewards.found, rewards.format
     # In fp64: in fp32 an IoU slightly above a threshold would be rounded to it.

@@ -25,7 +25,7 @@ RELATIONSHIPS = (
     "2D-spatial 3D-spatial"
 ).split()
 
-# In OpenGVLab/MMIU these tasks' questions stand before their context, all others' behind it (VLMEvalKit/test_*.py).
+# In OpenGVLab/MMIU the questions of these tasks precede their context, all others follow it (VLMEvalKit/test_*.py).
 QUESTION_FIRST = frozenset(
     "person_reid multiple_image_captioning spot_the_similarity face_retrieval sketch2image_retrieval "
     "handwritten_retrieval spot_the_diff image2image_retrieval vehicle_retrieval text2image_retrieval "
@@ -163,10 +163,10 @@ def _question_text(record: dict, task: str, options: dict[str, str]) -> str:
     if task in QUESTION_FIRST:
         parts.reverse()
     texts = [part.strip() for part in parts if isinstance(part, str) and part.strip()]
-    asked = text_of("\n".join(texts), "question")
+    question = text_of("\n".join(texts), "question")
 
     def plain(text: str) -> str:  # "A. No", "A:No" and "A: No" are one
         return re.sub(r"\b([A-Z])\s?[:.)]\s*", r"\1: ", " ".join(text.split()))
 
     lines = [f"{letter}: {text}" for letter, text in options.items()]
-    return asked if all(plain(line) in plain(asked) for line in lines) else "\n".join([asked, *lines])
+    return question if all(plain(line) in plain(question) for line in lines) else "\n".join([question, *lines])

@@ -112,7 +112,7 @@ def grade(questions: Sequence[Question], texts: Sequence[str]) -> list[dict]:
     """A dictionary each: source, id, task, category, question, answer (the text), boxes, scores, gold.
 
     `boxes` and `gold` are lists of [x1, y1, x2, y2] in 0-1000. A box without a score of the model's own gets
-    1 / (1 + the number of boxes before it in the answer): the box that is named first counts as the surest.
+    1 / (1 + the number of boxes before it in the answer): the first box has the highest score.
     """
     answers = []
     for q, text in zip(questions, texts, strict=True):
@@ -130,8 +130,8 @@ def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
 
     `mean_equal_scores` is the same with a score of 1 for every box, which is what Qwen's authors (QwenLM/Qwen3-VL,
     issue 1041) and lmms-eval do. `sets` adds AP at IoU 0.5 and 0.75 and counts. A category without a true box does not
-    enter its set's AP, and a set without one is None and not in the mean; `missing` names those of the 13 that were
-    not asked. `unread` of `count` answers list no box.
+    enter its set's AP, and a set without one is None and not in the mean; `missing` names those of the 13 that are
+    not in the data. `unread` of `count` answers list no box.
 
     Args:
         answers: of `grade`.
@@ -142,7 +142,7 @@ def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
     by_set = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
         by_set[question.task].append((question, answer))
-    sets = {name: _set_scores(asked) for name, asked in sorted(by_set.items())}
+    sets = {name: _set_scores(answered) for name, answered in sorted(by_set.items())}
     scored = [s for s in sets.values() if s["ap"] is not None]
     if not scored:
         raise ValueError(f"{len(answers)} questions have 0 true boxes; AP needs at least 1. Check --data and --limit.")
@@ -157,10 +157,10 @@ def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
     }
 
 
-def _set_scores(asked: Sequence[tuple[Question, dict]]) -> dict:
-    pairs = [(q.image_id, q.category_id) for q, _ in asked]
-    true = [box for q, _ in asked for box in q.truth]
-    found = [detection for q, answer in asked for detection in _detections(q, answer)]
+def _set_scores(answered: Sequence[tuple[Question, dict]]) -> dict:
+    pairs = [(q.image_id, q.category_id) for q, _ in answered]
+    true = [box for q, _ in answered for box in q.truth]
+    found = [detection for q, answer in answered for detection in _detections(q, answer)]
     ap, ap50, ap75 = average_precision(pairs, true, found)
     equal_ap, *_ = average_precision(pairs, true, [detection | {"score": 1.0} for detection in found])
     return {

@@ -49,7 +49,7 @@ def annotate(
     The images are `image_height` pixels high, or lower where they are wider than three times that.
     Boxes are x1, y1, x2, y2 on the 0-1000 scale of `images[target_image]` (counted from 0); None draws none. A
     predicted box that is inverted or leaves the image is drawn as far as it can be seen, and gets the IoU it deserves.
-    Underneath stand the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
+    Below them are the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
     show as boxes. `reasoning` None: there is no answer, so no predicted box is missing. Returns an RGB image.
     """
     largest = (3 * image_height, image_height)
@@ -57,11 +57,11 @@ def annotate(
     width = max(sum(image.width for image in shown) + MARGIN * (len(shown) + 1), LEAST_WIDTH)
     large, regular, small = (ImageFont.load_default(TEXT_SIZE + step) for step in (3, 0, -2))
     texts = ((title, large), (question, regular), (reasoning or "", regular))
-    heading, asked, thought = (_wrap(text, font, width - 2 * MARGIN) for text, font in texts)
+    heading, asking, thought = (_wrap(text, font, width - 2 * MARGIN) for text, font in texts)
     top = MARGIN + len(heading) * LINE + (8 if heading else 0)
     captions = top + max(image.height for image in shown) + 6
     text = captions + 2 * LINE + 6
-    page = Image.new("RGB", (width, text + LINE * (len(asked) + len(thought)) + 4 + MARGIN), PAPER)
+    page = Image.new("RGB", (width, text + LINE * (len(asking) + len(thought)) + 4 + MARGIN), PAPER)
     pen = ImageDraw.Draw(page)
     pen.multiline_text((MARGIN, MARGIN - 4), "\n".join(heading), INK, large, spacing=LINE - TEXT_SIZE)
     x = MARGIN
@@ -75,7 +75,7 @@ def annotate(
             _outline(pen, predicted, image, (x, top), PREDICTED, outwards=0)
         x += image.width + MARGIN
     _draw_legend(pen, captions + LINE, regular, gold, predicted, answered=reasoning is not None)
-    for lines, y, ink in ((asked, text, INK), (thought, text + 4 + LINE * len(asked), FAINT)):
+    for lines, y, ink in ((asking, text, INK), (thought, text + 4 + LINE * len(asking), FAINT)):
         for k, line in enumerate(lines):
             pen.text((MARGIN, y + k * LINE), line, ink, regular)
     return page

@@ -73,7 +73,7 @@ def details(bench: Bench, summary: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(bench: Bench, summary: dict) -> list[str]:
-    """What a reader of the tables needs to know."""
+    """Sentences below the tables: how many records, whose rows, what the intervals are."""
     found = [f"{summary['count']} records scored, {summary['skipped']} skipped."]
     if bench.columns:
         found.append(
@@ -182,7 +182,7 @@ def _shown(answer: dict, example: Example) -> dict:
         "picture": picture,
         "missing": missing,
         "thought": thought.strip(),
-        "said": (before + after).strip(),
+        "final": (before + after).strip(),
         "verdict": "hit" if answer["iou"] > 0.5 else "miss",
         "gold_text": box_text(answer["gold"]),
         "box_text": box_text(answer["box"]) if answer["box"] else "no box found",

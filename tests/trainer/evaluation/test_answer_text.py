@@ -1,4 +1,4 @@
-"""What an answer text says: the letter it chooses, or none; the boxes it lists."""
+"""Reading an answer's text: the letter it chooses, or none; the boxes it lists."""
 
 import time
 
@@ -97,7 +97,7 @@ def test_the_letter_of_an_answer(text, letter):
         ("2.5", NUMBERS, None),
         ("It is much stronger", NESTED, "B"),  # and not "stronger" within it
         ("Stronger", NESTED, "A"),
-        ("The same", NESTED, None),  # two options say so; MMIU has such records
+        ("The same", NESTED, None),  # the text of two options; MMIU has such records
         ("I think so", EIGHT, None),
         ("I", EIGHT, "I"),
         ("The answer is I.", EIGHT, "I"),

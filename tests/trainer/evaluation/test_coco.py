@@ -110,6 +110,6 @@ BOX, FAR = (0, 0, 100, 100), (500, 500, 100, 100)
 )
 def test_average_precision_by_hand(true, found, ap, capsys):
     """AP, and at single thresholds; nothing is printed. (test_odinw.py compares a whole set with pycocotools.)"""
-    asked = [(row["image_id"], row["category_id"]) for row in [*true, *found]]
-    assert average_precision(asked, true, found) == pytest.approx(ap, abs=1e-9)
+    pairs = [(row["image_id"], row["category_id"]) for row in [*true, *found]]
+    assert average_precision(pairs, true, found) == pytest.approx(ap, abs=1e-9)
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""The evaluator: every usable record is answered once, killed or not; answers from elsewhere are scored alike."""
+"""The evaluator: every usable record is answered once, killed or not; other programs' answers are scored alike."""
 
 import dataclasses
 import json
@@ -72,13 +72,13 @@ def test_a_killed_evaluation_is_resumed(newborn, record_file, monkeypatch):
     whole = evaluate(eval_options(newborn, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
     complete = GreedyDecoder.complete
 
-    def dying(decoder, prompts):
+    def interrupted(decoder, prompts):
         if answered(folder) == [[0, 1, 3]]:
             raise KeyboardInterrupt
         return complete(decoder, prompts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(GreedyDecoder, "complete", dying)
+        patch.setattr(GreedyDecoder, "complete", interrupted)
         evaluate(options, Ranks())
     assert answered(folder) == [[0, 1, 3]] and not (folder / "results.json").exists()
     with (folder / "answers/rank0.jsonl").open("a") as file:
@@ -149,7 +149,7 @@ CHOICES = {"task": "person_reid", "options": "A: The second image\nB: The third 
 
 
 def test_multiple_choice_is_scored_by_its_own_module(newborn, write, tmp_path, capsys):
-    """MMIU: by the model, which gives no letter, and with answers made elsewhere."""
+    """MMIU: by the model, which gives no letter, and with another program's answers."""
     Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
     records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]
     data = write("all.json", records)
@@ -161,5 +161,5 @@ def test_multiple_choice_is_scored_by_its_own_module(newborn, write, tmp_path, c
 
     assert scored()["mean"] == 0 and len(results_of(tmp_path / "eval")["answers"]) == 2
     assert "| UniVG-R1 | published | 53.03 |" in (tmp_path / "eval/table.md").read_text()
-    found = scored(predictions=str(answers), model="", output_dir=str(tmp_path / "elsewhere"))
+    found = scored(predictions=str(answers), model="", output_dir=str(tmp_path / "others"))
     assert found["mean"] == 50 and found["tasks"] == {"person_reid": 50} and found["skipped"] == 0

@@ -32,7 +32,7 @@ def test_another_models_boxes_are_read_as_it_writes_them(answer_format, answered
     example = dataclasses.replace(WHOLE, gold=GOLD)
     (graded,) = grade_texts([example], [answered], answer_format=answer_format)
     assert (graded["iou"], graded["format"], graded["box"]) == (1.0, 1.0, list(GOLD))
-    (graded,) = grade_texts([example], [answered])  # as the example asks: thinking, and an answer in tags
+    (graded,) = grade_texts([example], [answered])  # in the example's own format: thinking, and an answer in tags
     assert (graded["iou"], graded["format"], graded["box"]) == (0.0, 0.0, None)
 
 
@@ -58,7 +58,7 @@ def test_a_box_in_the_reasoning_is_none(answer_format, box):
 
 
 def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):
-    """Of several images the one that is asked for; a photo with an EXIF turn has its sides swapped."""
+    """Of several images the target; a photo with an EXIF turn has its sides swapped."""
     Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
     turn = Image.Exif()
     turn[0x0112] = 6
@@ -81,7 +81,7 @@ def test_an_iou_of_exactly_a_half_is_not_above_it():
     assert more["accuracy_at_0.5"] == more["accuracy_at_least_0.5"] == 1.0
     narrower = dataclasses.replace(WHOLE, gold=(0.0, 0.0, 999.999999, 1000.0))
     (graded,) = grade_texts([narrower], [text((0, 0, 500, 1000))])
-    assert 0.5 < graded["iou"] < 0.5 + 1e-8, "fp32 would say 0.5"
+    assert 0.5 < graded["iou"] < 0.5 + 1e-8, "in fp32 it would be 0.5"
 
 
 def test_iou_of_well_formed_answers_leaves_the_others_out():
@@ -109,8 +109,8 @@ def test_an_interval_is_the_binomials_and_the_same_for_the_same_seed():
 
 def test_records_are_drawn_within_their_task():
     """One task all right, the other all wrong: whatever is drawn, the mean over tasks is a half."""
-    sure = answers_with({"diff": [0.9] * 30, "region": [0.0] * 10})
-    assert summarize(sure, resamples=500)["interval"]["accuracy_at_0.5"] == [0.5, 0.5]
+    certain = answers_with({"diff": [0.9] * 30, "region": [0.0] * 10})
+    assert summarize(certain, resamples=500)["interval"]["accuracy_at_0.5"] == [0.5, 0.5]
     open_ones = {"diff": [0.9, 0.1] * 20, "region": [0.9, 0.1] * 20}
     both = summarize(answers_with(open_ones), resamples=4000)
     alone = summarize(answers_with({"diff": open_ones["diff"]}), resamples=4000)

@@ -125,8 +125,8 @@ def test_files_that_hold_nothing_are_refused_by_name(write, tmp_path):
 
 def test_accuracies_by_hand(write):
     """Three questions of one task, one of each of two others: means over tasks and over questions differ."""
-    elsewhere = QUALITY | {"input_image_path": ["images/q.bmp"], "output": " b. "}
-    questions, _ = read(write("all.json", [FORENSIC, FORENSIC, FORENSIC, REID, elsewhere]), None)
+    unnamed = QUALITY | {"input_image_path": ["images/q.bmp"], "output": " b. "}
+    questions, _ = read(write("all.json", [FORENSIC, FORENSIC, FORENSIC, REID, unnamed]), None)
     texts = ["D", "<think>D</think><answer>A</answer>", "I cannot tell.", "Answer: A", "no"]
     graded = grade(questions, texts)
     result = score(questions, graded)

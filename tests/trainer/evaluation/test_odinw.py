@@ -52,7 +52,7 @@ def answer(question, *, shift=0.0):
     )
 
 
-def test_every_image_is_asked_for_every_category(write_sets):
+def test_each_image_has_a_question_for_each_category(write_sets):
     folder = write_sets(pistols=PISTOLS, thermalDogsAndPeople=THERMAL)
     questions, faults = read(folder, None)
     assert [(q.task, q.image_id, q.category, len(q.truth)) for q in questions] == [
@@ -100,7 +100,7 @@ def test_a_perfect_answer_scores_100(write_sets):
         {"ap": 100, "ap50": 100, "ap75": 100, "ap_equal_scores": 100, "images": 2, "true_boxes": 3, "boxes": 3}
     )
     assert len(result["missing"]) == 11 and "pistols" not in result["missing"]
-    assert (result["count"], result["unread"]) == (4, 1)  # nobody is asked for, and none is found
+    assert (result["count"], result["unread"]) == (4, 1)  # there is no person, and none is found
     json.dumps(result)
 
 
@@ -112,8 +112,8 @@ def test_the_first_box_of_an_answer_gets_the_highest_score(write_sets):
     assert result["mean"] == pytest.approx(100)
     assert result["mean_equal_scores"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
     assert grade(questions, texts)[0]["scores"] == [1, 0.5]
-    sure = '[{"bbox_2d": [900, 0, 950, 50], "score": 0.9}, {"bbox_2d": [100, 100, 300, 300], "score": 0.2}]'
-    assert grade(questions, [sure, ""])[0]["scores"] == [0.9, 0.2]
+    scored = '[{"bbox_2d": [900, 0, 950, 50], "score": 0.9}, {"bbox_2d": [100, 100, 300, 300], "score": 0.2}]'
+    assert grade(questions, [scored, ""])[0]["scores"] == [0.9, 0.2]
 
 
 def test_an_inverted_box_is_wrong_and_no_error(write_sets):

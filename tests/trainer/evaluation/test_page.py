@@ -58,7 +58,7 @@ def test_foreign_text_is_escaped(case):
         f'<span class="faint">{shown}#0</span>',
         f'<p class="text question">{shown}</p>',
         f'<p class="text thought">Thought: {shown}\nand more.</p>',
-        f'<p class="text said">{escape(RIGHT)}{shown}</p>',
+        f'<p class="text final">{escape(RIGHT)}{shown}</p>',
         f"<li>7: {shown}</li>",
         f'<tr class="own"><td>{shown}</td>',
         '<span class="badge">IoU 1.00</span>',

@@ -1,4 +1,4 @@
-"""Answers that were made elsewhere: scored without a model, without an image, and by the record that they belong to."""
+"""Answers of other programs: scored without a model, without an image, and by the record that they belong to."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def predictions(shared, write):
     return flags
 
 
-def test_answers_made_elsewhere_are_scored_without_a_model_or_an_image(
+def test_answers_of_other_programs_are_scored_without_a_model_or_an_image(
     shared, predictions, tmp_path, monkeypatch, capsys
 ):
     """The command as documented, in an empty folder: JSON on stdout and nothing else, no file written."""
@@ -38,14 +38,14 @@ def test_answers_made_elsewhere_are_scored_without_a_model_or_an_image(
     ious = {task: scores["mean_iou"] for task, scores in found["summary"]["tasks"].items()}
     assert ious == pytest.approx({task: iou for task, (_, iou) in expected.items()}, abs=1e-6)
     assert found["mean"] == pytest.approx(sum(100 * accuracy for accuracy, _ in expected.values()) / 10)
-    assert 20 < found["mean"] < 90, "the answers tell something"
+    assert 20 < found["mean"] < 90, "neither all right nor all wrong"
     low, high = found["summary"]["interval"]["accuracy_at_0.5"]
     assert low < found["mean"] / 100 < high
     assert not list((tmp_path / "empty").iterdir())
 
 
 def test_predictions_are_for_all_records_or_for_the_usable_ones(shared, predictions, write, capsys):
-    """Two faulty records stand among 121: lists of 123 and 121 answers give the same, one of 122 is refused."""
+    """Two faulty records among 121: lists of 123 and 121 answers give the same, one of 122 is refused."""
     faulty = json.loads((shared / "data/mig_bench/MIG_data.faulty.json").read_text())
     records = json.loads((shared / "data/mig_bench/MIG_data.sample.json").read_text())
     records[5:5], records[50:50] = faulty[:1], faulty[1:]

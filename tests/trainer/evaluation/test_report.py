@@ -1,4 +1,4 @@
-"""The published rows are the paper's, and a run stands in its own columns beside them."""
+"""The published rows are the paper's, and a run's row has the same columns."""
 
 import re
 

@@ -38,8 +38,8 @@ def eval_lines(folder) -> list[dict]:
     return [line for line in lines(folder) if "eval/accuracy_at_0.5" in line]
 
 
-def elsewhere(world, model, name) -> dict:
-    """What the evaluator command says of a checkpoint."""
+def evaluate_checkpoint(world, model, name) -> dict:
+    """The evaluator command's scores of a checkpoint."""
     values = {"model": str(model), "data": str(world / "world/held_out.json"), "output_dir": str(world / name)}
     return evaluate(EvalOptions(**values, max_completion_length=32, dataloader_num_workers=0, pictures=0), Ranks())
 
@@ -53,7 +53,7 @@ def test_the_loops_scores_equal_the_evaluators_and_training_is_unchanged(world):
     assert [line["step"] for line in found] == [2, 3]
     assert [m for m in told(folder) if "loss" in m] == told(world / "without"), "training is the same to the bit"
     for line in found:
-        expected = elsewhere(world, folder / f"checkpoint-{line['step']}", f"eval_{line['step']}")
+        expected = evaluate_checkpoint(world, folder / f"checkpoint-{line['step']}", f"eval_{line['step']}")
         assert {name: line[f"eval/{name}"] for name in SCORES} == {name: expected[name] for name in SCORES}
         assert line["eval/count"] == 8 and line["eval/skipped"] == 0 and line["timing_s/eval"] > 0
         tasks = {f"eval/tasks/{task}": scores["accuracy_at_0.5"] for task, scores in expected["tasks"].items()}
@@ -65,7 +65,7 @@ def test_the_loops_scores_equal_the_evaluators_and_training_is_unchanged(world):
     kept, saved = (load_file(folder / name / "model.safetensors") for name in ("best", f"checkpoint-{step}"))
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
     assert json.loads((folder / "best/scores.json").read_text())["accuracy_at_0.5"] == max(accuracies)
-    assert elsewhere(world, folder / "best", "eval_best")["accuracy_at_0.5"] == max(accuracies)
+    assert evaluate_checkpoint(world, folder / "best", "eval_best")["accuracy_at_0.5"] == max(accuracies)
     events = next((folder / "tensorboard").iterdir()).read_bytes()
     assert b"eval/mean_iou" in events and b"eval/tasks/" in events
 
@@ -110,7 +110,7 @@ def best_step(folder):
 
 
 def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_of, monkeypatch):
-    """Equal is not better. The earlier one survives a full disk, and a kill between the two renames."""
+    """Equal is not better. The earlier one stays on a full disk, and after a kill between the two renames."""
     found = steps_of("kept", 0.25, 0.5, 0.5, 0.375)
     assert [metrics["eval/best_step"] for metrics in found] == [1, 2, 2, 2]
     assert best_step(world / "kept") == 2
@@ -131,7 +131,7 @@ def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_o
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero 3"])
 def test_a_killed_run_has_the_metrics_and_the_best_of_an_undisturbed_one(world, tmp_path, engine):
-    """Two ranks, SIGKILL behind an evaluation that no checkpoint knows of."""
+    """Two ranks, SIGKILL after an evaluation that is in no checkpoint."""
     values = {"max_steps": 8, "eval_every": 2, "save_steps": 3, "resume": "auto"}
     if engine == "zero 3":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
