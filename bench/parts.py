@@ -58,8 +58,8 @@ def tests(o: Namespace, keep: Keep) -> None:
     """pytest on the files that have tests for a GPU; for a CPU on one that has none. Its last line is the log's."""
     gpu = torch.cuda.is_available()
     every = sorted((ROOT / "tests").rglob("test_*.py"))
-    files = [file for file in every if re.search(r"mark\.gpu|\bLANE\b", file.read_text())]
-    files = [str(file.relative_to(ROOT)) for file in files] if gpu else ["tests/kernel_tests/test_advantages.py"]
+    files = [file for file in every if re.search(r"mark\.gpu|\bBACKENDS\b|\bon_triton\b", file.read_text())]
+    files = [str(file.relative_to(ROOT)) for file in files] if gpu else ["tests/kernel_tests/test_boxes.py"]
     flags = ["-v", "--tb=short", "-p", "no:cacheprovider", *(["-m", "gpu"] if gpu else [])]
     if importlib.util.find_spec("xdist"):
         flags += ["-n", str(min(12, os.cpu_count() or 1))]

@@ -129,7 +129,7 @@ def test_a_gpus_tests_are_those_of_the_files_that_have_some(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(SystemExit) as ended:
         parts.tests(None, None)
-    triton, cuda = "tests/kernel_tests/test_logps_triton.py", "tests/csrc/test_box_parser_cuda.py"
+    triton, cuda = "tests/kernel_tests/test_logps.py", "tests/csrc/test_box_parser_cuda.py"
     assert ended.value.code == 3 and set(ran) >= {triton, cuda, "tests/model/test_attention.py"}
 
 

@@ -1,5 +1,6 @@
-"""group_advantages against the formulas, by hand with the statistics module."""
+"""group_advantages: the twin against the formulas, by hand with the statistics module; the kernel beside the twin."""
 
+import itertools
 import math
 import statistics
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from boxgrpo.kernels import group_advantages
+from boxgrpo.kernels.advantages import DIFFICULTIES, SCALES
+from kernel_cases import DEVICE, hold_to_the_rule, on_triton, refuse, seeded
 
 REWARDS = [[1.9, 0.3, 1.0, 0.0], [0.5, 0.5, 1.5, 1.25]]
 ACCURACY = [[0.9, 0.3, 0.0, 0.0], [0.5, 0.5, 0.5, 0.25]]
@@ -16,7 +19,7 @@ def tensors(dtype=torch.float64):
     return torch.tensor(REWARDS, dtype=dtype), torch.tensor(ACCURACY, dtype=dtype)
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_advantages_by_hand(scale):
     advantages, _, miou = group_advantages(*tensors(), scale=scale, eps=1e-2)
     for row, got in zip(REWARDS, advantages, strict=True):
@@ -49,7 +52,7 @@ def test_the_log_weight_is_never_negative():
     assert weights >= 0
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exact_zeros(scale):
     """The fp32 mean of equal rewards may be an ulp off; neither that nor 0/0 may reach the loss."""
     for group in (3, 7, 8):
@@ -57,35 +60,54 @@ def test_equal_rewards_give_exact_zeros(scale):
         assert (equal.mean(1, keepdim=True) != equal).any() or group == 8
         advantages, _, _ = group_advantages(equal, equal / 2, scale=scale)
         assert not advantages.any()
-
-
-def test_one_equal_group_leaves_the_others_alone():
-    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.0, 1.0, 2.0]])
-    advantages, _, _ = group_advantages(rewards, rewards)
-    assert advantages.tolist() == [[0, 0, 0], pytest.approx([-1, 0, 1], abs=1e-3)]
+        apart = equal + torch.eye(1000, group)  # the first groups are not equal
+        advantages, _, _ = group_advantages(apart, equal / 2, scale=scale)
+        assert advantages[:group].any(1).all() and not advantages[group:].any()
 
 
 def test_dtypes_and_no_groups():
     rewards, accuracy = tensors(torch.bfloat16)
     assert [x.dtype for x in group_advantages(rewards, accuracy)] == [torch.float32] * 3
     assert [x.dtype for x in group_advantages(*tensors())] == [torch.float64] * 3
-    for scale in ("group", "batch", "none"):
+    for scale in SCALES:
         shapes = [x.shape for x in group_advantages(rewards[:0], accuracy[:0], scale=scale)]
         assert shapes == [(0, 4), (0,), (0,)]
 
 
 def test_what_is_refused():
     rewards, accuracy = tensors()
-    for message, args, options in (
-        (
-            "num_generations is 1; a group needs at least 2. Raise --num_generations.",
-            (rewards[:, :1], accuracy[:, :1]),
-            {},
-        ),
-        (r"accuracy has shape \(2, 3\); it must be \(2, 4\)", (rewards, accuracy[:, 1:]), {}),
-        ("difficulty is 'hard'; it is one of exp", (rewards, accuracy), {"difficulty": "hard"}),
-        ("scale is 'rank'; it is one of group", (rewards, accuracy), {"scale": "rank"}),
-        ("group_advantages got a CPU tensor", (rewards, accuracy), {"backend": "triton"}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            group_advantages(*args, **options)
+    few = "num_generations is 1; a group needs at least 2. Raise --num_generations."
+    refuse(
+        (few, lambda: group_advantages(rewards[:, :1], accuracy[:, :1])),
+        (r"accuracy has shape \(2, 3\); it must be \(2, 4\)", lambda: group_advantages(rewards, accuracy[:, 1:])),
+        ("difficulty is 'hard'; it is one of exp", lambda: group_advantages(rewards, accuracy, difficulty="hard")),
+        ("scale is 'rank'; it is one of group", lambda: group_advantages(rewards, accuracy, scale="rank")),
+        ("group_advantages got a CPU tensor", lambda: group_advantages(rewards, accuracy, backend="triton")),
+    )
+
+
+@on_triton
+@pytest.mark.parametrize("difficulty, scale", [*itertools.product(DIFFICULTIES, SCALES)])
+@pytest.mark.parametrize("shape", [(1, 2), (5, 7), (300, 8), (3, 2000)])
+def test_the_kernel(shape, difficulty, scale):
+    """Rewards close together and far from 0, and a group of equal ones."""
+    g = seeded(shape[0])
+    rewards, accuracy = (torch.rand(*shape, generator=g).to(DEVICE) for _ in range(2))
+    rewards = 5 + 0.5 * rewards
+    rewards[0] = rewards[0, 0]
+    options = {"difficulty": difficulty, "scale": scale}
+    ours = group_advantages(rewards.T.contiguous().T, accuracy, **options, backend="triton")
+    twin = group_advantages(rewards, accuracy, **options, backend="torch")
+    truth = group_advantages(rewards.double(), accuracy.double(), **options, backend="torch")
+    assert not ours[0][0].any()  # exact zeros
+    hold_to_the_rule(ours, twin, truth)
+
+
+@on_triton
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_nan_stays_nan(difficulty):
+    rewards = torch.tensor([[1.0, float("nan"), 1.0], [0.0, 1.0, 2.0]], device=DEVICE)
+    ours, twin = (group_advantages(rewards, rewards, difficulty=difficulty, backend=b) for b in ("triton", "torch"))
+    assert ours[0].isnan().any(1).tolist() == [True, False]
+    for a, b in zip(ours, twin, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)

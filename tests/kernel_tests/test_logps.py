@@ -1,45 +1,61 @@
-"""token_logps and token_logps_from_logits: values, gradients, memory, and what they refuse."""
+"""token_logps and token_logps_from_logits: twin and kernel against fp64 beside eager torch; memory; refusals."""
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from boxgrpo.kernels import chunks, fused_grpo_loss, token_logps, token_logps_from_logits
+from boxgrpo.kernels import (
+    chunks,
+    dropin,
+    fused_grpo_loss,
+    fused_grpo_loss_from_logits,
+    sample_tokens,
+    token_logps,
+    token_logps_from_logits,
+)
+from kernel_cases import (
+    BACKENDS,
+    DEVICE,
+    SHAPES,
+    counters,
+    eager,
+    gradients,
+    judge,
+    make_case,
+    on_triton,
+    refuse,
+    seeded,
+)
 
 N, V, H = 7, 13, 5
 
 
 @pytest.fixture
-def case():
-    g = torch.Generator().manual_seed(1)
-    hidden = torch.randn(N, H, dtype=torch.float64, generator=g, requires_grad=True)
-    weight = torch.randn(V, H, dtype=torch.float64, generator=g, requires_grad=True)
+def head():
+    """hidden (N, H), weight (V, H) and targets (N), fp64."""
+    g = seeded(1)
+    hidden, weight = (torch.randn(n, H, dtype=torch.float64, generator=g, requires_grad=True) for n in (N, V))
     return hidden, weight, torch.randint(V, (N,), generator=g)
 
 
-def functions(inplace):
-    """Each function as a function of hidden and weight."""
-    return {
-        "head": lambda h, w, t, **o: token_logps(h, w, t, **o),
-        "logits": lambda h, w, t, **o: token_logps_from_logits(h @ w.T, t, inplace_backward=inplace, **o),
-    }
-
-
-def dense(hidden, weight, targets, temperature):
-    distribution = (hidden @ weight.T / temperature).log_softmax(1)
-    return distribution[torch.arange(len(targets)), targets], -(distribution.exp() * distribution).sum(1)
+def eager_from_head(hidden, weight, targets, temperature=1.0):
+    return eager(hidden @ weight.T, targets, temperature)
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("function", ["head", "logits"])
+@pytest.mark.parametrize("function", ["head", "logits", "inplace"])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_values_and_any_upstream_gradient(case, function, inplace, entropy, chunk, monkeypatch):
+def test_the_twin_in_fp64(head, function, entropy, chunk, monkeypatch):
+    """Values, and the gradients of any upstream gradient."""
     monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
-    hidden, weight, targets = case
-    got = functions(inplace)[function](hidden, weight, targets, temperature=0.6, entropy=entropy)
-    want = dense(hidden, weight, targets, 0.6)
-    pairs = list(zip(got if entropy else (got,), want, strict=False))
+    hidden, weight, targets = head
+    options = {"temperature": 0.6, "entropy": entropy}
+    if function == "head":
+        got = token_logps(hidden, weight, targets, **options)
+    else:
+        options["inplace_backward"] = function == "inplace"
+        got = token_logps_from_logits(hidden @ weight.T, targets, **options)
+    pairs = list(zip(got if entropy else (got,), eager_from_head(*head, 0.6), strict=False))
     upstream = [torch.linspace(-1, 2, N, dtype=torch.float64).roll(k) for k in range(2)]
     upstream[0][2] = upstream[1][2] = 0  # a row that nothing flows back to
     for a, b in pairs:
@@ -49,86 +65,213 @@ def test_values_and_any_upstream_gradient(case, function, inplace, entropy, chun
         torch.testing.assert_close(a, b)
 
 
-def test_only_the_wanted_gradient_is_made(case, monkeypatch):
-    hidden, weight, targets = case
+def check_logps(case, temperature, backend, entropy=True):
+    """Values, and the gradient of their sums with case["upstream"] (2, N), target and other logits alike."""
+
+    def run(compute, case):
+        logits = case["logits"].detach().requires_grad_()
+        values = compute(logits)[: 1 + entropy]
+        total = sum((x * u.to(x.dtype)).sum() for x, u in zip(values, case["upstream"], strict=False))
+        return *(x.detach() for x in values), gradients(total, logits)
+
+    def ours(logits):
+        options = {"temperature": temperature, "entropy": entropy, "backend": backend}
+        found = token_logps_from_logits(logits, case["targets"], **options)
+        return found if entropy else (found,)
+
+    def theirs(logits):
+        return eager(logits, case["targets"], temperature)
+
+    return judge(run, ours, theirs, case, targets=case["targets"], by_row=True)
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape, entropy", [(shape, i < 4 or i % 2) for i, shape in enumerate(SHAPES)], ids=str)
+def test_logps_from_logits(shape, entropy, backend):
+    case = make_case(*shape)
+    case["upstream"] = torch.randn(2, shape[0], generator=seeded(1)).to(DEVICE)
+    case["upstream"][:, 0] *= shape[0] == 1  # a row without an upstream gradient
+    got = check_logps(case, shape[-1], backend, bool(entropy))
+    assert got[-1].dtype == shape[2] and got[0].dtype == torch.float32
+
+
+@BACKENDS
+@pytest.mark.parametrize("vocabulary", [300, 40_000])
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_extreme_logits(vocabulary, temperature, backend):
+    """±1e4, -inf beside the target, whole rows of one value: nothing is NaN, and no error above eager's."""
+    case = make_case(6, vocabulary, torch.float32, temperature)
+    logits, targets = case["logits"], case["targets"]
+    logits[0, ::2] = 1e4
+    logits[1, :] = -1e4
+    logits[2, 1::3] = float("-inf")
+    logits[3, :] = float("-inf")
+    logits[3, 7], targets[3] = -1e4, 7
+    logits[4, 5], targets[4] = 1e4, 6
+    targets[2] = 0
+    case["upstream"] = torch.stack([torch.linspace(-1, 1, 6), torch.ones(6)]).to(DEVICE)
+    check_logps(case, temperature, backend)
+    rest = targets, case["advantages"], case["completion_cu"]
+    logits.requires_grad_()
+    loss, stats = fused_grpo_loss_from_logits(logits, *rest, temperature=temperature, backend=backend)
+    assert gradients(loss, logits).isfinite().all() and stats.entropy.isfinite().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("vocabulary", [300, 40_000])
+def test_a_row_of_minus_infinity_is_a_row_of_equals(vocabulary, backend):
+    logits = torch.full((1, vocabulary), float("-inf"), device=DEVICE, requires_grad=True)
+    targets = torch.tensor([7], device=DEVICE)
+    logps, entropy = token_logps_from_logits(logits, targets, temperature=0.5, entropy=True, backend=backend)
+    torch.testing.assert_close(torch.cat([-logps, entropy]).cpu(), torch.full((2,), float(vocabulary)).log())
+    want = torch.full_like(logits, -2 / vocabulary)
+    want[0, 7] += 2
+    torch.testing.assert_close(gradients(logps.sum(), logits), want)
+
+
+@BACKENDS
+def test_a_temperature_near_zero(backend):
+    """-1e30, the stand-in for -inf, over 1e-9 would be infinite."""
+    logits = torch.randn(3, 300, generator=seeded()).to(DEVICE)
+    logits[:, 5] = float("-inf")
+    targets = logits.argmax(1)
+    targets[2] = 5
+    logits.requires_grad_()
+    logps, entropy = token_logps_from_logits(logits, targets, temperature=1e-9, entropy=True, backend=backend)
+    assert logps[:2].eq(0).all() and logps[2] < -1e20 and logps.isfinite().all()
+    assert entropy.eq(0).all() and gradients(logps[:2].sum() + entropy.sum(), logits).eq(0).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_without_upstream_gradient_has_none(inplace, backend):
+    """Even a row of NaN, which a gradient of 0 from upstream would not stop."""
+    body = torch.randn(4, 9, generator=seeded()).to(DEVICE)
+    body[2] = float("nan")
+    targets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    options = {"inplace_backward": inplace, "backend": backend}
+    logps = token_logps_from_logits(body.requires_grad_() * 1, targets, **options)
+    found = gradients(logps[[0, 1, 3]].sum(), body)
+    assert found[2].eq(0).all() and found[[0, 1, 3]].isfinite().all() and found.any()
+
+
+def every_result(logits, case):
+    """Of the loss and the log-probabilities of `logits`; the gradients that are written over them, too."""
+    n = logits.shape[0]
+    rest = case["targets"][:n], case["advantages"][:1], torch.tensor([0, n], device=DEVICE)
+    numbers, results = logits.clone(), []
+
+    def restored():
+        with torch.no_grad():
+            return logits.detach().copy_(numbers).requires_grad_()
+
+    for overwrite in (False, True):
+        body = restored()
+        options = {"overwrite_logits": overwrite, "backend": "triton"}
+        loss, stats = fused_grpo_loss_from_logits(body[:], *rest, **options)
+        results += [loss.detach(), stats.logps, gradients(3 * loss, body).clone()]
+        body = restored()
+        options = {"entropy": True, "inplace_backward": overwrite, "backend": "triton"}
+        logps, entropy = token_logps_from_logits(body[:], rest[0], **options)
+        results += [logps.detach(), gradients(logps.sum() + entropy.sum(), body).clone()]
+    return *results, *sample_tokens(restored().detach(), seed=1, **counters(n), backend="triton")
+
+
+@on_triton
+@pytest.mark.parametrize("vocabulary", [300, 40_000])
+@pytest.mark.parametrize("rows", ["apart", "columns", "transposed", "odd"])
+def test_strided_logits(rows, vocabulary):
+    """Views, which are not copied, on either side of the table's edge: the results are those of the same numbers."""
+    case = make_case(4, vocabulary, torch.bfloat16, 1.0)
+    plain = case["logits"]
+    if rows == "apart":  # one position of each sequence
+        strided = plain.view(2, 2, -1)[:, 1]
+        plain = strided.contiguous()
+    elif rows == "columns":
+        strided = torch.stack([plain, plain], 2)[:, :, 1]
+    elif rows == "transposed":
+        strided = plain.t().contiguous().t()
+    else:  # rows start between two words
+        strided = torch.nn.functional.pad(plain, (1, 0))[:, 1:]
+    assert strided.stride() != plain.stride() or strided.storage_offset()
+    for a, b in zip(every_result(strided, case), every_result(plain, case), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_triton
+@pytest.mark.parametrize("n, vocabulary, strides", [(4, 300, (2**30, 1)), (4, 40_000, (2**30, 1)), (2, 3, (1, 2**30))])
+def test_offsets_beyond_two_to_the_31(n, vocabulary, strides):
+    """Rows or columns 2^30 elements apart: the last starts beyond int32. Untouched pages of storage cost nothing."""
+    case = make_case(n, vocabulary, torch.bfloat16, 1.0)
+    size = sum((count - 1) * stride for count, stride in zip((n, vocabulary), strides)) + 1
+    strided = torch.empty(size, dtype=torch.bfloat16, device=DEVICE).as_strided((n, vocabulary), strides)
+    strided.copy_(case["logits"])
+    for a, b in zip(every_result(strided, case), every_result(case["logits"], case), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    """On the second GPU while the first is the current one."""
+    case = {name: x.to("cuda:1") for name, x in make_case(6, 300, torch.float32, 1.0).items()}
+    rest = case["targets"], case["advantages"], case["completion_cu"]
+    results = []
+    for backend in ("triton", "torch"):
+        logits = case["logits"].detach().requires_grad_()
+        loss, _ = fused_grpo_loss_from_logits(logits, *rest, backend=backend)
+        results.append((loss, gradients(3 * loss, logits)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def loss_of_head(hidden, weight, targets, **options):
+    rest = torch.tensor([1.0, -1.0], dtype=hidden.dtype), torch.tensor([0, len(targets) // 2, len(targets)])
+    return fused_grpo_loss(hidden, weight, targets, *rest, **options)[0]
+
+
+@pytest.mark.parametrize("function", [token_logps, loss_of_head])
+def test_only_the_wanted_gradient_is_made(head, function, monkeypatch):
+    hidden, weight, targets = head
     made, results = [], chunks.HeadSweep.results
     monkeypatch.setattr(
-        chunks.HeadSweep,
-        "results",
-        lambda self: made.append((self.dhidden is None, self.dweight is None)) or results(self),
+        chunks.HeadSweep, "results", lambda self: made.append([self.dhidden, self.dweight]) or results(self)
     )
-    token_logps(hidden, weight.detach(), targets).sum().backward()
-    token_logps(hidden.detach(), weight, targets).sum().backward()
-    assert made == [(False, True), (True, False)]
+    function(hidden, weight.detach(), targets).sum().backward()
+    function(hidden.detach(), weight, targets).sum().backward()
+    assert [[x is None for x in pair] for pair in made] == [[False, True], [True, False]]
     assert hidden.grad.any() and weight.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_results_are_fp32_and_gradients_of_the_inputs_dtype(case, dtype):
-    """Logits of half-precision inputs are not rounded: the error against fp64 of the same inputs is fp32's."""
-    hidden, weight, targets = case
+def test_results_are_fp32_and_gradients_of_the_inputs_dtype(head, dtype):
+    """Logits of half-precision inputs are not rounded, under autocast neither: the error against fp64 is fp32's."""
+    hidden, weight, targets = head
     hidden, weight = (4 * x.detach().to(dtype) for x in (hidden, weight))
     hidden.requires_grad_()
-    logps, entropy = token_logps(hidden, weight, targets, entropy=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps, entropy = token_logps(hidden, weight, targets, entropy=True)
     assert logps.dtype == entropy.dtype == torch.float32
-    for got, want in zip((logps, entropy), dense(hidden.double(), weight.double(), targets, 1.0), strict=True):
+    for got, want in zip((logps, entropy), eager_from_head(hidden.double(), weight.double(), targets), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     (logps.sum() + entropy.sum()).backward()
     assert hidden.grad.dtype == dtype
 
 
-def test_autocast_does_not_lower_the_precision(case):
-    hidden, weight, targets = (x.float().detach() if x.is_floating_point() else x for x in case)
-    hidden.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = token_logps(hidden, weight, targets)
-    assert torch.equal(inside, token_logps(hidden, weight, targets))
-
-
-def test_inplace_backward_writes_over_the_logits_once(case):
-    hidden, weight, targets = case
-    logits = hidden @ weight.T
-    logps = token_logps_from_logits(logits, targets, inplace_backward=True)
-    (got,) = torch.autograd.grad(logps.sum(), logits, retain_graph=True)
-    assert got.data_ptr() == logits.data_ptr()
-    with pytest.raises(RuntimeError, match="inplace operation"):
-        torch.autograd.grad(logps.sum(), logits)
-
-
-def test_minus_infinity_is_probability_zero(case):
-    logits = (case[0] @ case[1].T).detach()
-    logits[:, 0] = float("-inf")
-    logits.requires_grad_()
-    targets = case[2].clamp(min=1)
-    logps, entropy = token_logps_from_logits(logits, targets, entropy=True, temperature=1e-3)
-    (logps.sum() + entropy.sum()).backward()
-    want = (logits.detach()[:, 1:] / 1e-3).log_softmax(1).gather(1, targets[:, None] - 1).squeeze(1)
-    torch.testing.assert_close(logps, want)
-    assert entropy.isfinite().all() and logits.grad.isfinite().all() and not logits.grad[:, 0].any()
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_few_rows(case, n):
-    hidden, weight, targets = case
-    logps, entropy = token_logps(hidden[:n], weight, targets[:n], entropy=True)
-    (logps.sum() + entropy.sum()).backward()
-    assert logps.shape == entropy.shape == (n,)
-    assert weight.grad.shape == (V, H) and weight.grad.any() == (n > 0)
-
-
-@pytest.mark.parametrize("level", ["logps", "token", "sequence"])
-def test_the_head_never_makes_the_logits(level):
+@pytest.mark.parametrize("function", ["logps", "biased logps", "token", "sequence"])
+def test_the_head_never_makes_the_logits(function):
     """Of a 384 x 32768 head forward and backward allocate one 128-row chunk, and nothing larger."""
     n, v, h = 384, 32768, 4
     hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
-    targets = torch.arange(n)
+    bias, targets = torch.randn(v, requires_grad=True), torch.arange(n)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        if level == "logps":
-            logps, entropy = token_logps(hidden, weight, targets, entropy=True)
+        if function == "logps":
+            loss = sum(x.sum() for x in token_logps(hidden, weight, targets, entropy=True))
+        elif function == "biased logps":  # capped, too
+            logps, entropy, *_ = dropin.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 8, 3.0)
             loss = logps.sum() + entropy.sum()
         else:
-            rest = torch.tensor([1.0, -1.0]), torch.tensor([0, n // 2, n])
-            loss, _ = fused_grpo_loss(hidden, weight, targets, *rest, importance_sampling_level=level)
+            loss = loss_of_head(hidden, weight, targets, importance_sampling_level=function)
         loss.backward()
     assert weight.grad.any()
     assert max(event.self_cpu_memory_usage for event in profiler.events()) == 128 * v * 4
@@ -140,15 +283,12 @@ def test_chunks_are_small_but_for_a_wide_vocabulary(vocabulary, rows):
     assert chunks.chunk_rows(vocabulary, torch.float32, torch.device("cpu"), at_least=128) == rows
 
 
-def test_what_is_refused(case):
-    hidden, weight, targets = case
-    logits = hidden @ weight.T
-    expanded = logits[:1].expand(N, V)
-    for message, call in (
-        (
-            "inplace_backward is set .* Pass logits.contiguous",
-            lambda: token_logps_from_logits(expanded, targets, inplace_backward=True),
-        ),
+def test_what_is_refused(head):
+    hidden, weight, targets = head
+    logits, on = hidden @ weight.T, {"backend": "triton"}
+    expanded, inplace = logits[:1].expand(N, V), {"inplace_backward": True}
+    refuse(
+        ("is set .* Pass logits.contiguous", lambda: token_logps_from_logits(expanded, targets, **inplace)),
         (r"hidden has shape \(5,\)", lambda: token_logps(hidden[0], weight, targets)),
         ("hidden is int64; it must be float16 or", lambda: token_logps(hidden.long(), weight, targets)),
         ("weight is float32; it must be float64", lambda: token_logps(hidden, weight.float(), targets)),
@@ -157,19 +297,7 @@ def test_what_is_refused(case):
         ("temperature is -1", lambda: token_logps(hidden, weight, targets, temperature=-1)),
         ("temperature is 0; a scored", lambda: token_logps_from_logits(logits, targets, temperature=0)),
         ("temperature is nan", lambda: token_logps_from_logits(logits, targets, temperature=float("nan"))),
-        ("token_logps got a CPU tensor", lambda: token_logps(hidden, weight, targets, backend="triton")),
-        ("got a CPU tensor", lambda: token_logps_from_logits(logits, targets, backend="triton")),
-        ("got a META tensor", lambda: token_logps(hidden.to("meta"), weight, targets, backend="triton")),
+        ("token_logps got a META tensor", lambda: token_logps(hidden.to("meta"), weight, targets, **on)),
+        ("got a CPU tensor", lambda: token_logps_from_logits(logits, targets, **on)),
         ("backend is 'auot'", lambda: token_logps(hidden, weight, targets, backend="auot")),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_the_backward_ops_pass_opcheck(case):
-    hidden, weight, targets = (x.detach() for x in case)
-    ops, ones = torch.ops.boxgrpo, torch.ones(N, dtype=torch.float64)
-    upstream = ones, torch.empty(0), ones, ones  # entropy, state, dlogps, dentropy
-    torch.library.opcheck(ops.token_logps_backward, (hidden, weight, targets, 0.6, *upstream, True, False, False))
-    logits = hidden @ weight.T
-    torch.library.opcheck(ops.token_logps_from_logits_backward, (logits, targets, 0.6, *upstream, False))
+    )

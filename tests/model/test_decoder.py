@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from boxgrpo.kernels.dispatch import interpreting
 from boxgrpo.model import decoder
+from kernel_cases import DEVICE, on_triton, seeded
 
 pytest.importorskip("liger_kernel")
 
@@ -19,17 +19,11 @@ def with_gradients(f, *inputs):
     return *(x.detach().clone() for x in found), *torch.autograd.grad(total, leaves)
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=1 runs it on a CPU")),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
-def test_ligers_rotation_is_ours(device):
-    g = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(7, heads, 16, generator=g).to(device) for heads in (4, 2))
-    cos, sin = decoder.cos_and_sin(50 * torch.rand(7, 8, generator=g).to(device))
+@on_triton
+def test_ligers_rotation_is_ours():
+    g = seeded()
+    q, k = (torch.randn(7, heads, 16, generator=g).to(DEVICE) for heads in (4, 2))
+    cos, sin = decoder.cos_and_sin(50 * torch.rand(7, 8, generator=g).to(DEVICE))
     ours = with_gradients(lambda q, k: (decoder.rotate(q, cos, sin), decoder.rotate(k, cos, sin)), q, k)
     theirs = with_gradients(lambda q, k: decoder.rotate_liger(q, k, cos, sin), q, k)
     for a, b in zip(theirs, ours, strict=True):

@@ -1,7 +1,7 @@
-"""Inputs, a plain torch baseline and the error rule of the Triton tests (`tests/kernel_tests/test_*_triton.py`).
+"""Inputs, plain torch baselines and the error rule of the kernels' tests.
 
-On the CPU they run in Triton's interpreter, with TRITON_INTERPRET=1 in a process of their own, which `make test` does.
-Otherwise each of them is a `gpu` test.
+A test of both BACKENDS runs an op's torch twin in the ordinary lane. It runs the Triton kernel on a GPU, or on a CPU in
+Triton's interpreter: TRITON_INTERPRET=1 and `-m triton`, in a process of its own, which `make test` does.
 """
 
 import pytest
@@ -9,10 +9,20 @@ import torch
 
 from boxgrpo.kernels.dispatch import interpreting
 
-DEVICE = "cpu" if interpreting() else "cuda"
-LANE = [] if interpreting() else [pytest.mark.gpu]
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+LANE = [pytest.mark.triton, *([] if interpreting() else [pytest.mark.gpu])]
+BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=LANE)])
+
+
+def on_triton(test):
+    """Decorates a test of Triton kernels alone."""
+    for mark in LANE:
+        test = mark(test)
+    return test
+
 
 TOLERANCE = 4e-6  # of the largest value: 32 ulps of fp32, where eager may happen to round to the exact value
+OWN = ("old_logps", "ref_logps", "weights", "sampler_factor")  # tensors of a case that are options of a loss
 VARIANTS = {
     "grpo": {},
     "bnpo": {"loss_type": "bnpo"},
@@ -20,8 +30,9 @@ VARIANTS = {
     "dr_grpo": {"loss_type": "dr_grpo", "denominator": torch.tensor(48.0)},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "delta": {"delta": 1.5, "beta": 0.0},
-    "global count": {"loss_type": "dapo", "denominator": torch.tensor(37.0)},
-    "on policy": {"old_logps": None, "ref_logps": None, "weights": None, "sampler_factor": None},
+    "global count": {"denominator": torch.tensor(37.0)},
+    "global count of tokens": {"loss_type": "dapo", "denominator": torch.tensor(37.0)},
+    "on policy": dict.fromkeys(OWN),
     "no reference": {"ref_logps": None},
     "sequence": {"importance_sampling_level": "sequence", "epsilon": 0.1},
     "sequence delta": {"importance_sampling_level": "sequence", "delta": 1.25},
@@ -67,8 +78,7 @@ def make_case(n, vocabulary, dtype, temperature, spread=4.0, seed=0):
 
 
 def options_of(case, variant):
-    names = ("old_logps", "ref_logps", "weights", "sampler_factor")
-    options = {name: case[name] for name in names} | variant
+    options = {name: case[name] for name in OWN} | variant
     return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
 
 
@@ -86,8 +96,43 @@ def eager(logits, targets, temperature):
     return distribution.gather(1, targets[:, None]).squeeze(1), -(distribution.exp() * distribution).sum(1)
 
 
-def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False, tolerance=TOLERANCE):
-    """Each of ours no further from the truth than eager's, plus `tolerance` of the largest value.
+def token_formulas(
+    logps,
+    owner,
+    advantages,
+    *,
+    old_logps=None,
+    ref_logps=None,
+    sampler_factor=None,
+    epsilon=0.2,
+    epsilon_high=None,
+    delta=None,
+    loss_type="grpo",
+    importance_sampling_level="token",
+):
+    """ARCHITECTURE.md, section "The mathematics", of N tokens; `owner` (N) is each token's completion.
+
+    Returns (N) each: the policy term without the weight, kl, ratio, and whether the ratio is clipped below and above.
+    """
+    advantage = advantages[owner]
+    log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
+    if importance_sampling_level == "sequence":
+        log_ratio = torch.stack([log_ratio[owner == completion].mean() for completion in owner])
+    ratio = log_ratio.exp()
+    if loss_type == "cispo":
+        policy = -ratio.clamp(max=epsilon_high).detach() * advantage * logps
+        low, high = torch.zeros_like(ratio, dtype=torch.bool), (ratio > epsilon_high) & (advantage > 0)
+    else:
+        top = 1 + (epsilon if epsilon_high is None else epsilon_high)
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        policy = -torch.min(bounded * advantage, ratio.clamp(1 - epsilon, top) * advantage)
+        low, high = (ratio < 1 - epsilon) & (advantage < 0), (ratio > top) & (advantage > 0)
+    gap = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps
+    return policy * (1 if sampler_factor is None else sampler_factor), gap.exp() - gap - 1, ratio, low, high
+
+
+def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False, tolerance=TOLERANCE, least=1e-30):
+    """Each of ours no further from the truth than eager's, plus `tolerance` of the largest value, at least of `least`.
 
     With `targets` (N) what is (N, V) also by parts: the targets' entries, and all others, `by_row` row by row. (A
     loss's rows are not alike: where policy and KL nearly cancel, little is left that is not rounding.)
@@ -102,10 +147,10 @@ def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False, tolerance
             parts.append(tuple(x if by_row else x.flatten().unsqueeze(0) for x in others))
         for part, (got_rows, their_rows, true_rows) in enumerate(parts):
             error, allowed = ((x.double() - true_rows).abs().amax(1) for x in (got_rows, their_rows))
-            scale = true_rows.abs().amax(1).clamp(min=1e-30)
+            scale = true_rows.abs().amax(1).clamp(min=least)
             if got.dtype in (torch.float16, torch.bfloat16):  # the interpreter truncates where hardware rounds
-                least = torch.finfo(got.dtype).smallest_normal
-                allowed = allowed + interpreting() * torch.finfo(got.dtype).eps * scale.clamp(min=least)
+                normal = torch.finfo(got.dtype).smallest_normal
+                allowed = allowed + interpreting() * torch.finfo(got.dtype).eps * scale.clamp(min=normal)
             worst = (error - allowed - tolerance * scale).argmax()
             assert error[worst] <= allowed[worst] + tolerance * scale[worst], (
                 f"value {i}, part {part}, row {worst}: error {error[worst]:.3g}, eager's {allowed[worst]:.3g}, "
@@ -131,10 +176,16 @@ def hold_beside(ours, theirs, truth, eager):
         if mine.dtype == torch.bool:
             assert torch.equal(mine, true) and torch.equal(their, true)
             continue
-        scale = max(float(true.abs().max()), 1e-3)
-        torch.testing.assert_close(their.double(), true, rtol=1e-4, atol=1e-5 * scale)
-        errors = [float((x.double() - true).abs().max()) for x in (mine, fp32)]
-        assert mine.dtype == torch.float32 and errors[0] <= errors[1] + TOLERANCE * scale, errors
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(their.double(), true, rtol=1e-4, atol=1e-5 * max(float(true.abs().max()), 1e-3))
+        hold_to_the_rule([mine], [fp32], [true], least=1e-3)
+
+
+def refuse(*cases):
+    """Each case is a message, as a pattern, and a call that must raise a ValueError with it."""
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def gradients(value, leaf):

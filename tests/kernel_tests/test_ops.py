@@ -13,11 +13,10 @@ from boxgrpo.kernels import (
     token_logps,
     token_logps_from_logits,
 )
-from kernel_cases import DEVICE, LANE, counters, gradients, make_case, options_of, seeded
-
-pytestmark = LANE
+from kernel_cases import BACKENDS, DEVICE, counters, gradients, make_case, on_triton, options_of, refuse, seeded
 
 
+@on_triton
 def test_arguments_need_not_be_contiguous():
     case = make_case(6, 300, torch.float32, 1.0)
     apart = {name: torch.stack([x, 3 * x + 1], -1)[..., 0] if x.dim() == 1 else x for name, x in case.items()}
@@ -35,6 +34,7 @@ def test_arguments_need_not_be_contiguous():
         torch.testing.assert_close(a, b)
 
 
+@on_triton
 def test_bad_targets_give_nan():
     """A device's targets are not checked, which would wait for it: their results are NaN, and no memory is lost."""
     case = make_case(6, 300, torch.float32, 1.0)
@@ -43,6 +43,7 @@ def test_bad_targets_give_nan():
     assert logps.isnan().tolist() == [i in (1, 4) for i in range(6)]
 
 
+@on_triton
 @pytest.mark.parametrize("bounds", [[0, 4], [2, 6], [0, 9], [-2, 6], [0, 5, 3, 6], [0, 5, 3, 3, 6], [0, 6, 4]], ids=str)
 @pytest.mark.parametrize("compute", ["logps", "logits", "head"])
 def test_bad_offsets_give_nan(compute, bounds):
@@ -59,7 +60,7 @@ def test_bad_offsets_give_nan(compute, bounds):
     assert loss.isnan() and torch.autograd.grad(loss, rows)[0].isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("bounds", [[0], [0, 0, 0]])
 def test_no_tokens_give_zeros(bounds, level, backend):
@@ -68,6 +69,9 @@ def test_no_tokens_give_zeros(bounds, level, backend):
     hidden, weight = (torch.empty(k, 4, device=DEVICE, requires_grad=True) for k in (0, 50))
     targets, none = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.empty(0, device=DEVICE)
     options = {"old_logps": none, "ref_logps": none, "importance_sampling_level": level, "backend": backend}
+    values = token_logps(hidden, weight, targets, entropy=True, backend=backend)
+    assert [x.shape for x in values] == [(0,)] * 2
+    sum(x.sum() for x in values).backward()
     for loss, stats in (
         fused_grpo_loss_from_logits(logits, targets, rest, cu, **options),
         fused_grpo_loss_from_logits(logits * 1, targets, rest, cu, overwrite_logits=True, **options),
@@ -81,8 +85,9 @@ def test_no_tokens_give_zeros(bounds, level, backend):
     assert tokens.shape == logps.shape == (0,)
 
 
-@pytest.mark.parametrize("triton", [False, True])
-def test_the_ops_pass_opcheck(triton):
+@BACKENDS
+def test_the_ops_pass_opcheck(backend):
+    triton = backend == "triton"
     case = make_case(5, 40, torch.float32, 0.7)
     ops, logits, check = torch.ops.boxgrpo, case["logits"].requires_grad_(), torch.library.opcheck
     targets, rest = case["targets"], (case["advantages"], case["completion_cu"])
@@ -102,9 +107,14 @@ def test_the_ops_pass_opcheck(triton):
         check(ops.sample_tokens, (logits.detach(), 4, *counters(5).values(), 0.7, *filters, triton))
     rewards = torch.rand(2, 4, generator=g).to(DEVICE)
     check(ops.group_advantages, (rewards, rewards, "exp", "group", 1e-4, triton))
+    if not triton:  # the backward ops; the kernel's needs what its forward saved
+        ones, head = torch.ones(5), (hidden.detach(), weight.detach(), targets)
+        upstream = ones, torch.empty(0), ones, ones  # entropy, state, dlogps, dentropy
+        check(ops.token_logps_backward, (*head, 0.6, *upstream, True, False, False))
+        check(ops.token_logps_from_logits_backward, (logits.detach(), targets, 0.6, *upstream, False))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@BACKENDS
 def test_functions_compile_without_a_graph_break(backend):
     case = make_case(5, 40, torch.float32, 0.7)
     g = seeded()
@@ -131,11 +141,13 @@ def test_functions_compile_without_a_graph_break(backend):
     torch.testing.assert_close(*(torch.autograd.grad(x, (hidden, weight)) for x in results))
 
 
+@on_triton
 def test_fp64_stays_with_the_twin():
     logits = torch.randn(3, 9, dtype=torch.float64, device=DEVICE)
     targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="token_logps_from_logits got fp64, which only the torch twin"):
-        token_logps_from_logits(logits, targets, backend="triton")
+    on = {"backend": "triton"}
+    refuse(
+        ("logits got fp64, which only the torch twin", lambda: token_logps_from_logits(logits, targets, **on)),
+        ("group_advantages got fp64", lambda: group_advantages(logits.float(), logits, **on)),
+    )
     assert token_logps_from_logits(logits, targets).dtype == torch.float64
-    with pytest.raises(ValueError, match="group_advantages got fp64"):
-        group_advantages(logits.float(), logits, backend="triton")
