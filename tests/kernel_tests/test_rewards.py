@@ -7,6 +7,7 @@ import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from boxgrpo.kernels.vocabulary import BRACKET, EOS, PLAIN, TEXT, unpacked
+from kernel_cases import refuse
 
 GOLD = (100.0, 200.0, 300.0, 400.0)
 BOX = "(100, 200), (300, 400)"
@@ -270,7 +271,7 @@ def test_what_would_be_read_beyond_its_bounds_is_an_error(backend):
 def test_what_is_refused():
     text, offsets = packed([GOOD])
     ids, lengths, table = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([3]), table_of_pieces()
-    for message, call in (
+    refuse(
         ("text is int8; it must be uint8", lambda: grounding_rewards(text.char(), offsets, gold(1))),
         (r"offsets has shape \(2,\); it must be \(3\)", lambda: grounding_rewards(text, offsets, gold(2))),
         (r"gold has shape \(4,\)", lambda: grounding_rewards(text, offsets, gold(1)[0])),
@@ -287,6 +288,4 @@ def test_what_is_refused():
         ("EOS id 7 is outside the 2 ids", lambda: VocabularyBytes.build([b"a", b"b"], [7])),
         ("mark id 2 is outside the 2 ids", lambda: VocabularyBytes.build([b"a", b"b"], [], mark_ids=[2])),
         ("a token must have less than 4 MiB", lambda: VocabularyBytes.build([b"a" * 2**22], [])),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    )

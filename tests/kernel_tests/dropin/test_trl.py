@@ -4,10 +4,9 @@ import inspect
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from boxgrpo.kernels import chunks, dropin
-from kernel_cases import hold_beside
+from kernel_cases import hold_beside, refuse, seeded
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 utils = pytest.importorskip("trl.trainer.utils")
@@ -26,7 +25,7 @@ HEADS = {
 
 
 def make_head(bias=False, **_):
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     tensors = [torch.randn(shape, generator=g) for shape in ((N, H), (V, H), (V,))]
     return tensors if bias else [*tensors[:2], None], torch.randint(V, (N,), generator=g)
 
@@ -122,18 +121,6 @@ def test_no_rows(head):
     assert weight.grad.shape == weight.shape and not weight.grad.any()
 
 
-def test_no_head_makes_the_logits():
-    """Forward and backward of a biased, capped head hold some chunks of logits at once, and no (N, V)."""
-    n, v, h = 384, 32768, 4
-    hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
-    bias, targets = torch.randn(v, requires_grad=True), torch.arange(n)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        logps, entropy, *_ = dropin.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 8, 3.0)
-        (logps.sum() + entropy.sum()).backward()
-    assert weight.grad.any()
-    assert max(event.self_cpu_memory_usage for event in profiler.events()) == 128 * v * 4
-
-
 @pytest.mark.parametrize("head", ["plain", "biased"])
 def test_a_head_that_zero_3_takes_away_after_the_call(head):
     """DeepSpeed marks a partitioned parameter with ds_id, gathers it for the call, and empties it behind it."""
@@ -163,7 +150,7 @@ def test_a_head_that_zero_3_takes_away_after_the_call(head):
 @pytest.mark.parametrize("shape", [(N,), (2, N), (2, 3, 4)])
 def test_selective_log_softmax(shape, several, entropy, masked):
     """Without the entropy (None), or with it, differentiable or detached."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     logits, index = torch.randn(*shape, V, generator=g), torch.randint(V, (*shape, *several), generator=g)
     mask = torch.rand(index.shape, generator=g) < 0.6 if masked else None
 
@@ -193,7 +180,7 @@ def test_selective_log_softmax(shape, several, entropy, masked):
 @pytest.mark.parametrize("several", [(), (2,)])
 def test_a_masked_row_may_hold_anything(several):
     """Its logits may be NaN and its id -100, as TRL's kernel has it: result and gradient are 0."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     logits, index = torch.randn(3, 4, V, generator=g), torch.randint(V, (3, 4, *several), generator=g)
     mask = torch.ones_like(index)
     logits[1, 2], index[1, 2], mask[1, 2] = torch.nan, -100, 0
@@ -230,11 +217,9 @@ def test_what_is_refused():
     (hidden, weight, bias), targets = make_head(bias=True)
     head, select = dropin.ChunkedLogProbFunction.apply, dropin.selective_log_softmax
     logits, index = torch.randn(3, 4, V), torch.zeros(3, 4, dtype=torch.int64)
-    for message, call in (
-        (
-            "outputs holds 'logits'; it may hold",
-            lambda: head(hidden, weight, None, targets, 1.0, 8, None, 1.0, ("logits",)),
-        ),
+    named = None, 1.0, ("logits",)
+    refuse(
+        ("outputs holds 'logits'; it may hold", lambda: head(hidden, weight, None, targets, 1.0, 8, *named)),
         ("temperature is 0", lambda: head(hidden, weight, None, targets, 0, 8)),
         ("temperature is 0", lambda: head(hidden, weight, bias, targets, 0, 8)),
         ("the soft cap of the logits is 0", lambda: head(hidden, weight, None, targets, 1.0, 8, 0.0)),
@@ -244,9 +229,7 @@ def test_what_is_refused():
         (r"index has shape \(3, 3\); it must be \(3, 4\)", lambda: select(logits, index[:, 1:])),
         (r"row_mask has shape \(3, 3\); it must be", lambda: select(logits, index, row_mask=index[:, 1:])),
         ("temperature is -1", lambda: select(logits, index, -1)),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    )
 
 
 class Ours:
