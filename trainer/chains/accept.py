@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, is_numbers, plain_text
-from boxgrpo.trainer.data.processor import load_image
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.scan import scan
-from boxgrpo.trainer.evaluation.pictures import annotate
+from boxgrpo.trainer.evaluation.pictures import annotate_example
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -106,15 +105,8 @@ def write_sheet(o: AcceptOptions) -> int:
     chosen = []
     for k in tqdm(draw(len(examples), o.share, o.seed), desc="pictures"):
         example, name = examples[k], f"pictures/{k:06d}.jpg"
-        picture = annotate(
-            [load_image(path) for path in example.images],
-            gold=gold.get(example.source, example.gold),
-            predicted=example.gold,  # of a conversation: the box in its answer
-            target_image=example.target_image,
-            question="",
-            reasoning="",
-        )
-        picture.save(folder / name, quality=88)
+        boxes = {"gold": gold.get(example.source, example.gold), "predicted": example.gold}  # that of the answer
+        annotate_example(example, **boxes, reasoning="").save(folder / name, quality=88)
         (_, question), (_, answer), *_ = example.turns
         question = plain_text(question).removesuffix(THINK_SUFFIX)
         chosen.append({"number": k, "task": example.task, "picture": name, "question": question, "answer": answer})
