@@ -30,7 +30,7 @@ from boxgrpo.trainer.data.example import box_text
 from .shapes import COLOURS, SHAPES, Box, Kind, Layout, Thing, add_rulers, paint
 
 IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
-KINDS = ((4, 4), (5, 5), (6, 6))  # colours and shapes in use, by level
+KINDS = (4, 5, 6)  # colours in use, and as many shapes, by level
 OTHERS = ((0, 1), (1, 2), (2, 3))  # fewest and most objects beside the one in question, by level
 CELL = 125  # an eighth of the image
 STEP = (2, 1, 1)  # cells: sizes and places of objects are multiples of it, by level
@@ -90,7 +90,7 @@ class _Sketch:
 
     def __init__(self, rng: random.Random, level: int):
         self.rng, self.level = rng, level
-        self.colours, self.shapes = (list(words)[:n] for words, n in zip((COLOURS, SHAPES), KINDS[level]))
+        self.colours, self.shapes = (list(words)[: KINDS[level]] for words in (COLOURS, SHAPES))
         self.kinds = [Kind(*pair) for pair in itertools.product(self.colours, self.shapes)]
         rng.shuffle(self.kinds)
 
