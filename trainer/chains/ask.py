@@ -1,10 +1,8 @@
 """Requests to an OpenAI-compatible server: at a bounded rate, repeated by its client, not sent again once answered."""
 
 import asyncio
-import base64
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from boxgrpo.trainer.data.processor import load_image
+from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .journal import Journal
 
@@ -42,8 +41,7 @@ class RecordImages:
         scale = math.sqrt(self.max_pixels / (image.width * image.height))
         if scale < 1:
             image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        image.save(file := io.BytesIO(), "JPEG", quality=90)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        return data_uri(image, "JPEG", quality=90)
 
 
 def connect(journal: Journal, o) -> dict:

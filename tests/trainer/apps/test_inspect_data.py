@@ -1,4 +1,4 @@
-"""What `inspect_data` says of a file: counts that add up, faults by reason, lengths, and a sheet of pictures."""
+"""The report of `inspect_data` on a file: counts that add up, faults by reason, lengths, and a sheet of pictures."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_missing_images_can_be_ignored(records, capsys):
 
 
 def test_boxes_in_pixels_need_no_image_either(tmp_path, capsys):
-    """Without images nobody knows how large they are; the order of a box's corners is looked at all the same."""
+    """Without images their sizes are unknown; the order of a box's corners is checked all the same."""
     cat = {"image": "gone.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}
     (tmp_path / "data.json").write_text(json.dumps([cat, cat | {"solution": [100, 10, 20, 60]}]))
     assert found_in(capsys, tmp_path / "data.json", "--no_images")["faulty"] == {"box_inverted": 1}
