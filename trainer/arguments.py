@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from dataclasses import MISSING, field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ def option(default, help: str):
 
 
 class _Append(argparse.Action):
-    """One value each time the flag is given: transformers gives lists a nargs of "+", which takes bare words too."""
+    """Append a value each time the flag is given. (By transformers' nargs of "+" a list would take bare words too.)"""
 
     def __init__(self, *names, nargs: str, **settings):
         super().__init__(*names, **settings)
@@ -33,12 +33,12 @@ def repeated(help: str) -> dict:
 
 
 class _Parser(HfArgumentParser):
-    """Flags from a dataclass; an unknown one is answered with its nearest neighbour."""
+    """Flags from a dataclass; the error for an unknown flag names the most similar one."""
 
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown and not unknown[0].startswith("-"):
-            self.error(f"{unknown[0]!r} stands where a flag is due; quote a value of several words.")
+            self.error(f"{unknown[0]!r} belongs to no flag; quote a value of several words.")
         if unknown:
             flags = [s for action in self._actions for s in action.option_strings]
             near = difflib.get_close_matches(unknown[0], flags, n=1)
@@ -47,7 +47,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, bare: str = "") -> T:
-    """Options from `--config file.yaml`, overruled by the flags beside it.
+    """Options from `--config file.yaml`, which may be given several times; later files overrule, flags overrule all.
 
     A word without a flag is the value of the field `bare`.
     """
@@ -56,7 +56,7 @@ def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = No
         parser.add_argument(bare, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{bare}.")
     parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags overrule it.")
     first, _ = parser.parse_known_args(args)
-    for path in first.config:  # of several the last one counts
+    for path in first.config:
         parser.set_defaults(**read_yaml(kind, path))
     values = vars(parser.parse_args(args))
     values.pop("config")
@@ -74,15 +74,17 @@ def read_yaml(kind: type, path: str | Path) -> dict:
     values = yaml.safe_load(Path(path).read_text()) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; it must map option names to values.")
-    known = {f.name: f for f in fields(kind)}
+    defaults = vars(kind())
     for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise ValueError(f"{path}: unknown option {name!r}; {hint}")
-        default = known[name].default if known[name].default is not MISSING else known[name].default_factory()
+        default = defaults[name]
         if isinstance(default, list):
-            values[name] = _strings(f"{path}: {name}", value)
+            values[name] = [value] if isinstance(value, str) else value
+            if not isinstance(values[name], list) or not all(isinstance(text, str) for text in values[name]):
+                raise ValueError(f"{path}: {name} is {value!r}; it must be a text or a list of texts.")
         elif isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
             try:
                 values[name] = float(value)  # YAML reads 1e-6 as a string
@@ -91,10 +93,3 @@ def read_yaml(kind: type, path: str | Path) -> dict:
         elif default is not None and type(value) is not type(default):
             raise ValueError(f"{path}: {name} is {value!r}; it must be of type {type(default).__name__}.")
     return values
-
-
-def _strings(what: str, value) -> list[str]:
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{what} is {value!r}; it must be a text or a list of texts.")
-    return value

@@ -1,4 +1,4 @@
-"""Options of the loops and of the evaluation: each default stands here and nowhere else, and what values may be."""
+"""Options of the loops and of the evaluation: the one place of their defaults, and the checks of their values."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ SCHEMAS = (
     *("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco"),
     *("lisa", "llmseg", "reasonvos", "revos"),
 )
-# What a value must be, by option name, in every dataclass that has the option.
+# Bounds of values by option name, in every dataclass that has the option.
 CHOICES = {
     "schema": ("auto", *SCHEMAS),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -29,25 +29,11 @@ CHOICES = {
 }
 AT_LEAST = {
     "num_generations": 2,
-    "num_iterations": 1,
-    "max_completion_length": 1,
-    "tokens_per_pass": 1,
-    "logging_steps": 1,
-    "cutoff_len": 1,
-    "eval_batch_size": 1,
-    "eval_max_completion_length": 1,
-    "save_steps": 0,
-    "save_total_limit": 0,
-    "max_skipped": 0,
-    "eval_every": 0,
-    "lora_rank": 0,
-    "lora_alpha": 0,
-    "peak_tflops": 0,
-    "limit": 0,
-    "resamples": 0,
-    "pictures": 0,
-    "cases": 0,
-    "dataloader_num_workers": 0,
+    **dict.fromkeys(("num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps", "cutoff_len"), 1),
+    **dict.fromkeys(("prompts_per_step", "gradient_accumulation_steps", "train_batch_size", "eval_batch_size"), 1),
+    **dict.fromkeys(("eval_max_completion_length", "vllm_importance_sampling_clip_max"), 1),
+    **dict.fromkeys(("save_steps", "save_total_limit", "max_skipped", "eval_every", "lora_rank", "lora_alpha"), 0),
+    **dict.fromkeys(("limit", "resamples", "pictures", "cases", "seed", "peak_tflops", "dataloader_num_workers"), 0),
 }
 ABOVE = {"timeout": 0}  # seconds
 
@@ -79,7 +65,7 @@ class DataOptions(InputOptions):
 
     output_dir: str = option("out/run", "Folder for checkpoints, metrics.jsonl and TensorBoard files.")
     overwrite_output_dir: bool = option(False, "Write into an output_dir that already holds a run.")
-    max_steps: int = option(0, "Optimizer steps; 0 or less: as many as num_train_epochs asks for.")
+    max_steps: int = option(0, "Optimizer steps; 0 or less: as many as num_train_epochs needs.")
     num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
     freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
@@ -91,15 +77,15 @@ class DataOptions(InputOptions):
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     adam_beta2: float = option(0.999, "AdamW's decay of squared gradients.")
-    engine: str = option("ddp", "ddp: every rank holds everything; deepspeed: ZeRO shares it out.")
-    zero_stage: int = option(2, "What DeepSpeed shares out: 1 optimizer state, 2 gradients too, 3 weights too.")
+    engine: str = option("ddp", "ddp: every rank holds everything; deepspeed: ZeRO divides it.")
+    zero_stage: int = option(2, "What DeepSpeed divides: 1 optimizer state, 2 gradients too, 3 weights too.")
     offload_optimizer: bool = option(False, "DeepSpeed keeps optimizer state and fp32 weights in host memory.")
     optimizer: str = option("adamw", "adamw: torch's fused one; cpu_adam: DeepSpeed's; apex: NVIDIA's FusedAdam.")
     logging_steps: int = option(1, "Steps between two lines of metrics.")
-    save_steps: int = option(0, "Steps between two checkpoints to go on from; 0: none, only the weights at the end.")
+    save_steps: int = option(0, "Steps between two checkpoints to resume from; 0: none, only the weights at the end.")
     save_total_limit: int = option(0, "Checkpoints to keep, the newest; 0: all.")
-    resume: str = option("", "Go on from a checkpoint: its folder, or auto for the newest whole one, if there is any.")
-    timeout: float = option(1800.0, "Seconds that ranks wait for each other; one that is gone is missed in a tenth.")
+    resume: str = option("", "Resume from a checkpoint: its folder, or auto for the newest whole one, if there is any.")
+    timeout: float = option(1800.0, "Seconds that ranks wait for each other; a lost one is noticed in a tenth of that.")
     max_skipped: int = option(100, "Stop after more steps than this without an update, for NaN or infinity.")
     eval_every: int = option(0, "Steps between two evaluations on eval_data, the last step always; 0: never.")
     eval_data: str = option("", "Records with gold boxes to score on; the best checkpoint is kept in output_dir/best.")
@@ -166,7 +152,7 @@ class EvalOptions(InputOptions):
     predictions: str = option("", "JSON list of answers in the records' order, to be scored without a model.")
     answer_format: str = option(
         "auto",
-        f"How a model is asked for boxes and writes them: {', '.join(BOX_FORMATS)}; auto: by the record.",
+        f"Form of boxes in questions and answers: {', '.join(BOX_FORMATS)}; auto: by the record.",
     )
     output_dir: str = option("", "Folder for answers, results and page; empty: out/eval, or none with --predictions.")
     overwrite_output_dir: bool = option(False, "Begin anew in a folder that holds another evaluation's answers.")
@@ -237,10 +223,10 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     _check_run(o)
     parts = world_size * o.gradient_accumulation_steps
-    if o.gradient_accumulation_steps < 1 or o.prompts_per_step < 1 or o.prompts_per_step % parts:
+    if o.prompts_per_step % parts:
         raise ValueError(
             f"prompts_per_step is {o.prompts_per_step}; it must divide into {world_size} ranks x "
-            f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {max(parts, 1)}."
+            f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {parts}."
         )
     loss_options(o)  # refuses values that the loss cannot use
     if o.temperature <= 0:
@@ -262,7 +248,7 @@ def _check_vllm(o: GrpoOptions) -> None:
     if o.temperature != 1 and (o.top_k or o.top_p < 1):
         raise ValueError(
             f"temperature is {o.temperature} with top_k {o.top_k} and top_p {o.top_p}; at another temperature than 1 "
-            "vLLM tells the log-probabilities among the tokens left, not among all. Use --temperature 1, or --top_k 0 "
+            "vLLM reports log-probabilities among the tokens left, not among all. Use --temperature 1, or --top_k 0 "
             "and --top_p 1."
         )
     if not 0 < o.vllm_gpu_memory_utilization <= 1:
@@ -270,17 +256,12 @@ def _check_vllm(o: GrpoOptions) -> None:
             f"vllm_gpu_memory_utilization is {o.vllm_gpu_memory_utilization}; it is a share, above 0 and at most 1. "
             "Change --vllm_gpu_memory_utilization."
         )
-    if o.vllm_importance_sampling_clip_max < 1:
-        raise ValueError(
-            f"vllm_importance_sampling_clip_max is {o.vllm_importance_sampling_clip_max}; below 1 it would scale down "
-            "samples that need no correction. Raise --vllm_importance_sampling_clip_max."
-        )
 
 
 def validate_sft(o: SftOptions, world_size: int) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     _check_run(o)
-    if o.train_batch_size < 1 or o.train_batch_size % world_size:
+    if o.train_batch_size % world_size:
         raise ValueError(
             f"train_batch_size is {o.train_batch_size}; it must divide by {world_size} ranks. "
             f"Use a multiple of {world_size}."
@@ -296,8 +277,6 @@ def validate_evaluator(o: EvalOptions) -> None:
         raise ValueError(
             f"model is {o.model} and predictions {o.predictions}; answers come from one of them. Leave one out."
         )
-    if o.seed < 0:
-        raise ValueError(f"seed is {o.seed}; it must be at least 0. Raise --seed.")
 
 
 def profile_window(text: str) -> range:
@@ -320,5 +299,5 @@ def profile_window(text: str) -> range:
     return window
 
 
-def profile_is_too_late(asked: str, last: int) -> str:
-    return f"profile_steps is {asked}; the run ends with step {last}. Choose earlier ones, or raise --max_steps."
+def profile_is_too_late(steps: str, last: int) -> str:
+    return f"profile_steps is {steps}; the run ends with step {last}. Choose earlier ones, or raise --max_steps."

@@ -89,7 +89,7 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
             {"rollout": "vllm", "vllm_gpu_memory_utilization": 30.0},
             "gpu_memory_utilization is 30.0; it is a share",
         ),
-        ({"rollout": "vllm", "vllm_importance_sampling_clip_max": 0.5}, "clip_max is 0.5; below 1"),
+        ({"rollout": "vllm", "vllm_importance_sampling_clip_max": 0.5}, "clip_max is 0.5; it must be at least 1"),
         ({"num_iterations": 0}, "num_iterations is 0"),
         ({"logging_steps": 0}, "logging_steps is 0; it must be at least 1"),
     ],

@@ -12,18 +12,18 @@ ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def read_chrome_trace(path: str | Path) -> Timeline:
-    """Ranges are `record_function`s; work is what the GPU ran, or without one the operators, each without its callees.
+    """Ranges are `record_function`s. Work is the GPU's kernels and copies; without a GPU the operators.
 
-    A kernel has the correlation number of its launch; those of a replayed CUDA graph have that of the graph's launch.
+    A kernel has the correlation number of its launch, or of the launch of the CUDA graph that it is in.
     """
     path = Path(path)
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         events = json.load(file)["traceEvents"]
     by_kind: dict[str, list[tuple[str, float, float, dict]]] = defaultdict(list)  # name, begin and end in seconds
     for e in events:
-        if e.get("ph") == "X":  # in the file are microseconds
+        if e.get("ph") == "X":  # a span, in microseconds
             by_kind[e.get("cat", "")].append((e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e))
-    # Torch names some of its own: Optimizer.step#AdamW.step
+    # Torch has annotations of its own, such as Optimizer.step#AdamW.step.
     ranges = [Range(name, start, end) for name, start, end, _ in by_kind["user_annotation"] if "#" not in name]
     device = [event for kind in ON_GPU for event in by_kind[kind]]
     if not device:
@@ -38,7 +38,7 @@ def read_chrome_trace(path: str | Path) -> Timeline:
 
 
 def _operators(events: list[tuple[str, float, float, dict]]) -> list[Work]:
-    """Operators of every thread; the time of one that another calls is not that other's."""
+    """The operators of all threads; an operator's busy time excludes the operators that it calls."""
     found: list[Work] = []
     callers: dict[tuple, list[int]] = defaultdict(list)  # by thread: indices in `found`, outermost first
     for name, start, end, e in sorted(events, key=lambda event: (event[1], -event[2])):

@@ -1,11 +1,11 @@
 """`--profile_steps 10:13`: a profile of some steps of a run, a file for each rank in output_dir/profile.
 
-Under nsys, whose timeline has everything, only the steps are marked: `nsys profile -c cudaProfilerApi
---capture-range-end stop`. Elsewhere torch.profiler writes a Chrome trace (ui.perfetto.dev opens it), and beside it are
-its ranges as JSON and as a table.
+Under nsys, which records by itself, the steps are only marked: `nsys profile -c cudaProfilerApi --capture-range-end
+stop`. Elsewhere torch.profiler writes a Chrome trace (ui.perfetto.dev opens it), and beside it are its ranges as JSON
+and as a table.
 
 `--memory_snapshot true` adds snapshots of the GPU's memory for pytorch.org/memory_viz. They are pickles that torch
-writes; nothing here ever reads one.
+writes; nothing here reads them.
 """
 
 import contextlib
@@ -35,21 +35,17 @@ EVENTS = 100_000  # the last allocations and frees that a snapshot holds
 def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
     """The loop's steps; those that `o.profile_steps` names are profiled.
 
-    The profile is written when its last step ends, or the run does, and of several runs into a folder each has its own.
+    The profile is written when its last step ends, or the run does. Its name has the steps: that of a resumed run does
+    not replace an earlier one.
 
     Raises:
         ValueError: the run ends before the first of them.
     """
-    window = profile_window(o.profile_steps)
+    window, folder = profile_window(o.profile_steps), Path(o.output_dir) / FOLDER
     if window and window.start >= steps.stop:
         raise ValueError(profile_is_too_late(o.profile_steps, steps.stop - 1))
     if window and window.stop <= steps.start:
         log.warning("profile_steps is %s; the run continues from step %d.", o.profile_steps, steps.start)
-    return _profiled(steps, window, o, r)
-
-
-def _profiled(steps: range, window: range, o, r: Ranks) -> Iterator[int]:
-    folder = Path(o.output_dir) / FOLDER
     with contextlib.ExitStack() as memory, contextlib.ExitStack() as profile:
         if o.memory_snapshot:
             memory.enter_context(_memory_history(folder, r))
@@ -64,12 +60,12 @@ def _profiled(steps: range, window: range, o, r: Ranks) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _profile(folder: Path, name: str, o, r: Ranks):
-    """Profile the block, by nsys where it watches this process and there is a GPU, else by torch."""
+    """Profile the block, by nsys where it records this process and there is a GPU, else by torch."""
     by_nsys = r.device.type == "cuda" and UNDER_NSYS in os.environ
     recorder = torch.cuda.profiler if by_nsys else torch.profiler.profile()
     synchronize = torch.cuda.synchronize if r.device.type == "cuda" else lambda: None
     folder.mkdir(parents=True, exist_ok=True)
-    synchronize()  # what was launched before is no part of it
+    synchronize()  # work that was launched before is not part of the profile
     recorder.start()
     try:
         yield
@@ -98,7 +94,7 @@ def kept_rows(trace: Path) -> Path:
 
 @contextlib.contextmanager
 def _memory_history(folder: Path, r: Ranks):
-    """Record what allocated memory, and write a snapshot where it runs out, also if the step is then repeated."""
+    """Record allocations, and write a snapshot where memory runs out, even if the step is then repeated."""
     numbers = iter(range(1, SNAPSHOTS + 1))
 
     def note(*_) -> None:
@@ -112,7 +108,7 @@ def _memory_history(folder: Path, r: Ranks):
         yield
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-        list(numbers)  # an observer cannot be removed: with no number left it does nothing
+        list(numbers)  # an observer cannot be removed; without a number left it does nothing
 
 
 def _dump(path: Path) -> None:

@@ -1,8 +1,7 @@
 """A profile as ranges and the work launched inside them: where a step's time goes, range by range.
 
-A reader makes a `Timeline` of a file (`chrome_trace.py`; the benchmark's for nsys). Work belongs to the innermost range
-that was open when the host launched it, from whichever of its threads: the backward pass has one of its own. When the
-GPU ran it does not matter.
+`chrome_trace.py` reads a `Timeline` from torch's file, the benchmark from nsys's. Work belongs to the ranges that were
+open when the host launched it, from any thread (the backward pass has one of its own), whenever the GPU ran it.
 """
 
 from collections import Counter
@@ -17,7 +16,7 @@ SEPARATOR = " > "
 
 
 class Range(NamedTuple):
-    """A named range of the host, in seconds. The title's first word is the name, the rest are sizes."""
+    """A range of the host, in seconds. The title's first word is its name, the rest are sizes."""
 
     title: str
     start: float
@@ -25,7 +24,7 @@ class Range(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An operator or a kernel: when the host launched it, when it ran and for how long by itself, in seconds."""
+    """An operator or a kernel, in seconds: when the host launched it, when it ran, and its own time."""
 
     name: str
     launched: float
@@ -35,7 +34,7 @@ class Work(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """`on_gpu`: work is kernels and copies; else operators, run where they are called."""
+    """`on_gpu`: work is kernels and copies; otherwise operators, which are launched when they run."""
 
     ranges: list[Range]
     work: list[Work]
@@ -44,17 +43,17 @@ class Timeline(NamedTuple):
 
 @dataclass
 class Row:
-    """A range of the table; seconds and launches are those of a step, and include the ranges inside."""
+    """A row of the table. Seconds and launches are means of a step and include the ranges inside."""
 
     name: str  # with the names of the ranges around it: step > rollout > decode
-    titles: list[str]  # names with sizes as seen, the first few
+    titles: list[str]  # the different names with sizes
     seconds: float = 0.0  # of the host
     samples: list[float] = field(default_factory=list)  # the host's seconds of each step
     launches: float = 0.0
     gpu_seconds: float | None = None  # from the first kernel's begin to the last one's end
     gpu_samples: list[float] = field(default_factory=list)  # the same of each step
-    idle_seconds: float | None = None  # of the host's, those in which the GPU ran nothing at all
-    top: list[tuple[str, float]] = field(default_factory=list)  # work and its share of all the work in the range
+    idle_seconds: float | None = None  # of the host's seconds, those in which the GPU ran nothing
+    top: list[tuple[str, float]] = field(default_factory=list)  # names of work and their shares of the range's work
 
     @property
     def depth(self) -> int:
@@ -62,7 +61,7 @@ class Row:
 
 
 class _Visit(NamedTuple):
-    """One time that a range was open, with the work launched meanwhile."""
+    """One time that a range was open, and the work that was launched meanwhile."""
 
     name: str  # as in `Row`
     range: Range
@@ -70,7 +69,7 @@ class _Visit(NamedTuple):
 
 
 def rows(timeline: Timeline, top: int = 3) -> list[Row]:
-    """A row for each range in the order of its first begin, sizes aside; means over the steps seen.
+    """A row for each name of a range, in the order of their first begin; means over the steps.
 
     Raises:
         ValueError: no range called `step` is there.
@@ -107,7 +106,7 @@ def rows(timeline: Timeline, top: int = 3) -> list[Row]:
 
 
 def _visits(timeline: Timeline) -> list[_Visit]:
-    """The ranges inside steps by their begin, each with its work and that of the ranges inside it."""
+    """The ranges of steps by their begin, each with the work that was launched in it."""
     visits, open_now = [], []
     events = [(r.start, 0, -r.end, r) for r in timeline.ranges] + [(w.launched, 1, 0.0, w) for w in timeline.work]
     for time, is_work, _, event in sorted(events, key=lambda event: event[:3]):
@@ -131,7 +130,7 @@ def _busy_seconds(work: Sequence[Work], visits: Sequence[_Visit]) -> np.ndarray:
     start, end = np.array(sorted((w.start, w.end) for w in work)).T
     end = np.maximum.accumulate(end)
     after_pause = np.append(True, start[1:] > end[:-1])
-    start, end = start[after_pause], end[np.append(after_pause[1:], True)]  # of each time without a pause
+    start, end = start[after_pause], end[np.append(after_pause[1:], True)]  # of each period without a pause
     busy = np.cumsum(end - start)
     edges, before = np.stack([start, end], 1).ravel(), np.stack([busy - (end - start), busy], 1).ravel()
     first, last = np.interp(np.array([[v.range.start, v.range.end] for v in visits]), edges, before).T
@@ -150,7 +149,7 @@ def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> 
     """Markdown: a line for each range, those inside it below it and indented.
 
     Args:
-        floors: by `Row.name`, its `gbytes` and `floor_s`, the least that it moves and takes.
+        floors: by `Row.name`, the range's least traffic `gbytes` and least time `floor_s`.
     """
     whole = next(row for row in found if row.name == STEP)
     on_gpu = whole.gpu_seconds is not None
@@ -171,13 +170,12 @@ def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> 
 
 
 def percent_of_floor(row: Row, least: Mapping) -> int:
-    """The floor as a share of the time taken, on the GPU where there is one: 100 is as fast as the machine allows."""
+    """The floor as a share of the time, the GPU's where there is one: 100 is as fast as the machine allows."""
     taken = row.gpu_seconds if row.gpu_seconds else row.seconds
     return round(100 * least["floor_s"] / taken) if taken else 0
 
 
 def short(name: str, most: int = 48) -> str:
-    """A kernel's name without its arguments and templates' insides, as far as a column reaches."""
-    bare = name.removeprefix("void ").split("<")[0].split("(")[0].strip() or name
-    bare = bare.replace("|", "/")
+    """A kernel's name without arguments and template parameters, at most as long as a column."""
+    bare = (name.removeprefix("void ").split("<")[0].split("(")[0].strip() or name).replace("|", "/")
     return bare if len(bare) <= most else bare[: most - 3] + "..."

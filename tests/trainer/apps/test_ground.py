@@ -146,7 +146,7 @@ def test_flags_and_the_question_stand_in_any_order(tmp_path):
 def test_a_question_without_quotes_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         parse(GroundOptions, ["--image", "a", "Where", "is", "it"], bare="question")
-    assert end.value.code == 2 and "'is' stands where a flag is due; quote" in capsys.readouterr().err
+    assert end.value.code == 2 and "'is' belongs to no flag; quote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

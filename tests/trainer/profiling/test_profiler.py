@@ -132,5 +132,5 @@ def test_impossible_profiles_are_refused(given, message, kind, check, monkeypatc
 
 def test_steps_after_the_end_of_the_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="10:13; the run ends with step 4"):
-        profiled(range(1, 5), GrpoOptions(output_dir=str(tmp_path), profile_steps="10:13"), Ranks())
+        list(profiled(range(1, 5), GrpoOptions(output_dir=str(tmp_path), profile_steps="10:13"), Ranks()))
     assert profile_window("") == range(0) and profile_window("10:13") == range(10, 13)
