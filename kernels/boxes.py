@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dispatch import FLOATS, accumulation_dtype, check_tensor, compiled_op, register_compiled
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, is_fast, register_compiled
 
 
 def box_iou(
@@ -31,7 +31,9 @@ def box_iou(
     dtype = accumulation_dtype(a, b)
     if dtype == torch.float64 and backend == "auto":
         backend = "torch"
-    return compiled_op("box_iou", backend, a)(a.to(dtype), b.to(dtype), pairwise, generalized)
+    fast = is_fast("box_iou", backend, a, fast="extension")
+    op = torch.ops.boxgrpo.box_iou if fast else torch.ops.boxgrpo.box_iou_torch
+    return op(a.to(dtype), b.to(dtype), pairwise, generalized)
 
 
 def box_iou_torch(a: Tensor, b: Tensor, pairwise: bool = False, generalized: bool = False) -> Tensor:

@@ -195,7 +195,8 @@ def forward(
         entropies[rows] = -log_softmax.mul_(probabilities).sum(1)
         if gradient is not None:
             dlogps[rows] = gradient(rows, logps[rows])
-            _scale_softmax_gradient(probabilities, chosen, dlogps[rows] / temperature)
+            scale = (dlogps[rows] / temperature).unsqueeze(1)
+            probabilities.mul_(-scale).scatter_add_(1, chosen, scale)  # d logp / d z = onehot - p
     return logps, entropies
 
 
@@ -213,12 +214,7 @@ def backward(
         if with_entropy:  # d entropy / d z = -p (log p + entropy)
             scale = (dentropy[rows] / temperature).unsqueeze(1)
             log_softmax.add_(entropy[rows].unsqueeze(1)).mul_(probabilities).mul_(scale)
-        dlogits = _scale_softmax_gradient(probabilities, targets[rows].unsqueeze(1), dlogps[rows] / temperature)
+        scale = (dlogps[rows] / temperature).unsqueeze(1)
+        dlogits = probabilities.mul_(-scale).scatter_add_(1, targets[rows].unsqueeze(1), scale)
         if with_entropy:
             dlogits.sub_(log_softmax)
-
-
-def _scale_softmax_gradient(probabilities: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
-    """scale * (onehot - p), the gradient of scale * logp by the logits, written over the probabilities."""
-    scale = scale.unsqueeze(1)
-    return probabilities.mul_(-scale).scatter_add_(1, chosen, scale)

@@ -167,11 +167,6 @@ def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
     torch.library.register_fake(op, fake)
 
 
-def compiled_op(op: str, backend: str, tensor: Tensor) -> Callable:
-    """The registered op that a public function calls for its `backend`; errors as in `is_fast`."""
-    return getattr(torch.ops.boxgrpo, op if is_fast(op, backend, tensor, fast="extension") else f"{op}_torch")
-
-
 def _define(op: str, schema: str, run: Callable, fake: Callable) -> torch.library.CustomOpDef:
     defined = torch.library.custom_op(f"boxgrpo::{op}", run, mutates_args=(), schema=schema)
     defined.register_fake(fake)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .boxes import box_iou_torch
-from .dispatch import INTS, check_tensor, compiled_op, register_compiled
+from .dispatch import INTS, check_tensor, is_fast, register_compiled
 from .vocabulary import EOS, MARK, VocabularyBytes, unpacked
 
 FORMATS = FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
@@ -83,11 +83,12 @@ def grounding_rewards(
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
         IndexError: offsets that decrease or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
     """
-    op = compiled_op("grounding_rewards", backend, gold)
+    fast = is_fast("grounding_rewards", backend, gold, fast="extension")
     check_tensor("text", text, (None,), (torch.uint8,))
     check_tensor("gold", gold, (None, 4), (torch.float32,))
     check_tensor("offsets", offsets, (gold.shape[0] + 1,), (torch.int64,))
     formats = _formats(answer_format, gold)
+    op = torch.ops.boxgrpo.grounding_rewards if fast else torch.ops.boxgrpo.grounding_rewards_torch
     return GroundingRewards(*op(text, offsets, gold, formats))
 
 
@@ -118,11 +119,12 @@ def grounding_rewards_from_ids(
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
         IndexError: an id that counts is outside the table. On a GPU a device-side assertion.
     """
-    op = compiled_op("grounding_rewards_from_ids", backend, gold)
+    fast = is_fast("grounding_rewards_from_ids", backend, gold, fast="extension")
     check_tensor("ids", ids, (None, None), (torch.int64,))
     check_tensor("lengths", lengths, (ids.shape[0],), INTS)
     check_tensor("gold", gold, (ids.shape[0], 4), (torch.float32,))
     formats = _formats(answer_format, gold)
+    op = torch.ops.boxgrpo.grounding_rewards_from_ids if fast else torch.ops.boxgrpo.grounding_rewards_from_ids_torch
     return GroundingRewards(*op(ids, lengths, *table, gold, formats))
 
 

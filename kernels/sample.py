@@ -57,7 +57,9 @@ def sample_tokens_torch(
     stride = min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
     padded = -(-vocabulary // stride) * stride
     if forbidden is not None:
-        repeated = owners_of(forbidden, vocabulary)[forbidden] != torch.arange(forbidden.shape[0], device=logits.device)
+        # Of an id that is given twice one place counts, found without waiting for the device.
+        places = torch.arange(forbidden.shape[0], device=logits.device)
+        repeated = places.new_empty(vocabulary).index_copy_(0, forbidden, places)[forbidden] != places
     masses = torch.zeros(min(step, n), padded, dtype=dtype, device=logits.device)
     for at in range(0, n, step):
         rows = slice(at, at + step)
@@ -105,15 +107,6 @@ def _draw(logits, scores, peak, mass, keys, inverse: float) -> Tensor:
     return entries.gather(1, (exact + gumbel(keys, entries.int(), torch.float64)).argmax(1, keepdim=True))
 
 
-def owners_of(ids: Tensor, vocabulary: int) -> Tensor:
-    """(vocabulary) int32: for each of `ids` (F) one of its places among them; undefined elsewhere.
-
-    With it an id that is given twice counts once, without waiting for the device to find such ids.
-    """
-    places = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
-    return places.new_empty(vocabulary).index_copy_(0, ids, places)
-
-
 def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     """The (n, V) scores, -inf outside the k likeliest and outside top_p."""
     kept, candidates = scores.topk(min(top_k, scores.shape[1]), dim=1)
@@ -137,20 +130,15 @@ def row_keys(seed: int, *counters: Tensor) -> Tensor:
     return key
 
 
-def noise_bits(keys: Tensor, entries: Tensor) -> Tensor:
-    """(n) int64 row keys, (1 or n, k) int32 vocabulary entries -> (n, k) int32 hash; products wrap at 32 bits."""
+def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard Gumbel noise (n, k), between -2.9 and 22.2, of row keys (n) int64 and entries (1 or n, k) int32."""
     low, high = keys.contiguous().view(torch.int32).view(-1, 2, 1).unbind(1)
     x = entries * _ODD + low
     x = (x ^ ((x >> 16) & 0xFFFF)) * _MIX32[0] ^ high
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _MIX32[1]
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard Gumbel noise (n, k), between -2.9 and 22.2."""
-    bits = noise_bits(keys, entries).bitwise_and_(0x7FFFFFFF)
+    x ^= (x >> 16) & 0xFFFF
     # The uniform is fp32 in every implementation; only the logarithms are in `dtype`.
-    uniform = bits.float().add_(0.5).mul_(UNIFORM_SCALE).to(dtype)
+    uniform = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(UNIFORM_SCALE).to(dtype)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -9,7 +9,7 @@ from . import sample
 from .chunks import LOGIT_FLOOR
 from .dispatch import Launch
 from .rows_triton import LN2, LOG2E, absorb, floored, load_block
-from .sample import GROUPS, WIDTH, owners_of, row_keys, sample_tokens_torch
+from .sample import GROUPS, WIDTH, row_keys, sample_tokens_torch
 
 _C0, _C1 = (tl.constexpr(factor) for factor in sample.MIX64)
 _D0, _D1 = (tl.constexpr(factor) for factor in sample.MIX32)
@@ -180,7 +180,9 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
     banned = None, 0, None, None
     if forbidden is not None:
         is_banned = torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, forbidden, 1)
-        banned = forbidden.contiguous(), forbidden.shape[0], owners_of(forbidden, vocabulary), is_banned
+        places = torch.arange(forbidden.shape[0], dtype=torch.int32, device=forbidden.device)
+        owners = places.new_empty(vocabulary).index_copy_(0, forbidden, places)  # an id that is given twice counts once
+        banned = forbidden.contiguous(), forbidden.shape[0], owners, is_banned
     period = GROUPS * WIDTH
     constants = {
         "GREEDY": temperature == 0,

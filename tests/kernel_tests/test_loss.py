@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import (
+    LossOptions,
     chunks,
     fused_grpo_loss,
     fused_grpo_loss_from_logits,
@@ -345,6 +346,21 @@ BAD_OPTIONS = {
     "backend is 'cuda'": {"backend": "cuda"},
     "backend is 'triton'.*CPU tensor": {"backend": "triton"},
 }
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_options_in_one_object(case, function):
+    """Its values are checked when it is made, its tensors by the call, which takes either it or keywords."""
+    o = LossOptions(**options_of(case, delta=1.5, epsilon_high=0.3))
+    wants = run(function, case, o._asdict()), run(function, case, {"options": o})
+    torch.testing.assert_close(*wants, rtol=0, atol=0)
+    assert LossOptions(epsilon=0.1).epsilon_high == 0.1
+    with pytest.raises(ValueError, match="options and beta are given"):
+        run(function, case, {"options": o, "beta": 0.1})
+    with pytest.raises(ValueError, match="delta is 1.2"):
+        LossOptions(delta=1.2)
+    with pytest.raises(ValueError, match="ref_logps has shape"):
+        run(function, case, {"options": o._replace(ref_logps=torch.zeros(2))})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import sample_tokens
-from boxgrpo.kernels.sample import FIRST_GROUP, _row_argmax, gumbel, noise_bits, row_keys
+from boxgrpo.kernels.sample import FIRST_GROUP, UNIFORM_SCALE, _row_argmax, gumbel, row_keys
 from kernel_cases import BACKENDS, DEVICE, counters, on_triton, refuse, seeded
 
 M32, M64 = 2**32 - 1, 2**64 - 1
@@ -42,14 +42,20 @@ def bits_in_plain_integers(seed, prompt, completion, position, entry):
     return x ^ (x >> 16)
 
 
+def noise_of(bits):
+    """The noise of hashes as the module's docstring gives it, in fp64."""
+    uniform = ((torch.tensor(bits) & 0x7FFFFFFF).float() + 0.5) * UNIFORM_SCALE
+    return -(-(-uniform.double()).log1p()).log()
+
+
 def test_the_hash_is_the_documented_one():
     """Another implementation has to agree bit for bit, large counters and entries included."""
     cases = [(0, 0, 0, 0), (42, 7, 3, 255), (2**63 - 1, 2**40 + 1, 2**31, 2**33 + 5), (1, 2**62, 1, 1)]
     entries = [0, 1, 151_935, 2**31 - 1]
     for seed, *row in cases:
         keys = row_keys(seed, *(torch.tensor([x]) for x in row))
-        got = noise_bits(keys, torch.tensor([entries], dtype=torch.int32))
-        assert [b & M32 for b in got[0].tolist()] == [bits_in_plain_integers(seed, *row, v) for v in entries]
+        got = gumbel(keys, torch.tensor([entries], dtype=torch.int32), torch.float64)
+        assert torch.equal(got, noise_of([[bits_in_plain_integers(seed, *row, v) for v in entries]]))
     assert bits_in_plain_integers(42, 7, 3, 255, 151_935) == 0x06E4451C
 
 
@@ -64,9 +70,14 @@ def test_noise_is_finite_and_gumbel():
 
 @pytest.mark.parametrize("bits", [0, -(2**31), 2**31 - 1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_noise_at_the_ends_of_the_hash(bits, dtype, monkeypatch):
-    monkeypatch.setattr("boxgrpo.kernels.sample.noise_bits", lambda *_: torch.tensor([[bits]], dtype=torch.int32))
-    assert -2.9 < gumbel(None, None, dtype).item() < 22.3
+def test_noise_at_the_ends_of_the_hash(bits, dtype):
+    """Entry 0 of the row whose key the hash, run backwards, gives for `bits`."""
+    x = bits & M32
+    x = (x ^ (x >> 16)) * pow(0x846CA68B, -1, 2**32) & M32
+    high = x ^ (x >> 15) ^ (x >> 30)
+    keys = torch.tensor([[0, high - (high >> 31 << 32)]], dtype=torch.int32).view(torch.int64).squeeze(1)
+    noise = gumbel(keys, torch.zeros(1, 1, dtype=torch.int32), dtype).item()
+    assert -2.9 < noise < 22.3 and noise == pytest.approx(noise_of(bits).item(), rel=1e-6)
 
 
 def chi_square(tokens, probabilities):
