@@ -11,14 +11,14 @@ LEAST_MIOU = 0.02  # below it the "log" weight stays at -ln 0.02 = 3.9
 def group_advantages_torch(
     rewards: Tensor, accuracy: Tensor, difficulty: str, scale: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, G) twice -> advantages (B, G), weights (B), mIoU (B)."""
+    """rewards (B, G), accuracy (B, G) -> advantages (B, G), weights (B), mIoU (B)."""
     dtype = accumulation_dtype(rewards, accuracy)
     rewards, accuracy = rewards.to(dtype), accuracy.to(dtype)
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale != "none" and rewards.numel():
         std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
         advantages = advantages / (std + eps)
-    # The mean of equal rewards may be off by an ulp, and 1e-8 / (1e-8 + eps) is not 0.
+    # Rounding may move the mean of equal rewards by an ulp, and an ulp over (std + eps) is not 0.
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     advantages = advantages.masked_fill(equal, 0)
 
@@ -63,7 +63,7 @@ def group_advantages(
         advantages of exactly 0.
 
     Raises:
-        ValueError: a group of fewer than 2, an unknown option, shapes or dtypes that do not fit.
+        ValueError: a group of fewer than 2, an option that does not exist, shapes or dtypes that do not fit.
     """
     check_tensor("rewards", rewards, (None, None), FLOATS)
     check_tensor("accuracy", accuracy, tuple(rewards.shape), FLOATS)

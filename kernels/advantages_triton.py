@@ -8,7 +8,7 @@ from torch import Tensor
 from .advantages import LEAST_MIOU
 from .dispatch import Launch
 
-ELEMENTS = 1024  # at most, of a program's tile of whole groups
+ELEMENTS = 1024  # upper bound of a program's tile, which holds whole groups
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def advantages_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """A program owns GROUPS groups of at most SIZE; each program reads all rewards for the batch's std."""
+    """A program computes GROUPS groups of at most SIZE rewards; for the batch's std each program reads all rewards."""
     column = tl.arange(0, SIZE)
     spread = 1.0
     if SCALE == "batch":
@@ -60,7 +60,7 @@ def advantages_kernel(
         result = centred / (tl.sqrt(tl.sum(centred * centred, 1) / (size - 1)) + eps)[:, None]
     elif SCALE == "batch":
         result = centred / spread
-    # The mean of equal rewards may be an ulp off, and 1e-8 / (1e-8 + eps) is not 0.
+    # Rounding may move the mean of equal rewards by an ulp, and an ulp over (std + eps) is not 0.
     equal = tl.max(tl.where(mask, r, float("-inf")), 1) == tl.min(tl.where(mask, r, float("inf")), 1)
     equal &= mean == mean  # NaN, which max and min ignore, stays in the result
     result = tl.where(equal[:, None], 0.0, result)

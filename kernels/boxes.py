@@ -9,7 +9,7 @@ from .dispatch import FLOATS, accumulation_dtype, check_tensor, is_fast, registe
 def box_iou(
     a: Tensor, b: Tensor, *, pairwise: bool = False, generalized: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """IoU of boxes with continuous coordinates, row by row or of every pair. It has no gradient.
+    """IoU of boxes with continuous coordinates, of row i with row i or of every pair. It has no gradient.
 
     Args:
         a, b: (n, 4) and (m, 4) float, x1 y1 x2 y2 in one unit; n = m unless `pairwise`.

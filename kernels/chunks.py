@@ -17,13 +17,13 @@ LOGIT_FLOOR = -1e30  # replaces a logit of -inf, so that p * log p is 0 and not 
 # Buffers of `HeadSweep` for Triton, together below 1 GB; at V = 152k 512 rows of logits and 2048 of bf16 gradients.
 LOGIT_BYTES = 320 * 10**6
 GRADIENT_BYTES = 640 * 10**6
-ROW_MULTIPLE = 128  # of the matrix products' tiles
+ROW_MULTIPLE = 128  # rows of a matrix product's tile: the buffers' rows are a multiple
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, at_least: int) -> int:
     """Rows of a torch twin's chunk.
 
-    On a CPU as many as fill 2 MiB, which stay in the cache, or `at_least` rows, but never more than 56 MiB.
+    On a CPU as many as fill 2 MiB, which stay in the cache, but `at_least` so many, and never more than fill 56 MiB.
     """
     row = max(vocabulary, 1) * dtype.itemsize
     if device.type != "cpu":
@@ -84,17 +84,18 @@ class HeadSweep:
             yield rows, logits if temperature == 1.0 else logits.mul_(1 / temperature)
 
     def blocks(
-        self, temperature: float, live: Tensor | None = None, is_known: bool = False
+        self, temperature: float, live: Tensor | None = None, live_is_final: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows (n), their log-softmax (n, V) and an output (n, V), of chunks cut to a CPU's cache, for a torch twin.
+        """Rows (n), their log-softmax (n, V) and an output (n, V), block by block, for a torch twin.
 
-        With `live` (N) the twin leaves dlogits in the output of each block, and those of live rows, where `live` is not
-        zero, are added to the gradients. `live` has to be known for the rows of a block when the next one is taken; if
-        it is known from the start, the logits of other rows are not computed.
+        A block is a part of a chunk that stays in a CPU's cache. Where gradients are wanted, the twin writes dlogits
+        into the output, and sets `live` (N) of the block's rows to nonzero where they have a gradient, before it takes
+        the next block. Other rows are left out of the products with dlogits; with `live_is_final`, which says that
+        `live` is complete from the start, their logits are not computed either.
         """
         size = chunk_rows(self.weight.shape[0], self.dtype, self.hidden.device, at_least=4)
         log_softmax = self.hidden.new_empty(min(size, self.hidden.shape[0]), self.weight.shape[0], dtype=self.dtype)
-        for rows, logits in self.chunks(temperature, live if is_known else None):
+        for rows, logits in self.chunks(temperature, live if live_is_final else None):
             for part, block in zip(rows.split(size), logits.split(size), strict=True):
                 yield part, torch.log_softmax(block, 1, out=log_softmax[: len(part)]), block
             if live is None:
@@ -139,9 +140,9 @@ class LogitSweep:
             increment_version(self.logits)  # autograd does not see a kernel's writes
 
     def blocks(
-        self, temperature: float, live: Tensor | None = None, is_known: bool = False
+        self, temperature: float, live: Tensor | None = None, live_is_final: bool = False
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """As `HeadSweep.blocks`. All rows are given, known or not: the gradients of those not live are zeros."""
+        """As `HeadSweep.blocks`, but of all rows in each case: a row that is not live has a gradient of zeros."""
         n, vocabulary = self.logits.shape
         most = chunk_rows(vocabulary, self.dtype, self.logits.device, at_least=4)
         step = -(-n // max(-(-n // most), 1)) or 1  # all blocks of one size, but for the last
@@ -179,8 +180,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """logps (N) and entropy (N), or (0) if not wanted, in nats.
 
-    `gradient(rows, logps)` gives d loss / d logps of a block; then the block's gradient is computed at once, from its
-    probabilities. It needs `entropy`.
+    `gradient(rows, logps)` returns d loss / d logps of a block. With it dlogits are computed from the block's
+    probabilities before the next block; `entropy` must be set.
     """
     assert entropy or gradient is None
     n = targets.shape[0]
@@ -209,7 +210,7 @@ def backward(
     """
     with_entropy = entropy is not None and entropy.numel() == targets.numel()
     live = (dlogps != 0) | (dentropy != 0) if with_entropy else dlogps != 0
-    for rows, log_softmax, out in sweep.blocks(temperature, live, is_known=True):
+    for rows, log_softmax, out in sweep.blocks(temperature, live, live_is_final=True):
         probabilities = torch.exp(log_softmax, out=out)
         if with_entropy:  # d entropy / d z = -p (log p + entropy)
             scale = (dentropy[rows] / temperature).unsqueeze(1)

@@ -66,11 +66,11 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 try:
     importlib.import_module("._C", __package__)  # its loading registers the operators of csrc/
-    MISSING = None
+    MISSING = None  # why the compiled module cannot be imported
 except ImportError as error:
     MISSING = str(error)
 
-# Without the option pip builds in an environment without torch, and leaves the parser out again.
+# Without this option pip builds in an environment of its own that has no torch, and so without the parser.
 REMEDY = "With a compiler (for a GPU, nvcc and a CUDA build of torch), run `pip install --no-build-isolation` again"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -79,8 +79,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def is_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> bool:
     """Whether `op` runs its fast implementation, "triton" or "extension", and not its torch twin.
 
-    With "auto" Triton runs for tensors on a GPU that it can take, and the compiled operator always: where it was not
-    built it falls back to the twin. With the fast one's name that one runs or this raises; with "torch" the twin runs.
+    "auto": Triton for tensors on a GPU, except in fp64; the compiled operator in every case, which is the twin where
+    csrc/ was not built. "triton" or "extension": that implementation or an error. "torch": the twin.
 
     Raises:
         ValueError: another backend, or a fast implementation that cannot take the tensors.
@@ -104,6 +104,7 @@ def interpreting() -> bool:
 
 
 def _triton_obstacle(tensor: Tensor) -> str | None:
+    """Why Triton cannot take the tensor, as a part of `is_fast`'s message."""
     if tensor.device.type != ("cpu" if interpreting() else "cuda"):
         return f"got a {tensor.device.type.upper()} tensor. Pass another,"
     if tensor.dtype == torch.float64:
@@ -112,6 +113,7 @@ def _triton_obstacle(tensor: Tensor) -> str | None:
 
 
 def _extension_obstacle(tensor: Tensor) -> str | None:
+    """Why the compiled operator cannot take the tensor, as a part of `is_fast`'s message."""
     if is_compiled(tensor.device.type):
         return None
     reason = f" ({MISSING})" if MISSING else ""
@@ -119,9 +121,9 @@ def _extension_obstacle(tensor: Tensor) -> str | None:
 
 
 def is_compiled(device_type: str) -> bool:
-    """Whether csrc/ was built for the tensors of a device, which holds for all its operators together."""
-    known = MISSING is None and device_type in ("cpu", "cuda")
-    return known and torch._C._dispatch_has_kernel_for_dispatch_key("boxgrpo::box_iou", device_type.upper())
+    """Whether csrc/ was built for a type of device: with all its operators, or none."""
+    may_be_built = MISSING is None and device_type in ("cpu", "cuda")
+    return may_be_built and torch._C._dispatch_has_kernel_for_dispatch_key("boxgrpo::box_iou", device_type.upper())
 
 
 def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library.CustomOpDef, Callable]:
@@ -129,12 +131,12 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
 
     Args:
         schema: arguments and results, without the op's name.
-        twin: takes the op's arguments without `triton`, in their order. The Triton
-            implementation, of the same arguments, is in the module of that name and `_triton`.
-        fake: gives empty results for the op's arguments.
+        twin: takes the op's arguments without `triton`, in their order. `<op>_triton` takes the same; it is in the
+            module with the twin's name and `_triton`.
+        fake: returns empty results for the op's arguments.
 
     Returns:
-        The op, to which an autograd formula may be added, and the plain function beneath it.
+        The op, to which an autograd formula may be added, and the plain function that it runs.
     """
     op, at = twin.__name__.removesuffix("_torch"), schema[: schema.index(")")].split(", ").index("bool triton")
     module = f"{twin.__module__}_triton"
@@ -147,10 +149,10 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
 
 
 def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
-    """Register what csrc/ leaves open of an op, and `<op>_torch`, the twin on any device.
+    """Register `<op>_torch`, the twin on any device, and the fake of the op that csrc/ registers.
 
-    Where csrc/ was not built for the tensors' device, the op is the twin with one warning. `schema` is
-    csrc/binding.cpp's, without the name.
+    Where csrc/ was not built for the tensors' device, the op runs the twin and warns once. `schema` is that of
+    csrc/binding.cpp, without the name.
     """
     op = f"boxgrpo::{twin.__name__.removesuffix('_torch')}"
 
@@ -188,7 +190,7 @@ def _warn_once() -> None:
 
 
 class Launch(NamedTuple):
-    """A Triton kernel with its arguments bound: what an op launches is what the compile-only test compiles."""
+    """A Triton kernel with its arguments: an op runs it, and the compile test compiles the same object."""
 
     kernel: Any  # a triton.jit function
     grid: tuple[int, ...]

@@ -70,7 +70,7 @@ def fused_grpo_loss(
     """grpo_loss(token_logps(hidden, weight, targets)), with the gradients computed while each chunk of logits exists.
 
     At the token level no logit is computed twice (6·N·V·H FLOP, 4 with a frozen head). On a CPU rows without gradient
-    are dropped before the second product; on a GPU that would wait for the device, so the caller should leave them
+    are left out of the second product; on a GPU that would wait for the device, so the caller should leave them
     out. The sequence level needs all logps of a completion first and computes the logits a second time. With Triton
     a second backward through a retained graph raises: the first scales the saved gradients in place.
 
@@ -81,8 +81,7 @@ def fused_grpo_loss(
         advantages: (BG) float.
         completion_cu: (BG+1) int32 or int64, offsets of each completion's tokens into N.
         temperature: above 0; logps are those of logits / temperature.
-        options: a `LossOptions`; None: made of the keywords.
-        **loss_options: the fields of `LossOptions`.
+        options: a `LossOptions`; None: `LossOptions(**loss_options)`.
 
     Returns:
         loss, 0-dim fp32 (fp64 for fp64 inputs), differentiable once in hidden and weight, and `GrpoStats`.
@@ -119,8 +118,7 @@ def fused_grpo_loss_from_logits(
         targets, advantages, completion_cu, temperature: as in `fused_grpo_loss`.
         overwrite_logits: the forward writes the gradient over the logits, if they need one. Any other operation whose
             backward reads the logits raises then, and so does a second backward. Not for torch.compile.
-        options: a `LossOptions`; None: made of the keywords.
-        **loss_options: the fields of `LossOptions`.
+        options: a `LossOptions`; None: `LossOptions(**loss_options)`.
 
     Returns:
         loss, 0-dim fp32 (fp64 for fp64 logits), differentiable once in the logits, and `GrpoStats`.
@@ -155,7 +153,7 @@ def _fake(rows: Tensor, *wanted: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
 
 
 _INPUTS = "Tensor targets, Tensor advantages, Tensor completion_cu, float temperature"
-_TRITON_AT = -len(LossOptions._fields) - 1  # before the options
+_TRITON_AT = -len(LossOptions._fields) - 1  # index of the argument `triton`, which stands before the options
 _head_op, _ = register(
     f"(Tensor hidden, Tensor weight, {_INPUTS}, bool grad_hidden, bool grad_weight, bool triton, {OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -40,7 +40,7 @@ def _slope(z, columns, target, dlogp, peak, log_mass, scale):
 
 @triton.jit
 def _store(dz, columns, row_ptr, stride, vocabulary):
-    # Gradients are not read soon: they should not evict logits from the L2.
+    # Gradients are not read again soon, so they should not evict logits from the L2.
     row_ptr += columns.to(tl.int64) * stride
     tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
 
@@ -85,7 +85,7 @@ def fused_kernel(
     scale = inverse_temperature * LOG2E
     DTYPE: tl.constexpr = logits.dtype.element_ty
 
-    # Loaded before the walks' one barrier: where dlogits are the logits, a faster warp may write over it after that.
+    # Loaded before the only barrier: where dlogits are the logits, a faster warp may overwrite it after the barrier.
     target = tl.load(targets + token)
     chosen = target_logit(row_ptr, target, column_stride, vocabulary, floor)
     top = tl.full((THREADS,), floor, tl.float32)
@@ -128,8 +128,8 @@ def fused_kernel(
             columns = at + tl.arange(0, BLOCK)
             _store(tl.zeros((BLOCK,), tl.float32), columns, out_ptr, out_column_stride, vocabulary)
     else:
-        # Unpacked from the words again. `opaque` is 0 unless the row is NaN, which the compiler cannot know: without it
-        # the fp32 elements, twice as many registers, would be held over both walks.
+        # Unpacked from the words again. `opaque` is 0 unless the row is NaN, which the compiler cannot prove: without
+        # it the fp32 elements, in twice as many registers, would be held from the first pass to the second.
         opaque = (log_mass != log_mass).to(tl.int32)
         for piece in tl.static_range(HELD // BLOCK):
             columns = piece * BLOCK + tl.arange(0, BLOCK)
@@ -153,7 +153,7 @@ def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens,
     inputs = *row_arguments(logits, temperature), words, targets.contiguous(), terms
     results = logps, entropy, tokens, dlogits, *dlogits.stride()
     arguments = *inputs, *results, first, targets.shape[0], *objective_arguments(o)
-    # A thread's elements lie together, as many as the narrower dtype has in an access of 16 bytes.
+    # A thread's elements are neighbours, as many of the narrower dtype as one access of 16 bytes holds.
     constants = tiles(config, min(logits.itemsize, dlogits.itemsize)) | {
         "CISPO": o.loss_type == "cispo",
         "HELD": 0 if words is None else config.held,

@@ -15,7 +15,7 @@ def token_logps_torch(hidden, weight, targets, temperature: float, entropy: bool
 def token_logps_backward_torch(
     hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight
 ) -> tuple[Tensor, Tensor]:
-    """Upstream (N), (N) or (0) -> dhidden (N, H), dweight (V, H); an unwanted one is (0). `state` is unread."""
+    """dlogps (N), dentropy (N) or (0) -> dhidden (N, H), dweight (V, H); an unwanted one is (0). `state` is ignored."""
     sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
     backward(sweep, targets, temperature, dlogps, entropy, dentropy)
     return sweep.results()
@@ -29,7 +29,7 @@ def token_logps_from_logits_torch(logits, targets, temperature: float, entropy: 
 def token_logps_from_logits_backward_torch(
     logits, targets, temperature, entropy, state, dlogps, dentropy, overwrite: bool = False
 ) -> Tensor:
-    """dlogits (N, V), in the logits' own storage with `overwrite`. `state` is unread."""
+    """dlogits (N, V), in the logits' own storage with `overwrite`. `state` is ignored."""
     sweep = LogitSweep(logits, grad=True, overwrite=overwrite)
     backward(sweep, targets, temperature, dlogps, entropy, dentropy)
     return sweep.dlogits
@@ -81,8 +81,8 @@ def token_logps_from_logits(
     Args:
         logits: (N, V) float.
         targets, temperature, entropy: as in `token_logps`.
-        inplace_backward: the backward writes the gradient over the logits, which are lost then (a second backward
-            raises). Not for torch.compile.
+        inplace_backward: the backward overwrites the logits with their gradient; a second backward raises. Not for
+            torch.compile.
 
     Returns:
         logps (N) in nats, fp32 (fp64 for fp64 logits); with `entropy` a pair.

@@ -61,7 +61,7 @@ class LossOptions(_LossFields):
         `dapo`, `cispo`). `dr_grpo` needs it: completions * max_completion_length, which only the caller can count.
     beta: KL coefficient. epsilon, epsilon_high: clip to [1 - epsilon, 1 + epsilon_high], epsilon_high None: epsilon.
     delta: upper bound of the unclipped ratio, above 1 + epsilon_high; None: unbounded.
-    For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is unread.
+    For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is ignored.
 
     Values are checked here, once; `_replace` adds a call's tensors, which the call checks.
 
@@ -133,14 +133,14 @@ class TokenTerms(NamedTuple):
     """All that the objective of a token depends on besides its logp; every tensor is (N)."""
 
     advantage: Tensor
-    gain: Tensor  # share of the policy term: phi * factor * s_i / denominator
-    kl_gain: Tensor  # share of the KL: beta * s_i / denominator
+    gain: Tensor  # factor of the policy term: phi * sampler_factor * s_i / denominator
+    kl_gain: Tensor  # factor of the KL: beta * s_i / denominator
     old_logps: Tensor | None
     ref_logps: Tensor | None
 
 
 class TokenObjective(NamedTuple):
-    """(n) each: parts of the loss, d policy / d log ratio and d KL / d logp, all with their gains; and statistics."""
+    """(n) each: a token's loss, d policy / d log ratio and d KL / d logp, multiplied by its gains; and statistics."""
 
     loss: Tensor
     dpolicy: Tensor
@@ -154,7 +154,7 @@ class TokenObjective(NamedTuple):
 def token_terms(
     n: int, dtype: torch.dtype, advantages: Tensor, completion_cu: Tensor, o: LossOptions
 ) -> tuple[TokenTerms, Tensor, Tensor]:
-    """Spread the values of completions over N tokens; also each token's completion (N) and the lengths (BG)."""
+    """The terms of N tokens, each token's completion (N), and the completions' lengths (BG)."""
     if completion_cu.device.type == "cpu" and completion_cu[-1] != n:
         raise ValueError(f"completion_cu ends at {completion_cu[-1]}; the call scores {n} tokens. Both must agree.")
     lengths = completion_cu.diff()
@@ -191,7 +191,7 @@ def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, 
         clip_high = (ratio > high) & (advantage > 0)
         bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
         policy = torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
-        # The minimum is constant exactly where the ratio is clipped, or above delta (which exceeds the clip).
+        # The minimum is constant exactly where the ratio is clipped or above delta, which exceeds 1 + epsilon_high.
         is_constant = clip_low | clip_high if o.delta is None else clip_low | clip_high | (ratio > o.delta)
         slope = (ratio * advantage).masked_fill(is_constant, 0)
     loss, dpolicy = -terms.gain * policy, -terms.gain * slope
@@ -221,7 +221,7 @@ def grpo_loss_torch(
     if by_sequence and terms.old_logps is not None:
         log_ratio = mean_of_completion(logps - terms.old_logps)
     token = token_objective(logps, log_ratio, terms, o)
-    # A completion's ratio changes with each of its logps by 1/|o|; cispo's slope is that of each logp by itself.
+    # A completion's log ratio is the mean of its tokens', so each logp gets the mean slope; cispo's has its own.
     spread = by_sequence and o.loss_type != "cispo"
     dlogps = (mean_of_completion(token.dpolicy) if spread else token.dpolicy) + token.dkl
     stats = token.ratio.new_zeros(7)
@@ -247,8 +247,7 @@ def grpo_loss(
         logps: (N) float, nats; differentiable, once.
         advantages: (BG) float.
         completion_cu: (BG+1) int32 or int64, offsets of each completion's tokens into N; completions may be empty.
-        options: a `LossOptions`; None: made of the keywords.
-        **loss_options: the fields of `LossOptions`.
+        options: a `LossOptions`; None: `LossOptions(**loss_options)`.
 
     Returns:
         loss, 0-dim fp32 (fp64 for fp64 logps), and `GrpoStats`, whose entropy is empty.
@@ -274,7 +273,7 @@ def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_a
         ctx.n_inputs, ctx.in_place = len(inputs), triton_at is not None and inputs[triton_at]
         ctx.save_for_backward(*output[1 : 1 + count])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # otherwise the backward would be given zeros of dweight's size
+        ctx.set_materialize_grads(False)  # otherwise autograd would make zeros of dweight's size for the backward
 
     op.register_autograd(scale_saved_gradients, setup_context=setup_context)
 
@@ -282,8 +281,8 @@ def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_a
 def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
     """The saved gradients times dloss, and None for the other inputs.
 
-    A copy of them would be as large as the logits. On a CPU they are returned as they are if dloss is 1; in place a
-    kernel reads dloss and writes only if it is not 1. Then a second backward through a retained graph raises.
+    They may be as large as the logits, so a dloss of 1 makes no copy on a CPU, and Triton scales them in place: then a
+    second backward through a retained graph raises.
     """
     if dloss is None:  # the graph does not reach the loss
         return (None,) * ctx.n_inputs
@@ -301,7 +300,7 @@ def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
 
 def scaled_copy(gradient: Tensor, dloss: Tensor) -> Tensor:
     """gradient * dloss (0-dim), in gradient's dtype."""
-    # Off the CPU torch.mul would round dloss to the gradient's dtype, and a loss scale of 65536 to infinity.
+    # On a GPU torch.mul would round dloss to the gradient's dtype, and a loss scale of 65536 to infinity.
     return (gradient.to(dloss.dtype) * dloss).to(gradient.dtype)
 
 

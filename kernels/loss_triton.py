@@ -27,7 +27,7 @@ def tokens_of(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
 def completion_terms(
     completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION: tl.constexpr
 ):
-    """A completion's advantage, share of the policy term and share of the KL (see `token_terms` of loss.py)."""
+    """A completion's advantage, factor of the policy term and factor of the KL (`token_terms` of loss.py)."""
     share = tl.full((), 1.0, tl.float32)
     if denominator is not None:
         share /= tl.load(denominator).to(tl.float32)
@@ -57,7 +57,7 @@ def terms_kernel(
     PER_COMPLETION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program owns a completion and writes (3, n) advantage, gain and KL gain for each of its tokens."""
+    """A program computes one completion: advantage, gain and KL gain of each of its tokens, (3, n)."""
     completion = tl.program_id(0)
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
@@ -155,7 +155,7 @@ def grpo_kernel(
     SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program owns a completion and computes loss and gradient of its tokens."""
+    """A program computes loss and gradient of one completion's tokens."""
     completion = tl.program_id(0)
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
@@ -171,7 +171,7 @@ def grpo_kernel(
             mask = at + lanes < end
             total += _load(logps, at + lanes, mask) - _load(old_logps, at + lanes, mask)
         mean_log_ratio = tl.sum(total, 0) / length
-    # A completion's ratio changes with each of its logps by 1/|o|; the slope of cispo is that of each logp by itself.
+    # A completion's log ratio is the mean of its tokens', so each logp gets the mean slope; cispo's has its own.
     mean_dpolicy = 0.0
     if SEQUENCE and not CISPO:
         total = tl.zeros((BLOCK,), tl.float32)
@@ -259,7 +259,7 @@ def _completion_launch(kernel, n: int, advantages, completion_cu, o: LossOptions
 
 
 def terms_launch(terms: Tensor, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Launch:
-    """-> terms (3, N): each token's advantage, share of the policy term and share of the KL."""
+    """-> terms (3, N): each token's advantage, factor of the policy term and factor of the KL."""
     return _completion_launch(terms_kernel, terms.shape[1], advantages, completion_cu, o, terms)
 
 

@@ -53,18 +53,18 @@ def grounding_rewards(
 ) -> GroundingRewards:
     """Score n answers against their gold boxes, in one pass over their bytes.
 
-    The answer formats, and which box each reads. Digits and white space are ASCII; numbers larger than COORDINATE_LIMIT
-    count as that:
+    The answer formats, and which box each reads. Digits and white space are ASCII; numbers above COORDINATE_LIMIT
+    are read as COORDINATE_LIMIT:
 
     - "think": `<think>…</think>` and, with white space between or none, `<answer>(x1, y1), (x2, y2)</answer>` at the
-      end, where one newline may follow, has format 1. The box is the first one in the first `<answer>…</answer>`.
+      end, or before one last newline, has a format reward of 1. The box is the first in the first `<answer>…</answer>`.
     - "box": the first `(x1, y1), (x2, y2)` of the text.
     - "marked": the first `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, as Qwen2-VL writes it.
     - "list": the first `[x1, y1, x2, y2]`, white space allowed inside the brackets and behind the commas.
     - "fractions": such a list of fractions of the image, digits with or without a point and further digits (`0.25`,
       `1`; not `.5`, `-0.1` or `1e-3`). Nine decimals count. The box returned is on the 0-1000 scale.
 
-    In all but "think" format is 1 where a box was found.
+    In every format but "think" the format reward is 1 where a box was found.
 
     Args:
         text: (M) uint8, the completions' UTF-8 bytes end to end.
@@ -75,9 +75,9 @@ def grounding_rewards(
             tensors' device, else the twin with one warning.
 
     Returns:
-        `GroundingRewards`, on gold's device; on a GPU csrc/'s parser is one launch and does not synchronise. No text is
-        an error or gives NaN: a box that is inverted or degenerate has IoU 0, one that leaves the image its ordinary
-        IoU.
+        `GroundingRewards`, on gold's device; on a GPU csrc/'s parser is one launch and does not synchronise. Every
+        text is accepted, and no result is NaN: a box that is inverted or degenerate has IoU 0, one that leaves the
+        image its ordinary IoU.
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
@@ -106,10 +106,10 @@ def grounding_rewards_from_ids(
     Special tokens have no text, but for the box marks in the answer format "marked".
 
     Args:
-        ids: (n, C) int64. Those from `lengths` on, or after the first EOS, do not count and may be any number.
+        ids: (n, C) int64. Those from place `lengths` on, and those after the first EOS, are ignored.
         lengths: (n) int32 or int64, tokens of each completion; below 0 is 0, above C is C.
-        table: the vocabulary's bytes; it must cover every id that counts. A completion's text is shorter than 2 GiB,
-            which is not checked.
+        table: the vocabulary's bytes; it must have every id that is not ignored. A completion's text is shorter
+            than 2 GiB, which is not checked.
         gold, answer_format, backend: as in `grounding_rewards`.
 
     Returns:
@@ -117,7 +117,7 @@ def grounding_rewards_from_ids(
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
-        IndexError: an id that counts is outside the table. On a GPU a device-side assertion.
+        IndexError: an id that is not ignored is outside the table. On a GPU a device-side assertion.
     """
     fast = is_fast("grounding_rewards_from_ids", backend, gold, fast="extension")
     check_tensor("ids", ids, (None, None), (torch.int64,))
@@ -166,14 +166,14 @@ def grounding_rewards_from_ids_torch(
     n, width = ids.shape
     starts, sizes, roles = unpacked(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
-    known = live & (ids >= 0) & (ids < len(entries))
-    live &= ((roles == EOS)[torch.where(known, ids, 0)] & known).cumsum(1) == 0
-    foreign = ids[live & ~known]
-    if len(foreign):
-        raise IndexError(f"ids holds {foreign[0]}; the table covers 0 to {len(entries) - 1}. Build it for every id.")
+    in_table = live & (ids >= 0) & (ids < len(entries))
+    live &= ((roles == EOS)[torch.where(in_table, ids, 0)] & in_table).cumsum(1) == 0
+    outside = ids[live & ~in_table]
+    if len(outside):
+        raise IndexError(f"ids holds {outside[0]}; the table covers 0 to {len(entries) - 1}. Build it for every id.")
     row, token = live.nonzero()[:, 0], ids[live]
-    silent = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)
-    starts, sizes = starts[token], sizes[token].masked_fill(silent, 0)
+    has_no_text = (roles[token] == MARK) & (formats[row] != FORMAT_MARKED)
+    starts, sizes = starts[token], sizes[token].masked_fill(has_no_text, 0)
     ends = sizes.cumsum(0)
     within = torch.arange(int(sizes.sum()), device=ids.device) - torch.repeat_interleave(ends - sizes, sizes)
     text = data[torch.repeat_interleave(starts, sizes) + within]

@@ -1,7 +1,7 @@
 """Device functions that Triton's kernels over rows of logits share, and their launch table.
 
-A program owns a row and walks it in blocks. Each thread keeps its own running maximum, sum and weighted sum, which are
-joined at the end of the walk; the last two are in base 2, in which the hardware computes exponentials.
+A program reads a row block by block. Each thread has its own running maximum, sum and weighted sum, which are joined
+after the last block; the last two are in base 2, in which the hardware computes exponentials.
 
 The sums are over x = (z - top) / temperature * log2 e, from the raw logit z and the row's raw maximum: the difference
 of two logits is exact, or nearly, where the difference of two quotients is not.
@@ -21,9 +21,9 @@ LN2 = tl.constexpr(math.log(2))
 
 
 class RowConfig(NamedTuple):
-    """How a program walks its row, `block` elements at a time.
+    """How a program reads its row, `block` elements at a time.
 
-    The fused kernel walks it twice: `held` elements stay in registers in between, and the blocks of the rest are
+    The fused kernel reads it twice: `held` elements stay in registers in between, and the blocks of the rest are
     fetched `stages` - 1 ahead.
     """
 
@@ -39,7 +39,7 @@ def row_config(kernel: str, vocabulary: int, itemsize: int) -> RowConfig:
         return RowConfig(block=2048 * 4 // max(itemsize, 2), num_warps=4)
     if kernel == "fused":
         # One program fills a multiprocessor: of a bf16 row of 304 KB it holds 64 KB in registers and 64 more on the way
-        # to shared memory. The second walk reads the other 240 KB again: 32 MB for 132 rows at once, in an L2 of 50 MB.
+        # to shared memory. The second pass reads the other 240 KB again: 32 MB for 132 rows at once, in an L2 of 50 MB.
         return RowConfig(block=32768 // itemsize, num_warps=32, held=65536 // itemsize, stages=3)
     return RowConfig(block=32768 // itemsize, num_warps=8)
 

@@ -1,9 +1,9 @@
 """Sampling of tokens by Gumbel-max with counter-based noise: the public function and its torch twin.
 
-It has two levels, for the maximum of Gumbel-perturbed scores is distributed as their perturbed log-sum-exp. The
-vocabulary is divided into at most 1024 groups, entry v into group (v // 8) mod 1024. Noise on the log-mass of each
-group selects one, noise on its entries selects the token. That is exactly the softmax, with a thousand hashes and
-logarithms a row in place of 152k.
+The vocabulary is divided into at most 1024 groups: entry v belongs to group (v // 8) mod 1024. Noise on each group's
+log-mass selects a group; noise on its entries selects the token. The result has exactly the softmax's distribution,
+because the maximum of Gumbel-perturbed scores is distributed like their perturbed log-sum-exp. A row needs a thousand
+hashes and logarithms instead of 152k.
 
 The noise of entry v is a hash of (seed, prompt id, completion index, position) and v; that of group g has 2^30 + g in
 place of v:
@@ -14,10 +14,11 @@ place of v:
   x ^= x >> 16, all shifts logical. (Wellons' lowbias32 with a second key in its middle. Without that key, rows whose
   k0 differ by a multiple of ODD would draw shifted copies of the same noise.)
 - uniform: u = (float(x & 0x7fffffff) + 0.5) * 2^-31 * (1 - 2^-24), in (0, 1); Gumbel = -log(-log1p(-u)). The largest
-  noise has the smallest u, where fp32 is dense: 31 bits resolve a flat vocabulary of 152k, 24 would tie once in 50.
+  noise has the smallest u, where fp32 is dense. With 24 bits the largest noise of a flat vocabulary of 152k would tie
+  once in 50 draws; hence 31.
 
-With equal logits every implementation draws the same token: the two best groups, which rounding in fp32 could swap
-once in a million draws, and their entries are compared in fp64.
+With equal logits every implementation draws the same token. Rounding in fp32 would swap the two best groups once in a
+million draws, so these two and their entries are compared in fp64.
 """
 
 import ctypes
@@ -143,7 +144,7 @@ def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_argmax(scores: Tensor) -> Tensor:
-    """argmax(1), the first of equals: the best block, then its best entry. On a CPU torch's argmax takes ten amax."""
+    """argmax(1), the first of equals. torch's argmax takes ten times as long as amax on a CPU: amax finds the block."""
     width, block = scores.shape[1], 128
     whole = width // block * block
     if width < 8 * block:
@@ -180,7 +181,7 @@ def sample_tokens(
         prompt_ids, completion_ids, positions: (n) int64, the row's counters: serial number of the prompt in the run's
             stream, index of the completion in its group, position of the token in the completion.
         temperature: 0 takes the likeliest allowed token.
-        top_k: 0, or V and more: off. Exactly k are kept, also where logits are equal.
+        top_k: 0, or at least V: off. Exactly k are kept, even where logits are equal.
         top_p: in (0, 1]; 1: off.
         forbidden: (F) int64 ids that no row may draw, or None.
 

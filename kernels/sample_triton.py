@@ -57,7 +57,7 @@ def _gumbel(low, high, counters, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _without(z, columns, vocabulary, forbidden, instead):
+def _replace_forbidden(z, columns, vocabulary, forbidden, instead):
     """z, with `instead` where `forbidden` (V) uint8 is set."""
     if forbidden is not None:
         banned = tl.load(forbidden + columns, mask=columns < vocabulary, other=0)
@@ -77,7 +77,7 @@ def _exact_group(
     raw = floored(z, floor)
     x = (raw.to(tl.float64) - peak) * inverse
     x = tl.where(columns < vocabulary, x, float("-inf"))
-    x = _without(x, columns, vocabulary, forbidden, float("-inf"))
+    x = _replace_forbidden(x, columns, vocabulary, forbidden, float("-inf"))
     highest = tl.max(x, 0)
     # A group without an allowed entry has no mass; with -inf its sums would be NaN.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -113,16 +113,16 @@ def sample_kernel(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """A program owns a row, and each of its threads a group."""
+    """A program draws the token of one row; each of its threads sums one group."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits + row * row_stride
     scale = inverse_temperature * LOG2E
-    # A forbidden logit, or one beyond the row, is set below the floor of the allowed ones: it has no mass and no NaN.
+    # A forbidden logit, or one beyond the row, is set below the floor of the others: its mass is 0, and not NaN.
     top = tl.full((GROUPS,), 2 * floor, tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     for at in tl.range(0, vocabulary, BLOCK, num_stages=3):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        z = _without(z, at + tl.arange(0, BLOCK), vocabulary, forbidden, 2 * floor)
+        z = _replace_forbidden(z, at + tl.arange(0, BLOCK), vocabulary, forbidden, 2 * floor)
         top, total, _ = absorb(z, top, total, total, scale, GROUPS, WIDTH, False)
     peak = tl.max(top, 0)
     log_masses = (top - peak) * scale + tl.log2(total)
@@ -145,7 +145,7 @@ def sample_kernel(
         for at in range(0, vocabulary, BLOCK):
             columns = at + tl.arange(0, BLOCK)
             z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-            z = _without(z, columns, vocabulary, forbidden, float("-inf"))
+            z = _replace_forbidden(z, columns, vocabulary, forbidden, float("-inf"))
             token = tl.minimum(token, tl.min(tl.where(z == peak, columns, vocabulary), 0))
     else:
         low, high = _row_key(

@@ -7,7 +7,7 @@ from torch.autograd.graph import increment_version
 
 from .dispatch import Launch
 
-# At most as many programs as run at once, 8 on each multiprocessor of an H200: with a factor of 1 all end at once.
+# No more programs than run at the same time, 8 on each multiprocessor of an H200: for a factor of 1 that is enough.
 SCALE_PROGRAMS = 8 * 132
 
 

@@ -15,7 +15,7 @@ class VocabularyBytes(NamedTuple):
     """The bytes of each token id. Special tokens have none, but for the box marks."""
 
     data: Tensor  # (total) uint8
-    entries: Tensor  # (V) int64, where in `data` a token starts, its size and its role in one word: see `unpacked`
+    entries: Tensor  # (V) int64, a token's start in `data`, size and role as bits of one number: see `unpacked`
 
     @classmethod
     def build(
@@ -32,8 +32,8 @@ class VocabularyBytes(NamedTuple):
             tokens: the bytes of every id the model can emit, in id order; b"" for special tokens other than the box
                 marks, and for the ids with which a model pads its vocabulary.
             eos_ids: ids that end a completion.
-            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them: text in the
-                answer format "marked", skipped in the others.
+            mark_ids: the special tokens `<|box_start|>` and `<|box_end|>`, where the vocabulary has them. They are
+                text in the answer format "marked" and skipped in the others.
 
         Raises:
             ValueError: an EOS id or a mark's id lies outside the vocabulary, or a token has 4 MiB or more.

@@ -1,4 +1,4 @@
-"""Log-probabilities of heads with a bias, a scale or a soft cap, which `token_logps` does not take."""
+"""Log-probabilities of heads with a bias, a scale or a soft cap, which `token_logps` does not support."""
 
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ def head_logps(
     entropy: bool = False,
     reports: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """`token_logps` of any head. A plain one is passed to it; the logits of another are computed here, in chunks.
+    """`token_logps` of any head. A plain head is passed to it; the logits of any other are computed here, in chunks.
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].

@@ -9,7 +9,7 @@ common arguments:
     beta, lower and upper epsilon: for `cispo` the upper one bounds the ratio itself.
     delta: upper bound of the unclipped ratio, above 1 + upper epsilon.
     loss_type: grpo, bnpo, dapo, dr_grpo or cispo. Liger's sapo, luspo and vespo are refused: sapo_… and vespo_… are
-        unread.
+        ignored.
     max_completion_length: `dr_grpo` divides by B times it.
     use_bias_correction_kl: multiply the KL by the ratio.
     vllm_is_ratio: (B, L), (B, 1) or (B) float >= 0, a factor of the policy term.
@@ -142,7 +142,7 @@ def triton_grpo_loss(
     """GRPO from logits, by `token_logps_from_logits`: no copy of the logits, 6·N·V bytes moved in bf16, as by Liger.
 
     Args (the others are in the module's docstring):
-        logits: (B, L+1, V) float; the last row of each completion is unread.
+        logits: (B, L+1, V) float; the last row of each completion is ignored.
         old_logp, ref_logp: (B, L) float, nats; old None: on-policy. ref is needed with a beta.
         completion_ids: (B, L) int. completion_mask: (B, L), 0 where a token is not scored; None: all are.
         inplace: the backward writes the gradient over the logits, which are lost then.
@@ -186,8 +186,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     With a bias or use_bias_correction_kl it uses log-probabilities instead: 8·N·V·H FLOP in place of 6.
 
     Args (the others are in the module's docstring):
-        compiled, chunk_size: unread; they tune Liger's code.
-        use_ref_model: with False the reference arguments of a call are unread and the KL is 0.
+        compiled, chunk_size: ignored; they tune Liger's code.
+        use_ref_model: with False the reference arguments of a call are ignored and the KL is 0.
         max_completion_length: needed by `dr_grpo`.
     """
 

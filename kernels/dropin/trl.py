@@ -34,10 +34,10 @@ class ChunkedLogProbFunction:
         Args:
             hidden: (N, H) float. weight: (V, H) float. bias: (V) float. targets: (N) int64.
             temperature: above 0.
-            chunk_size: unread; our chunks are whole rows, TRL's are columns.
+            chunk_size: ignored; our chunks are whole rows, TRL's are columns.
             final_logit_softcapping: above 0.
-            outputs: those that are wanted of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1"; "log_probs"
-                is always returned.
+            outputs: which of "entropy", "log_sum_sq_probs", "mean_logits" and "is_top1" to compute; "log_probs" is
+                always computed.
 
         Returns:
             log_probs (N) in nats and entropy (N) in nats, differentiable once in hidden, weight and bias;

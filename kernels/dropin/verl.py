@@ -82,11 +82,12 @@ def compute_grpo_outcome_advantage(
         index: n hashable names of groups, as a numpy array, a tensor or a list.
         epsilon: added to the std (ddof 1) in the divisor.
         norm_adv_by_std_in_grpo: divide by std + epsilon; False: only subtract the mean.
-        config: unread, as in verl.
+        config: ignored, as in verl.
 
     Returns:
-        The advantages (n, T), twice: a response's value at each of its tokens, 0 where the mask is 0. A response alone
-        in its group has mean 0 and std 1, as in verl, so that its reward is kept. Equal rewards give exactly 0.
+        The advantages (n, T), twice: a response's value at each of its tokens, 0 where the mask is 0. For a
+        response alone in its group, mean 0 and std 1 are used, as in verl, so that its reward is kept. Equal
+        rewards give exactly 0.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

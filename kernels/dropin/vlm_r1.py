@@ -16,13 +16,13 @@ def iou_reward(completions: list[list[dict]], solution: list, **kwargs) -> list[
         answer_format: "think" or "box", for all or one for each. Without it the format follows from
             `single_img_with_cot` (False: no thinking in single-image examples) and `image_path` (n lists of paths), as
             in UniVG-R1, and is "think" where either is missing.
-        kwargs: other columns of the data set, unread.
+        kwargs: other columns of the data set, ignored.
 
     Returns:
         n floats.
 
     Raises:
-        ValueError: an answer format that does not exist, or solutions that are no boxes or not n.
+        ValueError: an answer format that does not exist, or `solution` does not hold n boxes.
     """
     try:
         gold = torch.as_tensor(solution, dtype=torch.float32).view(len(completions), 4)
