@@ -79,7 +79,7 @@ setup(
     package_data={
         "boxgrpo.trainer": ["recipes/*.yaml"],
         "boxgrpo.trainer.chains": ["templates/*"],
-        "boxgrpo.trainer.evaluation": ["templates/*.html", "published.json"],
+        "boxgrpo.trainer.evaluation": ["templates/*.html", "benchmarks.json"],
         "boxgrpo.trainer.apps": ["page/*"],
         "boxgrpo.bench.publish": ["templates/*"],
     },

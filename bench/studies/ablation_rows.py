@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Sequence
 
-from boxgrpo.trainer.evaluation.benches import BENCHES, PUBLISHED
+from boxgrpo.trainer.evaluation.benches import BENCHES
+from boxgrpo.trainer.evaluation.questions import FACTS
 
-PAPER = PUBLISHED["tables"]["Table 4"] | PUBLISHED["tables"]["Table 5"]
+PAPER = FACTS["tables"]["Table 4"] | FACTS["tables"]["Table 5"]
 COLUMNS = BENCHES["mig"].columns
 METHODS = {  # method: row of Table 4, or T5; its name here; and in the paper
     "base": ("1", "the model that all start from", "Qwen2-VL-7B"),

@@ -1,21 +1,16 @@
 """The benchmarks that --bench names: their record format, their tasks, and their published scores."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 
 from boxgrpo.trainer.data.example import Example
 
 from . import mmiu, odinw
+from .questions import FACTS
 
-# What the UniVG-R1 paper (Bai et al. 2025) prints: the `columns` of its tables by task, and its `tables` with a row for
-# each model, Acc@0.5 in %. A row's last number is its average: the paper's own, also where the row has another mean
-# (UniVG-R1 on MIG-Bench: 72.62).
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 Rows = Mapping[str, Sequence[float]]  # by model: a number for each column, then the average
 
 
@@ -77,8 +72,8 @@ def _lisa_task(example: Example) -> str:
 
 def _of_boxes(title: str, schema: str, columns: str, *tables: str, **task_of: Callable) -> Bench:
     """A benchmark of single boxes, with the paper's `columns` and `tables` of these names."""
-    rows = {name: PUBLISHED["tables"][name] for name in tables}
-    return Bench(title, schema, PUBLISHED["columns"][columns], rows, **task_of)
+    rows = {name: FACTS["tables"][name] for name in tables}
+    return Bench(title, schema, FACTS["columns"][columns], rows, **task_of)
 
 
 BENCHES = {

@@ -18,22 +18,11 @@ from boxgrpo.trainer.data.example import Example, Fault, Place, Refused, require
 from boxgrpo.trainer.data.scan import scan
 
 from .answer_text import chosen_letter
-from .questions import answer_row, read_each, user_turn
+from .questions import FACTS, answer_row, read_each, user_turn
 
-RELATIONSHIPS = (
-    "Low-level-semantic High-level-sub-semantic High-level-obj-semantic Discrete-temporal Continuous-temporal "
-    "2D-spatial 3D-spatial"
-).split()
-
+RELATIONSHIPS = FACTS["mmiu"]["relationships"]
 # In OpenGVLab/MMIU the questions of these tasks precede their context, all others follow it (VLMEvalKit/test_*.py).
-QUESTION_FIRST = frozenset(
-    "person_reid multiple_image_captioning spot_the_similarity face_retrieval sketch2image_retrieval "
-    "handwritten_retrieval spot_the_diff image2image_retrieval vehicle_retrieval text2image_retrieval "
-    "general_action_recognition video_captioning next_img_prediction temporal_ordering meme_vedio_understanding "
-    "action_quality_assessment temporal_localization mevis ravens_progressive_matrices threed_indoor_recognition "
-    "point_tracking threed_cad_recognition single_object_tracking".split()
-)
-
+QUESTION_FIRST = frozenset(FACTS["mmiu"]["question_first"])
 ANSWER_SUFFIX = (
     "\nFirst output the thinking process in <think> </think> tags"
     " and then output the letter of the chosen option in <answer> </answer> tags."

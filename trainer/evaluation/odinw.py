@@ -22,24 +22,10 @@ from boxgrpo.trainer.data.example import Example, Fault, Refused, require_some
 
 from .answer_text import listed_boxes
 from .coco import average_precision, read_coco
-from .questions import answer_row, user_turn
+from .questions import FACTS, answer_row, user_turn
 
-_PARTS = {  # name to the folder of its validation part, and the beginning of its annotation file's name
-    "AerialMaritimeDrone": "large/valid/",
-    "Aquarium": "Aquarium Combined.v2-raw-1024.coco/valid/",
-    "CottontailRabbits": "valid/",
-    "EgoHands": "generic/valid/",
-    "NorthAmericaMushrooms": "North American Mushrooms.v1-416x416.coco/valid/",
-    "Packages": "Raw/valid/",
-    "PascalVOC": "valid/",
-    "Raccoon": "Raccoon.v2-raw.coco/valid/",
-    "ShellfishOpenImages": "raw/valid/",
-    "VehiclesOpenImages": "416x416/valid/",
-    "pistols": "export/val_",
-    "pothole": "valid/",
-    "thermalDogsAndPeople": "valid/",
-}
-SETS = {name: f"{name}/{part}annotations_without_background.json" for name, part in _PARTS.items()}
+# By name: the folder of its validation part, and where that has several files the beginning of the file's name.
+SETS = {name: f"{name}/{part}annotations_without_background.json" for name, part in FACTS["odinw"].items()}
 
 QUESTION = (
     "Locate every {category} in the image. First output the thinking process in <think> </think> tags"

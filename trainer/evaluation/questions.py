@@ -1,8 +1,15 @@
-"""What benchmarks share whose answer is not one box: how records become questions, and the rows of their answers."""
+"""What the benchmarks share: names and published scores, questions made from records, and the rows of answers."""
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from boxgrpo.trainer.data.example import Example, Fault, Refused
+
+# Names of tasks and sets. `columns` and `tables` are what the UniVG-R1 paper (Bai et al. 2025) prints: its columns by
+# task, and a row for each model, Acc@0.5 in %. A row's last number is its average: the paper's own, also where the row
+# has another mean (UniVG-R1 on MIG-Bench: 72.62).
+FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text())
 
 
 def read_each(records: Iterable, read: Callable[[dict, str], object], source: str) -> tuple[list, list[Fault]]:
