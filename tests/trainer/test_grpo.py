@@ -1,4 +1,4 @@
-"""The loops on a tiny model: they learn, they replay, two ranks equal one, and bad input costs only itself."""
+"""The loops on a tiny model: they learn, they replay, two ranks equal one, and options arrive where they are used."""
 
 import dataclasses
 import json
@@ -8,35 +8,30 @@ import pytest
 import torch
 
 import fake_vllm
-import runs
 from boxgrpo.kernels import fused_grpo_loss
+from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
-from boxgrpo.trainer.evaluation.evaluate import evaluate
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.run import Hooks, frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, lines, start
-
-
-@pytest.fixture(scope="module")
-def cold(world):
-    """The newborn after a few steps of SFT: enough to write boxes now and then."""
-    return world / "sft"
-
-
-def grpo_options(world, cold, name, **changes) -> GrpoOptions:
-    return runs.grpo_options(world, name, **{"model": str(cold)} | changes)
+from runs import ROOT, finish, grpo_options, lines, start
 
 
 def on_two_ranks(script, options):
     finish(start(ROOT / "trainer" / script, options))
 
 
-def test_sft_learns_and_says_so(world, cold):
-    losses = [m["loss"] for m in lines(cold)]
+def sft_options(world, name, max_steps) -> SftOptions:
+    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": max_steps}
+    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
+    return SftOptions(**values, output_dir=str(world / name))
+
+
+def test_sft_learns_and_says_so(world):
+    losses = [m["loss"] for m in lines(world / "sft")]
     assert losses[-1] < 0.5 * losses[0]
-    assert {p.name for p in cold.iterdir()} >= {
+    assert {p.name for p in (world / "sft").iterdir()} >= {
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -46,9 +41,9 @@ def test_sft_learns_and_says_so(world, cold):
     }
 
 
-def test_grpo_reports_under_trls_names(world, cold, capsys, monkeypatch):
+def test_grpo_reports_under_trls_names(world, capsys, monkeypatch):
     monkeypatch.setattr(grpo, "grpo_flop", lambda *_: 3e9)
-    grpo.train(grpo_options(world, cold, "names", log_completions=1, max_steps=1, peak_tflops=0.5), Ranks())
+    grpo.train(grpo_options(world, "names", log_completions=1, max_steps=1, peak_tflops=0.5), Ranks())
     (metrics,) = lines(world / "names")
     assert metrics["perf/mfu"] == pytest.approx(3e9 / (metrics["step_time"] * 0.5e12))
     expected = """loss grad_norm learning_rate epoch num_tokens step_time reward reward_std frac_reward_zero_std
@@ -64,14 +59,14 @@ def test_grpo_reports_under_trls_names(world, cold, capsys, monkeypatch):
     assert "completion" in capsys.readouterr().out  # the table of sampled completions
 
 
-def test_a_replay_repeats_the_run(world, cold):
+def test_a_replay_repeats_the_run(world):
     stored = str(world / "stored.jsonl")
-    grpo.train(grpo_options(world, cold, "first", rollout_file=stored), Ranks())
-    grpo.train(grpo_options(world, cold, "again", rollout_file=stored, rollout="replay"), Ranks())
+    grpo.train(grpo_options(world, "first", rollout_file=stored), Ranks())
+    grpo.train(grpo_options(world, "again", rollout_file=stored, rollout="replay"), Ranks())
     for a, b in zip(lines(world / "first"), lines(world / "again"), strict=True):
         assert a["reward"] == b["reward"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
-    other = grpo_options(world, cold, "other", rollout_file=stored, rollout="replay", max_steps=9)
+    other = grpo_options(world, "other", rollout_file=stored, rollout="replay", max_steps=9)
     with pytest.raises(ValueError, match="holds no completions for sample 8"):
         grpo.train(other, Ranks())
 
@@ -86,8 +81,8 @@ def test_a_replay_repeats_the_run(world, cold):
         ("dr", {"loss_type": "dr_grpo", "gradient_checkpointing": True, "difficulty": "none"}),
     ],
 )
-def test_every_variant_trains(world, cold, name, changes):
-    grpo.train(grpo_options(world, cold, name, **changes), Ranks())
+def test_every_variant_trains(world, name, changes):
+    grpo.train(grpo_options(world, name, **changes), Ranks())
     first, second = lines(world / name)
     assert first["grad_norm"] > 0
     assert second["epoch"] > first["epoch"]
@@ -130,12 +125,12 @@ def seen_by_the_loss(monkeypatch) -> list[tuple]:
     return seen
 
 
-def test_the_loss_gets_every_option(world, cold, monkeypatch):
+def test_the_loss_gets_every_option(world, monkeypatch):
     """What the flags say arrives at the kernel's door, and so do the pack's tensors."""
     seen = seen_by_the_loss(monkeypatch)
     flags = {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.3}
     flags |= {"delta": 5.0, "beta": 0.02, "temperature": 0.9}
-    grpo.train(grpo_options(world, cold, "door", max_steps=1, num_iterations=2, **flags), Ranks())
+    grpo.train(grpo_options(world, "door", max_steps=1, num_iterations=2, **flags), Ranks())
     (_, _, targets, advantages, completion_cu), options = seen[-1]
     assert options["sampler_factor"] is None
     assert {name: options[name] for name in flags} == flags
@@ -144,14 +139,14 @@ def test_the_loss_gets_every_option(world, cold, monkeypatch):
     assert options["denominator"] > 0
 
 
-def test_vllm_with_the_policys_weights_repeats_the_local_run(world, cold, monkeypatch):
+def test_vllm_with_the_policys_weights_repeats_the_local_run(world, monkeypatch):
     """Two rollouts, two optimizer steps on each, packs too small for the whole: a weight handed over wrongly, or a
     log-probability at another token's place, and the second rollout or the factors are others."""
     changes = {"num_iterations": 2, "tokens_per_pass": 150, "freeze_vision": False}
-    grpo.train(grpo_options(world, cold, "by_policy", **changes), Ranks())
+    grpo.train(grpo_options(world, "by_policy", **changes), Ranks())
     engines = fake_vllm.install(monkeypatch, seed=42)
     seen = seen_by_the_loss(monkeypatch)
-    grpo.train(grpo_options(world, cold, "by_vllm", rollout="vllm", **changes), Ranks())
+    grpo.train(grpo_options(world, "by_vllm", rollout="vllm", **changes), Ranks())
     local, theirs = lines(world / "by_policy"), lines(world / "by_vllm")
     assert any(abs(m["loss"]) > 1e-3 for m in local) and len(engines[0].loaded) == len(local) == 2
     for a, b in zip(local, theirs, strict=True):
@@ -165,7 +160,7 @@ def test_vllm_with_the_policys_weights_repeats_the_local_run(world, cold, monkey
     assert all(torch.allclose(o["sampler_factor"], torch.ones(()), atol=1e-4) for _, o in seen)
 
 
-def test_a_sampler_that_is_off_is_corrected_token_by_token(world, cold, monkeypatch):
+def test_a_sampler_that_is_off_is_corrected_token_by_token(world, monkeypatch):
     packs = []
     logps = grpo.logps
 
@@ -177,7 +172,7 @@ def test_a_sampler_that_is_off_is_corrected_token_by_token(world, cold, monkeypa
     fake_vllm.install(monkeypatch, seed=42, noise=0.1)
     seen = seen_by_the_loss(monkeypatch)
     flags = {"beta": 0.0, "max_steps": 1, "vllm_importance_sampling_clip_max": 1.5, "loss_type": "bnpo"}
-    grpo.train(grpo_options(world, cold, "off", rollout="vllm", **flags), Ranks())
+    grpo.train(grpo_options(world, "off", rollout="vllm", **flags), Ranks())
     (metrics,), ((_, options),), ((pack, old),) = lines(world / "off"), seen, packs
     factor = (old - pack.sampler_logps).exp().clamp(max=1.5)
     assert torch.equal(options["sampler_factor"], factor) and torch.equal(options["old_logps"], old)
@@ -193,22 +188,22 @@ def test_a_sampler_that_is_off_is_corrected_token_by_token(world, cold, monkeypa
     assert metrics["loss"] == pytest.approx(-float((advantages * factor).mean()), abs=1e-6)
 
 
-def test_small_packs_do_not_change_the_step(world, cold):
+def test_small_packs_do_not_change_the_step(world):
     stored = str(world / "packs.jsonl")
-    grpo.train(grpo_options(world, cold, "whole", rollout_file=stored), Ranks())
-    small = grpo_options(world, cold, "small", rollout_file=stored, rollout="replay", tokens_per_pass=140)
+    grpo.train(grpo_options(world, "whole", rollout_file=stored), Ranks())
+    small = grpo_options(world, "small", rollout_file=stored, rollout="replay", tokens_per_pass=140)
     grpo.train(small, Ranks())
     for a, b in zip(lines(world / "whole"), lines(world / "small"), strict=True):
         for key in ("loss", "grad_norm", "kl", "entropy"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
 
 
-def test_two_ranks_equal_one_on_stored_completions(world, cold):
+def test_two_ranks_equal_one_on_stored_completions(world):
     """`torchrun --nproc_per_node 2` gives, over 5 steps, the losses of one rank at the same global batch."""
     stored = str(world / "ranks.jsonl")
     changes = {"max_steps": 5, "num_iterations": 2, "rollout_file": stored}
-    grpo.train(grpo_options(world, cold, "one", **changes), Ranks())
-    two = grpo_options(world, cold, "two", **changes, rollout="replay")
+    grpo.train(grpo_options(world, "one", **changes), Ranks())
+    two = grpo_options(world, "two", **changes, rollout="replay")
     on_two_ranks("grpo.py", two)
     one, both = lines(world / "one"), lines(world / "two")
     assert len(one) == len(both) == 5
@@ -220,53 +215,22 @@ def test_two_ranks_equal_one_on_stored_completions(world, cold):
 
 
 def test_two_ranks_of_sft_equal_one(world):
-    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 4}
-    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
-    sft.train(SftOptions(**values, output_dir=str(world / "sft_one")), Ranks())
-    on_two_ranks("sft.py", SftOptions(**values, output_dir=str(world / "sft_two")))
+    sft.train(sft_options(world, "sft_one", 4), Ranks())
+    on_two_ranks("sft.py", sft_options(world, "sft_two", 4))
     losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_one", "sft_two")]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_an_output_folder_with_another_run_is_refused(world, cold):
-    grpo.train(grpo_options(world, cold, "mine", max_steps=1), Ranks())
-    with pytest.raises(ValueError, match="already holds a run.*--overwrite_output_dir"):
-        grpo.train(grpo_options(world, cold, "mine", max_steps=1), Ranks())
-    grpo.train(grpo_options(world, cold, "mine", max_steps=2, overwrite_output_dir=True), Ranks())
-    assert len(lines(world / "mine")) == 2
-
-
-def test_a_run_without_updates_ends(world, cold):
+def test_a_run_without_updates_ends(world):
     """And saves no checkpoint before it is due."""
-    options = grpo_options(world, cold, "nan", save_steps=5, max_skipped=1, max_steps=5)
+    options = grpo_options(world, "nan", save_steps=5, max_skipped=1, max_steps=5)
     with pytest.raises(ValueError, match="2 updates in 2 steps had a loss or a gradient that is NaN.*max_skipped is 1"):
         grpo.train(options, Ranks(), Hooks(pack_loss=lambda loss: loss * float("nan")))
     assert len(lines(world / "nan")) == 2 and not list((world / "nan").glob("checkpoint-*"))
 
 
-def test_evaluation_gives_every_record_an_answer(world, cold):
-    options = EvalOptions(
-        model=str(cold),
-        data=str(world / "world/held_out.json"),
-        output_dir=str(world / "eval"),
-        eval_batch_size=3,  # does not divide 8
-        max_completion_length=32,
-        dataloader_num_workers=0,
-        pictures=2,
-    )
-    summary = evaluate(options, Ranks())
-    results = json.loads((world / "eval/results.json").read_text())
-    assert summary["count"] == len(results["answers"]) == 8
-    assert [a["id"] for a in results["answers"]] == [
-        r["id"] for r in json.loads((world / "world/held_out.json").read_text())
-    ]
-    assert len(list((world / "eval/pictures").glob("*.png"))) == 2
-
-
-def test_the_policy_keeps_a_frozen_tower_and_the_reference_needs_none(cold):
-    from boxgrpo.model.checkpoint import load_model
-
-    policy = load_model(cold)
+def test_the_policy_keeps_a_frozen_tower_and_the_reference_needs_none(world):
+    policy = load_model(world / "sft")
     policy.freeze_vision()
     reference = frozen_copy(policy, share_vision=True)
     assert reference.visual is None and policy.visual is not None
@@ -276,32 +240,26 @@ def test_the_policy_keeps_a_frozen_tower_and_the_reference_needs_none(cold):
     assert torch.equal(reference.head_weight, policy.head_weight)
 
 
-def test_groups_of_equal_rewards_cost_no_policy_pass(world, cold, monkeypatch):
+def test_groups_of_equal_rewards_cost_no_policy_pass(world, monkeypatch):
     """Without KL they have no gradient: leaving them out changes the packs, not the step, even if all are left out."""
     stored = world / "equal.jsonl"
-    grpo.train(grpo_options(world, cold, "equal", rollout_file=str(stored), beta=0.0), Ranks())
+    grpo.train(grpo_options(world, "equal", rollout_file=str(stored), beta=0.0), Ranks())
     groups = [json.loads(line) for line in stored.read_text().splitlines()]
     groups[1]["ids"] = groups[1]["ids"][:1] * 4
     for group in groups[4:]:  # the second step
         group["ids"] = group["ids"][:1] * 4
     stored.write_text("".join(json.dumps(group) + "\n" for group in groups))
     options = {"rollout": "replay", "rollout_file": str(stored), "beta": 0.0}
-    scored = []
-    loss = grpo.fused_grpo_loss
-
-    def watched(hidden, weight, targets, advantages, *args, **kwargs):
-        scored.append(len(advantages))
-        return loss(hidden, weight, targets, advantages, *args, **kwargs)
-
-    monkeypatch.setattr(grpo, "fused_grpo_loss", watched)
-    grpo.train(grpo_options(world, cold, "without", **options), Ranks())
-    assert sum(scored) % 4 == 0 and sum(scored) <= 12
-    scored.clear()
+    seen = seen_by_the_loss(monkeypatch)
+    grpo.train(grpo_options(world, "without", **options), Ranks())
+    scored = sum(len(advantages) for (_, _, _, advantages, _), _ in seen)
+    assert scored % 4 == 0 and scored <= 12
+    seen.clear()
     of = grpo.trained_groups
     # A KL so small that it changes nothing keeps every group.
     monkeypatch.setattr(grpo, "trained_groups", lambda o, *rest: of(dataclasses.replace(o, beta=1e-30), *rest))
-    grpo.train(grpo_options(world, cold, "with", **options), Ranks())
-    assert sum(scored) == 32
+    grpo.train(grpo_options(world, "with", **options), Ranks())
+    assert sum(len(advantages) for (_, _, _, advantages, _), _ in seen) == 32
     for a, b in zip(lines(world / "without"), lines(world / "with"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=1e-9)
@@ -310,9 +268,7 @@ def test_groups_of_equal_rewards_cost_no_policy_pass(world, cold, monkeypatch):
 
 def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
     """The model refuses packs above 150 tokens: SFT starts over with smaller ones, and learns the same."""
-    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": 3}
-    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
-    sft.train(SftOptions(**values, output_dir=str(world / "roomy")), Ranks())
+    sft.train(sft_options(world, "roomy", 3), Ranks())
     forward, sizes = Qwen2VL.forward, []
 
     def limited(model, batch, head=None):
@@ -322,7 +278,7 @@ def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
         return forward(model, batch, head)
 
     monkeypatch.setattr(Qwen2VL, "forward", limited)
-    sft.train(SftOptions(**values, output_dir=str(world / "narrow")), Ranks())
+    sft.train(sft_options(world, "narrow", 3), Ranks())
     assert max(sizes) > 300
     roomy, narrow = (lines(world / name) for name in ("roomy", "narrow"))
     assert [m["loss"] for m in narrow] == pytest.approx([m["loss"] for m in roomy], abs=1e-5)

@@ -1,51 +1,29 @@
 """Twenty steps of grpo.py beside the same steps written plainly: transformers' model, no packs, full logits."""
 
 import copy
-import json
 
 import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from boxgrpo.trainer import demo, grpo, sft
+from boxgrpo.trainer import grpo
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_usable
-from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.rewards.grounding import score
 from boxgrpo.trainer.rollout.base import Vocabulary
 from boxgrpo.trainer.rollout.local import ReplayRollout
 from boxgrpo.trainer.runtime.ranks import Ranks
-
-STEPS, PROMPTS, GENERATIONS = 20, 2, 4
+from runs import grpo_options, lines
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(world):
     """(options, (loss, gradient norm) of each step) of a short run of the loop, its completions stored."""
-    root = tmp_path_factory.mktemp("plain")
-    world = demo.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
-    demo.draw_world(world)
-    demo.make_initial_checkpoint(world)
-    quick = {"dataloader_num_workers": 0, "output_dir": str(root / "sft"), "max_steps": 40, "learning_rate": 3e-3}
-    data = {"model": str(root / "newborn"), "data": str(root / "world/cold_start.json")}
-    sft.train(SftOptions(**data, **quick, train_batch_size=16, freeze_vision=False), Ranks())
-    options = GrpoOptions(
-        model=str(root / "sft"),
-        data=str(root / "world/train.json"),
-        output_dir=str(root / "grpo"),
-        rollout_file=str(root / "completions.jsonl"),
-        max_steps=STEPS,
-        prompts_per_step=PROMPTS,
-        num_generations=GENERATIONS,
-        max_completion_length=24,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        dataloader_num_workers=0,
-    )
+    stored, few = str(world / "completions.jsonl"), {"prompts_per_step": 2, "max_completion_length": 24}
+    options = grpo_options(world, "plain", rollout_file=stored, max_steps=20, lr_scheduler_type="constant", **few)
     grpo.train(options, Ranks())
-    lines = (root / "grpo/metrics.jsonl").read_text().splitlines()
-    return options, [(m["loss"], m["grad_norm"]) for m in map(json.loads, lines)]
+    return options, [(m["loss"], m["grad_norm"]) for m in lines(world / "plain")]
 
 
 def logps_of(model, prompt, completion, temperature):
@@ -102,4 +80,4 @@ def test_twenty_steps_are_the_plain_loops(run):
     plain = plain_steps(options)
     assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in plain], abs=1e-4)
     assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in plain], rel=5e-3)
-    assert max(abs(loss) for loss, _ in ours) > 0.01 and len(ours) == STEPS  # there was something to agree on
+    assert max(abs(loss) for loss, _ in ours) > 0.01 and len(ours) == 20  # there was something to agree on

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from boxgrpo.kernels import group_advantages
 from boxgrpo.kernels.vocabulary import EOS, unpacked
@@ -35,31 +34,18 @@ def model(newborn):
 
 
 @pytest.fixture(scope="module")
-def processor(newborn):
-    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000)
-
-
-@pytest.fixture(scope="module")
 def vocabulary(processor, model):
     return Vocabulary.of(processor, model.config, "cpu")
 
 
-@pytest.fixture(scope="module")
-def groups(processor, tmp_path_factory):
-    """Four prompts: with none to three images of different sizes; their serial numbers are not their places."""
-    folder = tmp_path_factory.mktemp("images")
-    made = []
-    for images, serial in enumerate((7, 3, 12, 5)):
-        paths = tuple(str(folder / f"{serial}_{k}.png") for k in range(images))
-        for k, path in enumerate(paths):
-            Image.effect_noise((56 + 28 * k, 56), 60).save(path)
-        example = Example(str(serial), "diff", paths, "Where is it?", (0.0, 0.0, 500.0, 500.0), source=f"data#{serial}")
-        made.append(Group(processor.prompt(example), serial=serial, record=example))
-    return made
-
-
 def changed(**changes):
     return dataclasses.replace(OPTIONS, **changes)
+
+
+@pytest.fixture
+def sample(model, vocabulary):
+    """sample(groups, **changes of the options): the groups with completions."""
+    return lambda groups, **changes: LocalRollout(changed(**changes), vocabulary, Ranks())(model, groups)
 
 
 def as_lists(groups):
@@ -68,13 +54,11 @@ def as_lists(groups):
 
 @pytest.mark.parametrize("rounds", [2, 4])
 @pytest.mark.parametrize("embedded", [False, True], ids=["tower in every round", "tower once"])
-def test_rounds_sample_what_one_round_does(model, groups, vocabulary, rounds, embedded):
+def test_rounds_sample_what_one_round_does(model, groups, sample, rounds, embedded):
     given = embed_images(model, groups) if embedded else groups
-    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, given)
-    parts = LocalRollout(changed(gradient_accumulation_steps=rounds), vocabulary, Ranks())(model, given)
-    assert as_lists(parts) == as_lists(whole)
-    assert [len(group) for group in as_lists(whole)] == [3, 3, 3, 3]
-    assert all(len({tuple(c) for c in group}) == 3 for group in as_lists(whole)), "siblings differ"
+    whole = as_lists(sample(given))
+    assert as_lists(sample(given, gradient_accumulation_steps=rounds)) == whole
+    assert [len({tuple(c) for c in group}) for group in whole] == [3, 3, 3, 3], "siblings differ"
 
 
 def with_room_for(monkeypatch, prompts: int, never: int | None = None) -> list[int]:
@@ -91,23 +75,21 @@ def with_room_for(monkeypatch, prompts: int, never: int | None = None) -> list[i
     return sizes
 
 
-def test_where_memory_runs_out_there_are_more_rounds(model, groups, vocabulary, monkeypatch, caplog):
-    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, groups)
+def test_where_memory_runs_out_there_are_more_rounds(model, groups, vocabulary, sample, monkeypatch, caplog):
+    whole = as_lists(sample(groups))
     sizes = with_room_for(monkeypatch, prompts=2)
     rollout = LocalRollout(OPTIONS, vocabulary, Ranks())
-    assert as_lists(rollout(model, groups)) == as_lists(whole)
-    assert sizes == [4, 2, 2] and "from here on in 2 rounds a step" in caplog.text
-    sizes.clear()
-    rollout(model, groups)
-    assert sizes == [2, 2], "the number of rounds stays"
+    assert as_lists(rollout(model, groups)) == as_lists(rollout(model, groups)) == whole
+    assert sizes == [4, 2, 2, 2, 2], "the number of rounds stays"
+    assert "from here on in 2 rounds a step" in caplog.text
 
 
-def test_a_group_that_never_fits_is_left_out_and_named(model, groups, vocabulary, monkeypatch, caplog):
-    whole = LocalRollout(OPTIONS, vocabulary, Ranks())(model, groups)
+def test_a_group_that_never_fits_is_left_out_and_named(groups, sample, monkeypatch, caplog):
+    whole = as_lists(sample(groups))
     with_room_for(monkeypatch, prompts=4, never=groups[2].serial)
-    found = LocalRollout(OPTIONS, vocabulary, Ranks())(model, groups)
+    found = sample(groups)
     assert [g.serial for g in found] == [groups[i].serial for i in (0, 1, 3)]
-    assert as_lists(found) == as_lists([whole[i] for i in (0, 1, 3)])
+    assert as_lists(found) == [whole[i] for i in (0, 1, 3)]
     assert f"left out {groups[2].source}: sampling it alone runs out of memory" in caplog.text
 
 
@@ -118,50 +100,49 @@ def test_a_rank_without_groups_has_rewards_and_advantages_of_none(vocabulary):
     assert advantages.shape == (0, 3) and weights.shape == miou.shape == (0,)
 
 
-def test_embeddings_are_each_prompts_own(model, groups):
-    embedded = embed_images(model, groups)
-    assert embedded[0].image_embeds is None, "a prompt without images"
-    for group in embedded[1:]:
-        alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
-        torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-5)
-    assert embed_images(model, groups[:1]) == groups[:1]
+@pytest.fixture
+def with_patches(model, monkeypatch):
+    """with_patches(n): from here on the tower takes at most n patches at once; returns the numbers that it is given."""
+
+    def limit(most):
+        tower, seen = model.visual.forward, []
+
+        def limited(pixels, grids):
+            seen.append(len(pixels))
+            if len(pixels) > most:
+                raise torch.OutOfMemoryError("no room")
+            return tower(pixels, grids)
+
+        monkeypatch.setattr(model.visual, "forward", limited)
+        return seen
+
+    return limit
 
 
-def test_the_tower_takes_as_many_prompts_as_fit(model, groups, monkeypatch):
+def test_embeddings_are_each_prompts_own_in_as_many_passes_as_memory_needs(model, groups, with_patches):
     whole = embed_images(model, groups)
-    patches = []
-
-    def limited(pixels, grids):
-        patches.append(len(pixels))
-        if len(pixels) > len(groups[3].prompt.pixel_values):
-            raise torch.OutOfMemoryError("no room")
-        return tower(pixels, grids)
-
-    tower = model.visual.forward
-    monkeypatch.setattr(model.visual, "forward", limited)
-    found = embed_images(model, groups)
-    assert len(patches) > 3 and found[0].image_embeds is None
-    for a, b in zip(found[1:], whole[1:], strict=True):
-        torch.testing.assert_close(a.image_embeds, b.image_embeds, rtol=0, atol=1e-5)
+    seen = with_patches(max(len(g.prompt.pixel_values) for g in groups[1:]))
+    for embedded in (whole, embed_images(model, groups)):
+        assert embedded[0].image_embeds is None, "a prompt without images"
+        for group in embedded[1:]:
+            alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
+            torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-5)
+    assert len(seen) > 3 + 6 and embed_images(model, groups[:1]) == groups[:1]
 
 
-def test_a_group_whose_images_never_fit_is_left_out_and_named(model, groups, monkeypatch, caplog):
-    def none(pixels, grids):
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(model.visual, "forward", none)
+def test_a_group_whose_images_never_fit_is_left_out_and_named(model, groups, with_patches, caplog):
+    with_patches(0)
     assert embed_images(model, groups[:2]) == groups[:1], "the prompt without images stays"
     assert f"left out {groups[1].source}: its images alone run out of memory" in caplog.text
 
 
-def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, groups, vocabulary, processor):
+def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, groups, sample, vocabulary, processor):
     tokenizer, rows = processor.tokenizer, model.config.text_config.vocab_size
     assert rows == len(tokenizer) + 8
     vision = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     expected = {*tokenizer.convert_tokens_to_ids(vision), *range(len(tokenizer), rows)}
     assert set(vocabulary.forbidden.tolist()) == expected
-    hot = changed(temperature=50.0, num_generations=100, max_completion_length=20)  # as good as uniform
-    found = LocalRollout(hot, vocabulary, Ranks())(model, groups[:1])
+    found = sample(groups[:1], temperature=50.0, num_generations=100, max_completion_length=20)  # as good as uniform
     drawn = {t for group in as_lists(found) for c in group for t in c}
     assert len(drawn) > 0.8 * rows and not drawn & expected
 
