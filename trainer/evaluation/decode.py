@@ -41,7 +41,8 @@ class GreedyDecoder:
         while len(found) < len(prompts):
             part = prompts[len(found) :][: self.at_once]
             try:
-                found += self._run(part)
+                with named_range("decode", len(part), self.max_completion_length):
+                    found += self._prefill(part).run(**self.sampling)
                 continue
             except torch.OutOfMemoryError:
                 pass  # the cache is freed after this block: the traceback refers to what filled memory
@@ -66,10 +67,6 @@ class GreedyDecoder:
             yield ids
             if ids[-1] in self.eos_token_ids:
                 return
-
-    def _run(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        with named_range("decode", len(prompts), self.max_completion_length):
-            return self._prefill(prompts).run(**self.sampling)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> Decoding:
         return prefill(

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 
 from boxgrpo.trainer.data.example import Example, Fault, Place, Refused, require_some, resolve_images, text_of
 from boxgrpo.trainer.data.scan import scan
@@ -131,19 +132,18 @@ def _question(record: dict, source: str, place: Place) -> Question:
 
 def _options(value: object) -> dict[str, str]:
     """Letter to text. An option begins at a line with the next letter; some (homographies) go over several lines."""
-    options: dict[str, str] = {}
-    for line in text_of(value, "options").split("\n"):
-        following = chr(ord("A") + len(options))
-        begun = re.match(rf"\s*{following}\s?[:.)]\s*", line) if following <= "Z" else None
-        if begun:
-            options[following] = line[begun.end() :].strip()
-        elif options and line.strip():
-            options[chr(ord(following) - 1)] += "\n" + line.strip()
-        elif line.strip():
+    texts: list[str] = []
+    for line in filter(str.strip, text_of(value, "options").split("\n")):
+        letter = LETTERS[len(texts) :][:1] or "(?!)"  # after Z: no match
+        if begun := re.match(rf"\s*{letter}\s?[:.)]\s*", line):
+            texts.append(line[begun.end() :].strip())
+        elif texts:
+            texts[-1] += "\n" + line.strip()
+        else:
             break
-    if len(options) < 2:
+    if len(texts) < 2:
         raise Refused("bad_options", f"options is {value!r:.80}; lines 'A: ...' and 'B: ...' at least are needed.")
-    return options
+    return dict(zip(LETTERS, texts))
 
 
 def _question_text(record: dict, task: str, options: dict[str, str]) -> str:

@@ -63,8 +63,8 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
     if path.is_dir():
         files = {name: (path / file, os.path.dirname(file)) for name, file in SETS.items()}
     else:
-        whole = Path(os.path.abspath(path)).as_posix()
-        name = next((name for name, file in SETS.items() if whole.endswith(f"/{file}")), path.stem)
+        whole = Path(os.path.abspath(path))
+        name = next((name for name, file in SETS.items() if whole.match(file)), path.stem)
         files = {name: (path, "")}
     questions, faults = [], []
     for name, (file, folder) in files.items():

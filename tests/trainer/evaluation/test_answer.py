@@ -50,7 +50,7 @@ def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(decoder, r
     """Two prompts fit into memory together, and the one with the largest image not at all."""
     examples, _ = read_examples(record_file)
     whole, _ = answer(decoder, examples, range(7), Ranks(), OPTIONS)
-    run = decoder._run
+    prefill = decoder._prefill
     lengths = {n: len(decoder.processor.prompt(examples[n]).input_ids) for n in whole}
     largest = max(lengths.values())
     huge = [n for n, length in lengths.items() if length == largest]
@@ -60,9 +60,9 @@ def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(decoder, r
         sizes.append(len(prompts))
         if len(prompts) > 2 or max(len(p.input_ids) for p in prompts) == largest:
             raise torch.OutOfMemoryError("no room")
-        return run(prompts)
+        return prefill(prompts)
 
-    monkeypatch.setattr(decoder, "_run", limited)
+    monkeypatch.setattr(decoder, "_prefill", limited)
     texts, reasons = answer(decoder, examples, range(7), Ranks(), OPTIONS)
     assert texts == {n: t for n, t in whole.items() if n not in huge}
     assert all(reasons[n] == f"benchmark.json#{n}: decoding it alone runs out of memory" for n in huge)
