@@ -1,4 +1,4 @@
-"""A question about images gets its reasoning, its box in their own pixels and a picture, or the reason why there is none."""
+"""A question about images gets its reasoning, its box in their own pixels and a picture, or the reason for none."""
 
 import json
 import shutil
