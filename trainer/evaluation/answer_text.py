@@ -109,20 +109,17 @@ def _mentioned(answer: str, texts: Mapping[str, str]) -> str | None:
 
 _NUMBER = r"\s{0,4}([0-9]{1,4}(?:\.[0-9]{1,9})?)\s{0,4}"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s{{0,4}},?\s{{0,4}}\({_NUMBER},{_NUMBER}\)"
-_LIST = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
-_BOX = re.compile(f"{_PAIRS}|{_LIST}")
-_FIRST = {
-    "fractions": re.compile(rf"{_PAIRS}|[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]"),
-    "tagged": re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>"),  # MiniCPM-V's
-}
-_FIRST["pixels"] = _FIRST["fractions"]
+_FOUR = rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}"
+_BOX = re.compile(rf"{_PAIRS}|\[{_FOUR}\]")
+ANY_BOX = re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]")
+TAGGED_BOX = re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>")  # MiniCPM-V's
 _OBJECT = re.compile(r"\{[^{}]{1,1000}\}")
 
 
-def first_box(text: str, answer_format: str) -> Box | None:
-    """The first box of "fractions", "pixels" or "tagged", as it is numbered there; None where there is none."""
-    match = _FIRST[answer_format].search(text)
-    return tuple(float(n) for n in match.groups() if n is not None) if match else None
+def boxes_of(text: str, pattern: re.Pattern) -> Iterator[Box]:
+    """The boxes that match the pattern, in the units of the text."""
+    for match in pattern.finditer(text):
+        yield tuple(float(n) for n in match.groups() if n is not None)
 
 
 def listed_boxes(text: str) -> list[tuple[Box, float | None]]:
@@ -136,7 +133,7 @@ def listed_boxes(text: str) -> list[tuple[Box, float | None]]:
     objects = [found for match in _OBJECT.finditer(part) if (found := _box_object(match[0]))]
     if objects:
         return objects
-    return [(tuple(float(n) for n in match.groups() if n is not None), None) for match in _BOX.finditer(part)]
+    return [(box, None) for box in boxes_of(part, _BOX)]
 
 
 def _box_object(text: str) -> tuple[Box, float | None] | None:

@@ -51,8 +51,6 @@ def _file(example: Example) -> str:
 
 
 _REFCOCO = re.compile(r"refcoco[_-]?(\+|plus|p|g)?.*?((?<!e)val|test_?a|test_?b|test)", re.IGNORECASE)
-_REFCOCO_KINDS = {"": "refcoco", "+": "refcoco+", "p": "refcoco+", "plus": "refcoco+", "g": "refcocog"}
-_REFCOCO_SPLITS = {"val": "val", "testa": "testA", "testb": "testB", "test": "test"}
 
 
 def _refcoco_task(example: Example) -> str:
@@ -60,8 +58,9 @@ def _refcoco_task(example: Example) -> str:
     found = _REFCOCO.search(example.task) or _REFCOCO.search(_file(example))
     if not found:
         return example.task
-    kind, split = (found[1] or "").lower(), found[2].lower().replace("_", "")
-    return f"{_REFCOCO_KINDS[kind]}_{_REFCOCO_SPLITS[split]}"
+    kind = re.sub("p(lus)?", "+", (found[1] or "").lower())
+    split = re.sub("test_?([ab])", lambda part: f"test{part[1].upper()}", found[2].lower())
+    return f"refcoco{kind}_{split}"
 
 
 def _lisa_task(example: Example) -> str:

@@ -9,7 +9,7 @@ import torch
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
 from boxgrpo.trainer.data.example import Example, Refused, image_size
 
-from .answer_text import answer_part, first_box
+from .answer_text import ANY_BOX, TAGGED_BOX, answer_part, boxes_of
 from .questions import answer_row
 
 LEVEL = 0.95  # of the intervals
@@ -34,9 +34,10 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
         ValueError: in "pixels" an image that is not there.
     """
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
-    if answer_format in _WHOLE:
-        read = [first_box(answer_part(text), answer_format) for text in texts]
-        sizes = torch.tensor([_WHOLE[answer_format](e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
+    if answer_format in _FOREIGN:
+        pattern, size = _FOREIGN[answer_format]
+        read = [next(boxes_of(answer_part(text), pattern), None) for text in texts]
+        sizes = torch.tensor([size(e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
         boxes = 1000 * torch.tensor([box or (0.0,) * 4 for box in read], dtype=torch.float64).view(-1, 4) / sizes
         found = form = torch.tensor([box is not None for box in read])
     else:
@@ -62,8 +63,12 @@ def _size(example: Example) -> tuple[int, int]:
         raise ValueError(f"{example.source}: {refused}") from refused
 
 
-# Formats that the kernels do not read: width and height of the image in their units.
-_WHOLE = {"fractions": lambda e: (1, 1), "tagged": lambda e: (1000, 1000), "pixels": _size}
+# Formats that the kernels do not read: the pattern of a box; the image's width and height in the box's units.
+_FOREIGN = {
+    "fractions": (ANY_BOX, lambda example: (1, 1)),
+    "pixels": (ANY_BOX, _size),
+    "tagged": (TAGGED_BOX, lambda example: (1000, 1000)),
+}
 
 
 def measures(iou: np.ndarray) -> dict[str, np.ndarray]:
