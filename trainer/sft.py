@@ -38,11 +38,11 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     for _ in run.steps(lambda: loader.position):
         with span("data"):
             groups = next(batches)
-            own = balance_across_ranks(groups, cost, r)
+            trained = balance_across_ranks(groups, cost, r)
             scored = r.sum(sum(int(g.prompt.loss_mask[1:].sum()) for g in groups))[0]
-        with span("policy", len(own)):
+        with span("policy", len(trained)):
             update = functools.partial(accumulate, run, scored)
-            packs, loss = run_packs_that_fit(own, run.budget, engine, make, update)
+            packs, loss = run_packs_that_fit(trained, run.budget, engine, make, update)
         with span("optimizer"):
             grad_norm, updated = engine.step()
         progress.skipped_steps += not updated
@@ -50,7 +50,7 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             loss=loss,
             grad_norm=grad_norm,
             tokens=sum(len(p.input_ids) for p in packs),
-            flop=sft_flop(o, config, own) if run.peak_flop else 0.0,
+            flop=sft_flop(o, config, trained) if run.peak_flop else 0.0,
             shown={"loss": float(loss)},
         )
 

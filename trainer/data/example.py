@@ -46,13 +46,13 @@ class Example:
     question: str
     gold: Box | None  # 0-1000 on the target image; needed for GRPO and evaluation
     turns: tuple[tuple[str, str], ...] = ()  # (role, text), user and assistant alternately; empty: no answer text
-    answer_format: str = "think"  # or "box": no thinking asked for
+    answer_format: str = "think"  # or "box": without thinking
     target_image: int = 0  # index of the image that the box lies in
     source: str = ""  # "file.json#12": record 12, counted from 0
 
     @property
     def can_be_learned(self) -> bool:
-        """Whether SFT has a text to learn: a chat's answers, or the box where no thinking is asked for."""
+        """Whether SFT has a text to learn: a chat's answers, or the box in the format "box"."""
         return bool(self.turns) or (self.gold is not None and self.answer_format == "box")
 
 
@@ -66,7 +66,7 @@ class Fault:
 
 
 class Refused(ValueError):
-    """A record breaks a rule: a `Fault` while its file is scanned; later, with its `source`, an image has gone."""
+    """A record breaks a rule. In a scan it becomes a `Fault`; later, with its `source`, an image has gone."""
 
     def __init__(self, reason: str, message: str, source: str = ""):
         super().__init__(message)
@@ -87,7 +87,7 @@ class Place:
 
     @classmethod
     def of(cls, path: Path, image_root: str | os.PathLike | None, *, sized: bool = True) -> "Place":
-        """Below `image_root`, which no path may leave; None: from the file's own folder, and anywhere."""
+        """Images below `image_root`, which no path may leave; None: in the file's folder or anywhere else."""
         root = os.path.abspath(path.parent if image_root is None else image_root)
         return cls(root, image_root is not None, sized=sized)
 
@@ -221,7 +221,7 @@ def parse(
 
 
 def read_question(record: dict, place: Place, box_only: str | None = None) -> dict:
-    """A question with its box; one whose first image's path holds `box_only` is asked without thinking."""
+    """A question with its box; one whose first image's path contains `box_only` is of the format "box"."""
     gold = checked_box(record.get("answer"), (place.scale, place.scale))
     images = resolve_images(record.get("images"), place)
     fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}

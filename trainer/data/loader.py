@@ -96,7 +96,7 @@ class Loader:
     its records are the same for any number of ranks, and one number, `position`, is enough to resume.
 
     A record that cannot be prepared (ValueError or OSError) is logged once, and its slot takes the next record of the
-    epoch's order that can. No other slot moves, and no rank needs to know of another's bad records.
+    epoch's order that can. No other slot moves, on this rank or another.
 
     Args:
         examples: the records, at least one.

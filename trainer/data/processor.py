@@ -83,7 +83,7 @@ class Processor:
 
     Args:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
-        image_processor: a Qwen2-VL image processor; its size limits become the ones given here.
+        image_processor: a Qwen2-VL image processor; its size limits are replaced by those given here.
         min_pixels, max_pixels: an image is scaled to an area between these, in pixels, sides in multiples of 28.
         max_prompt_tokens: longest prompt, or longest whole conversation, in tokens with the images'; None: any length.
 
@@ -215,12 +215,12 @@ class Processor:
 
     def _tokens(self, example: Example, image_tokens: list[int], *, answered: bool) -> tuple[list[int], list[bool]]:
         """Ids of the chat through its last answer, or of its first question, and which of them are learned."""
-        turns, asked = example.turns, plain_text(example.question)
+        turns, question = example.turns, plain_text(example.question)
         if not turns and example.answer_format == "think":  # a chat's questions already name the answer's format
-            turns = (("user", asked + THINK_SUFFIX),)
+            turns = (("user", question + THINK_SUFFIX),)
         elif not turns:
             answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
-            turns = (("user", BOX_PREFIX + asked), *answer)
+            turns = (("user", BOX_PREFIX + question), *answer)
         encode = self.tokenizer.backend_tokenizer.encode  # several times as fast as transformers' wrapper
         ids = list(self._head)
         start, end = self._image_marks

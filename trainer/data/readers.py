@@ -61,7 +61,7 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
                 f"{refused[0].message} Pass other records with --data."
             )
         if count and count > len(good):
-            log.warning("%s: %d records are asked for and %d can be used; all are taken", label, count, len(good))
+            log.warning("%s: %d records are requested and %d can be used; all are taken", label, count, len(good))
         elif count:
             draw = np.random.default_rng(options.seed + number)
             good = good[np.sort(draw.choice(len(good), count, replace=False))]
@@ -76,7 +76,7 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
 
 
 def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
-    """Path, count and label of each `path` or `path#count`. The label is the file's name where that tells it apart.
+    """Path, count and label of each `path` or `path#count`. The label is the file's name, or the path of one of several.
 
     Raises:
         ValueError: there is no such file, or nothing to take from it.
@@ -110,7 +110,7 @@ def read_examples(
         schema: one of `SCHEMAS`, or "auto": what most of the first 1000 records fit, and the log says why.
         image_root: folder that the records' image paths are relative to and must not leave. None: the file's own
             folder, and any path is allowed.
-        label: what to call the file in `Example.source`; None: its name.
+        label: the file's name in `Example.source`; None: the name on disk.
         least: good records without which the file is refused.
         sized: False opens no image: boxes in pixels of an image of unknown size are then not in 0-1000.
 
@@ -135,7 +135,7 @@ def read_examples(
 
 @dataclass
 class _Scan:
-    """What a file was found to hold."""
+    """The content of a file."""
 
     schema: str
     scale: float  # of its boxes
@@ -197,7 +197,7 @@ def _recognise_most(path: Path, records: list[dict]) -> tuple[str, str]:
 def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
     """The file's scan, which for a large file is cached until the file changes.
 
-    A scan with faults that lie with the images is not cached, and a cache that cannot be written costs only time.
+    A scan with faults of images is not cached: they may be there later. A cache that cannot be written costs only time.
     """
     stat = path.stat()
     if stat.st_size < CACHE_MIN_BYTES:

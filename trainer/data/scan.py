@@ -1,4 +1,4 @@
-"""Records of a JSON array or a JSONL file with their places in it: a file of any size, read one record at a time."""
+"""Records of a JSON array or a JSONL file of any size, one at a time, with their places in the file."""
 
 import json
 import re
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK = 8 << 20  # bytes read at once
-LONGEST = 64 << 20  # bytes: a record that has not ended by then never will
+MAX_RECORD = 64 << 20  # bytes; a longer record is taken for a broken array
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Row(NamedTuple):
-    """One record, or what stands in its place."""
+    """One record, or a line that is none."""
 
     start: int  # byte of the file
     stop: int
@@ -76,7 +76,7 @@ def _array(file, first: int) -> Iterator[Row]:
             if text[end : end + 1] not in (",", "]"):  # or a number is cut off here: 1e+
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         except json.JSONDecodeError as error:  # broken, or it goes on in the next chunk
-            more = file.read(CHUNK) if len(text) - at < LONGEST else b""
+            more = file.read(CHUNK) if len(text) - at < MAX_RECORD else b""
             if not more:
                 raise ValueError(f"{error.msg} at byte {byte + error.pos}") from error
             text, byte, at = text[at:] + more.decode("latin-1"), byte + at, 0
@@ -87,7 +87,7 @@ def _array(file, first: int) -> Iterator[Row]:
         if text[end] == "]":
             break
         at = end + 1
-    rest = text[end + 1 :] + file.read(LONGEST).decode("latin-1")
+    rest = text[end + 1 :] + file.read(MAX_RECORD).decode("latin-1")
     if (begins := _SPACE.match(rest).end()) < len(rest):
         raise ValueError(f"Extra data at byte {byte + end + 1 + begins}")
 

@@ -17,7 +17,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 
 from .example import Box, Place, Refused, checked_box, is_numbers, pixel_box, read_question, resolve_images, text_of
 
-FRAMES, ASKED_FRAME = 6, 2  # shown of a video, and the one whose box is asked for: the third
+FRAMES, TARGET_FRAME = 6, 2  # how many are shown of a video, and the one that the box lies in: the third
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
 ON_VIDEO = (
     "This is a sequence of images from a video. Please understand the entire video content, and then output the "
@@ -154,7 +154,7 @@ def _frame_paths(frames: list, video: object, place: Place) -> list[str]:
         raise Refused("bad_frames", f"frames is {frames!r:.80}; it holds numbers of frames, or names.")
     there = _images_of(folder)
     if there and max(frames) >= len(there):
-        raise Refused("bad_frames", f"frames asks for {max(frames)}; {folder} has {len(there)} images. Correct it.")
+        raise Refused("bad_frames", f"frames names {max(frames)}; {folder} has {len(there)} images. Correct it.")
     return [os.path.join(folder, there[int(frame)] if there else f"{int(frame):05d}.jpg") for frame in frames]
 
 
@@ -171,23 +171,23 @@ def _images_of(folder: str) -> tuple[str, ...]:
 def _read_video(record: dict, place: Place, key: str) -> dict:
     """Six of the frames under `key`, uniformly; the box of the third of them, in its pixels."""
     frames, boxes = record.get(key), record.get("bbox_list")
-    if not isinstance(frames, list) or len(frames) <= ASKED_FRAME:
-        raise Refused("too_few_frames", f"{key} is {frames!r:.80}; the third frame is asked for.")
+    if not isinstance(frames, list) or len(frames) <= TARGET_FRAME:
+        raise Refused("too_few_frames", f"{key} is {frames!r:.80}; a box in the third frame needs at least 3.")
     if key == "frames":
         frames = _frame_paths(frames, record.get("video_id"), place)
     # Of six frames or fewer all are shown, and only the third one's box is needed.
-    least = ASKED_FRAME + 1 if len(frames) <= FRAMES else len(frames)
+    least = TARGET_FRAME + 1 if len(frames) <= FRAMES else len(frames)
     if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
         raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
     count = min(len(frames), FRAMES)
     chosen = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
     images = resolve_images([frames[i] for i in chosen], place)
-    box = boxes[chosen[ASKED_FRAME]]
+    box = boxes[chosen[TARGET_FRAME]]
     if isinstance(box, str):
         box = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", box)]
     question = ON_VIDEO.format(_instruction(record, "question"))
-    gold = pixel_box(box, images[ASKED_FRAME], place, f"bbox_list[{chosen[ASKED_FRAME]}]")
-    return {"images": images, "question": question, "gold": gold, "target_image": ASKED_FRAME}
+    gold = pixel_box(box, images[TARGET_FRAME], place, f"bbox_list[{chosen[TARGET_FRAME]}]")
+    return {"images": images, "question": question, "gold": gold, "target_image": TARGET_FRAME}
 
 
 # A new format is one more entry; the first that recognises a record is its format.

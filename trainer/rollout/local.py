@@ -167,7 +167,7 @@ class ReplayRollout:
 
 @torch.no_grad()
 def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = False) -> list[Group]:
-    """The groups with the frozen tower's output; all images in one pass, or in as many as memory asks for.
+    """The groups with the frozen tower's output; all images in one pass, or in as many as memory needs.
 
     A group whose images do not fit into memory even alone is left out and named. With `sharded` weights all ranks
     synchronise in the tower: then it runs without images too, and an error of memory is raised.

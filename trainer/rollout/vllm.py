@@ -30,11 +30,11 @@ def request_seed(seed: int, serial: int) -> int:
 
 
 class VllmRollout:
-    """Samples with vLLM and says how likely it found each token.
+    """Samples with vLLM, which gives the log-probability of each token too.
 
     Args:
         options: GrpoOptions; `model` is the folder that vLLM starts from.
-        policy: says the dtype and the longest context; its weights come with each call.
+        policy: of the dtype and the longest context; its weights come with each call.
         max_images: most images that a prompt has; vLLM sets memory aside for them.
 
     Raises:
@@ -88,7 +88,7 @@ class VllmRollout:
         return self.collect(groups, outputs)
 
     def hand_over(self, policy: Qwen2VL) -> None:
-        """Wake the engine with the policy's weights. What was computed with the former ones is forgotten."""
+        """Wake the engine with the policy's weights. Its caches, made with the former ones, are cleared."""
         torch.cuda.empty_cache()  # blocks that the trainer holds and does not use; the engine maps its memory anew
         self.llm.wake_up(tags=["weights"])
         self.llm.apply_model(lambda model: model.load_weights(merged_weights(policy, trained=True)))

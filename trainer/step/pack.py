@@ -107,7 +107,7 @@ def run_packs_that_fit(
 ) -> T:
     """run(make(groups, tokens)); where memory runs out, again from the start with packs of half the size.
 
-    The smaller size stays for the steps that follow. What `run` has added to the gradients by then is forgotten. A
+    The smaller size stays for the steps that follow. What `run` has added to the gradients by then is discarded. A
     group of which a single completion does not fit is left out and named.
 
     Raises:

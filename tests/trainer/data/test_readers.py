@@ -198,7 +198,7 @@ def test_sources_are_mixed_by_count_and_seed(write, caplog):
     again, other = (read_usable(of_sources([f"{a}#7", f"{b}#3"], seed), needs="gold")[0] for seed in (0, 1))
     assert [e.id for e in again] == ids != [e.id for e in other]
     whole, _ = read_usable(of_sources([str(a), f"{b}#99"]), needs="gold")
-    assert len(whole) == 70 and "b.json: 99 records are asked for and 20 can be used; all are taken" in caplog.text
+    assert len(whole) == 70 and "b.json: 99 records are requested and 20 can be used; all are taken" in caplog.text
 
 
 def test_the_log_stays_short_whatever_is_faulty(write, caplog):
