@@ -76,7 +76,7 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
 
 
 def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
-    """Path, count and label of each `path` or `path#count`. The label is the file's name, or the path of one of several.
+    """Path, count and label of each `path` or `path#count`. Labels are file names, or paths where two names are alike.
 
     Raises:
         ValueError: there is no such file, or nothing to take from it.
