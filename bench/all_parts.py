@@ -11,29 +11,38 @@ from pathlib import Path
 
 import torch
 
+from boxgrpo.bench.kernel_bench.run import IMPLEMENTATIONS
 from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.publish.demands import verdicts
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import PARTS, begin, dump, path_of_today, write
 from boxgrpo.bench.runner import MARGIN, ROOT, Part, Runner, failures
-from boxgrpo.bench.step_bench.floors import limits
 
 OUT = ROOT / "out/bench"
 MINUTES = 9  # that the limits of a GPU's parts are made for
 SELECTED = ("kernels", "guard", "step")  # parts of which --only takes some cases
-MEASURED_AGAINST_CEILINGS = {"kernels", "step", "growth", "profile"}  # functions
-CPU_PARTS = [Part(name, name, name) for name in ("kernels", "guard", "rewards", "step", "profile")]
+KERNELS, REWARDS, STEP = (f"bench/{name}_bench/run.py" for name in ("kernel", "reward", "step"))
+PROFILE = ("bench/profiles/profile_step.py", "--output_dir", str(OUT / "profile"))
+CPU_PARTS = [
+    Part("kernels", (KERNELS,), "kernels", takes=("only", "quick")),
+    Part("guard", ("bench/kernel_bench/guard.py",), "guard", takes=("only",)),
+    Part("rewards", (REWARDS,), "rewards", takes=("merges",)),
+    Part("step", (STEP, "--plan", "quarter_hour"), "step", takes=("only", "merges", "quick", "peers", "full")),
+    Part("profile", PROFILE, "profile", takes=("merges", "quick")),
+]
+UNCOMPILED = (name for name in IMPLEMENTATIONS if name != "compile")
+FOUR, OTHERS = ("--only", "x 4 images"), ("--only", "x [16] images")
 # The figures that are demanded first. Nine minutes are not enough for the last.
 GPU_PARTS = [
-    Part("build", "build", limit=170, beside="kernels", needs="setuptools"),
-    Part("kernels", "kernels", "kernels", 90, {"compiled": False}),
-    Part("rewards", "rewards", "rewards", 40),
-    Part("steps", "step", "step", 320, {"images": (4,)}),
-    Part("tests", "tests", limit=130, needs="pytest"),
-    Part("profile", "profile", "profile", 150),
-    Part("kernels_compiled", "kernels", "kernels", 90, {"compiled": True}, adds=True),
-    Part("steps_rest", "step", "step", 600, {"images": (1, 6)}, adds=True),
-    Part("growth", "growth", "step", 600, adds=True),
+    Part("build", ("bench/checks.py", "build"), limit=170, beside="kernels", needs="setuptools"),
+    Part("kernels", (KERNELS, "--by", *UNCOMPILED), "kernels", 90, ("only", "quick")),
+    Part("rewards", (REWARDS,), "rewards", 40, ("merges",)),
+    Part("steps", (STEP, "--plan", "gpu", *FOUR), "step", 320, ("merges", "quick", "peers")),
+    Part("tests", ("bench/checks.py", "tests"), limit=130, needs="pytest"),
+    Part("profile", PROFILE, "profile", 150, ("merges", "quick")),
+    Part("kernels_compiled", (KERNELS, "--by", "compile"), "kernels", 90, ("only", "quick"), adds=True),
+    Part("steps_rest", (STEP, "--plan", "gpu", *OTHERS), "step", 600, ("merges", "quick", "peers"), adds=True),
+    Part("growth", (STEP, "--plan", "gpu_growth"), "step", 600, ("merges", "quick"), adds=True),
 ]
 
 
@@ -44,7 +53,7 @@ def parsed(args: list[str] | None, description: str = "") -> tuple[argparse.Name
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: with --gpu cuda, else what torch sees")
     parser.add_argument("--minutes", type=float, help="all parts together; with --gpu 9, and more gives each part more")
     parser.add_argument("--parts", nargs="+", help="only these, separated by blanks or commas")
-    parser.add_argument("--only", help="cases whose name holds this; kept where --json says, or nowhere")
+    parser.add_argument("--only", help="cases whose name matches this; kept where --json says, or nowhere")
     parser.add_argument("--full", action="store_true", help="all steps and sizes")
     parser.add_argument("--peers", nargs="*", default=["univg_r1", "trl"], help="whose steps stand beside ours")
     parser.add_argument("--merges", help="Qwen2's merges.txt; default: data/qwen2_tokenizer under BOXGRPO_SHARED")
@@ -66,19 +75,20 @@ def parsed(args: list[str] | None, description: str = "") -> tuple[argparse.Name
     return o, [part for part in parts if part.name in names]
 
 
-def look(o: argparse.Namespace, functions: set[str]) -> tuple[dict, Path | None]:
-    """The record to begin with, its ceilings included, and the file that keeps it. Run apart: it holds GPU memory.
-
-    Where no kernels are measured, the ceilings are those of the day's kernels.
-    """
+def look(o: argparse.Namespace) -> tuple[dict, Path | None]:
+    """The record to begin with, and the file that keeps it. In a process of its own: it holds a GPU's memory."""
     if o.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here; add --device cpu --quick to try the script without one.")
     kept = o.json != "-" and bool(o.json or not (o.quick or o.only))
     path = (Path(o.json) if o.json else path_of_today()) if kept else None
-    record = begin(path)
-    if "kernels" in functions or ("ceilings" not in record and functions & MEASURED_AGAINST_CEILINGS):
-        record["ceilings"] = limits()
-    return record, path
+    return begin(path), path
+
+
+def arguments(o: argparse.Namespace) -> dict[str, list[str]]:
+    """What the parts' scripts are given, by option."""
+    found = {name: [f"--{name}", value] for name in ("only", "merges") if (value := getattr(o, name))}
+    found |= {"peers": ["--peers", *o.peers], "quick": ["--quick"] * o.quick}
+    return found | {"full": ["--plan", "full"] * o.full}
 
 
 def keep(path: Path | None, output: str | None, record: dict) -> None:
@@ -109,17 +119,15 @@ def main(args: list[str] | None, description: str) -> None:
         os.environ["BOXGRPO_REVISION"] = o.revision
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    record, path = run_isolated(look, o, {part.function for part in chosen})
+    record, path = run_isolated(look, o)
     if path and record["machine"]["revision"].endswith("-dirty"):
         print("the tree has uncommitted changes, and the record will say so; commit first to keep it", file=sys.stderr)
     if "cuda" in record["machine"]:
         chosen = [part for part in chosen if part.name != "guard" or o.parts]  # which has bounds for a CPU alone
     minutes = o.minutes or (MINUTES if o.gpu else math.inf)
     patience = max(1.0, minutes / MINUTES) if o.gpu else 1.0
-    options = {key: getattr(o, key) for key in ("only", "merges", "quick", "full", "peers")}
-    options["ceilings"] = record.get("ceilings", {})
-    kept = partial(keep, path, o.output)
-    Runner(OUT, begun + 60 * minutes - MARGIN, record, kept, patience, options).run(chosen)
+    kept, deadline = partial(keep, path, o.output), begun + 60 * minutes - MARGIN
+    Runner(OUT, deadline, record, kept, patience, arguments(o)).run(chosen)
     report(record, o, [part.into for part in chosen])
     print(f"{path or OUT}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
     if failed := failures(record, [part.name for part in chosen]):

@@ -5,10 +5,11 @@
 A part that another run left in the file has its own machine, load and ceilings.
 """
 
+import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,18 @@ def read_all(results: Path) -> Records:
 def write(record: dict, path: Path) -> None:
     """Whole or not at all."""
     replace_file(path, dump(record) + "\n")
+
+
+def flags(description: str) -> argparse.ArgumentParser:
+    """A parser for a command that measures one part."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the results there, - for standard output")
+    return parser
+
+
+def keeper(record: dict, name: str, path: str | None) -> Callable[[dict], None]:
+    """keep(found) writes the record with what a part has so far, so that a run that is stopped has lost nothing."""
+    return lambda found: None if path in (None, "-") else write(record | {name: found}, Path(path))
 
 
 def output(record: dict, path: str | None, text: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .processes import kill
+from .records import part as part_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MARGIN = 8  # seconds reserved for the record and the verdicts
@@ -26,13 +27,13 @@ AFTER = re.compile(rf"(tests/.+?) {WORD}(?: .*)?")
 
 @dataclass(frozen=True)
 class Part:
-    """A function of parts.py with options of its own, and the most seconds that it may take."""
+    """A script of bench/ with its arguments, and the most seconds that it may take."""
 
     name: str
-    function: str
-    into: str | None = None  # the part of the record that its rows belong to
+    command: tuple[str, ...]
+    into: str | None = None  # the part of the record that it measures; the script has --json
     limit: float = math.inf
-    options: dict = field(default_factory=dict)
+    takes: tuple[str, ...] = ()  # options of all_parts.py that it has too
     adds: bool = False  # its rows join those that are there; else they replace them
     beside: str | None = None  # the part that may run meanwhile
     needs: str | None = None  # a package
@@ -47,8 +48,7 @@ class Runner:
     record: dict
     keep: Callable[[dict], None] = lambda record: None
     patience: float = 1.0  # factor of every part's limit
-    options: dict = field(default_factory=dict)  # of all parts
-    script: Path = ROOT / "bench/parts.py"
+    options: dict[str, list[str]] = field(default_factory=dict)  # arguments by name, for the parts that take them
 
     def run(self, parts: Iterable[Part]) -> None:
         with contextlib.ExitStack() as background:
@@ -72,9 +72,9 @@ class Runner:
             return
         begun, outcome = time.monotonic(), "interrupted"
         until = min(begun + self.patience * part.limit, self.deadline)
-        file, options = self.out / f"{part.name}.json", json.dumps(self.options | part.options)
-        command = [sys.executable, str(self.script), part.function, str(file), options]
-        command = ["nice", "-n", "19", *command] if part.beside else command
+        taken = (word for name in part.takes for word in self.options.get(name, ()))
+        command = [*(("nice", "-n", "19") if part.beside else ()), sys.executable, *part.command, *taken]
+        command += ["--json", str(self.out / f"{part.name}.json")] if part.into else []
         log = self.out / f"{part.name}.log"
         # TMPDIR is removed with what a killed part leaves there, such as checkpoints of the 7B.
         with (
@@ -114,10 +114,10 @@ class Runner:
     def gather(self, part: Part, seconds: float) -> None:
         """Take over what a part has left in its file. With `adds` its rows and errors join those of this machine."""
         file = self.out / f"{part.name}.json"
-        if not (found := json.loads(file.read_text()) if file.exists() else {}):  # stopped before its first row
+        if not file.exists():  # stopped before its first row
             return
-        into = self.record.get(part.into, {})
-        if not part.adds or into.get("machine", self.record["machine"]) != self.record["machine"]:
+        found, into = part_of(json.loads(file.read_text()), part.into), self.record.get(part.into, {})
+        if not part.adds or into.get("machine") != found["machine"]:
             into = {}
         lists = {key: merged(into.get(key, []), value) for key, value in found.items() if isinstance(value, list)}
         took = {"took_s": round(into.get("took_s", 0) + seconds)}

@@ -4,8 +4,9 @@ A case makes its inputs anew for a seed and returns, by name, callables without 
 and return their results. Peers that are not installed, or do not run on the device, are left out.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,6 +27,7 @@ COMPLETION, GROUP = 256, 8  # tokens in a completion, completions of a prompt
 BETA, EPSILON = 0.04, 0.2
 QWEN_2B, QWEN_7B = 151_936, 152_064  # rows of the head
 TOKENS = 151_657  # that the tokenizer has
+TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4}
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,16 @@ class Case:
     def name(self) -> str:
         return f"{self.op} {sizes(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
+    def tiny(self) -> "Case":
+        """The same of a small size; what forbids the vocabulary's last tokens has the whole vocabulary."""
+        kept = {"V": QWEN_2B} if self.op == "sample_tokens" else {}
+        shape = {key: (TINY | kept)[key] for key in self.shape}
+        return replace(self, shape=shape, bytes_floor=1.0, flops_floor=1.0)
+
 
 def choose(every: Sequence, only: str | None) -> list:
-    """The cases whose name holds `only`, all for None. Raises ValueError where none does."""
-    if found := [case for case in every if only is None or only in case.name]:
+    """The cases whose name holds the regular expression `only`, all for None. Raises ValueError where none does."""
+    if found := [case for case in every if only is None or re.search(only, case.name)]:
         return found
     raise ValueError(f"only is {only!r}, which no case's name holds; there are {'; '.join(c.name for c in every)}.")
 

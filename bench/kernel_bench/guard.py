@@ -9,7 +9,6 @@ counts; and what is out of its bound is measured once more. A ratio may be 1.5 t
 double of it, more than caches shared with others cost.
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -20,7 +19,7 @@ import torch
 
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.publish.tables import table
-from boxgrpo.bench.records import begin, newest, output
+from boxgrpo.bench.records import begin, flags, newest, output
 from boxgrpo.bench.timing import seconds, take_turns
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -83,9 +82,8 @@ def out_of_bounds(rows: Iterable[dict], recorded: dict) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="cases whose name holds this")
-    parser.add_argument("--json", help="write the ratios there, - for standard output; compares them with no bound")
+    parser = flags(__doc__)
+    parser.add_argument("--only", help="cases whose name holds this regular expression")
     o = parser.parse_args(args)
     if o.json:
         record = begin() | {"guard": run(o.only)}

@@ -9,7 +9,6 @@ its least FLOP over a matrix product's rate, both measured in the same run. Peak
 inputs. Liger's chunks go through torch.compile on a GPU, not on a CPU.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -22,7 +21,7 @@ from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.processes import PeakMemory, run_isolated
 from boxgrpo.bench.publish.tables import table
-from boxgrpo.bench.records import begin, output
+from boxgrpo.bench.records import begin, flags, keeper, output
 from boxgrpo.bench.timing import milliseconds, take_turns
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -34,6 +33,7 @@ PRELOADED = ("boxgrpo.bench.kernel_bench.cases", "trl.trainer.utils", "liger_ker
 PRELOADED += ("torch._inductor.compile_fx",)  # those that are installed
 TURNS, SMALL_ROUNDS, SMALL_WARMUP = 4, 12, 5  # a turn of what takes microseconds has several rounds; else it has one
 LARGE = 10_000  # entries of a vocabulary
+DEMANDED = ("fused_grpo_loss_from_logits", "fused_grpo_loss", "sample_tokens", "group_advantages")
 
 
 def device() -> torch.device:
@@ -44,15 +44,19 @@ def device() -> torch.device:
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy, read and written, and FLOP a second of a product, in the benchmark's dtype."""
+    """Bytes a second of a copy, read and written, and of a sum in place, and FLOP a second of a product.
+
+    All in the benchmark's dtype. A CPU's copy also reads what it is about to overwrite; a sum in place has to.
+    """
     gpu = device().type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     size = 2**30 if gpu else 2**26
     a, b = torch.randn(2, size // dtype.itemsize, device=device(), dtype=dtype)
     side = 8192 if gpu else 2048
     x, y = torch.randn(2, side, side, device=device(), dtype=dtype)
-    copy, product = (median_seconds(f) for f in (lambda: b.copy_(a), lambda: x @ y))
-    return {"bytes_per_second": 2 * size / copy, "flop_per_second": 2 * side**3 / product}
+    copy, add, product = (median_seconds(f) for f in (lambda: b.copy_(a), lambda: b.add_(a), lambda: x @ y))
+    rates = {"bytes_per_second": 2 * size / copy, "flop_per_second": 2 * side**3 / product}
+    return rates | {"sum_bytes_per_second": 3 * size / add}
 
 
 def median_seconds(run: Callable[[], object]) -> float:
@@ -225,17 +229,27 @@ def run_once(wanted: str, implementation: str, among: Sequence[Case]) -> None:
     torch.cuda.profiler.stop()
 
 
+def chosen_cases(only: str | None, quick: bool) -> list[Case]:
+    """On a GPU those with a demand first, at the 8192 rows that most demands name before others."""
+    found = choose(list(cases(device())), only)
+    if device().type == "cuda":
+        found.sort(key=lambda c: (c.op not in DEMANDED, c.shape.get("N", 8192) != 8192))
+    return [case.tiny() for case in found] if quick else found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="cases whose name holds this, as fused_grpo_loss")
+    parser = flags(__doc__)
+    parser.add_argument("--only", help="cases whose name holds this regular expression, as fused_grpo_loss")
+    parser.add_argument("--by", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds of each, no memory")
     parser.add_argument("--once", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help="run this alone, to be profiled")
-    parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
     if args.once:
         run_once(*args.once, list(cases(device())))
         return
     record = begin() | {"ceilings": (limits := ceilings())}
-    record["kernels"] = run(choose(list(cases(device())), args.only), limits)
+    keep = keeper(record, "kernels", args.json)
+    record["kernels"] = run(chosen_cases(args.only, args.quick), limits, keep, names=args.by, quick=args.quick)
     output(record, args.json, table("kernels", record["kernels"]))
 
 

@@ -10,7 +10,6 @@ is made from Qwen2's merges.txt (--merges; default: data/qwen2_tokenizer under B
 it one of as many tokens.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -21,17 +20,20 @@ from pathlib import Path
 
 import torch
 
+from boxgrpo.bench.kernel_bench.run import ceilings
 from boxgrpo.bench.profiles.nsys_sqlite import read_nsys
 from boxgrpo.bench.publish.tables import table as results_table
-from boxgrpo.bench.records import begin, output
+from boxgrpo.bench.records import begin, flags, output
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
-from boxgrpo.bench.step_bench.floors import floors, limits, work
+from boxgrpo.bench.step_bench.floors import floors, work
+from boxgrpo.bench.step_bench.sides import benchmark_hooks, our_options
 from boxgrpo.model.checkpoint import read_config
+from boxgrpo.trainer import grpo
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.profiler import FOLDER, kept_rows
 from boxgrpo.trainer.profiling.timeline import Row, rows, table
-from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
@@ -61,16 +63,20 @@ def read(trace: Path) -> list[Row]:
     return rows(read_chrome_trace(trace))
 
 
+def train(case: dict, at: str, output_dir: str, steps: int) -> None:
+    """Some steps of a case by our loop, `steps` of them profiled; in a process of its own, under nsys where that is."""
+    case = StepCase(**case)
+    more = {"profile_steps": f"{WARMUP + 1}:{WARMUP + 1 + steps}", "overwrite_output_dir": True}
+    options = our_options(case, Path(at), output_dir, WARMUP + steps + 1, **more)
+    with ranks() as r:
+        grpo.train(options, r, benchmark_hooks(case))
+
+
 def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path, float]:
     """The trace of `steps` steps, and the seconds of one step after them without a profiler."""
-    given = {
-        "case": asdict(case),
-        "folder": str(at),
-        "output_dir": str(output_dir),
-        "steps": WARMUP + steps + 1,
-        "profile_steps": f"{WARMUP + 1}:{WARMUP + 1 + steps}",
-    }
-    command = [sys.executable, "-P", "-m", "boxgrpo.bench.profiles.worker", json.dumps(given)]
+    given = asdict(case), str(at), str(output_dir), steps
+    code = f"from boxgrpo.bench.profiles.profile_step import train; train(*{given})"
+    command = [sys.executable, "-P", "-c", code]
     by_nsys = torch.cuda.is_available() and shutil.which("nsys")
     if by_nsys:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,7 @@ def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[
 
     Args:
         output_dir: of the run; its folder `profile` has the trace.
-        measured: FLOP and bytes a second of the machine, `floors.limits()`.
+        measured: FLOP and bytes a second of the machine, as `ceilings` measures them.
     """
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch) / case.model
@@ -119,7 +125,7 @@ def rounded(row: Row) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     add_selectors(parser)
     parser.add_argument("--steps", type=int, default=2, help="profiled steps")
     parser.add_argument("--output_dir", default="out/profile_step", help="of the run; its folder profile has the trace")
@@ -132,7 +138,7 @@ def main() -> None:
         raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
     case = choose_cases(args, torch.cuda.is_available())[0]
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
-    record = begin() | {"ceilings": limits()}
+    record = begin() | {"ceilings": ceilings()}
     record["profile"] = result = run(case, Path(args.output_dir), args.steps, tokenizer, record["ceilings"])
     unwatched = f"A step without a profiler: {1e3 * result['unwatched_step_s']:.0f} ms."
     trace = f"The trace is in {Path(args.output_dir) / FOLDER}."

@@ -7,7 +7,6 @@
 completions as bytes. On a GPU 1,024 completions of 256 tokens, with a cold L2, and any synchronisation is an error.
 """
 
-import argparse
 import os
 import random
 import re
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from boxgrpo.bench.publish.tables import table as results_table
-from boxgrpo.bench.records import begin, output
+from boxgrpo.bench.records import begin, flags, output
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
 from boxgrpo.bench.timing import milliseconds, take_turns
 from boxgrpo.kernels import VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
@@ -140,9 +139,8 @@ def run(merges: str | Path | None) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--merges", help="Qwen2's merges.txt; default: data/qwen2_tokenizer under BOXGRPO_SHARED")
-    parser.add_argument("--json", help="write the results there, - for standard output")
     args = parser.parse_args()
     record = begin() | {"rewards": run(args.merges)}
     output(record, args.json, results_table("rewards", record["rewards"]))

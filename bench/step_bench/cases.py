@@ -82,6 +82,9 @@ class StepCase:
         return torch.tensor([grid] * (self.prompts * self.images))
 
 
+TINY_STEP = StepCase("tiny", images=2, side=(56, 84), generations=4, tokens=6)
+
+
 def step_cases(gpu: bool) -> list[StepCase]:
     """The rows of results/: a small model for two cores, and the published models for a GPU."""
     if not gpu:
@@ -96,15 +99,17 @@ def add_selectors(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=int, help="one row, with this many images a prompt")
     parser.add_argument("--prompts", type=int, help="one row, with this many prompts a step")
     parser.add_argument("--merges", help="a Qwen2 tokenizer's merges.txt")
-    parser.add_argument("--json", help="write the results there, - for standard output")
+    parser.add_argument("--quick", action="store_true", help="one row of a tiny size, to see that it runs")
 
 
 def choose_cases(args, gpu: bool) -> list[StepCase]:
-    """All rows; with flags of SELECTORS one, the first with what they change.
+    """All rows; with flags of SELECTORS one, the first with what they change; of a tiny size with --quick.
 
     Raises:
         ValueError: a published model, and no GPU.
     """
+    if args.quick:
+        return [TINY_STEP]
     every, given = step_cases(gpu), {key: value for key in SELECTORS if (value := getattr(args, key)) is not None}
     chosen = [replace(every[0], **given)] if given else every
     if chosen[0].model in ("2B", "7B") and not gpu:

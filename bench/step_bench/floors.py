@@ -17,23 +17,9 @@ is the larger of FLOP over the measured matrix rate and bytes over the measured 
 import torch
 from torch import nn
 
-from boxgrpo.bench.kernel_bench.run import ceilings, device, median_seconds
 from boxgrpo.model.families.qwen2_vl import Qwen2VL, forward_flop, tower_flop
 
 from .cases import StepCase
-
-
-def limits() -> dict[str, float]:
-    """FLOP a second of a product, bytes a second of a copy and of a sum in place.
-
-    A CPU's copy also reads what it is about to overwrite; a sum in place has to. So the floors of a step take whichever
-    moves more, and those of kernels the copy.
-    """
-    found = ceilings()
-    n = 2**28 if device().type == "cuda" else 2**24
-    a, b = torch.randn(2, n, device=device())
-    moved = 12 * n / median_seconds(lambda: b.add_(a))
-    return found | {"sum_bytes_per_second": moved}
 
 
 def work(config, case: StepCase, prompt_tokens: float) -> dict[str, tuple[float, float]]:

@@ -14,7 +14,6 @@ missing is skipped, and named. The vocabulary is made from Qwen2's merges.txt (-
 under BOXGRPO_SHARED or ../shared), or without it one of as many tokens.
 """
 
-import argparse
 import contextlib
 import functools
 import statistics
@@ -28,13 +27,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from boxgrpo.bench.kernel_bench.cases import choose
+from boxgrpo.bench.kernel_bench.run import ceilings
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.publish.tables import table
-from boxgrpo.bench.records import begin, output, without_first, write
+from boxgrpo.bench.records import begin, flags, keeper, output, without_first
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
-from boxgrpo.bench.step_bench.floors import floors, limits, work
+from boxgrpo.bench.step_bench.floors import floors, work
 from boxgrpo.bench.step_bench.sides import Side, ours
 from boxgrpo.bench.step_bench.trl_side import trl
 from boxgrpo.bench.step_bench.univg import univg_r1
@@ -54,11 +55,26 @@ GROWTH = {"images": (1, 2, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 
 class Plan:
     """How much is measured: steps, the first among them, and the sizes at which our step is measured again."""
 
-    steps: int = 4  # of ours in each row
+    steps: int = 4  # of ours in each row; 0: no rows
     # Of each peer in the first row and in the others; 0: it is not run there.
     peer_steps: dict[str, tuple[int, int]] = field(default_factory=lambda: dict.fromkeys(PEERS, (4, 4)))
     growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: GROWTH)  # none: no growth
     growth_steps: int = 4
+
+
+# TRL's steps are what takes long; sizes that the rows have cost nothing more.
+QUARTER_HOUR = Plan(
+    peer_steps={"trl": (2, 1), "univg_r1": (2, 0)},
+    growth={"images": (1, 4, 6), "generations": (4, 8, 16), "tokens": (16, 32, 64), "prompts": (1, 2, 4)},
+    growth_steps=3,
+)
+GPU_GROWTH = GROWTH | {"tokens": (64, 128, 256)}
+PLANS = {
+    "full": Plan(),
+    "quarter_hour": QUARTER_HOUR,
+    "gpu": Plan(peer_steps=dict.fromkeys(PEERS, (2, 2)), growth={}),
+    "gpu_growth": Plan(steps=0, growth=GPU_GROWTH, growth_steps=2),
+}
 
 
 def run_side(name: str, case: StepCase, folder: Path, steps: int) -> Side | str:
@@ -195,7 +211,7 @@ def run(
     result, known = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}, {}
     peers = [name for name in peers if name not in result["skipped"]]
     with tempfile.TemporaryDirectory() as scratch:
-        for i, case in enumerate(cases):
+        for i, case in enumerate(cases if plan.steps else ()):
             at = Path(scratch) / case.model
             prepare(case, at, tokenizer)
             torch.cuda.empty_cache()  # the sides have the device to themselves
@@ -217,23 +233,32 @@ def run(
     return result
 
 
+def chosen_plan(args) -> Plan:
+    steps = (args.steps,) * 2
+    plan = Plan(args.steps, dict.fromkeys(PEERS, steps), GROWTH if args.growth else {}, args.steps)
+    plan = PLANS.get(args.plan, plan)
+    if args.quick:
+        steps = 2 if plan.steps else 0
+        return Plan(steps, dict.fromkeys(PEERS, (2, 2)), {} if steps else {"images": (1, 2)}, 2)
+    return replace(plan, growth={}) if args.only else plan
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=[], help="who runs the same step")
     add_selectors(parser)
+    parser.add_argument("--only", help="rows whose name holds this regular expression, and no growth")
     parser.add_argument("--steps", type=int, default=4, help="steps of each side, the first among them")
     parser.add_argument("--growth", action="store_true", help="also our step against each of its sizes")
+    parser.add_argument("--plan", choices=list(PLANS), help="in the place of --steps and --growth")
     args = parser.parse_args()
     cases = choose_cases(args, torch.cuda.is_available())
-    plan = Plan(args.steps, dict.fromkeys(PEERS, (args.steps,) * 2), GROWTH if args.growth else {}, args.steps)
+    cases = cases if args.quick else choose(cases, args.only)
     tokenizer, vocabulary = benchmark_tokenizer(args.merges, TEXTS)
-    record = begin() | {"ceilings": (measured := limits()), "vocabulary": vocabulary}
-
-    def keep(found: dict) -> None:
-        if args.json not in (None, "-"):
-            write(record | {"step": found}, Path(args.json))
-
-    record["step"] = run(cases, args.peers, plan, tokenizer, measured, keep)
+    record = begin() | {"ceilings": (measured := ceilings())}
+    keep = keeper(record, "step", args.json)
+    found = run(cases, args.peers, chosen_plan(args), tokenizer, measured, keep)
+    record["step"] = found | {"vocabulary": vocabulary}
     output(record, args.json, table("step", record["step"]))
 
 

@@ -9,35 +9,38 @@ from pathlib import Path
 
 import pytest
 
-from boxgrpo.bench import bench, parts
-from boxgrpo.bench.all_parts import CPU_PARTS, GPU_PARTS, parsed
+from boxgrpo.bench import bench, checks
+from boxgrpo.bench.all_parts import arguments, parsed
 from boxgrpo.bench.runner import Part, Runner, failures, read_test_log
 
 MACHINE = {"device": "a machine", "revision": "abc"}
-# In the place of parts.py: leaves a row of the case `function`, and then behaves as that name says.
+# A script of bench/: leaves a row of the case that its first argument names, and then behaves as that says.
 SCRIPT = """
 import json, pathlib, sys, tempfile, time
-function, path = sys.argv[1], pathlib.Path(sys.argv[2])
-path.write_text(json.dumps({} if function == "early" else {"rows": [{"op": function, "options": sys.argv[3]}]}))
-if function == "slow":
+name, path = sys.argv[1], pathlib.Path(sys.argv[-1])
+if name != "early":
+    rows = [{"op": name, "arguments": sys.argv[2:-2]}]
+    path.write_text(json.dumps({"machine": {"device": "a machine", "revision": "abc"}, path.stem[:4]: {"rows": rows}}))
+if name == "slow":
     path.with_name("scratch").write_text(tempfile.mkdtemp())
     time.sleep(600)
-if function == "beside":
+if name == "beside":
     time.sleep(1)
-if function == "broken":
+if name == "broken":
     sys.exit("no such kernel")
 """
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(*parts, seconds=300): the record of a run of parts that add rows of kernels."""
+    """run(*parts, seconds=300): the record of a run of parts that add to the part that their name begins with."""
     (tmp_path / "script.py").write_text(SCRIPT)
     kept = {"machine": MACHINE}
 
     def run(*named, seconds=300):
-        chosen = [Part(**{"function": p["name"], "into": "kernels", "adds": True} | p) for p in named]
-        Runner(tmp_path, time.monotonic() + seconds, kept, script=tmp_path / "script.py").run(chosen)
+        script = str(tmp_path / "script.py")
+        chosen = [Part(command=(script, p["name"][5:]), into=p["name"][:4], **{"adds": True} | p) for p in named]
+        Runner(tmp_path, time.monotonic() + seconds, kept, options={"only": ["--only", "x"]}).run(chosen)
         return kept
 
     run.out, run.record = tmp_path, kept
@@ -47,23 +50,24 @@ def run(tmp_path):
 def test_a_part_that_takes_too_long_is_stopped_and_its_rows_are_kept(run):
     """So are those of one that fails; the next ones run, and a part beside them is waited for."""
     record = run(
-        {"name": "beside", "beside": "slow"},
-        {"name": "slow", "limit": 3, "options": {"only": "x"}},
-        {"name": "broken"},
-        {"name": "early", "into": "rewards"},
+        {"name": "step beside", "beside": "step slow"},
+        {"name": "step slow", "limit": 3, "takes": ("only", "full")},
+        {"name": "step broken"},
+        {"name": "rest early"},
     )
-    outcomes = {name: found["outcome"] for name, found in record["parts"].items()}
+    outcomes = {name.split()[1]: found["outcome"] for name, found in record["parts"].items()}
     assert list(outcomes) == ["slow", "beside", "broken", "early"] and outcomes["beside"] == outcomes["early"] == "done"
     assert outcomes["slow"].startswith("stopped after ") and outcomes["broken"] == "failed with 1: no such kernel"
-    assert failures(record, outcomes) == ["broken"]  # a stopped one is none
-    record["kernels"]["errors"] = [{"case": "a", "implementation": "trl"}, {"case": "b", "implementation": "boxgrpo"}]
+    assert failures(record, record["parts"]) == ["step broken"]  # a stopped one is none
+    record["kernels"] = {"errors": [{"case": name, "implementation": name} for name in ("trl", "boxgrpo")]}
+    record["step"]["rows"].append({"case": "a", "ours_error": "no room"})
     record["tests"] = {"failed": ["tests/test_a.py::test_b"]}
-    assert failures(record, outcomes) == ["broken", "tests/test_a.py::test_b", "b"]
-    assert "rewards" not in record  # it left no row
+    assert failures(record, record["parts"]) == ["step broken", "tests/test_a.py::test_b", "boxgrpo", "a"]
+    assert "rest" not in record  # it left no row
     scratch = Path((run.out / "scratch").read_text())
     assert scratch.parent.name.startswith("boxgrpo-") and not scratch.parent.exists()
-    options = {row["op"]: json.loads(row["options"]) for row in record["kernels"]["rows"]}
-    assert options == {"beside": {}, "slow": {"only": "x"}, "broken": {}}
+    given = {row["op"]: row["arguments"] for row in record["step"]["rows"][:3]}
+    assert given == {"beside": [], "slow": ["--only", "x"], "broken": []}
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -72,16 +76,16 @@ def test_rows_join_those_of_this_machine_where_a_part_adds(run, adds):
     for machine in ({"device": "another"}, MACHINE):
         rows = [{"case": "4"}, {"op": "rest", "ms": 1}]
         run.record["step"] = {"machine": machine, "rows": rows, "took_s": 2000}
-        step = run({"name": "rest", "into": "step", "adds": adds})["step"]
+        step = run({"name": "step rest", "adds": adds})["step"]
         joined = adds and machine == MACHINE
-        assert step["rows"] == [{"case": "4"}] * joined + [{"op": "rest", "options": "{}"}]
-        assert (step["took_s"] >= 2000) == joined
+        assert step["rows"] == [{"case": "4"}] * joined + [{"op": "rest", "arguments": []}]
+        assert (step["took_s"] >= 2000) == joined and step["machine"] == MACHINE
 
 
 def test_without_time_or_its_packages_a_part_is_named(run):
-    late, tests = {"name": "late"}, {"name": "tests", "needs": "no_such_package"}
-    assert run(late, seconds=2)["parts"]["late"]["outcome"].startswith("not begun: ")
-    assert run(tests)["parts"]["tests"]["outcome"] == "skipped: no_such_package is not installed"
+    late, tests = {"name": "step late"}, {"name": "step tests", "needs": "no_such_package"}
+    assert run(late, seconds=2)["parts"]["step late"]["outcome"].startswith("not begun: ")
+    assert run(tests)["parts"]["step tests"]["outcome"] == "skipped: no_such_package is not installed"
 
 
 def test_an_interrupt_leaves_the_rows_and_no_process(run, monkeypatch):
@@ -96,9 +100,9 @@ def test_an_interrupt_leaves_the_rows_and_no_process(run, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run({"name": "slow"})
-    assert [row["op"] for row in run.record["kernels"]["rows"]] == ["slow"] and started[0].poll() is not None
-    assert run.record["parts"]["slow"]["outcome"] == "interrupted"
+        run({"name": "step slow"})
+    assert [row["op"] for row in run.record["step"]["rows"]] == ["slow"] and started[0].poll() is not None
+    assert run.record["parts"]["step slow"]["outcome"] == "interrupted"
 
 
 def test_failures_are_read_off_a_log_that_was_cut(tmp_path):
@@ -115,20 +119,28 @@ def test_failures_are_read_off_a_log_that_was_cut(tmp_path):
     assert read_test_log(tmp_path / "none.log") == {"counts": {}, "failed": []}
 
 
-def test_every_part_is_a_function_of_the_worker():
-    assert {part.function for part in CPU_PARTS + GPU_PARTS} == parts.FUNCTIONS.keys()
-    o, _ = parsed(["--quick"])
-    assert parts.kernel_cases(o)[0].shape["N"] < 100
+@pytest.mark.parametrize("flags", [[], ["--gpu", "--merges", "m.txt"]])
+def test_every_parts_script_takes_its_arguments(flags, capsys, monkeypatch):
+    o, chosen = parsed([*flags, "--quick", "--full"])
+    for part in chosen:
+        if part.into:
+            words = [word for name in part.takes for word in arguments(o).get(name, ())]
+            monkeypatch.setattr(sys, "argv", [*part.command, *words, "--help"])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(bench.ROOT / part.command[0]), run_name="__main__")
+            assert not ended.value.code and "--json" in capsys.readouterr().out
 
 
 def test_a_gpus_tests_are_those_of_the_files_that_have_some(monkeypatch):
+    def pytest_fails(command, cwd):
+        ran.extend(command)
+        return subprocess.CompletedProcess(command, 3)
+
     ran = []
-    monkeypatch.setattr(
-        parts.subprocess, "run", lambda command: ran.extend(command) or subprocess.CompletedProcess([], 3)
-    )
+    monkeypatch.setattr(subprocess, "run", pytest_fails)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(SystemExit) as ended:
-        parts.tests(None, None)
+        checks.tests()
     triton, cuda = "tests/kernel_tests/test_logps.py", "tests/csrc/test_box_parser_cuda.py"
     assert ended.value.code == 3 and set(ran) >= {triton, cuda, "tests/model/test_attention.py"}
 

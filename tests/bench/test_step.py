@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.step_bench import run as step_bench
-from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, make_config, prepare, step_cases
+from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, choose_cases, make_config, prepare, step_cases
 from boxgrpo.bench.step_bench.floors import work
-from boxgrpo.bench.step_bench.run import Plan, choose_cases, line, row, run, run_fresh
+from boxgrpo.bench.step_bench.run import Plan, line, row, run, run_fresh
 from boxgrpo.bench.step_bench.sides import Measurement, Side
 from boxgrpo.model.attention import PackedAttention
 from boxgrpo.model.batch import Group, pack_groups
@@ -138,12 +138,13 @@ def test_the_published_models_have_their_published_sizes(tokenizer):
 
 def test_which_rows_are_asked_for():
     def flags(**given):
-        return argparse.Namespace(**{"model": None, "images": None, "prompts": None} | given)
+        return argparse.Namespace(**{"quick": False, "model": None, "images": None, "prompts": None} | given)
 
     assert choose_cases(flags(), gpu=False) == step_cases(False)
     assert choose_cases(flags(images=6), gpu=False) == [StepCase(images=6)]
     assert {case.model for case in choose_cases(flags(), gpu=True)} == {"2B", "7B"}
     assert choose_cases(flags(model="7B", images=1), gpu=True)[0].grids.prod() == 4 * 401_408 // 28**2
+    assert [case.model for case in choose_cases(flags(quick=True), gpu=True)] == ["tiny"]
     with pytest.raises(ValueError, match="model is 2B; it runs on a GPU"):
         choose_cases(flags(model="2B"), gpu=False)
 
