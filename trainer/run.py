@@ -146,7 +146,7 @@ class Run:
             with named_range("step", step):
                 yield step
             progress.position, progress.faults = position(), self.loader.faults
-            stop = r.sum(r.stop_asked)[0] > 0
+            stop = r.sum(r.stop_requested)[0] > 0
             if o.eval_every:
                 evaluate(stop=stop)
             if progress.skipped_steps > o.max_skipped:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 TRAINER = "trainer"
 PROGRESS = "progress.json"
-# Options that must not change: the place in the data, the frozen weights or the optimizer's state depend on them.
+# Options that a resumed run must keep: the place in the data, frozen weights or the optimizer's state depend on them.
 FIXED = (
     *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
@@ -47,7 +47,7 @@ CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # of a model's folder
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     step: int = 0
     position: int = 0  # slots of the data stream that were taken, over all ranks
@@ -65,7 +65,7 @@ class Checkpoints:
     """The `checkpoint-<step>` folders of a run.
 
     Args:
-        options: of the run; `output_dir`, `resume` and `save_total_limit` are used here, all are written down.
+        options: of the run; `output_dir`, `resume` and `save_total_limit` are used, all are stored.
     """
 
     def __init__(self, options, r: Ranks):
@@ -77,7 +77,7 @@ class Checkpoints:
         """The folder that `--resume` names, or for "auto" the newest whole one; None: the run starts at step 0.
 
         Raises:
-            ValueError: the one that is named is not whole, or was made with options that cannot go on from it.
+            ValueError: the named one is not whole, or was made with other options that a resumed run must keep.
         """
         resume, found, error = self.options.resume, None, None
         if self.r.is_main and resume == "auto":
@@ -246,9 +246,9 @@ class Checkpoints:
 
 
 def fingerprint(paths: str | Sequence[str]) -> str:
-    """A hash of data files, or of a model's folder: names, lengths, and the first and last MiB of each file's content.
+    """A hash of data files, or of a model's folder: names, lengths, and the first and last MiB of each file.
 
-    Weights that were trained again differ everywhere, and hashing all of a large model would take minutes.
+    Hashing all of a large model would take minutes, and weights that were trained again differ everywhere.
     """
     digest = hashlib.sha256()
     for given in [paths] if isinstance(paths, str) else paths:
@@ -269,7 +269,7 @@ def fingerprint(paths: str | Sequence[str]) -> str:
 
 
 def random_states() -> dict:
-    """Of Python, numpy, torch and this rank's GPU, as JSON can hold them."""
+    """The states of Python, numpy, torch and this rank's GPU, as JSON values."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -289,7 +289,7 @@ def set_random_states(states: dict) -> None:
 
 
 def revision() -> str:
-    """This code's git revision; `unknown` where it was installed without its repository."""
+    """The git revision of this code; `unknown` where it was installed without its repository."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

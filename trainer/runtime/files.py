@@ -1,4 +1,4 @@
-"""Files that a kill cannot leave half written: replaced whole, appended line by line, or sealed with checksums."""
+"""Files that a kill cannot damage: replaced whole, appended line by line, or sealed with checksums."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all. Half a character, which JSON can spell, becomes a "?"."""
+    """Write a file that is there whole or not at all. A lone surrogate, which JSON can contain, becomes a "?"."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write the same file
     try:
         part.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
@@ -24,14 +24,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends, and is removed when the block fails.
+    """A folder to fill, which replaces `path` when the block ends, and is removed when the block fails.
 
-    A kill between the two renames leaves no `path`; `restore_folder` brings the earlier one back.
+    After a kill between the two renames there is no `path`; `restore_folder` brings the earlier one back.
     """
     restore_folder(path)
     part, earlier = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "old"))
-    for left in (part, earlier):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (part, earlier):
+        shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
@@ -73,7 +73,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of everything in `folder`, when all of it is on the disk."""
+    """Flush every file in `folder` to the disk, then write their sizes and checksums into its manifest."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         flush_to_disk(path)
@@ -85,7 +85,7 @@ def seal(folder: Path) -> None:
 
 
 def find_fault(folder: Path, *needed: str) -> str | None:
-    """What is missing, or other than the manifest says; None for a whole folder that holds the `needed` files."""
+    """What is missing or differs from the manifest; None for a whole folder that holds the `needed` files."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         listed = [(folder / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
@@ -106,7 +106,7 @@ def find_fault(folder: Path, *needed: str) -> str | None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until what was written is there after a loss of power, too."""
+    """Wait until what was written would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

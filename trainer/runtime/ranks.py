@@ -27,7 +27,7 @@ class Ranks:
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
         self.rank, self.is_main, self.world_size = rank, rank == 0, world_size
         self.device = torch.device(device)
-        self.stop_asked = False  # by a launcher's SIGTERM
+        self.stop_requested = False  # by a launcher's SIGTERM
 
     def sum(self, *values: float) -> list[float]:
         """Element-wise sums over all ranks, in float64."""
@@ -73,8 +73,8 @@ class Ranks:
 
     @contextmanager
     def noting_sigterm(self):
-        """Within the block SIGTERM only sets `stop_asked`. (torchrun may send it twice, and SIGKILL after a while.)"""
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_asked", True))
+        """Within the block SIGTERM only sets `stop_requested`. (torchrun may send it twice, and SIGKILL later.)"""
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         try:
             yield
         finally:

@@ -25,9 +25,9 @@ METRICS = "metrics.jsonl"
 OPTIONS = "options.yaml"
 BEST = "best"  # folder of the best checkpoint of a run that evaluates, and in it
 SCORES = "scores.json"
-# Folders of an earlier run, removed where a run begins anew.
+# Of an earlier run, removed where a run begins anew.
 STALE = ("tensorboard", "profile", "adapter", "checkpoint-[0-9]*", ".checkpoint-*", BEST, f".{BEST}.*")
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a sampled escape byte would control the terminal
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # with these a sampled text could control the terminal
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
@@ -37,28 +37,31 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def check_output_dir(options, ranks, found: Path | None = None) -> Path:
-    """The run's folder; an error on every rank when it holds another run, or later checkpoints of this one.
+    """The run's folder. Every rank calls it.
 
     Args:
         found: the checkpoint from which the run is resumed.
 
     Raises:
-        ValueError: it does, and --overwrite_output_dir was not given.
+        ValueError: on every rank, when the folder holds another run, or later checkpoints of this one, and
+            --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
     held = [*folder.glob("[!.]*.safetensors*"), folder / "adapter"]
-    if options.resume != "auto":  # killed before its first checkpoint, a run leaves lines, and begins anew
+    if options.resume != "auto":  # with it a run that was killed before its first checkpoint begins anew
         held += [*folder.glob("checkpoint-*"), folder / "tensorboard", folder / METRICS]
-    if options.resume != "auto" or not (folder / BEST / SCORES).exists():  # else that run's own
+    if options.resume != "auto" or not (folder / BEST / SCORES).exists():
         held.append(folder / BEST)
     taken = any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held)
     taken, later = ranks.gather((taken, _later_checkpoints(folder, found, options.resume)))[0]
-    if taken and not options.overwrite_output_dir and not _resumes_in(folder, found):
+    if options.overwrite_output_dir:
+        return folder
+    if taken and not _resumes_in(folder, found):
         raise ValueError(
             f"output_dir {folder} already holds a run. "
             "Name another with --output_dir, or give --overwrite_output_dir true."
         )
-    if later and not options.overwrite_output_dir:
+    if later:
         raise ValueError(
             f"resume is {found}, but {folder} also holds {', '.join(path.name for path in later)}. "
             "Give --overwrite_output_dir true to remove what is later, or name another --output_dir."
@@ -67,12 +70,11 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
 
 
 def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
-    """`check_output_dir`, then write the options, and remove an earlier run's metrics and checkpoints.
+    """`check_output_dir`, then remove an earlier run's metrics and checkpoints, and write the options.
 
-    A run that is resumed keeps its first `metrics_bytes`, those from before its checkpoint.
+    A run that is resumed keeps its metrics' first `metrics_bytes`, those from before its checkpoint.
     """
     folder = check_output_dir(options, ranks, found)
-    ranks.barrier()  # every rank has checked before anything is written
     if not ranks.is_main:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,9 +97,9 @@ def _resumes_in(folder: Path, found: Path | None) -> bool:
 
 
 def _later_checkpoints(folder: Path, found: Path | None, resume: str) -> list[Path]:
-    """Those of the run's folder after a `found` that was named; a later --resume auto would go on from them.
+    """The checkpoints in `folder` after the one that `resume` names: a later --resume auto would continue from them.
 
-    (What is later than the one that --resume auto has found is not whole.)
+    (Those that are later than the one that --resume auto finds are not whole.)
     """
     if resume == "auto" or not _resumes_in(folder, found):
         return []
@@ -110,7 +112,7 @@ def cut(path: Path, size: int) -> None:
     """Keep the file's first `size` bytes, those from before a checkpoint.
 
     Raises:
-        ValueError: it has fewer.
+        ValueError: it has fewer bytes.
     """
     if path.stat().st_size < size:
         raise ValueError(
@@ -121,7 +123,7 @@ def cut(path: Path, size: int) -> None:
 
 
 class Reporter:
-    """Writes on rank 0; on other ranks every call does nothing. `start`: steps that were taken before."""
+    """Writes on rank 0; on other ranks no method does anything. `start`: steps that were taken before."""
 
     def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
         self.active = ranks.is_main
@@ -172,7 +174,7 @@ def _tensorboard(folder: Path, start: int):
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in 1e9 bytes: by the GPU's allocator, or this process's resident set."""
+    """The most memory so far, in 1e9 bytes: of the GPU's allocator, or of this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

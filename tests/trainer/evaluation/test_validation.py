@@ -160,7 +160,7 @@ def test_an_evaluation_due_at_a_stop_is_done_when_the_run_is_resumed(world):
         with ranks.noting_sigterm(), pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
             sft.train(options, ranks)
-        ranks.stop_asked = False
+        ranks.stop_requested = False
         assert [line["step"] for line in lines(world / "sft_stopped")] == [1, 2][:left]
     sft.train(options, ranks)
     assert [line["step"] for line in lines(world / "sft_whole")] == [1, 2, 2, 3, 4, 4]

@@ -183,6 +183,21 @@ def test_another_run_does_not_go_on_from_here(run, changes):
         run.checkpoints(**changes).find()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "deepspeed"}, "holds the optimizer in 1 parts, this run has 2 ranks. Start 1 .* --model"),
+        ({"rollout_file": "samples"}, "was made by 1 ranks .*; this run has 2. Leave --rollout_file out"),
+    ],
+)
+def test_another_number_of_ranks_is_refused_by_name(run, changes, message):
+    run.save(1, **changes)
+    checkpoints = run.checkpoints(**changes)
+    checkpoints.r = SimpleNamespace(is_main=True, world_size=2, gather=lambda value: [value] * 2)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.find()
+
+
 def test_other_changes_are_logged(run, caplog):
     run.save(1)
     assert run.checkpoints(learning_rate=0.5).find() is not None
