@@ -30,7 +30,7 @@ def small(tmp_path, monkeypatch):
 
 
 def test_the_demo_leaves_what_the_readme_lists(small, tmp_path):
-    summary = demo.run(small(continued_sft=True, processes=2))
+    summary = demo.run(small(continued_sft=True, processes=1))
     out = tmp_path / "out/demo"
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary["seconds"] > 0
