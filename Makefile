@@ -46,7 +46,7 @@ profile: $(STAMP)
 # Triton's interpreter and its compiler do not share a process.
 test: $(STAMP)
 	$(BIN)/pytest -q
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -m triton tests/kernel_tests/test_*.py tests/model/test_decoder.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -m triton tests/kernel_tests tests/model/test_decoder.py
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow

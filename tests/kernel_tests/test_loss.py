@@ -1,9 +1,10 @@
-"""The GRPO losses from logps, logits and the head: twins against the formulas, and both backends beside eager torch."""
+"""The GRPO losses from logps, logits and the head: twin and kernel against the formulas in fp64, beside fp32's."""
 
 import pytest
 import torch
 
 from boxgrpo.kernels import (
+    GrpoStats,
     LossOptions,
     chunks,
     fused_grpo_loss,
@@ -65,51 +66,22 @@ def run(function, case, options, hidden=None, weight=None):
     return fused_grpo_loss_from_logits(hidden @ weight.T, targets, *rest, **options)
 
 
-def formulas(hidden, weight, case, *, beta=0.04, weights=None, denominator=None, **options):
-    """Loss, and the statistics in their order."""
-    logps, entropy = eager(hidden @ weight.T, case["targets"], TEMPERATURE)
+def formulas(logits, case, temperature):
+    """The loss of eager log-probabilities and its statistics, in fp32, or in fp64 for fp64 logits."""
+    options = {"beta": 0.04, "weights": None, "denominator": None, "loss_type": "grpo"} | case["options"]
+    beta, weights, denominator = (options.pop(name) for name in ("beta", "weights", "denominator"))
+    logps, entropy = eager(logits, case["targets"], temperature)
     sizes = case["completion_cu"].diff()
-    owner = torch.arange(len(sizes)).repeat_interleave(sizes)
+    owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     policy, kl, ratio, low, high = token_formulas(logps, owner, case["advantages"], **options)
-    by_completion = options.get("loss_type", "grpo") == "grpo"
     terms = policy * (1 if weights is None else weights[owner]) + beta * kl
+    by_completion = options["loss_type"] == "grpo"
     total = (terms / sizes[owner] if by_completion else terms).sum()
     if denominator is None:
-        denominator = len(sizes) if by_completion else N
-    clips = (x.double().mean() for x in (low, high, low | high))
-    return total / denominator, (kl.mean(), *clips, ratio.min(), ratio.mean(), ratio.max(), logps, entropy)
-
-
-@pytest.mark.parametrize("function, chunk", [*((function, 4) for function in FUNCTIONS), ("head", 1000)])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_twins_in_fp64(case, variant, function, chunk, monkeypatch):
-    """Loss, both gradients and every statistic, with all rows in one chunk and with a ragged last chunk."""
-    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: chunk)
-    leaves = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
-    options = own_options(case, **VARIANTS[variant])
-    want, want_stats = formulas(*leaves, case, **options)
-    loss, stats = run(function, case, options)
-    torch.testing.assert_close(loss, want)
-    # An upstream factor: the backward has to scale what the forward made.
-    for got, expected in zip(*(torch.autograd.grad(3 * x, leaves) for x in (loss, want)), strict=True):
-        torch.testing.assert_close(got, expected)
-    for name, got, expected in zip(stats._fields, stats, want_stats, strict=True):
-        assert not got.requires_grad
-        if name == "entropy" and function == "logps":
-            assert got.shape == (0,)
-            continue
-        torch.testing.assert_close(got, expected.detach(), msg=lambda m, name=name: f"{name}: {m}")
-    if variant == "delta":  # the case covers every branch
-        assert stats.clip_low > 0 and stats.clip_high > 0 and stats.clip_region < 1
-        assert stats.ratio_min < 0.8 and stats.ratio_max > 1.5
-
-
-def eager_loss(logits, case, temperature, backend="torch"):
-    """The loss of eager log-probabilities, and its statistics with their logps and entropy."""
-    logps, entropy = eager(logits, case["targets"], temperature)
-    rest = case["advantages"], case["completion_cu"]
-    loss, stats = grpo_loss(logps, *rest, backend=backend, **case["options"])
-    return loss, stats._replace(entropy=entropy.detach(), logps=logps.detach())
+        denominator = len(sizes) if by_completion else len(logps)
+    clips = (x.to(logps.dtype).mean() for x in (low, high, low | high))
+    found = kl.mean(), *clips, ratio.min(), ratio.mean(), ratio.max(), logps, entropy
+    return total / denominator, GrpoStats(*(x.detach() for x in found))
 
 
 SMALL = (11, 257, torch.float32, 0.7)
@@ -137,13 +109,22 @@ def test_every_loss(compute, variant, shape, backend):
         return loss.detach(), scalars, stats.logps, stats.entropy, gradients(2 * loss, logits)  # exact in bf16
 
     def ours(logits, case):
-        if compute == "logps":
-            return eager_loss(logits, case, temperature, backend)
         rest = case["targets"], case["advantages"], case["completion_cu"]
+        if compute == "logps":
+            logps, entropy = eager(logits, case["targets"], temperature)
+            loss, stats = grpo_loss(logps, *rest[1:], backend=backend, **case["options"])
+            assert stats.entropy.shape == (0,)
+            return loss, stats._replace(entropy=entropy.detach())
         options = {"temperature": temperature, "overwrite_logits": compute == "overwrite", "backend": backend}
         return fused_grpo_loss_from_logits(logits * 1, *rest, **options, **case["options"])  # no leaf is overwritten
 
-    judge(run, ours, lambda logits, case: eager_loss(logits, case, temperature), case, targets=case["targets"])
+    def theirs(logits, case):
+        return formulas(logits, case, temperature)
+
+    _, scalars, *_ = judge(run, ours, theirs, case, targets=case["targets"])
+    if variant == "delta":  # the case covers every branch
+        _, low, high, region, least, _, most = scalars
+        assert low > 0 and high > 0 and region < 1 and least < 0.8 and most > 1.5
 
 
 @BACKENDS
@@ -160,6 +141,8 @@ def test_every_loss(compute, variant, shape, backend):
 def test_the_head(n, vocabulary, wanted, variant, backend, monkeypatch):
     """token_logps and the fused loss, over several chunks of logits and of gradients, the last of another size."""
     rows = 2 if n == 4 else 16
+    if backend == "torch":
+        monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: rows)
     monkeypatch.setattr(chunks, "LOGIT_BYTES", 4 * vocabulary * rows)
     monkeypatch.setattr(chunks, "GRADIENT_BYTES", 4 * vocabulary * 5 * rows // 2)
     monkeypatch.setattr(chunks, "ROW_MULTIPLE", rows)
@@ -187,7 +170,7 @@ def test_the_head(n, vocabulary, wanted, variant, backend, monkeypatch):
 
     def theirs(hidden, weight, case):
         logits = hidden @ weight.T
-        return *eager(logits, case["targets"], 0.8), eager_loss(logits, case, 0.8)
+        return *eager(logits, case["targets"], 0.8), formulas(logits, case, 0.8)
 
     # dhidden sums over the vocabulary: at 152k a library's order of it moves the error, by a third from run to run
     # with two threads, and to 3.3e-5 with one and the two rows of this chunk.
@@ -213,7 +196,7 @@ def test_the_head_at_real_size(width):
         rest = case["targets"], case["advantages"], case["completion_cu"]
         return fused_grpo_loss(hidden, weight, *rest, backend="triton")
 
-    judge(run, ours, lambda hidden, weight, case: eager_loss(hidden @ weight.T, case, 1.0), case)
+    judge(run, ours, lambda hidden, weight, case: formulas(hidden @ weight.T, case, 1.0), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,7 +209,7 @@ def test_half_precision_of_the_head_loses_only_the_rounding_of_inputs_and_gradie
         return loss, stats, torch.autograd.grad(loss, leaves)
 
     (loss, stats, got), (want, want_stats, truth) = run_in(dtype), run_in(torch.float64)
-    assert all(x.dtype == torch.float32 for x in (loss, *stats))
+    assert all(x.dtype == torch.float32 for x in (loss, *stats)) and want.dtype == torch.float64
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stats.logps.double(), want_stats.logps, rtol=1e-5, atol=1e-5)
     for a, b in zip(got, truth, strict=True):

@@ -1,20 +1,18 @@
 """boxgrpo.kernels.dropin's Liger signatures against liger-kernel itself and the formulas in fp64."""
 
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from boxgrpo.kernels import dropin
-from kernel_cases import hold_beside, refuse, token_formulas
+from kernel_cases import DEVICE, LANE, hold_beside, refuse, token_formulas
 
 liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
 
 B, L, V, H = 3, 5, 37, 6
 TEMPERATURE = 0.7
+ORDER = ("hidden", "weight", "ids", "mask", "advantages")  # of the arguments of LigerFusedLinearGRPOLoss
 OPTIONS = {
     **{name: {"loss_type": name} for name in ("grpo", "bnpo", "dapo", "dr_grpo")},
     "cispo": {"loss_type": "cispo", "eps_high": 1.1},
@@ -64,7 +62,8 @@ def make_case(options):
     for name in ("old", "ref"):
         tensors[name] = options.pop(name, tensors[name])
     tensors["vllm"] = tensors["vllm"] if tensors["vllm"].dim() else None
-    return tensors, options
+    tensors = {name: x if x is None else x.to(DEVICE) for name, x in tensors.items()}
+    return tensors, {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
 
 
 def dense(logps, tensors, options):
@@ -76,7 +75,7 @@ def dense(logps, tensors, options):
     rows["sampler_factor"] = vllm[:, None] if vllm is not None and vllm.dim() == 1 else vllm
     policy, kl, ratio, low, high = token_formulas(
         logps[kept],
-        torch.arange(B)[:, None].expand(B, L)[kept],
+        torch.arange(B, device=mask.device)[:, None].expand(B, L)[kept],
         tensors["advantages"],
         **{name: x if x is None else x.expand(B, L)[kept] for name, x in rows.items()},
         epsilon=options["eps_low"],
@@ -92,50 +91,21 @@ def dense(logps, tensors, options):
     return (loss, kl, clipped), loss.sum() / float(count)
 
 
-# liger's kernel, in the interpreter: the variable is read when triton is imported, so it has a process of its own.
-SCRIPT = """
-import sys, torch
-from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-results = {}
-for key, (args, kwargs, upstream) in torch.load(sys.argv[1]).items():
-    logits = args[0].requires_grad_()
-    first, *rest = triton_grpo_loss(*args, inplace=False, **kwargs)
-    (gradient,) = torch.autograd.grad(first, logits, None if kwargs["reduce"] else upstream)
-    rest = rest[0] if kwargs["reduce"] else rest
-    results[key] = [None if x is None else x.detach() for x in (first, *rest, gradient)]
-torch.save(results, sys.argv[2])
-"""
-
-
-def triton_call(tensors, options, reduce):
-    names = ("logits", "old", "ref", "ids", "advantages")
-    kwargs = options | {"temperature": TEMPERATURE, "vllm_is_ratio": tensors["vllm"], "reduce": reduce}
-    return [tensors[name] for name in names], kwargs
-
-
-@pytest.fixture(scope="module")
-def triton_results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("liger")
-    calls = {}
-    for name, options in OPTIONS.items():
-        tensors, options = make_case(options)
-        for reduce in (False, True):
-            calls[name, reduce] = (*triton_call(tensors, options, reduce), tensors["upstream"])
-    torch.save(calls, folder / "calls")
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(folder / "calls"), str(folder / "results")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "results", weights_only=True)
+def triton_values(function, tensors, options, reduce, *, inplace=False):
+    """What `triton_grpo_loss` returns, and the gradient of its loss; and whether that was written over the logits."""
+    logits = tensors["logits"].clone().requires_grad_() * 1
+    rest = [tensors[name] for name in ("old", "ref", "ids", "advantages")]
+    ratio = {"temperature": TEMPERATURE, "vllm_is_ratio": tensors["vllm"]}
+    first, *found = function(logits, *rest, inplace=inplace, reduce=reduce, **ratio, **options)
+    (gradient,) = torch.autograd.grad(first, logits, None if reduce else tensors["upstream"])
+    found = found[0] if reduce else found
+    return [first, *found, gradient], gradient.data_ptr() == logits.data_ptr()
 
 
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_triton_grpo_loss(triton_results, name, reduce):
+@pytest.mark.parametrize("peer", ["formulas", pytest.param("liger", marks=LANE)])
+def test_triton_grpo_loss(peer, name, reduce):
     tensors, options = make_case(OPTIONS[name])
 
     def formulas(dtype):
@@ -151,19 +121,16 @@ def test_triton_grpo_loss(triton_results, name, reduce):
             values = [loss, kl if options["beta"] else None, clipped]
         return [*values, gradient]
 
+    truth, fp32 = formulas(torch.float64), formulas(torch.float32)
+    theirs = fp32
+    if peer == "liger":  # its kernel, which a CPU runs in the interpreter
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+        theirs, _ = triton_values(triton_grpo_loss, tensors, options, reduce)
     for inplace in (False, True):
-        args, kwargs = triton_call(tensors, options, reduce)
-        args[0] = args[0].clone().requires_grad_()
-        logits = args[0] * 1
-        args[0] = logits
-        first, *rest = dropin.triton_grpo_loss(*args, inplace=inplace, **kwargs)
-        (gradient,) = torch.autograd.grad(first, logits, None if reduce else tensors["upstream"])
-        rest = rest[0] if reduce else rest
-        assert not any(x.requires_grad for x in rest if x is not None)
-        assert (gradient.data_ptr() == logits.data_ptr()) == inplace
-        hold_beside(
-            (first, *rest, gradient), triton_results[name, reduce], formulas(torch.float64), formulas(torch.float32)
-        )
+        ours, overwritten = triton_values(dropin.triton_grpo_loss, tensors, options, reduce, inplace=inplace)
+        assert overwritten == inplace and not any(x.requires_grad for x in ours[1:-1] if x is not None)
+        hold_beside(ours, theirs, truth, fp32)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -209,8 +176,9 @@ def test_fused_linear_grpo_loss(name, biased):
 def test_the_reference_is_scored_from_its_hidden_states(biased):
     tensors, _ = make_case({})
     g = torch.Generator().manual_seed(5)
-    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
-    ref = [torch.randn(shape, generator=g).requires_grad_() for shape in ((B, L, H), (V, H), (V,))][: 2 + biased]
+    order = [tensors[name] for name in ORDER]
+    shapes = ((B, L, H), (V, H), (V,))[: 2 + biased]
+    ref = [torch.randn(shape, generator=g).to(DEVICE).requires_grad_() for shape in shapes]
     results = [
         package.LigerFusedLinearGRPOLoss(compiled=False)(*order, None, None, None, *ref) for package in (dropin, liger)
     ]
@@ -223,8 +191,8 @@ def test_the_reference_is_scored_from_its_hidden_states(biased):
 def test_when_the_reference_is_unread():
     """Without a reference model, where the KL is 0 and has no gradient, and without a beta."""
     tensors, _ = make_case({})
-    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
-    nan = torch.full((B, L), torch.nan)
+    order = [tensors[name] for name in ORDER]
+    nan = torch.full_like(tensors["old"], torch.nan)
     options = {"compiled": False, "use_ref_model": False}
     results = [package.LigerFusedLinearGRPOLoss(**options)(*order, None, nan) for package in (dropin, liger)]
     torch.testing.assert_close(*results)
@@ -238,7 +206,7 @@ def test_when_the_reference_is_unread():
 def test_nothing_scored(loss_type, biased):
     """A loss of 0 that still has a gradient, of zeros."""
     tensors, _ = make_case({})
-    hidden, mask = tensors["hidden"].requires_grad_(), torch.zeros(B, L)
+    hidden, mask = tensors["hidden"].requires_grad_(), torch.zeros_like(tensors["mask"])
     order = tensors["weight"], tensors["ids"], mask, tensors["advantages"]
     bias = tensors["bias"] if biased else None
     loss, metrics = dropin.LigerFusedLinearGRPOLoss(loss_type=loss_type)(hidden, *order, bias, tensors["ref"])
@@ -259,7 +227,7 @@ def test_the_denominator_of_several_ranks(items, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.add_(7))
     tensors, _ = make_case({})
-    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
+    order = [tensors[name] for name in ORDER]
     losses = [
         package.LigerFusedLinearGRPOLoss(compiled=False, beta=0.0, use_ref_model=False)(
             *order, old_per_token_logps=tensors["old"], num_items_in_batch=items
@@ -273,21 +241,13 @@ def test_the_denominator_of_several_ranks(items, monkeypatch):
 def test_what_is_not_scored_may_be_anything(level):
     """Padding may hold NaN, infinities and ids out of range: no loss and no gradient comes from it."""
     tensors, options = make_case({"loss_type": "grpo", "importance_sampling_level": level, "vllm": (B, L)})
-    args, kwargs = triton_call(tensors, options, True)
-
-    def run(args):
-        logits = args[0].clone().requires_grad_()
-        loss, metrics = dropin.triton_grpo_loss(logits, *args[1:], inplace=False, **kwargs)
-        return loss, *metrics, *torch.autograd.grad(loss, logits)
-
-    want = run(args)
     dead = tensors["mask"] == 0
-    args[0] = args[0].clone()
-    args[0][:, :-1][dead], args[0][:, -1] = torch.nan, torch.nan
-    kwargs["vllm_is_ratio"] = kwargs["vllm_is_ratio"].masked_fill(dead, torch.nan)
-    args[1], args[2], args[3] = (x.masked_fill(dead, y) for x, y in zip(args[1:4], (torch.nan, torch.inf, -100)))
-    for got, expected in zip(run(args), want, strict=True):
-        torch.testing.assert_close(got, expected)
+    padded = {"old": torch.nan, "ref": torch.inf, "ids": -100, "vllm": torch.nan}
+    padded = {name: tensors[name].masked_fill(dead, value) for name, value in padded.items()}
+    padded["logits"] = tensors["logits"].clone()
+    padded["logits"][:, :-1][dead], padded["logits"][:, -1] = torch.nan, torch.nan
+    want, got = (triton_values(dropin.triton_grpo_loss, x, options, True)[0] for x in (tensors, tensors | padded))
+    torch.testing.assert_close(got, want)
 
 
 def test_signatures():
@@ -305,14 +265,13 @@ def test_signatures():
 
 def test_what_is_refused():
     tensors, options = make_case({})
-    args, kwargs = triton_call(tensors, options, False)
 
-    def triton(*change, **more):
-        changed = [value if i != change[0] else change[1] for i, value in enumerate(args)] if change else args
-        return dropin.triton_grpo_loss(*changed, **kwargs | more)
+    def triton(**changes):
+        own = {name: changes.pop(name) for name in [*changes] if name in tensors}
+        return triton_values(dropin.triton_grpo_loss, tensors | own, options | changes, False)
 
     fused = dropin.LigerFusedLinearGRPOLoss
-    order = [tensors[k] for k in ("hidden", "weight", "ids", "mask", "advantages")]
+    order = [tensors[name] for name in ORDER]
     refused = [
         (f"loss_type is '{name}'; here it is one of grpo, bnpo, dapo, dr_grpo, cispo. Call liger_kernel's own", call)
         for name in ("sapo", "luspo", "vespo")
@@ -323,16 +282,13 @@ def test_what_is_refused():
         ("importance_sampling_level is 'word'", lambda: triton(importance_sampling_level="word")),
         ("'cispo' takes 'token' only", lambda: fused(loss_type="cispo", importance_sampling_level="sequence")),
         ("'cispo' has no unclipped ratio", lambda: fused(loss_type="cispo", delta=2.0)),
-        (
-            "delta is 1.25; the bound of the unclipped ratio must exceed 1 \\+ epsilon_high = 1.25",
-            lambda: triton(delta=1.25),
-        ),
+        ("delta is 1.25; the bound .* must exceed 1 \\+ epsilon_high = 1.25", lambda: triton(delta=1.25)),
         ("delta is 0.0; the bound", lambda: fused(delta=0.0)),
-        (r"logits has shape \(3, 5, 37\); it must be \(3, 6, any\)", lambda: triton(0, args[0][:, :-1])),
-        (r"old_logp has shape \(3, 4\)", lambda: triton(1, args[1][:, :-1])),
-        ("ref_logp is None and beta is 0.04", lambda: triton(2, None)),
+        (r"logits has shape \(3, 5, 37\); it must be \(3, 6, any\)", lambda: triton(logits=tensors["logits"][:, :-1])),
+        (r"old_logp has shape \(3, 4\)", lambda: triton(old=tensors["old"][:, :-1])),
+        ("ref_logp is None and beta is 0.04", lambda: triton(ref=None)),
         (r"the mask has shape \(3, 4\)", lambda: triton(completion_mask=torch.ones(3, 4))),
-        (r"vllm_is_ratio has shape \(5,\); it must be \(3, 5\), \(3, 1\)", lambda: triton(vllm_is_ratio=torch.ones(5))),
+        (r"vllm_is_ratio has shape \(5,\); it must be \(3, 5\), \(3, 1\)", lambda: triton(vllm=torch.ones(5))),
         ("max_completion_length is None; 'dr_grpo'", lambda: fused(loss_type="dr_grpo")),
         ("pass ref_per_token_logps or ref_input", lambda: fused()(*order)),
         ("ref_weight is None", lambda: fused()(*order, ref_input=tensors["hidden"])),

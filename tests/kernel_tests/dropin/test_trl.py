@@ -244,52 +244,45 @@ class Ours:
         return logps.detach() + self.sign * (logps - logps.detach()), *rest
 
 
-@pytest.fixture(scope="module")
-def train(newborn, tmp_path_factory):
-    """train(function): what three steps of a GRPOTrainer with images log, with TRL's own function or another."""
+def test_grpo_trainer_runs_on_ours(newborn, tmp_path):
+    """With images: losses, gradient norms, KL and entropy are its own; with our gradient broken they move."""
     from datasets import Dataset
     from PIL import Image
-    from transformers import AutoTokenizer, Qwen2VLProcessor
+    from serve_images_only import ImagesOnly
+    from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    class ImageProcessor(Qwen2VLProcessor):
-        """Without the video processor, which needs torchvision."""
-
-        def __init__(self, image_processor, tokenizer):
-            super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
-
-    processor = ImageProcessor(
-        Qwen2VLImageProcessorPil.from_pretrained(newborn), AutoTokenizer.from_pretrained(newborn)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(newborn)
+    processor = ImagesOnly(Qwen2VLImageProcessorPil.from_pretrained(newborn), tokenizer, tokenizer.chat_template)
     images = [Image.new("RGB", (56, 56), color) for color in ("red", "blue", "green", "white")]
     prompt = [{"role": "user", "content": "Where is it?"}]
-    data = Dataset.from_list([{"prompt": prompt, "image": image} for image in images])
-    seen = []
+    options = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        num_iterations=2,  # the second step's ratios are not 1
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        beta=0.04,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
 
-    def run(function=None):
+    def train(function):
+        """(3, 4): what three steps log."""
+        seen = []
         with pytest.MonkeyPatch.context() as patch:
-            if function is not None:
-                patch.setattr(utils, "_ChunkedLogProbFunction", function)
+            patch.setattr(utils, "_ChunkedLogProbFunction", function)
             trainer = trl.GRPOTrainer(
                 str(newborn),
                 lambda completions, **_: [float(len(completion[0]["content"])) for completion in completions],
-                trl.GRPOConfig(
-                    output_dir=str(tmp_path_factory.mktemp("trl")),
-                    max_steps=3,
-                    num_iterations=2,  # the second step's ratios are not 1
-                    per_device_train_batch_size=4,
-                    num_generations=4,
-                    max_completion_length=8,
-                    beta=0.04,
-                    learning_rate=1e-3,
-                    logging_steps=1,
-                    report_to=[],
-                    save_strategy="no",
-                    use_cpu=True,
-                    bf16=False,
-                    disable_tqdm=True,
-                ),
-                train_dataset=data,
+                options,
+                train_dataset=Dataset.from_list([{"prompt": prompt, "image": image} for image in images]),
                 processing_class=processor,
             )
             trainer.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
@@ -298,13 +291,8 @@ def train(newborn, tmp_path_factory):
         names = ("loss", "grad_norm", "kl", "entropy")
         return torch.tensor([[step[name] for name in names] for step in trainer.state.log_history if "loss" in step])
 
-    return run
-
-
-def test_grpo_trainer_runs_on_ours(train):
-    """Losses, gradient norms, KL and entropy of three steps are its own; with our gradient broken they move."""
-    want, ours, broken = train(), Ours(), Ours(sign=-1)
-    got, moved = train(ours), train(broken)
+    ours, broken = Ours(), Ours(sign=-1)
+    want, got, moved = train(utils._ChunkedLogProbFunction), train(ours), train(broken)
     assert want.shape == (3, 4) and ours.calls > 0 and broken.calls > 0
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(moved[0, 2:], got[0, 2:])
