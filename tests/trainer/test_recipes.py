@@ -1,4 +1,4 @@
-"""The recipes: their layers load and are valid, hold the paper's numbers, and a tiny run differs only where it must."""
+"""The recipes: their layers are valid, have the paper's numbers, and a tiny run differs only where it must."""
 
 import dataclasses
 import json
@@ -14,17 +14,17 @@ from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, vali
 from boxgrpo.trainer.world.recipe import RECIPES
 
 PATHS = {"model", "data", "image_root", "output_dir"}
-# What a model of a million parameters, on drawn scenes, for minutes, needs otherwise; all else is as in the real run.
+# Where a run of minutes, of a million parameters on drawn scenes, may differ from the real run.
 TINY = PATHS | {
-    "learning_rate",  # it begins from little, and has hundreds of steps, not thousands
+    "learning_rate",  # it has hundreds of steps, not thousands
     "max_steps",
     "max_completion_length",  # its answers have 17 tokens
     "dtype",  # float32 on a GPU, too
     *("engine", "zero_stage", "gradient_checkpointing"),  # it fits anywhere
-    *("save_steps", "save_total_limit", "resume"),  # it is done before it is worth saving
+    *("save_steps", "save_total_limit", "resume"),  # it is too short for checkpoints
     *("logging_steps", "dataloader_num_workers"),
 }
-LARGE = {"model", "engine", "zero_stage", "gradient_checkpointing"}  # what the 7B needs otherwise than the 2B
+LARGE = {"model", "engine", "zero_stage", "gradient_checkpointing"}  # where the 7B differs from the 2B
 VALIDATE = {SftOptions: validate_sft, GrpoOptions: validate_grpo}
 
 
@@ -45,7 +45,7 @@ def test_every_recipe_is_used():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_methods_layers_are_valid_and_differ_only_where_they_must(method):
-    """Section 4.1; what the paper does not say is in the recipe all the same, and is the options' default."""
+    """What section 4.1 of the paper names is in the recipe; all else is the options' default."""
     (name, tiny), start = METHODS[method].recipes, METHODS[method].start
     small, large, drawn = (options(*layers, method=method) for layers in (("2b", name), ("7b", name), (name, tiny)))
     for o in (small, large, drawn):
@@ -62,13 +62,13 @@ def test_a_methods_layers_are_valid_and_differ_only_where_they_must(method):
     if isinstance(large, SftOptions):
         assert (large.learning_rate, large.train_batch_size) == ((1e-6, 16) if second_stage else (5e-6, 24))
         assert (large.lr_scheduler_type, large.warmup_ratio, large.cutoff_len) == ("cosine", 0.015, 6000)
-        named = {"learning_rate", "train_batch_size", "lr_scheduler_type", "warmup_ratio", "cutoff_len"}
+        named = {"learning_rate", "train_batch_size"}
     else:
         assert (large.learning_rate, large.prompts_per_step) == (1e-6, 16)
         assert (large.num_generations, large.max_completion_length, large.difficulty) == (8, 256, "none")
         assert (large.beta, large.epsilon, large.temperature, large.num_iterations) == (0.04, 0.2, 1.0, 1)
         assert (large.lr_scheduler_type, large.loss_type, large.scale_rewards) == ("linear", "grpo", "group")
-        named = {"learning_rate", "prompts_per_step", "num_generations", "max_completion_length", "difficulty", "beta"}
+        named = {"learning_rate", "prompts_per_step", "num_generations", "max_completion_length", "difficulty"}
     assert named <= yaml.safe_load(text).keys()
     counts = [int(source.rsplit("#", 1)[1]) for source in large.data]
     assert counts == ([7000, 3000] if second_stage else [17733, 3267] if method == "pure_rl" else [76_000, 14_000])
@@ -83,16 +83,13 @@ def test_the_base_is_valid_and_its_tower_learns():
 @pytest.mark.parametrize("method", ["sft", "cot_sft", "pure_rl", "grpo"])
 def test_a_recipes_sets_have_what_its_loop_needs(method, tmp_path):
     """Two records of each set, as it is published, under the names in the recipe."""
-    o, chat = (
-        options("7b", *METHODS[method].recipes[:1], method=method),
-        {"image": "c.jpg", "width": 400, "height": 200},
-    )
+    o = options("7b", METHODS[method].recipes[0], method=method)
     marked = [("human", "<image>Where is it?"), ("gpt", "<|box_start|>(1,2),(30,40)<|box_end|>")]
     think = [("human", "<image>Where is it?"), ("gpt", "<think>There.</think><answer>(1, 2), (30, 40)</answer>")]
     stage2 = {"images": ["a.jpg"], "question": "Where?", "answer": [1, 2, 30, 40]}
     records = {
         "mgrounding": {"images": ["a.jpg"], "conversations": [{"from": f, "value": v} for f, v in marked]},
-        "refcoco": chat | {"expression": "left cat", "bbox": [40, 20, 100, 80]},
+        "refcoco": {"image": "c.jpg", "width": 400, "height": 200, "expression": "cat", "bbox": [40, 20, 100, 80]},
         "mgrounding_cot": {"images": ["a.jpg"], "conversations": [{"from": f, "value": v} for f, v in think]},
         "mgrounding_stage2": stage2,
         "refcoco_stage2": stage2 | {"images": ["coco/train2014/COCO_1.jpg"]},
