@@ -93,10 +93,8 @@ class Loader:
 
     The stream is a row of slots, numbered from 0. Slot k takes one of the n records, at place k mod n in the order of
     epoch k // n, and belongs to rank k mod `world_size`. A step takes the next `batch_size` x `world_size` slots, so
-    its records are the same for any number of ranks, and one number, `position`, is enough to resume.
-
-    A record that cannot be prepared (ValueError or OSError) is logged once, and its slot takes the next record of the
-    epoch's order that can. No other slot moves, on this rank or another.
+    its records are the same for any number of ranks, and one number, `position`, is enough to resume. A record that
+    cannot be prepared (ValueError or OSError) is logged once, and its slot takes the next one in the epoch's order.
 
     Args:
         examples: the records, at least one.
@@ -104,10 +102,9 @@ class Loader:
             always give the same.
         batch_size: groups a step and rank.
         seed: of the order; each epoch is shuffled anew.
-        workers: processes that prepare ahead, one thread each; 0 prepares in this process on demand. A fork server
-            starts them, free of CUDA and of this process's threads. They send results through pipes, so /dev/shm cannot
-            run full, and end with this process, however it ends. A script that uses them needs its
-            `if __name__ == "__main__"`.
+        workers: processes that prepare ahead, one thread each; 0: this process prepares on demand. A fork server starts
+            them, free of CUDA and of this process's threads; they send results through pipes, so that /dev/shm cannot
+            run full, and end with this process. A script that uses them needs `if __name__ == "__main__"`.
         rank, world_size: this process's part of the stream.
         start: first slot: 0, or the `position` of a former run with the same batch_size x world_size.
         shuffle: False keeps the records in the order given.

@@ -55,11 +55,7 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
         usable = (found.table["has"] & bit) > 0
         good, without = found[usable], found[~usable]
         refused += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
-        if not good:
-            raise ValueError(
-                f"{path}: 0 of {len(refused)} records can be used; they need the {kind}. The first: "
-                f"{refused[0].message} Pass other records with --data."
-            )
+        require_some(path, good, refused, remedy=f"They need the {kind}. Pass other records with --data.")
         if count and count > len(good):
             log.warning("%s: %d records are requested and %d can be used; all are taken", label, count, len(good))
         elif count:

@@ -50,11 +50,6 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
         load_image(path)
 
 
-def test_a_real_photo(shared):
-    image = load_image(shared / "data/mig_bench/images/case076_1.jpg")
-    assert image.mode == "RGB" and min(image.size) > 100
-
-
 @pytest.mark.parametrize(("size", "enlarged"), [((20, 10), (56, 28)), ((28, 28), (28, 28)), ((100, 7), (400, 28))])
 def test_an_image_under_28_pixels_is_enlarged_in_its_shape(tmp_path, size, enlarged):
     Image.new("RGB", size, "green").save(tmp_path / "small.png")

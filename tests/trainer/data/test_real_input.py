@@ -20,15 +20,12 @@ from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world.tiny import tiny_config
+from runs import lines
 
 DEFAULTS = GrpoOptions()
 LIMITS = {"min_pixels": DEFAULTS.min_pixels, "max_pixels": DEFAULTS.max_pixels}
 ANSWER = "<think>The box marks the bird's tail; the tiger's is at the top.</think><answer>(502, 8), (839, 392)</answer>"
 GOLD = [502, 8, 839, 392]
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +78,13 @@ def test_photos_and_vocabulary_have_their_real_sizes(photos):
 
 
 def test_sft_learns_the_real_record(real):
-    losses = [m["loss"] for m in metrics(real / "sft")]
+    losses = [m["loss"] for m in lines(real / "sft")]
     assert losses[0] == pytest.approx(math.log(151_936), abs=0.3)  # nothing known: every token alike
     assert losses[-1] < 0.1
 
 
 def test_grpo_rewards_the_learned_answer(real):
-    first, second = metrics(real / "grpo")
+    first, second = lines(real / "grpo")
     assert first["reward"] > 0 and second["reward"] > 0
     assert 1022 < first["num_tokens"] <= 1022 + 4 * 48  # the prompt once for its four completions
     assert first["data/skipped"] == 0
@@ -154,9 +151,9 @@ def test_bad_records_cost_only_themselves(newborn, pictures, tmp_path, caplog, l
     else:
         step = {"prompts_per_step": len(records), "num_generations": 2, "max_completion_length": 4}
         grpo.train(GrpoOptions(**values, **step, max_prompt_length=300), Ranks())
-    lines = metrics(tmp_path / "run")
-    assert [m["data/skipped"] for m in lines] == [len(reasons)] * 2
-    assert all(m["grad_norm"] >= 0 and m["num_tokens"] > 0 for m in lines)
+    logged = lines(tmp_path / "run")
+    assert [m["data/skipped"] for m in logged] == [len(reasons)] * 2
+    assert all(m["grad_norm"] >= 0 and m["num_tokens"] > 0 for m in logged)
     for number, says in enumerate(reasons, len(records) - len(reasons)):
         named = [message for message in caplog.messages if re.search(rf"records\.json#{number}\b", message)]
         assert len(named) == 1 and says in named[0], f"record {number}: {named}"

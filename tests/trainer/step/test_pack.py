@@ -2,14 +2,12 @@
 
 import itertools
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from boxgrpo.model.batch import Group, Prompt, pack_groups
-from boxgrpo.model.families.qwen2_vl import group_flop
+from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import StepRewards
@@ -93,29 +91,59 @@ def test_groups_arrive_whole(tmp_path):
     assert sorted(map(len, found)) == [2, 3, 3]
 
 
-def scored_groups(options, advantages, logps=(None, None)):
+LOGPS = [[torch.tensor([-1.0, -2, -3]), torch.tensor([-4.0])], [torch.tensor([-5.0, -6]), torch.tensor([-7.0, -8])]]
+
+
+def scored_groups(advantages=((1.0, -1.0), (3.0, -3.0)), **options):
+    """Those of two groups that are trained: 4 tokens behind a prompt of 5, and 4 behind one of 8."""
     completions = [[torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.tensor([5, 6]), torch.tensor([7, 8])]]
     groups = [
-        Group(prompt(n), completions[i], serial=i, sampler_logps=logps[i], record=SimpleNamespace(source=f"{n} tokens"))
+        Group(prompt(n), completions[i], serial=i, sampler_logps=LOGPS[i], record=SimpleNamespace(source=f"{n} tokens"))
         for i, n in enumerate((5, 8))
     ]
-    nothing = [None] * 3
-    return trained_groups(
-        options, groups, StepRewards(*nothing, torch.tensor(advantages), torch.tensor([0.5, 2.0]), None)
-    )
+    rewards = StepRewards(None, None, None, torch.tensor(advantages), torch.tensor([0.5, 2.0]), None)
+    return trained_groups(GrpoOptions(**options), groups, rewards)
 
 
-def make(twins, room):
-    config = twins("tiny")[0].config
-    return partial(make_packs, room, partial(group_flop, config), config.image_token_id)
+@pytest.mark.parametrize(
+    ("options", "kept"), [({"beta": 0.0}, [1]), ({"beta": 0.1}, [0, 1]), ({"beta": 0.0, "loss_type": "bnpo"}, [0, 1])]
+)
+def test_groups_without_gradient_are_left_out(options, kept):
+    assert [g.serial for g in scored_groups([[0.0, 0.0], [1.0, -1.0]], **options)] == kept
 
 
-def test_a_groups_parts_keep_what_is_theirs(twins):
+class Room:
+    """Stands for engine and memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
+
+    lockstep, least_packs, check_room = False, 0, None
+    ranks = Ranks()
+
+    def __init__(self, tokens: int):
+        self.tokens, self.gradients, self.tries, self.budget = tokens, [], 0, Budget(100)
+
+    def start_over(self, error) -> None:
+        assert error.__traceback__ is None, "it would hold on to the activations"
+        self.gradients.clear()
+
+    def run(self, packs):
+        self.tries += 1
+        for pack in packs:
+            self.gradients += pack.targets.tolist()
+            if len(pack.input_ids) > self.tokens:
+                raise torch.OutOfMemoryError("no room")
+        return len(packs)
+
+    def make(self, groups, tokens):
+        return make_packs(self, lambda group: 1.0, 0, groups, tokens)
+
+    def train(self, groups, run=None):
+        return run_packs_that_fit(groups, self.budget, self, self.make, run or self.run)
+
+
+def test_a_groups_parts_keep_what_is_theirs():
     """A budget that holds no group whole: prompt by prompt, completion by completion, nothing changes place."""
-    logps = [[torch.tensor([-1.0, -2, -3]), torch.tensor([-4.0])], [torch.tensor([-5.0, -6]), torch.tensor([-7.0, -8])]]
-    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]], logps=logps)
     found = {}
-    packs = make(twins, Room(0))(groups, 10)
+    packs = Room(0).make(scored_groups(), 10)
     for pack in packs:
         assert len(pack.input_ids) <= 10
         for i, (first, last) in enumerate(itertools.pairwise(pack.completion_cu)):
@@ -130,68 +158,32 @@ def test_a_groups_parts_keep_what_is_theirs(twins):
     }
 
 
-@pytest.mark.parametrize(
-    ("changes", "kept"), [({"beta": 0.0}, [1]), ({"beta": 0.1}, [0, 1]), ({"beta": 0.0, "loss_type": "bnpo"}, [0, 1])]
-)
-def test_groups_without_gradient_are_left_out(changes, kept):
-    groups = scored_groups(GrpoOptions(**changes), [[0.0, 0.0], [1.0, -1.0]])
-    assert [g.serial for g in groups] == kept
-
-
-class Room:
-    """Stands for memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
-
-    lockstep, least_packs, check_room = False, 0, None  # of the engine that it also stands for
-    ranks = Ranks()
-
-    def __init__(self, tokens: int):
-        self.tokens, self.gradients, self.tries = tokens, [], 0
-
-    def start_over(self, error) -> None:
-        assert error.__traceback__ is None, "it would hold on to the activations"
-        self.gradients.clear()
-
-    def run(self, packs):
-        self.tries += 1
-        for pack in packs:
-            self.gradients += pack.targets.tolist()
-            if len(pack.input_ids) > self.tokens:
-                raise torch.OutOfMemoryError("no room")
-        return len(packs)
-
-
-def test_packs_shrink_until_they_fit(twins, caplog):
-    """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is forgotten."""
+def test_packs_shrink_until_they_fit(caplog):
+    """21 tokens in one pack do not, at most 10 in each of three do; what the first try added is discarded."""
     room = Room(tokens=10)
-    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    budget = Budget(100)
-    assert run_packs_that_fit(groups, budget, room, make(twins, room), room.run) == 3
-    assert sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert room.train(scored_groups()) == 3 and sorted(room.gradients) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert room.tries == 2 and "memory ran out in a pack of 21 tokens (no room); again with 10" in caplog.text
-    assert run_packs_that_fit(groups, budget, room, make(twins, room), room.run) == 3
-    assert room.tries == 3, "the next step knows"
+    assert room.train(scored_groups()) == 3 and room.tries == 3, "the smaller size stays"
 
 
-def test_a_group_that_never_fits_is_left_out_and_named(twins, caplog):
-    room = Room(tokens=8)
-    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    run_packs_that_fit(groups, Budget(100), room, make(twins, room), room.run)
-    assert sorted(room.gradients) == [1, 2, 3, 4], "the group of 8 tokens and 2 is not among them"
+@pytest.mark.parametrize(("tokens", "trained"), [(8, [1, 2, 3, 4]), (3, [])])
+def test_a_group_that_never_fits_is_left_out_and_named(caplog, tokens, trained):
+    """The one of 8 tokens and 2; then both, and no pack is left."""
+    room = Room(tokens)
+    room.train(scored_groups())
+    assert sorted(room.gradients) == trained
     assert "left out 8 tokens: one of its completions alone runs out of memory" in caplog.text
-    room.tokens = 3
-    assert run_packs_that_fit(groups, Budget(100), room, make(twins, room), room.run) == 0, (
-        "and where none fits, no pack is left"
-    )
 
 
-def test_where_nothing_is_left_to_make_smaller_the_run_ends(twins):
+def test_where_nothing_is_left_to_make_smaller_the_run_ends():
     """An empty pack, in step with other ranks' full ones."""
     room = Room(tokens=-1)
+    room.least_packs = 1
     with pytest.raises(ValueError, match="memory ran out .no room. with 0 groups and 1 packs.*--prompts_per_step"):
-        run_packs_that_fit([], Budget(100), room, lambda groups, tokens: [pack_groups([], image_token_id=0)], room.run)
+        room.train([])
 
 
-def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog):
+def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(caplog):
     """Memory lasted here."""
     room, packed = Room(tokens=100), []
 
@@ -201,6 +193,5 @@ def test_a_rank_starts_over_with_another_in_packs_of_the_same_size(twins, caplog
             raise PeerOutOfMemory("on another rank")
         return room.run(packs)
 
-    groups = scored_groups(GrpoOptions(), [[1.0, -1.0], [3.0, -3.0]])
-    assert run_packs_that_fit(groups, Budget(100), room, make(twins, room), run) == 1
+    assert room.train(scored_groups(), run) == 1
     assert packed == [[21], [21]] and caplog.text == ""
