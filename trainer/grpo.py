@@ -170,14 +170,14 @@ def logps(pack: PackedBatch, temperature: float, hidden, weight):
 
 def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
     """Without a model and data: the drawn world and its cold start, made first where there is none."""
-    demo = recipe.DemoOptions()
+    demo, is_trained = recipe.DemoOptions(), False
+    cold_start = parse(SftOptions, recipe.run_flags(demo, "sft"))
     if r.is_main:
         recipe.draw_world(demo)
-    cold_start = parse(SftOptions, recipe.run_flags(demo, "sft"))
-    if not r.gather((recipe.Path(cold_start.output_dir) / "model.safetensors").exists())[0]:
-        if r.is_main:
+        is_trained = (recipe.Path(cold_start.output_dir) / "model.safetensors").exists()
+        if not is_trained:
             recipe.make_initial_checkpoint(demo)
-        r.barrier()
+    if not r.gather(is_trained)[0]:
         sft.train(cold_start, r)
     return parse(GrpoOptions, [*recipe.run_flags(demo, "grpo"), *(sys.argv[1:] if args is None else args)])
 

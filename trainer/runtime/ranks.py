@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from .watch import Watch
 
-SILENCE = 0.1  # of the timeout: how long a rank may give no sign of life
+SILENCE = 0.1  # share of the timeout after which a rank without a sign of life counts as lost
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher has stopped
-# Modules whose warnings concern one rank alone, so that each rank logs them.
+# Modules whose warnings concern one rank alone: every rank logs them.
 PER_RANK = ("data.loader", "rollout.local", "step.pack")
 
 
@@ -79,10 +79,6 @@ class Ranks:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def keep_freed_memory() -> None:
