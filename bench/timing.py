@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 Run = Callable[[], object]
 
 
-def seconds(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds(run: Run) -> float:
     """Seconds of one call."""
-    start = clock()
+    start = time.perf_counter()
     run()
-    return clock() - start
+    return time.perf_counter() - start
 
 
 def take_turns(
-    runs: Mapping[str, Run], turns: int, rounds: int = 1, *, warmup: int = 0, clock=time.perf_counter
+    runs: Mapping[str, Run], turns: int, rounds: int = 1, *, warmup: int = 0
 ) -> dict[str, list[list[float]]]:
     """Seconds of each call, by run and turn: the runs alternate, so that a slow moment of the machine is shared.
 
@@ -28,15 +28,11 @@ def take_turns(
         for name, run in runs.items():
             for _ in range(warmup):
                 run()
-            taken[name].append([seconds(run, clock) for _ in range(rounds)])
+            taken[name].append([seconds(run) for _ in range(rounds)])
     return taken
 
 
 def milliseconds(samples: Sequence[float]) -> dict:
     """The part of a record's row about samples in seconds: median, ends and every sample, in ms."""
     ms = [round(1e3 * x, 4) for x in samples]
-    return {
-        "ms": round(1e3 * statistics.median(samples), 4),
-        "spread_ms": [min(ms), max(ms)],
-        "samples_ms": ms,
-    }
+    return {"ms": round(1e3 * statistics.median(samples), 4), "spread_ms": [min(ms), max(ms)], "samples_ms": ms}

@@ -96,10 +96,11 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
 
 
-class _Rollout:
+class Rollout:
     """Targets, and the loss's arguments for each token and completion."""
 
-    def __init__(self, n: int, vocabulary: int, device: torch.device, seed: int, level: str = "token"):
+    def __init__(self, case: Case, device: torch.device, seed: int, level: str = "token"):
+        n, vocabulary = case.shape["N"], case.shape.get("V", QWEN_2B)
         g = torch.Generator(device).manual_seed(seed)
         self.length = min(COMPLETION, n)
         self.completions = n // self.length
@@ -110,13 +111,8 @@ class _Rollout:
         expected = -torch.tensor(vocabulary, dtype=torch.float32).log() - 0.5
         self.old, self.ref = expected.item() + 0.1 * torch.randn(2, n, device=device, generator=g)
         self.upstream, self.level = torch.linspace(-1, 1, n, device=device), level
-        self.options = {
-            "old_logps": self.old,
-            "ref_logps": self.ref,
-            "beta": BETA,
-            "epsilon": EPSILON,
-            "importance_sampling_level": level,
-        }
+        self.options = {"old_logps": self.old, "ref_logps": self.ref, "beta": BETA, "epsilon": EPSILON}
+        self.options["importance_sampling_level"] = level
 
     def by_completion(self, x: Tensor) -> Tensor:
         return x.view(self.completions, self.length)
@@ -124,6 +120,9 @@ class _Rollout:
     def weighted_sum(self, logps: Tensor) -> Tensor:
         """A scalar whose gradient is another one for each token."""
         return (logps * self.upstream).sum()
+
+    def eager_logps(self, logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(1).gather(1, self.targets[:, None]).squeeze(1)
 
     def eager_loss(self, logps: Tensor) -> Tensor:
         """GRPO as a user writes it: the clipped ratio with k3's KL, mean over the means of completions."""
@@ -134,15 +133,6 @@ class _Rollout:
         policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
         kl = (self.ref - logps).exp() - (self.ref - logps) - 1
         return self.by_completion(policy + BETA * kl).mean()
-
-
-def _eager_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
-
-
-def _compiled(run: Callable) -> Callable:
-    """For this shape alone: at a second shape Dynamo would compile for all shapes."""
-    return torch.compile(run, dynamic=False)
 
 
 def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -157,15 +147,16 @@ def _trained(run: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], tuple[
 
 
 def _sides(ours: Callable, eager: Callable, *leaves: Tensor, **peers: Callable | None):
-    """Forward and backward by ours, eager, torch.compile and the peers that are here."""
-    runs = {"boxgrpo": ours, "eager": eager, "compile": _compiled(eager)} | peers
+    """Forward and backward by ours, eager, torch.compile and the peers that are here.
+
+    torch.compile is for this shape alone: at a second shape Dynamo would compile for all shapes.
+    """
+    runs = {"boxgrpo": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)} | peers
     return {name: _trained(run, *leaves) for name, run in runs.items() if run}
 
 
 def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
-    n, vocabulary = case.shape["N"], case.shape["V"]
-    r = _Rollout(n, vocabulary, device, seed, level)
-    logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
+    r, logits = Rollout(case, device, seed, level), _normal(device, seed, *case.shape.values(), dtype=case.dtype)
 
     def ours(z, **options):
         return fused_grpo_loss_from_logits(z, r.targets, r.advantages, r.offsets, **r.options, **options)[0]
@@ -176,11 +167,10 @@ def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
         loss = ours(body[:], overwrite_logits=True)
         return loss.detach(), *torch.autograd.grad(loss, [body])
 
-    found = _sides(ours, lambda z: r.eager_loss(_eager_logps(z, r.targets)), logits)
-    found["boxgrpo, overwriting"] = overwriting
+    found = _sides(ours, lambda z: r.eager_loss(r.eager_logps(z)), logits) | {"boxgrpo, overwriting": overwriting}
     if device.type == "cuda" and (liger := module_named("liger_kernel.transformers.grpo_loss")):
         # Its logits are (B, L + 1, V) with an unread last row: the same number of rows that count.
-        room = _normal(device, seed, r.completions, r.length + 1, vocabulary, dtype=case.dtype)
+        room = _normal(device, seed, r.completions, r.length + 1, case.shape["V"], dtype=case.dtype)
         old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
 
         def theirs(z):
@@ -192,29 +182,25 @@ def _loss_from_logits(case: Case, device, seed: int, level: str = "token"):
 
 
 def _logps_from_logits(case: Case, device, seed: int):
-    n, vocabulary = case.shape["N"], case.shape["V"]
-    r = _Rollout(n, vocabulary, device, seed)
-    logits = _normal(device, seed, n, vocabulary, dtype=case.dtype)
+    r, logits = Rollout(case, device, seed), _normal(device, seed, *case.shape.values(), dtype=case.dtype)
     trl = module_named("trl.trainer.utils") if device.type == "cuda" else None
     return _sides(
         lambda z: r.weighted_sum(token_logps_from_logits(z, r.targets)),
-        lambda z: r.weighted_sum(_eager_logps(z, r.targets)),
+        lambda z: r.weighted_sum(r.eager_logps(z)),
         logits,
         trl=trl and (lambda z: r.weighted_sum(trl.selective_log_softmax(z, r.targets))),
     )
 
 
 def _loss_from_logps(case: Case, device, seed: int):
-    r = _Rollout(case.shape["N"], QWEN_2B, device, seed)
+    r = Rollout(case, device, seed)
     logps = (r.old + 0.1 * _normal(device, seed, case.shape["N"], dtype=case.dtype)).detach().requires_grad_()
     return _sides(lambda x: grpo_loss(x, r.advantages, r.offsets, **r.options)[0], r.eager_loss, logps)
 
 
 def _loss_from_hidden(case: Case, device, seed: int, frozen: bool = False):
-    n, vocabulary, width = (case.shape[key] for key in "NVH")
-    r = _Rollout(n, vocabulary, device, seed)
-    hidden, weight = _head(case, device, seed)
-    liger = module_named("liger_kernel.chunked_loss")
+    r, (hidden, weight) = Rollout(case, device, seed), _head(case, device, seed)
+    trl_logps, liger = _trl_logps(r.targets), module_named("liger_kernel.chunked_loss")
     module = liger and liger.LigerFusedLinearGRPOLoss(
         beta=BETA,
         epsilon_low=EPSILON,
@@ -226,13 +212,12 @@ def _loss_from_hidden(case: Case, device, seed: int, frozen: bool = False):
     old, ref, ids = (r.by_completion(x) for x in (r.old, r.ref, r.targets))
 
     def through_liger(h, w):
-        rows, mask = h.view(r.completions, r.length, width), torch.ones_like(ids)
+        rows, mask = h.view(r.completions, r.length, -1), torch.ones_like(ids)
         return module(rows, w, ids, mask, r.advantages, ref_per_token_logps=ref, old_per_token_logps=old)[0]
 
-    trl_logps = _trl_logps(r.targets)
     return _sides(
         lambda h, w: fused_grpo_loss(h, w, r.targets, r.advantages, r.offsets, **r.options)[0],
-        lambda h, w: r.eager_loss(_eager_logps(h @ w.T, r.targets)),
+        lambda h, w: r.eager_loss(r.eager_logps(h @ w.T)),
         hidden,
         weight.requires_grad_(not frozen),
         trl=trl_logps and (lambda h, w: r.eager_loss(trl_logps(h, w))),
@@ -241,11 +226,11 @@ def _loss_from_hidden(case: Case, device, seed: int, frozen: bool = False):
 
 
 def _logps_from_hidden(case: Case, device, seed: int):
-    r = _Rollout(case.shape["N"], case.shape["V"], device, seed)
+    r = Rollout(case, device, seed)
     trl_logps = _trl_logps(r.targets)
     return _sides(
         lambda h, w: r.weighted_sum(token_logps(h, w, r.targets)),
-        lambda h, w: r.weighted_sum(_eager_logps(h @ w.T, r.targets)),
+        lambda h, w: r.weighted_sum(r.eager_logps(h @ w.T)),
         *_head(case, device, seed),
         trl=trl_logps and (lambda h, w: r.weighted_sum(trl_logps(h, w))),
     )
@@ -275,7 +260,7 @@ def _samples(case: Case, device, seed: int):
         "boxgrpo": lambda: sample_tokens(logits, seed=seed, forbidden=forbidden, **own),
         "one read": lambda: logits.amax(1),
         "eager": eager,
-        "compile": _compiled(eager),
+        "compile": torch.compile(eager, dynamic=False),
     }
 
 
@@ -289,7 +274,11 @@ def _advantages(case: Case, device, seed: int):
         miou = accuracy.mean(1)
         return advantages, (1 - miou).exp(), miou
 
-    return {"boxgrpo": lambda: group_advantages(rewards, accuracy), "eager": eager, "compile": _compiled(eager)}
+    return {
+        "boxgrpo": lambda: group_advantages(rewards, accuracy),
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False),
+    }
 
 
 def _normal(device, seed: int, *shape: int, dtype) -> Tensor:

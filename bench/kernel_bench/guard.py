@@ -12,7 +12,8 @@ double of it, more than caches shared with others cost.
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+import timeit
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,6 @@ import torch
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import begin, flags, newest, output
-from boxgrpo.bench.timing import seconds, take_turns
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 TOLERANCE = 1.5  # times the recorded ratio
@@ -40,27 +40,17 @@ def guarded_cases(only: str | None = None) -> list[Case]:
 
 def measure(case: Case) -> dict:
     """Our processor seconds over eager's, pair by pair."""
-    runs = case.make(case, torch.device("cpu"), 0)
-    calls = {name: _calls(runs[name]) for name in ("boxgrpo", "eager")}
-    taken = take_turns({name: _repeated(runs[name], n) for name, n in calls.items()}, ROUNDS, clock=time.process_time)
-    ours, eager = ([seconds / calls[name] for (seconds,) in taken[name]] for name in ("boxgrpo", "eager"))
-    ratios = [round(a / b, 4) for a, b in zip(ours, eager, strict=True)]
+    runs, timers, calls = case.make(case, torch.device("cpu"), 0), {}, {}
+    for name in ("boxgrpo", "eager"):
+        runs[name]()  # touches its pages
+        timers[name] = timeit.Timer(runs[name], timer=time.process_time)
+        calls[name] = math.ceil(LEAST_SECONDS / timers[name].timeit(1))  # a round long enough for the clock
+    ratios = []
+    for _ in range(ROUNDS):
+        ours, eager = (timers[name].timeit(calls[name]) / calls[name] for name in ("boxgrpo", "eager"))
+        ratios.append(round(ours / eager, 4))
     spread = [min(ratios), max(ratios)]
     return {"case": case.name, "ratio": statistics.median(ratios), "spread": spread, "samples_ratio": ratios}
-
-
-def _calls(run: Callable[[], object]) -> int:
-    """As many calls as make a round long enough for the clock."""
-    run()  # touches its pages
-    return math.ceil(LEAST_SECONDS / seconds(run, time.process_time))
-
-
-def _repeated(run: Callable[[], object], calls: int) -> Callable[[], None]:
-    def repeated() -> None:
-        for _ in range(calls):
-            run()
-
-    return repeated
 
 
 def run(only: str | None = None) -> dict:

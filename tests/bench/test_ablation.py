@@ -22,16 +22,6 @@ def made_up(method, seed, mean, **more):
     return {"seed": seed, "method": method, "scores": scores(mean), **more}
 
 
-RUNS = [
-    made_up("base", 0, 0.10),
-    made_up("cot_sft", 0, 0.40, seconds=100.4),
-    made_up("grpo", 0, 0.50, seconds=60.0),
-    made_up("base", 1, 0.20),
-    made_up("cot_sft", 1, 0.60, seconds=101.6),
-    made_up("grpo", 1, 0.60, seconds=62.0),
-]
-
-
 def test_every_drawn_task_has_a_column_and_every_method_its_row_in_the_paper():
     assert set(COLUMNS) == set(TASKS) and list(METHODS) == ["base", *ablation.METHODS]
     twice = {"GRPO", "GRPO-Difficulty (10k)"}  # rows of Table 4 and of Table 5
@@ -44,24 +34,18 @@ def test_a_spread_is_mean_and_sample_deviation_in_points():
     assert [spread([0.5]), spread([0.4, 0.5, 0.6]), spread([0.0, -0.01], "+")] == ["50.0", "50.0 ± 10.0", "-0.5 ± 0.7"]
 
 
-def test_the_summary_compares_a_run_with_its_own_seeds_start_and_stands_beside_the_paper():
-    """GRPO adds 10 and 0 points to its two cold starts, whatever these are."""
-    assert table("ablation", RUNS).splitlines()[2:] == [
-        "| 1 | the model that all start from | 15.0 ± 7.1 |  | 100.0 ± 0.0 |  | 30.20 |  |",
-        "| 5 | CoT-SFT | 50.0 ± 14.1 | +35.0 ± 7.1 | 100.0 ± 0.0 | 101 | 69.00 | +38.80 |",
-        "| 7 | GRPO | 55.0 ± 7.1 | +5.0 ± 7.1 | 100.0 ± 0.0 | 61 | 70.65 | +1.65 |",
-    ]
-
-
 def test_the_papers_row_stands_under_ours_task_by_task():
-    runs = [*RUNS, made_up("sft", 0, 0.3) | {"scores": scores(0.3) | {"reasoning": 0.123}}]
+    """A gain is over the same seed's start: CoT-SFT adds 30 and 40 points to the two bases."""
+    runs = [made_up(*run) for run in (("base", 0, 0.1), ("cot_sft", 0, 0.4), ("base", 1, 0.2), ("cot_sft", 1, 0.6))]
+    runs.append(made_up("sft", 0, 0.3) | {"scores": scores(0.3) | {"reasoning": 0.123}})
+    assert "| 5 | CoT-SFT | 50.0 ± 14.1 | +35.0 ± 7.1 | 100.0 ± 0.0 |  | 69.00 | +38.80 |" in table("ablation", runs)
     rows = [line.strip("| ").split(" | ") for line in table("ablation_tasks", runs).splitlines()]
     assert rows[0] == ["No.", "method", *COLUMNS.values(), "AVG"]
     ours, paper = rows[4:6]
     assert ours[:3] == ["4", "SFT on coordinates", "30.0"] and ours[2 + [*COLUMNS].index("reasoning")] == "12.3"
     assert paper == ["paper", *(f"{v:.2f}" for v in PAPER["SFT (90k)"])]
     levels = table("ablation_levels", runs).splitlines()
-    assert levels[0] == "| method | level 0 | level 1 |" and "| GRPO | 50.0 ± 0.0 | 25.0 ± 0.0 |" in levels
+    assert levels[0] == "| method | level 0 | level 1 |" and "| CoT-SFT | 50.0 ± 0.0 | 25.0 ± 0.0 |" in levels
 
 
 def test_a_curve_is_the_mean_of_each_part_of_the_run():
@@ -109,11 +93,18 @@ def ended(tmp_path):
     return train
 
 
-def test_a_run_that_has_ended_is_not_repeated(ended, monkeypatch):
+def test_a_run_that_failed_is_begun_again_and_one_that_has_ended_is_not(ended, monkeypatch):
+    def fails_at_first(*arguments):
+        launched.append(arguments)
+        if len(launched) == 1:
+            raise ValueError("sft.py ended with status 1; its own message stands above.")
+
     launched = []
-    monkeypatch.setattr(demo, "torchrun", lambda *a: launched.append(a))  # nothing here is to be trained
+    monkeypatch.setattr(demo, "torchrun", fails_at_first)
+    with pytest.raises(ValueError, match="ended with status 1"):
+        ended()
     first = ended()
-    assert ended() == first and len(launched) == 1
+    assert ended() == first and len(launched) == 2 and "--overwrite_output_dir=true" in launched[1][2]
     assert first["settings"]["train_batch_size"] == 24
     assert (first["settings"]["world"], first["settings"]["data"]) == ({"seed": 0}, "coordinates.json")
 
@@ -139,20 +130,6 @@ def test_a_folder_with_another_run_is_refused(ended, monkeypatch, change):
     name = {"seed": "seed is 0, not 1", "steps": "max_steps is 2000, not 7", "weights": "weights is '"}[change]
     with pytest.raises(ValueError, match=f"holds a run whose {name}.*Remove it, or name another --output_dir"):
         ended(o=o, seed=int(change == "seed"))
-
-
-def test_a_run_that_failed_is_begun_again(ended, monkeypatch):
-    def fails(*_):
-        raise ValueError("sft.py ended with status 1; its own message stands above.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "torchrun", fails)
-        with pytest.raises(ValueError, match="ended with status 1"):
-            ended()
-    launched = []
-    monkeypatch.setattr(demo, "torchrun", lambda *a: launched.append(a))
-    ended()
-    assert "--overwrite_output_dir=true" in launched[0][2]
 
 
 @pytest.mark.slow

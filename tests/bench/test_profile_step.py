@@ -13,16 +13,15 @@ import torch
 from boxgrpo.bench.kernel_bench.run import run_once
 from boxgrpo.bench.profiles import profile_step
 from boxgrpo.bench.publish.tables import profile_table
-from boxgrpo.bench.step_bench.cases import TEXTS, StepCase
+from boxgrpo.bench.step_bench.cases import TEXTS
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
-TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
 NSIGHT = Path(profile_step.__file__).with_name("nsight.sh")
 
 
-def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path):
+def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path, tiny_case):
     measured = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
-    found = profile_step.run(TINY, tmp_path / "run", 1, demo_tokenizer(TEXTS), measured)
+    found = profile_step.run(tiny_case, tmp_path / "run", 1, demo_tokenizer(TEXTS), measured)
     by_name = {row["name"]: row for row in found["rows"]}
     assert found["tool"] == "torch.profiler" and not found["on_gpu"] and found["unwatched_step_s"] > 0
     assert by_name["step > rollout > decode"]["titles"] == ["decode 8x6"]

@@ -10,7 +10,6 @@ from boxgrpo.bench.kernel_bench.cases import cases as report_cases
 from boxgrpo.bench.machine import describe
 from boxgrpo.bench.publish import plots, report
 from boxgrpo.bench.publish.report import BLOCK, blocks, fill, page
-from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import Records, dated, newest, read_all, write
 
 ROOT = report.ROOT
@@ -163,26 +162,3 @@ def test_a_gpus_record_is_drawn_and_described_whole():
     ):
         assert words in text
     assert "| tests marked gpu that fail | at most 0 | 1 | short by 1 |" in text
-
-
-def test_the_demos_table_compares_with_the_cold_start():
-    run = {
-        "seed": 7,
-        "stage_seconds": {"cold_start": 200.4, "grpo": 100.4, "continued_sft": 99.6},
-        "before": {"mean": 0.4},
-        "after": {"mean": 0.55},
-        "continued_sft": {"mean": 0.39},
-        "habits": {
-            stage: {"margin": share, "rest_accuracy_at_0.5": 0.625}
-            for stage, share in (("before", 0.5), ("after", 0.0), ("continued_sft", 0.25))
-        },
-        "details": {stage: {"well_formed_iou": 0.5, "format": 1.0} for stage in ("before", "after", "continued_sft")},
-    }
-    assert table("demo", {"runs": [run]}).splitlines()[2:] == [
-        "| 7 | Acc@0.5 | 40.0 | 55.0 (+15.0) | 39.0 (-1.0) |",
-        "|  | IoU | 0.500 | 0.500 | 0.500 |",
-        "|  | format | 1.000 | 1.000 | 1.000 |",
-        "|  | answers with a margin | 50 % | 0 % | 25 % |",
-        "|  | Acc@0.5 of the others | 62.5 | 62.5 | 62.5 |",
-        "|  | seconds | 200 | 100 | 100 |",
-    ]

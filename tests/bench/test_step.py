@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.step_bench import run as step_bench
-from boxgrpo.bench.step_bench.cases import MODELS, QUESTION, StepCase, choose_cases, make_config, prepare, step_cases
+from boxgrpo.bench.step_bench.cases import MODELS, StepCase, choose_cases, make_config, prepare, step_cases
 from boxgrpo.bench.step_bench.floors import work
 from boxgrpo.bench.step_bench.run import Plan, line, row, run, run_fresh
 from boxgrpo.bench.step_bench.sides import Measurement, Side
@@ -19,33 +19,19 @@ from boxgrpo.model.attention import PackedAttention
 from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
+from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 from boxgrpo.trainer.runtime.spans import span
 
-TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
 MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return demo_tokenizer([QUESTION + THINK_SUFFIX, "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"])
-
-
-@pytest.fixture(scope="module")
-def tiny(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("step")
-    prepare(TINY, folder, tokenizer)
-    return folder
-
-
-def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
+def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny, tiny_case):
     pytest.importorskip("trl", reason="trl is not installed")
     with ThreadPoolExecutor() as pool:
-        started = {name: pool.submit(run_fresh, name, TINY, tiny, 1) for name in ("ours", "trl")}
+        started = {name: pool.submit(run_fresh, name, tiny_case, tiny, 1) for name in ("ours", "trl")}
         sides = {name: side.result() for name, side in started.items()}
-    found = row(TINY, sides, tiny, MEASURED)  # refuses prompts of other lengths, or other weights
+    found = row(tiny_case, sides, tiny, MEASURED)  # refuses prompts of other lengths, or other weights
     assert found["ratio"] == pytest.approx(found["trl_s"] / found["ours_s"], abs=0.01)
     assert found["ours_peak_mb"] > 0 and found["trl_peak_mb"] > 0
     assert len(found["ours_samples_s"]) == len(found["trl_samples_s"]) == 1
@@ -56,7 +42,7 @@ def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny):
     assert len(table("phases", found).splitlines()) == 3 + len(spent)
 
 
-def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, monkeypatch):
+def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, monkeypatch, tiny_case):
     """The first row's peers step more often than the others'; growth takes from the rows what they have."""
     ran = []
 
@@ -67,14 +53,14 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
         return Side([first] + [phases] * (steps - 1), 100, 9.0, 7, 1, {})
 
     monkeypatch.setattr(step_bench, "run_fresh", side)  # a step of ours and of TRL's is taken above
-    monkeypatch.setattr(step_bench, "prepare", lambda case, *a: prepare(replace(case, side=TINY.side), *a))
+    monkeypatch.setattr(step_bench, "prepare", lambda case, *a: prepare(replace(case, side=tiny_case.side), *a))
     plan = Plan(
         steps=2,
         peer_steps={"trl": (3, 1), "univg_r1": (1, 0)},
         growth={"images": (1, 2), "generations": (4, 8)},
         growth_steps=2,
     )
-    cases, kept = [TINY, replace(TINY, images=1)], []
+    cases, kept = [tiny_case, replace(tiny_case, images=1)], []
     found = run(cases, ["trl", "univg_r1"], plan, tokenizer, MEASURED, lambda part: kept.append(len(part["rows"])))
     assert ran[:3] == [("ours", 2, 4, 6, 2), ("trl", 2, 4, 6, 3), ("univg_r1", 2, 4, 6, 1)]
     assert ran[3:5] == [("ours", 1, 4, 6, 2), ("trl", 1, 4, 6, 1)]
@@ -88,8 +74,8 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
     assert "growth" not in run(cases[:1], [], replace(plan, growth={}), tokenizer, MEASURED, lambda part: None)
 
 
-def test_a_side_without_room_is_told(tiny):
-    found = row(TINY, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
+def test_a_side_without_room_is_told(tiny, tiny_case):
+    found = row(tiny_case, {"ours": "out of memory: 1 GiB"}, tiny, MEASURED)
     assert found["ours_error"].startswith("out of memory") and "ratio" not in found and "phases" not in found
     assert table("steps", {"rows": [found]}).endswith(
         "| boxgrpo, MB |\n| --- | --- | --- | --- | --- |\n| tiny | 2 | 2 | - | - |"
@@ -110,9 +96,9 @@ def test_a_phase_is_without_those_inside_it(monkeypatch):
     assert step["prefill"] == 1 and step["rollout"] == 2 and step["data"] == 1
 
 
-def test_the_counted_products_are_those_of_the_model(tiny):
+def test_the_counted_products_are_those_of_the_model(tiny, tiny_case):
     """As torch counts them when attention is plain products, which give a causal one its full square."""
-    model, case = load_model(tiny / "model"), replace(TINY, prompts=1)
+    model, case = load_model(tiny / "model"), replace(tiny_case, prompts=1)
     examples, _ = read_examples(tiny / "records.json")
     prompt = Processor.from_pretrained(tiny / "model", min_pixels=1, max_pixels=10**6).prompt(examples[0])
     tokens = len(prompt.input_ids)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.reward_bench.vocabularies import TOKENS, benchmark_tokenizer
-from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, prepare
+from boxgrpo.bench.step_bench.cases import TEXTS, StepCase
 from boxgrpo.bench.step_bench.run import row
 from boxgrpo.bench.step_bench.sides import engine_of, ours
 from boxgrpo.bench.step_bench.univg import Batch, completion_logps, generated, mask_of, micro_loss, rewards_of, univg_r1
@@ -18,19 +18,10 @@ from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model, save_model
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer
+from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS
 from boxgrpo.trainer.grpo import logps, policy_loss
 from boxgrpo.trainer.options import GrpoOptions, loss_options
 from boxgrpo.trainer.runtime.ranks import Ranks
-
-TINY = StepCase("tiny", prompts=2, images=2, side=(56, 84), generations=4, tokens=6)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("step")
-    prepare(TINY, folder, demo_tokenizer(TEXTS))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +41,9 @@ def theirs(folder):
     return model
 
 
-def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, tmp_path):
+def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, tmp_path, tiny_case):
     """Four completions, of which two end early, rewards of all kinds, and a reference of other weights."""
-    end, length = processor.eos_ids[0], TINY.tokens
+    end, length = processor.eos_ids[0], tiny_case.tokens
     completions = torch.randint(300, (4, length), generator=torch.Generator().manual_seed(1))
     completions[1, 2] = completions[3, 4] = end
     accuracy, form = torch.tensor([0.1, 0.9, 0.4, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
@@ -114,24 +105,24 @@ def test_rewards_are_the_rule_and_the_stand_in(processor):
     assert accuracy[0].item() == pytest.approx(0.5 + even) and form.tolist() == [1, 0]
 
 
-def test_both_sides_do_the_same_work(tiny):
+def test_both_sides_do_the_same_work(tiny, tiny_case):
     """Prompts, weights and frozen tower, which `row` compares; all phases are there."""
-    sides = {"ours": ours(TINY, tiny, 1), "univg_r1": univg_r1(TINY, tiny, 1)}
-    found = row(TINY, sides, tiny, {"flop_per_second": 1e11, "bytes_per_second": 1e10})
+    sides = {"ours": ours(tiny_case, tiny, 1), "univg_r1": univg_r1(tiny_case, tiny, 1)}
+    found = row(tiny_case, sides, tiny, {"flop_per_second": 1e11, "bytes_per_second": 1e10})
     assert found["univg_r1_ratio"] == pytest.approx(found["univg_r1_s"] / found["ours_s"], rel=0.05)
     (phases,) = sides["univg_r1"].steps
     assert phases.keys() >= {"data", "rollout", "reference", "reward", "policy_forward", "backward", "optimizer"}
     assert sum(phases.values()) == pytest.approx(found["univg_r1_s"], abs=2e-3)
     sides["univg_r1"].prompt_tokens += 1
-    found = row(TINY, sides, tiny, {"flop_per_second": 1e11, "bytes_per_second": 1e10})
+    found = row(tiny_case, sides, tiny, {"flop_per_second": 1e11, "bytes_per_second": 1e10})
     assert "it differs from ours: prompts of" in found["univg_r1_error"] and "univg_r1_ratio" not in found
 
 
-def test_without_masters_the_weights_are_updated(tiny, monkeypatch):
+def test_without_masters_the_weights_are_updated(tiny, monkeypatch, tiny_case):
     """The 7B's engine, on the tiny model in bf16: moments in bf16, and no copies."""
     monkeypatch.setattr(StepCase, "masters", property(lambda case: False))
     model = load_model(tiny / "model", dtype=torch.bfloat16)
-    engine = engine_of(TINY)(model, GrpoOptions(learning_rate=1e-2), Ranks(), 4)
+    engine = engine_of(tiny_case)(model, GrpoOptions(learning_rate=1e-2), Ranks(), 4)
     weight = model.model.layers[0].mlp.up_proj.weight
     start = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
