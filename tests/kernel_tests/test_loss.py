@@ -199,13 +199,15 @@ def test_the_head_at_real_size(width):
     judge(run, ours, lambda hidden, weight, case: formulas(hidden @ weight.T, case, 1.0), case)
 
 
+@pytest.mark.parametrize("function", ["head", "logps"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_of_the_head_loses_only_the_rounding_of_inputs_and_gradients(case, dtype):
-    """The epilogue is fp32: loss and logps equal fp64's of the same rounded inputs, gradients up to one rounding."""
+def test_half_precision_of_the_head_loses_only_the_rounding_of_inputs_and_gradients(case, function, dtype):
+    """Also under autocast: loss and logps equal fp64's of the same rounded inputs, gradients up to one rounding."""
 
     def run_in(computed):
         leaves = [case[name].to(dtype).to(computed).requires_grad_() for name in ("hidden", "weight")]
-        loss, stats = run("head", case, own_options(case), *leaves)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=computed == dtype):
+            loss, stats = run(function, case, own_options(case), *leaves)
         return loss, stats, torch.autograd.grad(loss, leaves)
 
     (loss, stats, got), (want, want_stats, truth) = run_in(dtype), run_in(torch.float64)

@@ -4,6 +4,8 @@ A test of both BACKENDS runs an op's torch twin in the ordinary lane. It runs th
 Triton's interpreter: TRITON_INTERPRET=1 and `-m triton`, in a process of its own, which `make test` does.
 """
 
+import inspect
+
 import pytest
 import torch
 
@@ -186,6 +188,13 @@ def refuse(*cases):
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def same_signature(mine, theirs):
+    mine, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (mine, theirs)
+    )
+    assert mine == theirs
 
 
 def gradients(value, leaf):

@@ -1,12 +1,10 @@
 """boxgrpo.kernels.dropin's Liger signatures against liger-kernel itself and the formulas in fp64."""
 
-import inspect
-
 import pytest
 import torch
 
 from boxgrpo.kernels import dropin
-from kernel_cases import DEVICE, LANE, hold_beside, refuse, token_formulas
+from kernel_cases import DEVICE, LANE, hold_beside, refuse, same_signature, token_formulas
 
 liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
 
@@ -253,14 +251,10 @@ def test_what_is_not_scored_may_be_anything(level):
 def test_signatures():
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    pairs = [(dropin.triton_grpo_loss, triton_grpo_loss)]
-    modules = (dropin.LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss)
-    pairs += [[getattr(module, name) for module in modules] for name in ("__init__", "forward")]
-    for mine, their in pairs:
-        mine, their = (
-            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (mine, their)
-        )
-        assert mine == their
+    same_signature(dropin.triton_grpo_loss, triton_grpo_loss)
+    for name in ("__init__", "forward"):
+        modules = (dropin.LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss)
+        same_signature(*(getattr(module, name) for module in modules))
 
 
 def test_what_is_refused():

@@ -1,12 +1,12 @@
 """boxgrpo.kernels.dropin's TRL signatures against TRL itself and the formulas in fp64; a GRPOTrainer runs on them."""
 
-import inspect
+import functools
 
 import pytest
 import torch
 
 from boxgrpo.kernels import chunks, dropin
-from kernel_cases import hold_beside, refuse, seeded
+from kernel_cases import hold_beside, refuse, same_signature, seeded
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 utils = pytest.importorskip("trl.trainer.utils")
@@ -203,14 +203,10 @@ def test_results_of_half_precision_are_fp32():
 
 
 def test_signatures():
-    mine = inspect.signature(dropin._ChunkedLogProbFunction.apply).parameters.values()
-    _, *their = inspect.signature(utils._ChunkedLogProbFunction.forward).parameters.values()
-    pairs = [(mine, their)]
+    theirs = functools.partial(utils._ChunkedLogProbFunction.forward, None)  # without the context
+    same_signature(dropin._ChunkedLogProbFunction.apply, theirs)
     for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
-        pairs.append([inspect.signature(getattr(package, name)).parameters.values() for package in (dropin, utils)])
-    for pair in pairs:
-        mine, their = ([(p.name, p.kind, p.default) for p in parameters] for parameters in pair)
-        assert mine == their
+        same_signature(*(getattr(package, name) for package in (dropin, utils)))
 
 
 def test_what_is_refused():
