@@ -81,7 +81,7 @@ setup(
         "boxgrpo.trainer.chains": ["templates/*"],
         "boxgrpo.trainer.evaluation": ["templates/*.html", "benchmarks.json"],
         "boxgrpo.trainer.apps": ["page/*"],
-        "boxgrpo.bench.publish": ["templates/*"],
+        "boxgrpo.bench.publish": ["templates/*", "demands.json"],
     },
     install_requires=[
         "torch>=2.11",

@@ -1,11 +1,12 @@
-"""The figures that are demanded of each machine, in one place, and whether a record of results has them.
+"""The figures that are demanded of each machine, demands.json, and whether a record of results has them.
 
 python bench/publish/demands.py [bench/results/<device>/<date>.json]        default: the newest of this machine's device
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from boxgrpo.bench.machine import folder
@@ -13,17 +14,18 @@ from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import PARTS, find_row, newest, part, read
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
-QWEN_2B, QWEN_7B = {"V": 151_936, "H": 1536}, {"V": 152_064, "H": 3584}
-LOGITS, HEAD = "fused_grpo_loss_from_logits", "fused_grpo_loss"
+TABLE = Path(__file__).with_name("demands.json")  # rows for one H200, and for two cores
 MB = 1e6
 Find = Callable[[dict, dict], float | None]
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A figure and its limit. `find` takes it from our row of the `case` ({} without one) and from the whole record.
+    """A figure and its limit, a row of demands.json.
 
-    It returns None or raises LookupError where the record lacks what it needs.
+    `find` names a function below that takes it from our row of the `case` ({} without one) and from the whole record;
+    with `of` and `other` it names what makes one of these arguments. It returns None or raises LookupError where the
+    record lacks what it needs.
     """
 
     part: str
@@ -32,13 +34,16 @@ class Demand:
     limit: float
     unit: str
     case: dict
-    find: Find
+    find: str
+    of: Sequence = ()
+    other: Mapping = field(default_factory=dict)
 
     def verdict(self, record: dict) -> dict:
         """The figure that is wanted and the measured one: met, short by how much, or not measured."""
+        find = globals()[self.find]
         try:
             row = _row(record, self.part, self.case)
-            measured = self.find(row, record)
+            measured = (find(*self.of, **self.other) if self.of else find)(row, record)
         except LookupError:
             measured = None
         wanted = f"{self.bound} {self.limit:.3g} {self.unit}".strip()
@@ -138,70 +143,14 @@ def doubled_group(row: dict, record: dict) -> float:
     return record["step"]["growth"]["doubled_group"]["ratio"]
 
 
-def gpu_demands() -> Iterator[Demand]:
-    """Of one H200."""
-    yield Demand("tests", "tests marked gpu that fail", "at most", 0, "", {}, failed_tests)
-    share, ms, us = figure("percent_of_floor"), figure("ms"), figure("ms", 1e3)
-    peers = {name: times_of("kernels", implementation=name) for name in ("liger", "trl")}
-    for n in (2048, 8192, 32768):
-        what = f"loss from logits, N = {n}: of the copy bandwidth"
-        yield Demand("kernels", what, "at least", 85, "%", {"op": LOGITS, "N": n}, share)
-    what, case = "loss from logits: Liger's time over ours", {"op": LOGITS, "N": 8192}
-    yield Demand("kernels", what, "at least", 1.4, "x", case, peers["liger"])
-    for name, sizes, most in (("2B", QWEN_2B, 17), ("7B", QWEN_7B, 40)):
-        head, case = f"fused head, {name}", {"op": HEAD, "N": 8192} | sizes
-        yield Demand("kernels", f"{head}, N = 8192", "at most", most, "ms", case, ms)
-        yield Demand("kernels", f"{head}: memory of its own", "at most", 1000, "MB", case, head_memory)
-        for peer, slower in peers.items():
-            yield Demand("kernels", f"{head}: {peer}'s time over ours", "at least", 1, "x", case, slower)
-    for groups in (16, 1024):
-        case = {"op": "group_advantages", "B": groups}
-        yield Demand("kernels", f"group_advantages, {groups} groups", "at most", 15, "µs", case, us)
-    case, reads = {"op": "sample_tokens", "n": 128}, share_of("ms", "kernels", implementation="one read")
-    yield Demand("kernels", "sample_tokens, 128 rows: over one read", "at most", 1.3, "x", case, reads)
-    yield Demand("rewards", "1,024 completions of 256 tokens", "at most", 50, "µs", {"run": "ids"}, us)
-    rates = {"prefill": matrix_rate("prefill"), "training": matrix_rate("policy_forward", "backward")}
-    for model in ("2B", "7B"):
-        case = {"model": model, "images": 4, "prompts": 1}
-        for name, rate in rates.items():
-            yield Demand("step", f"{model}: {name}, of the matrix rate", "at least", 40, "%", case, rate)
-        yield Demand("step", f"{model}: decoding, over its floor", "at most", 1.5, "x", case, decoding_over_floor)
-        for images in (1, 4, 6):
-            for peer, key in (("TRL's step", "ratio"), ("the paper's trainer's step", "univg_r1_ratio")):
-                what = f"{model}, {_counted(images, 'image')}: {peer} over ours"
-                yield Demand("step", what, "at least", 4, "x", case | {"images": images}, figure(key))
-
-
-def cpu_demands() -> Iterator[Demand]:
-    """Of two cores."""
-    case = {"op": HEAD, "N": 512, "V": 151_936, "H": 256}
-    for what, key, most in (("time", "ms", 1), ("memory", "peak_mb", 0.25)):
-        what, share = f"fused loss: its {what} over eager's", share_of(key, "kernels", implementation="eager")
-        yield Demand("kernels", what, "at most", most, "x", case, share)
-    what, python = "decode, re and IoU in Python: over ours", times_of("rewards", run="decode, re, IoU")
-    yield Demand("rewards", what, "at least", 100, "x", {"run": "ids"}, python)
-    for run in ("bytes, think", "bytes, list"):
-        yield Demand("rewards", f"{run}: read", "at least", 1, "GB/s", {"run": run}, figure("gb_per_second"))
-    for images, prompts, least in ((4, 1, 5), (1, 1, 3), (6, 1, 3), (4, 4, 3)):
-        case = {"model": "44M", "images": images, "prompts": prompts}
-        what = f"{_counted(images, 'image')}, {_counted(prompts, 'prompt')}: TRL's step over ours"
-        yield Demand("step", what, "at least", least, "x", case, figure("ratio"))
-    what, case = "4 images: our memory over TRL's", {"model": "44M", "images": 4, "prompts": 1}
-    yield Demand("step", what, "at most", 1 / 3, "x", case, figure("peak_memory_ratio"))
-    yield Demand("step", "twice the completions, where prompts dominate", "at most", 1.3, "x", {}, doubled_group)
-    yield Demand("step", "growth with a size: a step's distance from its line", "at most", 25, "%", {}, off_line)
-    took = lambda row, record: minutes(record)  # noqa: E731
-    yield Demand("all", "`make bench`: its parts", "at most", 15, "minutes", {}, took)
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" + "s" * (n != 1)
+def minutes_taken(row: dict, record: dict) -> float | None:
+    return minutes(record)
 
 
 def verdicts(record: dict) -> list[dict]:
     """Whether the record meets each demand on its machine."""
-    demands = gpu_demands() if "cuda" in record["machine"] else cpu_demands()
-    return [demand.verdict(record) for demand in demands]
+    rows = json.loads(TABLE.read_text())["gpu" if "cuda" in record["machine"] else "cpu"]
+    return [Demand(**row).verdict(record) for row in rows]
 
 
 def main() -> None:
