@@ -231,12 +231,12 @@ class Checkpoints:
         )
 
     def _prune(self, step: int) -> None:
-        """Remove the oldest beyond `save_total_limit`, and what a kill left half written; `step`'s is whole, and stays.
+        """Remove what an earlier kill left half written, and the oldest checkpoints beyond `save_total_limit`.
 
-        Later ones are left alone: they were not whole when this run was resumed from before them.
+        Those after `step` are neither counted nor removed: they were not whole when this run was resumed before them.
         """
-        for left in self.root.glob(".checkpoint-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in self.root.glob(".checkpoint-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         limit = self.options.save_total_limit
         saved = [folder for number, folder in checkpoint_folders(self.root).items() if number <= step]
         for old in saved[: -limit if limit else 0]:

@@ -58,7 +58,7 @@ class Ranks:
         return received[0] if self.rank == target else None
 
     def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Mean over the ranks that have the key, in one collective whatever keys each rank has.
+        """Mean over the ranks that have the key, in one collective: ranks may have different keys.
 
         The smallest where the key's last part begins with min_, the largest where it begins with max_ or peak_.
         """
@@ -120,8 +120,8 @@ def ranks(timeout: float = 1800.0):
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # a gloo peer that exits while another still reads from it aborts that one
-    except SystemExit as left:
-        if left.code == STOPPED:  # which all ranks do after the same step
+    except SystemExit as end:
+        if end.code == STOPPED:  # all ranks end after the same step
             dist.barrier()
         raise
     except Exception as error:
@@ -143,8 +143,8 @@ def run_as_script(main: Callable[[], None], name: str) -> None:
         main()
     except (ValueError, OSError) as error:
         status = f"{name}: {error}"
-    except SystemExit as left:
-        status = left.code
+    except SystemExit as end:
+        status = end.code
     if status and not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1

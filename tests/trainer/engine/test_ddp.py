@@ -1,4 +1,4 @@
-"""The engine: clipping, schedule, master weights, and gradients averaged over ranks whatever each rank computed."""
+"""Data parallelism: clipping, schedule, master weights, and the average of gradients over ranks."""
 
 import copy
 from types import SimpleNamespace

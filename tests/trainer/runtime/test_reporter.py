@@ -24,7 +24,7 @@ def report(tmp_path):
 def test_a_line_a_step_readable_at_once(report, tmp_path):
     report.log(1, {"loss": 0.5, "rewards/accuracy/mean": 0.25})
     report.log(2, {"loss": 0.125})
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # the run still goes on
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before the run ends
     assert [json.loads(line) for line in lines] == [
         {"step": 1, "loss": 0.5, "rewards/accuracy/mean": 0.25},
         {"step": 2, "loss": 0.125},
@@ -66,16 +66,16 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "left",
+    "file",
     [
         *("metrics.jsonl", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
         *("checkpoint-1000/trainer_state.json", "adapter/adapter_config.json", "tensorboard/events"),
     ],
 )
-def test_another_runs_folder_is_refused_and_stays_as_it_is(tmp_path, left):
+def test_another_runs_folder_is_refused_and_stays_as_it_is(tmp_path, file):
     """A downloaded checkpoint too, in one file or in shards, and another trainer's: they would be overwritten."""
-    (tmp_path / left).parent.mkdir(exist_ok=True)
-    (tmp_path / left).write_text('{"step": 1}\n')
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"step": 1}\n')
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"output_dir {tmp_path} already holds a run\. .*--overwrite_output_dir true"):
         claim_output_dir(GrpoOptions(output_dir=str(tmp_path)), Ranks())
@@ -103,7 +103,7 @@ def test_overwriting_removes_metrics_and_adapters(tmp_path):
 
 
 def test_going_back_is_refused_while_later_checkpoints_are_there(tmp_path):
-    """Killed before it is as far again, the run would go on from what it had left behind."""
+    """A later --resume auto would continue from them, in place of what was trained again."""
     for step in (4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/manifest.json").write_text("{}")

@@ -27,7 +27,7 @@ with ranks(timeout=20) as r:
 
 
 def test_a_stopped_rank_ends_the_others_who_name_it(tmp_path):
-    """It hangs, but lives: no launcher notices, and no collective would end before the timeout of 20 s."""
+    """Its process exists, so no launcher notices; no collective would end before the timeout of 20 s."""
     (tmp_path / "script.py").write_text(STEPS)
     run = start_forked(tmp_path / "script.py", SimpleNamespace(), ranks=3)
     while len(pids := dict(re.findall(r"rank (\d) is (\d+)\n", run.output()))) < 3:
@@ -42,7 +42,7 @@ def test_a_stopped_rank_ends_the_others_who_name_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_machine_is_named_by_the_other(tmp_path):
-    """Two launchers, as on two machines, of which one and its rank are killed: no launcher tells the other rank."""
+    """Two launchers, as on two machines, of which one and its rank are killed: no launcher ends the other rank."""
     script = tmp_path / "script.py"
     script.write_text(STEPS)
     with socket.socket() as free:
