@@ -104,8 +104,8 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def told(folder) -> list[dict]:
-    """`lines` without what depends on the clock."""
+def untimed_lines(folder) -> list[dict]:
+    """The values of `lines` that do not depend on the clock."""
     return [{k: v for k, v in line.items() if not k.startswith(UNTIMED)} for line in lines(folder)]
 
 
@@ -145,7 +145,7 @@ def wait_for(run, condition, seconds: float = 100) -> bool:
 
 
 def finish(run: subprocess.Popen | forked.Run, timeout: float = 200) -> str:
-    """What the run told; an error when it fails, and no process is left behind when it hangs."""
+    """What the run printed. When it fails that is an error; when it hangs, its processes are killed."""
     try:
         out, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

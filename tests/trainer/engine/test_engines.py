@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, sft_options, told
+from runs import ROOT, finish, grpo_options, lines, sft_options, untimed_lines
 from runs import start_forked as start
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -56,7 +56,7 @@ def test_two_ranks_under_deepspeed_equal_one(world, one, tmp_path, stage, lora_r
     for name, tensor in alone.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-4, msg=name)
     replay(world, again, stage, **changes, resume=str(folder / "checkpoint-3"))
-    assert told(again) == told(folder)[3:]
+    assert untimed_lines(again) == untimed_lines(folder)[3:]
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 

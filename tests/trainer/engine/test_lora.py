@@ -19,7 +19,7 @@ from boxgrpo.trainer import grpo, run, sft
 from boxgrpo.trainer.engine.lora import add_adapters, merged_weights, save_pretrained, without_adapters
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, lines, sft_options, start_forked, told
+from runs import ROOT, finish, lines, sft_options, start_forked, untimed_lines
 
 PARTS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 
@@ -184,7 +184,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(world):
     half = world / "whole/checkpoint-2"
     assert all("lora" in name or name == "schedule" for name in load_file(half / "trainer/rank0.safetensors"))
     grpo.train(lora_options(world, "resumed", **options, resume=str(half)), Ranks())
-    assert told(world / "resumed") == told(world / "whole")[2:]
+    assert untimed_lines(world / "resumed") == untimed_lines(world / "whole")[2:]
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert same(*(load_file(world / run / file) for run in ("whole", "resumed")))
         assert not same(*(load_file(folder / file) for folder in (half, world / "whole")))

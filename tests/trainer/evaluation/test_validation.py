@@ -23,7 +23,7 @@ from boxgrpo.trainer.runtime.files import find_fault
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import claim_output_dir
 from boxgrpo.trainer.runtime.spans import seconds, span
-from runs import ROOT, finish, grpo_options, lines, sft_options, start_forked, told, wait_for
+from runs import ROOT, finish, grpo_options, lines, sft_options, start_forked, untimed_lines, wait_for
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 401408}
 SCORES = ("accuracy_at_0.3", "accuracy_at_0.5", "accuracy_at_least_0.5", "accuracy_at_0.7", "mean_iou", "format")
@@ -51,7 +51,9 @@ def test_the_loops_scores_equal_the_evaluators_and_training_is_unchanged(world):
     grpo.train(grpo_options(world, "without", max_steps=3), Ranks())
     found = eval_lines(folder)
     assert [line["step"] for line in found] == [2, 3]
-    assert [m for m in told(folder) if "loss" in m] == told(world / "without"), "training is the same to the bit"
+    assert [m for m in untimed_lines(folder) if "loss" in m] == untimed_lines(world / "without"), (
+        "training is the same to the bit"
+    )
     for line in found:
         expected = evaluate_checkpoint(world, folder / f"checkpoint-{line['step']}", f"eval_{line['step']}")
         assert {name: line[f"eval/{name}"] for name in SCORES} == {name: expected[name] for name in SCORES}
@@ -145,7 +147,7 @@ def test_a_killed_run_has_the_metrics_and_the_best_of_an_undisturbed_one(world, 
     assert not (folder / "model.safetensors").exists()
     finish(start_forked(ROOT / "trainer/grpo.py", runs_into[1]))
     assert [line["step"] for line in eval_lines(folder)] == [2, 4, 6, 8]
-    assert told(folder) == told(tmp_path / "whole")
+    assert untimed_lines(folder) == untimed_lines(tmp_path / "whole")
     kept, expected = ({p.name: p.read_bytes() for p in (f / "best").iterdir()} for f in (folder, tmp_path / "whole"))
     assert kept == expected
     assert not list(folder.glob(".best*"))
@@ -164,7 +166,7 @@ def test_an_evaluation_due_at_a_stop_is_done_when_the_run_is_resumed(world):
         assert [line["step"] for line in lines(world / "sft_stopped")] == [1, 2][:left]
     sft.train(options, ranks)
     assert [line["step"] for line in lines(world / "sft_whole")] == [1, 2, 2, 3, 4, 4]
-    assert told(world / "sft_stopped") == told(world / "sft_whole")
+    assert untimed_lines(world / "sft_stopped") == untimed_lines(world / "sft_whole")
     assert (world / "sft_stopped/best/config.json").exists()
 
 

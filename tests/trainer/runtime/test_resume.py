@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, sft_options, start, start_forked, told, wait_for
+from runs import ROOT, finish, grpo_options, lines, sft_options, start, start_forked, untimed_lines, wait_for
 
 GRPO = ROOT / "trainer/grpo.py"
 
@@ -20,7 +20,7 @@ GRPO = ROOT / "trainer/grpo.py"
 def check_same_end(one, other) -> None:
     """Weights and metrics of two runs are the same to the bit."""
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert told(one) == told(other)
+    assert untimed_lines(one) == untimed_lines(other)
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=pytest.mark.slow)])
