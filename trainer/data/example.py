@@ -77,26 +77,29 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file's images are, and how its boxes are scaled."""
+class Source:
+    """A file of records, where its images are, and how its boxes are scaled."""
 
+    path: Path
+    label: str  # of the file, in `Example.source`
     root: str  # folder of the images, absolute
-    bounded: bool  # whether paths must stay in it
-    scale: float = 1.0  # factor that brings the file's boxes to 0-1000
+    bounded: bool  # whether image paths must stay in it
     sized: bool = True  # whether an image is opened where its size is needed (see `UNSIZED`)
+    schema: str = "auto"
+    scale: float = 1.0  # factor that brings the file's boxes to 0-1000
 
     @classmethod
-    def of(cls, path: Path, image_root: str | os.PathLike | None, *, sized: bool = True) -> "Place":
-        """Images below `image_root`, which no path may leave; None: in the file's folder or anywhere else."""
+    def of(cls, path: Path, image_root: str | os.PathLike | None, label: str | None = None, **more) -> "Source":
+        """Images are below `image_root`, which no path may leave; None: in the file's folder or anywhere else."""
         root = os.path.abspath(path.parent if image_root is None else image_root)
-        return cls(root, image_root is not None, sized=sized)
+        return cls(path, label or path.name, root, image_root is not None, **more)
 
 
-def resolve_images(images: object, place: Place, *, name: str = "images") -> tuple[str, ...]:
+def resolve_images(images: object, file: Source, *, name: str = "images") -> tuple[str, ...]:
     """Paths of a record's images; `name` is the record's key for them."""
     if not isinstance(images, list) or not images:
         raise Refused("no_images", f"{name} is {images!r:.80}; a list of at least one path is needed.")
-    root, paths = place.root, []
+    root, paths = file.root, []
     for image in images:
         if not isinstance(image, str) or not image or "\0" in image:
             raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
@@ -104,7 +107,7 @@ def resolve_images(images: object, place: Place, *, name: str = "images") -> tup
         if not _PLAIN.fullmatch(image):  # else nothing is to be resolved, and a file may name millions of images
             # Lexical on purpose: a link inside the root was put there by its owner, a ".." by the record's author.
             full = os.path.abspath(full)
-            if place.bounded and os.path.commonpath([root, full]) != root:
+            if file.bounded and os.path.commonpath([root, full]) != root:
                 raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {root}. Correct it.")
         paths.append(full)
     return tuple(paths)
@@ -173,14 +176,14 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     return (height, width) if quarter_turn else (width, height)
 
 
-def pixel_box(box: object, path: str, place: Place, what: str, record: dict | None = None) -> Box:
+def pixel_box(box: object, path: str, file: Source, what: str, record: dict | None = None) -> Box:
     """The box in 0-1000, given in pixels of the image at `path`; `record` may hold the image's size.
 
     What leaves the image by less than a pixel is cut off: annotations are rounded, and sizes are whole.
     """
     size = [(record or {}).get(key) for key in ("width", "height")]
     if not is_numbers(size) or min(size) <= 0:
-        size = image_size(path) if place.sized else (UNSIZED, UNSIZED)
+        size = image_size(path) if file.sized else (UNSIZED, UNSIZED)
     if is_numbers(box) and len(box) == 4:
         limits = (*size, *size)
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, limits)]
@@ -188,19 +191,12 @@ def pixel_box(box: object, path: str, place: Place, what: str, record: dict | No
 
 
 def parse(
-    record: dict,
-    read: Callable[[dict, Place], dict],
-    place: Place,
-    *,
-    name: str,
-    source: str,
-    scanned: bool = False,
+    record: dict, read: Callable[[dict, Source], dict], file: Source, number: int, *, scanned: bool = False
 ) -> Example:
-    """The record as an example.
+    """Record `number` of the file as an example.
 
     Args:
         read: of the record's schema: returns fields of the example.
-        name: the example's id where the record has none.
         scanned: the record is only checked; its target image is not worked out from the question's wording.
 
     Raises:
@@ -212,18 +208,18 @@ def parse(
     task = record.get("task") or record.get("type") or "grounding"
     if not isinstance(task, str):
         raise Refused("bad_task", f"task is {task!r:.80}; it must be a name.")
-    fields = {"id": str(record.get("id", name)), "task": task, **read(record, place)}
+    fields = {"id": str(record.get("id", f"{file.path.stem}-{number}")), "task": task, **read(record, file)}
     if "answer_format" in record:
         fields["answer_format"] = answer_format
     if "target_image" not in fields and (not scanned or "target_image" in record):
         fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
-    return Example(source=source, **fields)
+    return Example(source=f"{file.label}#{number}", **fields)
 
 
-def read_question(record: dict, place: Place, box_only: str | None = None) -> dict:
+def read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
     """A question with its box; one whose first image's path contains `box_only` is of the format "box"."""
-    gold = checked_box(record.get("answer"), (place.scale, place.scale))
-    images = resolve_images(record.get("images"), place)
+    gold = checked_box(record.get("answer"), (file.scale, file.scale))
+    images = resolve_images(record.get("images"), file)
     fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
     return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
 

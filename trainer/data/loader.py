@@ -11,18 +11,16 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from boxgrpo.model.batch import Group
 
-from .example import Example, Place, Refused, parse
+from .example import Example, Refused, Source, parse
 from .schemas import SCHEMAS
 
 logger = logging.getLogger(__name__)
@@ -30,16 +28,6 @@ logger = logging.getLogger(__name__)
 GOLD, TURNS = 1, 2  # bits of `has`
 # One good record: its file, its number and bytes there, how many images, and whether it has a gold box or answers.
 TABLE = np.dtype([("file", "i2"), ("number", "i4"), ("start", "i8"), ("stop", "i8"), ("images", "i4"), ("has", "u1")])
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file of records, and what is needed to read one of them again."""
-
-    path: Path
-    label: str  # of the file, in `Example.source`
-    schema: str
-    place: Place
 
 
 class Examples(Sequence):
@@ -62,14 +50,13 @@ class Examples(Sequence):
             return Examples(self.files, self.table[index])
         number_of_file, number, start, stop, *_ = self.table[index].item()
         file = self.files[number_of_file]
-        source = f"{file.label}#{number}"
         with file.path.open("rb") as content:
             content.seek(start)
             record = json.loads(content.read(stop - start))
         try:
-            read, name = SCHEMAS[file.schema].read, f"{file.path.stem}-{number}"
-            return parse(record, read, file.place, name=name, source=source)
+            return parse(record, SCHEMAS[file.schema].read, file, number)
         except Refused as refused:
+            source = f"{file.label}#{number}"
             raise Refused(refused.reason, f"{source}: {refused}", source) from refused
 
     def __add__(self, other: "Examples") -> "Examples":

@@ -24,8 +24,8 @@ import numpy as np
 
 from boxgrpo.trainer.runtime.files import replace_file
 
-from .example import Fault, Place, Refused, parse, require_some
-from .loader import GOLD, TABLE, TURNS, Examples, Source
+from .example import Fault, Refused, Source, parse, require_some
+from .loader import GOLD, TABLE, TURNS, Examples
 from .scan import Row, scan
 from .schemas import SCHEMAS, box_scale, recognise
 
@@ -117,16 +117,14 @@ def read_examples(
         ValueError: no record that fits a schema, a broken JSON array, or fewer good records than `least`.
         OSError: the file cannot be read.
     """
-    path, label = Path(path), label or Path(path).name
-    place = Place.of(path, image_root, sized=sized)
-    found = _cached_scan(path, schema, place)
+    file = Source.of(Path(path), image_root, label, sized=sized, schema=schema)
+    found, label = _cached_scan(file), file.label
     for note in found.notes:
         log.info("%s: %s", label, note)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
     remedy = "Correct the file, or name its format with --schema."
-    require_some(path, found.table, faults, least=least, remedy=remedy)
-    source = Source(path, label, found.schema, dataclasses.replace(place, scale=found.scale))
-    return Examples([source], found.table), faults
+    require_some(file.path, found.table, faults, least=least, remedy=remedy)
+    return Examples([dataclasses.replace(file, schema=found.schema, scale=found.scale)], found.table), faults
 
 
 @dataclass
@@ -140,24 +138,23 @@ class _Scan:
     table: np.ndarray | None = None  # of the good records
 
 
-def _scan_file(path: Path, schema: str, place: Place) -> _Scan:
-    rows = enumerate(scan(path))
+def _scan_file(file: Source) -> _Scan:
+    rows = enumerate(scan(file.path))
     head = list(itertools.islice(rows, SNIFF_RECORDS))
     records = [row.value for _, row in head if isinstance(row.value, dict)]
-    notes = []
+    schema, notes, scale = file.schema, [], box_scale(records)
     if schema == "auto" and records:
-        schema, why = _recognise_most(path, records)
+        schema, why = _recognise_most(file.path, records)
         notes.append(why)
-    scale = box_scale(records)
     if scale != 1:
         notes.append(f"boxes are fractions of the image (half of them end at 2 or less); times {scale:g}")
     found = _Scan(schema, scale, notes, faults=[])
-    good = _good_rows(itertools.chain(head, rows), schema, dataclasses.replace(place, scale=scale), found.faults)
+    good = _good_rows(itertools.chain(head, rows), dataclasses.replace(file, schema=schema, scale=scale), found.faults)
     found.table = np.fromiter(good, dtype=TABLE)
     return found
 
 
-def _good_rows(rows: Iterable[tuple[int, Row]], schema: str, place: Place, faults: list) -> Iterator[tuple]:
+def _good_rows(rows: Iterable[tuple[int, Row]], file: Source, faults: list) -> Iterator[tuple]:
     """A row of the table for each good record; the others are appended to `faults`."""
     for number, row in rows:
         try:
@@ -165,7 +162,7 @@ def _good_rows(rows: Iterable[tuple[int, Row]], schema: str, place: Place, fault
                 raise Refused("not_json", f"the line is not JSON ({row.fault}). Write it again.")
             if not isinstance(row.value, dict):
                 raise Refused("not_a_record", f"{row.value!r:.80} is no JSON object. Drop it.")
-            example = parse(row.value, SCHEMAS[schema].read, place, name="", source="", scanned=True)
+            example = parse(row.value, SCHEMAS[file.schema].read, file, number, scanned=True)
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
         except Exception as error:  # a record may hold anything, and what no rule foresees must not end a run
@@ -190,15 +187,15 @@ def _recognise_most(path: Path, records: list[dict]) -> tuple[str, str]:
     return name, f"schema {name}, because {count} {among} have {SCHEMAS[name]}"
 
 
-def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
+def _cached_scan(file: Source) -> _Scan:
     """The file's scan, which for a large file is cached until the file changes.
 
     A scan with faults of images is not cached: they may be there later. A cache that cannot be written costs only time.
     """
-    stat = path.stat()
+    stat = file.path.stat()
     if stat.st_size < CACHE_MIN_BYTES:
-        return _scan_file(path, schema, place)
-    identity = json.dumps([CACHE_VERSION, str(path.resolve()), schema, *dataclasses.astuple(place)])
+        return _scan_file(file)
+    identity = json.dumps([CACHE_VERSION, str(file.path.resolve()), file.schema, file.root, file.bounded, file.sized])
     folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
     cache = Path(folder) / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     state = [stat.st_size, stat.st_mtime_ns]
@@ -211,7 +208,7 @@ def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
         pass
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         log.warning("%s cannot be used (%s); the data is scanned again", cache, error)
-    found = _scan_file(path, schema, place)
+    found = _scan_file(file)
     if any(reason in TRANSIENT_FAULTS for _, reason, _ in found.faults):
         return found
     about = vars(found) | {"state": state}
@@ -221,5 +218,5 @@ def _cached_scan(path: Path, schema: str, place: Place) -> _Scan:
         np.savez(content := io.BytesIO(), about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8), table=table)
         replace_file(cache, content.getvalue())
     except OSError as error:
-        log.warning("the scan of %s cannot be kept (%s); the next run scans it again", path, error)
+        log.warning("the scan of %s cannot be kept (%s); the next run scans it again", file.path, error)
     return found

@@ -15,7 +15,7 @@ import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Box, Place, Refused, checked_box, is_numbers, pixel_box, read_question, resolve_images, text_of
+from .example import Box, Refused, Source, checked_box, is_numbers, pixel_box, read_question, resolve_images, text_of
 
 FRAMES, TARGET_FRAME = 6, 2  # how many are shown of a video, and the one that the box lies in: the third
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -33,7 +33,7 @@ class Schema(NamedTuple):
     """How to recognise a record format and how to read it."""
 
     keys: Sequence[str]  # alternatives: names of all the keys that a record has
-    read: Callable[[dict, Place], dict]  # gives fields of the `Example`
+    read: Callable[[dict, Source], dict]  # gives fields of the `Example`
     mark: str = ""  # stands in the texts under these keys
 
     def fits(self, record: dict) -> bool:
@@ -82,10 +82,10 @@ def _turns(record: dict) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _read_chat(record: dict, place: Place, gold_box: Callable) -> dict:
+def _read_chat(record: dict, file: Source, gold_box: Callable) -> dict:
     turns = _turns(record)
     gold = gold_box(turns)
-    images = resolve_images(record.get("images"), place)
+    images = resolve_images(record.get("images"), file)
     return {"images": images, "question": turns[0][1], "turns": turns, "gold": gold}
 
 
@@ -111,9 +111,9 @@ def _marked_box(found: tuple[str, ...]) -> Box:
     return checked_box(box, what="box")
 
 
-def _read_refcoco(record: dict, place: Place) -> dict:
+def _read_refcoco(record: dict, file: Source) -> dict:
     """RefCOCO/+/g: `problem` and `solution`, or `expression` and `bbox` (x, y, width, height); boxes in pixels."""
-    (image,) = resolve_images([record.get("image")], place)
+    (image,) = resolve_images([record.get("image")], file)
     if "expression" in record:
         box, what = record.get("bbox"), "bbox"
         if is_numbers(box) and len(box) == 4:
@@ -122,32 +122,32 @@ def _read_refcoco(record: dict, place: Place) -> dict:
     else:
         box, what = record.get("solution"), "solution"
         question = text_of(record.get("problem"), "problem")
-    gold = pixel_box(box, image, place, what, record)
+    gold = pixel_box(box, image, file, what, record)
     return {"images": (image,), "question": question, "gold": gold, "answer_format": "box"}
 
 
-def _read_lisa(record: dict, place: Place) -> dict:
-    (image,), boxes = resolve_images([record.get("image_path")], place), record.get("boxes")
+def _read_lisa(record: dict, file: Source) -> dict:
+    (image,), boxes = resolve_images([record.get("image_path")], file), record.get("boxes")
     box = boxes[0] if isinstance(boxes, list) and boxes else boxes
     question = ON_IMAGE.format(_instruction(record, "instruction"))
-    return {"images": (image,), "question": question, "gold": pixel_box(box, image, place, "boxes[0]", record)}
+    return {"images": (image,), "question": question, "gold": pixel_box(box, image, file, "boxes[0]", record)}
 
 
-def _read_llmseg(record: dict, place: Place) -> dict:
-    (image,), box = resolve_images([record.get("image_path")], place), record.get("bbox")
+def _read_llmseg(record: dict, file: Source) -> dict:
+    (image,), box = resolve_images([record.get("image_path")], file), record.get("bbox")
     if isinstance(box, list) and all(isinstance(part, list) for part in box):
         box = [value for part in box for value in part][:4]
     question = ON_IMAGE.format(_instruction(record, "question"))
-    return {"images": (image,), "question": question, "gold": pixel_box(box, image, place, "bbox", record)}
+    return {"images": (image,), "question": question, "gold": pixel_box(box, image, file, "bbox", record)}
 
 
 def _instruction(record: dict, name: str) -> str:
     return text_of(record.get(name), name).strip().rstrip(".")
 
 
-def _frame_paths(frames: list, video: object, place: Place) -> list[str]:
+def _frame_paths(frames: list, video: object, file: Source) -> list[str]:
     """Of ReVOS, whose frames are numbers among the sorted images of the folder `video`, or file names in it."""
-    (folder,) = resolve_images([str(video)], place)
+    (folder,) = resolve_images([str(video)], file)
     if all(isinstance(frame, str) for frame in frames):
         return [os.path.join(folder, frame) for frame in frames]
     if not is_numbers(frames) or any(frame != int(frame) or frame < 0 for frame in frames):
@@ -168,25 +168,25 @@ def _images_of(folder: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int((re.findall(r"\d+", name) or ["0"])[0]), name)))
 
 
-def _read_video(record: dict, place: Place, key: str) -> dict:
+def _read_video(record: dict, file: Source, key: str) -> dict:
     """Six of the frames under `key`, uniformly; the box of the third of them, in its pixels."""
     frames, boxes = record.get(key), record.get("bbox_list")
     if not isinstance(frames, list) or len(frames) <= TARGET_FRAME:
         raise Refused("too_few_frames", f"{key} is {frames!r:.80}; a box in the third frame needs at least 3.")
     if key == "frames":
-        frames = _frame_paths(frames, record.get("video_id"), place)
+        frames = _frame_paths(frames, record.get("video_id"), file)
     # Of six frames or fewer all are shown, and only the third one's box is needed.
     least = TARGET_FRAME + 1 if len(frames) <= FRAMES else len(frames)
     if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
         raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
     count = min(len(frames), FRAMES)
     chosen = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
-    images = resolve_images([frames[i] for i in chosen], place)
+    images = resolve_images([frames[i] for i in chosen], file)
     box = boxes[chosen[TARGET_FRAME]]
     if isinstance(box, str):
         box = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", box)]
     question = ON_VIDEO.format(_instruction(record, "question"))
-    gold = pixel_box(box, images[TARGET_FRAME], place, f"bbox_list[{chosen[TARGET_FRAME]}]")
+    gold = pixel_box(box, images[TARGET_FRAME], file, f"bbox_list[{chosen[TARGET_FRAME]}]")
     return {"images": images, "question": question, "gold": gold, "target_image": TARGET_FRAME}
 
 

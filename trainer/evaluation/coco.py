@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from boxgrpo.trainer.data.example import Place, Refused, is_numbers, resolve_images, text_of
+from boxgrpo.trainer.data.example import Refused, Source, is_numbers, resolve_images, text_of
 
 from .questions import read_each
 
@@ -39,7 +39,7 @@ def read_coco(path: Path, name: str, image_root: str | os.PathLike | None = None
         raise Refused("no_annotations", f"{path} cannot be read ({error.strerror}). Fetch the set.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise Refused("not_json", f"{path} is not JSON ({error}). Fetch the set again.") from error
-    entries, faults = _Entries(Place.of(path, image_root), folder), []
+    entries, faults = _Entries(Source.of(path, image_root), folder), []
     add = {"images": entries.add_image, "categories": entries.add_category, "annotations": entries.add_annotation}
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in add):
         raise Refused("not_coco", f"{path} is no COCO annotation file; it needs lists {', '.join(add)}.")
@@ -92,8 +92,8 @@ def make_coco(images: Iterable[dict], categories: Iterable[dict], annotations: I
 class _Entries:
     """The usable entries of an annotation file. Each `add_...` raises Refused for an entry that breaks a rule."""
 
-    def __init__(self, place: Place, folder: str):
-        self.place, self.folder = place, folder
+    def __init__(self, file: Source, folder: str):
+        self.file, self.folder = file, folder
         self.images: dict[int, dict] = {}
         self.categories: dict[int, dict] = {}
         self.annotations: list[dict] = []
@@ -101,8 +101,8 @@ class _Entries:
     def add_image(self, row: dict, source: str) -> None:
         number = _new_id(row, self.images)
         file_name = text_of(row.get("file_name"), "file_name")
-        path = os.path.join(self.folder, file_name) if self.place.bounded else file_name
-        (resolved,) = resolve_images([path], self.place)
+        path = os.path.join(self.folder, file_name) if self.file.bounded else file_name
+        (resolved,) = resolve_images([path], self.file)
         sides = [row.get("width"), row.get("height")]
         if not is_numbers(sides) or min(sides) <= 0:
             raise Refused("bad_size", f"width and height are {sides!r:.80}; two numbers above 0 are needed.")

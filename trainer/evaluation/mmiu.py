@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
-from boxgrpo.trainer.data.example import Example, Fault, Place, Refused, require_some, resolve_images, text_of
+from boxgrpo.trainer.data.example import Example, Fault, Refused, Source, require_some, resolve_images, text_of
 from boxgrpo.trainer.data.scan import scan
 
 from .answer_text import chosen_letter
@@ -50,8 +50,8 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
         OSError: the file cannot be read.
     """
     path = Path(path)
-    place = Place.of(path, image_root)
-    questions, faults = read_each(_records(path), lambda record, source: _question(record, source, place), path.name)
+    file = Source.of(path, image_root)
+    questions, faults = read_each(_records(path), lambda record, source: _question(record, source, file), path.name)
     require_some(path, questions, faults, remedy="Pass MMIU's all.parquet or all.json.")
     return questions, faults
 
@@ -109,9 +109,9 @@ def _records(path: Path) -> list:
         raise ValueError(f"{path} is not a Parquet file ({error}). Fetch it again.") from error
 
 
-def _question(record: dict, source: str, place: Place) -> Question:
+def _question(record: dict, source: str, file: Source) -> Question:
     task = text_of(record.get("task"), "task")
-    images = resolve_images(record.get("input_image_path"), place, name="input_image_path")
+    images = resolve_images(record.get("input_image_path"), file, name="input_image_path")
     options = _options(record.get("options"))
     letter = str(record.get("output") or "").strip(" .:()").upper()
     if letter not in options:

@@ -5,13 +5,14 @@ import logging
 import os
 import pickle
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from boxgrpo.trainer.data import readers
-from boxgrpo.trainer.data.example import Place, image_size, resolve_images
+from boxgrpo.trainer.data.example import Source, image_size, resolve_images
 from boxgrpo.trainer.data.readers import read_examples, read_usable
 from boxgrpo.trainer.data.scan import scan
 
@@ -161,7 +162,7 @@ def test_every_spelling_of_a_path_is_resolved_alike():
     spellings = "a.png x/y/z.png x_y/ä.png .a x/.a ./a x/../a x//a x/ /a //a .. x/.. a.. x\\..\\a".split()
     for root in ("/data/images", "/"):
         expected = tuple(os.path.abspath(os.path.join(root, image)) for image in spellings)
-        assert resolve_images(spellings, Place(root, bounded=False)) == expected
+        assert resolve_images(spellings, Source(Path(), "", root, bounded=False)) == expected
 
 
 @pytest.mark.parametrize(
