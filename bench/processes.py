@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
+import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -80,8 +81,6 @@ class PeakMemory:
     def start(self) -> None:
         gc.collect()
         if self.gpu:
-            import torch
-
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
@@ -94,8 +93,6 @@ class PeakMemory:
         if self.base is None:
             return None
         if self.gpu:
-            import torch
-
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self.base
         status = Path("/proc/self/status").read_text()

@@ -126,12 +126,9 @@ class Runner:
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
     """Rows of both; of a case that both have, the new one's."""
-
-    def name(row: dict) -> list:
-        return [row.get(key) for key in ("case", "op", "shape", "dtype", "implementation", "run")]
-
-    named = [name(row) for row in new]
-    return [row for row in old if name(row) not in named] + new
+    names = ("case", "op", "shape", "dtype", "implementation", "run")
+    named = [[row.get(key) for key in names] for row in new]
+    return [row for row in old if [row.get(key) for key in names] not in named] + new
 
 
 def failures(record: dict, parts: Iterable[str]) -> list[str]:

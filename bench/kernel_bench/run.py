@@ -12,6 +12,7 @@ inputs. Liger's chunks go through torch.compile on a GPU, not on a CPU.
 import gc
 import statistics
 import sys
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,8 +97,7 @@ def run(
         measured = _on_gpu(case, chosen) if device().type == "cuda" else _on_cpu(case, chosen, quick)
         for name, found in measured:
             if isinstance(found, Exception):
-                line = str(found).strip().partition("\n")[0]
-                text = f"{type(found).__name__}: {line}"[:300]
+                text = f"{type(found).__name__}: {(str(found).strip().splitlines() or [''])[0]}"[:300]
                 result["errors"].append({"case": case.name, "implementation": name, "error": text})
             else:
                 result["rows"].append(row(case, name, limits, **found))
@@ -175,18 +175,10 @@ def host_seconds(case: Case, implementation: str) -> float:
     call, calls = case.make(case, device(), SEED)[implementation], 3  # more could fill the launch queue and wait
     call()
     torch.cuda.synchronize()
-    return sum(take_turns({"": call}, 1, calls)[""][0]) / calls
+    return timeit.timeit(call, number=calls) / calls
 
 
-def row(
-    case: Case,
-    implementation: str,
-    limits: dict[str, float],
-    *,
-    seconds: list[float],
-    peak: int | None = None,
-    host: float | None = None,
-) -> dict:
+def row(case: Case, implementation: str, limits: dict[str, float], seconds: list[float], peak=None, host=None) -> dict:
     """One line of results/: times in ms, rates, and the share of the floor. `peak`: bytes; `host`: seconds."""
     median = statistics.median(seconds)
     by_bytes = case.bytes_floor / limits["bytes_per_second"]

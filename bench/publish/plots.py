@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from boxgrpo.bench.machine import describe
 from boxgrpo.bench.peers import NAMES
-from boxgrpo.bench.records import find_row, part
+from boxgrpo.bench.records import part
 from boxgrpo.bench.step_bench.run import PHASES
 
 from .tables import sizes
@@ -95,44 +94,23 @@ def _case(row: dict) -> str:
 
 
 def draw_roofline(data: dict) -> Figure:
-    """FLOP a second by FLOP a byte; a panel for cases that bytes bound and one for those that FLOP bound."""
+    """FLOP a second of each side by case, in the order of FLOP a byte, and the most that the machine allows."""
     rows, ceilings = data["kernels"]["rows"], data["kernels"]["ceilings"]
     peak, bandwidth = ceilings["flop_per_second"], ceilings["bytes_per_second"]
-    letters = dict(zip(dict.fromkeys(map(_case, rows)), string.ascii_uppercase + string.ascii_lowercase))
-    sides = list(dict.fromkeys(row["implementation"] for row in rows))
-    floors = {"bytes": "bytes", "flop": "FLOP"}
-    floors = {floor: name for floor, name in floors.items() if find_row(rows, floor_is=floor)}
-    figure = Figure(figsize=(11, 7.2))
-    grid = figure.subplots(1, len(floors), sharey=True, squeeze=False)[0]
-    for axes, (floor, name) in zip(grid, floors.items()):
-        _draw_points(axes, [row for row in rows if row["floor_is"] == floor], letters, sides, peak, bandwidth)
-        axes.set(title=f"least time set by {name}", xlabel="FLOP a byte; letters of one value stand side by side")
-    grid[0].set_ylabel("FLOP a second (counted, whoever computes)")
-    grid[0].plot([], [], color="black", label=f"{bandwidth / 1e9:.3g} GB/s, {peak / 1e9:.4g} GFLOP/s, measured")
-    for side in sides:
-        grid[0].plot([], [], "s", color=COLOURS.get(side, OTHER), label=NAMES.get(side, side))
-    for name, letter in letters.items():
-        grid[0].plot([], [], linestyle="", marker=f"${letter}$", color="black", label=name)
-    figure.legend(loc="outside lower center", ncols=3)
+    intensities = {_case(row): row["flop"] / row["bytes"] for row in sorted(rows, key=lambda r: r["flop"] / r["bytes"])}
+    places, roof = list(intensities), [min(peak, bandwidth * x) for x in intensities.values()]
+    figure = Figure(figsize=(11, 1.8 + 0.45 * len(places)))
+    axes = figure.subplots()
+    label = f"roof of {bandwidth / 1e9:.3g} GB/s and {peak / 1e9:.4g} GFLOP/s, measured"
+    axes.plot(roof, range(len(roof)), "|", color="black", markersize=20, markeredgewidth=2, label=label)
+    for side in dict.fromkeys(row["implementation"] for row in rows):
+        mine = [row for row in rows if row["implementation"] == side]
+        rates, at = [1e3 * r["flop"] / r["ms"] for r in mine], [places.index(_case(r)) for r in mine]
+        axes.plot(rates, at, "o", color=COLOURS.get(side, OTHER), alpha=0.8, label=NAMES.get(side, side))
+    axes.set_yticks(range(len(places)), [f"{case}\n{x:.3g} FLOP a byte" for case, x in intensities.items()])
+    axes.set(xscale="log", xlabel="FLOP a second (counted, whoever computes)")
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
-
-
-def _draw_points(axes, rows: list[dict], letters: dict[str, str], sides: list[str], peak: float, bandwidth: float):
-    """The roof, and a letter for each row; cases of one intensity stand beside each other."""
-    intensities = {_case(row): row["flop"] / row["bytes"] for row in rows}
-    ends = min(intensities.values()) / 1.5, max(intensities.values()) * 1.5
-    roof = sorted({*ends, min(max(peak / bandwidth, ends[0]), ends[1])})  # with the ridge, where it is in sight
-    axes.plot(roof, [min(peak, bandwidth * x) for x in roof], color="black", linewidth=1.5)
-    axes.axhline(peak, color="black", linewidth=0.8, linestyle="--")
-    placed: dict[str, int] = {}  # how many of that intensity stand left of the case
-    for name, x in intensities.items():
-        placed[name] = sum(abs(math.log(x / intensities[other])) < 0.01 for other in placed)
-    for row in rows:
-        name, side = _case(row), row["implementation"]
-        x = intensities[name] * 1.07 ** placed[name] * 1.012 ** sides.index(side)
-        rate = 1e3 * row["flop"] / row["ms"]
-        axes.plot(x, rate, linestyle="", marker=f"${letters[name]}$", markersize=8, color=COLOURS.get(side, OTHER))
-    axes.set(xscale="log", yscale="log")
 
 
 def draw_phases(data: dict) -> Figure:

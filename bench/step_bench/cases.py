@@ -5,7 +5,6 @@ import os
 from argparse import ArgumentParser
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,27 +26,14 @@ MERGE = 2 * 14  # pixels of a vision token's side
 SELECTORS = ("model", "images", "prompts")  # flags that name a row
 
 
-class Sizes(NamedTuple):
-    """A Qwen2-VL's widths and depths. `vocabulary` None: as many rows as the tokenizer has tokens."""
-
-    vocabulary: int | None
-    intermediate: int
-    tied: bool
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vision_width: int
-    vision_depth: int
-    vision_heads: int
-    initializer_range: float
-
-
+# Rows of the head (None: as many as the tokenizer has tokens), width of the MLP, tied head; then as `tiny_config`.
+SIZES = ("vocabulary", "intermediate", "tied", "hidden_size", "layers", "heads", "kv_heads")
+SIZES += ("vision_width", "vision_depth", "vision_heads", "initializer_range")
 MODELS = {
-    "tiny": Sizes(None, 128, True, 64, 2, 4, 2, 64, 2, 4, 0.08),
-    "44M": Sizes(151_936, 1024, True, 256, 4, 4, 2, 128, 4, 4, 0.08),
-    "2B": Sizes(151_936, 8960, True, 1536, 28, 12, 2, 1280, 32, 16, 0.02),  # as published
-    "7B": Sizes(152_064, 18_944, False, 3584, 28, 28, 4, 1280, 32, 16, 0.02),  # as published
+    "tiny": (None, 128, True, 64, 2, 4, 2, 64, 2, 4, 0.08),
+    "44M": (151_936, 1024, True, 256, 4, 4, 2, 128, 4, 4, 0.08),
+    "2B": (151_936, 8960, True, 1536, 28, 12, 2, 1280, 32, 16, 0.02),  # as published
+    "7B": (152_064, 18_944, False, 3584, 28, 28, 4, 1280, 32, 16, 0.02),  # as published
 }
 
 
@@ -126,9 +112,9 @@ def merges(path: str | None) -> Path:
     return found
 
 
-def make_config(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
+def make_config(sizes: tuple, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
     special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    own = sizes._asdict()
+    own = dict(zip(SIZES, sizes, strict=True))
     vocabulary, intermediate, tied = (own.pop(name) for name in ("vocabulary", "intermediate", "tied"))
     config = tiny_config(vocabulary or len(tokenizer), special, theta=1e6, **own)
     config.text_config.intermediate_size, config.text_config.max_position_embeddings = intermediate, 32_768
