@@ -149,7 +149,8 @@ def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> 
     """Markdown: a line for each range, those inside it below it and indented.
 
     Args:
-        floors: by `Row.name`, the range's least traffic `gbytes` and least time `floor_s`.
+        floors: by `Row.name`, the range's least traffic `gbytes` and least time `floor_s`. The table shows that time as
+            a share of the time taken, the GPU's where there is one: 100 is as fast as the machine allows.
     """
     whole = next(row for row in found if row.name == STEP)
     on_gpu = whole.gpu_seconds is not None
@@ -163,16 +164,12 @@ def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> 
         cells += [f"{1e3 * row.gpu_seconds:.1f}", f"{1e3 * row.idle_seconds:.1f}"] if on_gpu else ["n/a"]
         if floors is not None:
             least = floors.get(row.name)
-            cells += [f"{1e3 * least['gbytes']:.0f}", f"{percent_of_floor(row, least)}"] if least else ["", ""]
+            taken = row.gpu_seconds or row.seconds
+            percent = round(100 * least["floor_s"] / taken) if least and taken else 0
+            cells += [f"{1e3 * least['gbytes']:.0f}", f"{percent}"] if least else ["", ""]
         cells.append(", ".join(f"{short(name)} {share:.0%}" for name, share in row.top))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def percent_of_floor(row: Row, least: Mapping) -> int:
-    """The floor as a share of the time, the GPU's where there is one: 100 is as fast as the machine allows."""
-    taken = row.gpu_seconds if row.gpu_seconds else row.seconds
-    return round(100 * least["floor_s"] / taken) if taken else 0
 
 
 def short(name: str, most: int = 48) -> str:

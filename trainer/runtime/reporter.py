@@ -47,11 +47,12 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
             --overwrite_output_dir was not given.
     """
     folder = Path(options.output_dir)
-    held = [*folder.glob("[!.]*.safetensors*"), folder / "adapter"]
+    patterns = ["[!.]*.safetensors*", "adapter"]
     if options.resume != "auto":  # with it a run that was killed before its first checkpoint begins anew
-        held += [*folder.glob("checkpoint-*"), folder / "tensorboard", folder / METRICS]
-    if options.resume != "auto" or not (folder / BEST / SCORES).exists():
-        held.append(folder / BEST)
+        patterns += ["checkpoint-*", "tensorboard", METRICS, BEST]
+    elif not (folder / BEST / SCORES).exists():
+        patterns.append(BEST)
+    held = (path for pattern in patterns for path in folder.glob(pattern))
     taken = any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held)
     taken, later = ranks.gather((taken, _later_checkpoints(folder, found, options.resume)))[0]
     if options.overwrite_output_dir:

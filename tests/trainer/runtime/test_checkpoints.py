@@ -69,19 +69,6 @@ def test_a_resumed_run_continues_from_the_same_state(run):
         assert run.engine.schedule.get_last_lr() == other.schedule.get_last_lr() < [0.1]
 
 
-def in_a_child(call) -> int:
-    """Run `call` in a fork of this process; its exit status. (No tensor work there: torch's threads are not forked.)"""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            call()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run):
     """The process ends before its first, its second, ... its last access to a file; limits and leftovers included."""
     first = run.save(1)
@@ -100,7 +87,12 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run):
 
     ends = []
     for moment in range(200):
-        ends.append(in_a_child(lambda moment=moment: killed_at(moment)))
+        if (child := os.fork()) == 0:  # without tensor work: torch's threads are not forked
+            try:
+                killed_at(moment)
+            finally:
+                os._exit(1)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         found = run.checkpoints().find()
         assert found is not None and find_fault(found) is None, moment
         if found.name == "checkpoint-2":
