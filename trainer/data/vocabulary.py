@@ -77,18 +77,10 @@ def demo_tokenizer(
     Args:
         texts: what the vocabulary is made from; the most frequent pieces stay.
         phrases: fixed wordings, such as a template's sentences, that are one piece where they occur in the texts.
-        vocab_size: most tokens to have; the result has fewer when the texts do.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the bytes and the special tokens.
+        vocab_size: most tokens to have, at least the 256 bytes and 14 special tokens; fewer when the texts have fewer.
     """
     alphabet = list(bytes_to_unicode().values())
     room = vocab_size - len(alphabet) - len(SPECIAL_TOKENS)
-    if room < 0:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
-            f"{len(alphabet) + len(SPECIAL_TOKENS)}. Raise vocab_size."
-        )
     longest_first = sorted(phrases, key=len, reverse=True)
     split = pre_tokenizers.Sequence(
         [
@@ -105,12 +97,12 @@ def demo_tokenizer(
     return _finish(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[bytes]:
+def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
     """The bytes of each id, for the kernels' `VocabularyBytes`; special tokens are empty, but for the box marks.
 
     Args:
         tokenizer: a byte-level tokenizer.
-        vocab_size: the model's vocabulary, where it is larger than the tokenizer's (the rest is empty).
+        vocab_size: the model's vocabulary; ids beyond the tokenizer's are empty.
     """
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     special = set(tokenizer.all_special_ids)
@@ -123,7 +115,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = Non
             table.append(piece.encode())
         else:
             table.append(bytes(byte_of[character] for character in piece))
-    return table + [b""] * ((vocab_size or 0) - len(table))
+    return table + [b""] * (vocab_size - len(table))
 
 
 def box_mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -137,22 +137,18 @@ class VllmRollout:
         return found
 
     def _check(self, group: Group, output) -> None:
+        image, requested = self.processor.image_token_id, self.options.num_generations
         ours, theirs = group.prompt.input_ids.tolist(), list(output.prompt_token_ids)
+        counts = [(len(c.token_ids), len(c.logprobs or ())) for c in output.outputs]
+        fault = ""
         if theirs != ours:
-            image = self.processor.image_token_id
-            raise ValueError(
-                f"{group.source}: vLLM read {len(theirs)} tokens, {theirs.count(image)} of them for images; "
-                f"the prompt has {len(ours)} and {ours.count(image)}. {OTHERWISE}"
-            )
-        if len(output.outputs) != self.options.num_generations:
-            raise ValueError(
-                f"{group.source}: vLLM gave {len(output.outputs)} completions; num_generations is "
-                f"{self.options.num_generations}. {OTHERWISE}"
-            )
-        for completion in output.outputs:
-            reported = 0 if completion.logprobs is None else len(completion.logprobs)
-            if not 0 < len(completion.token_ids) == reported:
-                raise ValueError(
-                    f"{group.source}: vLLM gave {len(completion.token_ids)} tokens and log-probabilities of "
-                    f"{reported}; a completion has at least one token, and each has one. {OTHERWISE}"
-                )
+            images = f"{theirs.count(image)} of them for images; the prompt has {len(ours)} and {ours.count(image)}"
+            fault = f"read {len(theirs)} tokens, {images}"
+        elif len(counts) != requested:
+            fault = f"gave {len(counts)} completions; num_generations is {requested}"
+        for tokens, reported in counts:
+            if not 0 < tokens == reported:
+                rule = "a completion has at least one token, and each has one"
+                fault = fault or f"gave {tokens} tokens and log-probabilities of {reported}; {rule}"
+        if fault:
+            raise ValueError(f"{group.source}: vLLM {fault}. {OTHERWISE}")
