@@ -39,7 +39,7 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 3800,
+    "kernels": 3900,  # with the compilers of resources.py
     "model": 1500,
     "trainer": 10800,
     "bench": 5250,

@@ -10,7 +10,6 @@ import subprocess
 import pytest
 import torch
 
-from boxgrpo.bench.kernel_bench.compile_cuda import CAPABILITIES, KERNELS, SOURCE, compile_cuda
 from boxgrpo.kernels import (
     ANSWER_FORMATS,
     GroundingRewards,
@@ -20,6 +19,7 @@ from boxgrpo.kernels import (
     grounding_rewards_from_ids,
     pack_texts,
 )
+from boxgrpo.kernels.resources import CUDA_CAPABILITIES, KERNELS, SOURCE, compile_cuda
 from boxgrpo.kernels.vocabulary import unpacked
 from fuzz_rewards import completions, tokenized
 
@@ -37,7 +37,7 @@ def test_the_parser_and_the_kernels_include_no_torch_and_no_stl():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CUDA_CAPABILITIES)
 def test_the_kernels_compile_without_spills(capability):
     found = compile_cuda(SOURCE, capability)
     assert found.keys() == set(KERNELS)

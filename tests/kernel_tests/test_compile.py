@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from boxgrpo.bench.kernel_bench.resources import CAPABILITIES, compile_launch, launches, resources
 from boxgrpo.kernels.dispatch import Launch, interpreting
+from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter cannot compile")
 
