@@ -1,29 +1,18 @@
 """Metrics of a step by hand; its FLOP against torch's own count, and the peaks that a run compares them with."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.model.batch import Conversation, Group
-from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.cost import published_peak
-from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.options import GrpoOptions, SftOptions
 from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.step.metrics import (
-    completion_metrics,
-    grpo_flop,
-    peak_flop,
-    policy_metrics,
-    sft_flop,
-)
+from boxgrpo.trainer.step.metrics import completion_metrics, grpo_flop, peak_flop, policy_metrics, sft_flop
 
 
 def test_peaks_are_known_by_name_or_by_flag():
@@ -36,18 +25,9 @@ def test_peaks_are_known_by_name_or_by_flag():
     assert peak_flop(GrpoOptions(dtype="float32"), torch.device("cuda")) is None
 
 
-@pytest.fixture
-def prompt(newborn, tmp_path):
-    Image.effect_noise((84, 56), 60).save(tmp_path / "a.png")
-    record = {"images": ["a.png"], "question": "Where is it?", "answer": [10, 20, 300, 400]}
-    (tmp_path / "a.json").write_text(json.dumps([record]))
-    examples, _ = read_examples(tmp_path / "a.json")
-    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=9408).prompt(examples[0])
-
-
-def test_the_flop_of_a_step_are_those_of_its_passes(newborn, prompt):
+def test_the_flop_of_a_step_are_those_of_its_passes(twins, make_prompt):
     """In forward passes of tower and decoder; the tower's as torch counts them, with attention's full square."""
-    model = load_model(newborn)
+    model, prompt = twins("tiny")[0], make_prompt([(1, 4, 6)], words=60)
     config, group = model.config, Group(prompt, [torch.arange(3), torch.arange(5)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.visual(prompt.pixel_values, prompt.image_grid_thw)
@@ -70,9 +50,9 @@ def test_the_flop_of_a_step_are_those_of_its_passes(newborn, prompt):
     assert flop(freeze_vision=False) == pytest.approx(5 * tower + 5 * forward)
 
 
-def test_supervised_training_counts_a_forward_and_two_backward(newborn, prompt):
+def test_supervised_training_counts_a_forward_and_two_backward(twins, make_prompt):
+    config, prompt = twins("tiny")[0].config, make_prompt([(1, 4, 6)])
     prompt = Conversation(**vars(prompt), loss_mask=torch.ones(len(prompt.input_ids), dtype=torch.bool))
-    config = load_model(newborn).config
     frozen, whole = (sft_flop(SftOptions(freeze_vision=f), config, [Group(prompt)]) for f in (True, False))
     tower = (whole - frozen) / 2
     assert sft_flop(SftOptions(lora_rank=4), config, [Group(prompt)]) == pytest.approx((frozen - tower) * 2 / 3 + tower)

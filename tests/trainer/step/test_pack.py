@@ -12,13 +12,7 @@ from boxgrpo.trainer.engine.base import PeerOutOfMemory
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.step.pack import (
-    Budget,
-    make_packs,
-    plan_moves,
-    run_packs_that_fit,
-    trained_groups,
-)
+from boxgrpo.trainer.step.pack import Budget, make_packs, plan_moves, run_packs_that_fit, trained_groups
 from runs import finish, start
 
 
