@@ -53,6 +53,13 @@ PUBLISHED_2B = {
     "vocab_size": 151936,
 }
 
+KEYS = (  # of the config, of its text part, of its vision part
+    "image_token_id video_token_id vision_start_token_id vision_end_token_id tie_word_embeddings",
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps "
+    "initializer_range max_position_embeddings bos_token_id eos_token_id",
+    "depth embed_dim mlp_ratio num_heads hidden_size patch_size spatial_merge_size",
+)
+
 
 @pytest.fixture
 def saved(twins, tmp_path):
@@ -106,17 +113,12 @@ def test_published_config(tmp_path):
     """Every value of the old flat file arrives, and with it every name and shape of the 2B model."""
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_2B))
     config = read_config(tmp_path)
-    own_keys = "image_token_id video_token_id vision_start_token_id vision_end_token_id tie_word_embeddings"
-    for key in own_keys.split():
-        assert getattr(config, key) == PUBLISHED_2B[key], key
-    text_keys = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        rms_norm_eps initializer_range max_position_embeddings bos_token_id eos_token_id"""
-    for key in text_keys.split():
-        assert getattr(config.text_config, key) == PUBLISHED_2B[key], key
-    assert config.text_config.rope_parameters["rope_theta"] == 1e6
-    assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
-    for key in ("depth", "embed_dim", "mlp_ratio", "num_heads", "hidden_size", "patch_size", "spatial_merge_size"):
-        assert getattr(config.vision_config, key) == PUBLISHED_2B["vision_config"][key], key
+    parts = (config, PUBLISHED_2B), (config.text_config, PUBLISHED_2B)
+    parts = (*parts, (config.vision_config, PUBLISHED_2B["vision_config"]))
+    for (part, published), keys in zip(parts, KEYS, strict=True):
+        assert {key: getattr(part, key) for key in keys.split()} == {key: published[key] for key in keys.split()}
+    rope = config.text_config.rope_parameters
+    assert rope["rope_theta"] == 1e6 and rope["mrope_section"] == [16, 24, 24]
 
     with torch.device("meta"):
         ours, theirs = Qwen2VL(config), Qwen2VLForConditionalGeneration(config)

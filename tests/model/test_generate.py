@@ -127,21 +127,6 @@ def test_lengths_and_ends(model, groups):
     assert [*decoding.run_steps(seed=0, temperature=2.0, forbidden=VISION)] == [1], "it stops when all have ended"
 
 
-def test_embeddings_in_place_of_pixels(model, groups, monkeypatch):
-    """Where the groups have the frozen tower's output, the tower does not run."""
-    expected, plain = sample(model, groups)
-    for group in groups[1:]:
-        group.image_embeds = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
-    model.freeze_vision()
-    try:
-        monkeypatch.setattr(model.visual, "forward", None)
-        completions, embedded = sample(model, groups)
-    finally:
-        model.freeze_vision(False)
-    assert completions == expected
-    torch.testing.assert_close(embedded.logps, plain.logps, rtol=0, atol=1e-5)
-
-
 def test_no_prompts_are_refused(model):
     with pytest.raises(ValueError, match="there are 0 prompts to sample from; at least 1 is needed"):
         sample(model, [])
