@@ -130,10 +130,11 @@ def cases(count, seed):
     long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
     ids[0, :2], lengths[0], texts[0] = torch.tensor([vocabulary, vocabulary + 1]), 2, long + b"wer>"
     # An end, and turns of answers behind it; then an end, and behind it no ids, of the same lane and of others.
-    ids[1], lengths[1], ids[1, 0], heard[1] = 3, ids.shape[1], 0, b""
+    ids[1], lengths[1], ids[1, 0], heard[1] = 3, 1 << 60, 0, b""  # a length beyond the ids
     ids[2], lengths[2], ids[2, 0], heard[2] = -100, ids.shape[1], 0, b""
     ids[3], lengths[3], ids[3, 40], heard[3] = 3, ids.shape[1], 0, tokens[3] * 40
     ids[3, 41::2] = vocabulary + 2
+    lengths[4], lengths[5], heard[4], heard[5] = -9, -(1 << 60), b"", b""
     table = VocabularyBytes.build([*tokens, long, b"wer>"], [0], mark_ids=[1, 2])
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
     return texts, [texts[0], *heard[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
@@ -156,15 +157,6 @@ def test_the_kernels_agree_with_the_twin(emulator):
     for length in (lengths, lengths.int()):
         same(emulated(emulator, "tokens_on_cuda", tokens(ids, length, table), gold, codes), want)
     assert want.found.sum() > 50
-
-
-def test_lengths_beyond_the_ids_and_below_0(emulator):
-    table = VocabularyBytes.build([b"(1,2),(3,4)", b"x"], [])
-    ids, lengths = torch.tensor([[1, 0]] * 5), torch.tensor([9, -9, 0, -(1 << 60), 1 << 60])
-    codes, gold = torch.ones(5, dtype=torch.uint8), GOLD.repeat(5, 1)
-    got = emulated(emulator, "tokens_on_cuda", tokens(ids, lengths, table), gold, codes)
-    same(got, grounding_rewards_from_ids(ids, lengths, table, gold, answer_format=codes, backend="torch"))
-    assert got.found.tolist() == [True, False, False, False, True]
 
 
 def refused(emulator, name, source, n=1):
@@ -191,33 +183,40 @@ def test_an_id_outside_the_table_is_refused_before_an_end_alone(emulator, foreig
         assert not refused(emulator, "tokens_on_cuda", tokens(ids, length, table))
 
 
-def test_a_table_that_leaves_its_bytes_is_refused(emulator):
+@pytest.mark.parametrize(
+    "size, wrong", [(13, ""), (12, "a token of the table leaves its bytes"), (5, "leaves its bytes")]
+)
+def test_a_table_that_leaves_its_bytes_is_refused(emulator, size, wrong):
     """As on a CPU; a table that `build` makes holds what its entries say."""
     entries = VocabularyBytes.build([b"(1,2),(3,4)", b"xy"], []).entries
-    ids, length = torch.tensor([[0, 1]]), torch.tensor([2])
-    for size, wrong in ((13, ""), (12, "a token of the table leaves its bytes"), (5, "leaves its bytes")):
-        table = VocabularyBytes(torch.zeros(size, dtype=torch.uint8), entries)
-        found = refused(emulator, "tokens_on_cuda", tokens(ids, length, table))
-        assert wrong in found and bool(wrong) == bool(found)
+    table, ids = VocabularyBytes(torch.zeros(size, dtype=torch.uint8), entries), torch.tensor([[0, 1], [2, 2]])
+    found = refused(emulator, "tokens_on_cuda", tokens(ids[:1], ids[1], table))
+    assert wrong in found and bool(wrong) == bool(found)
 
 
-def test_a_text_of_2_gib_is_refused(emulator):
-    """Before a byte of it is read: there are none here."""
-    for size, wrong in ((1 << 31, "counted in int32"), ((1 << 31) + 5, "counted in int32")):
-        offsets = torch.tensor([0, size])
-        assert wrong in refused(emulator, "texts_on_cuda", Texts(None, offsets.data_ptr(), size))
-    offsets = torch.tensor([0, 9])
-    assert "leave the text" in refused(emulator, "texts_on_cuda", Texts(None, offsets.data_ptr(), 8))
+@pytest.mark.parametrize(
+    "end, size, wrong",
+    [(1 << 31, 1 << 31, "counted in int32"), ((1 << 31) + 5,) * 2 + ("counted in int32",), (9, 8, "leave the text")],
+)
+def test_a_text_of_2_gib_is_refused(emulator, end, size, wrong):
+    """And one that its offsets leave: before a byte of it is read, for there are none here."""
+    offsets = torch.tensor([0, end])
+    assert wrong in refused(emulator, "texts_on_cuda", Texts(None, offsets.data_ptr(), size))
 
 
+@pytest.mark.parametrize("device", ["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("generalized", [False, True])
-def test_overlaps_agree_with_the_twin(emulator, pairwise, generalized):
+def test_overlaps_agree_with_the_twin(device, pairwise, generalized, request):
     a, b = boxes(300, 0), boxes(70 if pairwise else 300, 1)
-    want = box_iou(a, b, pairwise=pairwise, generalized=generalized, backend="torch")
-    out = torch.full_like(want, torch.nan)
-    overlaps = Overlaps(a.data_ptr(), b.data_ptr(), out.data_ptr(), len(a), len(b), pairwise, generalized)
-    emulator.overlap_on_cuda(ctypes.byref(overlaps))
+    options = {"pairwise": pairwise, "generalized": generalized}
+    want = box_iou(a, b, **options, backend="torch")
+    if device == "gpu":
+        out = box_iou(a.cuda(), b.cuda(), **options, backend="extension").cpu()
+    else:
+        out = torch.full_like(want, torch.nan)
+        overlaps = Overlaps(a.data_ptr(), b.data_ptr(), out.data_ptr(), len(a), len(b), pairwise, generalized)
+        request.getfixturevalue("emulator").overlap_on_cuda(ctypes.byref(overlaps))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
 
 
@@ -225,9 +224,6 @@ def boxes(n, seed):
     g = torch.Generator().manual_seed(seed)
     corner = torch.rand(n, 2, generator=g) * 800
     return torch.cat((corner, corner + torch.rand(n, 2, generator=g) * 400 - 20), 1)
-
-
-# -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -247,13 +243,3 @@ def test_a_gpu_agrees_with_the_twin_and_nothing_synchronises():
     for got, raw, form in ((by_text, texts, codes), (by_ids, heard, codes), (named, texts, "box")):
         want = grounding_rewards(*pack_texts(raw), gold, answer_format=form, backend="torch")
         same(GroundingRewards(*(x.cpu() for x in got)), want)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pairwise", [False, True])
-@pytest.mark.parametrize("generalized", [False, True])
-def test_overlaps_on_a_gpu_agree_with_the_twin(pairwise, generalized):
-    a, b = boxes(3000, 0), boxes(3000, 1)
-    want = box_iou(a, b, pairwise=pairwise, generalized=generalized, backend="torch")
-    got = box_iou(a.cuda(), b.cuda(), pairwise=pairwise, generalized=generalized, backend="extension")
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-6)
