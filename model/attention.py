@@ -25,7 +25,7 @@ def pick_backend(x: Tensor) -> str:
 
 @dataclass
 class Bucket:
-    """Segments computed together, padded on the right; what a padded query attends to is dropped."""
+    """Segments computed together, padded on the right; outputs of padded queries are dropped."""
 
     rows: Tensor  # (B, Q) int64, rows of T
     keys: Tensor  # (B, K) int64, rows of T: the parent's, then the segment's own
@@ -180,7 +180,7 @@ class DecodeCache:
         self.padding = padding[:, None, None].to(self.at.device)  # (B, 1, 1, P) bool
         self.prefix, self.own = [], []  # of each layer: keys and values (B, kv_heads, P, d); (n, kv_heads, C, d)
         while prefill.kv:
-            pair = prefill.kv.pop(0)  # its last use: two copies of one layer, never of all
+            pair = prefill.kv.pop(0)  # so that two copies of one layer exist at a time, never of all
             _, heads, d = pair[0].shape
             self.prefix.append(
                 tuple(pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2).contiguous() for x in pair)
@@ -188,7 +188,7 @@ class DecodeCache:
             self.own.append(tuple(x.new_zeros(len(self.owner), heads, max_new_tokens, d) for x in pair))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one new token per completion, whose key and value the cache takes in.
+        """Attention of one new token per completion, whose key and value are added to the cache.
 
         q (n, heads, d), k and v (n, kv_heads, d) -> (n, heads, d).
         """
@@ -205,7 +205,7 @@ class DecodeCache:
             own_k, own_v = own_k[:, :, : at + 1], own_v[:, :, : at + 1]
         own, own_total, own_top = partial_attention(q, own_k, own_v, masked)
 
-        keys, values = self.prefix[layer]  # one product for all completions of a prompt
+        keys, values = self.prefix[layer]  # attended by one product for all completions of a prompt
         grid = q  # (B * group, kv_heads, repeat, d)
         if self.slots is not None:
             grid = q.new_zeros(len(keys) * self.group, *q.shape[1:]).index_copy_(0, self.slots, q)

@@ -56,7 +56,7 @@ class Group:
         return replace(self, **{name: value.to(device) for name, value in own.items() if value is not None})
 
     def split(self, budget: int) -> list["Group"]:
-        """Groups of at most `budget` tokens, each of the whole prompt and at least one completion, in their order."""
+        """Groups of the whole prompt and of as many completions, in order, as `budget` tokens allow, at least one."""
         starts, size = [0], len(self.prompt.input_ids)
         for i, completion in enumerate(self.completions):
             if i > starts[-1] and size + len(completion) > budget:
@@ -123,7 +123,7 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
         positions.append(prompt.position_ids)
         spans.append((*parent, 0, 0))
         if isinstance(prompt, Conversation):
-            learned = prompt.loss_mask[1:].nonzero()[:, 0]  # nothing precedes the first token, to predict it from
+            learned = prompt.loss_mask[1:].nonzero()[:, 0]  # the first token has no predecessor to predict it from
             predict_from.append(learned + row)
             targets.append(prompt.input_ids[learned + 1])
         row += parent[1]
@@ -170,8 +170,8 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
 def plan_packs(sizes: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:
     """Indices of the items, in packs whose summed size is within `budget`; an item above it gets a pack of its own.
 
-    As many packs as first-fit decreasing needs. With `costs` they are then filled anew, the costliest item first, each
-    to the cheapest pack with room, for packs of similar cost; where that does not fit, first-fit's packs stay.
+    As many packs as first-fit decreasing needs. With `costs` the same number of packs is filled again for similar
+    costs, the costliest item first, each into the cheapest pack with room; where one does not fit, first-fit's stay.
     """
     packs: list[list[int]] = []
     room: list[int] = []

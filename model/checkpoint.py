@@ -42,7 +42,7 @@ def read_config(folder) -> Qwen2VLConfig:
     text = config.text_config
     if text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
         raise ValueError(
-            f"{path} asks for rope_type {text.rope_parameters['rope_type']!r} and use_sliding_window "
+            f"{path} has rope_type {text.rope_parameters['rope_type']!r} and use_sliding_window "
             f"{text.use_sliding_window}; only rope_type 'default' and full attention are implemented. Use the "
             "published config.json."
         )

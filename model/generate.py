@@ -1,4 +1,4 @@
-"""Sampling: every prompt is prefilled once, then all G·B completions decode together; those that have ended leave."""
+"""Sampling: every prompt is prefilled once, then all G·B completions decode together; ended ones are dropped."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,9 @@ from .attention import DecodeCache, PackedAttention
 from .batch import Group, pack_groups
 from .families.qwen2_vl import Qwen2VL
 
-# Where steps are all alike, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
+# Where all steps launch the same kernels, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
 STATIC_DEVICES = ("cuda",)
-DROP_AT = 0.5  # ended rows leave once at most this share is unfinished: each time costs a copy of the cache
+DROP_AT = 0.5  # ended rows are dropped when at most this share is unfinished: each time copies the cache
 
 
 class Samples(NamedTuple):
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 @dataclass
 class Decoding:
-    """Steps of `Rows`: sample from the last hidden states, then take the sampled tokens through the decoder.
+    """Completions token by token: sample from the last hidden states, then take the tokens through the decoder.
 
     All state of a step is in tensors that it changes in place, so that a CUDA graph can record it.
     """
@@ -91,7 +91,7 @@ class Decoding:
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.next_token(**options)
-            except BaseException:  # such as a lack of memory: the capture must end, for the rollout goes on
+            except BaseException:  # such as a lack of memory: the capture must end, because the rollout continues
                 with contextlib.suppress(RuntimeError):
                     self.graph.capture_end()
                 self.graph = None

@@ -19,7 +19,7 @@ from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin, rotate
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution by its weight's shape (E, 3, 2, 14, 14), a matrix product in effect: stride equals kernel."""
+    """A convolution whose stride equals its kernel, (E, 3, 2, 14, 14): computed as one matrix product."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches.to(self.weight), self.weight.flatten(1))
@@ -35,7 +35,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
         """(P, E) -> (P, E); `lengths` are the patches of each image, which attends to itself alone."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        # Rotation in fp32, as in the published code: lower precision would round neighbouring positions to one.
+        # Rotation in fp32, as in the published code: lower precision would round neighbouring angles to the same value.
         q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
         backend = pick_backend(q)
         if not lengths:  # no images: the projections stay in the graph, with gradients of zero
@@ -187,7 +187,7 @@ class Qwen2VL(nn.Module):
 
 
 def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
-    """FLOP of decoder and head over a prompt of so many tokens, image tokens included, and its completions' tokens.
+    """FLOP of decoder and head over a prompt of `prompt` tokens, image tokens included, and completions of so many.
 
     Linear layers, causal attention, and the head over `scored` rows. Backward costs twice as much in each of them, so
     shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
@@ -203,7 +203,7 @@ def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -
 def group_flop(config, group: Group, *, tower_passes: float = 0.0) -> float:
     """FLOP of a forward of decoder and head over a group, and of that many passes of the tower over its images.
 
-    To sample the group's completions costs the decoder as much, prefill included. A group without completions is a
+    Sampling the completions, prefill included, costs the decoder and head the same. A group without completions is a
     conversation, scored where its `loss_mask` is set.
     """
     lengths = [len(c) for c in group.completions]

@@ -189,7 +189,7 @@ OTHER, SINGLE, NORM = {"model_type": "qwen2_5_vl"}, "model.safetensors", "model.
 BROKEN = {
     "no config": (remove("config.json"), "holds no config.json; --model must name a folder"),
     "another model": (edit("config.json", lambda c: c.update(OTHER)), "is of model_type 'qwen2_5_vl'; boxgrpo trains"),
-    "another rotation": (edit("config.json", lambda c: c.update(YARN)), "asks for rope_type 'yarn'"),
+    "another rotation": (edit("config.json", lambda c: c.update(YARN)), "has rope_type 'yarn'"),
     "no weights": (remove(SINGLE), r"lacks \['model.safetensors'\]; a checkpoint holds"),
     "a missing shard": (remove("model-00002-of-*"), r"lacks \['model-00002-of-\d+.safetensors'\]"),
     "a shard outside": (edit(INDEX, lambda i: i["weight_map"].update(a="../x")), "names a file outside its folder"),
