@@ -26,7 +26,7 @@ from boxgrpo.bench.publish.tables import table as results_table
 from boxgrpo.bench.records import begin, flags, output
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
-from boxgrpo.bench.step_bench.floors import floors, work
+from boxgrpo.bench.step_bench.floors import floors
 from boxgrpo.bench.step_bench.sides import benchmark_hooks, our_options
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.trainer import grpo
@@ -38,7 +38,7 @@ from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
 NSYS += ["--cuda-graph-trace", "node", "--export", "sqlite", "-f", "true", "-o"]
-# The phase of floors.py that a range is compared with.
+# The phase of `step_work` that a range is compared with.
 PREFILL = "step > rollout > prefill"
 COUNTED = {
     "step > rollout > vision": "vision",
@@ -105,7 +105,7 @@ def run(case: StepCase, output_dir: Path, steps: int, tokenizer, measured: dict[
         found = read(trace)
         prefilled = next(row for row in found if row.name == PREFILL)
         prompts, tokens = map(int, prefilled.titles[0].split(" ")[1].split("x"))
-        by_phase = floors(work(read_config(at / "model"), case, tokens / prompts), measured)
+        by_phase = floors(read_config(at / "model"), case, tokens / prompts, measured)
     least = {name: by_phase[phase] for name, phase in COUNTED.items()}
     return {
         "case": case.name,

@@ -1,61 +1,24 @@
-"""The least that each phase of a GRPO step must compute and move, whoever runs it.
-
-FLOP are those of `forward_flop` and `tower_flop`: B prompts of P tokens and their images, G completions of C tokens,
-N = B·G·C scored tokens.
-
-    vision          the tower over all images, once
-    prefill         the decoder over the prompts
-    decode          the decoder over C - 1 tokens of each completion, the head over all C
-    reference       decoder and head over prompts and completions, a prompt once for its G completions
-    policy forward  the same, with three products of the head: the fused head gives its gradients with its loss
-    backward        twice the decoder's forward
-
-Bytes are those of weights read once a pass, of the keys and values that decoding reads, and of AdamW's state. A floor
-is the larger of FLOP over the measured matrix rate and bytes over the measured bandwidth.
-"""
+"""Seconds below which no phase of a step can be: FLOP over the measured matrix rate, or bytes over the bandwidth."""
 
 import torch
-from torch import nn
 
-from boxgrpo.model.families.qwen2_vl import Qwen2VL, forward_flop, tower_flop
+from boxgrpo.model.step_work import step_work
 
 from .cases import StepCase
 
 
-def work(config, case: StepCase, prompt_tokens: float) -> dict[str, tuple[float, float]]:
-    """FLOP and bytes of each phase.
+def floors(config, case: StepCase, prompt_tokens: float, measured: dict[str, float]) -> dict[str, dict]:
+    """The larger of both by phase, and which it is.
+
+    A CPU's copy also reads what it overwrites, a sum in place has to: the bandwidth is that of whichever moves more.
 
     Args:
         config: the model's Qwen2VLConfig.
-        prompt_tokens: P, the mean over prompts.
+        prompt_tokens: the mean over prompts.
+        measured: the machine's `ceilings`.
     """
-    with torch.device("meta"):
-        model = Qwen2VL(config)
-    text, size = config.text_config, getattr(torch, case.dtype).itemsize
-    b, g, c, p = case.prompts, case.generations, case.tokens, prompt_tokens
-    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("visual."))
-    decoder, head = _matrices(model.model.layers), text.vocab_size * text.hidden_size
-    kv = 2 * size * text.num_hidden_layers * text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    past = sum(b * p + b * g * step for step in range(1, c))  # keys that the passes of decoding read, in all
-    scored = forward_flop(config, 0, (), b * g * c)  # by one product of the head
-    prefill, body = (b * forward_flop(config, p, own, 0) for own in ((), [c] * g))
-    decode = b * forward_flop(config, p, [c - 1] * g, 0) - prefill + scored
-    return {
-        "vision": (tower_flop(config, case.grids), size * _matrices(model.visual)),
-        "prefill": (prefill, size * decoder),
-        "decode": (decode, size * (c * head + (c - 1) * decoder) + kv * past),
-        "reference": (body + scored, size * (decoder + head)),
-        "policy_forward": (body + 3 * scored, size * (decoder + 2 * head)),
-        "head_and_loss": (3 * scored, size * 2 * head),  # part of the forward
-        "backward": (2 * body, 2 * size * decoder),
-        # Clipping reads the gradient; the update reads weight, gradient and moments in fp32 and writes all but the
-        # gradient. Below fp32 the model's own weights are written as well, or, without masters, all is in their dtype.
-        "optimizer": (0.0, trained * (8 * 4 + (size if size < 4 else 0) if case.masters else 8 * size)),
-    }
-
-
-def floors(counted: dict[str, tuple[float, float]], measured: dict[str, float]) -> dict[str, dict]:
-    """Seconds below which no phase can be, and what bounds it."""
+    sizes, dtype = (case.prompts, prompt_tokens, case.generations, case.tokens), getattr(torch, case.dtype)
+    counted = step_work(config, case.grids, sizes, dtype, masters=case.masters)
     bandwidth = max(measured["bytes_per_second"], measured.get("sum_bytes_per_second", 0.0))
     found = {}
     for phase, (flop, moved) in counted.items():
@@ -67,7 +30,3 @@ def floors(counted: dict[str, tuple[float, float]], measured: dict[str, float]) 
             "floor_is": "bytes" if by_bytes > by_flop else "flop",
         }
     return found
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1)

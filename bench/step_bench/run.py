@@ -35,7 +35,7 @@ from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import begin, flags, keeper, output, without_first
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
-from boxgrpo.bench.step_bench.floors import floors, work
+from boxgrpo.bench.step_bench.floors import floors
 from boxgrpo.bench.step_bench.sides import Side, ours
 from boxgrpo.bench.step_bench.trl_side import trl
 from boxgrpo.bench.step_bench.univg import univg_r1
@@ -119,8 +119,8 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
     found |= {"prompt_tokens": ours.prompt_tokens, "trained_parameters": ours.trained}
     by_phase = sides.get("ours_by_phase", None if torch.cuda.is_available() else ours)
     if isinstance(by_phase, Side):
-        counted = work(read_config(at / "model"), case, ours.prompt_tokens)
-        found["phases"] = phases(by_phase, floors(counted, measured))
+        least = floors(read_config(at / "model"), case, ours.prompt_tokens, measured)
+        found["phases"] = phases(by_phase, least)
     return found
 
 

@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.step_bench import run as step_bench
 from boxgrpo.bench.step_bench.cases import MODELS, StepCase, choose_cases, make_config, prepare, step_cases
-from boxgrpo.bench.step_bench.floors import work
 from boxgrpo.bench.step_bench.run import Plan, line, row, run, run_fresh
 from boxgrpo.bench.step_bench.sides import Measurement, Side
 from boxgrpo.model.attention import PackedAttention
 from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.step_work import step_work
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.runtime.spans import span
@@ -102,7 +102,8 @@ def test_the_counted_products_are_those_of_the_model(tiny, tiny_case):
     examples, _ = read_examples(tiny / "records.json")
     prompt = Processor.from_pretrained(tiny / "model", min_pixels=1, max_pixels=10**6).prompt(examples[0])
     tokens = len(prompt.input_ids)
-    counted = work(model.config, case, tokens)
+    sizes = (case.prompts, tokens, case.generations, case.tokens)
+    counted = step_work(model.config, case.grids, sizes, torch.float32, masters=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         embeds = model.visual(prompt.pixel_values, prompt.image_grid_thw)
     assert counted["vision"][0] == seen.get_total_flops()
