@@ -15,10 +15,9 @@ def main() -> None:
         return
     spilled = 0
     for capability in CUDA_CAPABILITIES:
-        for name, r in compile_cuda(SOURCE, capability).items():
-            spilled += r.spilled
-            words = f"{r.registers} registers, {r.shared} bytes shared, {r.spilled} bytes spilled"
-            print(f"sm_{capability} {name}: {words}")
+        for name, (registers, spill, shared) in compile_cuda(SOURCE, capability).items():
+            spilled += spill
+            print(f"sm_{capability} {name}: {registers} registers, {shared} bytes shared, {spill} bytes spilled")
     sys.exit(f"{spilled} bytes are spilled." if spilled else 0)
 
 

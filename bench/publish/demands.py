@@ -129,7 +129,7 @@ def off_line(row: dict, record: dict) -> float | None:
     return max((g["misfit_percent"] for g in record["step"]["growth"].values() if "misfit_percent" in g), default=None)
 
 
-def minutes(record: dict) -> float | None:
+def minutes(row: dict, record: dict) -> float | None:
     """What all parts of a record took; None where one does not have it."""
     taken = [record.get(name, {}).get("took_s") for name in PARTS]
     return None if None in taken else sum(taken) / 60
@@ -141,10 +141,6 @@ def decoding_over_floor(row: dict, record: dict) -> float:
 
 def doubled_group(row: dict, record: dict) -> float:
     return record["step"]["growth"]["doubled_group"]["ratio"]
-
-
-def minutes_taken(row: dict, record: dict) -> float | None:
-    return minutes(record)
 
 
 def verdicts(record: dict) -> list[dict]:

@@ -187,19 +187,14 @@ def draw_memory(data: dict) -> Figure:
     return figure
 
 
+def _has_phases(parts: dict) -> bool:
+    return any("phases" in row for row in parts["step"]["rows"])
+
+
+GROWTH = "How our step grows with each size, the others as in the first row"
 PLOTS = {
     "roofline.png": Plot("Kernels under the machine's roof", ("kernels",), draw_roofline),
-    "phases.png": Plot(
-        "Where our step's time goes, and the least it must take",
-        ("step",),
-        draw_phases,
-        lambda parts: any("phases" in row for row in parts["step"]["rows"]),
-    ),
-    "growth.png": Plot(
-        "How our step grows with each size, the others as in the first row",
-        ("step",),
-        draw_growth,
-        lambda parts: "growth" in parts["step"],
-    ),
+    "phases.png": Plot("Where our step's time goes, and the least it must take", ("step",), draw_phases, _has_phases),
+    "growth.png": Plot(GROWTH, ("step",), draw_growth, lambda parts: "growth" in parts["step"]),
     "memory.png": Plot("Memory", ("step", "kernels"), draw_memory, lambda parts: bool(_peaks(parts))),
 }

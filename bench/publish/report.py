@@ -47,7 +47,7 @@ def blocks(found: Records) -> dict[str, str]:
             f"bench/results/cpu has no {', '.join(sorted(missing))}.json; docs/benchmarks.md has the commands."
         )
     parts = {name: part(record, name) for name in PARTS}
-    known = {"parts": parts, "study": found.studies, "minutes": minutes(record), "profile": parts["profile"]}
+    known = {"parts": parts, "study": found.studies, "minutes": minutes({}, record), "profile": parts["profile"]}
     filled = {}
     for kind in ("results", "profile"):
         module = template(f"block_{kind}.md").make_module(known)

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from boxgrpo.bench.kernel_bench.cases import choose
 from boxgrpo.bench.kernel_bench.run import ceilings
@@ -42,6 +41,7 @@ from boxgrpo.bench.step_bench.univg import univg_r1
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
+Keep = Callable[[dict], None]
 SIDES = {"ours": ours, "ours_by_phase": functools.partial(ours, waits=True), "trl": trl, "univg_r1": univg_r1}
 PEERS = {"trl": "", "univg_r1": "univg_r1_"}  # and what their ratios' names begin with
 PHASES = ("data", "vision", "prefill", "decode", "reward", "pack", "reference", "policy_forward", "backward")
@@ -150,14 +150,7 @@ def phases(side: Side, least: dict[str, dict]) -> dict[str, dict]:
     return {name: {"seconds": round(value, 6)} | least.get(name, {}) for name, value in seconds.items()}
 
 
-def growth(
-    plan: Plan,
-    base: StepCase,
-    at: Path,
-    tokenizer,
-    known: dict[str, list[float]],
-    keep: Callable[[dict], None] = lambda found: None,
-) -> dict[str, dict]:
+def growth(plan: Plan, base: StepCase, at: Path, tokenizer, known: dict, keep: Keep) -> dict[str, dict]:
     """Our step's seconds against each size, the others as in `base`, with a straight line through them.
 
     Of a case's steps after the first the fastest, which was disturbed least. `known`: samples by case of what is
@@ -194,14 +187,7 @@ def line(values, seconds) -> dict[str, float]:
     return {"fixed_s": round(fixed, 4), "each_s": round(each, 5), "misfit_percent": round(100 * off, 1)}
 
 
-def run(
-    cases: list[StepCase],
-    peers: Sequence[str],
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    measured: dict[str, float],
-    keep: Callable[[dict], None],
-) -> dict:
+def run(cases: list[StepCase], peers: Sequence[str], plan: Plan, tokenizer, measured: dict, keep: Keep) -> dict:
     """All rows and the growth; `keep` receives what there is after each side, so that a stopped run has it.
 
     Args:
