@@ -81,7 +81,7 @@ def advantages_kernel(
 
 
 def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou) -> Launch:
-    """(B, G) rewards and accuracy -> the other three, (B, G), (B) and (B)."""
+    """rewards (B, G), accuracy (B, G) -> advantages (B, G), weights (B), miou (B), which the kernel fills."""
     groups, size = rewards.shape
     width = triton.next_power_of_2(size)
     rows = min(max(ELEMENTS // width, 1), triton.next_power_of_2(max(groups, 1)))

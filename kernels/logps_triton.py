@@ -84,7 +84,7 @@ def gradient_kernel(
 
 
 def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
-    """logits (N, V), targets (N) -> the other four, (N) fp32 each: one read of the logits."""
+    """logits (N, V), targets (N) -> logps, entropy, peaks, log_masses, (N) fp32 each: one read of the logits."""
     config = row_config("logps", logits.shape[1], logits.itemsize)
     arguments = *row_arguments(logits, temperature), targets.contiguous(), logps, entropy, peaks, log_masses
     constants = tiles(config, logits.itemsize)
@@ -92,7 +92,7 @@ def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses
 
 
 def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
-    """Upstream (N), and the results of `logps_launch`, -> dlogits (N, V); dentropy and entropy may be None."""
+    """dlogps (N), dentropy (N) and the results of `logps_launch` -> dlogits (N, V); both entropies may be None."""
     config = row_config("gradient", logits.shape[1], logits.itemsize)
     upstream = dlogps, dentropy, entropy, peaks, log_masses
     arguments = *row_arguments(logits, temperature), targets.contiguous(), *upstream, dlogits, *dlogits.stride()

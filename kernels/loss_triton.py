@@ -111,7 +111,7 @@ def token_objective(
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - gap - 1, by its series where the difference would lose its digits."""
+    """exp(gap) - gap - 1; by its series where the subtraction would cancel leading digits."""
     series = 1 / 720 + gap * (1 / 5040 + gap * (1 / 40320 + gap * (1 / 362880)))
     series = gap * gap * (1 / 2 + gap * (1 / 6 + gap * (1 / 24 + gap * (1 / 120 + gap * series))))
     return tl.where(tl.abs(gap) < 1, series, tl.exp(gap) - gap - 1)
