@@ -95,6 +95,17 @@ with ranks() as r:
         engine.backward(model(torch.tensor([[0.0, 1.0, 0.0]])).sum())
     engine.step()  # rank 1 had no pack at all
     torch.save(model.state_dict(), pathlib.Path(__file__).with_name(f"{r.rank}.pt"))
+    for bad in ("nan", "inf", "gradient", None):  # on rank 1 alone; no rank updates
+        before = model[0].weight.detach().clone()
+        loss = model(torch.ones(1, 3)).sum()
+        if r.rank == 1 and bad == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        elif r.rank == 1 and bad:
+            loss = loss + float(bad)
+        engine.backward(loss)
+        norm, updated = engine.step()
+        assert updated == bool(norm.isfinite()) == (bad is None), bad
+        assert torch.equal(before, model[0].weight) != updated, bad
     logging.getLogger("boxgrpo.trainer.data.loader").warning("rank %d skipped a record", r.rank)
     logging.getLogger("boxgrpo.trainer.run").warning("rank %d read the file", r.rank)
     # Ranks hold different keys, in different orders.
@@ -104,7 +115,7 @@ with ranks() as r:
 """
 
 
-def test_ranks_average_gradients_and_agree_on_weights_and_metrics(tmp_path):
+def test_ranks_average_gradients_skip_what_is_not_finite_and_gather_metrics(tmp_path):
     (tmp_path / "script.py").write_text(TWO_RANKS)
     shown = finish(start_forked(tmp_path / "script.py", SimpleNamespace()))
     assert [f"rank {rank} skipped a record" in shown for rank in (0, 1)] == [True, True]  # each has its own records
