@@ -13,15 +13,13 @@ import torch
 from boxgrpo.bench.kernel_bench.run import run_once
 from boxgrpo.bench.profiles import profile_step
 from boxgrpo.bench.publish.tables import profile_table
-from boxgrpo.bench.step_bench.cases import TEXTS
-from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
 NSIGHT = Path(profile_step.__file__).with_name("nsight.sh")
 
 
-def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path, tiny_case):
+def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path, tiny_case, tokenizer):
     measured = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
-    found = profile_step.run(tiny_case, tmp_path / "run", 1, demo_tokenizer(TEXTS), measured)
+    found = profile_step.run(tiny_case, tmp_path / "run", 1, tokenizer, measured)
     by_name = {row["name"]: row for row in found["rows"]}
     assert found["tool"] == "torch.profiler" and not found["on_gpu"] and found["unwatched_step_s"] > 0
     assert by_name["step > rollout > decode"]["titles"] == ["decode 8x6"]
@@ -29,14 +27,11 @@ def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path, t
     head, forward = (by_name[f"step > policy > {name}"] for name in ("forward > head+loss", "forward"))
     assert 0 < head["seconds"] < forward["seconds"] and head["floor"]["gflop"] < forward["floor"]["gflop"]
     assert len(profile_table(found).splitlines()) == 2 + len(by_name)
+    with pytest.raises(ValueError, match="there is no trace"):
+        profile_step.read(tmp_path / "none.trace.json.gz")
     (trace,) = (tmp_path / "run/profile").glob("*.gz")
     again = profile_step.rows(profile_step.read_chrome_trace(trace))
     assert [profile_step.rounded(row) | {"floor": by_name[row.name]["floor"]} for row in again] == found["rows"]
-
-
-def test_what_is_not_there_is_not_profiled(tmp_path):
-    with pytest.raises(ValueError, match="there is no trace"):
-        profile_step.read(tmp_path / "none.trace.json.gz")
 
 
 def nsight(*args, **environment):
@@ -60,12 +55,6 @@ def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu(tmp_path):
         (tmp_path / "ncu").symlink_to(shutil.which("false"))  # which is not reached
         done = nsight("fused_grpo_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")
         assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
-
-
-def test_the_shell_script_is_clean():
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", NSIGHT], check=True)
 
 
 def test_a_kernels_case_is_found_by_its_op_or_the_beginning_of_its_name(monkeypatch):

@@ -117,48 +117,29 @@ def test_every_table_and_plot_names_machine_revision_and_day():
     assert describe(gpu) == text
 
 
-def test_a_record_of_kernels_alone_has_their_page_and_plots(tmp_path):
-    """With a case near the ridge, where both ceilings meet, and a peer that nobody has heard of."""
-    whole = newest()
-    record = {"machine": whole["machine"], "ceilings": whole["ceilings"], "kernels": dict(whole["kernels"])}
-    row = record["kernels"]["rows"][0]
-    near = row | {"op": "another", "flop": 3.4 * row["bytes"]}
-    record["kernels"]["rows"] = [row, near, near | {"implementation": "somebody", "ms": 50.0}]
-    plots.draw(record, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "roofline.png"]
-    assert plots.stale(record, tmp_path) == []
-    with Image.open(tmp_path / "roofline.png") as image:
-        assert image.width > 1000
-    text = page(Records({"cpu": record}, {}))
-    assert "### Kernels" in text and "### A step" not in text
-    assert "results/cpu/roofline.png" in text and "results/cpu/memory.png" in text and "phases" not in text
-
-
-def test_a_gpus_record_is_drawn_and_described_whole():
-    """Every case that a GPU has; who was left out, what failed, the tests, and what is wanted of it."""
-    cases = list(report_cases(torch.device("cuda")))
+def test_a_gpus_record_of_some_parts_is_drawn_and_described(tmp_path):
+    """Every case that a GPU has, a peer that nobody has heard of; who was left out, what failed, the tests."""
     rows = [
-        {"op": c.op, "shape": c.shape, "dtype": "bfloat16", "implementation": "boxgrpo", "ms": 1.0, "peak_mb": None}
+        {"op": c.op, "shape": c.shape, "dtype": "bfloat16", "implementation": "boxgrpo", "ms": 1.0, "peak_mb": 40.0}
         | {"floor_is": "bytes", "percent_of_floor": 50.0, "bytes": c.bytes_floor, "flop": c.flops_floor or 1.0}
-        for c in cases
+        for c in report_cases(torch.device("cuda"))
     ]
-    machine = {"device": "NVIDIA H200", "cuda": "13.0", "revision": "abc", "date": "2026-01-02"}
+    rows.append(rows[0] | {"implementation": "somebody"})
     record = {
-        "machine": machine,
+        "machine": {"device": "NVIDIA H200", "cuda": "13.0", "revision": "abc", "date": "2026-01-02"},
         "ceilings": {"bytes_per_second": 4e12, "flop_per_second": 8e14},
         "kernels": {"rows": rows, "skipped": {"trl": "trl is not installed"}, "errors": []},
         "step": {"rows": [{"model": "2B", "images": 4, "prompts": 1, "case": "2B, 4", "univg_r1_error": "no room"}]},
         "tests": {"counts": {"PASSED": 3, "FAILED": 1}, "failed": ["tests/test_a.py::test_b"]},
         "parts": {"tests": {"outcome": "failed with 1", "seconds": 9.0}},
     }
-    plot = plots.PLOTS["roofline.png"]
-    plot.draw(plot.data(record))
+    plots.draw(record, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "roofline.png"]
+    assert plots.stale(record, tmp_path) == []
+    with Image.open(tmp_path / "roofline.png") as image:
+        assert image.width > 1000
     text = page(Records({"nvidia-h200": record}, {}))
-    for words in (
-        "trl is left out: trl is not installed",
-        "univg_r1: no room",
-        "3 passed, 1 failed",
-        "tests/test_a.py",
-    ):
-        assert words in text
+    assert "### Kernels" in text and "### Rewards" not in text and "results/nvidia-h200/memory.png" in text
+    assert "trl is left out: trl is not installed" in text and "univg_r1: no room" in text
+    assert "3 passed, 1 failed" in text and "- tests/test_a.py::test_b" in text
     assert "| tests marked gpu that fail | at most 0 | 1 | short by 1 |" in text
