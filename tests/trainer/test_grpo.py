@@ -28,7 +28,7 @@ def sft_options(world, name, max_steps) -> SftOptions:
     return SftOptions(**values, output_dir=str(world / name))
 
 
-def test_sft_learns_and_says_so(world):
+def test_sft_learns_and_writes_its_files(world):
     losses = [m["loss"] for m in lines(world / "sft")]
     assert losses[-1] < 0.5 * losses[0]
     assert {p.name for p in (world / "sft").iterdir()} >= {

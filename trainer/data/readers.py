@@ -41,7 +41,7 @@ FAULTS_LOGGED = 100  # of a run: most of MGrounding has two boxes, which GRPO ca
 def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
     """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
 
-    Of a source with a count so many are taken, drawn by the seed. The log names the first faults and counts them all.
+    Of `path#count` that many are taken, drawn by the seed. The log names the first faults and counts the others.
 
     Raises:
         ValueError: no data named, no such file, or one without a record that can be used.

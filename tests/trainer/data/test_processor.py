@@ -136,7 +136,7 @@ def test_a_conversation_is_its_prompt_and_learned_answers(processor, images):
     assert processor.tokenizer.decode(conversation.input_ids[mask]) == f"{ANSWER}<|im_end|>Yes.<|im_end|>"
 
 
-def test_a_prompt_over_the_budget_says_by_how_much(images, demo):
+def test_a_prompt_over_the_budget_is_refused_with_both_numbers(images, demo):
     tokens = len(demo.prompt(example(images)).input_ids)
     limits = LIMITS | {"max_prompt_tokens": tokens - 1}
     tight = Processor(demo.tokenizer, Qwen2VLImageProcessorPil(), **limits)
@@ -181,7 +181,7 @@ def test_saved_folders_load_here_and_in_hugging_face(demo, images, tmp_path):
     before, after = demo.prompt(example(images)), loaded.prompt(example(images))
     assert torch.equal(before.input_ids, after.input_ids) and torch.equal(before.pixel_values, after.pixel_values)
     assert AutoTokenizer.from_pretrained(tmp_path, local_files_only=True).get_vocab() == demo.tokenizer.get_vocab()
-    # The name that every version of transformers knows, with or without torchvision.
+    # The name that every version of transformers has, with or without torchvision.
     assert (
         json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"]
         == "Qwen2VLImageProcessor"

@@ -175,7 +175,7 @@ def test_every_spelling_of_a_path_is_resolved_alike():
         ("Find it in image-9.", 3),
     ],
 )
-def test_the_wording_tells_the_target_image(write, question, target):
+def test_the_target_image_by_the_wording(write, question, target):
     ((example,), _) = read_examples(write([GOOD | {"question": question, "images": ["a", "b", "c", "d"]}]))
     assert example.target_image == target
 
@@ -209,7 +209,7 @@ def test_the_log_stays_short_whatever_is_faulty(write, caplog):
     assert "skipped 1400 more (box_inverted 1400); boxgrpo.trainer.inspect_data" in caplog.text
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+def test_files_of_one_name_have_labels_of_their_own(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "train.json").write_text(json.dumps([GOOD]))
@@ -232,7 +232,7 @@ def test_a_source_that_gives_nothing_is_refused(write, source, needs, message):
         read_usable(of_sources([str(write([CHAT], "chats.json")), f"{write([GOOD])}{source}"]), needs=needs)
 
 
-def test_examples_are_read_when_they_are_asked_for_in_other_processes_too(write):
+def test_examples_are_read_on_access_in_other_processes_too(write):
     path = write([GOOD | {"id": i, "images": ["a.png"] * (i + 1)} for i in range(5)])
     examples, _ = read_examples(path)
     assert examples.most_images == 5
@@ -250,7 +250,7 @@ def test_records_without_what_is_needed_are_named(write):
 
 
 def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
-    """Until it changes, or another schema or root is asked for. A cache that is no cache is made anew."""
+    """Until it changes, or another schema or root is given. A broken cache is made anew."""
     monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
     scans = []

@@ -118,7 +118,7 @@ def pictures(tmp_path_factory):
 
 
 def faulty_records(pictures, chats):
-    """Records for the loops, the bad ones last, and for each of those what the log says of it."""
+    """Records for the loops, the bad ones last, and for each of those the reason in the log."""
     _, usable, spoilt = pictures
     question, answer = "Where is it?", "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"
     inverted = answer.replace("(0, 0), (500, 500)", "(500, 500), (0, 0)")
@@ -129,14 +129,14 @@ def faulty_records(pictures, chats):
         turns = [("user", question), ("assistant", answer)]
         return {"images": [image], "messages": [{"role": role, "content": text} for role, text in turns if text]}
 
-    bad = [(record(image), says) for image, says in spoilt.items()]
+    bad = [(record(image), reason) for image, reason in spoilt.items()]
     bad += [
         (record("plain.png", answer=None, gold=None), "must end with an answer" if chats else "a gold box"),
         (record("plain.png", answer=inverted, gold=(500, 500, 0, 0)), "is inverted"),
         (record("plain.png", question="Where is it? " * 200), "over the budget of 300"),
         (record("plain.png", question="Where is <|image_pad|>?"), "delimits turns or images"),
     ]
-    return [*map(record, usable), *(faulty for faulty, _ in bad)], [says for _, says in bad]
+    return [*map(record, usable), *(faulty for faulty, _ in bad)], [reason for _, reason in bad]
 
 
 @pytest.mark.parametrize("loop", ["sft", "grpo"])
@@ -154,9 +154,9 @@ def test_bad_records_cost_only_themselves(newborn, pictures, tmp_path, caplog, l
     logged = lines(tmp_path / "run")
     assert [m["data/skipped"] for m in logged] == [len(reasons)] * 2
     assert all(m["grad_norm"] >= 0 and m["num_tokens"] > 0 for m in logged)
-    for number, says in enumerate(reasons, len(records) - len(reasons)):
+    for number, reason in enumerate(reasons, len(records) - len(reasons)):
         named = [message for message in caplog.messages if re.search(rf"records\.json#{number}\b", message)]
-        assert len(named) == 1 and says in named[0], f"record {number}: {named}"
+        assert len(named) == 1 and reason in named[0], f"record {number}: {named}"
     skipped = [message for message in caplog.messages if message.startswith("skipped")]
     assert len(skipped) == len(reasons), "small and transparent pictures are no fault"
     assert (tmp_path / "run/model.safetensors").exists()

@@ -80,7 +80,7 @@ def test_lisa_and_llmseg_ask_in_the_papers_words(write, photo):
     [(6, 6, [0, 1, 2, 3, 4, 5]), (6, 3, [0, 1, 2, 3, 4, 5]), (11, 11, [0, 2, 4, 6, 8, 10])],
     ids=["six frames", "boxes up to the third", "six of eleven"],
 )
-def test_videos_are_asked_for_their_third_frame(write, photo, frames, boxes, shown):
+def test_the_box_of_a_video_is_in_its_third_frame(write, photo, frames, boxes, shown):
     paths = [f"{n}.jpg" for n in range(frames)]
     paths[shown[2]] = photo
     known = ["[0, 0, 1, 1]"] * boxes

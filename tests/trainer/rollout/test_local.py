@@ -206,7 +206,7 @@ def test_a_replay_that_cannot_be_is_refused(groups, tmp_path):
 
 
 def test_the_correction_by_hand():
-    """Twice as likely to the policy, half as likely, three times and so capped, and not told by the sampler."""
+    """Twice as likely to the policy, half as likely, three times and so capped, and not given by the sampler."""
     sampler = torch.tensor([0.25, 0.5, 0.2, math.nan]).log()
     pack = SimpleNamespace(old_logps=torch.tensor([0.5, 0.25, 0.6, 0.1]).log(), sampler_logps=sampler)
     torch.testing.assert_close(sampler_factor(pack, cap=2.5), torch.tensor([2.0, 0.5, 2.5, 1.0]))

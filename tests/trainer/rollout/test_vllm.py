@@ -1,4 +1,4 @@
-"""What vLLM is asked, which weights it gets and when, and what is refused; vLLM itself is a fake here."""
+"""Requests to vLLM, its weights and when they come, and refused answers; vLLM itself is a fake here."""
 
 import dataclasses
 import itertools
@@ -80,7 +80,7 @@ def test_a_request_has_one_placeholder_an_image_and_the_images_at_our_size(start
     assert max(i.width * i.height for i in engine.prompts[2]["multi_modal_data"]["image"]) <= 50_000
 
 
-def test_sampling_is_asked_for_as_the_options_say(start, groups, policy, processor):
+def test_sampling_parameters_are_those_of_the_options(start, groups, policy, processor):
     rollout, engine = start(temperature=1.3, max_prompt_length=500)
     rollout(policy, groups)
     for params in engine.params:
@@ -137,7 +137,7 @@ def test_completions_are_those_of_the_weights_at_hand(start, groups, policy, pro
 
 
 @pytest.mark.parametrize(
-    "damage, says",
+    "damage, message",
     [
         (lambda answers: answers.pop(), "vLLM answered 3 of 4 requests"),
         (lambda answers: answers[1].outputs.pop(), "data#3: vLLM gave 2 completions; num_generations is 3"),
@@ -147,7 +147,7 @@ def test_completions_are_those_of_the_weights_at_hand(start, groups, policy, pro
         (lambda answers: answers[0].outputs[1].__dict__.update(token_ids=[], logprobs=[]), "gave 0 tokens"),
     ],
 )
-def test_an_answer_that_does_not_fit_is_refused(start, groups, policy, monkeypatch, damage, says):
+def test_an_answer_that_does_not_fit_is_refused(start, groups, policy, monkeypatch, damage, message):
     rollout, engine = start()
     generate = engine.generate
 
@@ -157,7 +157,7 @@ def test_an_answer_that_does_not_fit_is_refused(start, groups, policy, monkeypat
         return answers
 
     monkeypatch.setattr(engine, "generate", damaged)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         rollout(policy, groups)
 
 
