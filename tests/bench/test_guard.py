@@ -39,10 +39,8 @@ def test_twice_as_slow_is_out_of_bounds_and_as_before_is_not(monkeypatch):
     assert out_of_bounds([slower(2)], before) == [case.name]
 
 
-def test_a_bound_is_half_more_than_the_recorded_ratio():
-    recorded = {"rows": [{"case": "a", "ratio": 0.8}, {"case": "b", "ratio": 2.0}]}
-    rows = [{"case": "a", "ratio": 1.21}, {"case": "b", "ratio": 2.99}]
-    assert out_of_bounds(rows, recorded) == ["a"]
+def test_a_case_without_a_record_is_refused():
+    recorded = {"rows": [{"case": "a", "ratio": 0.8}]}
     with pytest.raises(ValueError, match="the newest record has no ratio of c; `make bench`"):
         out_of_bounds([{"case": "c", "ratio": 1.0}], recorded)
 

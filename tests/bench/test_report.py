@@ -31,20 +31,13 @@ def copy(tmp_path):
     return tmp_path
 
 
-def changed(root, change):
-    record = newest(root / "bench/results/cpu")
-    change(record)
-    write(record, dated(root / "bench/results/cpu")[-1])
-
-
 def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
-    def slower(record):
-        record["step"]["rows"][0] |= {"ours_s": 123.45, "ours_peak_mb": 4321}
-        record["step"]["rows"][0]["phases"]["decode"]["seconds"] = 98.7
-        record["kernels"]["rows"][0]["ms"] = 1234.5
-        record["profile"]["unwatched_step_s"] = 7.654
-
-    changed(copy, slower)
+    record = newest(copy / "bench/results/cpu")
+    record["step"]["rows"][0] |= {"ours_s": 123.45, "ours_peak_mb": 4321}
+    record["step"]["rows"][0]["phases"]["decode"]["seconds"] = 98.7
+    record["kernels"]["rows"][0]["ms"] = 1234.5
+    record["profile"]["unwatched_step_s"] = 7.654
+    write(record, dated(copy / "bench/results/cpu")[-1])
     places = report.drift(copy)
     assert [p for p in places if p.startswith(("README", "docs"))] == [
         "README.md, block results:step short",
@@ -56,10 +49,8 @@ def test_a_record_that_moved_on_is_noticed_everywhere_and_mended(copy):
     assert drawn == [f"bench/results/cpu/{name}.png" for name in ("roofline", "phases", "growth", "memory")]
     report.write(copy)
     assert report.drift(copy) == []
-    assert "| 44M | 4 | 1 | 123.45 |" in (copy / "docs/benchmarks.md").read_text()
-    assert (
-        "| 123.45 |" in (copy / "bench/RESULTS.md").read_text() and "7654 ms" in (copy / "bench/README.md").read_text()
-    )
+    for name, text in (("docs/benchmarks", "| 44M | 4 | 1 | 123.45 |"), ("bench/README", "7654 ms")):
+        assert text in (copy / f"{name}.md").read_text()
 
 
 def test_numbers_written_by_hand_are_noticed(copy):
@@ -94,10 +85,7 @@ def test_a_block_keeps_its_lines_while_its_words_are_right():
 def test_a_device_without_records_is_named():
     text = page(Records({}, {}))
     assert "## CPU\n\nNothing has been recorded" in text and "## GPU\n\nNothing has been recorded" in text
-    with pytest.raises(
-        ValueError,
-        match="bench/results/cpu has no results of guard, kernels, profile, rewards, step; `make bench` makes",
-    ):
+    with pytest.raises(ValueError, match="no results of guard, kernels, profile, rewards, step; `make bench` makes"):
         blocks(Records({}, {}))
 
 

@@ -20,10 +20,7 @@ def write_run(path, metrics=METRICS, weights=b"abc", samples=b"1\n", position=48
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (path / "model.safetensors").write_bytes(weights)
     (path / "samples.rank1").write_bytes(samples)
-    progress = {
-        "progress": {"position": position, "metrics_bytes": metrics_bytes},
-        "options": {"output_dir": str(path)},
-    }
+    progress = {"progress": {"position": position, "metrics_bytes": metrics_bytes}, "options": str(path)}
     (path / "checkpoint-3/trainer/progress.json").write_text(json.dumps(progress))
     (path / "checkpoint-3/trainer/rng-rank0.json").write_text(str(path))
     (path / "tensorboard/events").write_text(str(path))
@@ -55,19 +52,12 @@ def test_runs_are_the_same_but_for_time_and_each_other_difference_is_found(tmp_p
     assert soak_verdicts.differences(one, other) == found
 
 
-@pytest.mark.parametrize(
-    "steps, lost",
-    [
-        ([1, 2, 3], []),
-        ([1, 3], [2]),
-        ([1, 2, 2, 3], [1, 2, 2, 3]),
-        ([1, 2, 3, 4], [4]),
-        ([2, 1, 3], [2, 1, 3]),
-        ([], [1, 2, 3]),
-    ],
-)
-def test_a_step_that_is_lost_or_logged_twice_is_found(steps, lost):
-    assert soak_verdicts.lost_steps([{"step": n} for n in steps], 3) == lost
+def test_a_step_that_is_lost_or_logged_twice_is_found():
+    def lost(*steps):
+        return soak_verdicts.lost_steps([{"step": n} for n in steps], 3)
+
+    assert lost(1, 2, 3) == [] and lost(1, 3) == [2] and lost(1, 2, 3, 4) == [4] and lost() == [1, 2, 3]
+    assert lost(1, 2, 2, 3) == [1, 2, 2, 3] and lost(2, 1, 3) == [2, 1, 3]
 
 
 def test_growth_compares_the_last_100_steps_with_those_after_the_first_100():
@@ -89,12 +79,8 @@ def test_nan_steps_must_be_those_that_were_made_nan(tmp_path):
         for rank in range(2):
             diary = [{"step": n} | ({"nan": True} if n == made_nan and rank == 1 else {}) for n in (1, 2, 2, 3)]
             (path / f"diary.rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in diary))
-        demands = {d["demand"]: d["met"] for d in soak_verdicts.faulty_demands(path, 3)}
-        assert demands == {
-            "no step lost": True,
-            "NaN steps skipped, no others": met,
-            "corrupt images passed over": True,
-        }
+        lost, skipped, corrupt = (d["met"] for d in soak_verdicts.faulty_demands(path, 3))
+        assert lost and corrupt and skipped == met
 
 
 def test_nan_comes_to_some_steps_and_any_rank_and_to_the_same_ones_again():

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+from transformers import GenerationConfig
 
 from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.reward_bench.vocabularies import TOKENS, benchmark_tokenizer
 from boxgrpo.bench.step_bench.cases import TEXTS, StepCase
 from boxgrpo.bench.step_bench.run import row
-from boxgrpo.bench.step_bench.sides import engine_of, ours
+from boxgrpo.bench.step_bench.sides import Measurement, engine_of, load_peer, ours
 from boxgrpo.bench.step_bench.univg import Batch, completion_logps, generated, mask_of, micro_loss, rewards_of, univg_r1
 from boxgrpo.kernels import group_advantages
 from boxgrpo.model.batch import Group, pack_groups
@@ -35,12 +35,6 @@ def prompt(tiny, processor):
     return processor.prompt(examples[0])
 
 
-def theirs(folder):
-    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    model.model.visual.requires_grad_(False)
-    return model
-
-
 def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, tmp_path, tiny_case):
     """Four completions, of which two end early, rewards of all kinds, and a reference of other weights."""
     end, length = processor.eos_ids[0], tiny_case.tokens
@@ -51,13 +45,13 @@ def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, t
     policy.freeze_vision(True)
     before = copy.deepcopy(policy).init_weights(torch.Generator().manual_seed(5))
     before.visual.load_state_dict(policy.visual.state_dict())
-    save_model(before, tmp_path)
+    save_model(before, tmp_path / "model")
 
-    peer, batch = theirs(tiny / "model"), Batch.of([prompt] * 4, "cpu")
+    peer, batch = load_peer(tiny_case, tiny, Measurement()), Batch.of([prompt] * 4, "cpu")
     mask = mask_of(completions, end)
     assert mask.sum(1).tolist() == [6, 3, 6, 5]
     with torch.no_grad():
-        ref_logps = completion_logps(theirs(tmp_path), batch, completions)
+        ref_logps = completion_logps(load_peer(tiny_case, tmp_path, Measurement()), batch, completions)
     loss = micro_loss(completion_logps(peer, batch, completions), ref_logps, mask, accuracy, form)
     loss.backward()
 
@@ -82,9 +76,9 @@ def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, t
     assert all(p.grad is None for p in peer.model.visual.parameters())
 
 
-def test_the_tower_sees_every_image_three_times_for_each_completion(tiny, prompt):
+def test_the_tower_sees_every_image_three_times_for_each_completion(tiny, prompt, tiny_case):
     """In generate, in the reference and in the policy's forward, by each of the G copies."""
-    peer, batch, seen = theirs(tiny / "model"), Batch.of([prompt] * 4, "cpu"), []
+    peer, batch, seen = load_peer(tiny_case, tiny, Measurement()), Batch.of([prompt] * 4, "cpu"), []
 
     def count(_, args, kwargs):
         seen.append(len(args[0] if args else kwargs["hidden_states"]))
