@@ -70,6 +70,7 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
 
 
 def shape_of(batch: PackedBatch, dtype: torch.dtype) -> Pack:
+    """The sizes of a pack that the cost formulas need."""
     plain = pick_backend(batch.input_ids.new_empty(0, dtype=dtype)) == "sdpa"
     # Without the padding of SDPA's buckets, which is at most a third.
     masks = sum(length * (length + parent) for _, length, _, parent in batch.spans if parent) if plain else 0
