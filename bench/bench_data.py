@@ -1,4 +1,4 @@
-"""A file of MGrounding-630k's size: scanned once, opened from then on, in what time and memory.
+"""Time and memory to scan a file of MGrounding-630k's size once, and to open it from then on.
 
     python bench/bench_data.py [--records 630000] [--json PATH]
 

@@ -19,7 +19,7 @@ PEERS = {"triton": "Triton", "transformers": "transformers", "liger-kernel": "Li
 
 
 def machine() -> dict[str, str | int | float]:
-    """What a figure must be read with. A revision that ends in -dirty is of a tree with uncommitted changes.
+    """What describes the machine of a figure. A revision that ends in -dirty is of a tree with uncommitted changes.
 
     A copy that is no git checkout takes its revision from BOXGRPO_REVISION.
     """

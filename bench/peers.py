@@ -1,4 +1,4 @@
-"""Who else runs the same work, and who is not here to do it."""
+"""The other packages that run the same work, and those of them that cannot run here."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ NEEDS = {
     "liger": ("liger_kernel.chunked_loss", "liger-kernel"),
     "trl": ("trl.trainer.utils", "trl"),
 }
-# As tables and plots call them; ours too.
+# Names in tables and plots; ours too.
 NAMES = {"boxgrpo": "boxgrpo", "ours": "boxgrpo", "eager": "eager", "compile": "torch.compile", "liger": "Liger"}
 NAMES |= {"trl": "TRL", "univg_r1": "UniVG-R1"}
 COMPILERS = ("g++", "clang++")

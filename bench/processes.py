@@ -1,4 +1,4 @@
-"""Processes of a measurement: one that starts fresh, the end of a whole tree of them, and the most memory of one."""
+"""Processes of a measurement: running a function in one of its own, killing a tree of them, the peak memory of one."""
 
 import contextlib
 import gc
@@ -56,7 +56,7 @@ def kill(run: subprocess.Popen) -> None:
 
 
 def _ended(process: psutil.Process) -> bool:
-    """Also where nobody collects its exit status, as in a container whose first process does not."""
+    """Also true of a process whose exit status is never collected, as in a container whose first process does not."""
     try:
         return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""What the kernel benchmark runs: each op on inputs of a shape, by our functions and by what people use in their place.
+"""The cases of the kernel benchmark: each op on inputs of a shape, by our functions and by their usual alternatives.
 
 A case makes its inputs anew for a seed and returns, by name, callables without arguments that run forward and backward
 and return their results. Peers that are not installed, or do not run on the device, are left out.

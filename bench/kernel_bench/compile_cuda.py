@@ -1,4 +1,4 @@
-"""What each CUDA kernel of csrc/ takes of a GPU, by nvcc: no GPU and no CUDA build of torch is needed.
+"""The registers and memory that each CUDA kernel of csrc/ needs, by nvcc; without a GPU or a CUDA build of torch.
 
 python bench/kernel_bench/compile_cuda.py
 """

@@ -1,4 +1,4 @@
-"""Where a step of the step benchmark goes, range by range: by nsys where there is one and a GPU, else torch.profiler.
+"""The time of a step of the step benchmark, range by range: by nsys where there is one and a GPU, else torch.profiler.
 
     python bench/profiles/profile_step.py  profiles two steps, prints the table; the trace is kept
     python bench/profiles/profile_step.py --json FILE|-  writes the table's figures; `make bench` keeps them

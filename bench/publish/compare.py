@@ -1,4 +1,4 @@
-"""What got slower between two files of results, beyond the noise of both.
+"""The cases that became slower between two files of results, beyond the noise of both.
 
     python bench/publish/compare.py [OLD.json NEW.json] [--parts kernels,rewards,step]
 

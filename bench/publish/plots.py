@@ -108,7 +108,7 @@ def draw_roofline(data: dict) -> Figure:
         rates, at = [1e3 * r["flop"] / r["ms"] for r in mine], [places.index(_case(r)) for r in mine]
         axes.plot(rates, at, "o", color=COLOURS.get(side, OTHER), alpha=0.8, label=NAMES.get(side, side))
     axes.set_yticks(range(len(places)), [f"{case}\n{x:.3g} FLOP a byte" for case, x in intensities.items()])
-    axes.set(xscale="log", xlabel="FLOP a second (counted, whoever computes)")
+    axes.set(xscale="log", xlabel="FLOP of the method a second, the same count for every side")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 

@@ -1,4 +1,4 @@
-"""Runs survive: killed at random moments, with corrupt images and NaN, they end as if nothing had been.
+"""Runs that are killed at random moments, with corrupt images and NaN losses, end like undisturbed ones.
 
     python bench/soaks/soak.py [--parts A,B,C] [--steps 500] [--kills 30] [--seed 0] [--engine deepspeed --zero_stage 2]
 

@@ -2,9 +2,9 @@
 
     python bench/studies/ablation.py [--seeds 0,1,2] [--methods pure_rl,grpo] [--quick true]
 
-What stands for what: a tiny model that was shown where named objects stand, and none of the tasks, for Qwen2-VL; drawn
-scenes of all ten tasks at three levels, with chains, for MGrounding. That model is one for all seeds. A seed has a
-world of its own, its own CoT-SFT that stage 2 starts from, its own order of data and its own samples.
+In the place of Qwen2-VL there is a tiny model that was shown where named objects are, and none of the tasks; in the
+place of MGrounding there are drawn scenes of all ten tasks at three levels, with chains. The model is one for all
+seeds. A seed has a world of its own, its own CoT-SFT that stage 2 starts from, its own order of data and samples.
 
 An hour on two CPU cores; a run that has ended is not repeated. Results go to bench/results/<device>/ablation.json, the
 tables and curves beside the runs too. `--quick true`: two steps of everything, to see that it runs.
@@ -148,7 +148,7 @@ def train(o: AblationOptions, method: Method, path: Path, model: Path, data: Pat
 
 
 def train_base(o: AblationOptions) -> Path:
-    """The checkpoint that stands for Qwen2-VL: it finds a named object, and reasons when asked to."""
+    """The checkpoint in the place of Qwen2-VL: it finds a named object, and writes a chain when requested."""
     root = Path(o.output_dir) / "base"
     world = draw(root, BASE_SEED, cold_start=o.base_scenes, train=0, held_out=0)
     if not (root / "run" / ENDED).exists():

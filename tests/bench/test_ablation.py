@@ -1,4 +1,4 @@
-"""The ablation: its tables say what the runs gave, what has ended is not repeated, and a short one runs whole."""
+"""The ablation: its tables, which runs are repeated and which are not, and a short one from begin to end."""
 
 import json
 
@@ -133,7 +133,7 @@ def test_a_folder_with_another_run_is_refused(ended, monkeypatch, change):
 
 @pytest.mark.slow
 def test_a_short_ablation(tmp_path, capsys, monkeypatch):
-    """Every method trains and is scored; a second call trains nothing and says the same."""
+    """Every method trains and is scored; a second call trains nothing and has the same results."""
     flags = ["--quick", f"--output_dir={tmp_path}"]
     ablation.main(flags)
     root = tmp_path / "quick"

@@ -16,7 +16,7 @@ def test_each_case_computes_what_eager_does():
         if case.op == "sample_tokens":
             continue  # draws differ
         runs = case.make(case.tiny(), torch.device("cpu"), 0)
-        assert runs.keys() <= set(IMPLEMENTATIONS), "whom nobody would time"
+        assert runs.keys() <= set(IMPLEMENTATIONS), "it would not be timed"
         runs.pop("compile")
         want = runs["eager"]()
         assert len(runs) > 1

@@ -106,7 +106,7 @@ def test_every_table_and_plot_names_machine_revision_and_day():
 
 
 def test_a_gpus_record_of_some_parts_is_drawn_and_described(tmp_path):
-    """Every case that a GPU has, a peer that nobody has heard of; who was left out, what failed, the tests."""
+    """Every case that a GPU has, a peer without a name of its own; peers that were left out, what failed, the tests."""
     rows = [
         {"op": c.op, "shape": c.shape, "dtype": "bfloat16", "implementation": "boxgrpo", "ms": 1.0, "peak_mb": 40.0}
         | {"floor_is": "bytes", "percent_of_floor": 50.0, "bytes": c.bytes_floor, "flop": c.flops_floor or 1.0}
