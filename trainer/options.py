@@ -10,10 +10,7 @@ from boxgrpo.trainer.arguments import option
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # of boxes; the kernels read ANSWER_FORMATS
-SCHEMAS = (
-    *("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco"),
-    *("lisa", "llmseg", "reasonvos", "revos"),
-)
+SCHEMAS = ("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco", "lisa", "llmseg", "reasonvos", "revos")
 # Bounds of values by option name, in every dataclass that has the option.
 CHOICES = {
     "schema": ("auto", *SCHEMAS),
@@ -167,15 +164,8 @@ class EvalOptions(InputOptions):
 
 
 def loss_options(o: GrpoOptions) -> LossOptions:
-    """The kernels' loss options of a run, with checked values; each pack adds its tensors."""
-    return LossOptions(
-        beta=o.beta,
-        epsilon=o.epsilon,
-        epsilon_high=o.epsilon_high,
-        delta=o.delta,
-        loss_type=o.loss_type,
-        importance_sampling_level=o.importance_sampling_level,
-    )
+    """The run's options of the kernels' loss, by the same names, with checked values; each pack adds its tensors."""
+    return LossOptions(**{name: value for name, value in vars(o).items() if name in LossOptions._fields})
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
