@@ -34,27 +34,22 @@ def test_a_step_is_profiled_and_its_ranges_stand_beside_their_floors(tmp_path, t
     assert [profile_step.rounded(row) | {"floor": by_name[row.name]["floor"]} for row in again] == found["rows"]
 
 
-def nsight(*args, **environment):
-    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment
-    return subprocess.run([NSIGHT, *args], env=environment, capture_output=True, text=True)
-
-
 def test_a_kernel_is_profiled_only_with_ncu_and_a_gpu(tmp_path):
-    done = nsight()
-    assert done.returncode == 1 and "no case" in done.stderr
-    done = nsight("fused_grpo_loss", PYTHON="/no/python")
-    assert done.returncode == 1 and "there is no /no/python" in done.stderr
+    def refusal(*args, **environment):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment
+        done = subprocess.run([NSIGHT, *args], env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "no case" in refusal() and "there is no /no/python" in refusal("fused_grpo_loss", PYTHON="/no/python")
     bare = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")  # boxgrpo is not installed there
     if bare and not (NSIGHT.parents[2] / "out/site").exists():
-        done = nsight("fused_grpo_loss", PYTHON=bare)
-        assert done.returncode == 1 and f"{bare} has no boxgrpo" in done.stderr
+        assert f"{bare} has no boxgrpo" in refusal("fused_grpo_loss", PYTHON=bare)
     if not shutil.which("ncu"):
-        done = nsight("fused_grpo_loss")
-        assert done.returncode == 1 and "ncu is not on the PATH" in done.stderr
+        assert "ncu is not on the PATH" in refusal("fused_grpo_loss")
     if not torch.cuda.is_available():
         (tmp_path / "ncu").symlink_to(shutil.which("false"))  # which is not reached
-        done = nsight("fused_grpo_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")
-        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
+        assert "torch sees no GPU here" in refusal("fused_grpo_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")
 
 
 def test_a_kernels_case_is_found_by_its_op_or_the_beginning_of_its_name(monkeypatch):
