@@ -110,7 +110,7 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
             found[f"{name}_spread_s"] = [round(min(seconds), 3), round(max(seconds), 3)]
             found[f"{name}_samples_s"] = [round(x, 3) for x in side.seconds]
             found[f"{name}_peak_mb"] = None if side.peak_bytes is None else round(side.peak_bytes / 1e6)
-            found[f"{name}_settings"] = side.settings | {"threads": side.threads}
+            found[f"{name}_settings"] = side.settings
     if not isinstance(ours := sides.get("ours"), Side):
         return found
     for name, prefix in PEERS.items():

@@ -56,7 +56,6 @@ class Side:
     peak_bytes: int | None  # the most above the loaded model
     prompt_tokens: float  # of a prompt, on average
     trained: int  # parameters
-    threads: int
     settings: dict
 
     @property
@@ -124,9 +123,8 @@ class Measurement:
         return [dict(step) for step in self.steps[:-1]]
 
     def side(self, prompt_tokens: float, **settings) -> Side:
-        settings["freed_memory"] = FREED_MEMORY
-        threads = torch.get_num_threads()
-        return Side(self.whole_steps(), self.memory.peak(), prompt_tokens, self.trained, threads, settings)
+        settings |= {"freed_memory": FREED_MEMORY, "threads": torch.get_num_threads()}
+        return Side(self.whole_steps(), self.memory.peak(), prompt_tokens, self.trained, settings)
 
 
 def load_peer(case: StepCase, folder: Path, measurement: Measurement):

@@ -50,7 +50,7 @@ def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, 
         ran.append((name, case.images, case.generations, case.tokens, steps))
         phases = {"prefill": 0.5, "backward": 0.5 * case.images * case.generations}
         first = phases | {"other": 10.0}  # which is not counted where there are others
-        return Side([first] + [phases] * (steps - 1), 100, 9.0, 7, 1, {})
+        return Side([first] + [phases] * (steps - 1), 100, 9.0, 7, {})
 
     monkeypatch.setattr(step_bench, "run_fresh", side)  # a step of ours and of TRL's is taken above
     monkeypatch.setattr(step_bench, "prepare", lambda case, *a: prepare(replace(case, side=tiny_case.side), *a))
