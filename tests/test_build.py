@@ -67,25 +67,17 @@ def used(folder, wheel):
 
 
 @slow
-@needs_compiler
-def test_a_wheel_serves_in_an_empty_venv(tmp_path):
-    assert used(tmp_path, built_wheel(tmp_path)) == "True []"
-
-
-@slow
-def test_without_a_compiler_the_wheel_is_built_and_the_twin_serves(tmp_path):
-    wheel = built_wheel(tmp_path, CXX="/bin/false", CC="/bin/false", PATH="/nowhere")
-    assert used(tmp_path, wheel) == "False ['boxgrpo runs without its compiled box parser (No mo']"
-
-
-@slow
-def test_without_torch_the_wheel_is_built_and_the_twin_serves(tmp_path):
-    """As in pip's own build environment, where the wheel's dependencies are not."""
+@pytest.mark.parametrize("missing", [pytest.param("nothing", marks=needs_compiler), "compiler", "torch"])
+def test_a_wheel_serves_in_an_empty_venv(tmp_path, missing):
+    """The twin serves where the wheel was built without a compiler, or without torch as pip builds it by itself."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/torch.py").write_text("raise ImportError('no torch here')\n")
-    wheel = built_wheel(tmp_path, PYTHONPATH=str(tmp_path / "hidden"))
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert used(tmp_path, wheel) == "False ['boxgrpo runs without its compiled box parser (No mo']"
+    compiler = {"CXX": "/bin/false", "CC": "/bin/false", "PATH": "/nowhere"}
+    environment = {"nothing": {}, "compiler": compiler, "torch": {"PYTHONPATH": str(tmp_path / "hidden")}}[missing]
+    wheel = built_wheel(tmp_path, **environment)
+    assert wheel.name.endswith("-py3-none-any.whl") == (missing == "torch")
+    warned = "False ['boxgrpo runs without its compiled box parser (No mo']"
+    assert used(tmp_path, wheel) == ("True []" if missing == "nothing" else warned)
 
 
 # setup.py with a candidate before its own that no compiler takes.

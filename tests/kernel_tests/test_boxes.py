@@ -37,19 +37,13 @@ def test_by_hand_and_either_way_round(name):
     assert box_iou(pair, pair.flip(0)).tolist() == pytest.approx([want, want], abs=1e-7)
 
 
-def corners(box):
-    """(left, top), (right, bottom) in exact numbers."""
-    return [[Fraction(value) for value in pair] for pair in (box[:2], box[2:])]
-
-
 def generalized_by_hand(a, b):
     """GIoU by its definition, in fractions."""
-    (a1, a2), (b1, b2) = corners(a), corners(b)
-    meet = [max(0, min(p, q) - max(r, s)) for r, s, p, q in zip(a1, b1, a2, b2)]
-    hull = [max(p, q) - min(r, s) for r, s, p, q in zip(a1, b1, a2, b2)]
-    sizes = [[q - p for p, q in zip(*box)] for box in ((a1, a2), (b1, b2))]
+    a, b = ([Fraction(value) for value in box] for box in (a, b))
+    meet = [max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
+    hull = [max(a[i + 2], b[i + 2]) - min(a[i], b[i]) for i in (0, 1)]
     overlap, around = meet[0] * meet[1], hull[0] * hull[1]
-    union = sum(w * h for w, h in sizes) - overlap
+    union = sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - overlap
     return float(overlap / union - (around - union) / around)
 
 

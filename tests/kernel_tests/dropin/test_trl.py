@@ -110,17 +110,6 @@ def test_dtypes_are_reconciled_as_trl_does(head):
     assert [x.dtype for x in torch.autograd.grad(inside.sum(), given)] == [torch.float32] * len(given)
 
 
-@pytest.mark.parametrize("head", ["plain", "all"])
-def test_no_rows(head):
-    """TRL scores no position of a micro-batch whose labels are all masked."""
-    inputs, targets = make_head(**HEADS[head])
-    weight = inputs[1].requires_grad_()
-    outputs = dropin.ChunkedLogProbFunction.apply(inputs[0][:0], weight, inputs[2], targets[:0], 1.0, 8)
-    assert [x.shape for x in outputs] == [(0,)] * 5
-    (outputs[0].sum() + outputs[1].sum()).backward()
-    assert weight.grad.shape == weight.shape and not weight.grad.any()
-
-
 @pytest.mark.parametrize("head", ["plain", "biased"])
 def test_a_head_that_zero_3_takes_away_after_the_call(head):
     """DeepSpeed marks a partitioned parameter with ds_id, gathers it for the call, and empties it behind it."""
