@@ -32,7 +32,7 @@ print(dispatch.MISSING is None, [str(w.message)[:51] for w in caught])
 
 
 def source_of(folder):
-    """A copy of the files that git knows, or would take."""
+    """A copy of the files that git tracks, or that it does not ignore."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
 // csrc/box_parser_cuda.cu on a CPU: each thread of a block is a coroutine that gives way where a warp waits.
 //
-// The threads of a warp meet the same waits in the same order, so one turn of all of them is one wait of each. What a
-// kernel asserts and does not hold ends the launch, as on a GPU, and is told by failed_assertion().
+// The threads of a warp wait at the same points in the same order, so one turn of all of them is one wait of each. An
+// assertion that fails ends the launch, as on a GPU; failed_assertion() returns it.
 #include <ucontext.h>
 
 #include <functional>

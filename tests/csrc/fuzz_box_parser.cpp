@@ -55,7 +55,7 @@ void require_same(const Found& a, const Found& b, Text text, const char* what) {
   abort();
 }
 
-struct Refuse {  // there is nothing to refuse
+struct Refuse {  // there is nothing to assert_refused
   [[noreturn]] static void id(int64_t id, int64_t vocabulary) {
     fprintf(stderr, "id %ld is judged, of %ld\n", static_cast<long>(id), static_cast<long>(vocabulary));
     abort();

@@ -1,4 +1,4 @@
-"""The compiled box parser against Python's `re`, on completions made to tell them apart.
+"""The compiled box parser against Python's `re`, on completions made to show a difference.
 
     python tests/csrc/fuzz_rewards.py [--seconds 60] [--seed 0] [--json FILE]
 
@@ -105,8 +105,8 @@ def _mutated(draw: random.Random, text: bytes) -> bytes:
 
 
 def tokenized(draw: random.Random, texts: list[bytes], names: list[str]):
-    """Ids, lengths and a vocabulary that spell the texts, cut anywhere; and the texts without what is silent."""
-    tokens, rows, heard = [b"[5, 6, 7, 8]", *MARKS, b"<answer>(1, 2), (3, 4)</answer>"], [], []  # an end is silent
+    """Ids, lengths and a vocabulary that spell the texts, cut anywhere; and the texts without special tokens."""
+    tokens, rows, spelled = [b"[5, 6, 7, 8]", *MARKS, b"<answer>(1, 2), (3, 4)</answer>"], [], []  # an end has no text
     eos, after_eos = 0, 3
     for text, name in zip(texts, names, strict=True):
         row, kept = [], b""
@@ -120,10 +120,10 @@ def tokenized(draw: random.Random, texts: list[bytes], names: list[str]):
             tokens += [part[i:j] for i, j in zip([0, *cuts], [*cuts, len(part)], strict=True)]
             kept += part
         rows.append([*row, eos, *draw.choices((after_eos, *FOREIGN), k=3)] if draw.random() < 0.5 else row)
-        heard.append(kept)
+        spelled.append(kept)
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
-    return ids, lengths, VocabularyBytes.build(tokens, [eos], mark_ids=[1, 2]), heard
+    return ids, lengths, VocabularyBytes.build(tokens, [eos], mark_ids=[1, 2]), spelled
 
 
 def differential(seconds: float, seed: int) -> Counter:

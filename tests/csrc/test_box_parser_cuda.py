@@ -45,7 +45,7 @@ def test_the_kernels_compile_without_spills(capability):
 
 
 @needs_nvcc
-def test_a_spill_is_seen(tmp_path):
+def test_a_spill_is_detected(tmp_path):
     """A kernel with more in flight than the registers it may have: the check above can fail."""
     source = tmp_path / "greedy.cu"
     source.write_text(
@@ -124,20 +124,20 @@ def cases(count, seed):
     texts, names = completions(draw, count)
     for i in range(0, count, 20):
         texts[i] = draw.randbytes(draw.randrange(1900, 2100)).replace(b"<", b"-") + texts[i] + b" " * i + texts[i]
-    ids, lengths, table, heard = tokenized(draw, texts, names)
+    ids, lengths, table, spelled = tokenized(draw, texts, names)
     vocabulary, data = len(table.entries), table.data.numpy().tobytes()
     tokens = [data[start : start + size] for start, size, _ in zip(*(x.tolist() for x in unpacked(table.entries)))]
     long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
     ids[0, :2], lengths[0], texts[0] = torch.tensor([vocabulary, vocabulary + 1]), 2, long + b"wer>"
     # An end, and turns of answers behind it; then an end, and behind it no ids, of the same lane and of others.
-    ids[1], lengths[1], ids[1, 0], heard[1] = 3, 1 << 60, 0, b""  # a length beyond the ids
-    ids[2], lengths[2], ids[2, 0], heard[2] = -100, ids.shape[1], 0, b""
-    ids[3], lengths[3], ids[3, 40], heard[3] = 3, ids.shape[1], 0, tokens[3] * 40
+    ids[1], lengths[1], ids[1, 0], spelled[1] = 3, 1 << 60, 0, b""  # a length beyond the ids
+    ids[2], lengths[2], ids[2, 0], spelled[2] = -100, ids.shape[1], 0, b""
+    ids[3], lengths[3], ids[3, 40], spelled[3] = 3, ids.shape[1], 0, tokens[3] * 40
     ids[3, 41::2] = vocabulary + 2
-    lengths[4], lengths[5], heard[4], heard[5] = -9, -(1 << 60), b"", b""
+    lengths[4], lengths[5], spelled[4], spelled[5] = -9, -(1 << 60), b"", b""
     table = VocabularyBytes.build([*tokens, long, b"wer>"], [0], mark_ids=[1, 2])
     codes = torch.tensor([ANSWER_FORMATS[name] for name in names], dtype=torch.uint8)
-    return texts, [texts[0], *heard[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
+    return texts, [texts[0], *spelled[1:]], ids, lengths, table, GOLD.repeat(count, 1), codes
 
 
 def same(got, want):
@@ -147,13 +147,13 @@ def same(got, want):
 
 def test_the_kernels_agree_with_the_twin(emulator):
     """A warp's gathering, tiles, windows and scans, in blocks that the last completions do not fill."""
-    texts, heard, ids, lengths, table, gold, codes = cases(303, seed=0)
+    texts, spelled, ids, lengths, table, gold, codes = cases(303, seed=0)
     assert ids.shape[1] > 256 and max(map(len, texts)) > 2048  # more than a turn of a warp, more than a tile
     text, offsets = pack_texts(texts)
     want = grounding_rewards(text, offsets, gold, answer_format=codes, backend="torch")
     got = emulated(emulator, "texts_on_cuda", Texts(text.data_ptr(), offsets.data_ptr(), len(text)), gold, codes)
     same(got, want)
-    want = grounding_rewards(*pack_texts(heard), gold, answer_format=codes, backend="torch")
+    want = grounding_rewards(*pack_texts(spelled), gold, answer_format=codes, backend="torch")
     for length in (lengths, lengths.int()):
         same(emulated(emulator, "tokens_on_cuda", tokens(ids, length, table), gold, codes), want)
     assert want.found.sum() > 50
@@ -228,7 +228,7 @@ def boxes(n, seed):
 
 @pytest.mark.gpu
 def test_a_gpu_agrees_with_the_twin_and_nothing_synchronises():
-    texts, heard, ids, lengths, table, gold, codes = cases(4000, seed=1)
+    texts, spelled, ids, lengths, table, gold, codes = cases(4000, seed=1)
     on_gpu = [x.cuda() for x in (*pack_texts(texts), ids, lengths, gold, codes)]
     text, offsets, ids, lengths, gold_gpu, codes_gpu = on_gpu
     table = table.to("cuda")
@@ -240,6 +240,6 @@ def test_a_gpu_agrees_with_the_twin_and_nothing_synchronises():
         named = grounding_rewards(text, offsets, gold_gpu, answer_format="box", backend="extension")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for got, raw, form in ((by_text, texts, codes), (by_ids, heard, codes), (named, texts, "box")):
+    for got, raw, form in ((by_text, texts, codes), (by_ids, spelled, codes), (named, texts, "box")):
         want = grounding_rewards(*pack_texts(raw), gold, answer_format=form, backend="torch")
         same(GroundingRewards(*(x.cpu() for x in got)), want)

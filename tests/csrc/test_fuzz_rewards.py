@@ -44,7 +44,7 @@ BROKEN = {  # faults in the reading of token ids, which texts in pieces do not s
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 @pytest.mark.parametrize("fault", BROKEN)
-def test_the_sanitizers_see(tmp_path, monkeypatch, fault):
+def test_the_sanitizers_detect(tmp_path, monkeypatch, fault):
     name, right, wrong = BROKEN[fault]
     for path in fuzz_rewards.HEADERS.glob("*.h"):
         shutil.copy(path, tmp_path)
@@ -87,17 +87,17 @@ def test_the_cases_are_of_every_kind():
 
 
 def test_a_difference_ends_the_run(monkeypatch):
-    """A twin that forgets the newline before the end is found to differ from the parser."""
+    """A twin that refuses a newline before the end is found to differ from the parser."""
     twin = fuzz_rewards.grounding_rewards
 
-    def forgetful(text, offsets, gold, **options):
+    def without_newline(text, offsets, gold, **options):
         got = twin(text, offsets, gold, **options)
         if options["backend"] != "torch":
             return got
         last = text[(offsets[1:] - 1).clamp(min=0)] == ord("\n")
         return got._replace(format=torch.where(last, 0.0, got.format))
 
-    monkeypatch.setattr(fuzz_rewards, "grounding_rewards", forgetful)
+    monkeypatch.setattr(fuzz_rewards, "grounding_rewards", without_newline)
     with pytest.raises(SystemExit, match=f"differ in format; seed {SEED}"):
         differential(10, SEED)
 

@@ -9,7 +9,7 @@ import torch
 
 from boxgrpo.kernels import group_advantages
 from boxgrpo.kernels.advantages import DIFFICULTIES, SCALES
-from kernel_cases import DEVICE, hold_to_the_rule, on_triton, refuse, seeded
+from kernel_cases import DEVICE, assert_error_rule, assert_refused, on_triton, seeded
 
 REWARDS = [[1.9, 0.3, 1.0, 0.0], [0.5, 0.5, 1.5, 1.25]]
 ACCURACY = [[0.9, 0.3, 0.0, 0.0], [0.5, 0.5, 0.5, 0.25]]
@@ -77,7 +77,7 @@ def test_dtypes_and_no_groups():
 def test_what_is_refused():
     rewards, accuracy = tensors()
     few = "num_generations is 1; a group needs at least 2. Raise --num_generations."
-    refuse(
+    assert_refused(
         (few, lambda: group_advantages(rewards[:, :1], accuracy[:, :1])),
         (r"accuracy has shape \(2, 3\); it must be \(2, 4\)", lambda: group_advantages(rewards, accuracy[:, 1:])),
         ("difficulty is 'hard'; it is one of exp", lambda: group_advantages(rewards, accuracy, difficulty="hard")),
@@ -100,7 +100,7 @@ def test_the_kernel(shape, difficulty, scale):
     twin = group_advantages(rewards, accuracy, **options, backend="torch")
     truth = group_advantages(rewards.double(), accuracy.double(), **options, backend="torch")
     assert not ours[0][0].any()  # exact zeros
-    hold_to_the_rule(ours, twin, truth)
+    assert_error_rule(ours, twin, truth)
     rewards[0, 1] = float("nan")  # stays NaN, in its own group where that alone gives the spread
     ours, twin = (group_advantages(rewards, accuracy, **options, backend=b) for b in ("triton", "torch"))
     assert ours[0][0].isnan().all() if scale != "none" else ours[0][0].isnan().any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import box_iou
-from kernel_cases import refuse, seeded
+from kernel_cases import assert_refused, seeded
 
 BY_HAND = {
     "the same box": ((10, 20, 30, 60), (10, 20, 30, 60), 1.0),
@@ -98,7 +98,7 @@ def test_dtypes_and_empty():
 
 def test_what_is_refused():
     box = torch.zeros(2, 4)
-    refuse(
+    assert_refused(
         (r"a has shape \(2, 3\); it must be \(any, 4\)", lambda: box_iou(box[:, :3], box)),
         (r"b has shape \(1, 4\); it must be \(2, 4\)", lambda: box_iou(box, box[:1])),
         ("a is int64; it must be float16 or", lambda: box_iou(box.long(), box)),

@@ -41,7 +41,7 @@ def greedy_kernel(x, out, SIZE: tl.constexpr):
     tl.store(out + offsets, values / total)
 
 
-def test_a_spill_is_seen():
+def test_a_spill_is_detected():
     """A program that keeps twice its registers in flight: the check above can fail."""
     x = torch.empty(1 << 17, device="meta")
     launch = Launch(greedy_kernel, (1,), (x, x), {"SIZE": x.shape[0]}, num_warps=32)

@@ -1,4 +1,4 @@
-"""The compiled operators: who serves without them, what they promise torch, and that they run beside Python."""
+"""The compiled operators: the twins in their absence, opcheck, refusals, strides, threads and the GIL."""
 
 import shutil
 import subprocess
@@ -55,14 +55,14 @@ else:
 """
 
 
-def test_without_it_the_twin_serves_with_one_warning_at_first_use():
+def test_without_it_the_twin_runs_and_warns_once():
     done = subprocess.run([sys.executable, "-P", "-c", WITHOUT], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_where_there_is_a_compiler_it_is_there():
-    """An installation says nothing of a source that did not compile, and the tests marked so would only be skipped."""
+def test_with_a_compiler_the_operators_are_compiled():
+    """An installation succeeds where a source does not compile, and tests marked `compiled` are skipped then."""
     assert dispatch.MISSING is None, f"csrc/ is not compiled: {dispatch.MISSING}. Run `make install`."
 
 
@@ -123,8 +123,8 @@ def test_strided_inputs():
 
 
 @compiled
-def test_python_goes_on_meanwhile():
-    """The GIL is released: this thread counts while another one's long call runs."""
+def test_the_gil_is_released():
+    """This thread counts while a long call of another one runs."""
     text, offsets = pack_texts([b"<(" * 20_000_000])  # nothing to skip: tens of ms on one thread
     call = threading.Thread(target=grounding_rewards, args=(text, offsets, GOLD))
     call.start()

@@ -17,13 +17,13 @@ from kernel_cases import (
     BACKENDS,
     DEVICE,
     SHAPES,
+    assert_refused,
+    check_error,
     counters,
     eager,
     gradients,
-    judge,
     make_case,
     on_triton,
-    refuse,
     seeded,
 )
 
@@ -55,7 +55,7 @@ def check_logps(case, temperature, backend, entropy=True, inplace=False):
     def theirs(logits):
         return eager(logits, case["targets"], temperature)
 
-    return judge(run, ours, theirs, case, targets=case["targets"], by_row=True)
+    return check_error(run, ours, theirs, case, targets=case["targets"], by_row=True)
 
 
 @BACKENDS
@@ -251,7 +251,7 @@ def test_what_is_refused(head):
     hidden, weight, targets = head
     logits, on = hidden @ weight.T, {"backend": "triton"}
     expanded, inplace = logits[:1].expand(N, V), {"inplace_backward": True}
-    refuse(
+    assert_refused(
         ("is set .* Pass logits.contiguous", lambda: token_logps_from_logits(expanded, targets, **inplace)),
         (r"hidden has shape \(5,\)", lambda: token_logps(hidden[0], weight, targets)),
         ("hidden is int64; it must be float16 or", lambda: token_logps(hidden.long(), weight, targets)),

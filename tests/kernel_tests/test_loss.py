@@ -21,14 +21,14 @@ from kernel_cases import (
     SHAPES,
     TOLERANCE,
     VARIANTS,
+    assert_refused,
+    check_error,
     eager,
     exact,
     gradients,
-    judge,
     make_case,
     on_triton,
     options_of,
-    refuse,
     seeded,
     token_formulas,
 )
@@ -121,7 +121,7 @@ def test_every_loss(compute, variant, shape, backend):
     def theirs(logits, case):
         return formulas(logits, case, temperature)
 
-    _, scalars, *_ = judge(run, ours, theirs, case, targets=case["targets"])
+    _, scalars, *_ = check_error(run, ours, theirs, case, targets=case["targets"])
     if variant == "delta":  # the case covers every branch
         _, low, high, region, least, _, most = scalars
         assert low > 0 and high > 0 and region < 1 and least < 0.8 and most > 1.5
@@ -174,7 +174,7 @@ def test_the_head(n, vocabulary, wanted, variant, backend, monkeypatch):
 
     # dhidden sums over the vocabulary: at 152k a library's order of it moves the error, by a third from run to run
     # with two threads, and to 3.3e-5 with one and the two rows of this chunk.
-    judge(run, ours, theirs, case, tolerance=TOLERANCE if vocabulary < 1000 else 4e-5)
+    check_error(run, ours, theirs, case, tolerance=TOLERANCE if vocabulary < 1000 else 4e-5)
 
 
 @pytest.mark.gpu
@@ -196,7 +196,7 @@ def test_the_head_at_real_size(width):
         rest = case["targets"], case["advantages"], case["completion_cu"]
         return fused_grpo_loss(hidden, weight, *rest, backend="triton")
 
-    judge(run, ours, lambda hidden, weight, case: formulas(hidden @ weight.T, case, 1.0), case)
+    check_error(run, ours, lambda hidden, weight, case: formulas(hidden @ weight.T, case, 1.0), case)
 
 
 @pytest.mark.parametrize("function", ["head", "logps"])
@@ -340,7 +340,7 @@ def test_options_in_one_object(case, function):
     wants = run(function, case, o._asdict()), run(function, case, {"options": o})
     torch.testing.assert_close(*wants, rtol=0, atol=0)
     assert LossOptions(epsilon=0.1).epsilon_high == 0.1
-    refuse(
+    assert_refused(
         ("options and beta are given", lambda: run(function, case, {"options": o, "beta": 0.1})),
         ("delta is 1.2", lambda: LossOptions(delta=1.2)),
         ("ref_logps has shape", lambda: run(function, case, {"options": o._replace(ref_logps=torch.zeros(2))})),
@@ -349,7 +349,7 @@ def test_options_in_one_object(case, function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_bad_options_are_refused(case, function):
-    refuse(*((message, lambda o=options: run(function, case, o)) for message, options in BAD_OPTIONS.items()))
+    assert_refused(*((message, lambda o=options: run(function, case, o)) for message, options in BAD_OPTIONS.items()))
 
 
 def test_bad_tensors_are_refused(case):
@@ -360,7 +360,7 @@ def test_bad_tensors_are_refused(case):
     def head(*changes, **options):
         return lambda: fused_grpo_loss(*changes, advantages, cu, **options)
 
-    refuse(
+    assert_refused(
         (r"hidden has shape \(11, 5, 1\); it must be \(any, any\)", head(hidden[..., None], weight, targets)),
         ("weight is float32; it must be float64", head(hidden, weight.float(), targets)),
         (r"weight has shape \(13, 4\); it must be \(any, 5\)", head(hidden, weight[:, :4], targets)),
@@ -373,11 +373,11 @@ def test_bad_tensors_are_refused(case):
         ("completion_cu is empty", advantages, cu[:0]),
         ("completion_cu ends at 10; the call scores 11 tokens", advantages, cu.clamp(max=10)),
     ):
-        refuse((message, lambda args=args: grpo_loss(case["old_logps"], *args)))
-        refuse((message, lambda args=args: fused_grpo_loss(hidden, weight, targets, *args)))
+        assert_refused((message, lambda args=args: grpo_loss(case["old_logps"], *args)))
+        assert_refused((message, lambda args=args: fused_grpo_loss(hidden, weight, targets, *args)))
     expanded = torch.zeros(1, V, requires_grad=True).expand(N, V)
     overwritten = {"overwrite_logits": True}
-    refuse(
+    assert_refused(
         (
             r"overwrite_logits is set and the logits \(11, 13\) are expanded",
             lambda: fused_grpo_loss_from_logits(expanded, targets, advantages, cu, **overwritten),

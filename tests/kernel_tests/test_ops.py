@@ -14,7 +14,7 @@ from boxgrpo.kernels import (
     token_logps,
     token_logps_from_logits,
 )
-from kernel_cases import BACKENDS, DEVICE, counters, gradients, make_case, on_triton, options_of, refuse, seeded
+from kernel_cases import BACKENDS, DEVICE, assert_refused, counters, gradients, make_case, on_triton, options_of, seeded
 
 
 @on_triton
@@ -143,7 +143,7 @@ def test_fp64_stays_with_the_twin():
     logits = torch.randn(3, 9, dtype=torch.float64, device=DEVICE)
     targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     on = {"backend": "triton"}
-    refuse(
+    assert_refused(
         ("logits got fp64, which only the torch twin", lambda: token_logps_from_logits(logits, targets, **on)),
         ("group_advantages got fp64", lambda: group_advantages(logits.float(), logits, **on)),
     )

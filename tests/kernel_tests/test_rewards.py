@@ -5,7 +5,7 @@ import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from boxgrpo.kernels.vocabulary import BRACKET, EOS, PLAIN, TEXT, unpacked
-from kernel_cases import refuse
+from kernel_cases import assert_refused
 
 GOLD = (100.0, 200.0, 300.0, 400.0)
 BOX = "(100, 200), (300, 400)"
@@ -246,7 +246,7 @@ def test_what_would_be_read_beyond_its_bounds_is_an_error(backend):
 def test_what_is_refused():
     text, offsets = packed([GOOD])
     ids, lengths, table = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([3]), table_of_pieces()
-    refuse(
+    assert_refused(
         ("text is int8; it must be uint8", lambda: grounding_rewards(text.char(), offsets, gold(1))),
         (r"offsets has shape \(2,\); it must be \(3\)", lambda: grounding_rewards(text, offsets, gold(2))),
         (r"gold has shape \(4,\)", lambda: grounding_rewards(text, offsets, gold(1)[0])),

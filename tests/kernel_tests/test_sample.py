@@ -8,7 +8,7 @@ import torch
 
 from boxgrpo.kernels import sample_tokens
 from boxgrpo.kernels.sample import FIRST_GROUP, UNIFORM_SCALE, _row_argmax, gumbel, row_keys
-from kernel_cases import BACKENDS, DEVICE, counters, on_triton, refuse, seeded
+from kernel_cases import BACKENDS, DEVICE, assert_refused, counters, on_triton, seeded
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 COUNTERS = ("prompt_ids", "completion_ids", "positions")
@@ -241,7 +241,9 @@ BAD_OPTIONS = {
 
 
 def test_what_is_refused():
-    refuse(*((message, lambda o=options: draw(torch.zeros(4), 2, **o)) for message, options in BAD_OPTIONS.items()))
+    assert_refused(
+        *((message, lambda o=options: draw(torch.zeros(4), 2, **o)) for message, options in BAD_OPTIONS.items())
+    )
 
 
 def check_is_the_twins(logits, **options):

@@ -7,7 +7,7 @@ import torch
 
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from kernel_cases import refuse
+from kernel_cases import assert_refused
 from special_ids import SPECIAL_IDS
 
 GRIDS = {  # (t, h, w) patches: wide, tall, the smallest there is, square, equal ones, two frames
@@ -81,7 +81,7 @@ def test_images_without_text_between():
 
     two = [[1, 2, 4], [1, 2, 2]]
     assert positions([IMAGE] * 3 + [5], two) == [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
-    refuse(
+    assert_refused(
         ("1 image tokens in the prompt but 1 images of 2 tokens", lambda: positions([IMAGE, 5], two[:1])),
         ("1 image tokens in the prompt but 0 images of 0 tokens", lambda: positions([IMAGE, 5], None)),
         ("1 image tokens in a row at token 0 for an image of 2", lambda: positions([IMAGE, 5, IMAGE, IMAGE], two)),

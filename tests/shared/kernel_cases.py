@@ -133,7 +133,7 @@ def token_formulas(
     return policy * (1 if sampler_factor is None else sampler_factor), gap.exp() - gap - 1, ratio, low, high
 
 
-def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False, tolerance=TOLERANCE, least=1e-30):
+def assert_error_rule(ours, eagers, truths, targets=None, by_row=False, tolerance=TOLERANCE, least=1e-30):
     """Each of ours no further from the truth than eager's, plus `tolerance` of the largest value, at least of `least`.
 
     With `targets` (N) what is (N, V) also by parts: the targets' entries, and all others, `by_row` row by row. (A
@@ -160,14 +160,14 @@ def hold_to_the_rule(ours, eagers, truths, targets=None, by_row=False, tolerance
             )
 
 
-def judge(run, ours, theirs, case, **rule):
+def check_error(run, ours, theirs, case, **rule):
     """The results of `run(ours, case)`, held to the rule beside those of `theirs`, and of `theirs` in fp64."""
     got = run(ours, case)
-    hold_to_the_rule(got, run(theirs, case), run(theirs, exact(case)), **rule)
+    assert_error_rule(got, run(theirs, case), run(theirs, exact(case)), **rule)
     return got
 
 
-def hold_beside(ours, theirs, truth, eager):
+def assert_beside_peer(ours, theirs, truth, eager):
     """Ours held to the rule, and `theirs`, another package's, the same function; None stands for no value."""
     for mine, their, true, fp32 in zip(ours, theirs, truth, eager, strict=True):
         if true is None:
@@ -180,10 +180,10 @@ def hold_beside(ours, theirs, truth, eager):
             continue
         assert mine.dtype == torch.float32
         torch.testing.assert_close(their.double(), true, rtol=1e-4, atol=1e-5 * max(float(true.abs().max()), 1e-3))
-        hold_to_the_rule([mine], [fp32], [true], least=1e-3)
+        assert_error_rule([mine], [fp32], [true], least=1e-3)
 
 
-def refuse(*cases):
+def assert_refused(*cases):
     """Each case is a message, as a pattern, and a call that must raise a ValueError with it."""
     for message, call in cases:
         with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import dropin
-from kernel_cases import DEVICE, LANE, hold_beside, refuse, same_signature, token_formulas
+from kernel_cases import DEVICE, LANE, assert_beside_peer, assert_refused, same_signature, token_formulas
 
 liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
 
@@ -128,7 +128,7 @@ def test_triton_grpo_loss(peer, name, reduce):
     for inplace in (False, True):
         ours, overwritten = triton_values(dropin.triton_grpo_loss, tensors, options, reduce, inplace=inplace)
         assert overwritten == inplace and not any(x.requires_grad for x in ours[1:-1] if x is not None)
-        hold_beside(ours, theirs, truth, fp32)
+        assert_beside_peer(ours, theirs, truth, fp32)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -162,7 +162,7 @@ def test_fused_linear_grpo_loss(name, biased):
             hidden, weight, *order, bias, tensors["ref"], tensors["old"], **call
         )
 
-    hold_beside(
+    assert_beside_peer(
         values(module(dropin), torch.float32),
         values(module(liger), torch.float32),
         values(formulas, torch.float64),
@@ -269,7 +269,7 @@ def test_what_is_refused():
         for name in ("sapo", "luspo", "vespo")
         for call in (lambda name=name: triton(loss_type=name), lambda name=name: fused(loss_type=name))
     ]
-    refuse(
+    assert_refused(
         *refused,
         ("importance_sampling_level is 'word'", lambda: triton(importance_sampling_level="word")),
         ("'cispo' takes 'token' only", lambda: fused(loss_type="cispo", importance_sampling_level="sequence")),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import chunks, dropin
-from kernel_cases import hold_beside, refuse, same_signature, seeded
+from kernel_cases import assert_beside_peer, assert_refused, same_signature, seeded
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 utils = pytest.importorskip("trl.trainer.utils")
@@ -81,7 +81,7 @@ def test_chunked_log_prob_function(head, outputs, chunk, monkeypatch):
 
         return with_gradients(run, inputs, dtype, entropy="entropy" in wanted)
 
-    hold_beside(
+    assert_beside_peer(
         call(dropin.ChunkedLogProbFunction.apply),
         call(utils._ChunkedLogProbFunction.apply),
         formulas(torch.float64),
@@ -163,7 +163,7 @@ def test_selective_log_softmax(shape, several, entropy, masked):
         return [logps] if entropy is None else [logps, (nats if entropy else nats.detach()) * kept]
 
     ours, theirs = (values(of(package), torch.float32) for package in (dropin, utils))
-    hold_beside(ours, theirs, values(formulas, torch.float64), values(formulas, torch.float32))
+    assert_beside_peer(ours, theirs, values(formulas, torch.float64), values(formulas, torch.float32))
 
 
 @pytest.mark.parametrize("several", [(), (2,)])
@@ -203,7 +203,7 @@ def test_what_is_refused():
     head, select = dropin.ChunkedLogProbFunction.apply, dropin.selective_log_softmax
     logits, index = torch.randn(3, 4, V), torch.zeros(3, 4, dtype=torch.int64)
     named = None, 1.0, ("logits",)
-    refuse(
+    assert_refused(
         ("outputs holds 'logits'; it may hold", lambda: head(hidden, weight, None, targets, 1.0, 8, *named)),
         ("temperature is 0", lambda: head(hidden, weight, None, targets, 0, 8)),
         ("temperature is 0", lambda: head(hidden, weight, bias, targets, 0, 8)),

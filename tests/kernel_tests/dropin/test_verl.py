@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import dropin
-from kernel_cases import hold_to_the_rule, judge, refuse, seeded
+from kernel_cases import assert_error_rule, assert_refused, check_error, seeded
 
 N, V, H = 8, 29, 7
 
@@ -22,7 +22,7 @@ def check(call, formulas, **inputs):
         total = sum((x * torch.linspace(-1, 2, x.numel()).to(x.dtype).view(x.shape)).sum() for x in outputs)
         return *(x.detach() for x in outputs), *torch.autograd.grad(total, leaves)
 
-    got = judge(run, call, formulas, inputs)
+    got = check_error(run, call, formulas, inputs)
     assert {x.dtype for x in got} == {torch.float32}
 
 
@@ -86,7 +86,7 @@ def test_compute_grpo_outcome_advantage(index_of, epsilon, norm):
             values.append((scores[i] - mean) / (std + epsilon if norm else 1.0))
         return torch.stack(values)[:, None] * mask
 
-    hold_to_the_rule([advantages], [formulas(torch.float32)], [formulas(torch.float64)])
+    assert_error_rule([advantages], [formulas(torch.float32)], [formulas(torch.float64)])
 
 
 def test_signatures():
@@ -108,7 +108,7 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: group)
     assert dropin.linear_cross_entropy(hidden, weight, labels, dist_process_group=1)[0].shape == (N,)
     entropy, advantage = dropin.linear_cross_entropy, dropin.compute_grpo_outcome_advantage
-    refuse(
+    assert_refused(
         ("dist_process_group has 2 ranks", lambda: entropy(hidden, weight, labels, dist_process_group=2)),
         ("reduction is 'max'; it is one of none, sum, mean", lambda: entropy(hidden, weight, labels, 1.0, "max")),
         ("temperature is 0", lambda: entropy(hidden, weight, labels, 0)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import dropin
-from kernel_cases import refuse
+from kernel_cases import assert_refused
 
 GOLD = [0, 0, 500, 500]
 ANSWERS = {  # text: (IoU, format) as a thinking answer, and as a bare box
@@ -63,7 +63,7 @@ def test_boxes_in_any_container_and_none_at_all():
 
 def test_what_is_refused():
     one = COMPLETIONS[:1]
-    refuse(
+    assert_refused(
         ("solution holds no 1 boxes", lambda: dropin.iou_reward(one, ["<answer>[0, 0, 5, 5]</answer>"])),
         ("solution holds no 1 boxes", lambda: dropin.iou_reward(one, [GOLD, GOLD])),
         ("is 'boxes'; it is 'think' or 'box'", lambda: dropin.iou_reward(one, [GOLD], answer_format="boxes")),
