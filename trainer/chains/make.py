@@ -62,10 +62,6 @@ class CotOptions:
     backoff: float = option(1.0, "Seconds before the second try, then doubled; Retry-After overrules it.")
     timeout: float = option(180.0, "Seconds until a request counts as failed.")
     max_failures: int = option(50, "Stop when so many requests in a row have failed for good.")
-    input_price: float = option(0.0, "Of a million tokens sent, in any currency.")
-    output_price: float = option(0.0, "Of a million tokens answered.")
-    judge_input_price: float | None = option(None, "The judge's; empty: as input_price.")
-    judge_output_price: float | None = option(None, "The judge's; empty: as output_price.")
     ask: bool = option(True, "false: send nothing and write the records of the answers so far.")
 
 
@@ -99,21 +95,15 @@ async def make_records(
     return [task.result() for task in tasks]
 
 
-def summarize(outcomes: Sequence[Outcome], faulty: Counter, journal: Journal, o: CotOptions) -> dict:
-    """Counts and cost. Those of requests, answers and tokens are of the whole journal, earlier runs included."""
-    judge_in = o.input_price if o.judge_input_price is None else o.judge_input_price
-    judge_out = o.output_price if o.judge_output_price is None else o.judge_output_price
-    prices = {"chain": (o.input_price, o.output_price), "judge": (judge_in, judge_out)}
-    summary = {
+def summarize(outcomes: Sequence[Outcome], faulty: Counter, journal: Journal) -> dict:
+    """Counts. Those of requests, answers and tokens are of the whole journal, earlier runs included."""
+    return {
         "records": len(outcomes),
         "written": sum(outcome.record is not None for outcome in outcomes),
         "left_out": dict(Counter(outcome.reason for outcome in outcomes if outcome.record is None).most_common()),
         "faulty": dict(faulty.most_common()),
         "chains": dict(Counter(label for outcome in outcomes for label in outcome.labels).most_common()),
-    } | journal.summary(tuple(prices))
-    tokens = summary["tokens"]
-    cost = sum(n * price / 1e6 for kind in prices for n, price in zip(tokens[kind].values(), prices[kind]))
-    return summary | {"cost": cost}
+    } | journal.summary(("chain", "judge"))
 
 
 def make(o: CotOptions) -> dict:
@@ -135,7 +125,7 @@ def make(o: CotOptions) -> dict:
     with Journal(folder) as journal:
         outcomes = asyncio.run(make_records(examples, chosen, journal, o))
         records = [outcome.record for outcome in outcomes if outcome.record]
-        summary = summarize(outcomes, Counter(fault.reason for fault in faults), journal, o)
+        summary = summarize(outcomes, Counter(fault.reason for fault in faults), journal)
         replace_file(folder / "cold_start.json", "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
         replace_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
