@@ -1,7 +1,9 @@
 """Command lines and YAML files as dataclasses of options: flags and `--help` derive from the fields."""
 
 import argparse
+import contextlib
 import difflib
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +27,15 @@ class _Append(argparse.Action):
 
     def __call__(self, parser, namespace, value, name=None):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), value])
+
+
+@contextlib.contextmanager
+def optional_import(needed: str, remedy: str) -> Iterator[None]:
+    """Raise ValueError with the remedy where an import in the block fails; `needed` says which option needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{needed} and an import fails: {error}. {remedy}") from error
 
 
 def repeated(help: str) -> dict:

@@ -191,10 +191,8 @@ def _check_run(o: DataOptions) -> None:
     check_values(vars(o))
     if o.offload_optimizer and o.engine != "deepspeed":
         raise ValueError(f"offload_optimizer is true with engine {o.engine!r}; add --engine deepspeed.")
-    if o.eval_every and not o.eval_data:
-        raise ValueError(f"eval_every is {o.eval_every} and no file is named. Give --eval_data, or --eval_every 0.")
-    if o.eval_data and not o.eval_every:
-        raise ValueError(f"eval_data is {o.eval_data} and eval_every 0. Give --eval_every, or leave --eval_data out.")
+    if bool(o.eval_every) != bool(o.eval_data):
+        raise ValueError(f"eval_every is {o.eval_every} and eval_data {o.eval_data!r}. Give both, or leave both out.")
     if o.lora_rank and not o.freeze_vision:
         raise ValueError(
             f"freeze_vision is False and lora_rank {o.lora_rank}; adapters train the decoder alone. "
@@ -261,11 +259,10 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
 def validate_evaluator(o: EvalOptions) -> None:
     """Refuse what cannot be evaluated, before anything is loaded."""
     check_values(vars(o))
-    if not o.model and not o.predictions:
-        raise ValueError("no model. Name a checkpoint folder with --model, or a file of answers with --predictions.")
-    if o.model and o.predictions:
+    if bool(o.model) == bool(o.predictions):
         raise ValueError(
-            f"model is {o.model} and predictions {o.predictions}; answers come from one of them. Leave one out."
+            f"model is {o.model!r} and predictions {o.predictions!r}; answers come from one of them. Name either a "
+            "checkpoint folder with --model, or a file of answers with --predictions."
         )
 
 

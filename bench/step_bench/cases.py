@@ -1,7 +1,6 @@
 """What the step benchmark trains: a model of random weights, and records with their images."""
 
 import json
-import os
 from argparse import ArgumentParser
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,15 +100,6 @@ def choose_cases(args, gpu: bool) -> list[StepCase]:
     if chosen[0].model in ("2B", "7B") and not gpu:
         raise ValueError(f"model is {chosen[0].model}; it runs on a GPU, and none is here. Drop --model.")
     return chosen
-
-
-def merges(path: str | None) -> Path:
-    """Qwen2's merges.txt: the one named, or that of BOXGRPO_SHARED. Raises ValueError where there is none."""
-    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[3] / "shared")
-    found = Path(path) if path else Path(shared) / "data/qwen2_tokenizer/merges.txt"
-    if not found.is_file():
-        raise ValueError(f"there is no {found}; the real vocabulary needs a Qwen2 model's. Name it with --merges.")
-    return found
 
 
 def make_config(sizes: tuple, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:

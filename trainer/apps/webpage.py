@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.example import image_size
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
@@ -153,14 +154,10 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
     Raises:
         ValueError: no Flask or waitress to import, or an address that cannot be served on.
     """
-    try:
+    with optional_import("serve is true", "Install the server (pip install 'flask>=3.1' waitress)."):
         from waitress import create_server
 
         app = make_app(grounder, name=name, host=host)
-    except ImportError as error:
-        raise ValueError(
-            f"serve is true and an import fails: {error}. Install the server (pip install 'flask>=3.1' waitress)."
-        ) from error
     try:
         listening = socket.create_server((host, port))
     except OSError as error:

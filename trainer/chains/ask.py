@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.processor import load_image
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
@@ -50,10 +51,8 @@ def connect(journal: Journal, o) -> dict:
     Raises:
         ValueError: the client is not installed, or a variable is not set.
     """
-    try:
+    with optional_import("ask is true", "Install the client: pip install 'openai>=3'."):
         import openai
-    except ImportError as error:
-        raise ValueError(f"importing openai fails: {error}. Install it: pip install 'openai>=3'.") from error
     # The client's own timeout would be between two bytes; `_transport` has one for the whole answer.
     settings = {"timeout": None, "max_retries": o.tries - 1, "http_client": _transport(journal, o)}
     clients = {}

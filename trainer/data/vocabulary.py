@@ -1,13 +1,12 @@
-"""The tokenizers: the real Qwen2 one from its merges, and a small one for the demo."""
+"""Qwen2-VL's special tokens and chat template, the demo's small tokenizer, and the bytes of a tokenizer's ids."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # From 151643 on in Qwen2's vocabulary.
@@ -43,28 +42,6 @@ _TAG_OR_MARK = r"(?:</?(?:think|answer)>|[^\s\p{L}\p{N}])"
 _DEMO_PIECES = rf" ?{_TAG_OR_MARK}(?:{_TAG_OR_MARK}| (?=[^\s\p{{L}}]))*| ?\p{{N}}+| ?\p{{L}}+|\s+"
 
 
-def qwen2_tokenizer(merges_path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The real Qwen2 tokenizer, 151,657 tokens, from its `merges.txt`.
-
-    Ids: 256 bytes in GPT-2's order, then one for each merge, then `SPECIAL_TOKENS` from 151643 on. End of text is
-    `<|im_end|>`, padding `<|endoftext|>`. `save_pretrained` writes what `AutoTokenizer.from_pretrained` reads.
-
-    Raises:
-        ValueError: the file is not Qwen2's list of 151,387 merges.
-        OSError: the file cannot be read.
-    """
-    with open(merges_path, encoding="utf-8") as file:
-        merges = [tuple(line.rstrip("\n").split(" ")) for line in file if not line.startswith("#version")]
-    if len(merges) != 151_387 or any(len(merge) != 2 for merge in merges):
-        raise ValueError(
-            f"{merges_path} holds {len(merges)} lines that should be Qwen2's 151387 merges of two pieces. "
-            "Pass the merges.txt of a Qwen2 model."
-        )
-    pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges)]
-    tokenizer = Qwen2Tokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)
-    return _finish(tokenizer)
-
-
 def demo_tokenizer(
     texts: Iterable[str], *, phrases: Sequence[str] = (), vocab_size: int = 1024
 ) -> PreTrainedTokenizerBase:
@@ -94,7 +71,7 @@ def demo_tokenizer(
     backend = Tokenizer(BPE(vocab=vocab, merges=[], ignore_merges=True))  # a whole piece of the vocabulary is one token
     backend.pre_tokenizer = split
     backend.decoder = decoders.ByteLevel()
-    return _finish(PreTrainedTokenizerFast(tokenizer_object=backend))
+    return with_special_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
@@ -123,7 +100,8 @@ def box_mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [index for index, token in tokenizer.added_tokens_decoder.items() if token.content in BOX_MARKS]
 
 
-def _finish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with `SPECIAL_TOKENS` after its own, their roles, and the chat template."""
     # Before the roles are set: adding these tokens by role would give them other ids.
     tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .base import PeerOutOfMemory
@@ -147,13 +148,8 @@ class DeepSpeedEngine:
 
 
 def import_deepspeed():
-    try:
+    with optional_import("engine is 'deepspeed'", "Install it (pip install deepspeed), or use --engine ddp."):
         import deepspeed
-    except ImportError as error:
-        raise ValueError(
-            f"engine is 'deepspeed' and importing it fails: {error}. Install it (pip install deepspeed), "
-            "or use --engine ddp."
-        ) from error
     # Its shared-memory collectives for CPUs are compiled under a lock file, which a killed run leaves behind: all later
     # runs would wait for it. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.processor import Processor
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -26,13 +27,9 @@ def add_adapters(model: Qwen2VL, options) -> None:
     Raises:
         ValueError: peft cannot be imported.
     """
-    try:
+    remedy = "Install peft (pip install 'peft>=0.18'), or use --lora_rank 0."
+    with optional_import(f"lora_rank is {options.lora_rank}", remedy):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError(
-            f"lora_rank is {options.lora_rank} and importing peft fails: {error}. Install it "
-            "(pip install 'peft>=0.18'), or use --lora_rank 0."
-        ) from error
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,

@@ -1,13 +1,14 @@
 """Optimizer and learning-rate schedule by the run's options, and the file of their state."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
+
+from boxgrpo.trainer.arguments import optional_import
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to zero
@@ -21,13 +22,9 @@ def make_optimizer(parameters: list[nn.Parameter], options) -> torch.optim.Optim
     """
     settings = {"lr": options.learning_rate, "betas": (0.9, options.adam_beta2), "weight_decay": options.weight_decay}
     if options.optimizer == "cpu_adam":
-        try:
+        remedy = "Install DeepSpeed (pip install deepspeed), or use --optimizer adamw."
+        with optional_import("optimizer is 'cpu_adam'", remedy):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
-        except ImportError as error:
-            raise ValueError(
-                f"optimizer is 'cpu_adam' and importing DeepSpeed fails: {error}. Install it (pip install deepspeed), "
-                "or use --optimizer adamw."
-            ) from error
         if parameters[0].is_cuda and not options.offload_optimizer:
             raise ValueError(
                 "optimizer is 'cpu_adam' and the weights are on a GPU; it updates what lies in host memory. Add "
@@ -35,14 +32,9 @@ def make_optimizer(parameters: list[nn.Parameter], options) -> torch.optim.Optim
             )
         return DeepSpeedCPUAdam(parameters, **settings, adamw_mode=True)
     if options.optimizer == "apex":
-        try:
+        remedy = "Build NVIDIA/apex from GitHub (another project has that name), or use --optimizer adamw."
+        with optional_import("optimizer is 'apex'", remedy):
             from apex.optimizers import FusedAdam
-        except ImportError as error:
-            other = "what is installed as apex is another project of that name" if find_spec("apex") else "no apex here"
-            raise ValueError(
-                f"optimizer is 'apex' and apex.optimizers.FusedAdam cannot be imported ({error}): {other}. NVIDIA's is "
-                "built from github.com/NVIDIA/apex. Use --optimizer adamw."
-            ) from error
         return FusedAdam(parameters, **settings, adam_w_mode=True)
     return torch.optim.AdamW(parameters, **settings, fused=True)
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.example import Refused, Source, is_numbers, resolve_images, text_of
 
 from .questions import read_each
@@ -77,10 +78,8 @@ def average_precision(
 
 def make_coco(images: Iterable[dict], categories: Iterable[dict], annotations: Iterable[dict]):
     """A COCO with its index. Annotations are numbered from 1: COCOeval takes a match with id 0 for none."""
-    try:
+    with optional_import("bench is 'odinw'", "Run `pip install pycocotools`."):
         from pycocotools.coco import COCO
-    except ImportError as error:
-        raise ValueError("COCO files need pycocotools, which is missing. Run `pip install pycocotools`.") from error
     coco = COCO()
     numbered = [row | {"id": number} for number, row in enumerate(annotations, 1)]
     coco.dataset = {"images": [*images], "categories": [*categories], "annotations": numbered}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.example import Example, Fault, Refused, Source, require_some, resolve_images, text_of
 from boxgrpo.trainer.data.scan import scan
 
@@ -99,10 +100,8 @@ def _mean(values: Collection[float]) -> float:
 def _records(path: Path) -> list:
     if path.suffix != ".parquet":
         return [row.value for row in scan(path)]
-    try:
+    with optional_import(f"data is {path}", "Run `pip install pyarrow`."):
         from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow, which is not installed. Run `pip install pyarrow`.") from error
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowException as error:

@@ -13,6 +13,7 @@ import torch
 
 from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.engine.lora import merged_weights
 from boxgrpo.trainer.runtime.spans import span
@@ -42,13 +43,8 @@ class VllmRollout:
     """
 
     def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
-        try:
+        with optional_import("rollout is 'vllm'", "Install it (pip install 'vllm>=0.22'), or use --rollout local."):
             import vllm
-        except ImportError as error:
-            raise ValueError(
-                f"rollout is 'vllm' and importing it fails: {error}. Install it (pip install 'vllm>=0.22'), "
-                "or use --rollout local."
-            ) from error
         if "RANK" not in os.environ:
             raise ValueError(
                 "rollout is 'vllm' and RANK is not set; its engines join the processes that torchrun starts. "

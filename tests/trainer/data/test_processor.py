@@ -10,10 +10,11 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.vocabulary import demo_tokenizer, qwen2_tokenizer
+from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
 THINK = (
     " First output the thinking process in <think> </think> tags"

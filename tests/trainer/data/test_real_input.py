@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.model.checkpoint import save_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.data.processor import THINK_SUFFIX, Processor
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, qwen2_tokenizer
+from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions

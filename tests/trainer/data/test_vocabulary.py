@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
+from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.trainer.data import vocabulary
-from boxgrpo.trainer.data.vocabulary import BOX_MARKS, SPECIAL_TOKENS, demo_tokenizer, qwen2_tokenizer, token_bytes
+from boxgrpo.trainer.data.vocabulary import BOX_MARKS, SPECIAL_TOKENS, demo_tokenizer, token_bytes
 
 MIXED = "Où est 这只猫 🦊?\n\n  (125, 250)\t½ ﬁ\u0000"
 COMPLETION = "<think>The red circle is at the top left.</think><answer>(125, 250), (500, 750)</answer>"

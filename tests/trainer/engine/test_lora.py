@@ -214,5 +214,5 @@ def test_vllm_gets_merged_weights_and_repeats_the_local_run(world, monkeypatch):
 
 def test_without_peft_the_error_names_the_remedy(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"lora_rank is 4 and importing peft fails.*pip install 'peft>=0.18'"):
+    with pytest.raises(ValueError, match=r"lora_rank is 4 and an import fails.*pip install 'peft>=0.18'"):
         adapted(base)

@@ -1,7 +1,6 @@
 """Optimizers by name, and the file of their state."""
 
 import sys
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -60,17 +59,13 @@ def test_deepspeeds_adam_is_adam():
 def test_an_optimizer_that_is_not_installed_is_refused(monkeypatch):
     weights = [nn.Parameter(torch.zeros(2))]
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # the other project of that name
-    sys.modules["apex"].__spec__ = ModuleSpec("apex", None)
-    with pytest.raises(ValueError, match="apex.optimizers.FusedAdam cannot be imported.*is another project"):
-        make_optimizer(weights, GrpoOptions(optimizer="apex"))
-    monkeypatch.delitem(sys.modules, "apex")
-    with pytest.raises(ValueError, match="apex.optimizers.FusedAdam cannot be imported.*no apex here"):
+    with pytest.raises(ValueError, match="optimizer is 'apex' and an import fails.*another project has that name"):
         make_optimizer(weights, GrpoOptions(optimizer="apex"))
     for name in ("deepspeed", "deepspeed.ops.adam"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match="optimizer is 'cpu_adam' and importing DeepSpeed fails.*--optimizer adamw"):
+    with pytest.raises(ValueError, match="optimizer is 'cpu_adam' and an import fails.*--optimizer adamw"):
         make_optimizer(weights, GrpoOptions(optimizer="cpu_adam"))
-    with pytest.raises(ValueError, match="engine is 'deepspeed' and importing it fails.*--engine ddp"):
+    with pytest.raises(ValueError, match="engine is 'deepspeed' and an import fails.*--engine ddp"):
         make_engine(nn.Linear(1, 1), GrpoOptions(engine="deepspeed"), Ranks(), 1)
 
 

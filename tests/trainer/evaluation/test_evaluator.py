@@ -20,8 +20,8 @@ from runs import ROOT, eval_options, finish, flags, start_forked, wait_for
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "no model"),
-        (["--model=a", "--predictions=b"], "model is a and predictions b; answers come from one of them"),
+        ([], "model is '' and predictions ''; answers come from one of them"),
+        (["--model=a", "--predictions=b"], "model is 'a' and predictions 'b'; answers come from one of them"),
         (["--model=a", "--bench=coco"], "bench is 'coco'; it must be one of mig, refcoco"),
         (["--model=a", "--resamples=-1"], "resamples is -1; it must be at least 0"),
         (["--model=a"], "no data"),

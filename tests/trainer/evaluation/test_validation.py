@@ -187,8 +187,8 @@ def test_a_new_run_removes_its_own_earlier_best_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_data": ""}, "eval_every is 2 and no file is named. Give --eval_data"),
-        ({"eval_every": 0}, "eval_every 0. Give --eval_every"),
+        ({"eval_data": ""}, "eval_every is 2 and eval_data ''. Give both"),
+        ({"eval_every": 0}, "eval_every is 0 and eval_data .*Give both"),
         ({"eval_data": "gone.json"}, r"gone\.json; there is no such file"),
     ],
 )

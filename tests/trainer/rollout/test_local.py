@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.kernels import group_advantages
 from boxgrpo.kernels.vocabulary import EOS, unpacked
 from boxgrpo.model.batch import Group
@@ -18,7 +19,6 @@ from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.vocabulary import qwen2_tokenizer
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import score
 from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor

@@ -13,7 +13,7 @@ from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import StepRewards
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.pack import Budget, make_packs, plan_moves, run_packs_that_fit, trained_groups
-from runs import finish, start
+from runs import finish, start_forked
 
 
 def prompt(length: int) -> Prompt:
@@ -80,7 +80,7 @@ with ranks() as r:
 def test_groups_arrive_whole(tmp_path):
     """Rank 1 has six groups, the others one each: afterwards three each, with every tensor that belongs to them."""
     (tmp_path / "script.py").write_text(THREE_RANKS)
-    found = json.loads(finish(start(tmp_path / "script.py", SimpleNamespace(), ranks=3)).strip().splitlines()[-1])
+    found = json.loads(finish(start_forked(tmp_path / "script.py", SimpleNamespace(), ranks=3)).strip().splitlines()[-1])
     assert sorted(n for rank in found for n in rank) == [0, 10, 11, 12, 13, 14, 15, 20]
     assert sorted(map(len, found)) == [2, 3, 3]
 
