@@ -80,7 +80,8 @@ with ranks() as r:
 def test_groups_arrive_whole(tmp_path):
     """Rank 1 has six groups, the others one each: afterwards three each, with every tensor that belongs to them."""
     (tmp_path / "script.py").write_text(THREE_RANKS)
-    found = json.loads(finish(start_forked(tmp_path / "script.py", SimpleNamespace(), ranks=3)).strip().splitlines()[-1])
+    shown = finish(start_forked(tmp_path / "script.py", SimpleNamespace(), ranks=3))
+    found = json.loads(shown.strip().splitlines()[-1])
     assert sorted(n for rank in found for n in rank) == [0, 10, 11, 12, 13, 14, 15, 20]
     assert sorted(map(len, found)) == [2, 3, 3]
 
