@@ -36,13 +36,10 @@ def twins(tmp_path_factory):
 
     @functools.cache
     def make(kind):
-        if kind == "tiny":
-            config = tiny_config(160, SPECIAL_IDS, hidden_size=64, layers=2, vision_width=64)
-        else:
-            config = tiny_config(
-                160, SPECIAL_IDS, hidden_size=512, layers=2, vision_width=64, theta=1e6, initializer_range=0.02
-            )
-            config.tie_word_embeddings = False
+        published = {"hidden_size": 512, "theta": 1e6, "initializer_range": 0.02}
+        sizes = {"tiny": {"hidden_size": 64}, "published": published}[kind]
+        config = tiny_config(160, SPECIAL_IDS, layers=2, vision_width=64, **sizes)
+        config.tie_word_embeddings = kind == "tiny"
         theirs = Qwen2VLForConditionalGeneration(config).eval()
         g = torch.Generator().manual_seed(0)
         for _, parameter in sorted(theirs.named_parameters()):

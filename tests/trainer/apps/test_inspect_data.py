@@ -59,14 +59,6 @@ def test_a_file_without_records_is_refused(tmp_path, capsys):
         inspect_data.main([str(tmp_path / "data.json")])
 
 
-def test_the_real_records(shared, capsys):
-    found = found_in(capsys, shared / "data/mig_bench/MIG_data.sample.json", "--no_images")
-    assert found["records"] == found["usable"] == 121 and len(found["tasks"]) == 10 and found["faulty"] == {}
-    found = found_in(capsys, shared / "data/mig_bench/MIG_data.faulty.json", "--no_images")
-    assert found["usable"] == 0 and found["faulty"] == {"box_inverted": 1, "box_outside": 1}
-    assert found["records"] == 2 and found["tasks"] == {}
-
-
 def test_lengths_are_those_of_the_prompts(records, newborn, capsys):
     """In tokens, the images' included, by their headers alone."""
     limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16}

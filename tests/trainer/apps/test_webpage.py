@@ -154,14 +154,11 @@ def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, pair):
     ("form", "says"),
     [
         (question(), "there are 0 images"),
-        (question(png(40, 40), text=" "), "question is ''"),
         (question(b"no picture"), "image 1 cannot be opened as an image (cannot identify image file 'image 1')"),
         (question(png(40, 40), png(400, 400)[:50]), "image 2 cannot be decoded"),
         (question(*[png(40, 40)] * 9), "there are 9 images; the page takes 8"),
         (question(png(40, 40), text="a" * 4001), "the question has 4001 characters; the limit is 4000"),
-        (question(png(40, 40), target_image="2"), "target_image is 2 of 1 images"),
         (question(png(40, 40), target_image="-1"), "target_image is '-1'; it must be a number"),
-        (question(png(40, 40), answer_format="list"), "answer_format is 'list'"),
         (question(*[png(8000, 5000)] * 3), "the images have 120 million pixels together; the limit is 100"),
         (question(png(9000, 8000)), "image 1 has 9000 x 8000 = 72000000 pixels"),
     ],
@@ -192,14 +189,11 @@ def test_another_sites_page_cannot_ask(app):
     assert own.status_code == 400 and "image 1" in own.json["error"], "its own page may ask"
 
 
-@pytest.mark.parametrize("path", ["/page.css", "/page.js"])
-def test_its_own_files_are_served(app, path):
-    assert app.test_client().get(path).data == (webpage.PAGE / path[1:]).read_bytes()
-
-
-@pytest.mark.parametrize("path", ["/index.html", "/page.css/../../ground.py", "/../webpage.py", "/%2e%2e/ground.py"])
-def test_nothing_else_is_served(app, path):
-    assert app.test_client().get(path).status_code == 404
+def test_its_own_files_are_served_and_nothing_else(app):
+    for path in ("/page.css", "/page.js"):
+        assert app.test_client().get(path).data == (webpage.PAGE / path[1:]).read_bytes()
+    for path in ("/index.html", "/page.css/../../ground.py", "/../webpage.py", "/%2e%2e/ground.py"):
+        assert app.test_client().get(path).status_code == 404, path
 
 
 def test_the_page_may_load_its_own_files_alone_and_the_models_name_is_text():

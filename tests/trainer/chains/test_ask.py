@@ -108,18 +108,23 @@ def test_a_server_that_refuses_the_key_or_the_model_ends_the_run(server, options
 
 
 def test_a_dead_server_ends_the_run_and_keeps_the_output(server, options):
+    """And each answer as it came: none is requested again."""
     o = options(4, tries=1, max_failures=5, concurrency=2)
     make(o)
     before = written(o)
-    server.behave = lambda seen: Reply(status=500)
+    server.behave = lambda seen: well(seen) if seen in server.of("chain")[:15] else Reply(status=500)
     o = dataclasses.replace(o, temperature=0.5)  # no answers of that temperature are kept yet
     with pytest.raises(ValueError, match=r"failed in a row: 5.*status_500.*answers\.sqlite3"):
         make(o)
     assert written(o) == before
+    kept, sent = {seen.key for seen in server.seen if seen.answered}, len(server.seen)
+    server.behave = well
+    make(o)
+    assert len(kept) == 16 + 3 and not kept & {seen.key for seen in server.seen[sent:]}
     server.shutdown()
     server.server_close()
     with pytest.raises(ValueError, match="failed in a row: 5.*connection"):
-        make(o)
+        make(dataclasses.replace(o, temperature=0.25))
 
 
 def test_the_key_is_sent_and_written_nowhere(server, options, caplog, capsys):

@@ -1,24 +1,18 @@
-"""From records to cold-start data: what is written, counted and drawn, and a run that is killed."""
+"""From records to cold-start data: what is written, counted and drawn."""
 
 import dataclasses
 import json
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from boxgrpo.trainer.chains.journal import Journal
-from boxgrpo.trainer.chains.make import main, make
+from boxgrpo.trainer.chains.make import make
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from chain_runs import number, record, sources, written
 from fake_openai import Reply, well
-from runs import flags
 
 
 def test_each_request_shows_question_box_and_images(server, options):
@@ -106,33 +100,3 @@ def test_impossible_options_are_refused(server, options, change, message):
     with pytest.raises(ValueError, match=message):
         make(options(1, **change))
     assert not server.seen
-
-
-@pytest.mark.slow
-def test_a_killed_command_continues_and_sends_no_request_twice_whose_answer_it_kept(server, options, tmp_path):
-    def behave(seen):
-        if seen.times == 1 and seen.body["seed"] % 5 == 0:
-            return Reply(status=500)
-        return dataclasses.replace(well(seen), delay=0.03)
-
-    server.behave = behave
-    o = options(12, concurrency=4)
-    command = [sys.executable, "-P", "-m", "boxgrpo.trainer.make_cot", *flags(o)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 300
-    while sum(seen.answered for seen in server.seen) < 20 and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    run.kill()
-    out, _ = run.communicate()
-    assert run.returncode == -signal.SIGKILL, out
-    with Journal(o.output_dir) as journal:
-        kept = sum(journal.summary(("chain", "judge"))["answers"].values())
-    sent = sum(seen.answered for seen in server.seen)
-    assert sent - o.concurrency <= kept < 48 and not Path(o.output_dir, "cold_start.json").exists()
-
-    main(flags(o))
-    answered = [seen.key for seen in server.seen if seen.answered]
-    assert len(set(answered)) == 48 and len(answered) == 48 + sent - kept  # those in flight when the process died
-    undisturbed = dataclasses.replace(o, output_dir=str(tmp_path / "undisturbed"))
-    make(undisturbed)
-    assert written(undisturbed) == written(o) and sources(o) == list(range(12))

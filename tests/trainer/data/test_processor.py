@@ -162,12 +162,6 @@ def test_questions_may_hold_box_marks_but_no_marks_of_turns_or_images(demo, imag
             demo.prompt(example(images, question=f"Where {mark}?"))
 
 
-def test_text_alone_has_no_patches(demo):
-    prompt = demo.prompt(example(()))
-    assert prompt.pixel_values is None and prompt.image_grid_thw.shape == (0, 3)
-    assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
-
-
 def test_decode_keeps_box_marks_and_drops_the_end(demo):
     assert demo.tokenizer.convert_ids_to_tokens(demo.eos_ids) == ["<|im_end|>", "<|endoftext|>"]
     text = "<|box_start|>(1,2)<|box_end|>"

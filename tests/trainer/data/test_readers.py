@@ -90,17 +90,6 @@ def test_a_file_without_one_good_record_counts_the_reasons(write):
         read_examples(write([{"img": "a.png", "caption": "x"}]))
 
 
-@pytest.mark.parametrize(
-    ("record", "schema"),
-    [(GOOD, "univg_stage2"), (GOOD | {"need_format": True}, "mig_bench"), (CHAT, "univg_stage1")],
-    ids=["stage 2", "MIG-Bench", "chat"],
-)
-def test_the_log_names_the_schema_that_was_recognised(write, caplog, record, schema):
-    caplog.set_level(logging.INFO)
-    read_examples(write([record]))
-    assert f"schema {schema}, because 1 of 1 records have " in caplog.text
-
-
 def test_boxes_of_a_file_have_one_unit(write):
     fractions = [GOOD | {"need_format": True, "answer": answer} for answer in ([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1])]
     assert [e.gold for e in read_examples(write(fractions))[0]] == [(100, 200, 300, 400), (0, 0, 1000, 1000)]

@@ -66,6 +66,12 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
     assert left == {"00.png", "0001.png"}, "its own earlier cases go, what it never drew stays"
 
 
+def test_an_evaluation_without_one_image_stops(newborn, record_file, write):
+    data = write("lost.json", json.loads(record_file.read_text())[2:3])
+    with pytest.raises(ValueError, match=r"none of the 1 records can be prepared.*2\.png"):
+        evaluate(eval_options(newborn, data), Ranks())
+
+
 def test_a_killed_evaluation_is_resumed(newborn, record_file, monkeypatch):
     """After two batches it dies, in the middle of a line; then it goes on, and a third run has nothing left to do."""
     options, folder = eval_options(newborn, record_file, eval_batch_size=2, pictures=0), record_file.parent / "eval"

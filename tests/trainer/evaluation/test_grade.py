@@ -16,45 +16,29 @@ MEASURES = ("accuracy_at_0.3", "accuracy_at_0.5", "accuracy_at_least_0.5", "accu
 
 
 @pytest.mark.parametrize(
-    ("answer_format", "answered"),
+    ("answer_format", "form"),
     [
-        ("marked", "<|object_ref_start|>it<|object_ref_end|><|box_start|>(200,200),(600,600)<|box_end|>"),
-        ("list", "The box is [200, 200, 600, 600]."),
-        ("list", "<box>[[200,200,600,600]]</box>"),  # InternVL2's
-        ("fractions", "[0.2, 0.200, 0.6, 0.6]"),
-        ("fractions", "(0.2,0.2),(0.6,0.6)"),
-        ("fractions", "(0.2, 0.2, 0.6, 0.6)"),
-        ("tagged", "<ref>it</ref><box>200 200 600 600</box>"),  # MiniCPM-V's
-        ("box", "(200,200),(600,600)"),
+        ("marked", "<|object_ref_start|>it<|object_ref_end|><|box_start|>({0}00,{0}00),({1}00,{1}00)<|box_end|>"),
+        ("list", "The box is [{0}00, {0}00, {1}00, {1}00]."),
+        ("list", "<box>[[{0}00,{0}00,{1}00,{1}00]]</box>"),  # InternVL2's
+        ("fractions", "[0.{0}, 0.{0}00, 0.{1}, 0.{1}]"),
+        ("fractions", "(0.{0},0.{0}),(0.{1},0.{1})"),
+        ("fractions", "(0.{0}, 0.{0}, 0.{1}, 0.{1})"),
+        ("tagged", "<ref>it</ref><box>{0}00 {0}00 {1}00 {1}00</box>"),  # MiniCPM-V's
+        ("box", "({0}00,{0}00),({1}00,{1}00)"),
     ],
 )
-def test_another_models_boxes_are_read_as_it_writes_them(answer_format, answered):
+def test_another_models_boxes_are_read_as_it_writes_them_and_none_in_its_reasoning(answer_format, form):
+    """In its reasoning neither beside another box in the answer, nor alone."""
     example = dataclasses.replace(WHOLE, gold=GOLD)
-    (graded,) = grade_texts([example], [answered], answer_format=answer_format)
-    assert (graded["iou"], graded["format"], graded["box"]) == (1.0, 1.0, list(GOLD))
-    (graded,) = grade_texts([example], [answered])  # in the example's own format: thinking, and an answer in tags
-    assert (graded["iou"], graded["format"], graded["box"]) == (0.0, 0.0, None)
-
-
-@pytest.mark.parametrize(
-    ("answer_format", "box"),
-    [
-        ("think", "({0}00, {0}00), ({1}00, {1}00)"),
-        ("box", "({0}00, {0}00), ({1}00, {1}00)"),
-        ("marked", "<|box_start|>({0}00,{0}00),({1}00,{1}00)<|box_end|>"),
-        ("list", "[{0}00, {0}00, {1}00, {1}00]"),
-        ("fractions", "[0.{0}, 0.{0}, 0.{1}, 0.{1}]"),
-        ("tagged", "<box>{0}00 {0}00 {1}00 {1}00</box>"),
-    ],
-)
-def test_a_box_in_the_reasoning_is_none(answer_format, box):
-    """In every format: neither with another box in the answer, nor alone."""
-    gold, wrong = box.format(2, 6), box.format(7, 9)
-    example = dataclasses.replace(WHOLE, gold=GOLD)
-    texts = [f"<think>{gold}</think><answer>{wrong}</answer>", f"<think>{gold}</think><answer>there</answer>"]
-    texts += [f"<think>{wrong}</think><answer>{gold}</answer>"]
-    graded = grade_texts([example] * 3, texts, answer_format=answer_format)
-    assert [g["iou"] for g in graded] == [0.0, 0.0, 1.0]
+    right, wrong = form.format(2, 6), form.format(7, 9)
+    texts = [right, f"<think>{wrong}</think><answer>{right}</answer>"]
+    texts += [f"<think>{right}</think><answer>{final}</answer>" for final in (wrong, "there")]
+    graded = grade_texts([example] * 4, texts, answer_format=answer_format)
+    assert [g["iou"] for g in graded] == [1.0, 1.0, 0.0, 0.0]
+    assert (graded[0]["format"], graded[0]["box"]) == (1.0, list(GOLD))
+    (own,) = grade_texts([example], [right])  # in the example's own format: thinking, and an answer in tags
+    assert (own["iou"], own["format"], own["box"]) == (0.0, 0.0, None)
 
 
 def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):

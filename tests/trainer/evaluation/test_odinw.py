@@ -91,7 +91,8 @@ def test_a_folder_without_sets_is_refused(tmp_path):
         read(tmp_path, None)
 
 
-def test_a_perfect_answer_scores_100(write_sets):
+def test_a_perfect_answer_scores_100(write_sets, capsys):
+    """And pycocotools prints nothing."""
     questions, _ = read(write_sets(pistols=PISTOLS, thermalDogsAndPeople=THERMAL), None)
     result = scores_of(questions, [answer(q) for q in questions])
     assert result["mean"] == result["mean_equal_scores"] == pytest.approx(100)
@@ -102,6 +103,7 @@ def test_a_perfect_answer_scores_100(write_sets):
     assert len(result["missing"]) == 11 and "pistols" not in result["missing"]
     assert (result["count"], result["unread"]) == (4, 1)  # there is no person, and none is found
     json.dumps(result)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_box_of_an_answer_gets_the_highest_score(write_sets):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.kernels import group_advantages
 from boxgrpo.kernels.vocabulary import EOS, unpacked
 from boxgrpo.model.batch import Group
@@ -18,7 +17,6 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.loader import Loader
-from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rewards.grounding import score
 from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
@@ -212,16 +210,8 @@ def test_the_correction_by_hand():
     torch.testing.assert_close(sampler_factor(pack, cap=2.5), torch.tensor([2.0, 0.5, 2.5, 1.0]))
 
 
-@pytest.mark.parametrize("kind", ["demo", "qwen2"])
-def test_scores_by_hand(processor, kind, request):
+def test_scores_by_hand(processor, vocabulary):
     """Two prompts with two completions each, prompt after prompt, every one against its own prompt's gold box."""
-    rows = len(processor.tokenizer)
-    if kind == "qwen2":  # whose tokens have parts of several marks: `)</`, `),`
-        merges = request.getfixturevalue("shared") / "data/qwen2_tokenizer/merges.txt"
-        processor = Processor(qwen2_tokenizer(merges), processor.image_processor, min_pixels=784, max_pixels=784)
-        rows = 151_936
-    config = SimpleNamespace(text_config=SimpleNamespace(vocab_size=rows))
-    vocabulary = Vocabulary.of(processor, config, "cpu")
 
     def answered(gold, answer_format, *texts):
         example = Example("0", "diff", (), "Where?", gold, answer_format=answer_format)
@@ -269,28 +259,18 @@ def embedding():
     return embed, calls
 
 
-def test_groups_have_their_own_embeddings_early_or_not(embedding):
-    plain, early = (batches_of(range(5), embedding[0], early=early) for early in (False, True))
-    for step in range(1, 5):
-        for batches in (plain, early):
-            groups = batches.embed(batches.next())
-            assert [g.serial for g in groups] == [2 * step - 2, 2 * step - 1]
-            assert all(g.image_embeds is g.prompt for g in groups)
-            assert batches.position == 2 * step
-    assert early.loader.position == 10, "one step more was taken than given out"
-
-
-@pytest.mark.parametrize(
-    ("early", "first", "then"), [(True, [[0, 1]], [[0, 1], [2, 3]]), (False, [], [[0, 1]])], ids=["early", "in time"]
-)
-def test_when_images_are_embedded(embedding, early, first, then):
+@pytest.mark.parametrize("early", [True, False], ids=["early", "in time"])
+def test_groups_have_their_own_embeddings_early_or_in_time(embedding, early):
     embed, calls = embedding
     batches = batches_of(range(5), embed, early=early)
-    groups = batches.next()
-    assert calls == first
-    batches.embed(groups)
-    batches.next()
-    assert calls == then
+    for step in range(1, 5):
+        groups = batches.next()
+        assert calls == [[2 * k, 2 * k + 1] for k in range(step if early else step - 1)]
+        groups = batches.embed(groups)
+        assert [g.serial for g in groups] == [2 * step - 2, 2 * step - 1]
+        assert all(g.image_embeds is g.prompt for g in groups)
+        assert batches.position == 2 * step
+    assert batches.loader.position == 8 + 2 * early, "early, one step more was taken than given out"
 
 
 def test_a_trained_tower_runs_in_every_pack():
