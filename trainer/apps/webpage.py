@@ -143,7 +143,7 @@ def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
             yield line({"text": grounder.processor.decode(ids)})
         answer = grounder.read(question, ids)
         picture = data_uri(grounder.picture(question, answer, words=False), "PNG")
-        yield line(answer.as_json() | {"picture": picture})
+        yield line(answer.as_json() | {"headline": answer.headline, "picture": picture})
     except Exception as error:
         yield line(explain(error))
 

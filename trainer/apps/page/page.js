@@ -57,12 +57,8 @@ function show(line) {
     return;
   }
   if (line.error) throw new Error(line.error);
-  const [width, height] = line.image_sizes[line.target_image - 1];
-  const where = `in image ${line.target_image}, of ${width} × ${height} pixels`;
-  $("status").textContent = line.box ? [where, line.note].filter(Boolean).join("; ") : line.note;
-  $("status").className = line.box ? "" : "none";
-  $("box").hidden = !line.box;
-  if (line.box) document.querySelectorAll("#box td").forEach((cell, i) => { cell.textContent = Math.round(line.box[i]); });
+  $("status").textContent = line.headline;
+  $("status").className = line.box ? "found" : "none";
   const reasoned = line.reasoning !== null;
   $("said").textContent = reasoned ? "Reasoning" : "Answer";
   $("text").textContent = reasoned ? line.reasoning : line.answer;
@@ -86,7 +82,7 @@ async function ask() {
   running = new AbortController();
   $("ask").disabled = true;
   $("stop").hidden = $("result").hidden = false;
-  $("figure").hidden = $("box").hidden = $("whole").hidden = true;
+  $("figure").hidden = $("whole").hidden = true;
   $("said").textContent = "Answer";
   $("text").textContent = $("status").className = "";
   $("status").textContent = "The model is looking …";
