@@ -1,6 +1,4 @@
-"""The earlier name of trainer/apps/ground.py as a command."""
-
-import runpy
+import runpy  # the earlier name of trainer/apps/ground.py
 
 if __name__ == "__main__":
     runpy.run_module("boxgrpo.trainer.apps.ground", run_name="__main__", alter_sys=True)
