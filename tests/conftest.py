@@ -1,6 +1,7 @@
 """Fixtures shared by the test files."""
 
 import functools
+import json
 import os
 import pathlib
 
@@ -148,10 +149,21 @@ def world(drawn_world, tmp_path_factory):
 
 
 @pytest.fixture
-def record_file(tmp_path):
-    """Seven records of two tasks, of which the third has lost its image: a file and its examples."""
-    import json
+def write(tmp_path):
+    """write(value, name="data.json") -> the path of a JSON file in the test's folder."""
 
+    def write_json(value, name="data.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+        return path
+
+    return write_json
+
+
+@pytest.fixture
+def record_file(write, tmp_path):
+    """Seven records of two tasks, of which the third has lost its image: a file and its examples."""
     from PIL import Image
 
     records = []
@@ -160,5 +172,4 @@ def record_file(tmp_path):
             Image.effect_noise((56 + 14 * i, 56), 60).save(tmp_path / f"{i}.png")
         task = ("diff", "region")[i % 2]
         records.append({"task": task, "images": [f"{i}.png"], "question": "Where is it?", "answer": [10, 20, 300, 400]})
-    (tmp_path / "benchmark.json").write_text(json.dumps(records))
-    return tmp_path / "benchmark.json"
+    return write(records, "benchmark.json")

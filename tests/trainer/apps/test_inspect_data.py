@@ -14,15 +14,14 @@ GOOD = {"task": "diff", "images": ["a.png", "b.png"], "question": "Where is it?"
 
 
 @pytest.fixture
-def records(tmp_path):
+def records(write, tmp_path):
     """Eight records: four usable of two tasks, two without an image file, two with faulty boxes."""
     for name, size in (("a.png", (300, 200)), ("b.png", (90, 400))):
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / name)
     found = [GOOD, GOOD, GOOD | {"task": "region", "images": ["a.png"]}, GOOD | {"task": "region"}]
     found += [GOOD | {"images": ["a.png", "gone.png"]}, GOOD | {"images": ["gone.png"]}]
     found += [GOOD | {"answer": [300, 200, 100, 400]}, GOOD | {"answer": [1, 2, 3000, 4]}]
-    (tmp_path / "data.json").write_text(json.dumps(found))
-    return tmp_path / "data.json"
+    return write(found)
 
 
 def found_in(capsys, *args) -> dict:
@@ -45,12 +44,12 @@ def test_missing_images_can_be_ignored(records, capsys):
     assert found["usable"] + sum(found["faulty"].values()) == found["records"]
 
 
-def test_boxes_in_pixels_need_no_image_either(tmp_path, capsys):
+def test_boxes_in_pixels_need_no_image_either(write, capsys):
     """Without images their sizes are unknown; the order of a box's corners is checked all the same."""
     cat = {"image": "gone.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}
-    (tmp_path / "data.json").write_text(json.dumps([cat, cat | {"solution": [100, 10, 20, 60]}]))
-    assert found_in(capsys, tmp_path / "data.json", "--no_images")["faulty"] == {"box_inverted": 1}
-    assert found_in(capsys, tmp_path / "data.json")["faulty"] == {"missing_image": 2}
+    data = write([cat, cat | {"solution": [100, 10, 20, 60]}])
+    assert found_in(capsys, data, "--no_images")["faulty"] == {"box_inverted": 1}
+    assert found_in(capsys, data)["faulty"] == {"missing_image": 2}
 
 
 def test_a_file_without_records_is_refused(tmp_path, capsys):

@@ -127,8 +127,9 @@ def test_the_papers_single_image_records_ask_for_a_box_only(write):
     assert [e.answer_format for e in examples] == ["box", "think", "box"]
 
 
-def test_jsonl_reads_the_same_and_a_broken_line_is_a_fault(write, tmp_path):
-    examples, faults = read_examples(write([GOOD, '{"images": [', "3", GOOD], "data.jsonl"))
+def test_jsonl_reads_the_same_and_a_broken_line_is_a_fault(tmp_path):
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(GOOD), '{"images": [', "3", json.dumps(GOOD)]))
+    examples, faults = read_examples(tmp_path / "data.jsonl")
     assert [e.source for e in examples] == ["data.jsonl#0", "data.jsonl#3"]
     assert [(f.source[-2:], f.reason) for f in faults] == [("#1", "not_json"), ("#2", "not_a_record")]
     (tmp_path / "data.json").write_bytes(b'["\xff\xfe"]')

@@ -23,7 +23,7 @@ FILE = {
 
 
 def test_a_file_is_images_categories_and_boxes(write, tmp_path):
-    coco, faults = read_coco(write("annotations.json", FILE), "sea")
+    coco, faults = read_coco(write(FILE, "annotations.json"), "sea")
     assert not faults
     assert coco.imgs == {
         0: {"id": 0, "file_name": str(tmp_path / "a.jpg"), "width": 200.0, "height": 100.0},
@@ -59,8 +59,8 @@ def test_a_file_is_images_categories_and_boxes(write, tmp_path):
     ],
 )
 def test_a_faulty_entry_is_named_and_the_others_stay(write, tmp_path, key, row, reason, value):
-    good, _ = read_coco(write("annotations.json", FILE), "sea", tmp_path)
-    coco, faults = read_coco(write("annotations.json", FILE | {key: [*FILE[key], row]}), "sea", tmp_path)
+    good, _ = read_coco(write(FILE, "annotations.json"), "sea", tmp_path)
+    coco, faults = read_coco(write(FILE | {key: [*FILE[key], row]}, "annotations.json"), "sea", tmp_path)
     assert coco.dataset == good.dataset
     (fault,) = faults
     assert (fault.source, fault.reason) == (f"sea/{key}#{len(FILE[key])}", reason)

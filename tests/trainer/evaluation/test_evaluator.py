@@ -67,7 +67,7 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
 
 
 def test_an_evaluation_without_one_image_stops(newborn, record_file, write):
-    data = write("lost.json", json.loads(record_file.read_text())[2:3])
+    data = write(json.loads(record_file.read_text())[2:3], "lost.json")
     with pytest.raises(ValueError, match=r"none of the 1 records can be prepared.*2\.png"):
         evaluate(eval_options(newborn, data), Ranks())
 
@@ -105,7 +105,7 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
         ({"max_completion_length": 5}, "max_completion_length"),
         ({"answer_format": "list"}, "answer_format"),
         ({"max_pixels": 20000}, "max_pixels"),
-        ({"data": str(write("other/benchmark.json", records)), "image_root": str(tmp_path)}, "questions"),
+        ({"data": str(write(records, "other/benchmark.json")), "image_root": str(tmp_path)}, "questions"),
     ):
         with pytest.raises(ValueError, match=rf"eval holds the answers of another evaluation \(other: {named}\)"):
             evaluate(eval_options(newborn, record_file, **changes), Ranks())
@@ -132,7 +132,7 @@ def test_two_killed_processes_resume(newborn, write, tmp_path):
     for i in range(60):
         Image.effect_noise((56 + 14 * (i % 7), 56), 60).save(tmp_path / f"{i}.png")
         records.append({"task": "diff", "images": [f"{i}.png"], "question": "Where is it?", "answer": [1, 2, 30, 40]})
-    options = eval_options(newborn, write("records.json", records), eval_batch_size=1, pictures=0, cases=0)
+    options = eval_options(newborn, write(records, "records.json"), eval_batch_size=1, pictures=0, cases=0)
     options.max_completion_length = 24
     folder = tmp_path / "eval"
 
@@ -158,8 +158,8 @@ def test_multiple_choice_is_scored_by_its_own_module(newborn, write, tmp_path, c
     """MMIU: by the model, which gives no letter, and with another program's answers."""
     Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
     records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]
-    data = write("all.json", records)
-    answers = write("answers.json", ["<think>B?</think><answer>A</answer>", "The answer is A."])
+    data = write(records, "all.json")
+    answers = write(["<think>B?</think><answer>A</answer>", "The answer is A."], "answers.json")
 
     def scored(**changes) -> dict:
         main([*flags(eval_options(newborn, data, bench="mmiu", **changes)), "--json=-"])

@@ -44,7 +44,7 @@ RECORDS = [FORENSIC, REID, QUALITY, HOMOGRAPHY]
 
 
 def test_records_become_questions(write, tmp_path):
-    questions, faults = read(write("all.json", RECORDS), tmp_path)
+    questions, faults = read(write(RECORDS, "all.json"), tmp_path)
     assert not faults
     forensic, reid, quality, homography = questions
     assert forensic.options == {
@@ -62,7 +62,7 @@ def test_records_become_questions(write, tmp_path):
 
 def test_prompts_hold_context_question_and_options_once(write):
     context_missing, half_a_list = REID | {"context": None}, REID | {"context": "Not B: The third image"}
-    questions, _ = read(write("all.json", [*RECORDS, context_missing, half_a_list]), None)
+    questions, _ = read(write([*RECORDS, context_missing, half_a_list], "all.json"), None)
     forensic, reid, quality, homography, added, half = (q.question.removesuffix(ANSWER_SUFFIX) for q in questions)
     assert forensic == FORENSIC["context"] + FORENSIC["question"]
     assert reid == REID["question"] + "\n" + REID["context"], "one of the tasks whose question comes first"
@@ -79,7 +79,7 @@ def test_the_published_parquet_reads_like_the_json(write, tmp_path):
 
     parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "all.parquet")
     questions, faults = read(tmp_path / "all.parquet", None)
-    expected, _ = read(write("all.json", RECORDS), None)
+    expected, _ = read(write(RECORDS, "all.json"), None)
     assert [(q.question, q.letter) for q in questions] == [(q.question, q.letter) for q in expected]
     assert not faults and questions[0].source == "all.parquet#0"
 
@@ -102,7 +102,7 @@ def test_the_published_parquet_reads_like_the_json(write, tmp_path):
     ],
 )
 def test_a_faulty_record_names_itself_the_rule_and_the_value(write, tmp_path, change, reason, value):
-    questions, faults = read(write("all.json", [REID, REID | change, FORENSIC]), tmp_path)
+    questions, faults = read(write([REID, REID | change, FORENSIC], "all.json"), tmp_path)
     assert [q.source for q in questions] == ["all.json#0", "all.json#2"]
     (fault,) = faults
     assert (fault.source, fault.reason) == ("all.json#1", reason)
@@ -111,9 +111,9 @@ def test_a_faulty_record_names_itself_the_rule_and_the_value(write, tmp_path, ch
 
 def test_files_that_hold_nothing_are_refused_by_name(write, tmp_path):
     with pytest.raises(ValueError, match=r"0 of 2 records.*not_a_record 1, bad_output 1|bad_output 1, not_a_record 1"):
-        read(write("all.json", [7, REID | {"output": ""}]), None)
+        read(write([7, REID | {"output": ""}], "all.json"), None)
     with pytest.raises(ValueError, match="0 of 1 records can be used .no_task 1.*Pass MMIU's all.parquet or all.json"):
-        read(write("all.json", {"data": []}), None)
+        read(write({"data": []}, "all.json"), None)
     (tmp_path / "all.json").write_text("[{")
     with pytest.raises(ValueError, match=r"all\.json is not JSON"):
         read(tmp_path / "all.json", None)
@@ -126,7 +126,7 @@ def test_files_that_hold_nothing_are_refused_by_name(write, tmp_path):
 def test_accuracies_by_hand(write):
     """Three questions of one task, one of each of two others: means over tasks and over questions differ."""
     unnamed = QUALITY | {"input_image_path": ["images/q.bmp"], "output": " b. "}
-    questions, _ = read(write("all.json", [FORENSIC, FORENSIC, FORENSIC, REID, unnamed]), None)
+    questions, _ = read(write([FORENSIC, FORENSIC, FORENSIC, REID, unnamed], "all.json"), None)
     texts = ["D", "<think>D</think><answer>A</answer>", "I cannot tell.", "Answer: A", "no"]
     graded = grade(questions, texts)
     result = score(questions, graded)

@@ -34,7 +34,7 @@ def write_sets(write, tmp_path):
 
     def write_files(**sets):
         for name, data in sets.items():
-            write(f"odinw/{SETS[name]}", data)
+            write(data, f"odinw/{SETS[name]}")
         return tmp_path / "odinw"
 
     return write_files
@@ -83,7 +83,7 @@ def test_images_stay_under_their_root(write_sets, write, tmp_path):
     questions, _ = read(folder / SETS["pistols"], tmp_path / "photos")
     assert {q.task for q in questions} == {"pistols"}
     assert questions[0].images == (str(tmp_path / "photos/a.jpg"),)
-    assert {q.task for q in read(write("mine.json", THERMAL), None)[0]} == {"mine"}
+    assert {q.task for q in read(write(THERMAL, "mine.json"), None)[0]} == {"mine"}
 
 
 def test_a_folder_without_sets_is_refused(tmp_path):

@@ -17,7 +17,7 @@ def predictions(shared, write):
     """predictions(texts, *flags) -> the flags that score them on the sample of MIG-Bench."""
 
     def flags(texts, *more, data=shared / "data/mig_bench/MIG_data.sample.json"):
-        return ["--bench=mig", f"--data={data}", f"--predictions={write('answers.json', texts)}", *more]
+        return ["--bench=mig", f"--data={data}", f"--predictions={write(texts, 'answers.json')}", *more]
 
     return flags
 
@@ -49,7 +49,7 @@ def test_predictions_are_for_all_records_or_for_the_usable_ones(shared, predicti
     faulty = json.loads((shared / "data/mig_bench/MIG_data.faulty.json").read_text())
     records = json.loads((shared / "data/mig_bench/MIG_data.sample.json").read_text())
     records[5:5], records[50:50] = faulty[:1], faulty[1:]
-    data = write("MIG_data.json", records)
+    data = write(records, "MIG_data.json")
     usable, faults = read_examples(data)
     assert [f.source for f in faults] == ["MIG_data.json#5", "MIG_data.json#50"]
     texts = [text(e.gold) for e in usable]
@@ -83,7 +83,7 @@ def test_predictions_that_are_no_list_of_answers_are_refused(record_file, tmp_pa
 
 def test_predictions_write_their_page_into_output_dir(record_file, write, tmp_path, capsys):
     """With pictures of the images that are there; other predictions are another evaluation."""
-    write("answers.json", [text((10, 20, 300, 400))] * 6 + ["\ud800 half a character"])
+    write([text((10, 20, 300, 400))] * 6 + ["\ud800 half a character"], "answers.json")
     flags = [f"--data={record_file}", f"--predictions={tmp_path / 'answers.json'}", f"--output_dir={tmp_path / 'out'}"]
     main([*flags, "--pictures=7", f"--json={tmp_path / 'scores.json'}"])
     shown = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_predictions_write_their_page_into_output_dir(record_file, write, tmp_pa
     assert json.loads((tmp_path / "scores.json").read_text())["mean"] == 87.5
     assert len(json.loads((tmp_path / "out/results.json").read_text())["answers"]) == 7
     assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 6
-    write("answers.json", ["other"] * 7)
+    write(["other"] * 7, "answers.json")
     with pytest.raises(ValueError, match=r"\(other: predictions\)"):
         main(flags)
 
@@ -102,9 +102,9 @@ def test_the_files_of_refcoco_are_its_columns(write, tmp_path, capsys):
     found = {"image": "a.jpg", "problem": "Where?", "solution": [20, 10, 100, 50]}
     other = {"image": "a.jpg", "width": 200, "height": 100, "expression": "the cup", "bbox": [20, 10, 80, 40]}
     files = {"refcoco_val.json": [found] * 4, "refcocop_testA.json": [other] * 2, "refcocog_test.json": [other, found]}
-    data = ["--data", *(str(write(name, records)) for name, records in files.items())]
+    data = ["--data", *(str(write(records, name)) for name, records in files.items())]
     right, wrong = "(100, 100), (500, 500)", "(0, 0), (10, 10)"
-    answers = write("answers.json", [right, right, right, wrong, right, wrong, wrong, wrong])
+    answers = write([right, right, right, wrong, right, wrong, wrong, wrong], "answers.json")
     flags = ["--bench=refcoco", *data, f"--predictions={answers}"]
     main([*flags, "--json=-"])
     scores = json.loads(capsys.readouterr().out)

@@ -204,7 +204,7 @@ def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps
     records[1]["images"] = ["gone.png"] * len(records[1]["images"])
     for record in records[2:]:
         record["images"] = [str(world / "world" / image) for image in record["images"]]
-    data = str(write("held_out.json", records[1:4]))
+    data = str(write(records[1:4], "held_out.json"))
     with span("decode"):
         pass
     before = dict(seconds)
@@ -212,7 +212,7 @@ def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps
     assert seconds == before and all(metrics["timing_s/eval"] > 0 for metrics in found)
     assert [metrics["eval/skipped"] for metrics in found] == [1, 1]
     assert sum("held_out.json#0" in message for message in caplog.messages) == 1
-    write("held_out.json", records[1:2])
+    write(records[1:2], "held_out.json")
     message = r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
     with pytest.raises(ValueError, match=message):
         steps_of("none", True, eval_data=data)
