@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from boxgrpo.bench.peers import skipped
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.step_bench import run as step_bench
 from boxgrpo.bench.step_bench.cases import MODELS, StepCase, choose_cases, make_config, prepare, step_cases
@@ -26,20 +27,28 @@ from boxgrpo.trainer.runtime.spans import span
 MEASURED = {"flop_per_second": 1e11, "bytes_per_second": 1e10}
 
 
-def test_both_sides_do_the_same_work_and_the_phases_are_the_step(tiny, tiny_case):
-    pytest.importorskip("trl", reason="trl is not installed")
+def test_all_sides_do_the_same_work_and_the_phases_are_the_step(tiny, tiny_case):
+    peers = {"trl", "univg_r1"} - skipped(["trl"]).keys()
     with ThreadPoolExecutor() as pool:
-        started = {name: pool.submit(run_fresh, name, tiny_case, tiny, 1) for name in ("ours", "trl")}
+        started = {name: pool.submit(run_fresh, name, tiny_case, tiny, 1) for name in ("ours", *peers)}
         sides = {name: side.result() for name, side in started.items()}
     found = row(tiny_case, sides, tiny, MEASURED)  # refuses prompts of other lengths, or other weights
-    assert found["ratio"] == pytest.approx(found["trl_s"] / found["ours_s"], abs=0.01)
-    assert found["ours_peak_mb"] > 0 and found["trl_peak_mb"] > 0
-    assert len(found["ours_samples_s"]) == len(found["trl_samples_s"]) == 1
+    for name in peers:
+        ratio = found[f"{step_bench.PEERS[name]}ratio"]
+        assert ratio == pytest.approx(found[f"{name}_s"] / found["ours_s"], abs=0.01, rel=0.05)
+        assert found["ours_peak_mb"] > 0 and found[f"{name}_peak_mb"] > 0
+        assert len(found["ours_samples_s"]) == len(found[f"{name}_samples_s"]) == 1
     spent = {name: phase["seconds"] for name, phase in found["phases"].items()}
     assert sum(spent.values()) == pytest.approx(found["ours_s"], abs=2e-3)
     assert min(spent.values()) > 0
+    (theirs,) = sides["univg_r1"].steps
+    assert theirs.keys() >= {"data", "rollout", "reference", "reward", "policy_forward", "backward", "optimizer"}
+    assert sum(theirs.values()) == pytest.approx(found["univg_r1_s"], abs=2e-3)
     assert len(table("steps", {"rows": [found]}).splitlines()) == 3
     assert len(table("phases", found).splitlines()) == 3 + len(spent)
+    sides["univg_r1"].prompt_tokens += 1
+    found = row(tiny_case, sides, tiny, MEASURED)
+    assert "it differs from ours: prompts of" in found["univg_r1_error"] and "univg_r1_ratio" not in found
 
 
 def test_a_plan_says_how_often_a_side_steps_and_no_case_is_run_twice(tokenizer, monkeypatch, tiny_case):

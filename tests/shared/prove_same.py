@@ -10,14 +10,15 @@ resumed. About two minutes on two cores.
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[2]
+import runs
+from boxgrpo.bench.processes import kill
+from boxgrpo.trainer.world import recipe
+from runs import ROOT
+
 TIMED = ("timing_s/", "perf/", "step_time", "sampling_s")
 COMMON = {"dataloader_num_workers": 1, "dtype": "float32", "seed": 0}
 SFT = COMMON | {"freeze_vision": False, "max_steps": 20, "train_batch_size": 16, "learning_rate": 1e-3}
@@ -28,46 +29,27 @@ SHORT = {"max_steps": 6, "prompts_per_step": 4, "num_generations": 4}
 EVAL = {"eval_every": 3, "eval_data": "world/held_out.json", "eval_max_completion_length": 16}
 MORE = {"beta": 0.04, "num_iterations": 2, "freeze_vision": False, "log_completions": 2, "epsilon_high": 0.28}
 ZERO2 = {"engine": "deepspeed", "zero_stage": 2}
-WORLD = """
-import sys
-from boxgrpo.trainer import demo
-options = demo.DemoOptions(output_dir=sys.argv[1], cold_start=320, train=400, held_out=16)
-demo.draw_world(options)
-getattr(demo, "newborn", demo.make_initial_checkpoint if hasattr(demo, "make_initial_checkpoint") else None)(options)
-"""
-
-
-def command(out: Path, script: str, ranks: int, values: dict) -> subprocess.Popen:
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    flags = [f"--{name}={out / value if name.endswith('data') else value}" for name, value in values.items()]
-    return subprocess.Popen(
-        [torchrun, "--standalone", "--nproc_per_node", str(ranks), str(ROOT / script), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
 
 
 def train(out: Path, name: str, script: str, values: dict, *, ranks: int = 2, kill_at: int = 0) -> None:
-    """One run into out/name; with `kill_at` it is killed once it has told of that step, and started again."""
-    values = values | {"output_dir": out / name, "rollout_file": out / name / "samples"}
-    if script.endswith("sft.py"):
-        del values["rollout_file"]
-    run = command(out, script, ranks, values)
-    metrics = out / name / "metrics.jsonl"
-    while kill_at and run.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= kill_at:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-            run = command(out, script, ranks, values)
-            break
-        time.sleep(0.02)
-    if run.wait():
-        sys.exit(f"{name} ended with status {run.returncode}")
+    """One run into out/name; with `kill_at` it is killed once it has logged that step, and started again."""
+    values = {key: str(out / value) if key.endswith("data") else value for key, value in values.items()}
+    values["output_dir"] = str(out / name)
+    if script.endswith("grpo.py"):
+        values["rollout_file"] = str(out / name / "samples")
+    options = SimpleNamespace(**values)
+    run = runs.start(ROOT / script, options, ranks)
+    if kill_at and runs.wait_for(run, lambda: len(runs.lines(out / name)) >= kill_at, seconds=3600):
+        kill(run)
+        run = runs.start(ROOT / script, options, ranks)
+    runs.finish(run, timeout=3600)
 
 
 def run(out: Path) -> None:
     out.mkdir(parents=True)
-    subprocess.run([sys.executable, "-P", "-c", WORLD, str(out)], check=True)
+    options = recipe.DemoOptions(output_dir=str(out), cold_start=320, train=400, held_out=16)
+    recipe.draw_world(options)
+    recipe.make_initial_checkpoint(options)
     sft = SFT | {"model": out / "newborn", "data": "world/cold_start.json"}
     train(out, "sft", "trainer/sft.py", sft)
     grpo = GRPO | {"model": out / "sft", "data": "world/train.json"}

@@ -24,17 +24,7 @@ def make_world(root: Path) -> Path:
     options = recipe.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
     recipe.draw_world(options)
     recipe.make_initial_checkpoint(options)
-    cold = SftOptions(
-        model=str(root / "newborn"),
-        data=str(root / "world/cold_start.json"),
-        output_dir=str(root / "sft"),
-        max_steps=40,
-        train_batch_size=16,
-        learning_rate=3e-3,
-        freeze_vision=False,
-        dataloader_num_workers=0,
-    )
-    sft.train(cold, Ranks())
+    sft.train(sft_options(root, "sft", max_steps=40, train_batch_size=16, learning_rate=3e-3), Ranks())
     return root
 
 

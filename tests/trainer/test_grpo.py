@@ -12,20 +12,14 @@ from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
-from boxgrpo.trainer.options import GrpoOptions, SftOptions
+from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.run import Hooks, frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, start
+from runs import ROOT, finish, grpo_options, lines, sft_options, start
 
 
 def on_two_ranks(script, options):
     finish(start(ROOT / "trainer" / script, options))
-
-
-def sft_options(world, name, max_steps) -> SftOptions:
-    values = {"model": str(world / "newborn"), "data": str(world / "world/cold_start.json"), "max_steps": max_steps}
-    values |= {"train_batch_size": 8, "learning_rate": 1e-3, "freeze_vision": False, "dataloader_num_workers": 0}
-    return SftOptions(**values, output_dir=str(world / name))
 
 
 def test_sft_learns_and_writes_its_files(world):
@@ -215,8 +209,8 @@ def test_two_ranks_equal_one_on_stored_completions(world):
 
 
 def test_two_ranks_of_sft_equal_one(world):
-    sft.train(sft_options(world, "sft_one", 4), Ranks())
-    on_two_ranks("sft.py", sft_options(world, "sft_two", 4))
+    sft.train(sft_options(world, "sft_one", max_steps=4), Ranks())
+    on_two_ranks("sft.py", sft_options(world, "sft_two", max_steps=4))
     losses = [[m["loss"] for m in lines(world / name)] for name in ("sft_one", "sft_two")]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -268,7 +262,7 @@ def test_groups_of_equal_rewards_cost_no_policy_pass(world, monkeypatch):
 
 def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
     """The model refuses packs above 150 tokens: SFT starts over with smaller ones, and learns the same."""
-    sft.train(sft_options(world, "roomy", 3), Ranks())
+    sft.train(sft_options(world, "roomy", max_steps=3), Ranks())
     forward, sizes = Qwen2VL.forward, []
 
     def limited(model, batch, head=None):
@@ -278,7 +272,7 @@ def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
         return forward(model, batch, head)
 
     monkeypatch.setattr(Qwen2VL, "forward", limited)
-    sft.train(sft_options(world, "narrow", 3), Ranks())
+    sft.train(sft_options(world, "narrow", max_steps=3), Ranks())
     assert max(sizes) > 300
     roomy, narrow = (lines(world / name) for name in ("roomy", "narrow"))
     assert [m["loss"] for m in narrow] == pytest.approx([m["loss"] for m in roomy], abs=1e-5)

@@ -87,10 +87,7 @@ def test_a_benchmark_without_boxes_is_compared_by_its_mean():
 @pytest.mark.parametrize(
     ("bench", "task", "file", "expected"),
     [
-        ("refcoco", "grounding", "refcoco_val.json", "refcoco_val"),
-        ("refcoco", "grounding", "refcocop_testA.json", "refcoco+_testA"),
         ("refcoco", "grounding", "RefCOCO+_testB.jsonl", "refcoco+_testB"),
-        ("refcoco", "grounding", "refcocog_test.json", "refcocog_test"),
         ("refcoco", "refcoco_plus_test_a", "records.json", "refcoco+_testA"),
         ("refcoco", "grounding", "refcoco_train.json", "grounding"),
         ("lisa", "grounding", "lisa_test.json", "lisa_test"),
