@@ -1,12 +1,17 @@
 """A checkpoint that answers one question about some images, with words that a page or a terminal must not act upon."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
-import runs
+from boxgrpo.trainer import sft
 from boxgrpo.trainer.apps.ground import GroundOptions
 from boxgrpo.trainer.apps.grounding import Grounder
+from boxgrpo.trainer.data.example import THINK_SUFFIX
+from boxgrpo.trainer.options import SftOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
 
 QUESTION = "<script>document.title = 'run'</script>Where is it?"
 THOUGHT = "<img src=x onerror=\"document.title='run'\"> it is &amp; there"  # what a page must show unchanged
@@ -33,9 +38,15 @@ def pair(images):
 
 @pytest.fixture(scope="session")
 def certain(newborn, images, pair, tmp_path_factory):
-    """A checkpoint that gives ANSWER to QUESTION, about the pair or the small image."""
-    folder = tmp_path_factory.mktemp("certain") / "run"
-    return runs.make_certain(newborn, folder, QUESTION, ANSWER, [pair, [images["small"]]])
+    """A checkpoint that has learned by heart to give ANSWER to QUESTION, about the pair or the small image."""
+    folder = tmp_path_factory.mktemp("certain")
+    turns = [{"role": "user", "content": QUESTION + THINK_SUFFIX}, {"role": "assistant", "content": ANSWER}]
+    records = [{"images": list(map(str, shown)), "messages": turns} for shown in (pair, [images["small"]])]
+    (folder / "records.json").write_text(json.dumps(records))
+    values = {"model": str(newborn), "data": str(folder / "records.json"), "output_dir": str(folder / "run")}
+    learning = {"max_steps": 60, "train_batch_size": len(records), "learning_rate": 5e-3}
+    sft.train(SftOptions(**values, **learning, dataloader_num_workers=0), Ranks())
+    return folder / "run"
 
 
 def loaded(folder, **changes) -> Grounder:

@@ -10,7 +10,6 @@ from pathlib import Path
 import forked
 from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import sft
-from boxgrpo.trainer.data.processor import THINK_SUFFIX
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world import recipe
@@ -26,25 +25,6 @@ def make_world(root: Path) -> Path:
     recipe.make_initial_checkpoint(options)
     sft.train(sft_options(root, "sft", max_steps=40, train_batch_size=16, learning_rate=3e-3), Ranks())
     return root
-
-
-def make_certain(newborn: Path, folder: Path, question: str, answer: str, asked: list[list[Path]]) -> Path:
-    """A checkpoint, in seconds, that has learned by heart what to answer when this is asked about these images."""
-    turns = [{"role": "user", "content": question + THINK_SUFFIX}, {"role": "assistant", "content": answer}]
-    records = [{"images": list(map(str, images)), "messages": turns} for images in asked]
-    folder.mkdir()
-    (folder / "records.json").write_text(json.dumps(records))
-    options = SftOptions(
-        model=str(newborn),
-        data=str(folder / "records.json"),
-        output_dir=str(folder / "certain"),
-        max_steps=60,
-        train_batch_size=len(records),
-        learning_rate=5e-3,
-        dataloader_num_workers=0,
-    )
-    sft.train(options, Ranks())
-    return folder / "certain"
 
 
 def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:

@@ -53,18 +53,6 @@ def test_grpo_reports_under_trls_names(world, capsys, monkeypatch):
     assert "completion" in capsys.readouterr().out  # the table of sampled completions
 
 
-def test_a_replay_repeats_the_run(world):
-    stored = str(world / "stored.jsonl")
-    grpo.train(grpo_options(world, "first", rollout_file=stored), Ranks())
-    grpo.train(grpo_options(world, "again", rollout_file=stored, rollout="replay"), Ranks())
-    for a, b in zip(lines(world / "first"), lines(world / "again"), strict=True):
-        assert a["reward"] == b["reward"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
-    other = grpo_options(world, "other", rollout_file=stored, rollout="replay", max_steps=9)
-    with pytest.raises(ValueError, match="holds no completions for sample 8"):
-        grpo.train(other, Ranks())
-
-
 @pytest.mark.parametrize(
     "name, changes",
     [

@@ -141,14 +141,6 @@ def test_a_visitor_who_leaves_ends_the_question(newborn, pair):
     assert status == 200
 
 
-def test_an_answer_comes_line_by_line_and_ends_with_box_and_picture(app, pair):
-    response = post(app, question(*(path.read_bytes() for path in pair)))
-    *parts, last = [json.loads(line) for line in response.data.splitlines()]
-    assert len(parts) > 10 and all(part.keys() == {"text"} for part in parts) and parts[-1]["text"] == ANSWER
-    assert (last["box"], last["target_image"], last["reasoning"]) == ([10, 40, 40, 120], 2, THOUGHT)
-    assert last["picture"].startswith("data:image/png;base64,")
-
-
 @pytest.mark.parametrize(
     ("form", "says"),
     [

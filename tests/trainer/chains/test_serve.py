@@ -1,12 +1,11 @@
 """make_cot with a real model behind `transformers serve`, whose random weights answer in no form at all."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from boxgrpo.trainer.chains.judge import prompt
 from boxgrpo.trainer.chains.make import CotOptions, make
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
+from runs import wait_for
 
 QUESTION, GOLD = "Where is the cup of the first image?", (100, 200, 300, 400)
 
@@ -29,18 +29,16 @@ def served(newborn, tmp_path):
     script = Path(__file__).resolve().parents[2] / "shared/serve_images_only.py"
     command = [sys.executable, str(script), "serve", str(newborn), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
+
+    def answers():
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return True
+
     with open(tmp_path / "serve.log", "w+") as log:
         server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 120
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except (urllib.error.URLError, TimeoutError):
-                    log.seek(0)
-                    assert server.poll() is None and time.monotonic() < deadline, log.read()
-                    time.sleep(0.2)
+            assert wait_for(server, answers, seconds=120), Path(log.name).read_text()
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             server.kill()

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
-from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
@@ -80,16 +79,6 @@ def test_prompt_is_images_question_and_instruction(processor, images):
         "<|im_start|>user\n<|vision_start|>[8]<|vision_end|><|vision_start|>[10]<|vision_end|>"
         f"Where is the cup?{THINK}<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-def test_image_tokens_patches_and_grids_agree(demo, images):
-    prompt = demo.prompt(example(images))
-    assert prompt.image_grid_thw.tolist() == [[1, 4, 8], [1, 10, 4]]  # patches of 14 pixels: 56 x 112, 140 x 56
-    assert prompt.pixel_values.shape == (4 * 8 + 10 * 4, 1176) and prompt.pixel_values.dtype == torch.float32
-    assert (prompt.input_ids == demo.image_token_id).sum() == (4 * 8 + 10 * 4) // 4
-    assert prompt.input_ids.dtype == prompt.position_ids.dtype == prompt.image_grid_thw.dtype == torch.int64
-    expected = mrope_position_ids(prompt.input_ids, prompt.image_grid_thw, image_token_id=demo.image_token_id)
-    assert torch.equal(prompt.position_ids, expected)
 
 
 def test_the_images_of_a_prompt_make_the_same_patches_again(demo, tmp_path):

@@ -13,22 +13,14 @@ from boxgrpo.trainer.evaluation.report import comparison, markdown, scores_table
 ROWS = [(table, model, row) for table, rows in FACTS["tables"].items() for model, row in rows.items()]
 
 
-@pytest.mark.parametrize(("table", "model", "row"), ROWS, ids=[f"{table}-{model}" for table, model, _ in ROWS])
-def test_a_published_rows_average_is_near_its_mean(table, model, row):
-    """A wrong digit moves a mean of ten by more than this. (GroundingGPT's own average is 0.11 beside its mean.)"""
-    *values, average = row
-    columns = {"Table 2": "reasoning", "Table 3": "refcoco"}.get(table, "mig")
-    assert len(values) == len(FACTS["columns"][columns])
-    allowed = 0.12 if model == "GroundingGPT" else 0.05
-    assert sum(values) / len(values) == pytest.approx(average, abs=allowed)
-
-
 def test_every_published_row_stands_in_the_paper(shared):
     (paper,) = list((shared / "seeds").glob("001*.txt")) or pytest.skip(f"no text of the paper in {shared / 'seeds'}")
     lines = paper.read_text().splitlines()
     numbers = [[float(n) for n in re.findall(r"(?<=\s)\d+\.\d+(?=\s)", f" {line} ")] for line in lines]
     assert [row[:2] for row in ROWS if not any(found[-len(row[2]) :] == row[2] for found in numbers)] == []
     assert all(f"{table}: " in paper.read_text() for table in FACTS["tables"])
+    columns = {"Table 2": "reasoning", "Table 3": "refcoco"}
+    assert all(len(row) == len(FACTS["columns"][columns.get(table, "mig")]) + 1 for table, _, row in ROWS)
     assert " ".join(FACTS["columns"]["mig"].values()) in lines
 
 
