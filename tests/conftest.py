@@ -4,8 +4,11 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
+import torch
+from PIL import Image
 
 from browser import browser  # noqa: F401 - a fixture
 from special_ids import SPECIAL_IDS
@@ -29,7 +32,6 @@ def twins(tmp_path_factory):
     Kinds: "tiny" (tied head) and "published" (the published ratios: head_dim 128, sections 16, 24, 24, rope_theta 1e6,
     untied head). Both have two query heads to a key head, two layers and two vision blocks.
     """
-    import torch
     from transformers import Qwen2VLForConditionalGeneration
 
     from boxgrpo.model.checkpoint import load_model
@@ -59,8 +61,6 @@ def twins(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_prompt():
     """make_prompt(grids, words=6, seed=0): images between <|vision_start|> and <|vision_end|>, then random words."""
-    import torch
-
     from boxgrpo.model.batch import Prompt
     from boxgrpo.model.decoder import mrope_position_ids
 
@@ -83,8 +83,6 @@ def make_prompt():
 @pytest.fixture(scope="session")
 def pack_prompt():
     """pack_prompt(prompt): a batch of one prompt, all tokens but the first scored."""
-    import torch
-
     from boxgrpo.model.batch import Conversation, Group, pack_groups
 
     def pack(prompt):
@@ -97,7 +95,6 @@ def pack_prompt():
 @pytest.fixture(scope="session")
 def hf_logits():
     """hf_logits(theirs, prompt, completion=None): (P + C, V) logits of one whole sequence by transformers."""
-    import torch
 
     def logits(theirs, prompt, completion=None):
         ids = prompt.input_ids if completion is None else torch.cat((prompt.input_ids, completion))
@@ -113,7 +110,6 @@ def hf_logits():
 @pytest.fixture(scope="session")
 def newborn(tmp_path_factory):
     """A checkpoint folder: tiny, random weights, a vocabulary of answers, and 8 rows of the head beyond it."""
-    import torch
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from boxgrpo.model.checkpoint import save_model
@@ -143,8 +139,6 @@ def drawn_world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def world(drawn_world, tmp_path_factory):
     """A module's own copy of a folder with a small drawn world, a newborn model for it, and `sft/`, a cold start."""
-    import shutil
-
     return shutil.copytree(drawn_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
 
 
@@ -164,8 +158,6 @@ def write(tmp_path):
 @pytest.fixture
 def record_file(write, tmp_path):
     """Seven records of two tasks, of which the third has lost its image: a file and its examples."""
-    from PIL import Image
-
     records = []
     for i in range(7):
         if i != 2:

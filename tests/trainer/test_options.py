@@ -82,6 +82,8 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"num_iterations": 0}, "num_iterations is 0"),
         ({"logging_steps": 0}, "logging_steps is 0; it must be at least 1"),
         ({"freeze_vision": False, "lora_rank": 8}, "freeze_vision is False and lora_rank 8; .* Use --freeze_vision"),
+        ({"eval_every": 2}, "eval_every is 2 and eval_data ''. Give both"),
+        ({"eval_data": "a.json"}, "eval_every is 0 and eval_data 'a.json'. Give both"),
         ({"lora_alpha": 16}, "lora_alpha is 16 and lora_rank 0; .* Give --lora_rank"),
         ({"profile_steps": "10-13"}, "must be two numbers, such as 10:13"),
         ({"profile_steps": "13:10"}, "must be the larger"),
