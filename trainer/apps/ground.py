@@ -1,11 +1,11 @@
-"""Locate something in images with a checkpoint: its reasoning, the box in pixels, and a picture of it.
+"""Locate an object in images with a checkpoint: prints its reasoning and the box in pixels, and draws a picture.
 
     python -P -m boxgrpo.trainer.ground --model CHECKPOINT --image a.jpg --image b.jpg "question"
     python -P -m boxgrpo.trainer.ground --model CHECKPOINT --serve      the same as a web page on this machine
 
-Pixels are those of the image file, turned upright. The exit status is 0 with a box, 3 with an answer that has none,
-1 for options that do not fit and 2 for a flag that does not exist. The checkpoint answers greedily, one question at a
-time; there is no conversation.
+Boxes are in pixels of the image file, after its EXIF rotation. The exit status is 0 if the answer holds a box, 3 if it
+holds none, 1 for invalid options and 2 for an unknown flag. Decoding is greedy. Each question is answered by itself:
+there is no conversation.
 """
 
 import json
@@ -19,40 +19,40 @@ from boxgrpo.trainer.data.example import text_of
 from boxgrpo.trainer.options import EvalOptions, check_values
 from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
 
-NO_BOX = 3
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+EXIT_WITHOUT_BOX = 3  # exit status
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
 class GroundOptions:
-    """Locate something in images with a checkpoint, or serve a page for such questions."""
+    """Locate an object in images with a checkpoint, or serve a page for such questions."""
 
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     image: list[str] = field(
-        default_factory=list, metadata=repeated("An image file; once for each image, in the question's order.")
+        default_factory=list, metadata=repeated("An image file; given once for each image, in the question's order.")
     )
     question: str = option("", "What to find.")
-    target_image: int = option(0, "Number of the image that the box lies in, from 1; 0: by the question's wording.")
-    answer_format: str = option("think", "think; or box: a simple reference in a single image, without reasoning.")
-    output: str = option("grounded.png", "The picture to write, replaced where it is there.")
-    json: str = option("", "- writes the answer as JSON to standard output; empty: as text.")
-    serve: bool = option(False, "Serve a page to ask on, until Ctrl-C.")
-    host: str = option("127.0.0.1", "Address to serve on; any other than this machine's own lets others in.")
+    target_image: int = option(0, "Number of the image that holds the box, from 1; 0: inferred from the question.")
+    answer_format: str = option("think", "think, or box for a simple reference in one image, without reasoning.")
+    output: str = option("grounded.png", "Picture to write; an existing file is replaced.")
+    json: str = option("", "- prints the answer as JSON; empty: as text.")
+    serve: bool = option(False, "Serve a web page for questions until Ctrl-C.")
+    host: str = option("127.0.0.1", "Address to serve on; any but 127.0.0.1 admits other machines.")
     port: int = option(7860, "Port to serve on; 0: any free one.")
-    max_completion_length: int = option(EvalOptions.max_completion_length, "Tokens of an answer at most.")
+    max_completion_length: int = option(EvalOptions.max_completion_length, "Most tokens of an answer.")
     min_pixels: int = option(EvalOptions.min_pixels, "Images are enlarged to at least this many pixels.")
     max_pixels: int = option(EvalOptions.max_pixels, "Images are reduced to at most this many pixels.")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
 
 
 def check(o: GroundOptions) -> None:
-    """Refuse options that do not fit, before the model is loaded."""
+    """Refuse invalid options before the model is loaded."""
     if not o.model:
         raise ValueError("no model. Name a checkpoint folder with --model.")
     check_values({"max_completion_length": o.max_completion_length})
     if o.serve:
         if o.question or o.image:
-            raise ValueError("serve is given with a question or an image; both are put on the page. Leave them out.")
+            raise ValueError("serve is given with a question or an image; they are given on the page. Leave them out.")
         if not 0 <= o.port <= 65535:
             raise ValueError(f"port is {o.port}; it must be 0 to 65535. Change --port.")
         return
@@ -60,8 +60,8 @@ def check(o: GroundOptions) -> None:
     if o.json not in ("", "-"):
         raise ValueError(f"json is {o.json!r}; it must be - for standard output. Use --json -.")
     output = Path(o.output)
-    if output.suffix.lower() not in PICTURES:
-        raise ValueError(f"output is {o.output!r}; it must end in {', '.join(PICTURES)}. Change --output.")
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"output is {o.output!r}; it must end in {', '.join(PICTURE_SUFFIXES)}. Change --output.")
     if output.resolve() in {Path(path).resolve() for path in o.image}:
         raise ValueError(f"output is {o.output}, one of the images; it would be lost. Change --output.")
 
@@ -76,13 +76,13 @@ def terminal_text(answer: Answer) -> str:
 
 
 def ask(o: GroundOptions, grounder: Grounder) -> bool:
-    """Answer the question, print the answer, write the picture; whether there is a box."""
+    """Answer the question, print the answer and write the picture; returns whether the answer holds a box."""
     question = grounder.prepare(o.question, o.image, target=o.target_image, answer_format=o.answer_format)
-    *_, ids = grounder.completion(question)
-    answer = grounder.read(question, ids)
+    *_, ids = grounder.stream(question)
+    answer = grounder.parse(question, ids)
     try:
         Path(o.output).parent.mkdir(parents=True, exist_ok=True)
-        grounder.picture(question, answer).save(o.output)
+        grounder.draw(question, answer).save(o.output)
     except OSError as error:
         raise ValueError(f"output is {o.output}; it cannot be written ({error}). Change --output.") from error
     if o.json:
@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
 
             serve(grounder, name=Path(o.model).name, host=o.host, port=o.port)
         elif not ask(o, grounder):
-            sys.exit(NO_BOX)
+            sys.exit(EXIT_WITHOUT_BOX)
 
 
 if __name__ == "__main__":

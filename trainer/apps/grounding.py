@@ -32,20 +32,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote, and its box; the fields are those of the JSON."""
+    """The model's text and the box in it; `as_json` has the same fields."""
 
     question: str
     target_image: int  # counted from 1
     image_sizes: tuple[tuple[int, int], ...]  # width and height of each image, pixels, upright
     answer: str
-    reasoning: str | None  # inside <think> </think>; None: there are no such tags
-    box: tuple[float, ...] | None  # x1, y1, x2, y2 in pixels of the target image, before any scaling; None: none found
-    box_1000: tuple[int, ...] | None  # the same as written, 0-1000 of the target image
-    note: str  # why there is no box, or what is wrong with it; empty: nothing
+    reasoning: str | None  # inside <think> </think>; None: the text has no such tags
+    box: tuple[float, ...] | None  # x1, y1, x2, y2 in pixels of the target image's file; None: no box found
+    box_1000: tuple[int, ...] | None  # the box as the model wrote it, 0-1000 of the target image
+    note: str  # why there is no box, or what is wrong with it; empty if nothing is
 
     @property
     def headline(self) -> str:
-        """The box in whole pixels of its image, or that there is none."""
+        """The box in whole pixels and the image that holds it, or why there is no box."""
         if self.box is None:
             return self.note
         x1, y1, x2, y2 = map(round, self.box)
@@ -54,15 +54,15 @@ class Answer:
         return f"({x1}, {y1}), ({x2}, {y2}) in {where}" + (f"; {self.note}" if self.note else "")
 
     def as_json(self) -> dict:
-        """The fields for machines, the box to hundredths of a pixel."""
+        """The fields as a dictionary for JSON, with the box rounded to hundredths of a pixel."""
         return vars(self) | {"box": self.box and [round(v, 2) for v in self.box]}
 
 
 class Grounder:
-    """A checkpoint that answers questions greedily, through the policy's own decoder.
+    """Answers questions with a checkpoint by greedy decoding, with the decoder that also samples in GRPO.
 
     Args:
-        max_completion_length: tokens of an answer at most.
+        max_completion_length: most tokens of an answer.
     """
 
     def __init__(self, model: Qwen2VL, processor: Processor, max_completion_length: int):
@@ -71,21 +71,21 @@ class Grounder:
 
     @classmethod
     def load(cls, options, device: torch.device) -> "Grounder":
-        """The checkpoint in the folder `options.model`; other options are `GroundOptions`' dtype and limits.
+        """Load the checkpoint in the folder `options.model`; `options` is a `GroundOptions`.
 
         Raises:
-            ValueError: no checkpoint there, a broken one, or options that do not fit.
+            ValueError: the checkpoint is missing, broken or too large for the memory, or an option is invalid.
         """
-        folder, number_type = options.model, resolve_dtype(options.dtype, device)
+        folder, dtype = options.model, resolve_dtype(options.dtype, device)
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         try:
             processor = Processor.from_pretrained(folder, **limits)
-            model = load_model(folder, dtype=number_type, device=device)
+            model = load_model(folder, dtype=dtype, device=device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ValueError(
-                f"{folder} does not fit into memory ({error}). Take a smaller model, or --dtype bfloat16."
+                f"{folder} does not fit into memory ({error}). Use a smaller model, or --dtype bfloat16."
             ) from error
-        except Exception as error:  # transformers, tokenizers and safetensors fail in a dozen ways, few name the file
+        except Exception as error:  # the libraries raise many types of errors, few of which name the file
             raise ValueError(
                 f"model is {folder}; it cannot be loaded ({error}). Name the folder of a whole Qwen2-VL checkpoint, "
                 "tokenizer included, with --model."
@@ -99,12 +99,12 @@ class Grounder:
 
         Args:
             text: the question.
-            target: number of the image that the box lies in, counted from 1; 0: by the question's wording, else
-                the last one.
+            target: number of the image that holds the box, counted from 1; 0: inferred from the question's wording,
+                else the last image.
             answer_format: "think", or "box" for a simple reference in a single image, answered without reasoning.
 
         Raises:
-            ValueError: no question, no image, one that cannot be read, or a target or format that does not fit.
+            ValueError: no question, no image, an unreadable image, or an invalid target or answer format.
         """
         text_of(text, "question")
         if not images:
@@ -114,14 +114,14 @@ class Grounder:
                 raise ValueError(f"image is {path}; there is no such file. Correct --image.")
         if not 0 <= target <= len(images):
             raise ValueError(
-                f"target_image is {target} of {len(images)} images; count from 1, or leave it 0 to go by the "
-                "question's wording. Change --target_image."
+                f"target_image is {target} of {len(images)} images; count from 1, or give 0 to infer it "
+                "from the question's wording. Change --target_image."
             )
         if answer_format not in ("think", "box"):
             raise ValueError(f"answer_format is {answer_format!r}; it must be think or box. Change --answer_format.")
         if answer_format == "box" and len(images) > 1:
             raise ValueError(
-                f"answer_format is 'box' with {len(images)} images; it is for a simple reference in a single one. "
+                f"answer_format is 'box' with {len(images)} images; it is for a simple reference in one image. "
                 "Use --answer_format think."
             )
         example = Example(
@@ -137,8 +137,8 @@ class Grounder:
         prompt = self.processor.prompt(example)
         return Question(example, tuple(image_size(path) for path in images), prompt)
 
-    def completion(self, question: Question) -> Iterator[list[int]]:
-        """The answer's token ids after every token, all so far; close the iterator to stop.
+    def stream(self, question: Question) -> Iterator[list[int]]:
+        """Yield, after each token, all token ids of the answer so far; close the iterator to stop.
 
         Raises:
             ValueError: the GPU's memory runs out.
@@ -151,8 +151,8 @@ class Grounder:
                 "Lower --max_pixels, or send fewer images."
             ) from error
 
-    def read(self, question: Question, ids: Sequence[int]) -> Answer:
-        """The answer in a completion; its box is found as the rewards find it."""
+    def parse(self, question: Question, ids: Sequence[int]) -> Answer:
+        """Parse a completion; the parser of the rewards finds the box."""
         text = self.processor.decode(ids)
         raw, example = text.encode(), question.example
         target, sizes = example.target_image, question.sizes
@@ -174,8 +174,8 @@ class Grounder:
                 note = "the box leaves the image"
         return Answer(example.question, target + 1, sizes, text, reasoning, pixels, box, note)
 
-    def picture(self, question: Question, answer: Answer, *, words: bool = True) -> Image.Image:
-        """The images as the model saw them and the box on its target; with `words`, question and answer as well."""
+    def draw(self, question: Question, answer: Answer, *, words: bool = True) -> Image.Image:
+        """Draw the images, scaled as for the model, with the box; with `words` also the question and the answer."""
         return annotate(
             self.processor.images_of(question.prompt),
             predicted=answer.box_1000,

@@ -1,8 +1,8 @@
-"""The content of a file of records: counts, tasks, lengths, faults by reason, and a sheet of pictures with gold boxes.
+"""Report the content of a record file: counts, tasks, lengths and faults; draw a sheet of records with gold boxes.
 
     python -P -m boxgrpo.trainer.inspect_data PATH [--model CHECKPOINT] [--no_images] [--json -]
 
-A checkpoint's tokenizer gives lengths in tokens; without one they are in characters.
+With --model lengths are in tokens of the checkpoint's tokenizer, otherwise in characters.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
 from boxgrpo.trainer.evaluation.report import align
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
-MEASURED = 2000  # records whose length is taken, drawn by chance
-COLUMNS = 3  # of the sheet
+LENGTH_SAMPLE = 2000  # most records whose length is measured, drawn at random
+COLUMNS = 3  # columns of the sheet
 
 
 def inspect(path: Path, args: argparse.Namespace) -> dict:
-    """Counts of the file, and the sheet if one is requested.
+    """Count the records of the file, and draw the sheet if `args.sheet` names one.
 
     Returns:
         records, usable, faulty {reason: n}, tasks {task: usable records}, images_per_record {n: records},
@@ -41,17 +41,17 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
     )
     if not (records := len(examples) + len(faults)):
         raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
-    there = lru_cache(maxsize=None)(lambda image: args.no_images or Path(image).is_file())
-    draw, good = random.Random(args.seed), []
+    exists = lru_cache(maxsize=None)(lambda image: args.no_images or Path(image).is_file())
+    generator, good = random.Random(args.seed), []
     tasks, formats, images, boxes, chats = Counter(), Counter(), Counter(), 0, 0
     for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
         try:
             example = examples[index]
             for image in example.images:
-                if not there(image):
+                if not exists(image):
                     message = f"{example.source}: there is no image at {image}. Check --image_root."
                     raise Refused("missing_image", message, example.source)
-        except Refused as refused:  # of `examples` too: an image that has gone since the file was scanned
+        except Refused as refused:  # `examples[index]` raises it for an image removed since the scan
             faults.append(Fault(refused.source, refused.reason, str(refused)))
             continue
         good.append(index)
@@ -60,7 +60,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         images[len(example.images)] += 1
         boxes += example.gold is not None
         chats += bool(example.turns)
-    measured = [examples[i] for i in sorted(draw.sample(good, min(MEASURED, len(good))))]
+    measured = [examples[i] for i in sorted(generator.sample(good, min(LENGTH_SAMPLE, len(good))))]
     found = {
         "records": records,
         "usable": len(good),
@@ -75,7 +75,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         "faults": [f.message for f in faults[: args.faults]],
     }
     if args.sheet:
-        draw_sheet((examples[i] for i in draw.sample(good, min(args.samples, len(good)))), args.sheet)
+        draw_sheet((examples[i] for i in generator.sample(good, min(args.samples, len(good)))), args.sheet)
     return found
 
 
@@ -91,23 +91,23 @@ def lengths(examples: Sequence[Example], args: argparse.Namespace) -> dict:
         if not processor:
             measured.append((len(example.question), len(answer)))
             continue
-        with contextlib.suppress(Refused):  # a file that is no image: training names it
+        with contextlib.suppress(Refused):  # a file that is not an image: training reports it
             sizes = [] if args.no_images else [image_size(path) for path in example.images]
             tokens = processor.prompt_tokens(example, sizes)
             measured.append((tokens, len(processor.tokenizer(answer).input_ids) if answer else 0))
-    prompts, answers = map(_spread, zip(*measured)) if measured else ({}, {})
+    prompts, answers = map(_quantiles, zip(*measured)) if measured else ({}, {})
     unit = "tokens" if processor else "characters"
     return {"unit": unit, "measured": len(measured), "prompts": prompts, "answers": answers}
 
 
-def _spread(values: Sequence[int]) -> dict:
+def _quantiles(values: Sequence[int]) -> dict:
     ordered = sorted(values)
     p95 = ordered[int(0.95 * len(ordered))]
     return {"median": int(statistics.median(ordered)), "p95": p95, "max": ordered[-1]}
 
 
 def draw_sheet(examples: Iterable[Example], path: str) -> None:
-    """Write a picture of each example's images with its gold box, but for those that cannot be read."""
+    """Write a sheet of the examples' images with their gold boxes; examples with unreadable images are left out."""
     pictures = []
     for example in examples:
         with contextlib.suppress(ValueError):
@@ -118,7 +118,7 @@ def draw_sheet(examples: Iterable[Example], path: str) -> None:
 
 
 def table(found: dict) -> str:
-    """The findings as text."""
+    """The report of `inspect` as text."""
     images = ", ".join(f"{count} of {n}" for n, count in found["images_per_record"].items())
     lines = [
         f"{found['records']} records of schema {found['schema']}, {found['usable']} usable",
@@ -138,18 +138,18 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("path", type=Path, help="JSON array or JSONL file of records")
     parser.add_argument("--schema", default="auto", choices=["auto", *SCHEMAS])
-    parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the file's own")
-    parser.add_argument("--no_images", action="store_true", help="do not look whether the image files are there")
+    parser.add_argument("--image_root", default="", help="folder of relative image paths; empty: the file's own")
+    parser.add_argument("--no_images", action="store_true", help="do not check that the image files exist")
     parser.add_argument("--model", default="", help="checkpoint whose tokenizer measures lengths")
     parser.add_argument("--min_pixels", type=int, default=3136)
     parser.add_argument("--max_pixels", type=int, default=401408)
-    parser.add_argument("--sheet", default="", help="picture of sampled records to write, such as sheet.png")
+    parser.add_argument("--sheet", default="", help="file for a picture of sampled records, such as sheet.png")
     parser.add_argument("--samples", type=int, default=12, help="records on the sheet")
-    parser.add_argument("--faults", type=int, default=20, help="faulty records to name")
+    parser.add_argument("--faults", type=int, default=20, help="most faulty records to list")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", default="", help="- prints JSON alone, a path writes it")
+    parser.add_argument("--json", default="", help="- prints only JSON; a path writes it there")
     options = parser.parse_args(args)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # what was recognised, and why
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # the recognised schema and the reason
     if not options.path.is_file():
         raise ValueError(f"{options.path}: there is no such file. Name a JSON or JSONL file of records.")
     found = inspect(options.path, options)

@@ -1,11 +1,11 @@
-"""Memory per GPU for GRPO on Qwen2-VL by engine, and what a ZeRO-3 step moves between GPUs; nothing is loaded.
+"""Compute the memory per GPU of GRPO on Qwen2-VL by engine, and the traffic of a ZeRO-3 step; no weights are loaded.
 
     python -P -m boxgrpo.trainer.memory        2B and 7B on 8 GPUs, a Markdown table
     python -P -m boxgrpo.trainer.memory --model 72B --gpus 64 --prompts_per_step 64 --engine 'zero 3' \\
         --ds3_gather_for_generation false --gigabits 400
 
-The tower is frozen, attention is a varlen call, liger-kernel (which keeps less) is absent. GB are 10^9 bytes. Left out:
-the CUDA context, NCCL's buffers, the allocator's fragments, images, the tower's forward and a prefill's widest layer.
+The tower is frozen, attention is varlen, liger-kernel (which keeps less) is not used. GB are 10^9 bytes. Not counted:
+the CUDA context, NCCL's buffers, the allocator's fragmentation, images, the tower's forward, a prefill's widest layer.
 """
 
 import json
@@ -50,20 +50,20 @@ class MemoryOptions:
     """Memory per GPU by engine, computed; nothing is loaded or downloaded."""
 
     model: str = option("", "2B, 7B or 72B, or a folder with a config.json; empty: 2B and 7B.")
-    engine: str = option("", "Only the engines whose name in the table begins like this; empty: all.")
+    engine: str = option("", "Only engines whose name in the table starts with this; empty: all.")
     gpus: int = option(8, "GPUs that share the step.")
-    dtype: str = option("bfloat16", "Of weights and activations: bfloat16 or float32.")
-    device: str = option("cuda", "cuda, or cpu: attention, norms and loss of torch, which keep more or less.")
-    lora_rank: int = option(16, "Rank of the LoRA rows, on all matrices of the decoder's layers.")
+    dtype: str = option("bfloat16", "Dtype of weights and activations: bfloat16 or float32.")
+    device: str = option("cuda", "cuda or cpu; on a CPU torch's attention, norms and loss keep other amounts.")
+    lora_rank: int = option(16, "LoRA rank in the table, for adapters on all matrices of the decoder.")
     prompt_tokens: int = option(2198, "Tokens of every prompt: four images of 512 each and 150 of text.")
     prompts_per_step: int = option(GrpoOptions.prompts_per_step, "Prompts per optimizer step, over all GPUs.")
     num_generations: int = option(GrpoOptions.num_generations, "Completions per prompt.")
     max_completion_length: int = option(GrpoOptions.max_completion_length, "Tokens of every completion.")
     tokens_per_pass: int = option(GrpoOptions.tokens_per_pass, "Token budget of one packed pass.")
-    beta: float = option(GrpoOptions.beta, "Weight of the KL; 0 keeps no reference.")
+    beta: float = option(GrpoOptions.beta, "Weight of the KL; 0: no reference model.")
     ds3_gather_for_generation: bool = option(True, "ZeRO-3 samples with all weights gathered; false: layer by layer.")
-    gigabits: float = option(0.0, "Gigabits a second that reach each GPU, for the traffic of ZeRO-3; 0: left out.")
-    json: str = option("", "- writes bytes as JSON to standard output; empty: the table.")
+    gigabits: float = option(0.0, "Gigabits per second that each GPU can receive, for the traffic of ZeRO-3; 0: none.")
+    json: str = option("", "- prints bytes as JSON; empty: prints the table.")
 
 
 def engines(lora_rank: int) -> list[Sharding]:
@@ -72,7 +72,7 @@ def engines(lora_rank: int) -> list[Sharding]:
     return [Sharding("ddp", 0), *zero, *lora]
 
 
-def read(model: str) -> Qwen2VLConfig:
+def config_of(model: str) -> Qwen2VLConfig:
     """The config of a published size or of a checkpoint's folder."""
     if model not in PUBLISHED:
         return read_config(model)
@@ -85,7 +85,7 @@ def read(model: str) -> Qwen2VLConfig:
 
 
 def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
-    """The largest that `make_packs` makes of `prompts` groups; a group above the budget is split into several packs."""
+    """The largest pack that `make_packs` makes of `prompts` groups; a group above the budget is split into packs."""
     fitting = (o.tokens_per_pass - o.prompt_tokens) // o.max_completion_length
     completions = min(o.num_generations, max(fitting, 1))
     scored = completions * o.max_completion_length
@@ -98,10 +98,10 @@ def largest_pack(o: MemoryOptions, prompts: int) -> Pack:
 
 
 def memory(model: Qwen2VL, engine: Sharding, o: MemoryOptions) -> dict[str, int]:
-    """Bytes per GPU. `total` is the state, the reference and what the phase with the largest need holds beside them.
+    """Bytes per GPU. `total` is the sum of state, reference and the memory of the phase that needs most.
 
-    Our own engine frees gradients at each update: they add to activations only where a step has several packs.
-    `*_checkpointed` are with gradient checkpointing. There the loss and a recomputed layer come one after the other.
+    Our own engine frees gradients at each update: gradients and activations coexist only if a step has several packs.
+    `*_checkpointed` are with gradient checkpointing, where the loss and a recomputed layer never coexist.
     """
     config, size = model.config, getattr(torch, o.dtype).itemsize
     rank, prompts = o.lora_rank if engine.lora else 0, math.ceil(o.prompts_per_step / o.gpus)
@@ -137,7 +137,7 @@ def report(o: MemoryOptions) -> dict[str, dict]:
     found = {}
     for name in [o.model] if o.model else ["2B", "7B"]:
         with torch.device("meta"):
-            model = Qwen2VL(read(name))
+            model = Qwen2VL(config_of(name))
         model.freeze_vision()
         chosen = [e for e in engines(o.lora_rank) if e.name.startswith(o.engine)]
         found[name] = {"engines": {e.name: memory(model, e, o) for e in chosen}}
@@ -157,19 +157,19 @@ def check(o: MemoryOptions) -> None:
 
 
 def table(found: dict[str, dict], o: MemoryOptions) -> str:
-    """Markdown, in GB; (c) is with gradient checkpointing."""
+    """The report as Markdown tables, in GB; (c) is with gradient checkpointing."""
     names = ["weights, gradients, AdamW", "on the host", "reference", "rollout", "training", "(c)", "total", "(c)"]
     keys = ["state", "host", "reference", "rollout", "training", "training_checkpointed", "total", "total_checkpointed"]
     parts = []
-    for model, of in found.items():
+    for model, entry in found.items():
         rows = [[model, *names]]
-        for engine, row in of["engines"].items():
+        for engine, row in entry["engines"].items():
             row = row | {"rollout": row["cache"] + row["gathered"]}
             rows.append([engine, *(f"{row[key] / 1e9:.1f}" for key in keys)])
         parts.append(_markdown(rows))
-        if "traffic" in of:
+        if "traffic" in entry:
             rows = [[f"{model}, received by each GPU", "GB", f"s at {o.gigabits:g} Gb/s"]]
-            for name, moved in of["traffic"].items():
+            for name, moved in entry["traffic"].items():
                 rows.append([name, f"{moved / 1e9:.0f}", f"{8e-9 * moved / o.gigabits:.1f}"])
             parts.append(_markdown(rows))
     return "\n\n".join(parts)

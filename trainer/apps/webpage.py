@@ -1,7 +1,7 @@
-"""A web page for questions: Flask and waitress around one `Grounder`, for users of this machine.
+"""A web page for questions to one `Grounder`, served by Flask and waitress to users of this machine.
 
 Nothing is stored: images are in a temporary folder until they are read. One question is answered at a time; closing
-the page ends its question. The page loads nothing but its own two files, and shows what a model writes as text only.
+the page stops its answer. The page loads only its own two files, and inserts the model's text as text, never as HTML.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ PAGE = Path(__file__).resolve().parent / "page"
 LIMITS = {
     "images": 8,
     "bytes": 64 << 20,  # of a whole request
-    "pixels": 100_000_000,  # of a question's images together, as their headers say: 300 MB decoded
+    "pixels": 100_000_000,  # of a question's images together, by their headers: 300 MB decoded
     "characters": 4000,  # of a question
 }
 TOO_LARGE = f"the images and the question are over {LIMITS['bytes'] >> 20} MB together. Send smaller or fewer."
 LOCAL = ("127.0.0.1", "localhost")
-# The page may load its own files, and pictures that it holds itself; no other page may frame it.
+# The page may load its own files, and images from blob: and data: URLs; no other page may frame it.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -40,14 +40,14 @@ POLICY = (
 
 
 def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
-    """The WSGI application; `name` is the model's on the page, `host` what it will be served on."""
+    """Make the WSGI application. `name` is the model's name on the page, `host` the address to serve on."""
     from flask import Flask, Response, render_template, request, send_from_directory
     from werkzeug.exceptions import HTTPException
 
     app = Flask(__name__, template_folder=str(PAGE), static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LIMITS["bytes"]
     app.config["MAX_FORM_PARTS"] = LIMITS["images"] + 10
-    if host in LOCAL:  # another host name is that of another site's page (DNS rebinding)
+    if host in LOCAL:  # a request to another host name is from another site's page (DNS rebinding)
         app.config["TRUSTED_HOSTS"] = list(LOCAL)
     busy = threading.Lock()
 
@@ -63,14 +63,14 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
     def ask():
         own = request.host_url.rstrip("/")
         if request.headers.get("Origin", own) != own:
-            return {"error": "this page answers its own visitors only. Open it by its own address."}, 403
+            return {"error": "requests from other sites are refused. Open the page by its own address."}, 403
         if not busy.acquire(blocking=False):
             return {"error": "another question is being answered. Ask again when it is done."}, 503
         with contextlib.ExitStack() as stack:
             stack.callback(busy.release)
             question = prepare(grounder, request)
             response = Response(answer_lines(grounder, question), mimetype="application/x-ndjson")
-            # Flask closes a response in any case: read to its end, left half way, or never begun.
+            # Flask closes every response: sent completely, aborted, or never started.
             response.call_on_close(stack.pop_all().close)
             return response
 
@@ -92,18 +92,18 @@ def make_app(grounder: Grounder, *, name: str, host: str = LOCAL[0]):
 
 
 def explain(error: Exception) -> dict:
-    """What a visitor sees: what is wrong with the question (a ValueError); any other error is logged instead."""
+    """The error as the page shows it. A ValueError explains what is wrong with the question; others are logged."""
     if isinstance(error, ValueError):
         return {"error": str(error)}
     log.error("a question failed", exc_info=error)
-    return {"error": f"the question failed ({type(error).__name__}). The terminal says why."}
+    return {"error": f"the question failed ({type(error).__name__}). See the terminal for the cause."}
 
 
 def prepare(grounder: Grounder, request) -> Question:
-    """The question in a form. Its files get names of ours; errors call them by their numbers.
+    """Prepare the question of a form. Its files are renamed to `image 1` and so on, also in error messages.
 
     Raises:
-        ValueError: over a limit, or as `Grounder.prepare`.
+        ValueError: a limit is exceeded, or as `Grounder.prepare`.
     """
     files, text = request.files.getlist("image"), request.form.get("question", "").strip()
     target = request.form.get("target_image", "0")
@@ -119,7 +119,7 @@ def prepare(grounder: Grounder, request) -> Question:
         for file, path in zip(files, paths, strict=True):
             file.save(path)
             with contextlib.suppress(ValueError):
-                pixels += math.prod(image_size(path))  # by its header; `Grounder.prepare` refuses what is no image
+                pixels += math.prod(image_size(path))  # by its header; `Grounder.prepare` refuses other files
         if pixels > LIMITS["pixels"]:
             raise ValueError(
                 f"the images have {pixels / 1e6:.0f} million pixels together; the limit is "
@@ -133,16 +133,16 @@ def prepare(grounder: Grounder, request) -> Question:
 
 
 def answer_lines(grounder: Grounder, question: Question) -> Iterator[bytes]:
-    """JSON objects, one a line: {"text": so far} for every token, then the answer with its picture, or {"error"}."""
+    """Yield lines of JSON: {"text": so far} after each token, then the answer with its picture, or {"error": ...}."""
 
     def line(value: dict) -> bytes:
         return json.dumps(value).encode() + b"\n"
 
     try:
-        for ids in grounder.completion(question):
+        for ids in grounder.stream(question):
             yield line({"text": grounder.processor.decode(ids)})
-        answer = grounder.read(question, ids)
-        picture = data_uri(grounder.picture(question, answer, words=False), "PNG")
+        answer = grounder.parse(question, ids)
+        picture = data_uri(grounder.draw(question, answer, words=False), "PNG")
         yield line(answer.as_json() | {"headline": answer.headline, "picture": picture})
     except Exception as error:
         yield line(explain(error))
@@ -152,7 +152,7 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
     """Serve the page until the process is interrupted; its address is printed to standard error.
 
     Raises:
-        ValueError: no Flask or waitress to import, or an address that cannot be served on.
+        ValueError: Flask or waitress is not installed, or the address cannot be bound.
     """
     with optional_import("serve is true", "Install the server (pip install 'flask>=3.1' waitress)."):
         from waitress import create_server
@@ -168,9 +168,9 @@ def serve(grounder: Grounder, *, name: str, host: str, port: int) -> None:
         app,
         sockets=[listening],
         ident=None,
-        max_request_body_size=LIMITS["bytes"] + (1 << 20),  # Flask refuses what is a little above its limit: TOO_LARGE
+        max_request_body_size=LIMITS["bytes"] + (1 << 20),  # slightly larger requests get Flask's answer, TOO_LARGE
     )
     if host not in LOCAL:
         print(f"{host} is not a local address: everyone who reaches it can send questions.", file=sys.stderr)
-    print(f"{name} answers on http://{host}:{listening.getsockname()[1]} until Ctrl-C", file=sys.stderr, flush=True)
+    print(f"serving {name} on http://{host}:{listening.getsockname()[1]} until Ctrl-C", file=sys.stderr, flush=True)
     server.run()

@@ -70,8 +70,8 @@ def test_without_a_box_the_status_is_3_and_the_picture_has_none(newborn, images,
 
 def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder, images):
     asked = grounder.prepare(QUESTION, [images["small"]])
-    *_, ids = grounder.completion(asked)
-    answer = grounder.read(asked, ids)
+    *_, ids = grounder.stream(asked)
+    answer = grounder.parse(asked, ids)
     assert (asked.sizes, answer.box) == (((20, 10),), (2.5, 2.5, 10.0, 7.5))
 
 
@@ -79,7 +79,7 @@ def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder,
 def test_the_answer_token_by_token_is_that_of_a_batch(who, pair, request):
     g = loaded(request.getfixturevalue(who), max_completion_length=40)
     asked = g.prepare(QUESTION, pair)
-    *parts, ids = g.completion(asked)
+    *parts, ids = g.stream(asked)
     assert [len(part) for part in parts] == list(range(1, len(ids))) and parts[-1] == ids[:-1]
     assert [ids, ids] == [completion.tolist() for completion in g.decoder.complete([asked.prompt, asked.prompt])]
 
@@ -94,14 +94,14 @@ def test_the_answer_token_by_token_is_that_of_a_batch(who, pair, request):
 )
 def test_the_target_is_the_one_named_else_the_questions_else_the_last(grounder, images, question, target, found):
     asked = grounder.prepare(question, [images["one"], images["turned"]], target=target)
-    assert grounder.read(asked, [grounder.decoder.eos_token_ids[0]]).target_image == found
+    assert grounder.parse(asked, [grounder.decoder.eos_token_ids[0]]).target_image == found
 
 
 def test_a_simple_reference_asks_for_no_reasoning_and_takes_the_first_box(grounder, images):
     asked = grounder.prepare("the cup", [images["small"]], answer_format="box")
     text = grounder.processor.decode(asked.prompt.input_ids)
     assert "simple reference. the cup" in text and "<think>" not in text
-    answer = grounder.read(asked, said(grounder, f"It is at {BOX}."))
+    answer = grounder.parse(asked, said(grounder, f"It is at {BOX}."))
     assert (answer.reasoning, answer.box_1000) == (None, (125, 250, 500, 750))
 
 
@@ -120,15 +120,15 @@ def said(grounder, text):
 )
 def test_the_fault_of_a_box_is_named(grounder, images, text, pixels, note):
     asked = grounder.prepare("Where is it?", [images["one"]])
-    answer = grounder.read(asked, said(grounder, text))
+    answer = grounder.parse(asked, said(grounder, text))
     assert answer.box == (pixels and pytest.approx(pixels))
     assert note in answer.note and answer.note in answer.headline and "cut off" not in answer.note
-    grounder.picture(asked, answer)  # draws whatever there is
+    grounder.draw(asked, answer)  # draws whatever there is
 
 
 def test_control_characters_do_not_reach_the_terminal(grounder, images):
     asked = grounder.prepare("Where is it?", [images["one"]])
-    answer = grounder.read(asked, said(grounder, f"<think>\x1b[2J\x9b gone\nnext</think><answer>{BOX}</answer>"))
+    answer = grounder.parse(asked, said(grounder, f"<think>\x1b[2J\x9b gone\nnext</think><answer>{BOX}</answer>"))
     shown = terminal_text(answer)
     assert "\x1b" not in shown and "\x9b" not in shown and "gone\nnext" in shown
 

@@ -17,7 +17,7 @@ from boxgrpo.model.batch import Group, Prompt, pack_groups
 from boxgrpo.model.cost import Sharding, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
 from boxgrpo.model.families.qwen2_vl import Qwen2VL, group_flop
 from boxgrpo.model.generate import prefill
-from boxgrpo.trainer.apps.memory import MemoryOptions, engines, largest_pack, main, memory, read, report, table
+from boxgrpo.trainer.apps.memory import MemoryOptions, config_of, engines, largest_pack, main, memory, report, table
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 from boxgrpo.trainer.engine.ddp import DataParallelEngine as Ddp
@@ -114,7 +114,7 @@ def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, mon
     """bf16 on the meta device, with the step's largest pack; only the norm is a stand-in."""
     monkeypatch.setattr(attention, "pick_backend", lambda x: "varlen")
     monkeypatch.setattr(decoder.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight, norm.eps))
-    config, options = read("2B"), MemoryOptions()
+    config, options = config_of("2B"), MemoryOptions()
     model, rank = trained(config, torch.bfloat16, "meta"), 0
     if lora:
         peft, rank = pytest.importorskip("peft"), options.lora_rank
@@ -176,12 +176,12 @@ def test_a_cache_holds_what_is_counted():
 
 def test_the_published_models_have_their_published_sizes():
     for name, size in (("2B", 2_208_985_600), ("7B", 8_291_375_616), ("72B", 73_405_560_320)):
-        c = count(trained(read(name), device="meta"))
+        c = count(trained(config_of(name), device="meta"))
         assert c.trained + c.frozen == size and c.trained == c.decoder
 
 
 def test_zero_shares_what_its_stage_shares():
-    c = count(trained(read("7B"), device="meta"))
+    c = count(trained(config_of("7B"), device="meta"))
     states = {e.name: state_bytes(c, e, 8, 2) for e in engines(16)}
     one, two, three = (states[f"zero {stage}"] for stage in (1, 2, 3))
     share = c.trained / 8
@@ -199,7 +199,7 @@ def test_zero_shares_what_its_stage_shares():
 
 
 def test_the_total_is_of_the_phase_that_needs_most():
-    model = trained(read("7B"), device="meta")
+    model = trained(config_of("7B"), device="meta")
     zero3 = Sharding("zero 3", 3)
     found = memory(model, zero3, MemoryOptions(gpus=64, prompts_per_step=64, num_generations=2))
     resident = found["state"] + found["reference"]
@@ -224,7 +224,7 @@ def test_the_total_on_a_cpu_is_what_the_step_benchmark_measured():
 
 
 def test_gradients_stand_beside_activations_where_a_step_has_several_packs():
-    model = trained(read("2B"), device="meta")
+    model = trained(config_of("2B"), device="meta")
     one, several = (memory(model, engines(1)[0], MemoryOptions(tokens_per_pass=n)) for n in (16384, 8192))
     assert one["total"] - one["training"] == one["state"] + one["reference"] - one["gradients"]
     assert several["total"] - several["training"] == several["state"] + several["reference"]
@@ -246,7 +246,7 @@ def test_the_document_holds_what_the_command_prints():
     (flags,) = re.findall(r"boxgrpo memory (--model 72B.*?)`", text, re.DOTALL)
     plan = parse(MemoryOptions, [flag.strip("'") for flag in re.findall(r"'[^']*'|\S+", flags)])
     assert table(report(plan), plan) in text
-    whole = memory(trained(read("72B"), device="meta"), Sharding("zero 3", 3), MemoryOptions())["gathered"]
+    whole = memory(trained(config_of("72B"), device="meta"), Sharding("zero 3", 3), MemoryOptions())["gathered"]
     assert f"{whole / 1e9:.0f} GB" in text
 
 

@@ -60,7 +60,7 @@ def serving(model, *flags):
         while "until" not in printed.getvalue():
             assert thread.is_alive(), printed.getvalue()
             time.sleep(0.01)
-    return re.search(r"answers on (http://127\.0\.0\.1:\d+) until", printed.getvalue())[1]
+    return re.search(r"on (http://127\.0\.0\.1:\d+) until", printed.getvalue())[1]
 
 
 def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(browser, certain, pair):
@@ -113,7 +113,7 @@ def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browse
     page.click("#ask")
     page.wait_for_selector("#figure:not([hidden])")
     assert "no box found in the answer, which was cut off after 5 tokens" in page.inner_text("#status")
-    assert page.inner_text("#said") == "Answer"
+    assert page.inner_text("#heading") == "Answer"
 
     page.set_input_files("#files", str(tmp_path / "broken.png"))
     page.click("#ask")
@@ -200,9 +200,9 @@ def test_a_failure_of_the_model_is_shown_and_the_next_question_is_answered(app, 
         yield
 
     data = pair[0].read_bytes()
-    monkeypatch.setattr(Grounder, "completion", broken)
+    monkeypatch.setattr(Grounder, "stream", broken)
     response = post(app, question(data))
-    assert json.loads(response.data) == {"error": "the question failed (RuntimeError). The terminal says why."}
+    assert json.loads(response.data) == {"error": "the question failed (RuntimeError). See the terminal for the cause."}
     assert "secret" in caplog.text
     monkeypatch.undo()
     assert b"picture" in post(app, question(data)).data

@@ -4,54 +4,54 @@
 const $ = (id) => document.getElementById(id);
 const MAX_IMAGES = Number(document.body.dataset.maxImages);
 const MAX_BYTES = Number(document.body.dataset.maxBytes);
-let images = []; // {file, url}, in the question's order
+let images = []; // {file, url} of each image, in the question's order
 let running = null; // the AbortController of the question that is being answered
 
-function fail(message) {
+function showError(message) {
   $("error").textContent = message;
   $("error").hidden = !message;
 }
 
-function add(files) {
+function addImages(files) {
   const pictures = [...files].filter((file) => file.type.startsWith("image/"));
-  fail("");
-  if (pictures.length < files.length) fail("What is no image was left out.");
-  if (images.length + pictures.length > MAX_IMAGES) fail(`A question takes ${MAX_IMAGES} images; the rest was left out.`);
+  showError("");
+  if (pictures.length < files.length) showError("Files that are not images were left out.");
+  if (images.length + pictures.length > MAX_IMAGES) showError(`A question takes ${MAX_IMAGES} images; the others were left out.`);
   for (const file of pictures.slice(0, MAX_IMAGES - images.length)) images.push({ file, url: URL.createObjectURL(file) });
   showImages();
 }
 
-function make(tag, properties, ...children) {
+function makeElement(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 }
 
-function button(textContent, label, disabled, act) {
-  const onclick = () => { act(); showImages(); };
-  return make("button", { type: "button", textContent, title: label, ariaLabel: label, disabled, onclick });
+function makeButton(textContent, label, disabled, action) {
+  const onclick = () => { action(); showImages(); };
+  return makeElement("button", { type: "button", textContent, title: label, ariaLabel: label, disabled, onclick });
 }
 
 function showImages() {
   const swap = (i, j) => { [images[i], images[j]] = [images[j], images[i]]; };
   $("images").replaceChildren(...images.map(({ file, url }, i) => {
-    const bar = make("div", { className: "bar" },
-      make("span", { textContent: `image ${i + 1}` }),
-      button("←", `move image ${i + 1} forward`, i === 0, () => swap(i, i - 1)),
-      button("→", `move image ${i + 1} back`, i === images.length - 1, () => swap(i, i + 1)),
-      button("×", `remove image ${i + 1}`, false, () => { URL.revokeObjectURL(url); images.splice(i, 1); }));
-    return make("li", {}, make("img", { src: url, alt: file.name, title: file.name }), bar);
+    const bar = makeElement("div", { className: "bar" },
+      makeElement("span", { textContent: `image ${i + 1}` }),
+      makeButton("←", `move image ${i + 1} forward`, i === 0, () => swap(i, i - 1)),
+      makeButton("→", `move image ${i + 1} back`, i === images.length - 1, () => swap(i, i + 1)),
+      makeButton("×", `remove image ${i + 1}`, false, () => { URL.revokeObjectURL(url); images.splice(i, 1); }));
+    return makeElement("li", {}, makeElement("img", { src: url, alt: file.name, title: file.name }), bar);
   }));
   const chosen = Number($("target").value);
-  $("target").replaceChildren(new Option("what the question says", 0), ...images.map((_, i) => new Option(`image ${i + 1}`, i + 1)));
+  $("target").replaceChildren(new Option("the image that the question names", 0), ...images.map((_, i) => new Option(`image ${i + 1}`, i + 1)));
   $("target").value = chosen <= images.length ? chosen : 0;
   const several = images.length > 1;
   $("format").options[1].disabled = several;
   if (several) $("format").value = "think";
 }
 
-// A text with what the model has written so far, then one with the answer.
-function show(line) {
+// Shows one line of the response: the text so far, or the whole answer.
+function showLine(line) {
   if ("text" in line) {
     $("text").textContent = line.text;
     return;
@@ -60,7 +60,7 @@ function show(line) {
   $("status").textContent = line.headline;
   $("status").className = line.box ? "found" : "none";
   const reasoned = line.reasoning !== null;
-  $("said").textContent = reasoned ? "Reasoning" : "Answer";
+  $("heading").textContent = reasoned ? "Reasoning" : "Answer";
   $("text").textContent = reasoned ? line.reasoning : line.answer;
   $("whole").hidden = !reasoned;
   $("answer").textContent = line.answer;
@@ -70,27 +70,27 @@ function show(line) {
 }
 
 async function ask() {
-  if (!images.length) return fail("Add an image first.");
-  if (!$("question").value.trim()) return fail("Write a question first.");
+  if (!images.length) return showError("Add an image first.");
+  if (!$("question").value.trim()) return showError("Write a question first.");
   if (images.reduce((sum, { file }) => sum + file.size, 0) > MAX_BYTES) {
-    return fail(`The images are over ${MAX_BYTES >> 20} MB together. Remove or shrink some.`);
+    return showError(`The images are over ${MAX_BYTES >> 20} MB together. Remove or shrink some.`);
   }
   const form = new FormData($("form"));
   for (const { file } of images) form.append("image", file);
 
-  fail("");
+  showError("");
   running = new AbortController();
   $("ask").disabled = true;
   $("stop").hidden = $("result").hidden = false;
   $("figure").hidden = $("whole").hidden = true;
-  $("said").textContent = "Answer";
+  $("heading").textContent = "Answer";
   $("text").textContent = $("status").className = "";
-  $("status").textContent = "The model is looking …";
+  $("status").textContent = "Waiting for the model …";
   try {
     const response = await fetch("ask", { method: "POST", body: form, signal: running.signal });
     if (!response.ok) {
-      const said = await response.json().catch(() => ({}));
-      throw new Error(said.error ?? `The server refused the question (${response.status}).`);
+      const body = await response.json().catch(() => ({}));
+      throw new Error(body.error ?? `The server refused the question (${response.status}).`);
     }
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
@@ -99,17 +99,17 @@ async function ask() {
       const lines = (rest + part.value).split("\n");
       rest = lines.pop();
       for (const line of lines.map((text) => JSON.parse(text))) {
-        show(line);
+        showLine(line);
         answered = "answer" in line;
       }
     }
-    if (!answered) throw new Error("The server stopped in the middle. Its terminal may say why.");
+    if (!answered) throw new Error("The server stopped before the answer was complete. See its terminal for the cause.");
   } catch (error) {
     if (error.name === "AbortError") {
       $("status").textContent = "Stopped.";
     } else {
       $("result").hidden = true;
-      fail(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
+      showError(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
     }
   } finally {
     running = null;
@@ -118,17 +118,17 @@ async function ask() {
   }
 }
 
-$("files").onchange = () => { add($("files").files); $("files").value = ""; };
+$("files").onchange = () => { addImages($("files").files); $("files").value = ""; };
 $("form").onsubmit = (event) => { event.preventDefault(); if (!running) ask(); };
 $("stop").onclick = () => running?.abort();
 $("question").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 };
-document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) add(event.clipboardData.files); });
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) addImages(event.clipboardData.files); });
 document.addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });
 document.addEventListener("dragleave", () => $("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
-  add(event.dataTransfer.files);
+  addImages(event.dataTransfer.files);
 });
