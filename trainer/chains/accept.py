@@ -1,10 +1,10 @@
-"""People accept or reject a tenth of the reasoning chains: a page of them, and the rate from its saved answers.
+"""Make a page on which people accept or reject a tenth of the reasoning chains, and compute the acceptance rate.
 
 python -P -m boxgrpo.trainer.accept_cot --data out/cot/cold_start.json
 python -P -m boxgrpo.trainer.accept_cot --data out/cot/cold_start.json --answers acceptance.json
 
-As in the paper's section 3.2, where 99.87 % of a tenth of 76k were accepted. The sheet is a page and a folder of
-pictures: it opens from the file system, loads nothing from a network, and saves its answers as a file.
+The paper does the same (section 3.2): 99.87 % of a tenth of its 76k chains were accepted. The page, here called sheet,
+has a folder of pictures. It opens from the file system without a network, and saves the answers as a file.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ PAGE = Path(__file__).with_name("templates") / "acceptance.html"
 
 @dataclass
 class AcceptOptions:
-    """Draw records for people to accept or reject; with --answers, the rate at which they did."""
+    """Draw records for people to accept or reject; with --answers, compute the acceptance rate."""
 
     data: str = option("out/cot/cold_start.json", "File of stage-1 records, as make_cot writes it.")
-    image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
+    image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     output_dir: str = option("out/cot/acceptance", "Folder for index.html and its pictures.")
     share: float = option(0.1, "Share of the records to draw.")
     seed: int = option(42, "Seed of the draw.")
-    answers: str = option("", "File that the sheet saved; empty: draw a sheet.")
+    answers: str = option("", "File of answers that the sheet saved; empty: make a sheet.")
     json: str = option("", "- prints the rate as JSON; empty: as text.")
 
 
-def draw(records: int, share: float, seed: int) -> list[int]:
-    """The numbers of the records drawn, in order: the share of them, rounded up."""
-    count = math.ceil(Fraction(str(share)) * records)  # in floats 0.07 of 100 is above 7
+def draw_records(records: int, share: float, seed: int) -> list[int]:
+    """Draw a share of the records, rounded up; returns their numbers in ascending order."""
+    count = math.ceil(Fraction(str(share)) * records)  # with floats 0.07 * 100 is above 7
     return sorted(random.Random(seed).sample(range(records), count))
 
 
 def wilson(accepted: int, decided: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of the share accepted of all records, by the score method of Wilson (1927)."""
+    """The confidence interval of the acceptance rate over all records, by the score method of Wilson (1927)."""
     z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
     share, scale = accepted / decided, 1 + z * z / decided
     centre = (share + z * z / (2 * decided)) / scale
@@ -59,18 +59,18 @@ def wilson(accepted: int, decided: int, confidence: float = 0.95) -> tuple[float
     return max(centre - reach, 0.0), min(centre + reach, 1.0)
 
 
-def rate(o: AcceptOptions) -> dict:
-    """How many of the drawn records were accepted: counts, the rate of those decided and its 95 % interval.
+def acceptance_rate(o: AcceptOptions) -> dict:
+    """Counts of accepted, rejected and undecided records; the rate among the decided ones and its 95 % interval.
 
     Raises:
-        ValueError: the answers are no such file, belong to other records or another draw, or decide nothing.
+        ValueError: the file holds no answers of a sheet, answers for other records or another draw, or no decision.
     """
     examples, digest = _read(o)
     try:
         saved = json.loads(Path(o.answers).read_text())
         sheet, answers = saved["sheet"], dict(saved["answers"])
         same = sheet["digest"] == digest
-        drawn = draw(len(examples), sheet["share"], sheet["seed"]) if same else []
+        drawn = draw_records(len(examples), sheet["share"], sheet["seed"]) if same else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{o.answers} holds no answers of a sheet ({error!r}). Name the file it saved with --answers."
@@ -80,9 +80,9 @@ def rate(o: AcceptOptions) -> dict:
     decisions = list(answers.values())
     accepted, rejected, undecided = map(decisions.count, ("accept", "reject", None))
     if answers.keys() != {str(k) for k in drawn} or accepted + rejected + undecided != len(drawn):
-        raise ValueError(f"{o.answers} does not answer for the {len(drawn)} records that were drawn. Save it again.")
+        raise ValueError(f"{o.answers} does not hold answers for the {len(drawn)} drawn records. Save it again.")
     if not accepted + rejected:
-        raise ValueError(f"{o.answers} decides none of {len(drawn)} records. Open the sheet and save it again.")
+        raise ValueError(f"{o.answers} has no decision on any of {len(drawn)} records. Decide, and save it again.")
     return {
         "drawn": len(drawn),
         "accepted": accepted,
@@ -95,7 +95,7 @@ def rate(o: AcceptOptions) -> dict:
 
 
 def write_sheet(o: AcceptOptions) -> int:
-    """Write `index.html` and the pictures of the records drawn, in the place of an earlier sheet; returns how many."""
+    """Write `index.html` and pictures of the drawn records, replacing an earlier sheet; returns their number."""
     examples, digest = _read(o)
     gold = _gold_boxes(Path(o.data))
     folder = Path(o.output_dir)
@@ -103,9 +103,9 @@ def write_sheet(o: AcceptOptions) -> int:
     for earlier in folder.glob("pictures/[0-9]*.jpg"):
         earlier.unlink()
     chosen = []
-    for k in tqdm(draw(len(examples), o.share, o.seed), desc="pictures"):
+    for k in tqdm(draw_records(len(examples), o.share, o.seed), desc="pictures"):
         example, name = examples[k], f"pictures/{k:06d}.jpg"
-        boxes = {"gold": gold.get(example.source, example.gold), "predicted": example.gold}  # that of the answer
+        boxes = {"gold": gold.get(example.source, example.gold), "predicted": example.gold}  # the box of the answer
         annotate_example(example, **boxes, reasoning="").save(folder / name, quality=88)
         (_, question), (_, answer), *_ = example.turns
         question = plain_text(question).removesuffix(THINK_SUFFIX)
@@ -128,19 +128,19 @@ def _read(o: AcceptOptions) -> tuple[Sequence[Example], str]:
 
 
 def _gold_boxes(path: Path) -> dict[str, list[float]]:
-    """The gold boxes that make_cot noted, by the record's source; the answers' own boxes may differ a little."""
-    noted = ((k, row.value.get("cot")) for k, row in enumerate(scan(path)) if isinstance(row.value, dict))
+    """The gold boxes that make_cot stored, by the record's source; the boxes in the answers may differ slightly."""
+    stored = ((k, row.value.get("cot")) for k, row in enumerate(scan(path)) if isinstance(row.value, dict))
     return {
-        f"{path.name}#{k}": cot["gold"] for k, cot in noted if isinstance(cot, dict) and is_numbers(cot.get("gold"))
+        f"{path.name}#{k}": cot["gold"] for k, cot in stored if isinstance(cot, dict) and is_numbers(cot.get("gold"))
     }
 
 
 def main(args: list[str] | None = None) -> None:
     o = parse(AcceptOptions, args, prog="accept_cot.py")
     if not o.answers:
-        print(f"{write_sheet(o)} records to accept or reject in {o.output_dir}/index.html; it saves acceptance.json")
+        print(f"{write_sheet(o)} records to accept or reject in {o.output_dir}/index.html; the page saves its answers")
         return
-    found = rate(o)
+    found = acceptance_rate(o)
     if o.json == "-":
         print(json.dumps(found, indent=1))
         return

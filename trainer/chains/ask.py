@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server: at a bounded rate, repeated by its client, not sent again once answered."""
+"""Requests to an OpenAI-compatible server: the rate is bounded, failed requests are repeated, answers are stored."""
 
 import asyncio
 import functools
@@ -18,23 +18,23 @@ from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .journal import Journal
 
-TRUNCATED = ("length", "content_filter")  # finish reasons of an answer without its end
-FATAL = (401, 403, 404, 405)  # statuses that every other request would get, too
+TRUNCATED = ("length", "content_filter")  # finish reasons of a truncated answer
+FATAL = (401, 403, 404, 405)  # statuses with which every further request would fail, too
 REASONING_FIELDS = ("reasoning_content", "reasoning")  # where servers put the text of <think>
 
 
 @dataclass
 class RecordImages:
-    """A record's images as the server gets them, read when they are first needed."""
+    """A record's images in the form that is sent to the server, read when they are first needed."""
 
-    source: str  # the record's
+    source: str  # of the record
     paths: tuple[str, ...]
-    names: tuple[str, ...]  # in the key of an answer: the same in every run
+    names: tuple[str, ...]  # part of an answer's key, so the same in every run
     max_pixels: int  # larger images are scaled down to this area
 
     @functools.cached_property
     def urls(self) -> asyncio.Task:
-        """Awaited: a JPEG `data:` URL each. Raises ValueError as `load_image` does."""
+        """Awaiting it gives a JPEG `data:` URL for each image, or raises ValueError as `load_image` does."""
         return asyncio.create_task(asyncio.to_thread(lambda: list(map(self._encode, self.paths))))
 
     def _encode(self, path: str) -> str:
@@ -53,7 +53,7 @@ def connect(journal: Journal, o) -> dict:
     """
     with optional_import("ask is true", "Install the client: pip install 'openai>=3'."):
         import openai
-    # The client's own timeout would be between two bytes; `_transport` has one for the whole answer.
+    # The client's own timeout limits the time between two bytes; that of `_transport` limits the whole answer.
     settings = {"timeout": None, "max_retries": o.tries - 1, "http_client": _transport(journal, o)}
     clients = {}
     for kind, url, variable in (("chain", o.base_url, "OPENAI_API_KEY"), ("judge", o.judge_base_url, "JUDGE_API_KEY")):
@@ -70,10 +70,10 @@ def connect(journal: Journal, o) -> dict:
 
 
 def _transport(journal: Journal, o):
-    """The HTTP client of `connect`: requests begin evenly spaced, and each failure is counted.
+    """Make the HTTP client of `connect`, which spaces requests evenly and counts each failure.
 
-    What is repeated: a request without an answer or with half of one, and the statuses 408, 409, 429 and from 500 on;
-    after the seconds of Retry-After, unless these are above two minutes, else after `o.backoff`, doubled each time.
+    openai's client repeats a request without an answer, with a truncated one, or with a status of 408, 409, 429 or at
+    least 500. The wait before it is Retry-After, if at most two minutes, else `o.backoff` seconds, doubled each time.
     """
     import httpx2  # what openai's client is built on
     import openai
@@ -82,7 +82,7 @@ def _transport(journal: Journal, o):
         _next = 0.0  # when the next request may begin, in seconds of the monotonic clock
 
         async def send(self, request, **settings):
-            """A response in any case: openai's client repeats what has a status from 500 on."""
+            """Return a response even without an answer: with a status of 502, so that openai's client repeats it."""
             start = max(self._next, now := time.monotonic())
             self._next = start + (60 / o.requests_per_minute if o.requests_per_minute else 0)
             await asyncio.sleep(start - now)
@@ -129,10 +129,10 @@ def read_reply(body: bytes) -> dict | None:
 
 
 class Requester:
-    """Answers from the journal, else from a server, unless `o.ask` is false.
+    """Gets answers from the journal, else from a server, unless `o.ask` is false.
 
-    `o.concurrency` requests are under way at once, those that wait for another try included. After `o.max_failures`
-    requests in a row without an answer the run ends.
+    At most `o.concurrency` requests are in flight, including those that wait for another try. The run ends after
+    `o.max_failures` consecutive requests without an answer.
     """
 
     def __init__(self, journal: Journal, o):
@@ -147,21 +147,21 @@ class Requester:
             await client.close()
 
     async def answer(self, kind: str, text: str, images: RecordImages, number: int = 0) -> dict:
-        """The journal's entry: `text`, `finish` and more. Where there is none, `failure`, a short code, and `message`.
+        """Return the journal's entry (`text`, `finish`, ...), or without an answer the code `failure` and `message`.
 
         A truncated answer is requested again with another seed; the last of `o.tries` is returned as it is.
 
         Args:
             kind: "chain" or "judge".
-            number: of several answers to the same text.
+            number: index of the answer among several to the same text.
 
         Raises:
-            ValueError: no request can succeed: the server refuses the key or the model, or has gone.
+            ValueError: no request can succeed: the server refuses the key or the model, or cannot be reached.
         """
         model, temperature = self.models[kind]
         entry = {}
         for attempt in range(self.o.tries):
-            # All that could change the answer; the server's address is not part of it.
+            # Everything that the answer depends on, but not the server's address.
             fields = [kind, model, text, images.names, images.max_pixels]
             fields += [temperature, self.o.max_tokens, number, attempt]
             key = hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
@@ -188,7 +188,7 @@ class Requester:
                     messages=[{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
                     temperature=temperature,
                     max_tokens=self.o.max_tokens,
-                    seed=int(key[:8], 16) >> 1,  # or a server that always begins alike would repeat itself
+                    seed=int(key[:8], 16) >> 1,  # without it a server with a constant seed would repeat its answer
                 )
         except openai.APIStatusError as error:
             return self._fail(model, error)
@@ -212,7 +212,7 @@ class Requester:
         return {"failure": failure, "message": message}
 
     def _redact(self, text: str) -> str:
-        """`text` without the keys, which servers may repeat. A short one is any word, for a server without keys."""
+        """Replace the API keys, which servers may repeat. A key under 16 characters is a placeholder, not a secret."""
         for key in {client.api_key for client in self.clients.values()}:
             text = text.replace(key, "***") if len(key) >= 16 else text
         return text

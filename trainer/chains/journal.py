@@ -1,4 +1,4 @@
-"""The answers of a server, kept in an SQLite file, so that no request that was answered is sent again."""
+"""An SQLite file of a server's answers, so that an answered request is never sent again."""
 
 import json
 import os
@@ -25,11 +25,11 @@ class Journal:
     The lock on the file is held until the journal is closed, or its process ends.
 
     Args:
-        folder: where the file is, or is created. A new one begins with the entries of an earlier version's
-            `answers.jsonl` in the same folder.
+        folder: where the file is, or is created. A new file starts with the entries of `answers.jsonl`, which an
+            earlier version wrote into the same folder.
 
     Raises:
-        ValueError: another process has it open, it is not such a file, or a line of `answers.jsonl` is damaged.
+        ValueError: another process has the file open, it is not a journal, or a line of `answers.jsonl` is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike):

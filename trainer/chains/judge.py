@@ -1,7 +1,7 @@
-"""From a record with a gold box to one with a reasoning chain: several are requested, checked, and the best is kept.
+"""Make a record with a reasoning chain from one with a gold box: request several chains, check them, keep the best.
 
-The prompts in `templates/` (the wording is ours) are part of the keys of kept answers: after a change all are requested
-again.
+The prompts in `templates/` (worded by this project, not the paper) are part of the stored answers' keys: after a change
+of a prompt its answers are requested again.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 PROMPTS = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True)
 _BEST = re.compile(r"\bbest\b[^\n0-9]{0,20}([0-9]{1,3})(?![0-9])", re.IGNORECASE)
 _BARE = re.compile(r"\W*([0-9]{1,3})\W*")
-_FORBIDDEN = re.compile("<\\||<image>|[\ud800-\udfff]")  # marks of chat templates and of records; half a character
+_FORBIDDEN = re.compile("<\\||<image>|[\ud800-\udfff]")  # marks of chat templates and records; lone surrogates
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def prompt(kind: str, question: str, box: Sequence[float], images: int, chains: Sequence[str] = ()) -> str:
-    """The request for a "chain", or that to "judge" which of `chains`, counted from 1, is best. Images come before it.
+def render_prompt(kind: str, question: str, box: Sequence[float], images: int, chains: Sequence[str] = ()) -> str:
+    """The text of a request, which follows the images: for a "chain", or to "judge" which of `chains` is best.
 
-    A chain's 150 words leave room in the 256 tokens that GRPO samples.
+    The template limits a chain to 150 words, which fit into the 256 tokens that GRPO samples.
     """
     words = {"images": "an image", "them": "it"} if images == 1 else {"images": f"{images} images", "them": "them"}
     template = PROMPTS.get_template(f"{kind}.txt")
@@ -42,8 +42,8 @@ def prompt(kind: str, question: str, box: Sequence[float], images: int, chains: 
 def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) -> tuple[list[str], list[float]]:
     """`passed`, `bad_form` or `wrong_box` for each text, and its box's IoU with gold (0-1000).
 
-    The form is the format reward's and stricter: nothing before `<think>`, something in it, each tag once, and no mark
-    that a chat template or a reader of records would misread.
+    The right form has a format reward of 1, `<think>` at the start, some reasoning, each tag once, and no mark that a
+    chat template or the reader of records would interpret.
     """
     packed = pack_texts([text.encode(errors="replace") for text in texts])
     rewards = grounding_rewards(*packed, torch.tensor([gold] * len(texts), dtype=torch.float32))
@@ -57,7 +57,7 @@ def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) ->
 
 
 def read_verdict(text: str, chains: int) -> int | None:
-    """The number after the last "Best", or the only one there is: 1 to `chains`, 0 for none; None: no such number."""
+    """The judge's choice, a number after the last "Best" or alone: 1 to `chains`; 0: no chain; None: unreadable."""
     *_, last = None, *_BEST.finditer(text)
     found = last or _BARE.fullmatch(text)
     return int(found[1]) if found and int(found[1]) <= chains else None
@@ -65,7 +65,7 @@ def read_verdict(text: str, chains: int) -> int | None:
 
 @dataclass
 class Outcome:
-    """The new record of an example, or the reason why there is none; and a label for each of its chains."""
+    """The new record of an example, or the reason why there is none, and a label for each chain."""
 
     record: dict | None
     reason: str = ""
@@ -73,17 +73,17 @@ class Outcome:
 
 
 async def make_record(example: Example, images: RecordImages, requester: Requester, o) -> Outcome:
-    """Request an example's chains, check them, have the best chosen, and make its stage-1 record."""
+    """Request an example's chains, check them, let the judge choose the best, and make the stage-1 record."""
     if example.gold is None:
         return Outcome(None, "no_gold_box")
     if example.answer_format != "think":
         return Outcome(None, "no_thinking_asked")
-    x1, y1, x2, y2 = gold = tuple(float(round(v)) for v in example.gold)  # chains write whole numbers
+    x1, y1, x2, y2 = gold = tuple(float(round(v)) for v in example.gold)  # chains contain whole numbers
     if x1 == x2 or y1 == y2:
         return Outcome(None, "box_too_small")
 
     question, count = plain_text(example.question).removesuffix(THINK_SUFFIX), len(example.images)
-    request = prompt("chain", question, gold, count)
+    request = render_prompt("chain", question, gold, count)
     answers = await asyncio.gather(*(requester.answer("chain", request, images, number=k) for k in range(o.chains)))
     for answer in answers:
         if "failure" in answer:
@@ -95,7 +95,7 @@ async def make_record(example: Example, images: RecordImages, requester: Request
     if not passed:
         return Outcome(None, "no_chain_passed", labels)
 
-    request = prompt("judge", question, gold, count, [texts[k] for k in passed])
+    request = render_prompt("judge", question, gold, count, [texts[k] for k in passed])
     verdict = await requester.answer("judge", request, images)
     if "failure" in verdict:
         return _left_out(example, verdict, labels)

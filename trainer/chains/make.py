@@ -3,12 +3,12 @@
 export OPENAI_API_KEY=...
 python -P -m boxgrpo.trainer.make_cot --base_url https://HOST/v1 --model MODEL --data RECORDS.json
 
-The paper's section 3.2: three chains for each record, from question, images and gold box; of those in the right form
-and with the right box the judge chooses the best. A single one is judged, too, and the judge may refuse all: in the
-paper chains are evaluated and validated, not only ranked. Records that are left out are counted by reason.
+As in the paper's section 3.2, a model writes three chains for each record, given question, images and gold box. The
+judge chooses the best of those in the right form and with the right box. It also judges a single chain, and may refuse
+all: the paper evaluates and validates chains, not only ranks them. Records that are left out are counted by reason.
 
-Every answer is kept in `answers.sqlite3` as it comes. The same command continues from there, after a kill as well, and
-sends no request again that was answered; `--ask false` writes the records of the answers so far. Then see accept_cot.
+Every answer is stored in `answers.sqlite3` on arrival. The same command continues from there, also after a kill, and
+sends no answered request again; `--ask false` writes the records of the answers so far. The next step is accept_cot.
 
 Not supported: streaming, batch APIs, `n` for several answers at once, which many servers lack, and models without
 `max_tokens`, `temperature` or `seed`.
@@ -42,26 +42,26 @@ class CotOptions:
 
     base_url: str = option("", "The server, such as http://localhost:8000/v1.")
     model: str = option("", "Name of the model that writes the chains.")
-    judge_model: str = option("", "Name of the model that chooses the best; empty: the same.")
-    judge_base_url: str = option("", "The judge's server, its key in JUDGE_API_KEY; empty: the same.")
+    judge_model: str = option("", "Name of the model that chooses the best chain; empty: --model.")
+    judge_base_url: str = option("", "Server of the judge, with its key in JUDGE_API_KEY; empty: --base_url.")
     data: str = option("", "JSON or JSONL file of records with gold boxes.")
-    schema: str = option("auto", "Form of the records; auto: the log names the one that was recognised.")
-    image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
+    schema: str = option("auto", "Format of the records; auto: it is recognised, and the log names it.")
+    image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     output_dir: str = option("out/cot", "Folder for answers.sqlite3, cold_start.json and summary.json.")
     sample: int = option(0, "Records to take, drawn by seed; 0: all.")
-    seed: int = option(42, "Seed of that draw.")
+    seed: int = option(42, "Seed of the draw.")
     chains: int = option(3, "Chains for each record.")
-    min_iou: float = option(0.9, "A chain's box must have more IoU than this with the gold box in its prompt.")
-    temperature: float = option(1.0, "Of the chains.")
-    judge_temperature: float = option(0.0, "Of the judge.")
-    max_tokens: int = option(1024, "Longest answer.")
+    min_iou: float = option(0.9, "A chain passes if the IoU of its box with the gold box is above this.")
+    temperature: float = option(1.0, "Temperature of the chains.")
+    judge_temperature: float = option(0.0, "Temperature of the judge.")
+    max_tokens: int = option(1024, "Most tokens of an answer.")
     max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
-    concurrency: int = option(16, "Requests under way at once.")
-    requests_per_minute: float = option(0.0, "Requests that may begin in a minute, evenly spaced; 0: any number.")
-    tries: int = option(6, "Tries of a request that gets no answer, or half of one.")
+    concurrency: int = option(16, "Most requests in flight.")
+    requests_per_minute: float = option(0.0, "Most requests per minute, evenly spaced; 0: no limit.")
+    tries: int = option(6, "Most tries of a request that gets no answer, or a truncated one.")
     backoff: float = option(1.0, "Seconds before the second try, then doubled; Retry-After overrules it.")
     timeout: float = option(180.0, "Seconds until a request counts as failed.")
-    max_failures: int = option(50, "Stop when so many requests in a row have failed for good.")
+    max_failures: int = option(50, "Stop after this many consecutive requests that failed in every try.")
     ask: bool = option(True, "false: send nothing and write the records of the answers so far.")
 
 
@@ -96,7 +96,7 @@ async def make_records(
 
 
 def summarize(outcomes: Sequence[Outcome], faulty: Counter, journal: Journal) -> dict:
-    """Counts. Those of requests, answers and tokens are of the whole journal, earlier runs included."""
+    """Counts. Those of requests, answers and tokens cover the whole journal, including earlier runs."""
     return {
         "records": len(outcomes),
         "written": sum(outcome.record is not None for outcome in outcomes),
@@ -106,14 +106,14 @@ def summarize(outcomes: Sequence[Outcome], faulty: Counter, journal: Journal) ->
     } | journal.summary(("chain", "judge"))
 
 
-def make(o: CotOptions) -> dict:
+def make_cold_start(o: CotOptions) -> dict:
     """Make the chains, write `cold_start.json` and `summary.json`, and return the summary.
 
     The records' image paths start from `image_root` where one is given, else from `output_dir`.
 
     Raises:
-        ValueError: impossible options, records that cannot be read, or a server that refuses everything. The answers
-            until then are kept; files of an earlier run stay as they are.
+        ValueError: an option is invalid, the records cannot be read, or the server refuses all requests. The answers
+            until then stay stored; an earlier run's files do not change.
     """
     check(o)
     examples, faults = read_examples(o.data, schema=o.schema, image_root=o.image_root or None)
@@ -132,7 +132,7 @@ def make(o: CotOptions) -> dict:
 
 
 def check(o: CotOptions) -> None:
-    """Refuse impossible options before anything is read."""
+    """Refuse invalid options before anything is read."""
     if not Path(o.data).is_file():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a JSON or JSONL file with --data.")
     for name in ("model", "base_url") if o.ask else ("model",):
@@ -148,7 +148,7 @@ def check(o: CotOptions) -> None:
 def main(args: list[str] | None = None) -> None:
     o = parse(CotOptions, args, prog="make_cot.py")
     try:
-        summary = make(o)
+        summary = make_cold_start(o)
     except KeyboardInterrupt:
         raise SystemExit("make_cot.py: interrupted; the same command continues from here") from None
     print(json.dumps(summary, indent=1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.chains.accept import AcceptOptions, draw, main, rate, wilson, write_sheet
+from boxgrpo.trainer.chains.accept import AcceptOptions, acceptance_rate, draw_records, main, wilson, write_sheet
 from boxgrpo.trainer.data.example import THINK_SUFFIX
 
 HOSTILE = "<script>document.title='run'</script>\"><img src=x onerror=\"document.title='run'\">&amp; '"
@@ -57,15 +57,15 @@ def save(o, decide):
 
 @pytest.mark.parametrize(("records", "share", "count"), [(100, 0.07, 7), (40, 0.1, 4), (41, 0.1, 5), (1, 0.1, 1)])
 def test_the_share_is_exact_rounded_up_and_drawn_by_the_seed(records, share, count):
-    drawn = draw(records, share, 0)
+    drawn = draw_records(records, share, 0)
     assert len(drawn) == len(set(drawn)) == count and drawn == sorted(drawn) and set(drawn) <= set(range(records))
-    assert draw(76_000, 0.1, 42) == draw(76_000, 0.1, 42) != draw(76_000, 0.1, 43)
+    assert draw_records(76_000, 0.1, 42) == draw_records(76_000, 0.1, 42) != draw_records(76_000, 0.1, 43)
 
 
 def test_the_sheet_shows_a_tenth_and_escapes_all_text(options):
     o = options(40)
     assert write_sheet(o) == 4
-    page, numbers = read_page(o), draw(40, 0.1, 42)
+    page, numbers = read_page(o), draw_records(40, 0.1, 42)
     assert shown(page) == numbers
     assert re.findall('<img src="(.*?)"', page) == [f"pictures/{k:06d}.jpg" for k in numbers]
     assert page.count("<script") == 1 and 'onerror="' not in page
@@ -73,7 +73,7 @@ def test_the_sheet_shows_a_tenth_and_escapes_all_text(options):
     assert THINK_SUFFIX not in page and "(100, 100), (500, 900)" in page and page.count('type="radio"') == 8
     write_sheet(dataclasses.replace(o, seed=1))  # in the place of the first
     names = {path.name for path in Path(o.output_dir, "pictures").iterdir()}
-    assert names == {f"{k:06d}.jpg" for k in draw(40, 0.1, 1)}
+    assert names == {f"{k:06d}.jpg" for k in draw_records(40, 0.1, 1)}
 
 
 def test_the_gold_box_and_the_answers_are_drawn(options):
@@ -90,9 +90,9 @@ def test_the_gold_box_and_the_answers_are_drawn(options):
 def test_the_rate_is_that_of_the_decided(options, capsys):
     o = options(100)
     write_sheet(o)
-    drawn = draw(100, 0.1, 42)
+    drawn = draw_records(100, 0.1, 42)
     o = save(o, lambda k: {drawn[0]: "reject", drawn[1]: None}.get(k, "accept"))
-    found = rate(o)
+    found = acceptance_rate(o)
     assert found["interval"] == pytest.approx(wilson(8, 9))
     assert found | {"interval": 0} == {
         "drawn": 10,
@@ -124,11 +124,11 @@ def test_wilsons_interval():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda saved: saved["answers"].popitem(), "does not answer for the 3 records"),
-        (lambda saved: saved["answers"].update(dict.fromkeys(saved["answers"], "yes")), "does not answer for"),
-        (lambda saved: saved["answers"].update(dict.fromkeys(saved["answers"])), "decides none of 3"),
+        (lambda saved: saved["answers"].popitem(), "does not hold answers for the 3 drawn records"),
+        (lambda saved: saved["answers"].update(dict.fromkeys(saved["answers"], "yes")), "does not hold answers for"),
+        (lambda saved: saved["answers"].update(dict.fromkeys(saved["answers"])), "no decision on any of 3"),
         (lambda saved: saved["sheet"].update(digest="0"), "other records than .*Draw a new sheet"),
-        (lambda saved: saved["sheet"].update(seed=1), "does not answer for"),
+        (lambda saved: saved["sheet"].update(seed=1), "does not hold answers for"),
         (lambda saved: saved["sheet"].update(share="half"), "no answers of a sheet"),
         (lambda saved: saved.pop("answers"), "no answers of a sheet.*--answers"),
     ],
@@ -137,12 +137,12 @@ def test_answers_of_another_sheet_are_refused(options, damage, message):
     o = options(30)
     write_sheet(o)
     o = save(o, lambda k: "accept")
-    assert rate(o)["accepted"] == 3
+    assert acceptance_rate(o)["accepted"] == 3
     saved = json.loads(Path(o.answers).read_text())
     damage(saved)
     Path(o.answers).write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=message):
-        rate(o)
+        acceptance_rate(o)
 
 
 def test_impossible_options_are_refused(options):
@@ -165,7 +165,7 @@ def test_in_a_browser_answers_are_saved_and_loaded(browser, options, tmp_path):
     sheet.wait_for_function("[...document.images].every(image => image.naturalWidth > 300)")
     assert all(url.startswith("file:") for url in requested) and HOSTILE in sheet.text_content("article .question")
 
-    first, second, _ = draw(30, 0.1, 42)
+    first, second, _ = draw_records(30, 0.1, 42)
     sheet.check(f"[data-record='{first}'] input[value=accept]")
     sheet.check(f"[data-record='{second}'] input[value=reject]")
     assert sheet.text_content("#count") == "2 of 3 decided"
@@ -173,7 +173,7 @@ def test_in_a_browser_answers_are_saved_and_loaded(browser, options, tmp_path):
         sheet.click("#save")
     assert download.value.suggested_filename == "acceptance.json"
     download.value.save_as(tmp_path / "acceptance.json")
-    found = rate(dataclasses.replace(o, answers=str(tmp_path / "acceptance.json")))
+    found = acceptance_rate(dataclasses.replace(o, answers=str(tmp_path / "acceptance.json")))
     assert (found["accepted"], found["rejected"], found["undecided"]) == (1, 1, 1)
 
     sheet.reload()
@@ -185,5 +185,5 @@ def test_in_a_browser_answers_are_saved_and_loaded(browser, options, tmp_path):
     (tmp_path / "other.json").write_text("{")
     sheet.set_input_files("#load", tmp_path / "other.json")
     sheet.wait_for_timeout(100)
-    assert messages == ["No answers of this sheet."] and sheet.text_content("#count") == "2 of 3 decided"
+    assert messages == ["No answers to this page."] and sheet.text_content("#count") == "2 of 3 decided"
     sheet.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from boxgrpo.trainer.chains.journal import Journal
-from boxgrpo.trainer.chains.make import make
+from boxgrpo.trainer.chains.make import make_cold_start
 from chain_runs import written
 
 EARLIER_KEY = "d56dd6019e4f4a30061bb510a64e6385"  # of the first chain of record(0)
@@ -51,7 +51,7 @@ def test_a_journal_keeps_any_text_and_refuses_other_files(tmp_path):
 def test_answers_of_an_earlier_version_are_read_once(server, options, tmp_path):
     """From `answers.jsonl`, whose last line a kill cut off; keys have not changed since."""
     o = options(2)
-    make(o)
+    make_cold_start(o)
     with contextlib.closing(sqlite3.connect(Path(o.output_dir, "answers.sqlite3"))) as database:
         rows = database.execute("SELECT key, entry FROM entries").fetchall()
     assert EARLIER_KEY in dict(rows)
@@ -61,9 +61,9 @@ def test_answers_of_an_earlier_version_are_read_once(server, options, tmp_path):
     earlier.parent.mkdir()
     earlier.write_text("[1, 2]\n")
     with pytest.raises(ValueError, match="answers.jsonl has a line that is no answer.*Remove"):
-        make(later)
+        make_cold_start(later)
     earlier.write_text("\n".join(lines))
     server.seen.clear()
-    assert make(later)["failed_requests"] == {"timeout": 1} and len(server.seen) == 3
-    assert make(later)["answers"] == {"chain": 6, "judge": 2} and len(server.seen) == 3
+    assert make_cold_start(later)["failed_requests"] == {"timeout": 1} and len(server.seen) == 3
+    assert make_cold_start(later)["answers"] == {"chain": 6, "judge": 2} and len(server.seen) == 3
     assert written(later) == written(o)

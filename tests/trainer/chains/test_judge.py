@@ -3,7 +3,7 @@
 import pytest
 
 from boxgrpo.trainer.chains.judge import check_chains, read_verdict
-from boxgrpo.trainer.chains.make import make
+from boxgrpo.trainer.chains.make import make_cold_start
 from chain_runs import chain, number, record, written
 from fake_openai import Reply, well
 
@@ -65,7 +65,7 @@ def test_only_chains_that_pass_are_judged_and_the_judge_may_refuse_all(server, o
 
     server.behave = behave
     o = options(4, concurrency=1)
-    summary = make(o)
+    summary = make_cold_start(o)
     (made,) = written(o)
     assert made["cot"]["passed"] == 1 and [made["messages"][1]["content"]] == server.of("judge")[0].replies
     assert summary["left_out"] == {"no_chain_passed": 1, "none_sound": 1, "verdict_unreadable": 1}
@@ -82,7 +82,7 @@ def test_records_that_no_chain_can_be_made_for_are_counted(server, options):
         record(3, answer=[300, 0, 100, 50]),
         {"images": ["0.png"], "question": "?", "answer": None},
     ]
-    summary = make(options(records))
+    summary = make_cold_start(options(records))
     assert summary["left_out"] == {"duplicate": 1, "no_thinking_asked": 1, "box_too_small": 1}
     assert summary["faulty"] == {"box_inverted": 1, "no_gold_box": 1}
     assert summary["records"] == summary["written"] + sum(summary["left_out"].values()) == 4
@@ -93,6 +93,6 @@ def test_a_conversations_box_is_that_of_its_first_answer(server, options):
     """One without a box has none."""
     answers = ["<answer>(10, 20), (30, 40)</answer>", "A cup."]
     chats = [[{"role": "user", "content": "Where?"}, {"role": "assistant", "content": text}] for text in answers]
-    summary = make(options([{"images": ["0.png"], "messages": chat} for chat in chats]))
+    summary = make_cold_start(options([{"images": ["0.png"], "messages": chat} for chat in chats]))
     assert summary["written"] == 1 and summary["left_out"] == {"no_gold_box": 1}
     assert server.seen[0].question == "Where?" and server.seen[0].box == "(10, 20), (30, 40)"

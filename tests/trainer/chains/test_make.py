@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from boxgrpo.trainer.chains.make import make
+from boxgrpo.trainer.chains.make import make_cold_start
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from chain_runs import number, record, sources, written
@@ -16,7 +16,7 @@ from fake_openai import Reply, well
 
 
 def test_each_request_shows_question_box_and_images(server, options):
-    make(options(4))
+    make_cold_start(options(4))
     assert len(server.of("judge")) == 4 and len({seen.key for seen in server.of("chain")}) == 12
     for seen in server.seen:
         k = number(seen)
@@ -32,7 +32,7 @@ def test_each_request_shows_question_box_and_images(server, options):
 def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(server, options, newborn):
     server.behave = lambda seen: Reply("2 is the clearest. Best: 2") if seen.kind == "judge" else well(seen)
     o = options(4)
-    summary = make(o)
+    summary = make_cold_start(o)
     assert (summary["records"], summary["written"], summary["left_out"]) == (4, 4, {})
     assert summary["chains"] == {"passed": 12}
     chosen = {seen.question: seen.replies[1] for seen in server.of("judge")}
@@ -52,24 +52,24 @@ def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(serv
 
 def test_images_are_named_from_the_image_root(options, tmp_path):
     o = options(2, image_root=str(tmp_path), output_dir=str(tmp_path / "elsewhere/deep"))
-    make(o)
+    make_cold_start(o)
     assert written(o)[1]["images"] == ["0.png", "2.png"]
     assert len(read_examples(f"{o.output_dir}/cold_start.json", image_root=tmp_path)[0]) == 2
 
 
 def test_a_sample_is_drawn_by_seed(server, options):
     o = options(40, sample=5, chains=1)
-    make(o)
+    make_cold_start(o)
     drawn = sources(o)
     assert drawn == sorted(random.Random(42).sample(range(40), 5)) and len(server.seen) == 10
-    make(dataclasses.replace(o, seed=1))
+    make_cold_start(dataclasses.replace(o, seed=1))
     assert sources(o) != drawn
 
 
 def test_tokens_of_all_answers_are_counted(server, options):
     server.behave = lambda seen: dataclasses.replace(well(seen), usage=number(seen) != 1)
     o = options(3)
-    summary = make(o)
+    summary = make_cold_start(o)
     assert summary["tokens"] == {"chain": {"in": 6000, "out": 60}, "judge": {"in": 2000, "out": 20}}
     assert summary["answers_without_usage"] == 4
     assert json.loads(Path(o.output_dir, "summary.json").read_text()) == summary
@@ -77,10 +77,10 @@ def test_tokens_of_all_answers_are_counted(server, options):
 
 def test_without_requests_the_records_of_the_answers_so_far_are_written(server, options, monkeypatch):
     o = options(3)
-    make(dataclasses.replace(o, sample=2))
+    make_cold_start(dataclasses.replace(o, sample=2))
     sent = len(server.seen)
     monkeypatch.delenv("OPENAI_API_KEY")
-    summary = make(dataclasses.replace(o, ask=False, base_url=""))
+    summary = make_cold_start(dataclasses.replace(o, ask=False, base_url=""))
     assert summary["written"] == 2 and summary["left_out"] == {"not_asked": 1} and len(server.seen) == sent
 
 
@@ -98,5 +98,5 @@ def test_without_requests_the_records_of_the_answers_so_far_are_written(server, 
 )
 def test_impossible_options_are_refused(server, options, change, message):
     with pytest.raises(ValueError, match=message):
-        make(options(1, **change))
+        make_cold_start(options(1, **change))
     assert not server.seen

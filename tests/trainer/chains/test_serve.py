@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.chains.judge import prompt
-from boxgrpo.trainer.chains.make import CotOptions, make
+from boxgrpo.trainer.chains.judge import render_prompt
+from boxgrpo.trainer.chains.make import CotOptions, make_cold_start
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from runs import wait_for
@@ -55,12 +55,13 @@ def test_a_served_qwen2_vl_gets_prompt_and_images_as_our_processor_makes_them(se
     (tmp_path / "data.json").write_text(json.dumps([images | {"question": QUESTION, "answer": GOLD}]))
     o = CotOptions(base_url=served, model=str(newborn), data=str(tmp_path / "data.json"), output_dir=str(tmp_path))
     o.max_tokens, o.tries, o.timeout = 64, 1, 60.0
-    summary = make(o)
+    summary = make_cold_start(o)
     assert summary["answers"] == {"chain": 3, "judge": 0} and not summary["failed_requests"], summary
 
-    turns = [{"role": "user", "content": prompt("chain", QUESTION, GOLD, 2)}, {"role": "assistant", "content": "?"}]
+    request = render_prompt("chain", QUESTION, GOLD, 2)
+    turns = [{"role": "user", "content": request}, {"role": "assistant", "content": "?"}]
     (tmp_path / "chat.json").write_text(json.dumps([images | {"messages": turns}]))
     ((chat,), _) = read_examples(tmp_path / "chat.json")
     made = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000).prompt(chat)
     assert summary["tokens"]["chain"]["in"] == 3 * len(made.input_ids)
-    assert make(o) == summary  # all from the journal
+    assert make_cold_start(o) == summary  # all from the journal
