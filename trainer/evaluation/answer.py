@@ -1,4 +1,4 @@
-"""Greedy answers to a benchmark's records, from all ranks together."""
+"""Greedy answers to a benchmark's records, which are divided among all ranks."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .decode import GreedyDecoder
 
-# Requests for a box in other models' formats, behind the question. (Qwen2-VL's is the published evaluation's.)
+# Added to the question to request a box in another model's format. (Qwen2-VL's is that of its published evaluation.)
 _ONLY = "Don't generate additional words."
 REQUESTS = {
     "marked": f" Format:<|box_start|>(x1,y1),(x2,y2)<|box_end|>. {_ONLY}",
@@ -40,7 +40,7 @@ def in_format(example: Example, answer_format: str) -> Example:
 
 
 class PromptOrReason:
-    """The prompt of an example, or why there is none. (An exception would let the loader take the next record.)"""
+    """Gives an example's prompt, or why it has none. (On an exception the loader would use the next record instead.)"""
 
     def __init__(self, processor: Processor, answer_format: str):
         self.processor, self.answer_format = processor, answer_format
@@ -52,7 +52,7 @@ class PromptOrReason:
             return str(error)
 
 
-def answer(
+def answer_examples(
     decoder: GreedyDecoder,
     examples: Sequence[Example],
     numbers: Sequence[int],
@@ -62,16 +62,16 @@ def answer(
     answer_format: str = "auto",
     store: TextIO | None = None,
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """Answer `numbers` of the examples greedily; every rank calls it, with the whole model each.
+    """Answer some of the examples by greedy decoding; every rank calls it and holds the whole model.
 
     Args:
-        numbers: of the examples to answer, the same on every rank; shared out among them.
-        options: of the run; `eval_batch_size` prompts are decoded together on a rank, fewer where memory runs out.
+        numbers: indices of the examples to answer, the same on every rank; they are divided among the ranks.
+        options: the run's; `eval_batch_size` prompts are decoded together on a rank, fewer where memory runs out.
         store: file of this rank's answers, a line `{"record": number, "answer": text}` each, written batch by batch.
 
     Returns:
-        Texts by number, special tokens left out (but for the box marks in "marked"), and by number why there is none:
-        the record's source and the reason.
+        The texts by number, without special tokens (except the box marks in "marked"); and by number the record's
+        source and the reason why it has no text.
     """
     per_rank = max(1, min(options.eval_batch_size, -(-len(numbers) // r.world_size)))
     stream = Loader(
@@ -89,7 +89,7 @@ def answer(
     own = len(range(r.rank, len(numbers), r.world_size))
     with tqdm(total=own, desc="evaluate", leave=False, disable=not r.is_main, dynamic_ncols=True) as bar:
         for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
-            groups = [g for g in next(batches) if g.serial < len(numbers)]  # behind them the stream starts over
+            groups = [g for g in next(batches) if g.serial < len(numbers)]  # then the stream starts over
             bar.update(len(groups))
             ready = [g for g in groups if not isinstance(g.prompt, str)]
             completions = decoder.complete([g.prompt for g in ready])
@@ -104,7 +104,7 @@ def answer(
                 texts[number] = decode_answer(decoder.processor, ids, written)
                 if store:
                     store.write(json.dumps({"record": number, "answer": texts[number]}) + "\n")
-    batches.close()  # which ends its workers
+    batches.close()  # ends the loader's workers
     parts = r.gather((texts, reasons))
     texts, reasons = ({n: v for part in parts for n, v in part[k].items()} for k in (0, 1))
     return dict(sorted(texts.items())), dict(sorted(reasons.items()))

@@ -1,4 +1,4 @@
-"""Reading an answer's text: the part that is the answer, the option that it chooses, the boxes that it lists."""
+"""Parsers of a completion's text: the part that is the answer, the option that it chooses, the boxes in it."""
 
 import json
 import re
@@ -27,11 +27,11 @@ def answer_part(text: str) -> str:
 _EDGES = " \t\r\n.,:;!?()[]{}*\"'“”‘’$"
 _LETTER = re.compile(r"(?<!\w)(?<!\w['’/-])([A-Za-z])(?!\w)(?!['’/-]\w)")
 _CLOSED = re.compile(r"[ \t]*(?:\Z|[\n.,:;!?)\]}*\"”'’]|[-–—] )")
-# What may follow the letter A or I, and never the article or the pronoun.
+# Words that follow the letter A or I as an option, but never the article or the pronoun.
 _CONNECTED = re.compile(r"\s+(?:is|was|because|since|as|due|based|which|and|or|but|not)\b")
 _LABELLED = re.compile(r"\b(?:image|option|choice|candidate|letter)\s+\Z", re.I)
 _NEGATED = re.compile(r"\b(?:not|nor|neither|except|than|unlike|isn't):?\s+(?:option |image )?[(\[\"'*]*\Z", re.I)
-_STATED = re.compile(  # an answer is announced, and nothing but marks follow
+_STATED = re.compile(  # an announced answer, followed by nothing but punctuation
     r"\b(?:answer|choice)[\"'*]*(?:\s+to\s+\w+\s+question)?"
     r"(?:\s*[:=]|\s+(?:is|was|would be|should be|must be)\b:?)\**\s*"
     r"(?:(?:the\s+)?(?:option|choice|letter)\s*:?)?\s*(?:\$?\\[a-z]+)?[$(\[{*\"'“]*\Z",
@@ -45,9 +45,9 @@ def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that an answer chooses; None if it chooses none, or more than one.
 
     It is read from the `answer_part`, in this order: a bare letter; an option's own text; the last "answer: B"; a
-    letter at the beginning ("B. ...", "B) ..."); one on the last line alone; the only one in brackets; the only
+    letter at the beginning ("B. ...", "B) ..."); a letter alone on the last line; the only one in brackets; the only
     "option B"; the only capital letter; the only option whose text is part of the answer. The article "A", the pronoun
-    "I", and a letter behind "not" do not count as letters.
+    "I", and a letter after "not" do not count as letters.
 
     Args:
         text: a completion.
@@ -77,7 +77,7 @@ def _before(match: re.Match) -> str:
 
 
 def _names_option(match: re.Match, lower: bool = False) -> bool:
-    """Whether a letter names an option, not the article or the pronoun; `lower`: a small one may, at an end."""
+    """Whether a letter names an option, not the article or pronoun; `lower`: also a lower-case one before a mark."""
     closed = _CLOSED.match(match.string, match.end())
     if match[1].islower():
         return lower and closed is not None
@@ -95,7 +95,7 @@ def _plain(text: str) -> str:
 
 
 def _mentioned(answer: str, texts: Mapping[str, str]) -> str | None:
-    """The only option whose text the answer contains, outside of longer options; a short word at its start only."""
+    """The only option whose text the answer has outside of longer options; one under 3 letters only at its start."""
     found = {}
     for letter, option in texts.items():
         start = r"\A" if len(option) < 3 and option.isalpha() else r"(?<![\w.-])"
@@ -123,10 +123,10 @@ def boxes_of(text: str, pattern: re.Pattern) -> Iterator[Box]:
 
 
 def listed_boxes(text: str) -> list[tuple[Box, float | None]]:
-    """The boxes in the `answer_part`, as they are numbered there (0-1000), and each one's score if it has one.
+    """The boxes in the `answer_part`, with the coordinates as written (0-1000), each with its score or None.
 
     They are JSON objects with `bbox_2d` or `bbox` and perhaps a `score` or `confidence` (Qwen2.5-VL's form); without
-    any, `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Of an answer that was cut
+    these, `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Of an answer that was cut
     off, the complete boxes count.
     """
     part = answer_part(text)

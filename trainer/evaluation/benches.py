@@ -21,13 +21,13 @@ class Bench:
     Attributes:
         title: as a page shows it.
         schema: name of the reader's schema for its files.
-        columns: column of the published tables, by task, in their order. A task that is not there has none.
+        columns: the column of each task in the published tables, in their order. Other tasks have no column.
         published: tables to compare with, by name, all with the same columns.
         task_of: the task of a record.
         module: for a benchmark whose answer is not one box. It has `read(path, image_root)`, which opens no image and
             gives questions (Examples for `Processor.prompt`) and faults; `grade(questions, texts)`, a JSON dictionary
             for each answer; and `score(questions, answers)`, with `mean` and `tasks` in %. Image paths must not leave
-            `image_root`; None allows any path, from the file's own folder.
+            `image_root`; with None they may be any paths, relative to the file's folder.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Bench:
     module: ModuleType | None = None
 
     def labelled(self, example: Example) -> Example:
-        """The example under its task in this benchmark."""
+        """The example with the name that its task has in this benchmark."""
         return dataclasses.replace(example, task=self.task_of(example))
 
     def ordered(self, tasks: Mapping[str, object]) -> list[str]:
@@ -83,7 +83,7 @@ BENCHES = {
     "llmseg": _of_boxes("LLMSeg-Grounding", "llmseg", "reasoning", "Table 2", task_of=lambda _: "llmseg"),
     "reasonvos": _of_boxes("ReasonVOS-Grounding", "reasonvos", "reasoning", "Table 2", task_of=lambda _: "reasonvos"),
     "revos": _of_boxes("ReVOS-Grounding", "revos", "reasoning", "Table 2", task_of=lambda _: "revos"),
-    # Accuracy in %, and AP in %; the question and the scoring behind the AP are not published with it.
+    # Accuracy in % of MMIU, AP in % of ODinW, which was published without its question and scoring.
     "mmiu": Bench("MMIU", published={"published": {"UniVG-R1": [53.03]}}, module=mmiu),
     "odinw": Bench("ODinW-13", published={"published": {"UniVG-R1": [33.3]}}, module=odinw),
 }

@@ -1,4 +1,4 @@
-"""COCO's annotation files, whose faulty entries are named and passed over, and its average precision (pycocotools).
+"""Read COCO's annotation files, skipping and reporting faulty entries, and compute its average precision.
 
 An annotation or a detection is COCO's dictionary of `id`, `image_id`, `category_id`, `bbox` ([x, y, width, height] in
 pixels), `area`, `iscrowd` and, for a detection, `score` (0-1; only the order matters).
@@ -22,7 +22,7 @@ def read_coco(path: Path, name: str, image_root: str | os.PathLike | None = None
 
     Args:
         path: the file.
-        name: begins the faults' sources: "NAME/annotations#3" is the fourth annotation.
+        name: prefix of the faults' sources: "NAME/annotations#3" is the fourth annotation.
         image_root, folder: an image lies at `image_root/folder/file_name` and must not leave the root. Without a root
             it lies beside the file, and any path is allowed.
 
@@ -52,11 +52,11 @@ def read_coco(path: Path, name: str, image_root: str | os.PathLike | None = None
 def average_precision(
     pairs: Sequence[tuple[int, int]], true: Sequence[dict], found: Sequence[dict]
 ) -> tuple[float, float, float] | tuple[None, None, None]:
-    """COCO's AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, in percent, by pycocotools; None without a true box.
+    """COCO's AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, in percent, by pycocotools; None if there is no true box.
 
     Args:
-        pairs: the questions' (image id, category id). A category without a true box does not enter the mean; an image
-            without one does, with what was found in it.
+        pairs: the questions' (image id, category id). A category without a true box is not part of the
+            mean; the boxes found in an image without a true box count as wrong.
         true, found: annotations and detections.
     """
     from pycocotools.cocoeval import COCOeval
@@ -69,7 +69,7 @@ def average_precision(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"]  # (10 thresholds, 101 recalls, categories, 1, 1), 0-1; -1 without truth
+    precision = evaluation.eval["precision"]  # (10 thresholds, 101 recalls, categories, 1, 1), 0-1; -1: no true box
     with_truth = precision[:, :, (precision > -1).all(axis=(0, 1, 3, 4))]
     if not with_truth.size:
         return None, None, None
@@ -77,7 +77,7 @@ def average_precision(
 
 
 def make_coco(images: Iterable[dict], categories: Iterable[dict], annotations: Iterable[dict]):
-    """A COCO with its index. Annotations are numbered from 1: COCOeval takes a match with id 0 for none."""
+    """A COCO with its index. Annotations are numbered from 1: COCOeval treats a match with id 0 as none."""
     with optional_import("bench is 'odinw'", "Run `pip install pycocotools`."):
         from pycocotools.coco import COCO
     coco = COCO()
@@ -135,7 +135,7 @@ class _Entries:
 def _new_id(row: dict, known: dict[int, dict]) -> int:
     number = _whole(row, "id")
     if number in known:
-        raise Refused("id_twice", f"id {number} was there before. Number the entries anew.")
+        raise Refused("id_twice", f"id {number} occurs twice. Renumber the entries.")
     return number
 
 

@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class GreedyDecoder:
-    """The likeliest token at every step, images included in the prompt.
+    """Decodes the likeliest token at every step, for prompts with or without images.
 
     Args:
         model: with all of its weights on this rank.
-        max_completion_length: tokens of a completion at most.
+        max_completion_length: most tokens of a completion.
     """
 
     def __init__(self, model: Qwen2VL, processor: Processor, max_completion_length: int):
@@ -51,12 +51,12 @@ class GreedyDecoder:
                 found.append(None)
             else:
                 self.at_once = len(part) // 2
-                log.warning("memory ran out while answering; from now on %d prompts together", self.at_once)
+                log.warning("memory ran out while answering; from now on %d prompts are decoded together", self.at_once)
         return found
 
     @torch.no_grad()
     def stream(self, prompt: Prompt) -> Iterator[list[int]]:
-        """The completion's token ids after every token, all so far; close the iterator to stop.
+        """Yield, after each token, all token ids so far; close the iterator to stop.
 
         Raises:
             torch.OutOfMemoryError: the GPU's memory runs out.

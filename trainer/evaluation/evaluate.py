@@ -1,13 +1,13 @@
-"""One evaluation from end to end: the records of a benchmark, answers by a model or from a file, scores, files.
+"""A whole evaluation: read a benchmark's records, get answers from a model or a file, score them, write the results.
 
 A killed evaluation is resumed by the same call. In its folder it writes
 
     results.json    every score and every answer
     table.md        the benchmark's columns beside the published rows
-    report.html     the same, with worst, best and random cases; of answers that are boxes, as the pictures
-    pictures/       some cases as pictures
-    answers/        the answers as they came: {"record": 12, "answer": "..."} a line in rank0.jsonl, of each rank
-    evaluation.json what is evaluated: the model's files, the questions, the options
+    report.html     the same, with worst, best and random cases (not for mmiu and odinw)
+    pictures/       some cases as pictures (not for mmiu and odinw)
+    answers/        the answers in order of arrival, {"record": 12, "answer": "..."} a line: rank0.jsonl of rank 0, ...
+    evaluation.json hashes of the model's files and the questions, and the options
 
 All ranks write into one folder, which they must share.
 """
@@ -28,20 +28,20 @@ from boxgrpo.trainer.runtime.checkpoints import fingerprint
 from boxgrpo.trainer.runtime.files import open_lines, read_lines, replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks
 
-from .answer import answer
+from .answer import answer_examples
 from .benches import BENCHES, Bench
 from .decode import GreedyDecoder
 from .grade import grade_texts, summarize
 from .pictures import draw_cases
-from .report import Case, in_percent, markdown, page
+from .report import Case, in_percent, markdown, render_page
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "evaluation.json"
 ANSWERS = "answers/rank{}.jsonl"
-WRITTEN = (ANSWERS.format("*"), "results.json", "table.md", "report.html", IDENTITY)
+OUTPUTS = (ANSWERS.format("*"), "results.json", "table.md", "report.html", IDENTITY)
 # Options that a model's answers depend on.
-OF_ANSWERS = ("answer_format", "min_pixels", "max_pixels", "dtype", "max_completion_length")
+ANSWER_OPTIONS = ("answer_format", "min_pixels", "max_pixels", "dtype", "max_completion_length")
 
 
 def evaluate(options: EvalOptions, r: Ranks) -> dict:
@@ -51,7 +51,7 @@ def evaluate(options: EvalOptions, r: Ranks) -> dict:
         `summarize`'s scores, or those of the bench's own module, and `skipped`: how many records have no answer.
 
     Raises:
-        ValueError: options, records, answers or the folder do not fit.
+        ValueError: options, records or answers are invalid, or the folder holds another evaluation.
     """
     validate_evaluator(options)
     bench = BENCHES[options.bench]
@@ -68,7 +68,7 @@ def evaluate(options: EvalOptions, r: Ranks) -> dict:
     summary |= {"skipped": len(skipped)}
     folder = output_folder(options)
     if r.is_main and folder:
-        write(options, bench, summary, list(zip(answers, scored, strict=True)), skipped, folder)
+        write_results(options, bench, summary, list(zip(answers, scored, strict=True)), skipped, folder)
     return summary
 
 
@@ -88,19 +88,19 @@ def output_folder(options: EvalOptions) -> Path | None:
 def claim_folder(
     options: EvalOptions, examples: Sequence[Example], r: Ranks, *names: str, **answered_by: str
 ) -> dict[int, str]:
-    """Make the `output_folder` this evaluation's; every rank calls it.
+    """Reserve the `output_folder` for this evaluation and read the answers in it; every rank calls it.
 
-    With `overwrite_output_dir` what an earlier evaluation wrote into the folder is removed.
+    With `overwrite_output_dir` the files of an earlier evaluation are removed from the folder.
 
     Args:
-        names: of the options that distinguish this evaluation from another, beside the questions.
-        answered_by: a hash of what gives the answers.
+        names: names of the options that, with the questions, identify this evaluation.
+        answered_by: `model` or `predictions`, with a hash of that source of the answers.
 
     Returns:
-        Text by record number, of earlier runs of this evaluation on any number of ranks; the same on each rank.
+        The answers of earlier runs of this evaluation, on any number of ranks, by record number; the same on each rank.
 
     Raises:
-        ValueError: the folder holds the answers to another evaluation. On every rank.
+        ValueError: on every rank, if the folder holds the answers of another evaluation.
     """
     questions = hashlib.sha256()  # of everything that a model's prompt and score depend on
     for example in examples:
@@ -109,7 +109,7 @@ def claim_folder(
     folder = output_folder(options)
     changed, found = [], {}
     if r.is_main:
-        if options.overwrite_output_dir and (earlier := [path for pattern in WRITTEN for path in folder.glob(pattern)]):
+        if options.overwrite_output_dir and (earlier := [path for pattern in OUTPUTS for path in folder.glob(pattern)]):
             log.warning("%s: an earlier evaluation is removed", folder)
             for path in earlier:
                 path.unlink()
@@ -125,7 +125,7 @@ def claim_folder(
             "with --output_dir, or begin anew with --overwrite_output_dir true."
         )
     if found and r.is_main:
-        log.info("%s: %d answers are there already; the others follow", folder, len(found))
+        log.info("%s: %d answers exist already; the others are computed", folder, len(found))
     return found
 
 
@@ -141,7 +141,7 @@ def _changed(path: Path, identity: dict) -> list[str]:
 
 
 def read_records(options: EvalOptions, bench: Bench) -> tuple[Sequence[Example], list[Fault]]:
-    """The records that can be scored, in the bench's form unless --schema names another, and why others cannot."""
+    """The usable records, by the benchmark's schema unless --schema names another, and the faults of the others."""
     if bench.module:
         if len(options.data) != 1 or not Path(options.data[0]).exists():
             raise ValueError(f"data is {' '.join(options.data)}; {bench.title} is one file or folder. Correct --data.")
@@ -154,7 +154,7 @@ def answer_records(
     options: EvalOptions, examples: Sequence[Example], numbers: Sequence[int], r: Ranks
 ) -> tuple[dict[int, str], dict[int, str]]:
     """The model's answers by record number, those of an earlier run among them, and why other records have none."""
-    found = claim_folder(options, examples, r, *OF_ANSWERS, model=fingerprint(options.model))
+    found = claim_folder(options, examples, r, *ANSWER_OPTIONS, model=fingerprint(options.model))
     texts, reasons = {n: found[n] for n in numbers if n in found}, {}
     if missing := [n for n in numbers if n not in texts]:
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
@@ -163,7 +163,7 @@ def answer_records(
         decoder = GreedyDecoder(model, processor, options.max_completion_length)
         form = options.answer_format
         with open_lines(output_folder(options) / ANSWERS.format(r.rank)) as store:
-            answered, reasons = answer(decoder, examples, missing, r, options, answer_format=form, store=store)
+            answered, reasons = answer_examples(decoder, examples, missing, r, options, answer_format=form, store=store)
         texts = dict(sorted((texts | answered).items()))
     for reason in reasons.values() if r.is_main else ():
         log.warning("skipped %s", reason)
@@ -174,14 +174,14 @@ def answer_records(
 
 
 def read_predictions(options: EvalOptions, examples: Sequence[Example], faults: Sequence[Fault], r: Ranks) -> list[str]:
-    """The answers in a JSON list, one for each example.
+    """Read the answers in a JSON list; returns one for each example.
 
-    The list has one for each record of the one file, or one for each record that can be used.
+    The list holds an answer for each record of the data, if that is one whole file, or for each usable record.
     """
     path = Path(options.predictions)
     texts = _read_texts(path)
     records = len(examples) + len(faults)
-    whole = len(options.data) == 1 and Path(options.data[0]).is_file()  # not a part of it, as file.json#7000
+    whole = len(options.data) == 1 and Path(options.data[0]).is_file()  # not a part, such as file.json#7000
     if len(texts) != len(examples) and not (whole and len(texts) == records):
         raise ValueError(
             f"{path} holds {len(texts)} answers; {', '.join(options.data)} has {records} records, of which "
@@ -192,7 +192,7 @@ def read_predictions(options: EvalOptions, examples: Sequence[Example], faults: 
         claim_folder(options, examples, r, "answer_format", predictions=digest)
     if len(texts) == len(examples):
         if faults:
-            log.warning("%s: taken for the answers to the %d usable records alone, in order", path, len(examples))
+            log.warning("%s: read as the answers to the %d usable records only, in order", path, len(examples))
         return texts
     return [texts[int(e.source.rsplit("#", 1)[1])] for e in examples]
 
@@ -215,7 +215,7 @@ def _read_texts(path: Path) -> list[str]:
 def grade(
     options: EvalOptions, bench: Bench, examples: Sequence[Example], texts: Sequence[str]
 ) -> tuple[list[dict], dict]:
-    """Every answer with its score, and the scores of all."""
+    """Every answer with its grade, and the summary of all."""
     if bench.module:
         answers = bench.module.grade(examples, texts)
         return answers, bench.module.score(examples, answers)
@@ -226,11 +226,11 @@ def grade(
     return answers, summarize(answers, resamples=options.resamples, seed=options.seed)
 
 
-def write(
+def write_results(
     options: EvalOptions, bench: Bench, summary: dict, cases: Sequence[Case], skipped: Sequence[str], folder: Path
 ) -> None:
     """Write results, table, page and pictures into the folder."""
-    if (folder / "results.json").exists():  # the pictures are an earlier evaluation's
+    if (folder / "results.json").exists():  # then the pictures are those of an earlier evaluation
         for earlier in folder.glob("pictures/[0-9][0-9].png"):
             earlier.unlink()
     results = report(options, summary) | {"skipped_records": skipped, "answers": [a for a, _ in cases]}
@@ -239,6 +239,6 @@ def write(
     replace_file(folder / "table.md", markdown(bench, summary, name))
     if bench.module:
         return
-    shown = page(bench, summary, cases, name=name, skipped=skipped, count=options.cases, seed=options.seed)
+    shown = render_page(bench, summary, cases, name=name, skipped=skipped, count=options.cases, seed=options.seed)
     replace_file(folder / "report.html", shown)
     draw_cases(cases, folder / "pictures", options.pictures)

@@ -12,14 +12,14 @@ from boxgrpo.trainer.data.example import Example, Refused, image_size
 from .answer_text import ANY_BOX, TAGGED_BOX, answer_part, boxes_of
 from .questions import answer_row
 
-LEVEL = 0.95  # of the intervals
-AT_ONCE = 4_000_000  # resampled values in memory
+CONFIDENCE = 0.95  # of the intervals
+MAX_RESAMPLED = 4_000_000  # resampled values in memory at once
 
 
 def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str = "auto") -> list[dict]:
     """Read the box of each answer, one text an example, and compare it with gold.
 
-    A box in the reasoning does not count: only the `answer_part` is read ("think" has the same rule in the parser).
+    A box in the reasoning does not count: only the `answer_part` is read (for "think" by the kernel itself).
 
     Args:
         answer_format: how boxes are written: "think", "box", "marked" or "list" (see `grounding_rewards`); "fractions"
@@ -27,15 +27,15 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
             with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": the example's own.
 
     Returns:
-        A dictionary each: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64), format (0
-        or 1).
+        A dictionary for each text: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64),
+        format (0 or 1).
 
     Raises:
-        ValueError: in "pixels" an image that is not there.
+        ValueError: in "pixels", if an image is missing.
     """
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
-    if answer_format in _FOREIGN:
-        pattern, size = _FOREIGN[answer_format]
+    if answer_format in _OTHER_FORMATS:
+        pattern, size = _OTHER_FORMATS[answer_format]
         read = [next(boxes_of(answer_part(text), pattern), None) for text in texts]
         sizes = torch.tensor([size(e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
         boxes = 1000 * torch.tensor([box or (0.0,) * 4 for box in read], dtype=torch.float64).view(-1, 4) / sizes
@@ -64,7 +64,7 @@ def _size(example: Example) -> tuple[int, int]:
 
 
 # Formats that the kernels do not read: the pattern of a box; the image's width and height in the box's units.
-_FOREIGN = {
+_OTHER_FORMATS = {
     "fractions": (ANY_BOX, lambda example: (1, 1)),
     "pixels": (ANY_BOX, _size),
     "tagged": (TAGGED_BOX, lambda example: (1000, 1000)),
@@ -74,7 +74,7 @@ _FOREIGN = {
 def measures(iou: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracies and mean along the last axis of IoUs in 0-1.
 
-    `accuracy_at_0.5` counts IoU above 0.5, the paper's words; `accuracy_at_least_0.5` counts equality too, as its
+    `accuracy_at_0.5` counts IoU above 0.5, as the paper states; `accuracy_at_least_0.5` counts equality too, as its
     scorer does.
     """
     return {
@@ -89,12 +89,12 @@ def measures(iou: np.ndarray) -> dict[str, np.ndarray]:
 def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> dict:
     """Scores of `grade_texts`' answers: per task, and the mean over tasks as the paper reports it.
 
-    All are `measures`, in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
+    All values are `measures`, in 0-1; `well_formed_iou` is the mean IoU of the answers in the right format.
 
     Args:
-        resamples: for `interval`, [low, high] of each measure at a level of 0.95: a percentile bootstrap that draws the
-            records of each task anew, with replacement, and takes the mean over tasks of those. 0: no `interval`.
-        seed: of the draws; the draws of a task do not depend on the other tasks.
+        resamples: bootstrap resamples for `interval`, the 95 % percentile interval [low, high] of each measure. Each
+            draws the records of every task with replacement, and takes the mean over the tasks. 0: no `interval`.
+        seed: seed of the draws; the draws of a task do not depend on the other tasks.
     """
     by_task = defaultdict(list)
     for a in answers:
@@ -120,8 +120,8 @@ def summarize(answers: Sequence[dict], *, resamples: int = 0, seed: int = 0) -> 
 
 
 def bootstrap(ious: np.ndarray, resamples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """`measures` of `resamples` draws of as many IoUs, with replacement: (resamples) each."""
-    rows = max(1, AT_ONCE // len(ious))
+    """`measures` of bootstrap samples of the IoUs, drawn with replacement: (resamples) each."""
+    rows = max(1, MAX_RESAMPLED // len(ious))
     parts = [
         measures(ious[generator.integers(len(ious), size=(min(rows, resamples - start), len(ious)))])
         for start in range(0, resamples, rows)
@@ -130,5 +130,5 @@ def bootstrap(ious: np.ndarray, resamples: int, generator: np.random.Generator) 
 
 
 def _intervals(drawn: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    edges = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     return {name: np.quantile(values, edges).tolist() for name, values in drawn.items()}

@@ -23,7 +23,7 @@ from .answer_text import chosen_letter
 from .questions import FACTS, answer_row, read_each, user_turn
 
 RELATIONSHIPS = FACTS["mmiu"]["relationships"]
-# In OpenGVLab/MMIU the questions of these tasks precede their context, all others follow it (VLMEvalKit/test_*.py).
+# In OpenGVLab/MMIU the question precedes the context in these tasks, and follows it in all others (test_*.py).
 QUESTION_FIRST = frozenset(FACTS["mmiu"]["question_first"])
 ANSWER_SUFFIX = (
     "\nFirst output the thinking process in <think> </think> tags"
@@ -47,7 +47,7 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
         image_root: folder that the archives were unpacked in, each into a folder of its own name.
 
     Raises:
-        ValueError: a broken file or one without a usable record, or pyarrow needed and missing.
+        ValueError: the file is broken or has no usable record, or pyarrow is needed and missing.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -74,8 +74,8 @@ def score(questions: Sequence[Question], answers: Sequence[dict]) -> dict:
     """Accuracies of `grade`'s answers in percent.
 
     `mean` is the mean over the tasks, as OpenGVLab/MMIU reports it (evaluate_correct.py), over the 60 values that
-    `task` has in the data; the paper has 52. `overall` weighs every question alike. `relationships` are means over
-    the tasks of each. Unlike there no language model reads the answers: `unread` of `count` chose no option.
+    `task` has in the data; the paper counts 52. `overall` is the mean over all questions, `relationships` are the means
+    over the tasks of each. Unlike there, no language model parses the answers: `unread` of `count` chose no option.
     """
     by_task, tasks_of = defaultdict(list), defaultdict(set)
     for answer in answers:
@@ -130,7 +130,7 @@ def _question(record: dict, source: str, file: Source) -> Question:
 
 
 def _options(value: object) -> dict[str, str]:
-    """Letter to text. An option begins at a line with the next letter; some (homographies) go over several lines."""
+    """Letter to text. An option begins at a line with the next letter and may have several lines (homographies do)."""
     texts: list[str] = []
     for line in filter(str.strip, text_of(value, "options").split("\n")):
         letter = LETTERS[len(texts) :][:1] or "(?!)"  # after Z: no match
@@ -153,7 +153,7 @@ def _question_text(record: dict, task: str, options: dict[str, str]) -> str:
     texts = [part.strip() for part in parts if isinstance(part, str) and part.strip()]
     question = text_of("\n".join(texts), "question")
 
-    def plain(text: str) -> str:  # "A. No", "A:No" and "A: No" are one
+    def plain(text: str) -> str:  # "A. No", "A:No" and "A: No" become equal
         return re.sub(r"\b([A-Z])\s?[:.)]\s*", r"\1: ", " ".join(text.split()))
 
     lines = [f"{letter}: {text}" for letter, text in options.items()]

@@ -1,15 +1,15 @@
 """ODinW-13: object detection in 13 small domains, scored by COCO's average precision through pycocotools.
 
 A task is one of the 13 sets. They are those of GLIP (microsoft/GLIP, configs/odinw_13 and odinw/README.md), laid out as
-its odinw/download.py unpacks them, images beside their annotations. The file of each, its validation part, and the
-categories' names are those of mmdetection's configs/odinw/grounding_dino_swin-t_pretrain_odinw13.py, the repository
-whose configuration Qwen's authors evaluate by (QwenLM/Qwen3-VL, issue 839). GLIP's own configurations take mini_val for
-EgoHands and VehiclesOpenImages.
+its odinw/download.py unpacks them, images beside their annotations. Each set's annotation file (of the validation
+part) and category names are those of mmdetection's configs/odinw/grounding_dino_swin-t_pretrain_odinw13.py, by which
+Qwen's authors evaluate (QwenLM/Qwen3-VL, issue 839). GLIP's own configurations use mini_val for EgoHands and
+VehiclesOpenImages.
 
-As those authors do, a question names one category, in the words they give there; the form of the answer is this
-project's, in the plural. The reader also takes Qwen2-VL's box marks and Qwen2.5-VL's list of {"bbox_2d": [...],
+As in their evaluation, a question names one category, in the wording of that issue; the requested answer format is
+this project's, in the plural. The parser also accepts Qwen2-VL's box marks and Qwen2.5-VL's list of {"bbox_2d": [...],
 "label": ...}, always as 0-1000 of the image: it misreads a model that writes pixels, as Qwen2.5-VL does. Labels are
-ignored, for the question names the category.
+ignored, because the question names the category.
 """
 
 import os
@@ -24,7 +24,7 @@ from .answer_text import listed_boxes
 from .coco import average_precision, read_coco
 from .questions import FACTS, answer_row, user_turn
 
-# By name: the folder of its validation part, and where that has several files the beginning of the file's name.
+# Annotation file by set. FACTS has the folder of its validation part and, of several files there, the name's prefix.
 SETS = {name: f"{name}/{part}annotations_without_background.json" for name, part in FACTS["odinw"].items()}
 
 QUESTION = (
@@ -57,7 +57,7 @@ def read(path: str | os.PathLike, image_root: str | os.PathLike | None) -> tuple
         The questions, and one `Fault` for each set, category, image or annotation that was left out.
 
     Raises:
-        ValueError: not one question, or pycocotools is missing.
+        ValueError: no question can be made, or pycocotools is missing.
     """
     path = Path(path)
     if path.is_dir():
@@ -161,7 +161,7 @@ def _set_scores(answered: Sequence[tuple[Question, dict]]) -> dict:
 
 
 def _detections(question: Question, answer: dict) -> list[dict]:
-    """The answer's boxes in pixels. An inverted one has no area: it matches no true box, and counts as a wrong one."""
+    """The answer's boxes in pixels. An inverted box has no area: it matches no true box and counts as wrong."""
     found, (width, height) = [], question.size
     for (x1, y1, x2, y2), score in zip(answer["boxes"], answer["scores"], strict=True):
         w, h = max(0.0, x2 - x1) * width / 1000, max(0.0, y2 - y1) * height / 1000

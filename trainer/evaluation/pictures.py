@@ -1,4 +1,4 @@
-"""Pictures of what a run did: predictions drawn over their images, sheets of them, and the curves of a run."""
+"""Pictures of a run's results: predictions drawn over their images, sheets of such pictures, and curves."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ MARGIN = 12  # pixels, as are the sizes below
 IMAGE_HEIGHT = 240
 TEXT_SIZE = 15
 LINE = 20
-LEAST_WIDTH = 420  # room for the legend under a single narrow image
+MIN_WIDTH = 420  # room for the legend under a single narrow image
 
 
 def annotate(
@@ -48,13 +48,13 @@ def annotate(
 
     The images are `image_height` pixels high, or lower where they are wider than three times that.
     Boxes are x1, y1, x2, y2 on the 0-1000 scale of `images[target_image]` (counted from 0); None draws none. A
-    predicted box that is inverted or leaves the image is drawn as far as it can be seen, and gets the IoU it deserves.
+    predicted box that is inverted or leaves the image is drawn as far as it is visible; the IoU is `box_iou`'s.
     Below them are the legend with the IoU, the question and the reasoning, wrapped; characters that the font lacks
-    show as boxes. `reasoning` None: there is no answer, so no predicted box is missing. Returns an RGB image.
+    show as boxes. With `reasoning` None there is no answer, and the legend reports no missing box. Returns RGB.
     """
     largest = (3 * image_height, image_height)
     shown = [ImageOps.contain(image.convert("RGB"), largest, Image.Resampling.LANCZOS) for image in images]
-    width = max(sum(image.width for image in shown) + MARGIN * (len(shown) + 1), LEAST_WIDTH)
+    width = max(sum(image.width for image in shown) + MARGIN * (len(shown) + 1), MIN_WIDTH)
     large, regular, small = (ImageFont.load_default(TEXT_SIZE + step) for step in (3, 0, -2))
     texts = ((title, large), (question, regular), (reasoning or "", regular))
     heading, asking, thought = (_wrap(text, font, width - 2 * MARGIN) for text, font in texts)
@@ -70,7 +70,7 @@ def annotate(
         pen.rectangle([x - 1, top - 1, x + image.width, top + image.height], outline=FRAME)
         pen.text((x, captions), f"image {k + 1}", INK if k == target_image else FAINT, small)
         if k == target_image:
-            # The gold box grows outwards from its edge, the prediction inwards: equal boxes show both.
+            # The gold box is drawn outside its edge, the predicted one inside: where they are equal, both are visible.
             _outline(pen, gold, image, (x, top), GOLD, outwards=3)
             _outline(pen, predicted, image, (x, top), PREDICTED, outwards=0)
         x += image.width + MARGIN
@@ -144,12 +144,12 @@ def _draw_legend(pen, y: int, font, gold, predicted, *, answered: bool) -> None:
 
 
 def _outline(pen, box, image: Image.Image, corner: tuple[int, int], colour: tuple[int, ...], *, outwards: int) -> None:
-    """Draws a box (0-1000 of `image` at `corner`), or None, with a white seam: a red box shows on a red object."""
+    """Draws a box (0-1000 of `image` at `corner`), or None, with a white seam, to be visible on a red object too."""
     if box is None:
         return
     x1, x2 = sorted(corner[0] + round(min(max(v / 1000, 0), 1) * image.width) for v in (box[0], box[2]))
     y1, y2 = sorted(corner[1] + round(min(max(v / 1000, 0), 1) * image.height) for v in (box[1], box[3]))
-    # Pillow's corners are inclusive and its lines grow inwards; a box seen edge-on still gets a line.
+    # Pillow's corners are inclusive and its lines grow inwards; a box without width or height becomes a line.
     x1, y1, x2, y2 = x1 - outwards, y1 - outwards, max(x2 - 1, x1) + outwards, max(y2 - 1, y1) + outwards
     width = outwards or 2
     seam = (x1 - 1, y1 - 1, x2 + 1, y2 + 1) if outwards else (x1, y1, x2, y2)
@@ -158,7 +158,7 @@ def _outline(pen, box, image: Image.Image, corner: tuple[int, int], colour: tupl
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks `text` into lines of at most `width` pixels: between words, and inside one that alone is too long."""
+    """Breaks `text` into lines of at most `width` pixels: between words, and inside a word that exceeds a line."""
     lines = [""]
     for word in text.split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -183,8 +183,8 @@ DIFFICULTY = (
 def plot_run(metrics_jsonl_path: str | os.PathLike, out_png: str | os.PathLike, title: str | None = None) -> None:
     """Plots a run's rewards and its shares of easy, medium and hard groups (the paper's Figure 3) by step.
 
-    A line without `step` or without a key is passed over for that curve, and of a step written twice (a resumed run)
-    the later line counts. Thin lines are the raw values, thick ones their running mean. Raises ValueError for a line
+    A curve skips lines without `step` or without its key; if a step occurs twice (in a resumed run), the later line
+    counts. Thin lines are the raw values, thick ones their running mean. Raises ValueError for a line
     that is not JSON and for a file without any of the curves.
     """
     records = list(read_lines([Path(metrics_jsonl_path)]))

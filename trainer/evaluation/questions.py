@@ -1,4 +1,4 @@
-"""What the benchmarks share: names and published scores, questions made from records, and the rows of answers."""
+"""Shared by the benchmarks: names and published scores, questions made from records, and the rows of answers."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from boxgrpo.trainer.data.example import Example, Fault, Refused
 
-# Names of tasks and sets. `columns` and `tables` are what the UniVG-R1 paper (Bai et al. 2025) prints: its columns by
-# task, and a row for each model, Acc@0.5 in %. A row's last number is its average: the paper's own, also where the row
-# has another mean (UniVG-R1 on MIG-Bench: 72.62).
+# Names of tasks and sets. `columns` and `tables` are those of the UniVG-R1 paper (Bai et al. 2025): a column by task,
+# and a row for each model, Acc@0.5 in %. A row's last number is the average that the paper prints, even where the mean
+# of the row differs (UniVG-R1 on MIG-Bench: 72.62).
 FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text())
 
 
 def read_each(records: Iterable, read: Callable[[dict, str], object], source: str) -> tuple[list, list[Fault]]:
-    """`read(record, "source#12")` of every record, and a `Fault` for each that it refuses or that is no object."""
+    """The results of `read(record, "source#12")`, and a `Fault` for each record that is refused or no JSON object."""
     made, faults = [], []
     for index, record in enumerate(records):
         name = f"{source}#{index}"
@@ -27,7 +27,7 @@ def read_each(records: Iterable, read: Callable[[dict, str], object], source: st
 
 
 def user_turn(text: str) -> dict:
-    """Fields of an Example whose `turns` hold the user's turn alone, so that a prompt adds nothing to the text."""
+    """Fields of an Example whose `turns` hold only the user's turn, so that a prompt adds no suffix to the text."""
     return {"question": text, "turns": (("user", text),), "gold": None}
 
 

@@ -1,6 +1,6 @@
 """Scores as tables: for the terminal, in Markdown beside the published rows, and on an HTML page with cases.
 
-The page is one file. It opens from any disk, without a network.
+The page is one self-contained file, which needs no network.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from .benches import BENCHES, Bench
 from .pictures import annotate_example, data_uri
 
 ABSENT = "–"
-HIT = "accuracy_at_0.5"  # the measure that the paper reports
+REPORTED = "accuracy_at_0.5"  # the measure that the paper reports
 PAGE = Path(__file__).with_name("templates") / "evaluation.html"
 IMAGE_HEIGHT = 300  # pixels
 JPEG_QUALITY = 82
@@ -31,14 +31,14 @@ def in_percent(bench: Bench, summary: dict) -> dict:
     """`mean` and `tasks`: Acc@0.5 where the answers are boxes, else the benchmark's own score."""
     if bench.module:
         return {"mean": summary["mean"], "tasks": summary["tasks"]}
-    tasks = {task: 100 * summary["tasks"][task][HIT] for task in bench.ordered(summary["tasks"])}
-    return {"mean": 100 * summary[HIT], "tasks": tasks}
+    tasks = {task: 100 * summary["tasks"][task][REPORTED] for task in bench.ordered(summary["tasks"])}
+    return {"mean": 100 * summary[REPORTED], "tasks": tasks}
 
 
 def comparison(bench: Bench, summary: dict, name: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows in %: the published ones, then `name`'s with its interval, if there is one.
+    """Columns and rows in %: the published rows, then the row of `name` and its interval, if there is one.
 
-    The average is there where every published column is; boxes without published rows have their tasks as columns.
+    The average is given only if every published column has a score. Without published rows the columns are the tasks.
     """
     scores = in_percent(bench, summary)
     tasks = [] if bench.module else list(bench.columns) or list(scores["tasks"])
@@ -73,16 +73,16 @@ def details(bench: Bench, summary: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(bench: Bench, summary: dict) -> list[str]:
-    """Sentences below the tables: how many records, whose rows, what the intervals are."""
+    """Sentences below the tables: the number of records, the source of the published rows, the kind of intervals."""
     found = [f"{summary['count']} records scored, {summary['skipped']} skipped."]
     if bench.columns:
         found.append(
-            "Published rows are the paper's, on its own records. Acc@0.5 counts an IoU above 0.5, the paper's words; "
-            f"its scorer counts 0.5 too: the mean here is then {100 * summary['accuracy_at_least_0.5']:.2f}."
+            "Published rows are the paper's, on its own records. Acc@0.5 counts an IoU above 0.5, as the paper "
+            f"states; its scorer also counts 0.5 itself, which gives {100 * summary['accuracy_at_least_0.5']:.2f} here."
         )
     if "interval" in summary:
         found.append(
-            "Intervals are percentiles of a bootstrap over the records of each task; the tasks stay as they are."
+            "Intervals are percentiles of a bootstrap over the records of each task; the tasks are not resampled."
         )
     return found
 
@@ -116,7 +116,7 @@ def _percent(value: float | None) -> str:
 def _interval(scores: dict | None) -> str:
     if not scores or "interval" not in scores:
         return ABSENT
-    low, high = scores["interval"][HIT]
+    low, high = scores["interval"][REPORTED]
     return f"{100 * low:.1f}–{100 * high:.1f}"
 
 
@@ -127,13 +127,13 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell and is no markup: a task or a folder may be called anything."""
+    """Escape text for a Markdown cell: a task or a folder may have any name."""
     escaped = "".join(f"\\{c}" if c in r"\`*[]<>|" else c for c in text)
     return " ".join(escaped.split())
 
 
-def choose(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, list[Case]]]:
-    """The worst, the best and random cases, `count` each and none twice; worst and best take turns among the tasks."""
+def choose_cases(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, list[Case]]]:
+    """The worst, the best and random cases, `count` each and none twice; worst and best alternate among the tasks."""
     left = list(cases)
     sections = []
     for name, sign in (("Worst", 1), ("Best", -1)):
@@ -145,16 +145,16 @@ def choose(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, list
     return [*sections, ("Random", random.Random(seed).sample(left, min(count, len(left))))]
 
 
-def page(
+def render_page(
     bench: Bench, summary: dict, cases: Sequence[Case], *, name: str, skipped: Sequence[str], count: int, seed: int
 ) -> str:
-    """The page's HTML. Whatever comes from the model or the records is escaped.
+    """Render the page's HTML; all text from the model or the records is escaped.
 
     Args:
-        skipped: why records have no answer.
+        skipped: the reasons why records have no answer.
         count: cases in each section.
     """
-    sections = [(title, [_shown(*case) for case in chosen]) for title, chosen in choose(cases, count, seed) if chosen]
+    sections = [(title, [_fields(*c) for c in chosen]) for title, chosen in choose_cases(cases, count, seed) if chosen]
     strict = {"autoescape": True, "undefined": StrictUndefined}
     template = Template(PAGE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True, **strict)
     return template.render(
@@ -169,8 +169,8 @@ def page(
     )
 
 
-def _shown(answer: dict, example: Example) -> dict:
-    """What the template shows of a case. An image that cannot be loaded takes the picture's place as a message."""
+def _fields(answer: dict, example: Example) -> dict:
+    """The template's values of a case. If an image cannot be loaded, a message replaces the picture."""
     before, thought, after = (_THOUGHT.split(answer["answer"], maxsplit=1) + ["", ""])[:3]
     picture, missing = "", ""
     try:

@@ -19,7 +19,7 @@ from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, seal
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
 
-from .answer import answer
+from .answer import answer_examples
 from .decode import GreedyDecoder
 from .grade import grade_texts, summarize
 
@@ -33,7 +33,7 @@ class Validation:
         options: of the run. Without `eval_every` no file is read and `after_step` does nothing.
 
     Raises:
-        ValueError: no file, or no record with a gold box.
+        ValueError: the file is missing, or has no record with a gold box.
     """
 
     def __init__(self, options: DataOptions, processor: Processor, r: Ranks):
@@ -53,8 +53,8 @@ class Validation:
         The best score so far is stored in `progress`, for a checkpoint: a resumed run compares with it.
 
         Args:
-            steps: of the whole run; the last one is always evaluated.
-            stop: the run is about to end early and has no time: the evaluation is done when the run is resumed.
+            steps: number of the run's last step, which is always evaluated.
+            stop: the run is about to end early, so the evaluation is postponed until the run is resumed.
         """
         o, step = self.options, progress.step
         due = o.eval_every and (step % o.eval_every == 0 or step == steps)
@@ -76,7 +76,7 @@ class Validation:
         """`summarize`'s scores of the policy's greedy answers, and `skipped`; the same on every rank."""
         o, examples = self.options, self.examples
         decoder = GreedyDecoder(policy, self.processor, o.eval_max_completion_length)
-        texts, reasons = answer(decoder, examples, range(len(examples)), self.r, o)
+        texts, reasons = answer_examples(decoder, examples, range(len(examples)), self.r, o)
         for n in reasons.keys() - self.logged if self.r.is_main else ():
             log.warning("skipped %s", reasons[n])
         self.logged |= reasons.keys()
@@ -101,6 +101,6 @@ class Validation:
                 error = str(failed) or type(failed).__name__
         if error := self.r.gather(error)[0]:
             raise ValueError(
-                f"{best} cannot be written ({error}); an earlier one is as it was. Make room, or give another "
-                "--output_dir."
+                f"{best} cannot be written ({error}); an earlier one is unchanged. Free disk space, or give "
+                "another --output_dir."
             )

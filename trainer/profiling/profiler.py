@@ -28,18 +28,18 @@ from .timeline import rows, table
 log = logging.getLogger(__name__)
 
 FOLDER = "profile"
-SNAPSHOTS = 3  # of the first times that memory runs out
-EVENTS = 100_000  # the last allocations and frees that a snapshot holds
+MAX_SNAPSHOTS = 3  # of the first times that memory runs out
+MAX_EVENTS = 100_000  # the latest allocations and frees in a snapshot
 
 
 def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
-    """The loop's steps; those that `o.profile_steps` names are profiled.
+    """Yield the loop's steps, and profile those that `o.profile_steps` names.
 
-    The profile is written when its last step ends, or the run does. Its name has the steps: that of a resumed run does
-    not replace an earlier one.
+    The profile is written when its last step ends, or when the run ends. Its name contains the steps, so a resumed run
+    does not replace an earlier profile.
 
     Raises:
-        ValueError: the run ends before the first of them.
+        ValueError: the run ends before the first step to profile.
     """
     window, folder = profile_window(o.profile_steps), Path(o.output_dir) / FOLDER
     if window and window.start >= steps.stop:
@@ -95,15 +95,15 @@ def kept_rows(trace: Path) -> Path:
 @contextlib.contextmanager
 def _memory_history(folder: Path, r: Ranks):
     """Record allocations, and write a snapshot where memory runs out, even if the step is then repeated."""
-    numbers = iter(range(1, SNAPSHOTS + 1))
+    numbers = iter(range(1, MAX_SNAPSHOTS + 1))
 
-    def note(*_) -> None:
+    def dump_snapshot(*_) -> None:
         if number := next(numbers, None):
             folder.mkdir(parents=True, exist_ok=True)
             _dump(folder / f"out-of-memory{number}-rank{r.rank}.pickle")
 
-    torch.cuda.memory._record_memory_history(max_entries=EVENTS)
-    torch._C._cuda_attach_out_of_memory_observer(note)
+    torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
+    torch._C._cuda_attach_out_of_memory_observer(dump_snapshot)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """A profile as ranges and the work launched inside them: where a step's time goes, range by range.
 
 `chrome_trace.py` reads a `Timeline` from torch's file, the benchmark from nsys's. Work belongs to the ranges that were
-open when the host launched it, from any thread (the backward pass has one of its own), whenever the GPU ran it.
+open when the host launched it, by any thread (the backward pass has its own) and whenever the GPU ran it.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ class Row:
     """A row of the table. Seconds and launches are means of a step and include the ranges inside."""
 
     name: str  # with the names of the ranges around it: step > rollout > decode
-    titles: list[str]  # the different names with sizes
+    titles: list[str]  # the range's different titles, with sizes
     seconds: float = 0.0  # of the host
     samples: list[float] = field(default_factory=list)  # the host's seconds of each step
     launches: float = 0.0
@@ -61,7 +61,7 @@ class Row:
 
 
 class _Visit(NamedTuple):
-    """One time that a range was open, and the work that was launched meanwhile."""
+    """One occurrence of a range, and the work that was launched during it."""
 
     name: str  # as in `Row`
     range: Range
@@ -69,7 +69,7 @@ class _Visit(NamedTuple):
 
 
 def rows(timeline: Timeline, top: int = 3) -> list[Row]:
-    """A row for each name of a range, in the order of their first begin; means over the steps.
+    """A row for each name of a range, in the order in which they first begin; means over the steps.
 
     Raises:
         ValueError: no range called `step` is there.
@@ -167,12 +167,12 @@ def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> 
             taken = row.gpu_seconds or row.seconds
             percent = round(100 * least["floor_s"] / taken) if least and taken else 0
             cells += [f"{1e3 * least['gbytes']:.0f}", f"{percent}"] if least else ["", ""]
-        cells.append(", ".join(f"{short(name)} {share:.0%}" for name, share in row.top))
+        cells.append(", ".join(f"{shorten(name)} {share:.0%}" for name, share in row.top))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def short(name: str, most: int = 48) -> str:
-    """A kernel's name without arguments and template parameters, at most as long as a column."""
+def shorten(name: str, most: int = 48) -> str:
+    """A kernel's name without arguments and template parameters, at most `most` characters."""
     bare = (name.removeprefix("void ").split("<")[0].split("(")[0].strip() or name).replace("|", "/")
     return bare if len(bare) <= most else bare[: most - 3] + "..."

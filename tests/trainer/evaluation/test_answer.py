@@ -11,7 +11,7 @@ from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.evaluation.answer import REQUESTS, answer, decode_answer, in_format
+from boxgrpo.trainer.evaluation.answer import REQUESTS, answer_examples, decode_answer, in_format
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.options import EvalOptions
@@ -36,10 +36,10 @@ class OneOfTwo(Ranks):
 
 def test_two_ranks_answer_what_one_does(decoder, record_file):
     examples, _ = read_examples(record_file)
-    alone, reasons = answer(decoder, examples, range(7), Ranks(), OPTIONS)
+    alone, reasons = answer_examples(decoder, examples, range(7), Ranks(), OPTIONS)
     assert list(alone) == [0, 1, 3, 4, 5, 6] and list(reasons) == [2]
     stored, two = io.StringIO(), dataclasses.replace(OPTIONS, eval_batch_size=2)
-    parts = [answer(decoder, examples, range(7), OneOfTwo(rank, 2), two, store=stored) for rank in (0, 1)]
+    parts = [answer_examples(decoder, examples, range(7), OneOfTwo(rank, 2), two, store=stored) for rank in (0, 1)]
     assert [(list(texts), list(why)) for texts, why in parts] == [([0, 4, 6], [2]), ([1, 3, 5], [])]
     assert parts[0][0] | parts[1][0] == alone
     lines = [json.loads(line) for line in stored.getvalue().splitlines()]
@@ -49,7 +49,7 @@ def test_two_ranks_answer_what_one_does(decoder, record_file):
 def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(decoder, record_file, monkeypatch):
     """Two prompts fit into memory together, and the one with the largest image not at all."""
     examples, _ = read_examples(record_file)
-    whole, _ = answer(decoder, examples, range(7), Ranks(), OPTIONS)
+    whole, _ = answer_examples(decoder, examples, range(7), Ranks(), OPTIONS)
     prefill = decoder._prefill
     lengths = {n: len(decoder.processor.prompt(examples[n]).input_ids) for n in whole}
     largest = max(lengths.values())
@@ -63,7 +63,7 @@ def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(decoder, r
         return prefill(prompts)
 
     monkeypatch.setattr(decoder, "_prefill", limited)
-    texts, reasons = answer(decoder, examples, range(7), Ranks(), OPTIONS)
+    texts, reasons = answer_examples(decoder, examples, range(7), Ranks(), OPTIONS)
     assert texts == {n: t for n, t in whole.items() if n not in huge}
     assert all(reasons[n] == f"benchmark.json#{n}: decoding it alone runs out of memory" for n in huge)
     assert sizes[:2] == [6, 3] and max(sizes[2:]) <= 3, "a number of prompts that failed is not tried again"

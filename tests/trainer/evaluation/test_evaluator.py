@@ -113,14 +113,14 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
     shutil.copytree(newborn, other)
     caplog.clear()
     evaluate(eval_options(other, record_file), Ranks())
-    assert "6 answers are there already" in caplog.text, "the same model, wherever it lies"
+    assert "6 answers exist already" in caplog.text, "the same model, wherever it lies"
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors")
     with pytest.raises(ValueError, match=r"\(other: model\)\. Name another .* --overwrite_output_dir true"):
         evaluate(eval_options(other, record_file), Ranks())
     caplog.clear()
     evaluate(eval_options(other, record_file, overwrite_output_dir=True, pictures=0), Ranks())
-    assert "an earlier evaluation is removed" in caplog.text and "are there already" not in caplog.text
+    assert "an earlier evaluation is removed" in caplog.text and "exist already" not in caplog.text
     with pytest.raises(ValueError, match=r"\(other: model\)"):
         evaluate(options, Ranks())
 
@@ -142,7 +142,7 @@ def test_two_killed_processes_resume(newborn, write, tmp_path):
     before = answered(folder)
     assert 4 <= sum(map(len, before)) < 60 and not (folder / "results.json").exists()
     out = finish(start_forked(ROOT / "trainer/evaluator.py", options))
-    assert f"{sum(map(len, before))} answers are there already" in out
+    assert f"{sum(map(len, before))} answers exist already" in out
     after = answered(folder)
     assert sorted(n for part in after for n in part) == list(range(60))
     assert all(now[: len(then)] == then for now, then in zip(after, before))

@@ -111,7 +111,7 @@ def test_records_are_drawn_within_their_task():
 def test_many_records_are_drawn_in_parts(monkeypatch):
     """As many values at once as memory is meant for, and all resamples in the end."""
     ious = np.linspace(0, 1, 300)
-    monkeypatch.setattr("boxgrpo.trainer.evaluation.grade.AT_ONCE", 700)  # two rows
+    monkeypatch.setattr("boxgrpo.trainer.evaluation.grade.MAX_RESAMPLED", 700)  # two rows
     drawn = bootstrap(ious, 15, np.random.default_rng(0))
     assert {name: len(values) for name, values in drawn.items()} == dict.fromkeys(MEASURES, 15)
     assert drawn["mean_iou"].std() == pytest.approx(ious.std() / 300**0.5, rel=0.5)

@@ -14,7 +14,7 @@ from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.evaluation.benches import BENCHES
 from boxgrpo.trainer.evaluation.grade import grade_texts, summarize
 from boxgrpo.trainer.evaluation.pictures import GOLD, PREDICTED
-from boxgrpo.trainer.evaluation.report import choose, page
+from boxgrpo.trainer.evaluation.report import choose_cases, render_page
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>&amp; \" '"
 RIGHT = "<answer>(100, 200), (700, 600)</answer>"
@@ -34,7 +34,7 @@ def written(example, text, **options) -> str:
     answers = grade_texts([example], [text])
     summary = summarize(answers, resamples=50) | {"skipped": len(options.get("skipped", ()))}
     options = {"name": "ours", "skipped": (), "count": 8, "seed": 0} | options
-    return page(BENCHES["mig"], summary, list(zip(answers, [example])), **options)
+    return render_page(BENCHES["mig"], summary, list(zip(answers, [example])), **options)
 
 
 def test_a_case_has_one_picture_with_its_boxes_and_nothing_is_loaded(case):
@@ -89,11 +89,11 @@ def test_cases_are_of_every_task_and_none_comes_twice():
     answers = [{"task": "diff", "iou": i / 100} for i in range(10)]
     answers += [{"task": "region", "iou": 0.5 + i / 100} for i in range(10)]
     cases = [(answer, None) for answer in answers]
-    sections = choose(cases, 4, seed=0)
+    sections = choose_cases(cases, 4, seed=0)
     found = {name: [(a["task"], a["iou"]) for a, _ in chosen] for name, chosen in sections}
     assert found["Worst"] == [("diff", 0.0), ("region", 0.5), ("diff", 0.01), ("region", 0.51)]
     assert found["Best"] == [("region", 0.59), ("diff", 0.09), ("region", 0.58), ("diff", 0.08)]
     every = [case for chosen in found.values() for case in chosen]
     assert len(every) == len(set(every)) == 12
-    assert choose(cases, 4, seed=0) == sections != choose(cases, 4, seed=1)
-    assert [len(chosen) for _, chosen in choose(cases[:5], 4, seed=0)] == [4, 1, 0]
+    assert choose_cases(cases, 4, seed=0) == sections != choose_cases(cases, 4, seed=1)
+    assert [len(chosen) for _, chosen in choose_cases(cases[:5], 4, seed=0)] == [4, 1, 0]

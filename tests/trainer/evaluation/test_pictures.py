@@ -11,8 +11,8 @@ from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.evaluation.pictures import (
     GOLD,
     IMAGE_HEIGHT,
-    LEAST_WIDTH,
     MARGIN,
+    MIN_WIDTH,
     PREDICTED,
     _curve,
     _running_mean,
@@ -66,7 +66,7 @@ def test_the_page_holds_all_images_at_one_height_and_grows_with_the_text():
     assert page.width == 480 + 240 + 3 * MARGIN and page.mode == "RGB"
     assert annotate([photo, GREY], question="Where?", reasoning="word " * 200).height > page.height + 100
     assert annotate([photo, GREY], title="common_object", **TEXT).height > page.height
-    assert annotate([GREY], **TEXT).width == LEAST_WIDTH
+    assert annotate([GREY], **TEXT).width == MIN_WIDTH
     strip = annotate([Image.new("L", (2000, 10))], gold=(0, 0, 1000, 1000), **TEXT)
     assert strip.width == 3 * IMAGE_HEIGHT + 2 * MARGIN
     large = annotate([photo, GREY], image_height=2 * IMAGE_HEIGHT, **TEXT)

@@ -63,7 +63,7 @@ def test_the_markdown_holds_every_row_and_escapes_foreign_text():
     )
     assert r"| out\|\[x\](y) | this run | 0.00 |" in page
     assert r"| a\|b \<b\>\`\* | 1 |" in page
-    assert "its scorer counts 0.5 too: the mean here is then 100.00" in page
+    assert "its scorer also counts 0.5 itself, which gives 100.00" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {15, 10}
 

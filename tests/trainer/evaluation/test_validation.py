@@ -120,7 +120,7 @@ def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_o
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    message = r"kept/best cannot be written \(.*No space left.*; an earlier one is as it was"
+    message = r"kept/best cannot be written \(.*No space left.*; an earlier one is unchanged"
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(validation, "save_pretrained", full)
         steps_of("kept", 0.75)
