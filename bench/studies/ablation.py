@@ -32,7 +32,7 @@ from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
-from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, numbers
+from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
 from boxgrpo.trainer.world.scenes import TASKS
 from boxgrpo.trainer.world.world import all_texts, write_world
 
@@ -73,7 +73,7 @@ METHODS = {
     "grpo_power": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=power",)),
     "grpo_exp": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=exp",)),
 }
-BASE = Method("sft.py", "newborn", "plain", ("base_sft_tiny",))
+BASE = Method("sft.py", "initial", "plain", ("base_sft_tiny",))
 
 
 @dataclass
@@ -110,9 +110,8 @@ def chosen_methods(o: AblationOptions) -> list[str]:
 
 def draw(root: Path, seed: int, **scenes: int) -> Path:
     """A world of all tasks at all levels, with exact boxes, and one question a record but in the plain ones."""
-    return write_world(
-        root / "world", tasks=list(TASKS), levels=LEVELS, size=SIZE, seed=seed, margins=0.0, asides=False, **scenes
-    )
+    exact = {"margins": 0.0, "other_questions": False}
+    return write_world(root / "world", tasks=list(TASKS), levels=LEVELS, size=SIZE, seed=seed, **exact, **scenes)
 
 
 def origin(model: Path, data: Path) -> dict:
@@ -155,7 +154,7 @@ def train_base(o: AblationOptions) -> Path:
         # Question and request apart, so that each is a token of its own: the base learns the request, not the question.
         texts = [text.removesuffix(THINK_SUFFIX) for text in all_texts(list(TASKS), levels=LEVELS)]
         make_initial_checkpoint(DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts])
-    train(o, BASE, root / "run", root / "newborn", world / f"{BASE.data}.json", BASE_SEED)
+    train(o, BASE, root / "run", root / "initial", world / f"{BASE.data}.json", BASE_SEED)
     return root / "run"
 
 
@@ -195,7 +194,7 @@ def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
 def run(o: AblationOptions) -> dict:
     """Everything; what ablation.json holds."""
     described = machine()  # before an hour passes and the tree moves on
-    seeds = numbers(o.seeds, "seeds")
+    seeds = parse_numbers(o.seeds, "seeds")
     base = train_base(o)
     runs = [record for seed in seeds for record in run_seed(o, seed, base)]
     return {

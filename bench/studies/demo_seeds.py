@@ -45,7 +45,7 @@ def habits(run: Path) -> dict[str, dict[str, float]]:
 def run(options: SeedsOptions) -> dict:
     """Every seed's summary, with the machine's name."""
     described, runs = machine(), []  # described before hours pass and the tree changes
-    for seed in recipe.numbers(options.seeds, "seeds"):
+    for seed in recipe.parse_numbers(options.seeds, "seeds"):
         path = Path(options.output_dir) / str(seed)
         summary = demo.run(recipe.DemoOptions(output_dir=str(path), seed=seed, continued_sft=True))
         runs.append(summary | {"habits": habits(path)})

@@ -50,7 +50,8 @@ def run(out: Path) -> None:
     options = recipe.DemoOptions(output_dir=str(out), cold_start=320, train=400, held_out=16)
     recipe.draw_world(options)
     recipe.make_initial_checkpoint(options)
-    sft = SFT | {"model": out / "newborn", "data": "world/cold_start.json"}
+    initial = next(p for p in (out / "initial", out / "newborn") if p.exists())  # by revision
+    sft = SFT | {"model": initial, "data": "world/cold_start.json"}
     train(out, "sft", "trainer/sft.py", sft)
     grpo = GRPO | {"model": out / "sft", "data": "world/train.json"}
     train(out, "grpo", "trainer/grpo.py", grpo)

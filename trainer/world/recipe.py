@@ -1,4 +1,4 @@
-"""The demo as options: its world, its first checkpoint, its cold start and its GRPO.
+"""The demo's options and its parts: the drawn world, the initial checkpoint, and the flags of its runs.
 
 `trainer/demo.py` runs all of it; `trainer/grpo.py` without a model and data runs the last part.
 """
@@ -16,12 +16,12 @@ from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
 
 from .tiny import tiny_config
-from .world import DEMO_TASKS, all_texts, wordings, write_world
+from .world import DEMO_TASKS, all_texts, list_phrases, write_world
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# A run's folder in the demo's: its recipe, the folder of the weights it starts from, and its file of the world.
+# Runs by folder in the demo's output_dir: recipe, folder of the initial weights, file of records in world/.
 RUNS = {
-    "sft": ("demo_sft.yaml", "newborn", "cold_start.json"),
+    "sft": ("demo_sft.yaml", "initial", "cold_start.json"),
     "grpo": ("demo_grpo.yaml", "sft", "train.json"),
     "continued_sft": ("demo_sft.yaml", "sft", "train_chains.json"),
 }
@@ -34,21 +34,21 @@ class DemoOptions:
     output_dir: str = option("out/demo", "Folder for everything the demo makes.")
     seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
-    levels: str = option("0", "Difficulties of the scenes, 0 to 2, which take turns.")
+    levels: str = option("0", "Difficulties of the scenes, 0 to 2; scenes alternate among them.")
     size: int = option(56, "Side of the images in pixels, a multiple of 56.")
     cold_start: int = option(4000, "Scenes with reasoning chains.")
-    margins: float = option(0.5, "Share of the chains whose annotator leaves a margin around the object.")
-    train: int = option(5000, "Scenes with a box only.")
-    held_out: int = option(400, "Scenes to score on.")
-    continued_sft: bool = option(False, "Also train the cold start on for as long as GRPO took, as a comparison.")
-    processes: int = option(0, "Processes to train with; 0: one per GPU, or on a CPU two where there are two cores.")
+    margins: float = option(0.5, "Share of the chains whose boxes have a margin around the object.")
+    train: int = option(5000, "Scenes for GRPO, with a box only.")
+    held_out: int = option(400, "Held-out scenes to score on.")
+    continued_sft: bool = option(False, "For comparison also continue SFT for as long as GRPO took.")
+    processes: int = option(0, "Processes to train with; 0: one per GPU, or up to two on a CPU.")
 
 
-def numbers(text: str, name: str) -> list[int]:
-    """Whole numbers separated by commas, the value of the flag `name`.
+def parse_numbers(text: str, name: str) -> list[int]:
+    """Parse the value of the flag `name`, whole numbers separated by commas.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: `text` is anything else.
     """
     try:
         return [int(part) for part in text.split(",")]
@@ -57,17 +57,17 @@ def numbers(text: str, name: str) -> list[int]:
 
 
 def draw_world(options: DemoOptions) -> Path:
-    tasks, levels = options.tasks.split(","), numbers(options.levels, "levels")
+    tasks, levels = options.tasks.split(","), parse_numbers(options.levels, "levels")
     same = {name: getattr(options, name) for name in ("cold_start", "train", "held_out", "seed", "size", "margins")}
     return write_world(Path(options.output_dir) / "world", tasks=tasks, levels=levels, **same)
 
 
 def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None) -> Path:
-    """A checkpoint of random weights, with a tokenizer for the world's words, or for those of `texts`."""
-    folder = Path(options.output_dir) / "newborn"
-    texts = texts or all_texts(options.tasks.split(","), levels=numbers(options.levels, "levels"))
+    """Write a checkpoint of random weights, with a tokenizer made from the world's texts, or from `texts`."""
+    folder = Path(options.output_dir) / "initial"
+    texts = texts or all_texts(options.tasks.split(","), levels=parse_numbers(options.levels, "levels"))
     template = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"]
-    tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *wordings(texts)])
+    tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *list_phrases(texts)])
     config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})
     save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
     Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)

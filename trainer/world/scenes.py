@@ -1,10 +1,10 @@
 """Drawn scenes for the demo: coloured shapes over several small images, with MIG-Bench's ten kinds of question.
 
 A scene is planned first (objects, question, reasoning) and drawn when its pixels are needed. All
-boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. What was left
-out: perspective, texture, occlusion and noise; a model of a million parameters has minutes to learn this, not days.
+boxes are snapped to eighths of the image, so gold coordinates are multiples of 125 on the 0-1000 scale. There is no
+perspective, texture, occlusion or noise, because a model of a million parameters must learn the tasks in minutes.
 
-The three levels differ in images per scene, objects per image, kinds of object, how alike the wrong objects are, and
+The three levels differ in images per scene, objects per image, kinds of object, how similar the other objects are, and
 the grid that boxes are snapped to:
 
     level 0   2 images   0 or 1 other objects   4 shapes in 4 colours   others differ in colour and in shape    quarters
@@ -33,13 +33,13 @@ IMAGES = ((2, 2), (2, 3), (3, 3))  # fewest and most images, by level
 KINDS = (4, 5, 6)  # colours in use, and as many shapes, by level
 OTHERS = ((0, 1), (1, 2), (2, 3))  # fewest and most objects beside the one in question, by level
 CELL = 125  # an eighth of the image
-STEP = (2, 1, 1)  # cells: sizes and places of objects are multiples of it, by level
+STEP = (2, 1, 1)  # cells of which sizes and positions of objects are multiples, by level
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn question with one gold box: `gold` lies on `images[target_image]`, 0-1000, both corners continuous."""
+    """A question about drawn images. Its gold box is on `images[target_image]`, 0-1000, continuous coordinates."""
 
     size: int  # pixels, the side of every image
     layouts: tuple[Layout, ...]
@@ -65,28 +65,28 @@ class Scene:
 
     @property
     def other_questions(self) -> list[tuple[str, str]]:
-        """Plain questions about the scene's other objects, each with its box: more to learn from the same images."""
+        """Plain questions about the scene's other objects, each with its box: further training text for its images."""
         gold = self.target_image + 1, self.gold
-        return [(where(n, thing), box_text(thing.box)) for n, thing in self.objects if (n, thing.box) != gold]
+        return [(question_about(n, thing), box_text(thing.box)) for n, thing in self.objects if (n, thing.box) != gold]
 
 
-def where(number: int, thing: Thing) -> str:
+def question_about(number: int, thing: Thing) -> str:
     """The plain question about one object of one image."""
     return f"Where is the {thing.kind} in image {number}?"
 
 
-def place(box: Box) -> str:
+def place_name(box: Box) -> str:
     """Where the middle of `box` (0-1000) lies on a 3x3 grid, one of `PLACES`."""
     column, row = ((low + high) * 3 // 2000 for low, high in ((box[0], box[2]), (box[1], box[3])))
     return PLACES[3 * row + column]
 
 
 class _NoRoom(Exception):
-    """The random layout came to a dead end; plan the scene again."""
+    """The random layout cannot be completed; the scene is planned again."""
 
 
 class _Sketch:
-    """The random choices of one scene. `take` returns no kind twice, so only what a task repeats occurs twice."""
+    """The random choices of one scene. `take` returns no kind twice, so a kind recurs only where a task repeats it."""
 
     def __init__(self, rng: random.Random, level: int):
         self.rng, self.level = rng, level
@@ -103,15 +103,15 @@ class _Sketch:
         return kind
 
     def others(self, subject: Kind, accept: Callable[[Kind], bool] = lambda kind: True) -> list[Kind]:
-        """Kinds for the images of `subject`, as similar to it as the level has them."""
+        """Kinds of the objects beside `subject`, as similar to it as the level requires."""
         kinds = []
         for k in range(self.rng.randint(*OTHERS[self.level])):
-            alike = (0,) if self.level == 0 else (1,) if self.level == 2 and k == 0 else (0, 1)
-            kinds.append(self.take(lambda kind: accept(kind) and _alike(kind, subject) in alike))  # noqa: B023
+            shared = (0,) if self.level == 0 else (1,) if self.level == 2 and k == 0 else (0, 1)
+            kinds.append(self.take(lambda kind: accept(kind) and _count_shared(kind, subject) in shared))  # noqa: B023
         return kinds
 
     def place(self, kinds: Sequence[Kind], taken: Sequence[Thing] = ()) -> list[Thing]:
-        """Gives each kind a box 2-4 cells wide and high, clear of `taken` and of the others, in the order given."""
+        """Gives each kind, in order, a box 2-4 cells wide and high that overlaps neither `taken` nor another one."""
         things, step = [], STEP[self.level]
         for kind in kinds:
             for _ in range(100):
@@ -132,12 +132,12 @@ class _Sketch:
         return tuple(self.rng.randint(100, 130) for _ in range(3))
 
 
-def _alike(a: Kind, b: Kind) -> int:
+def _count_shared(a: Kind, b: Kind) -> int:
     return (a.colour == b.colour) + (a.shape == b.shape)
 
 
 def _clash(a: Thing, b: Thing) -> bool:
-    gap = CELL * (a.kind.colour == b.kind.colour)  # two of one colour side by side would look like one
+    gap = CELL * (a.kind.colour == b.kind.colour)  # adjacent objects of one colour would look like one
     return all(a.box[k] < b.box[k + 2] + gap and b.box[k] < a.box[k + 2] + gap for k in (0, 1))
 
 
@@ -197,7 +197,7 @@ def _diff(s: _Sketch, changes: Sequence[str] = ("added", "removed", "changed")) 
     finding = f"The {subject} is only"
     less = whole._replace(things=tuple(rest))
     if change == "changed":  # in colour or in shape
-        former = s.take(lambda kind: _alike(kind, subject) == 1)
+        former = s.take(lambda kind: _count_shared(kind, subject) == 1)
         less = whole._replace(things=(gold._replace(kind=former), *rest))
         finding = f"The {former} became the {subject}"
     layouts, target = ([whole, less], 0) if change == "removed" else ([less, whole], 1)
@@ -270,9 +270,9 @@ def _region(s: _Sketch) -> _Plan:
 
 def _reasoning(s: _Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
-    rule = s.rng.choice(Kind._fields)  # what all others share
-    free = Kind._fields[rule == "colour"]  # no two objects share this one, or there would be a second odd one out
-    shared = getattr(s.take(lambda kind: _alike(kind, subject) == 0), rule)
+    rule = s.rng.choice(Kind._fields)  # the property that all others share
+    free = Kind._fields[rule == "colour"]  # different in all objects, else there would be a second odd one out
+    shared = getattr(s.take(lambda kind: _count_shared(kind, subject) == 0), rule)
     kinds = [subject]
     for _ in range(3 + s.level):
         seen = {getattr(kind, free) for kind in kinds}
@@ -305,7 +305,7 @@ TASKS = {plan.__name__[1:]: plan for plan in (*_PLANS, _reasoning, _corresponden
 
 
 def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scene:
-    """Draws the scene that (task, seed, level) names; the same on every machine and at every size.
+    """Draws the scene of (task, seed, level), which is the same on every machine and at every size.
 
     `task` is one of MIG-Bench's ten (`TASKS`); `level` is 0, 1 or 2 (see the module's table); `size` is the side of the
     images in pixels, a multiple of 56: Qwen2-VL reads 28x28 pixels as one vision token, and boxes snap to eighths.
@@ -316,12 +316,12 @@ def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scen
     if level not in range(len(IMAGES)):
         raise ValueError(f"level is {level!r}; the world has levels 0 (plain), 1 and 2 (confusable). Name one.")
     if size <= 0 or size % 56:
-        raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Take 112.")
+        raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Use 112.")
     rng = random.Random(f"{task} {level} {seed}")
     plan = None
     while plan is None:
         with contextlib.suppress(_NoRoom):
             plan = TASKS[task](_Sketch(rng, level))
     (gold,) = (thing.box for thing in plan.layouts[plan.target_image].things if thing.kind == plan.subject)
-    chain = f"{plan.finding} in image {plan.target_image + 1} at the {place(gold)}."
+    chain = f"{plan.finding} in image {plan.target_image + 1} at the {place_name(gold)}."
     return Scene(size, tuple(plan.layouts), rng.choice(plan.questions), gold, plan.target_image, chain)

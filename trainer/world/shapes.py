@@ -60,10 +60,10 @@ OUTLINES = {  # corners in the unit square; every outline touches its four sides
 
 
 def add_rulers(image: Image.Image) -> Image.Image:
-    """The picture under a grid of rulers: a tick on the left and the top of every patch marks its row and column.
+    """Draw rulers over the image: a tick on the left and the top edge of every patch encodes its row and column.
 
-    So each patch, of up to 13 x 13, shows its position, whatever is drawn on it. Qwen2-VL's positions are relative:
-    absolute ones follow from the borders, which a large model can learn and one trained for minutes cannot.
+    So every patch, of at most 13 x 13, shows its absolute position. Qwen2-VL encodes relative positions only: a large
+    model can learn to infer absolute ones from the image's borders, a model that is trained for minutes cannot.
     """
     pixels = np.array(image)
     height, width = pixels.shape[:2]

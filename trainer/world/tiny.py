@@ -1,4 +1,4 @@
-"""A Qwen2-VL small enough to train from nothing on a CPU."""
+"""The config of a Qwen2-VL small enough to train from random weights on a CPU."""
 
 from transformers import Qwen2VLConfig
 
@@ -19,13 +19,13 @@ def tiny_config(
 ) -> Qwen2VLConfig:
     """A config with the real patch sizes and any vocabulary.
 
-    At this width the published init of 0.02 leaves attention flat for hundreds of steps; 0.08 does not. A theta of 30
-    helps where positions must be learned from M-RoPE alone; the demo's images show them by rulers.
+    At this width the published `initializer_range` of 0.02 keeps attention flat for hundreds of steps; 0.08 does not.
+    A theta of 30 helps if positions must be learned from M-RoPE alone; the demo's images have rulers instead.
 
     Args:
         special_ids: token string -> id of the tokenizer's special tokens, `<|image_pad|>` among them.
     """
-    half = hidden_size // heads // 2  # frequencies of a head, shared out 1 : 1.5 : 1.5 as in the published models
+    half = hidden_size // heads // 2  # frequencies of a head, divided 1 : 1.5 : 1.5 as in the published models
     temporal = half // 4
     height = (half - temporal) // 2
     return Qwen2VLConfig(

@@ -1,4 +1,4 @@
-"""The demo's world on disk: drawn scenes as PNG files and records in the formats that users have."""
+"""The demo's world on disk: drawn scenes as PNG files, and records in the formats of the published data sets."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from pathlib import Path
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.runtime.files import replace_folder
 
-from .scenes import CELL, PLACES, Scene, box_text, draw_scene, place, where
+from .scenes import CELL, PLACES, Scene, box_text, draw_scene, place_name, question_about
 from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ SPLITS = ("cold_start", "train", "held_out")
 FILES = {  # name: split, form of the records (ARCHITECTURE.md, section "Data")
     "cold_start": ("cold_start", "chain"),  # UniVG-R1's stage 1: messages with a reasoning chain and the box
     "coordinates": ("cold_start", "coordinates"),  # messages with the box alone, `answer_format` "box"
-    "plain": ("cold_start", "plain"),  # messages about the place of each object, and none of the tasks
+    "plain": ("cold_start", "plain"),  # messages that locate each object; no question of the tasks
     "train": ("train", "question"),  # stage 2: a question, and a box on the 0-1000 scale
     "train_chains": ("train", "chain"),
     "held_out": ("held_out", "question"),
@@ -35,13 +35,13 @@ FILES = {  # name: split, form of the records (ARCHITECTURE.md, section "Data")
 }
 SEEDS_PER_SPLIT = 1_000_000
 SEEDS_PER_WORLD = 10**12
-ONE_PROCESS = 500  # scenes at most; for more, the calling script needs its `__main__` guard
+ONE_PROCESS_SCENES = 500  # for more scenes, the calling script needs a `__main__` guard
 
 
-def scene_of(split: str, task: str, seed: int, *, level: int, size: int) -> Scene:
-    """The split's scene of this seed. One arrangement in eight is for held-out scenes, whatever their tints and words.
+def draw_split_scene(split: str, task: str, seed: int, *, level: int, size: int) -> Scene:
+    """Draw the scene of a split and seed. An eighth of all arrangements of objects is reserved for held-out scenes.
 
-    So a model is never scored on an arrangement of its training, even where there are few.
+    So a model is never scored on an arrangement that it was trained on, whatever the tints and the wording.
     """
     while True:
         scene = draw_scene(task, seed, level=level, size=size)
@@ -53,7 +53,7 @@ def scene_of(split: str, task: str, seed: int, *, level: int, size: int) -> Scen
 
 def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str, level: int, seed: int) -> dict:
     """Writes one scene's PNG files under `folder`; returns its records by their form."""
-    scene = scene_of(split, task, seed, level=level, size=manifest["size"])
+    scene = draw_split_scene(split, task, seed, level=level, size=manifest["size"])
     images = [f"images/{split}/{name}_{k}.png" for k in range(1, len(scene.images) + 1)]
     for path, image in zip(images, scene.images):
         image.save(folder / path, compress_level=1)
@@ -79,16 +79,17 @@ def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str,
 
 
 def _plain_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Where each object is: one, drawn at random, with a chain, the others without. None of the tasks."""
+    """Turns that locate each object: one at random with a chain, the others without; no question of the tasks."""
     others = scene.objects
     number, thing = others.pop(rng.randrange(len(others)))
-    chain = f"The {thing.kind} is in image {number} at the {place(thing.box)}."
+    chain = f"The {thing.kind} is in image {number} at the {place_name(thing.box)}."
     answer = f"<think>{chain}</think><answer>{box_text(thing.box)}</answer>"
-    return [(where(number, thing) + THINK_SUFFIX, answer), *((where(n, t), box_text(t.box)) for n, t in others)]
+    plain = [(question_about(n, other), box_text(other.box)) for n, other in others]
+    return [(question_about(number, thing) + THINK_SUFFIX, answer), *plain]
 
 
 def _widen_boxes(answer: str) -> str:
-    """Each box with a cell of background on every side, as far as the image goes."""
+    """Widen each box in the answer by one cell on every side, within the image."""
 
     def widen(found: re.Match) -> str:
         x1, y1, x2, y2 = map(int, found.groups())
@@ -107,21 +108,21 @@ def write_world(
     seed: int = 0,
     levels: Sequence[int] = (1,),
     size: int = 112,
-    asides: bool = True,
+    other_questions: bool = True,
     margins: float = 0.5,
 ) -> Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
 
-    Image paths in its `FILES` are relative to `folder`. Tasks alternate, and levels after each round of the tasks.
-    Held-out scenes share no arrangement with the others (`scene_of`), and stay the same when another split grows.
+    Image paths in its `FILES` are relative to `folder`. Tasks alternate from scene to scene, levels after each round of
+    tasks. Held-out scenes share no arrangement with others, and stay the same when another split grows.
 
     Args:
-        asides: conversations also have questions about the scene's other objects.
-        margins: share of the conversations, as from a less exact annotator, with a cell of background around each box.
+        other_questions: conversations also have questions about the scene's other objects.
+        margins: share of the conversations whose boxes have a margin of one cell, as from a less exact annotator.
             The boxes of stage 2 are exact.
 
     Raises:
-        ValueError: nothing to draw, or `folder` holds anything but this world, by the arguments in its `world.json`.
+        ValueError: no task or level, a count out of range, or a folder that holds anything but this world.
     """
     folder = Path(folder)
     counts = dict(zip(SPLITS, (cold_start, train, held_out)))
@@ -131,7 +132,7 @@ def write_world(
         if not 0 <= count <= SEEDS_PER_SPLIT:
             raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
     manifest = {"version": VERSION, "tasks": list(tasks), **counts, "seed": seed, "levels": list(levels), "size": size}
-    manifest |= {"chains": True, "asides": asides, "margins": margins}
+    manifest |= {"chains": True, "asides": other_questions, "margins": margins}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = folder / "world.json"
         held = json.loads(found.read_text()) if found.is_file() else "no world.json"
@@ -153,7 +154,7 @@ def _write_files(folder: Path, manifest: dict) -> None:
             task, level = tasks[k % len(tasks)], levels[k // len(tasks) % len(levels)]
             jobs.append((split, f"{k:06d}", task, level, first_seed + k))
     write = functools.partial(_write_scene, folder, manifest)
-    if len(jobs) > ONE_PROCESS:  # others are spawned: a fork of a process that has run torch's threads may hang
+    if len(jobs) > ONE_PROCESS_SCENES:  # spawned: a fork of a process that has run torch's threads may hang
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
             records = list(pool.map(write, *zip(*jobs), chunksize=100))
     else:
@@ -165,7 +166,7 @@ def _write_files(folder: Path, manifest: dict) -> None:
 
 
 def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,)) -> list[str]:
-    """Every coordinate, and the texts of scenes outside every split: what the demo tokenizer is trained on."""
+    """The texts from which the demo's tokenizer is made: every coordinate, and texts of scenes outside all splits."""
     texts = [str(v) for v in range(0, 1001, CELL)]
     for level, task, k in itertools.product(levels, tasks, range(500)):
         scene = draw_scene(task, -1 - k, level=level)
@@ -173,13 +174,12 @@ def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,)
     return texts
 
 
-def wordings(texts: Iterable[str]) -> list[str]:
-    """Objects, places, and the stretches of text between them and the numbers: all that a scene's texts are made of.
+def list_phrases(texts: Iterable[str]) -> list[str]:
+    """The phrases of which a scene's texts consist: objects, places, and the text between them and the numbers.
 
-    With a token for each of them a tiny model reads and writes a third fewer tokens, and each one that it writes is a
-    choice.
+    With one token for each phrase texts have a third fewer tokens, and every generated token carries a decision.
     """
     kinds = [f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)]
     varying = re.compile("|".join([rf"\b(?:{'|'.join(kinds)})\b", rf"\b(?:{'|'.join(PLACES)})\b", r"\d+"]))
-    between = {stretch for text in texts for stretch in varying.split(text)} - {""}
+    between = {phrase for text in texts for phrase in varying.split(text)} - {""}
     return [*kinds, *PLACES, *sorted(between)]

@@ -170,7 +170,7 @@ def test_sft_trains_adapters(world):
     sft.train(sft_options(world, "sft_lora", **changes), Ranks())
     losses = [m["loss"] for m in lines(world / "sft_lora")]
     assert losses[-1] < 0.9 * losses[0]
-    before, after = (load_file(world / name / "model.safetensors") for name in ("newborn", "sft_lora"))
+    before, after = (load_file(world / name / "model.safetensors") for name in ("initial", "sft_lora"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.weight" for name in linears(3)}
     saved = {p.name for p in (world / "sft_lora/adapter").iterdir()}

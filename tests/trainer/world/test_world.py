@@ -9,8 +9,8 @@ from PIL import Image
 
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.world.scenes import TASKS, box_text, place
-from boxgrpo.trainer.world.world import FILES, SPLITS, all_texts, scene_of, write_world
+from boxgrpo.trainer.world.scenes import TASKS, box_text, place_name
+from boxgrpo.trainer.world.world import FILES, SPLITS, all_texts, draw_split_scene, write_world
 
 SMALL = {"cold_start": 12, "train": 8, "held_out": 4}
 LARGER = {"cold_start": 60, "train": 30, "held_out": 30}
@@ -33,17 +33,17 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("worlds") / "small", **SMALL)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["asides", "no asides"])
+@pytest.fixture(scope="module", params=[True, False], ids=["other questions", "no others"])
 def exact(request, tmp_path_factory):
-    """All tasks at all levels, without margins: a folder, whether it has asides, and scene(split, k)."""
+    """All tasks at all levels, without margins: a folder, whether it has other questions, and scene(split, k)."""
     tasks, levels = list(TASKS), (0, 1, 2)
-    options = {"tasks": tasks, "levels": levels, "size": 56, "margins": 0.0, "asides": request.param}
+    options = {"tasks": tasks, "levels": levels, "size": 56, "margins": 0.0, "other_questions": request.param}
     folder = write_world(tmp_path_factory.mktemp("worlds") / "exact", **options, **LARGER)
 
     def scene(split, k):
         """Tasks take turns, and levels after each round of them."""
         seed = 1_000_000 * SPLITS.index(split) + k
-        return scene_of(split, tasks[k % 10], seed, level=levels[k // 10 % 3], size=56)
+        return draw_split_scene(split, tasks[k % 10], seed, level=levels[k // 10 % 3], size=56)
 
     return folder, request.param, scene
 
@@ -55,7 +55,7 @@ HELD = {"chain": CHAT, "coordinates": CHAT | SHORT, "question": QUESTION, "quest
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "plain"])
 def test_a_file_holds_the_scenes_that_its_seeds_name(exact, name):
-    folder, asides, scene_of_record = exact
+    folder, others, scene_of_record = exact
     split, form = FILES[name]
     records, (examples, faults) = read(folder, name), read_examples(folder / f"{name}.json")
     assert len(records) == len(examples) == LARGER[split] and not faults
@@ -69,7 +69,7 @@ def test_a_file_holds_the_scenes_that_its_seeds_name(exact, name):
         first = (scene.question + THINK_SUFFIX, scene.completion)
         if form == "coordinates":
             first = (BOX_PREFIX + scene.question, box_text(scene.gold))
-        assert texts(record) == [text for turn in [first, *asides * scene.other_questions] for text in turn]
+        assert texts(record) == [text for turn in [first, *others * scene.other_questions] for text in turn]
         assert form == "coordinates" or example.gold == scene.gold, "the answer is not well-formed"
 
 
@@ -84,7 +84,7 @@ def test_plain_records_are_about_the_place_of_each_object(exact):
         assert {(question, box), *others} == expected and len(others) == len(expected) - 1 and question != first[0]
         kind, number = re.fullmatch(r"Where is the (.*) in image (\d)\?", question).groups()
         corners = [int(v) for v in re.findall(r"\d+", box)]
-        assert chain == f"The {kind} is in image {number} at the {place(corners)}."
+        assert chain == f"The {kind} is in image {number} at the {place_name(corners)}."
 
 
 def test_every_record_has_its_images_and_tasks_take_turns(exact):
@@ -107,7 +107,7 @@ def test_no_arrangement_is_both_trained_on_and_held_out(task):
     """At level 0 there are so few that hundreds of scenes of any seeds share some."""
 
     def arrangements(split, seeds):
-        scenes = [scene_of(split, task, seed, level=0, size=56) for seed in seeds]
+        scenes = [draw_split_scene(split, task, seed, level=0, size=56) for seed in seeds]
         return {tuple(layout.things for layout in scene.layouts) for scene in scenes}
 
     trained = arrangements("train", range(300)) | arrangements("cold_start", range(300, 600))
@@ -116,7 +116,7 @@ def test_no_arrangement_is_both_trained_on_and_held_out(task):
 
 
 def test_the_same_arguments_write_the_same_bytes_in_one_process_or_several(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("boxgrpo.trainer.world.world.ONE_PROCESS", 3)
+    monkeypatch.setattr("boxgrpo.trainer.world.world.ONE_PROCESS_SCENES", 3)
     assert contents(write_world(tmp_path / "again", **SMALL)) == contents(world)
 
 
