@@ -1,10 +1,10 @@
-"""Tensors in, tensors out: the operations of a GRPO step for visual grounding.
+"""The tensor operations of a GRPO step for visual grounding.
 
 An op x has two modules: x.py with its public function, its registration and its torch twin, `<op>_torch`; and
 x_triton.py. The twin runs on a CPU, the tests compare Triton with it, and it is the benchmarks' baseline. Each public
 function takes `backend` = "auto" | "triton" | "torch". The rewards and `box_iou` are computed by csrc/, which is
 compiled for CPUs too: their backend is "auto" | "extension" | "torch". The public functions call functional custom ops
-under `torch.ops.boxgrpo`, which torch.compile accepts without a graph break.
+under `torch.ops.boxgrpo`, which torch.compile traces without a graph break.
 """
 
 from .advantages import group_advantages

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .dispatch import FLOATS, accumulation_dtype, check_choice, check_tensor, is_fast, register
+from .dispatch import FLOATS, accumulation_dtype, check_choice, check_tensor, register, runs_fast
 
-LEAST_MIOU = 0.02  # below it the "log" weight stays at -ln 0.02 = 3.9
+MIN_MIOU = 0.02  # the "log" weight is -ln(max(mIoU, 0.02)), at most 3.9
 
 
 def group_advantages_torch(
@@ -28,7 +28,7 @@ def group_advantages_torch(
     elif difficulty == "power":
         weights = (1 - miou).square()
     elif difficulty == "log":
-        weights = -torch.log(miou.clamp(LEAST_MIOU, 1))
+        weights = -torch.log(miou.clamp(MIN_MIOU, 1))
     else:
         weights = torch.ones_like(miou)
     return advantages, weights, miou
@@ -63,7 +63,7 @@ def group_advantages(
         advantages of exactly 0.
 
     Raises:
-        ValueError: a group of fewer than 2, an option that does not exist, shapes or dtypes that do not fit.
+        ValueError: fewer than 2 completions in a group, an unknown option, or shapes or dtypes that do not fit.
     """
     check_tensor("rewards", rewards, (None, None), FLOATS)
     check_tensor("accuracy", accuracy, tuple(rewards.shape), FLOATS)
@@ -71,7 +71,7 @@ def group_advantages(
         raise ValueError(f"num_generations is {rewards.shape[1]}; a group needs at least 2. Raise --num_generations.")
     check_choice("difficulty", difficulty, DIFFICULTIES)
     check_choice("scale", scale, SCALES)
-    triton = is_fast("group_advantages", backend, rewards, accuracy)
+    triton = runs_fast("group_advantages", backend, rewards, accuracy)
     return torch.ops.boxgrpo.group_advantages(rewards, accuracy, difficulty, scale, eps, triton)
 
 

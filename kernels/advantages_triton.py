@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .advantages import LEAST_MIOU
+from .advantages import MIN_MIOU
 from .dispatch import Launch
 
-ELEMENTS = 1024  # upper bound of a program's tile, which holds whole groups
+ELEMENTS = 1024  # target size of a program's tile, which consists of whole groups
 
 
 @triton.jit
-def _tile(pointer, group, column, groups, size):
-    """Some rows of a (groups, size) tensor, 0 beyond its edges, and the mask of the others."""
+def _load_tile(pointer, group, column, groups, size):
+    """Load rows `group` of a (groups, size) tensor as fp32, 0 outside of it; also return the mask of the inside."""
     mask = (group[:, None] < groups) & (column[None, :] < size)
     offsets = group[:, None].to(tl.int64) * size + column[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32), mask
@@ -37,36 +37,36 @@ def advantages_kernel(
 ):
     """A program computes GROUPS groups of at most SIZE rewards; for the batch's std each program reads all rewards."""
     column = tl.arange(0, SIZE)
-    spread = 1.0
+    divisor = 1.0
     if SCALE == "batch":
-        # Two passes, first for the mean: rewards may be far from 0 and close together.
+        # Two passes, the first for the mean: the difference of large sums would lose the digits of a small variance.
         total = tl.zeros((GROUPS, SIZE), tl.float32)
         for at in range(0, groups, GROUPS):
-            r, _ = _tile(rewards, at + tl.arange(0, GROUPS), column, groups, size)
+            r, _ = _load_tile(rewards, at + tl.arange(0, GROUPS), column, groups, size)
             total += r
-        centre = tl.sum(total) / (groups * size)
+        batch_mean = tl.sum(total) / (groups * size)
         total = tl.zeros((GROUPS, SIZE), tl.float32)
         for at in range(0, groups, GROUPS):
-            r, mask = _tile(rewards, at + tl.arange(0, GROUPS), column, groups, size)
-            total += tl.where(mask, (r - centre) * (r - centre), 0.0)
-        spread = tl.sqrt(tl.sum(total) / (groups * size - 1)) + eps
+            r, mask = _load_tile(rewards, at + tl.arange(0, GROUPS), column, groups, size)
+            total += tl.where(mask, (r - batch_mean) * (r - batch_mean), 0.0)
+        divisor = tl.sqrt(tl.sum(total) / (groups * size - 1)) + eps
 
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    r, mask = _tile(rewards, group, column, groups, size)
+    r, mask = _load_tile(rewards, group, column, groups, size)
     mean = tl.sum(r, 1) / size
     centred = tl.where(mask, r - mean[:, None], 0.0)
     result = centred
     if SCALE == "group":
         result = centred / (tl.sqrt(tl.sum(centred * centred, 1) / (size - 1)) + eps)[:, None]
     elif SCALE == "batch":
-        result = centred / spread
+        result = centred / divisor
     # Rounding may move the mean of equal rewards by an ulp, and an ulp over (std + eps) is not 0.
     equal = tl.max(tl.where(mask, r, float("-inf")), 1) == tl.min(tl.where(mask, r, float("inf")), 1)
     equal &= mean == mean  # NaN, which max and min ignore, stays in the result
     result = tl.where(equal[:, None], 0.0, result)
     tl.store(advantages + group[:, None].to(tl.int64) * size + column[None, :], result, mask=mask)
 
-    a, _ = _tile(accuracy, group, column, groups, size)
+    a, _ = _load_tile(accuracy, group, column, groups, size)
     m = tl.sum(a, 1) / size
     if DIFFICULTY == "exp":
         phi = tl.exp(1 - m)
@@ -86,7 +86,7 @@ def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, wei
     width = triton.next_power_of_2(size)
     rows = min(max(ELEMENTS // width, 1), triton.next_power_of_2(max(groups, 1)))
     inputs = rewards.contiguous(), accuracy.contiguous()
-    arguments = *inputs, advantages, weights, miou, groups, size, eps, LEAST_MIOU
+    arguments = *inputs, advantages, weights, miou, groups, size, eps, MIN_MIOU
     constants = {"DIFFICULTY": difficulty, "SCALE": scale, "GROUPS": rows, "SIZE": width}
     return Launch(advantages_kernel, (triton.cdiv(groups, rows),), arguments, constants, num_warps=4)
 

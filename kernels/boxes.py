@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dispatch import FLOATS, accumulation_dtype, check_tensor, is_fast, register_compiled
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, register_compiled, runs_fast
 
 
 def box_iou(
@@ -14,7 +14,7 @@ def box_iou(
     Args:
         a, b: (n, 4) and (m, 4) float, x1 y1 x2 y2 in one unit; n = m unless `pairwise`.
         pairwise: every box of a with every box of b, as torchvision's `box_iou`.
-        generalized: GIoU, IoU - (hull - union) / hull with the smallest box around both
+        generalized: return GIoU = IoU - (hull - union) / hull; hull is the area of the smallest box around both
             ([Rezatofighi et al. 2019](https://arxiv.org/abs/1902.09630)).
         backend: as in `grounding_rewards`; fp64 is computed by the twin only.
 
@@ -31,7 +31,7 @@ def box_iou(
     dtype = accumulation_dtype(a, b)
     if dtype == torch.float64 and backend == "auto":
         backend = "torch"
-    fast = is_fast("box_iou", backend, a, fast="extension")
+    fast = runs_fast("box_iou", backend, a, fast="extension")
     op = torch.ops.boxgrpo.box_iou if fast else torch.ops.boxgrpo.box_iou_torch
     return op(a.to(dtype), b.to(dtype), pairwise, generalized)
 
@@ -45,12 +45,12 @@ def box_iou_torch(a: Tensor, b: Tensor, pairwise: bool = False, generalized: boo
     size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     union = size_a.prod(-1) + size_b.prod(-1) - overlap
-    proper = (size_a > 0).all(-1) & (size_b > 0).all(-1) & union.isfinite()
-    iou = torch.where(proper, overlap / union, 0).clamp(max=1)
+    valid = (size_a > 0).all(-1) & (size_b > 0).all(-1) & union.isfinite()
+    iou = torch.where(valid, overlap / union, 0).clamp(max=1)
     if not generalized:
         return iou.to(dtype)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    return torch.where(proper, iou - ((hull - union) / hull).clamp(min=0), -1).to(dtype)
+    return torch.where(valid, iou - ((hull - union) / hull).clamp(min=0), -1).to(dtype)
 
 
 def _fake(a: Tensor, b: Tensor, pairwise: bool, generalized: bool) -> Tensor:

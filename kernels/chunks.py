@@ -1,6 +1,6 @@
-"""Logits in chunks of rows, and the gradients that come back from them, for torch twins and Triton kernels alike.
+"""Logits in chunks of rows and their backward pass, for the torch twins and the Triton kernels.
 
-The (N, V) logits of a head never exist together: a chunk of them is computed, used, and overwritten by the next one.
+The full (N, V) logits of a head are never in memory: a chunk is computed, used, and overwritten by the next one.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,16 +14,16 @@ from .dispatch import accumulation_dtype
 MIB = 1 << 20
 LOGIT_FLOOR = -1e30  # replaces a logit of -inf, so that p * log p is 0 and not NaN
 
-# Buffers of `HeadSweep` for Triton, together below 1 GB; at V = 152k 512 rows of logits and 2048 of bf16 gradients.
+# `HeadSweep`'s buffers for Triton, below 1 GB together. At V = 152k: 512 rows of logits, 2048 of bf16 gradients.
 LOGIT_BYTES = 320 * 10**6
 GRADIENT_BYTES = 640 * 10**6
-ROW_MULTIPLE = 128  # rows of a matrix product's tile: the buffers' rows are a multiple
+ROW_MULTIPLE = 128  # the buffers' numbers of rows are multiples of it, the rows of a matrix product's tile
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, at_least: int) -> int:
-    """Rows of a torch twin's chunk.
+    """The number of rows in a chunk of a torch twin.
 
-    On a CPU as many as fill 2 MiB, which stay in the cache, but `at_least` so many, and never more than fill 56 MiB.
+    On a CPU as many as fit into 2 MiB of cache, but not fewer than `at_least`, nor more than fit into 56 MiB.
     """
     row = max(vocabulary, 1) * dtype.itemsize
     if device.type != "cpu":
@@ -32,11 +32,11 @@ def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, at_
 
 
 class HeadSweep:
-    """The logits of hidden (N, H) and weight (V, H) in chunks; sums dhidden (N, H) and dweight (V, H), if wanted.
+    """The logits of hidden (N, H) and weight (V, H) in chunks; sums up dhidden (N, H) and dweight (V, H) if requested.
 
-    Iterating gives (rows, logits, dlogits) to a Triton kernel. The logits are fp32, in one buffer. The kernel fills
-    dlogits, in the head's dtype, before the next chunk is taken; once GRADIENT_BYTES of them are full, the two products
-    of the backward take them together. Per logit 4 bytes are written and read, and 2 written and read twice (bf16).
+    Iteration yields (rows, logits, dlogits) for a Triton kernel. The logits are fp32, in one buffer. The kernel must
+    fill dlogits, in the head's dtype, before the next chunk; whenever GRADIENT_BYTES are full, both products of the
+    backward consume them. Traffic per logit: 4 bytes written and read, 2 (bf16) written once and read twice.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden: bool = False, grad_weight: bool = False):
@@ -47,17 +47,17 @@ class HeadSweep:
         self.wanted = grad_hidden or grad_weight
         self.dhidden = hidden.new_zeros(hidden.shape) if grad_hidden else None
         self.dweight = weight.new_zeros(weight.shape, dtype=self.dtype) if grad_weight else None
-        # For products with sums and results in self.dtype. Autocast does not change products with an `out`.
+        # Accumulate and return products in self.dtype. Autocast does not apply to products with an `out`.
         self.product_dtype = {} if hidden.dtype == self.dtype else {"out_dtype": self.dtype}
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         n, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         step = _rows_within(LOGIT_BYTES, vocabulary, 4)
-        held = max(_rows_within(GRADIENT_BYTES, vocabulary, self.hidden.itemsize) // step, 1) * step
+        gradient_rows = max(_rows_within(GRADIENT_BYTES, vocabulary, self.hidden.itemsize) // step, 1) * step
         buffer = self.hidden.new_empty(min(step, n), vocabulary, dtype=self.dtype)
-        dlogits = self.hidden.new_empty(min(held, n) if self.wanted else 0, vocabulary)
-        for first in range(0, n, held):
-            end = min(first + held, n)
+        dlogits = self.hidden.new_empty(min(gradient_rows, n) if self.wanted else 0, vocabulary)
+        for first in range(0, n, gradient_rows):
+            end = min(first + gradient_rows, n)
             for start in range(first, end, step):
                 rows = slice(start, min(start + step, end))
                 logits = buffer[: rows.stop - start]
@@ -67,14 +67,14 @@ class HeadSweep:
                 self.add(slice(first, end), dlogits[: end - first])
 
     def chunks(self, temperature: float = 1.0, live: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows (n) int64 and their logits (n, V) at the temperature, in one buffer; at least one chunk.
+        """Yield row indices (n) int64 and their logits (n, V) / temperature, in one buffer; at least one chunk.
 
-        On a CPU a chunk has only rows whose `live` (N) is not zero; another device would have to wait for their number.
+        On a CPU only rows with nonzero `live` (N) are computed; on a GPU, counting them would need a synchronisation.
         """
         n, vocabulary, device = self.hidden.shape[0], self.weight.shape[0], self.hidden.device
-        # Each chunk reads and writes the whole of dweight: with 128 rows that is little beside the product itself.
+        # Each chunk reads and writes the whole of dweight, which with 128 rows takes little time beside the product.
         most = chunk_rows(vocabulary, self.dtype, device, at_least=128)
-        step = -(-n // max(-(-n // most), 1))  # all chunks of one size, but for the last
+        step = -(-n // max(-(-n // most), 1))  # chunks of equal size, except the last
         buffer = self.hidden.new_empty(step, vocabulary, dtype=self.dtype)
         only_live = live is not None and device.type == "cpu"
         selected = live.nonzero().squeeze(1) if only_live else torch.arange(n, device=device)
@@ -86,12 +86,12 @@ class HeadSweep:
     def blocks(
         self, temperature: float, live: Tensor | None = None, live_is_final: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows (n), their log-softmax (n, V) and an output (n, V), block by block, for a torch twin.
+        """Yield row indices (n), their log-softmax (n, V) and an output buffer (n, V), for a torch twin.
 
-        A block is a part of a chunk that stays in a CPU's cache. Where gradients are wanted, the twin writes dlogits
-        into the output, and sets `live` (N) of the block's rows to nonzero where they have a gradient, before it takes
-        the next block. Other rows are left out of the products with dlogits; with `live_is_final`, which says that
-        `live` is complete from the start, their logits are not computed either.
+        A block is a part of a chunk that fits into a CPU's cache. If gradients are requested, the twin must, before
+        the next block, write dlogits into the output and set `live` (N) to nonzero for the rows with a gradient. The
+        other rows are left out of the products with dlogits. With `live_is_final`, `live` is complete before the first
+        block, and the logits of the other rows are not computed either.
         """
         size = chunk_rows(self.weight.shape[0], self.dtype, self.hidden.device, at_least=4)
         log_softmax = self.hidden.new_empty(min(size, self.hidden.shape[0]), self.weight.shape[0], dtype=self.dtype)
@@ -109,7 +109,7 @@ class HeadSweep:
             self.add(rows, logits)
 
     def add(self, rows: slice | Tensor, dlogits: Tensor) -> None:
-        """Add the gradients that come from dlogits (n, V) of `rows`. Each row is given once."""
+        """Add the gradients that follow from the dlogits (n, V) of `rows`; each row must be added only once."""
         hidden, dlogits = self.hidden[rows], dlogits.to(self.weight.dtype)
         if self.dhidden is not None:
             self.dhidden[rows] = torch.mm(dlogits, self.weight, out=torch.empty_like(hidden))
@@ -117,15 +117,15 @@ class HeadSweep:
             torch.addmm(self.dweight, dlogits.t(), hidden, out=self.dweight, **self.product_dtype)
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """(dhidden, dweight) in the dtype of the inputs; an unwanted one is (0)."""
+        """(dhidden, dweight) in the dtype of the inputs; one that was not requested has shape (0)."""
         none = self.hidden.new_empty(0, dtype=self.input_dtype)
         return tuple(none.clone() if x is None else x.to(self.input_dtype) for x in (self.dhidden, self.dweight))
 
 
 class LogitSweep:
-    """Given logits (N, V) as `HeadSweep` gives those of a head; with `overwrite` their gradient is written over them.
+    """`HeadSweep`'s interface for logits (N, V) that already exist; `overwrite`: their gradient replaces them.
 
-    Iterating gives them to a Triton kernel in one chunk.
+    Iteration yields all rows in one chunk.
     """
 
     def __init__(self, logits: Tensor, grad: bool = False, overwrite: bool = False):
@@ -142,10 +142,10 @@ class LogitSweep:
     def blocks(
         self, temperature: float, live: Tensor | None = None, live_is_final: bool = False
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """As `HeadSweep.blocks`, but of all rows in each case: a row that is not live has a gradient of zeros."""
+        """As `HeadSweep.blocks`, but always over all rows: the gradient of a row that is not live is zero."""
         n, vocabulary = self.logits.shape
         most = chunk_rows(vocabulary, self.dtype, self.logits.device, at_least=4)
-        step = -(-n // max(-(-n // most), 1)) or 1  # all blocks of one size, but for the last
+        step = -(-n // max(-(-n // most), 1)) or 1  # blocks of equal size, except the last
         buffer, log_softmax = self.logits.new_empty(2, min(step, n), vocabulary, dtype=self.dtype)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
@@ -153,7 +153,7 @@ class LogitSweep:
             if temperature != 1.0:
                 logits.mul_(1 / temperature)
             torch.log_softmax(logits.clamp_(min=LOGIT_FLOOR), 1, out=log_softmax[: len(logits)])
-            # Without a gradient nothing is written into `dlogits`: another sweep may read the logits again.
+            # Write into `dlogits` only for a gradient: it may be the logits, which another sweep reads again.
             in_place = live is not None and self.dlogits.dtype == self.dtype
             out = self.dlogits[rows] if in_place else logits
             yield rows, log_softmax[: len(logits)], out
@@ -161,12 +161,12 @@ class LogitSweep:
                 continue
             if not in_place:
                 self.dlogits[rows] = out
-            dead = live[rows] == 0
-            if dead.device.type != "cpu" or dead.any():  # such a row becomes 0 even where it is NaN
-                self.dlogits[rows].masked_fill_(dead.unsqueeze(1), 0)
+            zero = live[rows] == 0
+            if zero.device.type != "cpu" or zero.any():  # also replaces NaN
+                self.dlogits[rows].masked_fill_(zero.unsqueeze(1), 0)
 
     def results(self) -> tuple[Tensor]:
-        """(dlogits), (N, V), or (0) if unwanted."""
+        """(dlogits): (N, V), or (0) if it was not requested."""
         return (self.dlogits,)
 
 
@@ -178,10 +178,10 @@ def _rows_within(limit: int, vocabulary: int, itemsize: int) -> int:
 def forward(
     sweep: HeadSweep | LogitSweep, targets: Tensor, temperature: float, entropy: bool, gradient: Callable | None = None
 ) -> tuple[Tensor, Tensor]:
-    """logps (N) and entropy (N), or (0) if not wanted, in nats.
+    """logps (N) and entropy (N) in nats; the entropy has shape (0) if it was not requested.
 
-    `gradient(rows, logps)` returns d loss / d logps of a block. With it dlogits are computed from the block's
-    probabilities before the next block; `entropy` must be set.
+    `gradient(rows, logps)` returns d loss / d logps of a block. If it is given, dlogits are computed from each block's
+    probabilities before the next block; it requires `entropy`.
     """
     assert entropy or gradient is None
     n = targets.shape[0]
@@ -204,9 +204,9 @@ def forward(
 def backward(
     sweep: HeadSweep | LogitSweep, targets: Tensor, temperature: float, dlogps: Tensor, entropy=None, dentropy=None
 ) -> None:
-    """Compute the logits again and push d/dlogps (N) and d/dentropy (N) through them, into the sweep's gradients.
+    """Recompute the logits and backpropagate d/dlogps (N) and d/dentropy (N) into the sweep's gradients.
 
-    `entropy` (N) is the forward's; None or (0) if it was not wanted.
+    `entropy` (N) is the forward's result, or None or of shape (0) if it was not requested.
     """
     with_entropy = entropy is not None and entropy.numel() == targets.numel()
     live = (dlogps != 0) | (dentropy != 0) if with_entropy else dlogps != 0

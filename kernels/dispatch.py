@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, how ops are registered under `torch.ops.boxgrpo`, and how a kernel is launched.
+"""Choice of an op's implementation, registration of ops under `torch.ops.boxgrpo`, and launch of Triton kernels.
 
 An op has a torch twin, `<op>_torch` in x.py, and one fast implementation: `<op>_triton` in x_triton.py, which is
 imported when it first runs, or the operator that csrc/ compiles ("extension").
@@ -20,7 +20,7 @@ INTS = (torch.int32, torch.int64)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuse a tensor of another shape (None: any length) or dtype."""
+    """Raise ValueError unless the tensor has this shape (None: any length) and one of these dtypes."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch tensor.")
     fits = len(tensor.shape) == len(shape)
@@ -35,13 +35,13 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse an option that is not one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}.")
 
 
 def check_scored_rows(rows: Tensor, targets: Tensor, temperature: float, weight: Tensor | None = None) -> None:
-    """Refuse hidden states (N, H) and their head's weight (V, H), or logits (N, V), that `targets` (N) do not fit."""
+    """Raise ValueError unless `rows`, hidden states (N, H) with `weight` (V, H) or logits (N, V), fit `targets` (N)."""
     check_tensor("logits" if weight is None else "hidden", rows, (None, None), FLOATS)
     if weight is not None:
         check_tensor("weight", weight, (None, rows.shape[1]), (rows.dtype,))
@@ -51,11 +51,11 @@ def check_scored_rows(rows: Tensor, targets: Tensor, temperature: float, weight:
 
 
 def check_writable(option: str, logits: Tensor) -> None:
-    """Refuse to write over expanded logits, of which several share one place in memory."""
+    """Raise ValueError for expanded logits, several of which share one memory location: they cannot be overwritten."""
     if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError(
             f"{option} is set and the logits {tuple(logits.shape)} are expanded, strides {logits.stride()}; each logit "
-            "needs a place of its own to be written over. Pass logits.contiguous()."
+            "needs a memory location of its own to be overwritten. Pass logits.contiguous()."
         )
 
 
@@ -65,21 +65,21 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 try:
-    importlib.import_module("._C", __package__)  # its loading registers the operators of csrc/
-    MISSING = None  # why the compiled module cannot be imported
+    importlib.import_module("._C", __package__)  # importing it registers the operators of csrc/
+    IMPORT_FAILURE = None  # why the compiled module cannot be imported
 except ImportError as error:
-    MISSING = str(error)
+    IMPORT_FAILURE = str(error)
 
-# Without this option pip builds in an environment of its own that has no torch, and so without the parser.
+# Without this option pip builds in an isolated environment that has no torch, and the parser is not compiled.
 REMEDY = "With a compiler (for a GPU, nvcc and a CUDA build of torch), run `pip install --no-build-isolation` again"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def is_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> bool:
+def runs_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> bool:
     """Whether `op` runs its fast implementation, "triton" or "extension", and not its torch twin.
 
-    "auto": Triton for tensors on a GPU, except in fp64; the compiled operator in every case, which is the twin where
+    "auto": Triton for tensors on a GPU that are not fp64; the compiled operator always, because it runs the twin where
     csrc/ was not built. "triton" or "extension": that implementation or an error. "torch": the twin.
 
     Raises:
@@ -104,25 +104,25 @@ def interpreting() -> bool:
 
 
 def _triton_obstacle(tensor: Tensor) -> str | None:
-    """Why Triton cannot take the tensor, as a part of `is_fast`'s message."""
+    """Why Triton cannot take the tensor, as a part of `runs_fast`'s message."""
     if tensor.device.type != ("cpu" if interpreting() else "cuda"):
-        return f"got a {tensor.device.type.upper()} tensor. Pass another,"
+        return f"got a {tensor.device.type.upper()} tensor. Pass one on another device,"
     if tensor.dtype == torch.float64:
         return "got fp64, which only the torch twin computes in. Cast it,"
     return None if _HAS_TRITON else "finds no triton package. Install it,"
 
 
 def _extension_obstacle(tensor: Tensor) -> str | None:
-    """Why the compiled operator cannot take the tensor, as a part of `is_fast`'s message."""
+    """Why the compiled operator cannot take the tensor, as a part of `runs_fast`'s message."""
     if is_compiled(tensor.device.type):
         return None
-    reason = f" ({MISSING})" if MISSING else ""
+    reason = f" ({IMPORT_FAILURE})" if IMPORT_FAILURE else ""
     return f"finds csrc/ not compiled for {tensor.device.type.upper()} tensors{reason}. {REMEDY},"
 
 
 def is_compiled(device_type: str) -> bool:
-    """Whether csrc/ was built for a type of device: with all its operators, or none."""
-    may_be_built = MISSING is None and device_type in ("cpu", "cuda")
+    """Whether csrc/ was built for this device type. It is built with all of its operators or not at all."""
+    may_be_built = IMPORT_FAILURE is None and device_type in ("cpu", "cuda")
     return may_be_built and torch._C._dispatch_has_kernel_for_dispatch_key("boxgrpo::box_iou", device_type.upper())
 
 
@@ -132,8 +132,8 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
     Args:
         schema: arguments and results, without the op's name.
         twin: takes the op's arguments without `triton`, in their order. `<op>_triton` takes the same; it is in the
-            module with the twin's name and `_triton`.
-        fake: returns empty results for the op's arguments.
+            module whose name is that of the twin's module and `_triton`.
+        fake: returns tensors of the results' shapes and dtypes, for tracing.
 
     Returns:
         The op, to which an autograd formula may be added, and the plain function that it runs.
@@ -156,16 +156,16 @@ def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
     """
     op = f"boxgrpo::{twin.__name__.removesuffix('_torch')}"
 
-    def stand_in(*args):
+    def run_twin(*args):
         _warn_once()
         return twin(*args)
 
     _define(twin.__name__, schema, twin, fake)
-    if MISSING is not None:
+    if IMPORT_FAILURE is not None:
         torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(op, "default", stand_in)
+        torch.library.impl(op, "default", run_twin)
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
-        torch.library.impl(op, "cuda", stand_in)
+        torch.library.impl(op, "cuda", run_twin)
     torch.library.register_fake(op, fake)
 
 
@@ -177,10 +177,10 @@ def _define(op: str, schema: str, run: Callable, fake: Callable) -> torch.librar
 
 @functools.cache
 def _warn_once() -> None:
-    reason = MISSING or "it has no CUDA part"
+    reason = IMPORT_FAILURE or "it has no CUDA part"
     frame, depth = sys._getframe(1), 2
     while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(("boxgrpo.kernels.", "torch.")):
-        frame, depth = frame.f_back, depth + 1  # up to the caller of the public function
+        frame, depth = frame.f_back, depth + 1  # the frame of the public function's caller
     warnings.warn(
         f"boxgrpo runs without its compiled box parser ({reason}): Python's re reads the answers, a hundred times "
         f"slower. {REMEDY}.",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep, backward, forward
-from .dispatch import accumulation_dtype, check_scored_rows, check_writable, is_fast, register
+from .dispatch import accumulation_dtype, check_scored_rows, check_writable, register, runs_fast
 from .loss import (
     OPTIONS_SCHEMA,
     GrpoStats,
@@ -23,7 +23,7 @@ from .loss import (
 def fused_grpo_loss_torch(
     hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, *options
 ) -> tuple[Tensor, ...]:
-    """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unwanted gradient is (0)."""
+    """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unrequested gradient is (0)."""
     sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
     return _loss_and_gradients(sweep, targets, advantages, completion_cu, temperature, options)
 
@@ -70,7 +70,7 @@ def fused_grpo_loss(
     """grpo_loss(token_logps(hidden, weight, targets)), with the gradients computed while each chunk of logits exists.
 
     At the token level no logit is computed twice (6·N·V·H FLOP, 4 with a frozen head). On a CPU rows without gradient
-    are left out of the second product; on a GPU that would wait for the device, so the caller should leave them
+    are left out of the second product; on a GPU that would need a synchronisation, so the caller should leave them
     out. The sequence level needs all logps of a completion first and computes the logits a second time. With Triton
     a second backward through a retained graph raises: the first scales the saved gradients in place.
 
@@ -91,7 +91,7 @@ def fused_grpo_loss(
     """
     check_scored_rows(hidden, targets, temperature, weight)
     options = options_of_call(hidden.shape[0], advantages, completion_cu, options, loss_options)
-    triton = is_fast("fused_grpo_loss", backend, hidden)
+    triton = runs_fast("fused_grpo_loss", backend, hidden)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     loss, _, _, logps, entropy, stats = torch.ops.boxgrpo.fused_grpo_loss(
         hidden, weight, targets, advantages, completion_cu, temperature, *wanted, triton, *options
@@ -130,7 +130,7 @@ def fused_grpo_loss_from_logits(
     options = options_of_call(logits.shape[0], advantages, completion_cu, options, loss_options)
     if overwrite_logits:
         check_writable("overwrite_logits", logits)
-    triton = is_fast("fused_grpo_loss_from_logits", backend, logits)
+    triton = runs_fast("fused_grpo_loss_from_logits", backend, logits)
     wanted = torch.is_grad_enabled() and logits.requires_grad
     op = _Overwriting.apply if overwrite_logits else torch.ops.boxgrpo.fused_grpo_loss_from_logits
     outputs = op(logits, targets, advantages, completion_cu, temperature, wanted, triton, *options)
@@ -153,7 +153,7 @@ def _fake(rows: Tensor, *wanted: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
 
 
 _INPUTS = "Tensor targets, Tensor advantages, Tensor completion_cu, float temperature"
-_TRITON_AT = -len(LossOptions._fields) - 1  # index of the argument `triton`, which stands before the options
+_TRITON_INDEX = -len(LossOptions._fields) - 1  # index of the argument `triton`, which stands before the options
 _head_op, _ = register(
     f"(Tensor hidden, Tensor weight, {_INPUTS}, bool grad_hidden, bool grad_weight, bool triton, {OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -165,8 +165,8 @@ _logits_op, _run_on_logits = register(
     fused_grpo_loss_from_logits_torch,
     _fake_logits,
 )
-register_saved_gradients(_head_op, 2, _TRITON_AT)
-register_saved_gradients(_logits_op, 1, _TRITON_AT)
+register_saved_gradients(_head_op, 2, _TRITON_INDEX)
+register_saved_gradients(_logits_op, 1, _TRITON_INDEX)
 
 
 class _Overwriting(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _Overwriting(torch.autograd.Function):
     def forward(ctx, logits, *args):
         storage = logits.detach()  # shares the version counter, so that autograd sees the writes below
         loss, _, *rest = _run_on_logits(storage, *args, overwrite=True)
-        ctx.n_inputs, ctx.in_place = 1 + len(args), args[_TRITON_AT]
+        ctx.n_inputs, ctx.in_place = 1 + len(args), args[_TRITON_INDEX]
         ctx.save_for_backward(storage)
         ctx.mark_non_differentiable(*rest)
         return loss, *rest

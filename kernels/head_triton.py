@@ -17,7 +17,7 @@ from .loss_triton import (
     terms_triton,
     token_objective,
 )
-from .rows_triton import LN2, LOG2E, absorb, floored, join, load_block, row_arguments, row_config, target_logit, tiles
+from .rows_triton import LN2, LOG2E, floored, load_block, merge, row_arguments, row_config, target_logit, tiles, update
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _store(dz, columns, row_ptr, stride, vocabulary):
     tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["n", "first"])  # otherwise each new value would be compiled
+@triton.jit(do_not_specialize=["n", "first"])  # otherwise each new value triggers a compilation
 def fused_kernel(
     logits,
     row_stride,
@@ -85,7 +85,7 @@ def fused_kernel(
     scale = inverse_temperature * LOG2E
     DTYPE: tl.constexpr = logits.dtype.element_ty
 
-    # Loaded before the only barrier: where dlogits are the logits, a faster warp may overwrite it after the barrier.
+    # Loaded before the only barrier: after it another warp may have overwritten this logit by its gradient.
     target = tl.load(targets + token)
     chosen = target_logit(row_ptr, target, column_stride, vocabulary, floor)
     top = tl.full((THREADS,), floor, tl.float32)
@@ -96,10 +96,10 @@ def fused_kernel(
         word = row * row_stride * WORDS // BLOCK + piece * WORDS + tl.arange(0, WORDS)
         held = held + (tl.load(words + word),)
         z = floored(_elements(held[piece], DTYPE), floor)
-        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
+        top, total, weighted = update(z, top, total, weighted, scale, THREADS, VECTOR, True)
     for at in tl.range(HELD, vocabulary, BLOCK, num_stages=STAGES):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
+        top, total, weighted = update(z, top, total, weighted, scale, THREADS, VECTOR, True)
     # These loads run while the threads' sums are joined.
     advantage, gain, kl_gain = tl.load(terms + token), tl.load(terms + n + token), tl.load(terms + 2 * n + token)
     old_logp = None
@@ -108,7 +108,7 @@ def fused_kernel(
         old_logp = tl.load(old_logps + token).to(tl.float32)
     if ref_logps is not None:
         ref_logp = tl.load(ref_logps + token).to(tl.float32)
-    peak, log_mass, nats = join(top, total, weighted, scale)
+    peak, log_mass, nats = merge(top, total, weighted, scale)
 
     logp = ((chosen - peak) * scale - log_mass) * LN2
     log_ratio = tl.full((), 0.0, tl.float32)
@@ -128,7 +128,7 @@ def fused_kernel(
             columns = at + tl.arange(0, BLOCK)
             _store(tl.zeros((BLOCK,), tl.float32), columns, out_ptr, out_column_stride, vocabulary)
     else:
-        # Unpacked from the words again. `opaque` is 0 unless the row is NaN, which the compiler cannot prove: without
+        # Unpack the words a second time. `opaque` is 0 unless the row is NaN, which the compiler cannot prove: without
         # it the fp32 elements, in twice as many registers, would be held from the first pass to the second.
         opaque = (log_mass != log_mass).to(tl.int32)
         for piece in tl.static_range(HELD // BLOCK):
@@ -147,13 +147,13 @@ def fused_kernel(
 def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens, dlogits, first=0) -> Launch:
     """`logits` and `dlogits` may be a part of the N rows, from `first` on; the other tensors have all N."""
     config = row_config("fused", logits.shape[1], logits.itemsize)
-    if logits.stride(1) != 1:  # the offset of each element takes registers, too
+    if logits.stride(1) != 1:  # then each element's offset needs a register
         config = config._replace(block=max(config.block // 4, 512 * config.num_warps // logits.itemsize))
     words = _as_words(logits) if 0 < config.held <= logits.shape[1] else None
     inputs = *row_arguments(logits, temperature), words, targets.contiguous(), terms
     results = logps, entropy, tokens, dlogits, *dlogits.stride()
     arguments = *inputs, *results, first, targets.shape[0], *objective_arguments(o)
-    # A thread's elements are neighbours, as many of the narrower dtype as one access of 16 bytes holds.
+    # Each thread takes adjacent elements, as many as a 16-byte access holds in the narrower of the two dtypes.
     constants = tiles(config, min(logits.itemsize, dlogits.itemsize)) | {
         "CISPO": o.loss_type == "cispo",
         "HELD": 0 if words is None else config.held,
@@ -164,9 +164,9 @@ def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens,
 
 
 def _as_words(logits: Tensor) -> Tensor | None:
-    """The same storage as int32, or None where columns are apart or rows do not start at multiples of 16 bytes.
+    """The same storage as int32; None if columns are not contiguous or rows do not start at multiples of 16 bytes.
 
-    (Words that are loaded one by one would not fit the registers.)
+    (Words that are loaded one by one would need too many registers.)
     """
     aligned = logits.stride(1) == 1 and all(
         x * logits.itemsize % 16 == 0 for x in (logits.shape[1], logits.stride(0), logits.storage_offset())
@@ -177,7 +177,7 @@ def _as_words(logits: Tensor) -> Tensor | None:
 def fused_grpo_loss_triton(
     hidden, weight, targets, advantages, completion_cu, temperature, grad_hidden, grad_weight, *options
 ) -> tuple[Tensor, ...]:
-    """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unwanted gradient is (0).
+    """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unrequested gradient is (0).
 
     FLOP: 6·N·V·H, 4 with a frozen head; 2 more at the sequence level.
     """
@@ -194,7 +194,7 @@ def fused_grpo_loss_from_logits_triton(
 
 
 def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temperature, options) -> tuple[Tensor, ...]:
-    """`sweep` computes the gradients that are wanted; `plain` has the same logits without them, for a first pass."""
+    """`sweep` computes the requested gradients; `plain` yields the same logits without gradients, for a first pass."""
     o = LossOptions._make(options)
     if sweep.wanted and o.importance_sampling_level == "token":
         terms = terms_triton(targets.shape[0], advantages, completion_cu, o)

@@ -4,25 +4,25 @@ import torch
 from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep, backward, forward
-from .dispatch import accumulation_dtype, check_scored_rows, check_writable, is_fast, register
+from .dispatch import accumulation_dtype, check_scored_rows, check_writable, register, runs_fast
 
 
 def token_logps_torch(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
-    """(N, H), (V, H), (N) -> logps (N), entropy (N), or (0) if not wanted, and no state (0)."""
+    """(N, H), (V, H), (N) -> logps (N), entropy (N), or (0) if not requested, and an empty state (0)."""
     return *forward(HeadSweep(hidden, weight), targets, temperature, entropy), hidden.new_empty(0, dtype=torch.float32)
 
 
 def token_logps_backward_torch(
     hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight
 ) -> tuple[Tensor, Tensor]:
-    """dlogps (N), dentropy (N) or (0) -> dhidden (N, H), dweight (V, H); an unwanted one is (0). `state` is ignored."""
+    """dlogps (N), dentropy (N) or (0) -> dhidden (N, H), dweight (V, H); (0) if not requested. `state` is ignored."""
     sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
     backward(sweep, targets, temperature, dlogps, entropy, dentropy)
     return sweep.results()
 
 
 def token_logps_from_logits_torch(logits, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
-    """(N, V), (N) -> logps (N), entropy (N), or (0) if not wanted, and no state (0)."""
+    """(N, V), (N) -> logps (N), entropy (N), or (0) if not requested, and an empty state (0)."""
     return *forward(LogitSweep(logits), targets, temperature, entropy), logits.new_empty(0, dtype=torch.float32)
 
 
@@ -62,7 +62,7 @@ def token_logps(
         ValueError: shapes, dtypes, temperature or backend do not fit.
     """
     check_scored_rows(hidden, targets, temperature, weight)
-    triton = is_fast("token_logps", backend, hidden)
+    triton = runs_fast("token_logps", backend, hidden)
     logps, entropies, _ = torch.ops.boxgrpo.token_logps(hidden, weight, targets, temperature, entropy, triton)
     return (logps, entropies) if entropy else logps
 
@@ -93,7 +93,7 @@ def token_logps_from_logits(
     check_scored_rows(logits, targets, temperature)
     if inplace_backward:
         check_writable("inplace_backward", logits)
-    triton = is_fast("token_logps_from_logits", backend, logits)
+    triton = runs_fast("token_logps_from_logits", backend, logits)
     op = _InplaceBackward.apply if inplace_backward else torch.ops.boxgrpo.token_logps_from_logits
     logps, entropies, _ = op(logits, targets, temperature, entropy, triton)
     return (logps, entropies) if entropy else logps
@@ -115,7 +115,7 @@ def _fake_head_backward(hidden: Tensor, weight: Tensor, *rest) -> tuple[Tensor, 
     return tuple(tensor.new_empty(tensor.shape if grad else (0,)) for tensor, grad in wanted)
 
 
-# `state` is what the Triton forward saves for its backward: (2, N) fp32; (0) from the twin, which saves nothing.
+# `state` is what the Triton forward saves for its backward, (2, N) fp32; the twin saves nothing and returns (0).
 _HEAD = "Tensor hidden, Tensor weight, Tensor targets, float temperature"
 _LOGITS = "Tensor logits, Tensor targets, float temperature"
 _RESULTS = "(Tensor logps, Tensor entropy, Tensor state)"

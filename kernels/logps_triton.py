@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep
 from .dispatch import Launch
-from .rows_triton import LN2, LOG2E, absorb, join, load_block, row_arguments, row_config, target_logit, tiles
+from .rows_triton import LN2, LOG2E, load_block, merge, row_arguments, row_config, target_logit, tiles, update
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def logps_kernel(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """A program computes one row: its logp, its entropy, and the two values that the backward needs."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits + row * row_stride
     scale = inverse_temperature * LOG2E
@@ -35,8 +36,8 @@ def logps_kernel(
     weighted = tl.zeros((THREADS,), tl.float32)
     for at in range(0, vocabulary, BLOCK):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        top, total, weighted = absorb(z, top, total, weighted, scale, THREADS, VECTOR, True)
-    peak, log_mass, nats = join(top, total, weighted, scale)
+        top, total, weighted = update(z, top, total, weighted, scale, THREADS, VECTOR, True)
+    peak, log_mass, nats = merge(top, total, weighted, scale)
     chosen = target_logit(row_ptr, tl.load(targets + row), column_stride, vocabulary, floor)
     tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
     tl.store(entropy + row, nats)
@@ -63,6 +64,7 @@ def gradient_kernel(
     out_column_stride,
     BLOCK: tl.constexpr,
 ):
+    """A program computes dlogits of one block of one row."""
     blocks = tl.cdiv(vocabulary, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK
@@ -103,7 +105,7 @@ def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, pea
 def token_logps_triton(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
     """(N, H), (V, H), (N) -> logps (N), entropy (N) or (0), and the backward's state (2, N): 2·N·V·H FLOP.
 
-    The state is each row's maximum and log2 of its sum.
+    The state is each row's maximum logit and the log2 of its sum of exponentials.
     """
     return sweep_logps(HeadSweep(hidden, weight), targets, temperature, entropy)
 
@@ -111,7 +113,7 @@ def token_logps_triton(hidden, weight, targets, temperature: float, entropy: boo
 def token_logps_backward_triton(
     hidden, weight, targets, temperature, entropy, state, dlogps, dentropy, grad_hidden, grad_weight
 ) -> tuple[Tensor, Tensor]:
-    """dhidden (N, H), dweight (V, H); an unwanted one is (0). Computes the logits again: 6·N·V·H FLOP."""
+    """dhidden (N, H), dweight (V, H); (0) if not requested. Computes the logits again: 6·N·V·H FLOP."""
     sweep = HeadSweep(hidden, weight, grad_hidden, grad_weight)
     return sweep_gradients(sweep, targets, temperature, state, dlogps, entropy, dentropy)
 
@@ -130,7 +132,7 @@ def token_logps_from_logits_backward_triton(
 
 
 def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float, with_entropy: bool = True):
-    """logps (N), entropy (N), or (0) if not wanted, and state (2, N)."""
+    """logps (N), entropy (N), or (0) if not requested, and state (2, N)."""
     logps, entropy, state = (torch.empty(*shape, targets.shape[0], device=targets.device) for shape in ((), (), (2,)))
     for rows, logits, _ in sweep:
         logps_launch(logits, targets[rows], temperature, logps[rows], entropy[rows], *state[:, rows]).run()
@@ -138,7 +140,7 @@ def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float, with
 
 
 def sweep_gradients(sweep: HeadSweep | LogitSweep, targets, temperature, state, dlogps, entropy=None, dentropy=None):
-    """The sweep's results, from upstream gradients (N). `entropy` is None or (0) if it was not wanted."""
+    """The sweep's gradients from upstream gradients (N). `entropy` is None or (0) if it was not requested."""
     with_entropy = entropy is not None and entropy.numel() == targets.numel()
     for rows, logits, dlogits in sweep:
         upstream = (dentropy[rows].contiguous(), entropy[rows]) if with_entropy else (None, None)

@@ -10,14 +10,14 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .dispatch import FLOATS, INTS, accumulation_dtype, check_choice, check_tensor, is_fast, register
+from .dispatch import FLOATS, INTS, accumulation_dtype, check_choice, check_tensor, register, runs_fast
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
 LEVELS = ("token", "sequence")
 
 
 class GrpoStats(NamedTuple):
-    """Detached tensors on the device. Scalars are 0-dim means over the call's tokens, 0 where there are none.
+    """Detached tensors on the device. Scalars are 0-dim statistics of the call's tokens, 0 if there are none.
 
     `clip_low` is the share of tokens with ratio < 1 - epsilon and A < 0, `clip_high` that of tokens with ratio >
     1 + epsilon_high and A > 0 (for `cispo` ratio > epsilon_high, and clip_low is 0), `clip_region` that of either:
@@ -32,7 +32,7 @@ class GrpoStats(NamedTuple):
     ratio_mean: Tensor
     ratio_max: Tensor
     logps: Tensor  # (N) nats
-    entropy: Tensor  # (N) nats; (0) from grpo_loss, which has no distributions
+    entropy: Tensor  # (N) nats; (0) from grpo_loss, which is not given the logits
 
 
 class _LossFields(NamedTuple):
@@ -55,18 +55,18 @@ class LossOptions(_LossFields):
     old_logps: (N), the logps of the rollout's weights; None: on-policy, ratio 1.
     ref_logps: (N), the reference's; None: no KL.
     weights: (BG), phi >= 0, a factor of the policy term; None: 1.
-    sampler_factor: (N) >= 0, a factor of the policy term: min(exp(old - sampler), C) where the tokens were sampled by
-        another program than computed `old_logps`; None: 1.
+    sampler_factor: (N) >= 0, a factor of the policy term: min(exp(old - sampler), C) if another program sampled the
+        tokens than computed `old_logps`; None: 1.
     denominator: 0-dim float tensor, the divisor of the sum; None: this call's completions (`grpo`) or tokens (`bnpo`,
         `dapo`, `cispo`). `dr_grpo` needs it: completions * max_completion_length, which only the caller can count.
     beta: KL coefficient. epsilon, epsilon_high: clip to [1 - epsilon, 1 + epsilon_high], epsilon_high None: epsilon.
     delta: upper bound of the unclipped ratio, above 1 + epsilon_high; None: unbounded.
     For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is ignored.
 
-    Values are checked here, once; `_replace` adds a call's tensors, which the call checks.
+    The constructor checks the values; tensors added with `_replace` are checked by the loss functions.
 
     Raises:
-        ValueError: a value that no call can use.
+        ValueError: a value out of its range.
     """
 
     __slots__ = ()
@@ -130,7 +130,7 @@ OPTIONS_SCHEMA = (
 
 
 class TokenTerms(NamedTuple):
-    """All that the objective of a token depends on besides its logp; every tensor is (N)."""
+    """The inputs of a token's objective except its logp; every tensor is (N)."""
 
     advantage: Tensor
     gain: Tensor  # factor of the policy term: phi * sampler_factor * s_i / denominator
@@ -221,9 +221,9 @@ def grpo_loss_torch(
     if by_sequence and terms.old_logps is not None:
         log_ratio = mean_of_completion(logps - terms.old_logps)
     token = token_objective(logps, log_ratio, terms, o)
-    # A completion's log ratio is the mean of its tokens', so each logp gets the mean slope; cispo's has its own.
-    spread = by_sequence and o.loss_type != "cispo"
-    dlogps = (mean_of_completion(token.dpolicy) if spread else token.dpolicy) + token.dkl
+    # The ratio uses a completion's mean log ratio, so each logp gets the mean slope; in cispo each keeps its own.
+    averaged = by_sequence and o.loss_type != "cispo"
+    dlogps = (mean_of_completion(token.dpolicy) if averaged else token.dpolicy) + token.dkl
     stats = token.ratio.new_zeros(7)
     if n:
         shares = token.kl, token.clip_low, token.clip_high, token.clip_low | token.clip_high
@@ -257,23 +257,23 @@ def grpo_loss(
     """
     check_tensor("logps", logps, (None,), FLOATS)
     options = options_of_call(logps.shape[0], advantages, completion_cu, options, loss_options)
-    triton = is_fast("grpo_loss", backend, logps)
+    triton = runs_fast("grpo_loss", backend, logps)
     loss, _, stats = torch.ops.boxgrpo.grpo_loss(logps, advantages, completion_cu, triton, *options)
     logps = logps.detach().to(stats.dtype)
     return loss, GrpoStats(*stats.unbind(), logps, logps.new_empty(0))
 
 
-def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_at: int | None = None) -> None:
-    """An autograd formula for `op`: (loss, `count` gradients of the first inputs, and more without a gradient).
+def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_index: int | None = None) -> None:
+    """Register an autograd formula for `op`, which returns the loss, its gradients of the first `count` inputs, ….
 
-    `triton_at`: the index of the input that is true if Triton ran; then the gradients are scaled in place.
+    `triton_index`: index of the op's argument `triton`; if that is true, the gradients are scaled in place.
     """
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.n_inputs, ctx.in_place = len(inputs), triton_at is not None and inputs[triton_at]
+        ctx.n_inputs, ctx.in_place = len(inputs), triton_index is not None and inputs[triton_index]
         ctx.save_for_backward(*output[1 : 1 + count])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # otherwise autograd would make zeros of dweight's size for the backward
+        ctx.set_materialize_grads(False)  # otherwise autograd would allocate zeros of dweight's size for the backward
 
     op.register_autograd(scale_saved_gradients, setup_context=setup_context)
 
@@ -281,12 +281,12 @@ def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_a
 def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
     """The saved gradients times dloss, and None for the other inputs.
 
-    They may be as large as the logits, so a dloss of 1 makes no copy on a CPU, and Triton scales them in place: then a
+    They may be as large as the logits: a dloss of 1 makes no copy on a CPU, and Triton scales them in place, so that a
     second backward through a retained graph raises.
     """
     if dloss is None:  # the graph does not reach the loss
         return (None,) * ctx.n_inputs
-    eager = type(dloss) is Tensor  # and not traced
+    eager = type(dloss) is Tensor  # not a tensor of a trace
     if ctx.in_place and eager:
         from .scale_triton import scale_triton as scaled
     elif eager and dloss.device.type == "cpu":

@@ -10,8 +10,8 @@ from .loss import LossOptions
 
 
 @triton.jit
-def tokens_of(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
-    """Where a completion's tokens start and end. No completion has tokens if the offsets do not rise from 0 to n."""
+def token_range(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
+    """A completion's first token and the one after its last; an empty range if the offsets do not rise from 0 to n."""
     wrong = (tl.load(completion_cu) != 0) | (tl.load(completion_cu + completions) != n)
     for at in range(0, completions, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -62,7 +62,7 @@ def terms_kernel(
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
     )
-    start, end = tokens_of(completion, completion_cu, completions, n, BLOCK)
+    start, end = token_range(completion, completion_cu, completions, n, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32)
     for at in range(start, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
@@ -84,7 +84,7 @@ def token_objective(
     if CISPO:
         slope = tl.minimum(ratio, epsilon_high, propagate_nan=tl.PropagateNan.ALL) * advantage
         policy = slope * logp
-        clip_low = ratio < 0
+        clip_low = ratio < 0  # always false
         clip_high = (ratio > epsilon_high) & (advantage > 0)
     else:
         least, most = 1 - epsilon, 1 + epsilon_high
@@ -99,7 +99,7 @@ def token_objective(
         policy = tl.minimum(bounded * advantage, clipped * advantage, propagate_nan=tl.PropagateNan.ALL)
         slope = tl.where(is_constant, 0.0, ratio * advantage)
     loss = -gain * policy
-    kl = tl.where(clip_low, 0.0, 0.0)
+    kl = tl.where(clip_low, 0.0, 0.0)  # zeros of the ratio's shape
     dkl = kl
     if ref_logp is not None:
         gap = ref_logp - logp
@@ -111,7 +111,7 @@ def token_objective(
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - gap - 1; by its series where the subtraction would cancel leading digits."""
+    """exp(gap) - gap - 1; by its power series where the subtraction would cancel leading digits."""
     series = 1 / 720 + gap * (1 / 5040 + gap * (1 / 40320 + gap * (1 / 362880)))
     series = gap * gap * (1 / 2 + gap * (1 / 6 + gap * (1 / 24 + gap * (1 / 120 + gap * series))))
     return tl.where(tl.abs(gap) < 1, series, tl.exp(gap) - gap - 1)
@@ -160,7 +160,7 @@ def grpo_kernel(
     advantage, gain, kl_gain = completion_terms(
         completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
     )
-    start, end = tokens_of(completion, completion_cu, completions, n, BLOCK)
+    start, end = token_range(completion, completion_cu, completions, n, BLOCK)
     length = tl.maximum(end - start, 1).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     advantage += tl.zeros((BLOCK,), tl.float32)  # the interpreter cannot broadcast the scalar's comparisons
@@ -171,7 +171,7 @@ def grpo_kernel(
             mask = at + lanes < end
             total += _load(logps, at + lanes, mask) - _load(old_logps, at + lanes, mask)
         mean_log_ratio = tl.sum(total, 0) / length
-    # A completion's log ratio is the mean of its tokens', so each logp gets the mean slope; cispo's has its own.
+    # The ratio uses a completion's mean log ratio, so each logp gets the mean slope; in cispo each keeps its own.
     mean_dpolicy = 0.0
     if SEQUENCE and not CISPO:
         total = tl.zeros((BLOCK,), tl.float32)
@@ -210,7 +210,7 @@ def grpo_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def reduce_kernel(tokens, loss, scalars, n, BLOCK: tl.constexpr):
-    """(5, n) of `store_token` -> loss () and GrpoStats' scalars (7), by one program, in one order."""
+    """(5, n) of `store_token` -> loss () and GrpoStats' scalars (7). One program, for a fixed order of sums."""
     lanes = tl.arange(0, BLOCK)
     losses = tl.zeros((BLOCK,), tl.float32)
     kls, lows, highs, regions, ratios = losses, losses, losses, losses, losses
@@ -245,12 +245,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def objective_arguments(o: LossOptions) -> tuple:
-    """The options that `token_objective` reads: old and reference logps (N), and its bounds."""
+    """The arguments of `token_objective` that come from the options: old and reference logps (N), and the bounds."""
     return _contiguous(o.old_logps), _contiguous(o.ref_logps), o.epsilon, o.epsilon_high, o.delta
 
 
 def _completion_launch(kernel, n: int, advantages, completion_cu, o: LossOptions, *rest, **constants) -> Launch:
-    """A program for each completion; the kernel's first arguments are those of `completion_terms`."""
+    """Launch with one program per completion; the kernel's first arguments are those of `completion_terms`."""
     factors = (_contiguous(x) for x in (o.weights, o.denominator))
     completions = completion_cu.shape[0] - 1
     first = n, completions, advantages.contiguous(), completion_cu.contiguous(), *factors, o.beta
@@ -259,7 +259,7 @@ def _completion_launch(kernel, n: int, advantages, completion_cu, o: LossOptions
 
 
 def terms_launch(terms: Tensor, advantages: Tensor, completion_cu: Tensor, o: LossOptions) -> Launch:
-    """-> terms (3, N): each token's advantage, factor of the policy term and factor of the KL."""
+    """Fills terms (3, N): each token's advantage, factor of the policy term and factor of the KL."""
     return _completion_launch(terms_kernel, terms.shape[1], advantages, completion_cu, o, terms)
 
 
@@ -278,7 +278,7 @@ def grpo_launch(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens
 
 
 def reduce_launch(tokens: Tensor, loss: Tensor, scalars: Tensor) -> Launch:
-    """tokens (5, N) of `store_token` -> loss (), scalars (7); nothing where N is 0."""
+    """tokens (5, N) of `store_token` -> loss (), scalars (7); no launch if N is 0."""
     n = tokens.shape[1]
     return Launch(reduce_kernel, (min(n, 1),), (tokens, loss, scalars, n), {"BLOCK": 2048}, num_warps=8)
 

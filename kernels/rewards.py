@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .boxes import box_iou_torch
-from .dispatch import INTS, check_tensor, is_fast, register_compiled
-from .vocabulary import EOS, MARK, VocabularyBytes, unpacked
+from .dispatch import INTS, check_tensor, register_compiled, runs_fast
+from .vocabulary import EOS, MARK, VocabularyBytes, unpack_entries
 
 FORMATS = FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
 ANSWER_FORMATS = dict(zip(("think", "box", "marked", "list", "fractions"), FORMATS))  # codes of `answer_format`
-COORDINATE_LIMIT = 2**31 - 1  # larger numbers saturate here
+COORDINATE_LIMIT = 2**31 - 1  # larger numbers are read as this one
 
 _BOX = rb"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
-_BARE = {  # formats whose box counts anywhere in the text
+_UNTAGGED = {  # patterns of the formats whose box may be anywhere in the text
     FORMAT_BOX: _BOX,
     FORMAT_MARKED: rb"<\|box_start\|>" + _BOX + rb"<\|box_end\|>",
     FORMAT_LIST: rb"\[\s*" + rb",\s*".join([rb"(\d+)"] * 4) + rb"\s*\]",
@@ -37,7 +37,7 @@ class GroundingRewards(NamedTuple):
     accuracy: Tensor  # (n) fp32, IoU with gold, 0-1
     format: Tensor  # (n) fp32, 0 or 1
     boxes: Tensor  # (n, 4) fp32, the box as written, times 1000 in "fractions"; 0 where none was found
-    found: Tensor  # (n) bool, a box was found where the answer format looks for it
+    found: Tensor  # (n) bool, whether a box was found where the answer format requires it
     spans: Tensor  # (n, 4) int32
 
 
@@ -62,7 +62,7 @@ def grounding_rewards(
     - "marked": the first `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, as Qwen2-VL writes it.
     - "list": the first `[x1, y1, x2, y2]`, white space allowed inside the brackets and behind the commas.
     - "fractions": such a list of fractions of the image, digits with or without a point and further digits (`0.25`,
-      `1`; not `.5`, `-0.1` or `1e-3`). Nine decimals count. The box returned is on the 0-1000 scale.
+      `1`; not `.5`, `-0.1` or `1e-3`). Decimals after the ninth are ignored. The box returned is on the 0-1000 scale.
 
     In every format but "think" the format reward is 1 where a box was found.
 
@@ -70,20 +70,20 @@ def grounding_rewards(
         text: (M) uint8, the completions' UTF-8 bytes end to end.
         offsets: (n+1) int64, where each completion starts in `text`, and M. A completion is shorter than 2 GiB.
         gold: (n, 4) fp32, x1 y1 x2 y2 on the 0-1000 scale.
-        answer_format: the name of one for all, or (n) uint8 codes, see ANSWER_FORMATS.
+        answer_format: one name for all answers, or (n) uint8 codes, the values of ANSWER_FORMATS.
         backend: "extension" is csrc/'s parser, "torch" the twin, "auto" the parser where it was compiled for the
             tensors' device, else the twin with one warning.
 
     Returns:
         `GroundingRewards`, on gold's device; on a GPU csrc/'s parser is one launch and does not synchronise. Every
-        text is accepted, and no result is NaN: a box that is inverted or degenerate has IoU 0, one that leaves the
-        image its ordinary IoU.
+        text is accepted, and no result is NaN: a box that is inverted or degenerate has IoU 0, one that extends
+        beyond the image its ordinary IoU.
 
     Raises:
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
         IndexError: offsets that decrease or leave the text, or a completion of 2 GiB. On a GPU a device-side assertion.
     """
-    fast = is_fast("grounding_rewards", backend, gold, fast="extension")
+    fast = runs_fast("grounding_rewards", backend, gold, fast="extension")
     check_tensor("text", text, (None,), (torch.uint8,))
     check_tensor("gold", gold, (None, 4), (torch.float32,))
     check_tensor("offsets", offsets, (gold.shape[0] + 1,), (torch.int64,))
@@ -103,12 +103,12 @@ def grounding_rewards_from_ids(
 ) -> GroundingRewards:
     """`grounding_rewards` of token ids: a completion's text is its tokens' bytes up to the first EOS.
 
-    Special tokens have no text, but for the box marks in the answer format "marked".
+    Special tokens have no text, except the box marks in the answer format "marked".
 
     Args:
-        ids: (n, C) int64. Those from place `lengths` on, and those after the first EOS, are ignored.
-        lengths: (n) int32 or int64, tokens of each completion; below 0 is 0, above C is C.
-        table: the vocabulary's bytes; it must have every id that is not ignored. A completion's text is shorter
+        ids: (n, C) int64. Ids at or after a row's length and ids after its first EOS are ignored.
+        lengths: (n) int32 or int64, tokens of each completion, clamped to 0..C.
+        table: the vocabulary's bytes; it must cover every id that is not ignored. A completion's text is shorter
             than 2 GiB, which is not checked.
         gold, answer_format, backend: as in `grounding_rewards`.
 
@@ -119,7 +119,7 @@ def grounding_rewards_from_ids(
         ValueError: shapes, dtypes, devices, answer_format or backend do not fit.
         IndexError: an id that is not ignored is outside the table. On a GPU a device-side assertion.
     """
-    fast = is_fast("grounding_rewards_from_ids", backend, gold, fast="extension")
+    fast = runs_fast("grounding_rewards_from_ids", backend, gold, fast="extension")
     check_tensor("ids", ids, (None, None), (torch.int64,))
     check_tensor("lengths", lengths, (ids.shape[0],), INTS)
     check_tensor("gold", gold, (ids.shape[0], 4), (torch.float32,))
@@ -162,9 +162,9 @@ def grounding_rewards_torch(text: Tensor, offsets: Tensor, gold: Tensor, formats
 def grounding_rewards_from_ids_torch(
     ids: Tensor, lengths: Tensor, data: Tensor, entries: Tensor, gold: Tensor, formats: Tensor
 ) -> tuple[Tensor, ...]:
-    """Twin of `grounding_rewards_from_ids`: writes the text of each row, then parses it."""
+    """Twin of `grounding_rewards_from_ids`: joins the bytes of each row's tokens, then parses them."""
     n, width = ids.shape
-    starts, sizes, roles = unpacked(entries)
+    starts, sizes, roles = unpack_entries(entries)
     live = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
     in_table = live & (ids >= 0) & (ids < len(entries))
     live &= ((roles == EOS)[torch.where(in_table, ids, 0)] & in_table).cumsum(1) == 0
@@ -191,14 +191,14 @@ def _parse(text: bytes, answer_format: int) -> tuple[list[float], bool, bool, li
         box = re.search(_BOX, answer[1], _DOTALL_ASCII) if answer else None
         well_formed = bool(re.search(rb"<think>.*?</think>\s*<answer>" + _BOX + rb"</answer>$", text, _DOTALL_ASCII))
     else:
-        box = re.search(_BARE[answer_format], text, _DOTALL_ASCII)
+        box = re.search(_UNTAGGED[answer_format], text, _DOTALL_ASCII)
         well_formed = box is not None
     number = _thousandths if answer_format == FORMAT_FRACTIONS else _saturated
     return [number(digits) for digits in box.groups()] if box else [0] * 4, box is not None, well_formed, spans
 
 
 def _saturated(digits: bytes) -> int:
-    # int() refuses more than 4300 digits, and a model can write them.
+    # int() refuses more than 4300 digits, which a model may generate.
     digits = digits.lstrip(b"0")
     return COORDINATE_LIMIT if len(digits) > 10 else min(int(digits or b"0"), COORDINATE_LIMIT)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .chunks import LOGIT_FLOOR, chunk_rows
-from .dispatch import FLOATS, accumulation_dtype, check_tensor, is_fast, register
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, register, runs_fast
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -45,7 +45,7 @@ _ODD, *_MIX32 = (ctypes.c_int32(bits).value for bits in (ODD, *MIX32))
 def sample_tokens_torch(
     logits, seed: int, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `sample_tokens`; rows are taken in chunks that stay in the cache."""
+    """Arguments and results as `sample_tokens`; rows are processed in chunks that fit into the cache."""
     n, vocabulary = logits.shape
     dtype = accumulation_dtype(logits)
     keys = row_keys(seed, prompt_ids, completion_ids, positions)
@@ -58,7 +58,7 @@ def sample_tokens_torch(
     stride = min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
     padded = -(-vocabulary // stride) * stride
     if forbidden is not None:
-        # Of an id that is given twice one place counts, found without waiting for the device.
+        # Mark repeats of an id in `forbidden`, without a synchronisation: their mass counts only once.
         places = torch.arange(forbidden.shape[0], device=logits.device)
         repeated = places.new_empty(vocabulary).index_copy_(0, forbidden, places)[forbidden] != places
     masses = torch.zeros(min(step, n), padded, dtype=dtype, device=logits.device)
@@ -114,7 +114,7 @@ def _filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         probabilities = kept.softmax(1)
         before = probabilities.cumsum(1) - probabilities
-        before[:, 0] = 0  # the likeliest is kept, whatever the rounding
+        before[:, 0] = 0  # the likeliest is always kept, whatever the rounding
         kept = kept.masked_fill(before >= top_p, float("-inf"))
     return torch.full_like(scores, float("-inf")).scatter_(1, candidates, kept)
 
@@ -144,7 +144,7 @@ def gumbel(keys: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_argmax(scores: Tensor) -> Tensor:
-    """argmax(1), the first of equals. torch's argmax takes ten times as long as amax on a CPU: amax finds the block."""
+    """argmax(1), the first of equal maxima. On a CPU amax is ten times as fast: it finds the maximum's block first."""
     width, block = scores.shape[1], 128
     whole = width // block * block
     if width < 8 * block:
@@ -212,7 +212,7 @@ def sample_tokens(
         top_k, top_p = 0, 1.0  # the likeliest token passes any filter
     elif top_k >= vocabulary:
         top_k = 0
-    triton = is_fast("sample_tokens", backend, logits)
+    triton = runs_fast("sample_tokens", backend, logits)
     return torch.ops.boxgrpo.sample_tokens(
         logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden, triton
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import sample
 from .chunks import LOGIT_FLOOR
 from .dispatch import Launch
-from .rows_triton import LN2, LOG2E, absorb, floored, load_block
+from .rows_triton import LN2, LOG2E, floored, load_block, update
 from .sample import GROUPS, WIDTH, row_keys, sample_tokens_torch
 
 _C0, _C1 = (tl.constexpr(factor) for factor in sample.MIX64)
@@ -70,7 +70,7 @@ def _exact_group(
     row_ptr, group, stride, vocabulary, peak, inverse, floor, forbidden, low, high,
     PERIOD: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Perturbed log-mass of a group, its best perturbed entry and that entry's logit, in fp64."""
+    """Perturbed log-mass of a group, in fp64, and its token with the largest perturbed logit."""
     i = tl.arange(0, ENTRIES)
     columns = i // WIDTH * PERIOD + group * WIDTH + i % WIDTH
     z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
@@ -79,7 +79,7 @@ def _exact_group(
     x = tl.where(columns < vocabulary, x, float("-inf"))
     x = _replace_forbidden(x, columns, vocabulary, forbidden, float("-inf"))
     highest = tl.max(x, 0)
-    # A group without an allowed entry has no mass; with -inf its sums would be NaN.
+    # A group without an allowed entry must have a sum of 0; with -inf as its maximum it would be NaN.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     log_mass = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
     counter = tl.full((ENTRIES,), 0, tl.int32) + group + _FIRST_GROUP
@@ -103,7 +103,7 @@ def sample_kernel(
     positions,
     ids,
     n_ids,
-    owners,
+    counted_places,
     forbidden,
     tokens,
     logps,
@@ -123,7 +123,7 @@ def sample_kernel(
     for at in tl.range(0, vocabulary, BLOCK, num_stages=3):
         z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
         z = _replace_forbidden(z, at + tl.arange(0, BLOCK), vocabulary, forbidden, 2 * floor)
-        top, total, _ = absorb(z, top, total, total, scale, GROUPS, WIDTH, False)
+        top, total, _ = update(z, top, total, total, scale, GROUPS, WIDTH, False)
     peak = tl.max(top, 0)
     log_masses = (top - peak) * scale + tl.log2(total)
     # The log-probability is over the whole vocabulary: the mass of the forbidden ids is added again.
@@ -133,7 +133,7 @@ def sample_kernel(
         for at in range(0, n_ids, GROUPS):
             i = at + tl.arange(0, GROUPS)
             column = tl.load(ids + i, mask=i < n_ids, other=0)
-            counts = (i < n_ids) & (tl.load(owners + column, mask=i < n_ids, other=-1) == i)
+            counts = (i < n_ids) & (tl.load(counted_places + column, mask=i < n_ids, other=-1) == i)
             z = tl.load(row_ptr + column * column_stride, mask=counts, other=float("-inf")).to(tl.float32)
             z = floored(z, tl.where(counts, floor, 2 * floor))
             higher = tl.maximum(highest, tl.max(z, 0))
@@ -165,7 +165,7 @@ def sample_kernel(
             )  # fmt: skip
             token = tl.where((score > best_score) | (i == 0), candidate, token)
             best_score = score
-    token = tl.minimum(token, vocabulary - 1)  # larger for a row of NaN
+    token = tl.minimum(token, vocabulary - 1)  # a row of NaN gives a larger one
     tl.store(tokens + row, token)
     chosen = floored(tl.load(row_ptr + token.to(tl.int64) * column_stride).to(tl.float32), floor)
     tl.store(logps + row, ((chosen - highest) * scale - tl.log2(mass)) * LN2)
@@ -181,8 +181,8 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
     if forbidden is not None:
         is_banned = torch.zeros_like(logits[0], dtype=torch.uint8).index_fill(0, forbidden, 1)
         places = torch.arange(forbidden.shape[0], dtype=torch.int32, device=forbidden.device)
-        owners = places.new_empty(vocabulary).index_copy_(0, forbidden, places)  # an id that is given twice counts once
-        banned = forbidden.contiguous(), forbidden.shape[0], owners, is_banned
+        counted_places = places.new_empty(vocabulary).index_copy_(0, forbidden, places)  # a repeated id counts once
+        banned = forbidden.contiguous(), forbidden.shape[0], counted_places, is_banned
     period = GROUPS * WIDTH
     constants = {
         "GREEDY": temperature == 0,
@@ -198,7 +198,7 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
 def sample_tokens_triton(
     logits, seed, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
 ) -> tuple[Tensor, Tensor]:
-    """`sample_tokens_torch` on Triton, for all dtypes but fp64; with top-k or top-p it is the twin itself."""
+    """`sample_tokens_torch` on Triton, for all dtypes but fp64; with top-k or top-p it calls the twin."""
     counters = seed, prompt_ids, completion_ids, positions
     if top_k or top_p < 1:
         return sample_tokens_torch(logits, *counters, temperature, top_k, top_p, forbidden)

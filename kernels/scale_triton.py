@@ -7,21 +7,21 @@ from torch.autograd.graph import increment_version
 
 from .dispatch import Launch
 
-# No more programs than run at the same time, 8 on each multiprocessor of an H200: for a factor of 1 that is enough.
+# As many programs as run at the same time, 8 on each of an H200's 132 multiprocessors: a factor of 1 is then cheap.
 SCALE_PROGRAMS = 8 * 132
 
 
 @triton.jit
 def scale_kernel(gradient, factor, row_stride, column_stride, rows, columns, BLOCK: tl.constexpr):
     """gradient *= factor. The factor is loaded first: if it is 1, nothing else is read or written."""
-    by = tl.load(factor).to(tl.float32)
-    if by != 1:
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1:
         blocks = tl.cdiv(columns, BLOCK)
         for block in range(tl.program_id(0), rows * blocks, tl.num_programs(0)):
             row = (block // blocks).to(tl.int64)
             column = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             at = gradient + row * row_stride + column * column_stride
-            value = tl.load(at, mask=column < columns, other=0.0).to(tl.float32) * by
+            value = tl.load(at, mask=column < columns, other=0.0).to(tl.float32) * scale
             tl.store(at, value.to(gradient.dtype.element_ty), mask=column < columns)
 
 

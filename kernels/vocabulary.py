@@ -6,16 +6,16 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-# Roles of a token. Plain text begins neither a tag nor a box; text with a bracket may begin a box.
+# Roles of a token: PLAIN contains no start of a tag or box, BRACKET may start a box, TEXT may start a tag or is empty.
 PLAIN, BRACKET, TEXT, EOS, MARK = range(5)
 _SIZE_BITS, _ROLE_BITS = 22, 3
 
 
 class VocabularyBytes(NamedTuple):
-    """The bytes of each token id. Special tokens have none, but for the box marks."""
+    """The bytes of each token id. Special tokens have none, except the box marks."""
 
     data: Tensor  # (total) uint8
-    entries: Tensor  # (V) int64, a token's start in `data`, size and role as bits of one number: see `unpacked`
+    entries: Tensor  # (V) int64, a token's start in `data`, size and role packed into one number; see `unpack_entries`
 
     @classmethod
     def build(
@@ -62,7 +62,7 @@ def _role(token: bytes) -> int:
     return BRACKET if b"(" in token or b"[" in token else PLAIN
 
 
-def unpacked(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_entries(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Start, size and role of each entry: token t is data[start : start + size]."""
     sizes = (entries >> _ROLE_BITS) & ((1 << _SIZE_BITS) - 1)
     return entries >> (_SIZE_BITS + _ROLE_BITS), sizes, entries & ((1 << _ROLE_BITS) - 1)

@@ -27,7 +27,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     text = pack_texts([b"<think>a</think><answer>(1, 2), (3, 4)</answer>"])
     assert grounding_rewards(*text, torch.tensor([[1.0, 2.0, 3.0, 4.0]])).accuracy == 1
-print(dispatch.MISSING is None, [str(w.message)[:51] for w in caught])
+print(dispatch.IMPORT_FAILURE is None, [str(w.message)[:51] for w in caught])
 """
 
 

@@ -9,8 +9,8 @@ from boxgrpo.kernels.chunks import HeadSweep
 from boxgrpo.kernels.dispatch import FLOATS, check_scored_rows, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 
-# Further results (n) of the logits z (n, V) and targets (n), without a gradient.
-REPORTS = {
+# Extra outputs (n), without a gradient, of the logits z (n, V) and targets (n).
+EXTRAS = {
     "log_sum_sq_probs": lambda z, targets: (2 * z.log_softmax(1)).logsumexp(1),
     "mean_logits": lambda z, targets: z.mean(1),
     "is_top1": lambda z, targets: z.argmax(1) == targets,
@@ -25,15 +25,15 @@ class LogitMap(NamedTuple):
     scale: float = 1.0
 
     def checked(self) -> "LogitMap":
-        """Refuse a temperature or a soft cap that is not above 0."""
+        """Return self; raise ValueError unless temperature and soft cap are above 0."""
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; a scored token needs one above 0.")
         if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"the soft cap of the logits is {self.softcap}; it must be above 0. Pass None for none.")
+            raise ValueError(f"the soft cap of the logits is {self.softcap}; it must be above 0. Use None for no cap.")
         return self
 
     def __call__(self, logits: Tensor, bias: Tensor | None) -> Tensor:
-        """(n, V) products and (V) or None -> (n, V), a new tensor."""
+        """hidden @ weight.T (n, V) and bias (V) or None -> z (n, V), a new tensor."""
         z = logits if bias is None else logits + bias
         if self.softcap is not None:
             return torch.tanh(z * (self.scale / self.softcap)) * (self.softcap / self.temperature)
@@ -48,45 +48,45 @@ def head_logps(
     logit_map: LogitMap,
     bias: Tensor | None = None,
     entropy: bool = False,
-    reports: tuple[str, ...] = (),
+    extras: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """`token_logps` of any head. A plain head is passed to it; the logits of any other are computed here, in chunks.
+    """`token_logps` for a head with a bias, a scale or a soft cap, in chunks; it calls `token_logps` where it can.
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].
         weight: (V, H) of hidden's dtype. bias: (V) float.
         targets: (N) int64.
         entropy: also return "entropy".
-        reports: further names, of those in `REPORTS`.
+        extras: further names, of those in `EXTRAS`.
 
     Returns:
         "log_probs" (N) in nats, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias; with
-        `entropy` the same of "entropy" (N) in nats; each of `reports` (N), without a gradient.
+        `entropy` also "entropy" (N) in nats, differentiable likewise; each of `extras` (N), without a gradient.
 
     Raises:
         ValueError: shapes, dtypes, temperature or soft cap do not fit.
     """
     temperature, softcap, scale = logit_map.checked()
-    if bias is None and softcap is None and scale > 0 and not reports:
+    if bias is None and softcap is None and scale > 0 and not extras:
         found = token_logps(hidden, weight, targets, temperature=temperature / scale, entropy=entropy)
         return dict(zip(("log_probs", "entropy"), found if entropy else (found,), strict=False))
     check_scored_rows(hidden, targets, temperature, weight)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), FLOATS)
-    names = ("log_probs", *(("entropy",) if entropy else ()), *reports)
-    return dict(zip(names, _Sweep.apply(hidden, weight, bias, targets, logit_map, entropy, reports), strict=True))
+    names = ("log_probs", *(("entropy",) if entropy else ()), *extras)
+    return dict(zip(names, _ChunkedHead.apply(hidden, weight, bias, targets, logit_map, entropy, extras), strict=True))
 
 
-class _Sweep(torch.autograd.Function):
+class _ChunkedHead(torch.autograd.Function):
     """Computes the logits of each chunk in the forward and again in the backward: 8·N·V·H FLOP, as `token_logps`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, reports):
+    def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, extras):
         columns = []
         for rows, product in HeadSweep(hidden, weight).chunks():
             z, chosen = logit_map(product, bias), targets[rows]
             found = token_logps_from_logits(z, chosen, entropy=entropy)
-            columns.append([*(found if entropy else (found,)), *(REPORTS[name](z, chosen) for name in reports)])
+            columns.append([*(found if entropy else (found,)), *(EXTRAS[name](z, chosen) for name in extras)])
         outputs = [torch.cat(column) for column in zip(*columns, strict=True)]
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.logit_map, ctx.entropy, ctx.n_differentiable = logit_map, entropy, 1 + entropy

@@ -1,5 +1,5 @@
-"""What Liger 0.8.5 exports: `liger_kernel.transformers.grpo_loss.triton_grpo_loss` and, of `liger_kernel.chunked_loss`,
-`LigerFusedLinearGRPOLoss`.
+"""Replacements for Liger 0.8.5's `liger_kernel.transformers.grpo_loss.triton_grpo_loss` and
+`liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`.
 
 Both take B completions of up to L tokens and raise ValueError where a shape, a dtype or an option does not fit. Their
 common arguments:
@@ -8,12 +8,12 @@ common arguments:
     temperature: above 0.
     beta, lower and upper epsilon: for `cispo` the upper one bounds the ratio itself.
     delta: upper bound of the unclipped ratio, above 1 + upper epsilon.
-    loss_type: grpo, bnpo, dapo, dr_grpo or cispo. Liger's sapo, luspo and vespo are refused: sapo_… and vespo_… are
-        ignored.
+    loss_type: grpo, bnpo, dapo, dr_grpo or cispo. Liger's sapo, luspo and vespo raise ValueError; the arguments
+        sapo_… and vespo_… are ignored.
     max_completion_length: `dr_grpo` divides by B times it.
     use_bias_correction_kl: multiply the KL by the ratio.
     vllm_is_ratio: (B, L), (B, 1) or (B) float >= 0, a factor of the policy term.
-    num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: counted.
+    num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: they are counted here.
 """
 
 from typing import NamedTuple, Self
@@ -41,7 +41,7 @@ class _Objective(NamedTuple):
     def checked(
         cls, beta, epsilon, epsilon_high, delta, loss_type, level, max_completion_length, use_bias_correction_kl
     ) -> Self:
-        """Refuse options that are not Liger's, or loss types that are not ours."""
+        """Raise ValueError for options that Liger rejects and for loss types that our ops do not have."""
         if loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type is {loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
@@ -68,7 +68,7 @@ class _Objective(NamedTuple):
         tokens = mask.sum(dtype=torch.float32)
         if loss_type == "bnpo":
             return tokens.clamp(min=1)
-        # A rank's share of the step's tokens over all ranks. Without num_items_in_batch they are those of this call.
+        # The tokens of the step over all ranks, per rank. Without num_items_in_batch they are the tokens of this call.
         distributed = dist.is_available() and dist.is_initialized()
         if num_items_in_batch is not None:
             tokens = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=mask.device)
@@ -79,9 +79,9 @@ class _Objective(NamedTuple):
     def token_losses(
         self, logps: Tensor, old: Tensor | None, ref: Tensor | None, factor, advantages: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, differentiable in logps, KL and whether it is clipped, (B, L) each, 0 where `mask` is false.
+        """Each token's loss (differentiable in logps), KL and clip indicator, (B, L) each, 0 where `mask` is false.
 
-        In torch, over B·L numbers: the public ops return no loss of a single token and no KL weighted by the ratio.
+        Computed in torch on (B, L) tensors: the ops return neither a loss per token nor a KL weighted by the ratio.
         """
         o = self.options
         # Positions that are not scored may hold NaN.
@@ -103,7 +103,7 @@ class _Objective(NamedTuple):
         return tuple(x.masked_fill(~mask, 0) for x in (loss, kl.detach(), clipped))
 
     def reduced(self, losses: tuple[Tensor, ...], mask: Tensor, num_items_in_batch) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its metrics: mean KL, if there is a beta, and the clipped share of the tokens."""
+        """The loss and its metrics: the mean KL (only if beta is not 0) and the clipped share of the tokens."""
         loss, kl, clipped = losses
         if self.options.loss_type == "grpo":
             loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
@@ -139,20 +139,20 @@ def triton_grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
-    """GRPO from logits, by `token_logps_from_logits`: no copy of the logits, 6·N·V bytes moved in bf16, as by Liger.
+    """The GRPO loss from logits, by `token_logps_from_logits`: without a copy of the logits, 6·N·V bytes moved in bf16.
 
     Args (the others are in the module's docstring):
         logits: (B, L+1, V) float; the last row of each completion is ignored.
-        old_logp, ref_logp: (B, L) float, nats; old None: on-policy. ref is needed with a beta.
+        old_logp, ref_logp: (B, L) float, nats. old_logp None: on-policy. ref_logp is required unless beta is 0.
         completion_ids: (B, L) int. completion_mask: (B, L), 0 where a token is not scored; None: all are.
         inplace: the backward writes the gradient over the logits, which are lost then.
         max_completion_length: None: L.
         reduce: return the loss and its metrics instead of each token's.
 
     Returns:
-        loss, kl (None without a beta) and is_clipped (0 or 1), (B, L) fp32 (fp64 for fp64 logits), 0 where the mask is;
-        with `reduce` the loss (0-dim) and [mean kl, if there is a beta, clipped share]. Only a loss is differentiable,
-        once, in the logits.
+        loss, kl (None if beta is 0) and is_clipped (0 or 1), (B, L) fp32 (fp64 for fp64 logits), 0 where the mask is;
+        with `reduce` the loss (0-dim) and [mean kl (only if beta is not 0), clipped share]. Only the loss is
+        differentiable, once, in the logits.
     """
     batch, length = completion_ids.shape
     longest = length if max_completion_length is None else max_completion_length
@@ -173,7 +173,7 @@ def triton_grpo_loss(
 
 
 def _logps_of_completions(logits: Tensor, ids: Tensor, temperature: float, inplace: bool) -> Tensor:
-    """(B, L+1, V), (B, L) -> (B, L). The last rows are scored too: to leave them out would copy the logits."""
+    """(B, L+1, V), (B, L) -> (B, L). The last rows are scored too, because leaving them out would copy the logits."""
     targets = torch.nn.functional.pad(ids, (0, 1))
     rows = logits.reshape(-1, logits.shape[-1])
     logps = token_logps_from_logits(rows, targets.flatten(), temperature=temperature, inplace_backward=inplace)
@@ -181,13 +181,13 @@ def _logps_of_completions(logits: Tensor, ids: Tensor, temperature: float, inpla
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
-    """GRPO from hidden states and the head, by `fused_grpo_loss`: no logits, and no logit computed twice.
+    """The GRPO loss from hidden states and head, by `fused_grpo_loss`, without the full logits and their recomputation.
 
     With a bias or use_bias_correction_kl it uses log-probabilities instead: 8·N·V·H FLOP in place of 6.
 
     Args (the others are in the module's docstring):
         compiled, chunk_size: ignored; they tune Liger's code.
-        use_ref_model: with False the reference arguments of a call are ignored and the KL is 0.
+        use_ref_model: if False, the reference arguments of a call are ignored and the KL is 0.
         max_completion_length: needed by `dr_grpo`.
     """
 
@@ -249,12 +249,12 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             _input: (B, L, H) float, hidden states; row t predicts selected_token_ids[:, t].
             lin_weight: (V, H) float. bias: (V) float.
             selected_token_ids: (B, L) int. attention_mask: (B, L), 0 where a token is not scored.
-            ref_per_token_logps, old_per_token_logps: (B, L) float, nats; old None: on-policy.
-            ref_input, ref_weight, ref_bias: of the reference, where its logps are not given.
+            ref_per_token_logps, old_per_token_logps: (B, L) float, nats. old_per_token_logps None: on-policy.
+            ref_input, ref_weight, ref_bias: the reference's hidden states and head, if ref_per_token_logps is None.
 
         Returns:
             loss, 0-dim fp32 (fp64 for fp64 inputs), differentiable once in _input, lin_weight and bias; and
-            (mean kl, if there is a beta, clipped share).
+            (mean kl (only if beta is not 0), clipped share).
         """
         objective, o = self.objective, self.objective.options
         mask = _mask(attention_mask, selected_token_ids)
@@ -285,7 +285,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     @torch.no_grad()
     def _reference(self, logps, hidden, weight, bias, targets, mask) -> Tensor | None:
-        """The reference's logps (B, L), given or of its hidden states; None if they are not needed."""
+        """The reference's logps (B, L), as given or computed from its hidden states; None if they are not needed."""
         if not self.use_ref_model:
             return None
         if logps is None and hidden is None:

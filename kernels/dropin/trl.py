@@ -1,15 +1,15 @@
-"""What TRL 1.16 calls: `trl.trainer.utils._ChunkedLogProbFunction` and the two `selective_log_softmax`."""
+"""Replacements for TRL 1.16's `trl.trainer.utils._ChunkedLogProbFunction` and its `selective_log_softmax` functions."""
 
 import torch
 from torch import Tensor
 
 from boxgrpo.kernels.logps import token_logps_from_logits
 
-from .head import REPORTS, LogitMap, head_logps
+from .head import EXTRAS, LogitMap, head_logps
 
 
 class ChunkedLogProbFunction:
-    """Replaces the autograd function of that name: `trl.trainer.utils._ChunkedLogProbFunction = this`.
+    """Replaces TRL's autograd function: `trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction`.
 
     GRPOTrainer and RLOOTrainer call it for every log-probability that they train on or compare with.
     """
@@ -24,12 +24,12 @@ class ChunkedLogProbFunction:
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", *REPORTS),
+        outputs: tuple[str, ...] = ("entropy", *EXTRAS),
     ) -> tuple[Tensor | None, ...]:
         """log softmax at `targets` of softcap · tanh(scale · (hidden @ weight.T + bias) / softcap) / temperature.
 
-        Without bias, soft cap and reports this is `token_logps`; with them it costs as many FLOPs. Under autocast the
-        inputs are cast to its dtype, else weight to hidden's, as in TRL; the logits are fp32 in both cases.
+        Without bias, soft cap and extra outputs this is `token_logps`; with them it takes as many FLOP. Under autocast
+        the inputs are cast to the autocast dtype, else weight to hidden's dtype, as in TRL; the logits are always fp32.
 
         Args:
             hidden: (N, H) float. weight: (V, H) float. bias: (V) float. targets: (N) int64.
@@ -41,15 +41,15 @@ class ChunkedLogProbFunction:
 
         Returns:
             log_probs (N) in nats and entropy (N) in nats, differentiable once in hidden, weight and bias;
-            log_sum_sq_probs (N), log of the sum of p²; mean_logits (N), the mean of the logits above;
-            is_top1 (N) bool, whether the target is its first maximum. fp32 (fp64 for fp64 inputs); None if not wanted.
+            log_sum_sq_probs (N), log of the sum of p²; mean_logits (N), the mean of a row's logits;
+            is_top1 (N) bool, whether the target is a row's first maximum. fp32 (fp64 for fp64 inputs), or None.
 
         Raises:
             ValueError: shapes, dtypes, temperature, soft cap or a name in `outputs` do not fit.
         """
-        unknown = sorted(set(outputs) - {"log_probs", "entropy", *REPORTS})
+        unknown = sorted(set(outputs) - {"log_probs", "entropy", *EXTRAS})
         if unknown:
-            raise ValueError(f"outputs holds {unknown[0]!r}; it may hold log_probs, entropy, {', '.join(REPORTS)}.")
+            raise ValueError(f"outputs holds {unknown[0]!r}; it may hold log_probs, entropy, {', '.join(EXTRAS)}.")
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3 gathers the head for this call only, and the backward reads it
@@ -61,9 +61,9 @@ class ChunkedLogProbFunction:
             bias=bias,
             logit_map=LogitMap(temperature, final_logit_softcapping, logit_scale),
             entropy="entropy" in outputs,
-            reports=tuple(name for name in REPORTS if name in outputs),
+            extras=tuple(name for name in EXTRAS if name in outputs),
         )
-        return tuple(found.get(name) for name in ("log_probs", "entropy", *REPORTS))
+        return tuple(found.get(name) for name in ("log_probs", "entropy", *EXTRAS))
 
 
 def selective_log_softmax(
@@ -108,7 +108,7 @@ def _selected(logits, index, temperature, row_mask, entropy) -> tuple[Tensor, Te
         raise ValueError(f"row_mask has shape {tuple(kept.shape)}; it must be index's, {tuple(index.shape)}.")
     live = kept.any(-1) if several else kept
     rows, ids = logits.reshape(-1, logits.shape[-1]), index.long().masked_fill(~kept, 0)
-    # For several ids of a row, its largest logit is scored; the others follow from their difference to it.
+    # For several ids per row, the row's largest logit is scored; the others follow from their differences to it.
     top = rows.detach().argmax(1, keepdim=True) if several else None
     targets = top.squeeze(1) if several else ids.flatten()
     found = token_logps_from_logits(rows, targets, temperature=temperature, entropy=entropy)

@@ -1,4 +1,4 @@
-"""What verl calls: `verl.utils.kernel.linear_cross_entropy`, `verl.utils.torch_functional.logprobs_from_logits` and
+"""Replacements for `verl.utils.kernel.linear_cross_entropy`, `verl.utils.torch_functional.logprobs_from_logits` and
 `verl.trainer.ppo.core_algos.compute_grpo_outcome_advantage`.
 """
 
@@ -79,7 +79,7 @@ def compute_grpo_outcome_advantage(
 
     Args:
         token_level_rewards: (n, T) float. response_mask: (n, T).
-        index: n hashable names of groups, as a numpy array, a tensor or a list.
+        index: n hashable group labels, as a numpy array, a tensor or a list.
         epsilon: added to the std (ddof 1) in the divisor.
         norm_adv_by_std_in_grpo: divide by std + epsilon; False: only subtract the mean.
         config: ignored, as in verl.
@@ -105,7 +105,7 @@ def compute_grpo_outcome_advantage(
     for rows in members.values():
         by_size[len(rows)].append(rows)
     scale = "group" if norm_adv_by_std_in_grpo else "none"
-    advantages = scores / (1 + epsilon) if norm_adv_by_std_in_grpo else scores.clone()  # of groups of one
+    advantages = scores / (1 + epsilon) if norm_adv_by_std_in_grpo else scores.clone()  # for groups of one
     for size, groups in by_size.items():
         if size > 1:
             rows = torch.tensor(groups, device=scores.device)

@@ -22,7 +22,7 @@ def iou_reward(completions: list[list[dict]], solution: list, **kwargs) -> list[
         n floats.
 
     Raises:
-        ValueError: an answer format that does not exist, or `solution` does not hold n boxes.
+        ValueError: an unknown answer format, or `solution` does not hold n boxes.
     """
     try:
         gold = torch.as_tensor(solution, dtype=torch.float32).view(len(completions), 4)

@@ -20,7 +20,7 @@ from boxgrpo.kernels import (
     pack_texts,
 )
 from boxgrpo.kernels.resources import CUDA_CAPABILITIES, KERNELS, SOURCE, compile_cuda
-from boxgrpo.kernels.vocabulary import unpacked
+from boxgrpo.kernels.vocabulary import unpack_entries
 from fuzz_rewards import completions, tokenized
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -126,7 +126,7 @@ def cases(count, seed):
         texts[i] = draw.randbytes(draw.randrange(1900, 2100)).replace(b"<", b"-") + texts[i] + b" " * i + texts[i]
     ids, lengths, table, spelled = tokenized(draw, texts, names)
     vocabulary, data = len(table.entries), table.data.numpy().tobytes()
-    tokens = [data[start : start + size] for start, size, _ in zip(*(x.tolist() for x in unpacked(table.entries)))]
+    tokens = [data[at : at + size] for at, size, _ in zip(*(x.tolist() for x in unpack_entries(table.entries)))]
     long = b"x" * 5000 + b"<answer>(1, 2), (3, 4)</ans"
     ids[0, :2], lengths[0], texts[0] = torch.tensor([vocabulary, vocabulary + 1]), 2, long + b"wer>"
     # An end, and turns of answers behind it; then an end, and behind it no ids, of the same lane and of others.

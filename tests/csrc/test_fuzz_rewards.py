@@ -16,7 +16,7 @@ from fuzz_rewards import MARKS, TAGS, compiled, completions, differential, guide
 SEED = random.SystemRandom().randrange(2**32)  # a failure names it
 
 
-@pytest.mark.skipif(dispatch.MISSING is not None, reason="csrc/ is not compiled")
+@pytest.mark.skipif(dispatch.IMPORT_FAILURE is not None, reason="csrc/ is not compiled")
 @pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_operators_agree_with_re(seconds):
     """Text and token ids, every answer format; enough answers are good for the agreement to mean something."""

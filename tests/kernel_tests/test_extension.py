@@ -20,7 +20,7 @@ from boxgrpo.kernels import (
 
 ANSWER = b"<think>a</think><answer>(100, 200), (300, 400)</answer>"
 GOLD = torch.tensor([[100.0, 200.0, 300.0, 400.0]])
-compiled = pytest.mark.skipif(dispatch.MISSING is not None, reason=f"csrc/ is not compiled: {dispatch.MISSING}")
+compiled = pytest.mark.skipif(dispatch.IMPORT_FAILURE is not None, reason=f"no csrc/: {dispatch.IMPORT_FAILURE}")
 
 # Without the compiled module: no warning at import, one at first use, and the twin's results.
 WITHOUT = """
@@ -63,7 +63,7 @@ def test_without_it_the_twin_runs_and_warns_once():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_with_a_compiler_the_operators_are_compiled():
     """An installation succeeds where a source does not compile, and tests marked `compiled` are skipped then."""
-    assert dispatch.MISSING is None, f"csrc/ is not compiled: {dispatch.MISSING}. Run `make install`."
+    assert dispatch.IMPORT_FAILURE is None, f"csrc/ is not compiled: {dispatch.IMPORT_FAILURE}. Run `make install`."
 
 
 @compiled

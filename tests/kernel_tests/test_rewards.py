@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, VocabularyBytes, grounding_rewards, grounding_rewards_from_ids, pack_texts
-from boxgrpo.kernels.vocabulary import BRACKET, EOS, PLAIN, TEXT, unpacked
+from boxgrpo.kernels.vocabulary import BRACKET, EOS, PLAIN, TEXT, unpack_entries
 from kernel_cases import assert_refused
 
 GOLD = (100.0, 200.0, 300.0, 400.0)
@@ -204,7 +204,7 @@ def test_box_marks_are_read_in_their_format_and_silent_in_the_others():
 
 def test_a_table_packs_every_token_with_its_role():
     tokens = [b"plain", b"a(b", b"x[", b"<", b"", b"</s>"]
-    starts, sizes, roles = (x.tolist() for x in unpacked(VocabularyBytes.build(tokens, [5]).entries))
+    starts, sizes, roles = (x.tolist() for x in unpack_entries(VocabularyBytes.build(tokens, [5]).entries))
     data = VocabularyBytes.build(tokens, [5]).data.numpy().tobytes()
     assert [data[start : start + size] for start, size in zip(starts, sizes, strict=True)] == tokens
     assert roles == [PLAIN, BRACKET, BRACKET, TEXT, TEXT, EOS]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from boxgrpo.kernels import group_advantages
-from boxgrpo.kernels.vocabulary import EOS, unpacked
+from boxgrpo.kernels.vocabulary import EOS, unpack_entries
 from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.generate import prefill
@@ -148,7 +148,7 @@ def test_no_vision_token_and_no_row_beyond_the_tokenizer_is_ever_sampled(model, 
 def test_the_vocabulary_is_the_tokenizers_and_as_large_as_the_head(vocabulary, processor, model):
     """Completions end at the tokenizer's end tokens; generation_config is not read: it is not even there."""
     assert processor.tokenizer.convert_ids_to_tokens(list(vocabulary.eos_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
-    roles = unpacked(vocabulary.bytes.entries)[2]
+    roles = unpack_entries(vocabulary.bytes.entries)[2]
     assert (roles == EOS).nonzero()[:, 0].tolist() == sorted(vocabulary.eos_token_ids)
     assert len(vocabulary.bytes.entries) == model.config.text_config.vocab_size
 
