@@ -1,4 +1,4 @@
-"""Command lines and YAML files as dataclasses of options: flags and `--help` derive from the fields."""
+"""Parses command lines and YAML files into dataclasses of options; flags and `--help` derive from the fields."""
 
 import argparse
 import contextlib
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def option(default, help: str):
-    """A field with its flag's help."""
+    """A dataclass field with a default and its flag's help text."""
     return field(default=default, metadata={"help": help})
 
 
 class _Append(argparse.Action):
-    """Append a value each time the flag is given. (By transformers' nargs of "+" a list would take bare words too.)"""
+    """Append a value each time the flag is given. (transformers' nargs "+" would also take words without a flag.)"""
 
     def __init__(self, *names, nargs: str, **settings):
         super().__init__(*names, **settings)
@@ -58,14 +58,14 @@ class _Parser(HfArgumentParser):
 
 
 def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, bare: str = "") -> T:
-    """Options from `--config file.yaml`, which may be given several times; later files overrule, flags overrule all.
+    """Parse flags and `--config file.yaml` into a `kind`. A later file overrides an earlier one, flags override files.
 
     A word without a flag is the value of the field `bare`.
     """
     parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
     if bare:
         parser.add_argument(bare, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{bare}.")
-    parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags overrule it.")
+    parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags override it.")
     first, _ = parser.parse_known_args(args)
     for path in first.config:
         parser.set_defaults(**read_yaml(kind, path))
@@ -78,7 +78,7 @@ def read_yaml(kind: type, path: str | Path) -> dict:
     """The mapping in a YAML file, its keys and types checked against the dataclass.
 
     Raises:
-        ValueError: missing file, no mapping, unknown key, or a value of another type.
+        ValueError: the file is missing or holds no mapping, a key is unknown, or a value has another type.
     """
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file.")
@@ -95,7 +95,7 @@ def read_yaml(kind: type, path: str | Path) -> dict:
         if isinstance(default, list):
             values[name] = [value] if isinstance(value, str) else value
             if not isinstance(values[name], list) or not all(isinstance(text, str) for text in values[name]):
-                raise ValueError(f"{path}: {name} is {value!r}; it must be a text or a list of texts.")
+                raise ValueError(f"{path}: {name} is {value!r}; it must be a string or a list of strings.")
         elif isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
             try:
                 values[name] = float(value)  # YAML reads 1e-6 as a string

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-# Module of boxgrpo.trainer, and what it does.
+# Module of boxgrpo.trainer, and the command's description.
 COMMANDS = {
     "sft": ("sft", "cold start: supervised fine-tuning on reasoning chains, on all local GPUs"),
-    "grpo": ("grpo", "GRPO with IoU and format rewards, on all local GPUs; without flags: the drawn demo's"),
-    "eval": ("evaluator", "score a checkpoint, or answers made elsewhere, on a benchmark"),
-    "ground": ("apps.ground", "ask a checkpoint where something is, on the command line or on a page"),
-    "inspect": ("apps.inspect_data", "what a file of records holds, and its faults"),
-    "memory": ("apps.memory", "memory per GPU by engine and model, from shapes alone"),
-    "chains": ("chains.make", "reasoning chains for a cold start, from an OpenAI-compatible server"),
-    "accept": ("chains.accept", "a sheet on which people accept or reject a tenth of the chains"),
-    "demo": ("demo", "draw a world, cold-start a tiny model on it, go on with GRPO, score before and after"),
+    "grpo": ("grpo", "GRPO with IoU and format rewards, on all local GPUs; without flags: on the demo's drawn scenes"),
+    "eval": ("evaluator", "score a checkpoint, or answers from a file, on a benchmark"),
+    "ground": ("apps.ground", "answer a question about images by a box, on the command line or on a web page"),
+    "inspect": ("apps.inspect_data", "count a file's records, tasks and faults"),
+    "memory": ("apps.memory", "memory per GPU by engine and model, computed from shapes"),
+    "chains": ("chains.make", "request reasoning chains for a cold start from an OpenAI-compatible server"),
+    "accept": ("chains.accept", "write a page on which people accept or reject a tenth of the chains"),
+    "demo": ("demo", "draw scenes, train a tiny model on them by SFT and GRPO, score it before and after"),
 }
 TRAINING = ("sft", "grpo")
 

@@ -1,6 +1,6 @@
-"""The main job, small: draw a world, cold-start a tiny Qwen2-VL on it, go on with GRPO, score before and after.
+"""The demo: draw scenes, train a tiny Qwen2-VL on them by SFT and then GRPO, score it before and after GRPO.
 
-python trainer/demo.py        everything it makes is in out/demo
+python trainer/demo.py        writes everything to out/demo
 """
 
 import json
@@ -27,13 +27,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def processes(options: DemoOptions) -> int:
-    """As many as the options say; else one per GPU, as far as a step's 16 prompts divide among them, on a CPU two."""
+    """`options.processes`, else the largest divisor of a step's 16 prompts that is at most the GPUs, or 2 on a CPU."""
     available = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return options.processes or max(n for n in (1, 2, 4, 8, 16) if n <= available)
 
 
 def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
-    """Run a script of this folder as a user would, the CPU's cores shared out among its processes."""
+    """Run a script of this folder under torchrun, with the CPU's cores divided among its processes."""
     count = processes(options)
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(count)]
     command += [str(HERE / script), *flags]
@@ -41,20 +41,20 @@ def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
     threads = str(max(1, (os.cpu_count() or 1) // count))
     status = subprocess.run(command, env={"OMP_NUM_THREADS": threads} | os.environ).returncode
     if status:
-        raise ValueError(f"{script} ended with status {status}; its own message stands above.")
+        raise ValueError(f"{script} ended with status {status}; its message is above.")
 
 
 def cold_start(options: DemoOptions) -> None:
-    """SFT of random weights on reasoning chains, in the place of an earlier one."""
+    """SFT of randomly initialised weights on reasoning chains; replaces an earlier cold start."""
     shutil.rmtree(Path(options.output_dir) / "sft", ignore_errors=True)
     make_initial_checkpoint(options)
     torchrun("sft.py", options, run_flags(options, "sft"))
 
 
 def continued_sft(options: DemoOptions) -> None:
-    """The cold start trained on with its own recipe, on chains for GRPO's scenes, for the seconds that GRPO took.
+    """Continue the cold start's SFT, by its recipe, on chains for GRPO's scenes, for as many seconds as GRPO took.
 
-    The paper's Table 4, row 6: there, too, the additional records are new ones, their chains made as before.
+    As in the paper's Table 4, row 6, the additional records are new and their chains are made in the same way.
     """
     root = Path(options.output_dir)
     before, grpo = ([m["step_time"] for m in read_metrics(root / run)] for run in ("sft", "grpo"))
@@ -93,7 +93,7 @@ def flat(summary: dict) -> dict[str, float]:
 
 
 def run(options: DemoOptions) -> dict:
-    """The whole demo; returns what summary.json holds."""
+    """Run the whole demo; returns the content of summary.json."""
     root = Path(options.output_dir)
     seconds, found = {}, {}
 
@@ -105,8 +105,8 @@ def run(options: DemoOptions) -> dict:
 
     runs = [name for name in RUNS if (root / name).exists()]
     if runs and not (root / "world").exists():
-        raise ValueError(f"{root} holds {', '.join(runs)} but no drawn world: not a demo's. Name another --output_dir.")
-    stage("world", draw_world, options)  # refuses a folder with another world, before anything is lost
+        raise ValueError(f"{root} holds {', '.join(runs)} but no drawn world. Name another --output_dir.")
+    stage("world", draw_world, options)  # raises for a folder with another world, before anything is removed
     stage("cold_start", cold_start, options)
     found["before"] = stage("eval_before", scores, options, "sft")
     stage("grpo", torchrun, "grpo.py", options, run_flags(options, "grpo"))
@@ -136,7 +136,7 @@ def report(summary: dict, root: str) -> str:
     rows = [["Acc@0.5", *(stage.replace("_", " ") for stage in stages)]]
     for task in (*(t for t in summary["before"] if t != "mean"), "mean"):
         rows.append([task, *(f"{100 * summary[stage][task]:.1f}" for stage in stages)])
-    lifted = f"{100 * (summary['after']['mean'] - summary['before']['mean']):+.1f} points in all"
+    lifted = f"{100 * (summary['after']['mean'] - summary['before']['mean']):+.1f} points overall"
     pictures = f"Look at {root}/plot.png and pictures.png."
     return f"{align(rows)}\n\nGRPO: {lifted}, {summary['seconds']:.0f} s. {pictures}"
 

@@ -1,4 +1,4 @@
-"""A benchmark's scores: greedy answers by the policy's own decoder, their boxes read as the rewards read them.
+"""Scores a checkpoint, or answers from a file, on a benchmark; boxes are read by the rewards' parser.
 
 torchrun trainer/evaluator.py --bench mig --model CHECKPOINT --data MIG_data.json --image_root FOLDER
 python -P -m boxgrpo.trainer.evaluator --bench mig --data MIG_data.json --predictions ANSWERS.json --json -

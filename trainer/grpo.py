@@ -1,9 +1,9 @@
 """GRPO for visual grounding: sample, reward, advantage, pack, reference, policy, step.
 
     torchrun trainer/grpo.py --model CHECKPOINT --data records.json      one process per GPU: --nproc_per_node 8
-    torchrun trainer/grpo.py                                             the drawn demo, cold start included
+    torchrun trainer/grpo.py                                             the demo's drawn scenes, cold start included
 
-Left out, on purpose: a critic, a reward model, padding, logits, and any rollout by older weights.
+There is deliberately no critic, reward model, padding or full logits, and no rollout by older weights.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from boxgrpo.trainer.world import recipe
 
 
 def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
-    """Train `options.model` on `options.data`; leaves the checkpoint and the metrics in `options.output_dir`."""
+    """Train `options.model` on `options.data`; write the checkpoint and the metrics to `options.output_dir`."""
     o, hooks = options, hooks or Hooks()
     validate_grpo(o, r.world_size)
     size = {"max_tokens": o.max_prompt_length, "batch_size": o.prompts_per_step, "updates": o.num_iterations}
@@ -66,7 +66,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             rewards = step_rewards(o, hooks.rewards(groups, score(groups, vocabulary.bytes, r.device)), r)
         with span("pack", len(groups)):
             trained = trained_groups(o, groups, rewards)
-            if o.loss_type != "bnpo":  # whose mean is over a rank's own tokens
+            if o.loss_type != "bnpo":  # its mean is over each rank's own tokens
                 trained = balance_across_ranks(trained, cost, r)
             counts = r.sum(sum(len(g.completions) for g in groups), sum(len(c) for g in trained for c in g.completions))
             settings = loss_settings._replace(denominator=loss_denominator(o, *counts, r))
@@ -93,7 +93,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
 
 
 def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
-    """Completions replayed from a file, sampled by vLLM, or sampled by the policy itself, `sharded` or not."""
+    """The rollout that `--rollout` names. `sharded`: no rank has all weights while it samples."""
     o = run.options
     if o.rollout == "replay":
         return ReplayRollout(o)
@@ -103,7 +103,7 @@ def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
 
 
 def update_gradients(run: Run, settings: LossOptions, packs: list[PackedBatch]):
-    """Gradients at the rollout's weights; the packs with the log-probabilities that further iterations compare with."""
+    """Accumulate the first iteration's gradients; returns the packs with reference and old logps, loss, statistics."""
     o = run.options
     with span("reference", sum(len(p.input_ids) for p in packs)), torch.no_grad():
         if run.reference is not None:
@@ -115,7 +115,7 @@ def update_gradients(run: Run, settings: LossOptions, packs: list[PackedBatch]):
 
 
 def accumulate(run: Run, settings: LossOptions, packs: list[PackedBatch]):
-    """Add the packs' gradients up; the loss (0-dim, this rank's) and the statistics of each pack with tokens."""
+    """Accumulate the packs' gradients; returns this rank's loss (0-dim) and the statistics of each non-empty pack."""
     engine, loss, stats = run.engine, torch.zeros((), device=run.ranks.device), []
     with span("policy", len(packs)):
         for pack in packs:
@@ -133,7 +133,7 @@ def accumulate(run: Run, settings: LossOptions, packs: list[PackedBatch]):
 
 
 def accumulate_again(run: Run, settings: LossOptions, packs: list[PackedBatch]):
-    """`accumulate` of packs that fitted in the iteration before: they are not made anew where memory runs out."""
+    """`accumulate` for iterations after the first, in which the packs stay the same: it raises if memory runs out."""
     try:
         return accumulate(run, settings, packs)
     except torch.OutOfMemoryError as error:
@@ -141,7 +141,7 @@ def accumulate_again(run: Run, settings: LossOptions, packs: list[PackedBatch]):
 
 
 def loss_denominator(o, completions: float, tokens: float, r: Ranks):
-    """What the step's summed loss is divided by on each rank, 0-dim fp32; ranks average their gradients afterwards."""
+    """The divisor of the step's summed loss on each rank, 0-dim fp32; ranks average their gradients afterwards."""
     whole = {
         "grpo": completions,
         "dapo": tokens,
@@ -153,7 +153,7 @@ def loss_denominator(o, completions: float, tokens: float, r: Ranks):
 
 
 def policy_loss(o, settings: LossOptions, pack: PackedBatch, hidden, weight):
-    """The pack's loss and its statistics: the model's head, called with hidden states (N, H) and weight (V, H)."""
+    """The pack's loss and statistics. The model calls this as its head, with hidden (N, H) and weight (V, H)."""
     factor = None if pack.sampler_logps is None else sampler_factor(pack, o.vllm_importance_sampling_clip_max)
     tensors = {"old_logps": pack.old_logps, "ref_logps": pack.ref_logps, "weights": pack.weights}
     options = settings._replace(**tensors, sampler_factor=factor)
@@ -163,13 +163,13 @@ def policy_loss(o, settings: LossOptions, pack: PackedBatch, hidden, weight):
 
 
 def logps(pack: PackedBatch, temperature: float, hidden, weight):
-    """(N) fp32 log-probabilities of the scored tokens: the model's head, called with (N, H) and (V, H)."""
+    """(N) fp32 log-probabilities of the scored tokens. The model calls this as its head, with (N, H) and (V, H)."""
     with named_range("head", len(hidden), len(weight)):
         return token_logps(hidden, weight, pack.targets, temperature=temperature)
 
 
 def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
-    """Without a model and data: the drawn world and its cold start, made first where there is none."""
+    """Options for a run without model and data: the demo's scenes and cold start, which are made if missing."""
     demo, is_trained = recipe.DemoOptions(), False
     cold_start = parse(SftOptions, recipe.run_flags(demo, "sft"))
     if r.is_main:

@@ -1,4 +1,4 @@
-"""Options of the loops and of the evaluation: the one place of their defaults, and the checks of their values."""
+"""Options of the training loops and the evaluation: the only place of their defaults, and checks of their values."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 from boxgrpo.trainer.arguments import option
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
-BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # of boxes; the kernels read ANSWER_FORMATS
+BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # the kernels parse ANSWER_FORMATS only
 SCHEMAS = ("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco", "lisa", "llmseg", "reasonvos", "revos")
-# Bounds of values by option name, in every dataclass that has the option.
+# Allowed values by option name, for every dataclass that has the option.
 CHOICES = {
     "schema": ("auto", *SCHEMAS),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -37,15 +37,15 @@ ABOVE = {"timeout": 0}  # seconds
 
 @dataclass
 class InputOptions:
-    """What every command reads."""
+    """Options that every command has."""
 
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     data: list[str] = field(
         default_factory=list,
         metadata={"help": "JSON or JSONL files of records; file.json#7000 takes 7000 of them, drawn by the seed."},
     )
-    schema: str = option("auto", f"Form of the records: auto, {', '.join(SCHEMAS)}.")
-    image_root: str = option("", "Folder that image paths start from; empty: the data file's own.")
+    schema: str = option("auto", f"Format of the records: auto, {', '.join(SCHEMAS)}.")
+    image_root: str = option("", "Folder of the image paths; empty: the data file's folder.")
     min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
     max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
@@ -58,40 +58,40 @@ class InputOptions:
 
 @dataclass
 class DataOptions(InputOptions):
-    """What both loops take."""
+    """Options that both training loops have."""
 
     output_dir: str = option("out/run", "Folder for checkpoints, metrics.jsonl and TensorBoard files.")
     overwrite_output_dir: bool = option(False, "Write into an output_dir that already holds a run.")
     max_steps: int = option(0, "Optimizer steps; 0 or less: as many as num_train_epochs needs.")
     num_train_epochs: float = option(1.0, "Passes over the data when max_steps is 0.")
     seed: int = option(42, "Seed of data order, sampling and initial weights.")
-    freeze_vision: bool = option(True, "Keep the vision tower, merger included, as it is.")
-    lora_rank: int = option(0, "Train adapters of this rank on the decoder's linear layers; 0: its weights themselves.")
-    lora_alpha: int = option(0, "What adapters add is scaled by lora_alpha / lora_rank; 0: by 2.")
+    freeze_vision: bool = option(True, "Do not train the vision tower, merger included.")
+    lora_rank: int = option(0, "Train LoRA adapters of this rank on the decoder's linear layers; 0: train its weights.")
+    lora_alpha: int = option(0, "Scale the adapters' output by lora_alpha / lora_rank; 0: by 2.")
     gradient_checkpointing: bool = option(
         False, "Recompute the decoder's layers in the backward pass: less memory, more time."
     )
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0: never.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     adam_beta2: float = option(0.999, "AdamW's decay of squared gradients.")
-    engine: str = option("ddp", "ddp: every rank holds everything; deepspeed: ZeRO divides it.")
-    zero_stage: int = option(2, "What DeepSpeed divides: 1 optimizer state, 2 gradients too, 3 weights too.")
+    engine: str = option("ddp", "ddp: every rank holds the whole model; deepspeed: ZeRO shards it.")
+    zero_stage: int = option(2, "What DeepSpeed shards: 1: optimizer state; 2: also gradients; 3: also weights.")
     offload_optimizer: bool = option(False, "DeepSpeed keeps optimizer state and fp32 weights in host memory.")
     optimizer: str = option("adamw", "adamw: torch's fused one; cpu_adam: DeepSpeed's; apex: NVIDIA's FusedAdam.")
     logging_steps: int = option(1, "Steps between two lines of metrics.")
     save_steps: int = option(0, "Steps between two checkpoints to resume from; 0: none, only the weights at the end.")
     save_total_limit: int = option(0, "Checkpoints to keep, the newest; 0: all.")
-    resume: str = option("", "Resume from a checkpoint: its folder, or auto for the newest whole one, if there is any.")
-    timeout: float = option(1800.0, "Seconds that ranks wait for each other; a lost one is noticed in a tenth of that.")
-    max_skipped: int = option(100, "Stop after more steps than this without an update, for NaN or infinity.")
-    eval_every: int = option(0, "Steps between two evaluations on eval_data, the last step always; 0: never.")
+    resume: str = option("", "Resume from a checkpoint: its folder, or auto: the newest complete one, if any.")
+    timeout: float = option(1800.0, "Seconds until a collective times out; a lost rank is detected in a tenth of that.")
+    max_skipped: int = option(100, "Stop when more updates than this were skipped for NaN or infinity.")
+    eval_every: int = option(0, "Steps between evaluations on eval_data, which also follow the last step; 0: never.")
     eval_data: str = option("", "Records with gold boxes to score on; the best checkpoint is kept in output_dir/best.")
-    eval_image_root: str = option("", "Folder that eval_data's image paths start from; empty: the file's own.")
+    eval_image_root: str = option("", "Folder of eval_data's image paths; empty: the file's folder.")
     eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
     eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")
     profile_steps: str = option("", "Profile these steps into output_dir/profile: 10:13 for steps 10, 11 and 12.")
-    memory_snapshot: bool = option(False, "On a GPU: a snapshot of memory after the profiled steps, and where it ends.")
-    peak_tflops: float = option(0.0, "The device's peak, for perf/mfu; 0: as published, where it is known.")
+    memory_snapshot: bool = option(False, "On a GPU: memory snapshots after the profiled steps and out of memory.")
+    peak_tflops: float = option(0.0, "The device's peak TFLOP/s, for perf/mfu; 0: the published value, if known.")
 
 
 @dataclass
@@ -99,10 +99,10 @@ class SftOptions(DataOptions):
     """Cold start: supervised fine-tuning on reasoning chains (paper section 3.2)."""
 
     learning_rate: float = option(5e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("cosine", "By transformers' name: cosine, linear, warmup_stable_decay.")
-    warmup_ratio: float = option(0.015, "Share of the steps that warms up.")
+    lr_scheduler_type: str = option("cosine", "transformers' name of a schedule: cosine, linear, warmup_stable_decay.")
+    warmup_ratio: float = option(0.015, "Share of the steps with learning-rate warm-up.")
     train_batch_size: int = option(24, "Examples per optimizer step, over all ranks.")
-    cutoff_len: int = option(6000, "Longer examples are skipped, tokens.")
+    cutoff_len: int = option(6000, "Maximum tokens of an example; longer ones are skipped.")
     tokens_per_pass: int = option(8192, "Token budget of one packed forward and backward pass.")
 
 
@@ -111,39 +111,39 @@ class GrpoOptions(DataOptions):
     """GRPO with IoU and format rewards and difficulty-aware weights (paper sections 3.3 and 3.4)."""
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("linear", "By transformers' name: linear, cosine, warmup_stable_decay.")
-    warmup_ratio: float = option(0.0, "Share of the steps that warms up.")
+    lr_scheduler_type: str = option("linear", "transformers' name of a schedule: linear, cosine, warmup_stable_decay.")
+    warmup_ratio: float = option(0.0, "Share of the steps with learning-rate warm-up.")
     prompts_per_step: int = option(16, "Prompts per optimizer step, over all ranks.")
-    gradient_accumulation_steps: int = option(1, "Rounds in which a step's prompts are sampled; more need less cache.")
-    num_generations: int = option(8, "Completions per prompt: the group.")
+    gradient_accumulation_steps: int = option(1, "Rounds of sampling per step; more rounds need a smaller KV cache.")
+    num_generations: int = option(8, "Completions per prompt, the group size.")
     num_iterations: int = option(1, "Optimizer steps on each rollout.")
-    max_completion_length: int = option(256, "Tokens sampled at most.")
-    max_prompt_length: int = option(16384, "Longer prompts are skipped, tokens, images included.")
+    max_completion_length: int = option(256, "Maximum tokens of a completion.")
+    max_prompt_length: int = option(16384, "Maximum tokens of a prompt, images included; longer ones are skipped.")
     tokens_per_pass: int = option(16384, "Token budget of one packed forward and backward pass.")
     temperature: float = option(1.0, "Sampling temperature; the loss uses the same.")
     top_k: int = option(0, "Sample among the k likeliest tokens; 0: all.")
-    top_p: float = option(1.0, "Sample among the likeliest tokens of this mass.")
-    beta: float = option(0.04, "Weight of the KL to the starting model; 0 keeps no reference.")
+    top_p: float = option(1.0, "Sample among the likeliest tokens that reach this probability; 1: all.")
+    beta: float = option(0.04, "Weight of the KL to the starting model; 0: no reference model.")
     epsilon: float = option(0.2, "Lower clip of the ratio, and upper unless epsilon_high is given.")
     epsilon_high: float | None = option(None, "Upper clip of the ratio; cispo: its absolute bound.")
-    delta: float | None = option(None, "Second, absolute upper bound of the ratio.")
+    delta: float | None = option(None, "Upper bound of the unclipped ratio, above 1 + epsilon_high.")
     loss_type: str = option("grpo", "grpo, bnpo, dapo, dr_grpo or cispo.")
     importance_sampling_level: str = option("token", "token, or sequence (GSPO).")
-    scale_rewards: str = option("group", "Divide advantages by the std of the group, of the batch, or by none.")
+    scale_rewards: str = option("group", "Divide advantages by the std of the group or the batch; none: by 1.")
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
     rollout: str = option("local", "local: sample here; vllm: with vLLM; replay: completions stored by an earlier run.")
-    rollout_file: str = option("", "replay reads completions here; local writes them here when given.")
+    rollout_file: str = option("", "File of completions: replay reads it; local writes it if one is given.")
     ds3_gather_for_generation: bool = option(
-        True, "ZeRO-3 samples with all weights on every rank; false: layer by layer, for every token anew."
+        True, "ZeRO-3 samples with all weights on every rank; false: each layer is gathered anew for every token."
     )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU that vLLM may take while it samples.")
-    vllm_importance_sampling_clip_max: float = option(2.0, "Cap of exp(old - sampler), which corrects vLLM's samples.")
+    vllm_importance_sampling_clip_max: float = option(2.0, "Cap of the importance ratio exp(old - sampler) with vLLM.")
     log_completions: int = option(0, "Steps between two tables of sampled completions; 0: never.")
 
 
 @dataclass
 class EvalOptions(InputOptions):
-    """Score a checkpoint on a benchmark by greedy decoding, or answers that were made elsewhere."""
+    """Score a checkpoint on a benchmark by greedy decoding, or score answers from a file."""
 
     bench: str = option("", f"{', '.join(BENCHES)}; empty: any records with gold boxes.")
     predictions: str = option("", "JSON list of answers in the records' order, to be scored without a model.")
@@ -152,15 +152,15 @@ class EvalOptions(InputOptions):
         f"Form of boxes in questions and answers: {', '.join(BOX_FORMATS)}; auto: by the record.",
     )
     output_dir: str = option("", "Folder for answers, results and page; empty: out/eval, or none with --predictions.")
-    overwrite_output_dir: bool = option(False, "Begin anew in a folder that holds another evaluation's answers.")
+    overwrite_output_dir: bool = option(False, "Start anew in a folder that holds another evaluation's answers.")
     json: str = option("", "File for the scores as JSON; - prints them, and nothing else.")
-    limit: int = option(0, "Score only the first so many records; 0: all.")
+    limit: int = option(0, "Score only this many records, the first ones; 0: all.")
     eval_batch_size: int = option(64, "Prompts decoded together.")
     max_completion_length: int = option(256, "Tokens generated at most.")
     resamples: int = option(2000, "Bootstrap resamples behind the confidence intervals; 0: no intervals.")
     seed: int = option(0, "Seed of the resamples and of the random cases.")
-    pictures: int = option(8, "Annotated pictures to draw.")
-    cases: int = option(8, "Cases on the page of each kind: worst, best and random.")
+    pictures: int = option(8, "Number of annotated pictures to draw.")
+    cases: int = option(8, "Number of worst, of best and of random cases on the page.")
 
 
 def loss_options(o: GrpoOptions) -> LossOptions:
@@ -175,7 +175,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_values(values: dict, *, choices: dict = CHOICES, at_least: dict = AT_LEAST) -> None:
-    """Refuse option values, by name, that are not among the choices, below the least value or not ABOVE."""
+    """Raise ValueError for values that are not among their choices, below their minimum, or not above `ABOVE`."""
     for name, value in values.items():
         if name in choices and value not in choices[name]:
             known = ", ".join(str(choice) for choice in choices[name] if choice != "")
@@ -187,7 +187,7 @@ def check_values(values: dict, *, choices: dict = CHOICES, at_least: dict = AT_L
 
 
 def _check_run(o: DataOptions) -> None:
-    """What both loops refuse, before anything is loaded."""
+    """Raise ValueError for options that neither training loop supports."""
     check_values(vars(o))
     if o.offload_optimizer and o.engine != "deepspeed":
         raise ValueError(f"offload_optimizer is true with engine {o.engine!r}; add --engine deepspeed.")
@@ -204,11 +204,11 @@ def _check_run(o: DataOptions) -> None:
     if window and 0 < o.max_steps < window.start:
         raise ValueError(profile_is_too_late(o.profile_steps, o.max_steps))
     if o.memory_snapshot and not torch.cuda.is_available():
-        raise ValueError("memory_snapshot is True and there is no GPU here, whose memory it shows. Leave it out.")
+        raise ValueError("memory_snapshot is True and there is no GPU. Leave it out.")
 
 
 def validate_grpo(o: GrpoOptions, world_size: int) -> None:
-    """Refuse what cannot be trained, before anything is loaded."""
+    """Refuse options that cannot be trained with, before anything is loaded."""
     _check_run(o)
     parts = world_size * o.gradient_accumulation_steps
     if o.prompts_per_step % parts:
@@ -216,7 +216,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
             f"prompts_per_step is {o.prompts_per_step}; it must divide into {world_size} ranks x "
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {parts}."
         )
-    loss_options(o)  # refuses values that the loss cannot use
+    loss_options(o)  # raises for values that the loss cannot use
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     if o.rollout == "replay" and not o.rollout_file:
@@ -228,7 +228,7 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
 def _check_vllm(o: GrpoOptions) -> None:
     if not o.ds3_gather_for_generation:
         raise ValueError(
-            "ds3_gather_for_generation is False with rollout 'vllm', which is given whole weights. Leave it true, or "
+            "ds3_gather_for_generation is False with rollout 'vllm', which needs unsharded weights. Leave it true, or "
             "use --rollout local."
         )
     if o.rollout_file:
@@ -236,7 +236,7 @@ def _check_vllm(o: GrpoOptions) -> None:
     if o.temperature != 1 and (o.top_k or o.top_p < 1):
         raise ValueError(
             f"temperature is {o.temperature} with top_k {o.top_k} and top_p {o.top_p}; at another temperature than 1 "
-            "vLLM reports log-probabilities among the tokens left, not among all. Use --temperature 1, or --top_k 0 "
+            "vLLM normalises log-probabilities over the tokens left, not over all. Use --temperature 1, or --top_k 0 "
             "and --top_p 1."
         )
     if not 0 < o.vllm_gpu_memory_utilization <= 1:
@@ -247,7 +247,7 @@ def _check_vllm(o: GrpoOptions) -> None:
 
 
 def validate_sft(o: SftOptions, world_size: int) -> None:
-    """Refuse what cannot be trained, before anything is loaded."""
+    """Refuse options that cannot be trained with, before anything is loaded."""
     _check_run(o)
     if o.train_batch_size % world_size:
         raise ValueError(
@@ -257,7 +257,7 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
 
 
 def validate_evaluator(o: EvalOptions) -> None:
-    """Refuse what cannot be evaluated, before anything is loaded."""
+    """Refuse options that cannot be evaluated, before anything is loaded."""
     check_values(vars(o))
     if bool(o.model) == bool(o.predictions):
         raise ValueError(
@@ -267,10 +267,10 @@ def validate_evaluator(o: EvalOptions) -> None:
 
 
 def profile_window(text: str) -> range:
-    """The steps of `first:end`, without `end`; none for an empty text.
+    """The steps of `first:end`, `end` excluded; an empty range for an empty text.
 
     Raises:
-        ValueError: it is no such pair, or no step lies in it.
+        ValueError: the text is not such a pair, or the range is empty.
     """
     if not text:
         return range(0)

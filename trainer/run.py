@@ -1,4 +1,4 @@
-"""What both loops need around their steps: model, engine, data, checkpoints, reports, evaluation, and when to stop."""
+"""The code that both training loops share: model, engine, data, checkpoints, reports, evaluation and stopping."""
 
 import copy
 import functools
@@ -41,31 +41,31 @@ def make_engine(model: nn.Module, options: DataOptions, ranks: Ranks, total_step
 
 @dataclass
 class Hooks:
-    """Calls from a loop to the program around it, such as a benchmark; by default they change nothing."""
+    """Callbacks for a program that runs a training loop, such as a benchmark; the defaults change nothing."""
 
     model_loaded: Callable[[Qwen2VL], Any] = lambda model: None
     make_engine: Callable[..., Engine] = make_engine
     vocabulary: Callable[[Any], Any] = lambda vocabulary: vocabulary  # a rollout.base.Vocabulary
-    rewards: Callable[[list, Any], Any] = lambda groups, rewards: rewards  # of sampled groups, GroundingRewards
-    pack_loss: Callable[[Tensor], Tensor] = lambda loss: loss  # before its backward pass
+    rewards: Callable[[list, Any], Any] = lambda groups, rewards: rewards  # takes sampled groups and GroundingRewards
+    pack_loss: Callable[[Tensor], Tensor] = lambda loss: loss  # called before the backward pass
     step_taken: Callable[[int], Any] = lambda step: None
-    write_model: Callable | None = None  # called with a folder in place of writing the weights there
+    write_model: Callable | None = None  # called with a folder, instead of writing the weights there
 
 
 class Run:
-    """A training run. `needs` and the other arguments are what the loop's records and steps are made of.
+    """A training run: everything that surrounds the loop's steps.
 
     Args:
-        needs: what a usable record has, `gold` or `turns`.
-        max_tokens: of a prompt or conversation.
-        batch_size: records a step, over all ranks.
-        updates: optimizer updates a step.
-        reference: whether the policy is compared with its beginning.
+        needs: what a record must have to be used, `gold` (a box) or `turns` (answer texts).
+        max_tokens: longest prompt or conversation.
+        batch_size: records per step, over all ranks.
+        updates: optimizer updates per step.
+        reference: whether the loss needs a reference model, the policy at the start of the run.
 
     Attributes:
-        policy: the model that is trained; `engine.model` is what to call.
-        reference: the model to compare with, None without one. With LoRA it is the policy without its adapters.
-        progress: where the run is.
+        policy: the model that is trained; call `engine.model` in its place.
+        reference: the reference model, or None. With LoRA it is `engine.model`, to be called without its adapters.
+        progress: the step, the position in the data, and counts.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Run:
         self.peak_flop = peak_flop(o, r.device)
 
     def begin(self, title: str, prepare: Callable) -> Loader:
-        """Claim the output folder and start the report; the stream of records, prepared, from where the run stands."""
+        """Claim the output folder and start the report; returns the stream of prepared records from `progress` on."""
         o, r, progress = self.options, self.ranks, self.progress
         self.folder = claim_output_dir(o, r, self.found, progress.metrics_bytes)
         self.loader = Loader(
@@ -122,11 +122,11 @@ class Run:
         return self.loader
 
     def steps(self, position: Callable[[], int], written: Callable[[], dict] = dict) -> Iterator[int]:
-        """The numbers of the steps to take; each ends with `log_step`, then evaluation and checkpoint where due.
+        """Yield each step's number; the loop's body ends with `log_step`. Then evaluation and checkpoint follow if due.
 
         Args:
-            position: of the data stream, behind the records of the step.
-            written: bytes by name of the files of completions.
+            position: returns the position in the data stream after the step's records.
+            written: returns the bytes written so far to each file of completions, by name.
 
         Raises:
             SystemExit: with 143 (128 + SIGTERM), after a launcher's SIGTERM.
@@ -137,7 +137,7 @@ class Run:
         write_model = self.hooks.write_model or functools.partial(save_pretrained, self.policy, self.processor)
         evaluate = functools.partial(self.validation.after_step, progress, total, self.policy, self.engine, self.report)
         if o.eval_every:
-            evaluate()  # where the run was stopped before it
+            evaluate()  # if the run was stopped before a due evaluation
         numbers = range(progress.step + 1, total + 1)
         for step in profiled(numbers, o, r) if o.profile_steps or o.memory_snapshot else numbers:
             self.started = time.perf_counter()
@@ -152,14 +152,14 @@ class Run:
             if progress.skipped_steps > o.max_skipped:
                 raise ValueError(
                     f"{progress.skipped_steps} updates in {step} steps had a loss or a gradient that is NaN or "
-                    f"infinite; max_skipped is {o.max_skipped}. Lower --learning_rate, or go on from an earlier "
-                    "checkpoint with --resume."
+                    f"infinite; max_skipped is {o.max_skipped}. Lower --learning_rate, or continue from an "
+                    "earlier checkpoint with --resume."
                 )
             if stop or (o.save_steps and (step % o.save_steps == 0 or step == total)):
                 progress.rollout_bytes = written()
                 saved = self.checkpoints.save(progress, self.engine, write_model)
             if stop:
-                log.warning("asked to stop: saved %s; --resume auto goes on from there", saved)
+                log.warning("SIGTERM received: saved %s; --resume auto continues from there", saved)
                 raise SystemExit(STOPPED)
             self.hooks.step_taken(step)
         self.checkpoints.save_result(self.folder, self.engine, write_model)
@@ -175,18 +175,18 @@ class Run:
         shown: dict[str, float],
         more: dict[str, float] | None = None,
     ) -> None:
-        """Report the step that `steps` gave last.
+        """Report the current step of `steps`.
 
         Args:
             loss, grad_norm: 0-dim tensors.
-            tokens, flop: of this rank's packs and part of the step.
-            shown: on the progress bar.
-            more: the loop's own metrics of this rank, where the step `is_logged`.
+            tokens, flop: of this rank's part of the step.
+            shown: values for the progress bar.
+            more: this rank's further metrics, used if the step `is_logged`.
         """
         r, progress = self.ranks, self.progress
         tokens, flop = r.sum(tokens, flop)
         progress.num_tokens += int(tokens)
-        self.report.advance(**shown)  # waits for the device: the clock below then shows the whole step
+        self.report.advance(**shown)  # synchronises with the device, so that the clock below covers the whole step
         if not self.is_logged:
             return
         seconds = time.perf_counter() - self.started
@@ -209,7 +209,7 @@ class Run:
 
 
 def load_policy(o: DataOptions, r: Ranks) -> Qwen2VL:
-    """`o.model`, ready to train; for ZeRO-3 in host memory, from where the engine moves and shards it."""
+    """Load `o.model` for training; for ZeRO-3 into host memory, from which the engine shards it to the devices."""
     sharded = o.engine == "deepspeed" and o.zero_stage == 3
     device = torch.device("cpu") if sharded else r.device
     policy = load_model(o.model, dtype=resolve_dtype(o.dtype, r.device), device=device)
@@ -221,7 +221,7 @@ def load_policy(o: DataOptions, r: Ranks) -> Qwen2VL:
 
 
 def frozen_copy(policy: Qwen2VL, *, share_vision: bool) -> Qwen2VL:
-    """The reference. With a frozen tower it has none: the embeddings come with the packs."""
+    """The reference model. With `share_vision` it has no vision tower: the packs hold the image embeddings."""
     memo = {id(policy.visual): None} if share_vision else {}
     return copy.deepcopy(policy, memo).requires_grad_(False)
 

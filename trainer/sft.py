@@ -3,7 +3,7 @@
     torchrun trainer/sft.py --model CHECKPOINT --data stage1.json      one process per GPU: --nproc_per_node 8
 
 The loss is the mean negative log-probability of the assistant's tokens, all turns, over the whole step's tokens.
-Left out, on purpose: padding, truncation (a conversation over --cutoff_len is skipped and named), logits.
+There is deliberately no padding, no truncation (a conversation over --cutoff_len is skipped) and no full logits.
 """
 
 import functools
@@ -23,7 +23,7 @@ from boxgrpo.trainer.step.pack import balance_across_ranks, make_packs, run_pack
 
 
 def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
-    """Train `options.model` on `options.data`; leaves the checkpoint and the metrics in `options.output_dir`."""
+    """Train `options.model` on `options.data`; write the checkpoint and the metrics to `options.output_dir`."""
     o = options
     validate_sft(o, r.world_size)
     size = {"max_tokens": o.cutoff_len, "batch_size": o.train_batch_size}
@@ -31,7 +31,7 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     config, engine, progress = run.policy.config, run.engine, run.progress
     loader = run.begin("sft", run.processor.conversation)
     batches = iter(loader)
-    # Of three passes, a backward counted as two, a frozen tower runs one.
+    # A frozen tower runs only the forward pass, one of three (a backward pass counts as two).
     cost = functools.partial(group_flop, config, tower_passes=1 / 3 if o.freeze_vision else 1.0)
     make = functools.partial(make_packs, engine, cost, config.image_token_id)
 
@@ -56,7 +56,7 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
 
 
 def accumulate(run: Run, scored: float, packs: list[PackedBatch]):
-    """Add the packs' gradients up; the packs and the loss (0-dim, this rank's). `scored`: tokens of all ranks."""
+    """Accumulate the packs' gradients; returns them and this rank's loss (0-dim). `scored`: tokens of all ranks."""
     loss = torch.zeros((), device=run.ranks.device)
     for pack in packs:
         with named_range("forward", len(pack.input_ids)):
@@ -70,7 +70,7 @@ def accumulate(run: Run, scored: float, packs: list[PackedBatch]):
 
 
 def head(targets, hidden, weight):
-    """(N) fp32 log-probabilities of the targets: the model's head, called with (N, H) and (V, H)."""
+    """(N) fp32 log-probabilities of the targets. The model calls this as its head, with (N, H) and (V, H)."""
     with named_range("head+loss", len(hidden), len(weight)):
         return token_logps(hidden, weight, targets)
 

@@ -90,7 +90,7 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"profile_steps": "3:3"}, "must be the larger"),
         ({"profile_steps": "0:3"}, "steps count from 1"),
         ({"profile_steps": "10:13", "max_steps": 9}, "the run ends with step 9"),
-        ({"memory_snapshot": True}, "there is no GPU here"),
+        ({"memory_snapshot": True}, "there is no GPU"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, message, monkeypatch):

@@ -1,4 +1,4 @@
-"""`Example`, which `parse` makes of every record, and the checks of a record's texts, paths and boxes."""
+"""`Example`, the parsed form of every record, and the checks of a record's texts, paths and boxes."""
 
 import functools
 import os
@@ -17,8 +17,8 @@ THINK_SUFFIX = (
     " and then output the bounding box in <answer> </answer> tags."
 )
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of images; EPS, for one, would start another program
-UNSIZED = 1_000_000  # pixels, in place of the size of an image that is not opened: only the corners' order is checked
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow starts another program for it
+UNSIZED = 1_000_000  # pixels, the assumed sides of an image that is not opened: only the corners' order is checked then
 _PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # no part is empty or begins with a dot
 _ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
 _MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
@@ -31,14 +31,14 @@ _SOUGHT = re.compile(
 
 
 def box_text(box: Sequence[float]) -> str:
-    """A box (0-1000) as answers write it: whole thousandths."""
+    """A box (0-1000) in the answers' notation, rounded to whole numbers."""
     x1, y1, x2, y2 = (round(value) for value in box)
     return f"({x1}, {y1}), ({x2}, {y2})"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about some images, and what is known of its answer."""
+    """A question about one or several images, with its gold box, its answer text, or both."""
 
     id: str
     task: str
@@ -52,13 +52,13 @@ class Example:
 
     @property
     def can_be_learned(self) -> bool:
-        """Whether SFT has a text to learn: a chat's answers, or the box in the format "box"."""
+        """Whether there is a text for SFT: a chat's answers, or the box in the format "box"."""
         return bool(self.turns) or (self.gold is not None and self.answer_format == "box")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A record that was refused: which one, the rule it breaks, and the value that breaks it."""
+    """A rejected record: its source, the rule that it breaks, and a message with the value that breaks it."""
 
     source: str
     reason: str  # a short code to count by, such as "box_inverted"
@@ -66,7 +66,7 @@ class Fault:
 
 
 class Refused(ValueError):
-    """A record breaks a rule. In a scan it becomes a `Fault`; later, with its `source`, an image has gone."""
+    """A record breaks a rule. A scan turns it into a `Fault`; after the scan it has a `source`: an image is gone."""
 
     def __init__(self, reason: str, message: str, source: str = ""):
         super().__init__(message)
@@ -81,7 +81,7 @@ class Source:
     """A file of records, where its images are, and how its boxes are scaled."""
 
     path: Path
-    label: str  # of the file, in `Example.source`
+    label: str  # the file's name in `Example.source`
     root: str  # folder of the images, absolute
     bounded: bool  # whether image paths must stay in it
     sized: bool = True  # whether an image is opened where its size is needed (see `UNSIZED`)
@@ -104,8 +104,8 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
         if not isinstance(image, str) or not image or "\0" in image:
             raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
         full = os.path.join(root, image)
-        if not _PLAIN.fullmatch(image):  # else nothing is to be resolved, and a file may name millions of images
-            # Lexical on purpose: a link inside the root was put there by its owner, a ".." by the record's author.
+        if not _PLAIN.fullmatch(image):  # a plain path needs no resolving, and a file may name millions of images
+            # Links are not resolved: the owner of the root made them. A ".." comes from the record's author.
             full = os.path.abspath(full)
             if file.bounded and os.path.commonpath([root, full]) != root:
                 raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {root}. Correct it.")
@@ -131,8 +131,8 @@ def text_of(value: object, name: str) -> str:
         raise Refused(f"no_{name}", f"{name} is {value!r:.80}; text is needed.")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
-        raise Refused("bad_text", f"{name} holds half a character ({error}). Write the text again.") from error
+    except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair, which no tokenizer accepts
+        raise Refused("bad_text", f"{name} holds half of a surrogate pair ({error}). Write the text again.") from error
     return value
 
 
@@ -142,7 +142,7 @@ def is_numbers(values: object) -> bool:
 
 
 def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str = "answer") -> Box:
-    """The box in 0-1000, `scales` of x and y applied.
+    """Check a box and return it in 0-1000, multiplied by `scales` (x, y).
 
     Raises:
         Refused: it breaks a rule of gold boxes.
@@ -164,7 +164,7 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
 
 @functools.lru_cache(maxsize=4096)
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels by the file's header: upright, and before `load_image` enlarges a small one."""
+    """Width and height in pixels from the file's header, turned upright, before `load_image` enlarges a small image."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
@@ -177,9 +177,9 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def pixel_box(box: object, path: str, file: Source, what: str, record: dict | None = None) -> Box:
-    """The box in 0-1000, given in pixels of the image at `path`; `record` may hold the image's size.
+    """Convert a box in pixels of the image at `path` to 0-1000. `record` may hold the image's width and height.
 
-    What leaves the image by less than a pixel is cut off: annotations are rounded, and sizes are whole.
+    A box that extends beyond the image by less than a pixel is clipped: annotations are rounded, sizes are whole.
     """
     size = [(record or {}).get(key) for key in ("width", "height")]
     if not is_numbers(size) or min(size) <= 0:
@@ -193,11 +193,11 @@ def pixel_box(box: object, path: str, file: Source, what: str, record: dict | No
 def parse(
     record: dict, read: Callable[[dict, Source], dict], file: Source, number: int, *, scanned: bool = False
 ) -> Example:
-    """Record `number` of the file as an example.
+    """Parse record `number` of the file into an example.
 
     Args:
-        read: of the record's schema: returns fields of the example.
-        scanned: the record is only checked; its target image is not worked out from the question's wording.
+        read: the reader of the record's schema; returns fields of the example.
+        scanned: only check the record; do not derive its target image from the question's wording.
 
     Raises:
         Refused: the record breaks a rule.
@@ -217,7 +217,7 @@ def parse(
 
 
 def read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
-    """A question with its box; one whose first image's path contains `box_only` is of the format "box"."""
+    """Read a question and its box; the format is "box" if the first image's path contains `box_only`."""
     gold = checked_box(record.get("answer"), (file.scale, file.scale))
     images = resolve_images(record.get("images"), file)
     fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
@@ -225,10 +225,10 @@ def read_question(record: dict, file: Source, box_only: str | None = None) -> di
 
 
 def target_image(record: dict, question: str, images: int) -> int:
-    """Index of the image that the box lies in: the record's `target_image`, else by the wording, else the last image.
+    """Index of the image that the box lies in: the record's `target_image`, else the one that the wording implies.
 
-    A box is relative to its image, so only pictures and answers in pixels (`grade_texts`) need the index. By the
-    wording it is the last image in which something is to be found, else the last one mentioned.
+    A box is relative to its image, so only pictures and answers in pixels (`grade_texts`) need the index. The wording
+    implies the last image in which something is to be found, else the last one mentioned, else the last image.
     """
     if "target_image" in record:
         target = record["target_image"]

@@ -1,4 +1,4 @@
-"""`Examples`, records read when they are needed, and `Loader`, the stream of a run's prepared ones."""
+"""`Examples`, records that are read on access, and `Loader`, the stream of a run's prepared records."""
 
 import contextlib
 import itertools
@@ -25,13 +25,13 @@ from .schemas import SCHEMAS
 
 logger = logging.getLogger(__name__)
 
-GOLD, TURNS = 1, 2  # bits of `has`
-# One good record: its file, its number and bytes there, how many images, and whether it has a gold box or answers.
+GOLD, TURNS = 1, 2  # bits of the column `has`
+# A row per usable record: file, record number, byte range, number of images, whether it has a gold box or answers.
 TABLE = np.dtype([("file", "i2"), ("number", "i4"), ("start", "i8"), ("stop", "i8"), ("images", "i4"), ("has", "u1")])
 
 
 class Examples(Sequence):
-    """Good records of one or several files, read and parsed on access. Pickled, they are places in files."""
+    """The usable records of one or several files, read and parsed on access. A pickle holds only their positions."""
 
     def __init__(self, files: list[Source], table: np.ndarray):
         self.files = files
@@ -41,10 +41,10 @@ class Examples(Sequence):
         return len(self.table)
 
     def __getitem__(self, index):
-        """One example, or for a slice or an array those records, unread.
+        """One example; for a slice or an index array, the `Examples` of those records, which are not read.
 
         Raises:
-            Refused: with its `source`, where an image that was there during the scan has gone.
+            Refused: an image was removed since the scan; the error has the record's `source`.
         """
         if isinstance(index, slice | np.ndarray):
             return Examples(self.files, self.table[index])
@@ -66,38 +66,37 @@ class Examples(Sequence):
 
     @property
     def sources(self) -> list[str]:
-        """`Example.source` of each, without reading any."""
+        """`Example.source` of each record, without reading it."""
         return [f"{self.files[file].label}#{number}" for file, number, *_ in self.table.tolist()]
 
     @property
     def most_images(self) -> int:
-        """Images of the example that has the most."""
+        """The largest number of images in an example."""
         return int(self.table["images"].max())
 
 
 class Loader:
     """An endless stream of prepared examples in steps of `batch_size`.
 
-    The stream is a row of slots, numbered from 0. Slot k takes one of the n records, at place k mod n in the order of
-    epoch k // n, and belongs to rank k mod `world_size`. A step takes the next `batch_size` x `world_size` slots, so
-    its records are the same for any number of ranks, and one number, `position`, is enough to resume. A record that
-    cannot be prepared (ValueError or OSError) is logged once, and its slot takes the next one in the epoch's order.
+    The stream is a sequence of slots, numbered from 0. With n records, slot k holds record k mod n in the order of
+    epoch k // n, and belongs to rank k mod `world_size`. A step takes the next `batch_size` x `world_size` slots: its
+    records are the same for any number of ranks, and one number, `position`, is enough to resume. A record that cannot
+    be prepared (ValueError or OSError) is logged once, and its slot takes the next one in the epoch's order.
 
     Args:
         examples: the records, at least one.
-        prepare: makes a group's `prompt` of one `Example`; picklable when there are workers. The same example must
-            always give the same.
-        batch_size: groups a step and rank.
-        seed: of the order; each epoch is shuffled anew.
+        prepare: makes a group's `prompt` from an `Example`; deterministic, and picklable if there are workers.
+        batch_size: groups per step and rank.
+        seed: seed of the order; each epoch is shuffled differently.
         workers: processes that prepare ahead, one thread each; 0: this process prepares on demand. A fork server starts
-            them, free of CUDA and of this process's threads; they send results through pipes, so that /dev/shm cannot
-            run full, and end with this process. A script that uses them needs `if __name__ == "__main__"`.
-        rank, world_size: this process's part of the stream.
+            them, so that they inherit neither CUDA nor threads. They send results through pipes, so that /dev/shm
+            cannot fill up, and end with this process. A script that uses them needs `if __name__ == "__main__"`.
+        rank, world_size: select this process's part of the stream.
         start: first slot: 0, or the `position` of a former run with the same batch_size x world_size.
         shuffle: False keeps the records in the order given.
 
     Attributes:
-        position: first slot that no step given out so far has taken, over all ranks.
+        position: first slot, over all ranks, that no step returned so far has used.
         faults: why each record was skipped, by `Example.source`.
 
     Raises:
@@ -123,7 +122,7 @@ class Loader:
         self._slots = _Slots(examples, prepare, seed, shuffle)
 
     def __iter__(self) -> Iterator[list[Group]]:
-        """Steps from `position` on: groups of a prompt, the slot's number (`serial`) and the `record`."""
+        """Yield steps from `position` on: groups with a prompt, the slot's number (`serial`) and the `record`."""
         numbers = itertools.count(self.position + self.rank, self.world_size)
         prepared = self._in_workers(numbers) if self.workers else map(self._slots.prepare, numbers)
         while True:
@@ -142,7 +141,7 @@ class Loader:
 
     def _in_workers(self, numbers: Iterator[int]) -> Iterator["_Prepared"]:
         context = multiprocessing.get_context("forkserver")
-        # Imported once in the server, not in each worker: torch, and the module of `prepare`.
+        # The server imports torch and the module of `prepare` once, in place of every worker.
         context.set_forkserver_preload([__name__, self._slots.prepare_example.__module__])
         loader = DataLoader(
             self._slots,
@@ -162,18 +161,18 @@ class Loader:
             yield pickle.loads(prepared)
 
 
-# A slot's group, None where no record can be prepared, and (source, reason) of each record that was passed over.
+# A slot's group, None where no record can be prepared, and (source, reason) of each record that was skipped.
 _Prepared = tuple[Group | None, list[tuple[str, str]]]
 
 
 class _Slots(Dataset):
-    """The prepared record of each slot, which every process can work out alone."""
+    """The prepared record of each slot; every process can compute it without the others."""
 
     def __init__(self, examples: Sequence[Example], prepare: Callable[[Example], object], seed: int, shuffle: bool):
         self.examples, self.prepare_example, self.seed, self.shuffle = examples, prepare, seed, shuffle
 
     def __getitem__(self, slot: int) -> bytes:
-        # Plain pickle copies tensors into the bytes; torch's own would leave them in shared memory.
+        # pickle copies tensors into the bytes; torch's own pickler would pass them through shared memory.
         return pickle.dumps(self.prepare(slot), protocol=pickle.HIGHEST_PROTOCOL)
 
     def prepare(self, slot: int) -> _Prepared:
@@ -218,7 +217,7 @@ def _sigterm_blocked():
 
     The run still finishes its step and saves, for which it needs its workers; it ends them itself.
     """
-    resource_tracker.ensure_running()  # whose own start would unblock SIGTERM
+    resource_tracker.ensure_running()  # starting it inside the block would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
@@ -229,8 +228,8 @@ def _sigterm_blocked():
 def _end_with_parent(_worker: int) -> None:
     """End a worker when the run is killed.
 
-    DataLoader only checks that the worker's parent is alive, which is the fork server, and the server lives as long as
-    its workers do: without this a killed run would leave both behind.
+    DataLoader only checks that the worker's parent is alive, which is the fork server, and the server runs as long as
+    its workers do: without this both would keep running after a kill.
     """
     sentinel = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Examples become token ids, patches and positions in Qwen2-VL's chat format; an unsuitable image is refused."""
+"""Converts examples to token ids, patches and positions in Qwen2-VL's chat format; loads and checks images."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -25,14 +25,14 @@ _VISION_TOKENS = [token for token in SPECIAL_TOKENS if "vision" in token or "_pa
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file as it is meant to be seen: upright, on white where it is transparent, 8-bit RGB.
+    """Load an image as 8-bit RGB, turned upright by its EXIF orientation, with white behind transparent pixels.
 
-    An image with a side under 28 pixels is enlarged, its shape kept, until it has 28 (as VLM-R1 does): boxes are
-    relative to the image, so they stay true. Of an animation the first frame is taken.
+    An image with a side under 28 pixels is enlarged until it has 28, in the same aspect ratio (as VLM-R1 does); boxes
+    are relative to the image, so they stay valid. Of an animation the first frame is used.
 
     Raises:
-        ValueError: no file, no image of one of `FORMATS`, truncated, too many pixels, longer than 200 times its width,
-            or a mode without a defined white (32-bit integers and floats). Names the path and the remedy.
+        ValueError: no file, not one of `FORMATS`, truncated, too many pixels, an aspect ratio above 200, or a mode
+            without a defined white (32-bit integers and floats). The message names the path and the remedy.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
         raise ValueError(f"{path} is no regular file. Replace it or drop the record.")
@@ -73,7 +73,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _enlarged(size: tuple[int, int]) -> list[int]:
-    """The size of an image of this size, in pixels, with no side under `MIN_SIDE` and in the same shape."""
+    """`size` (pixels), scaled up in the same aspect ratio if a side is under `MIN_SIDE`."""
     factor = max(1.0, MIN_SIDE / min(size))
     return [max(MIN_SIDE, round(side * factor)) for side in size]
 
@@ -85,7 +85,7 @@ class Processor:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
         image_processor: a Qwen2-VL image processor; its size limits are replaced by those given here.
         min_pixels, max_pixels: an image is scaled to an area between these, in pixels, sides in multiples of 28.
-        max_prompt_tokens: longest prompt, or longest whole conversation, in tokens with the images'; None: any length.
+        max_prompt_tokens: longest prompt or conversation in tokens, those of images included; None: any length.
 
     Raises:
         ValueError: a special token is missing, or the pixel limits are not 0 < min_pixels <= max_pixels.
@@ -118,12 +118,12 @@ class Processor:
         self.image_token_id = vocabulary["<|image_pad|>"]
         self.vision_ids = [vocabulary[token] for token in _VISION_TOKENS]  # never to be sampled: the next forward fails
         self.eos_ids = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]
-        self._reserved = {*self.vision_ids, *self.eos_ids, vocabulary["<|im_start|>"]}  # may not stand inside a text
+        self._reserved = {*self.vision_ids, *self.eos_ids, vocabulary["<|im_start|>"]}  # must not occur in a text
         self._image_marks = vocabulary["<|vision_start|>"], vocabulary["<|vision_end|>"]
         encode = tokenizer.backend_tokenizer.encode
         head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
         pieces = head, "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n"
-        # The last one follows an answer's <|im_end|>, which is learned.
+        # The last piece follows an answer's <|im_end|>, which the loss covers.
         self._head, self._to_assistant, self._to_user = (encode(p, add_special_tokens=False).ids for p in pieces)
 
     @classmethod
@@ -141,12 +141,12 @@ class Processor:
         return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder), **limits)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write both in Hugging Face's format."""
+        """Write tokenizer and image processor in Hugging Face's format."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
     def prompt(self, example: Example) -> Prompt:
-        """All images, the question, and the start of the answer's turn: the prefix of the example's `conversation`.
+        """The prompt: all images, the question and the header of the answer's turn, a prefix of `conversation`.
 
         Raises:
             ValueError: an image cannot be loaded, the prompt is over `max_prompt_tokens`, or a text holds a token such
@@ -156,20 +156,20 @@ class Processor:
         return Prompt(*tensors)
 
     def prompt_tokens(self, example: Example, sizes: Sequence[tuple[int, int]]) -> int:
-        """Length of the example's `prompt` with images of these (width, height) in pixels; none is opened."""
+        """Number of tokens of the example's `prompt` for images of these sizes (width, height in pixels), unopened."""
         p = self.image_processor
         counts = [p.get_number_of_image_patches(*_enlarged(size)[::-1]) // p.merge_size**2 for size in sizes]
         return len(self._tokens(example, counts, answered=False)[0])
 
     def conversation(self, example: Example) -> Conversation:
-        """Every turn of an example. The loss covers the texts of its answers and the `<|im_end|>` that closes each.
+        """All turns of an example. The loss covers the texts of its answers and the `<|im_end|>` that closes each.
 
         Raises:
             ValueError: as `prompt`, or the example has no answer.
         """
         if not example.can_be_learned:
             raise ValueError(
-                f"{example.source}: the record has no answer to learn; SFT needs chats. Pass stage-1 records."
+                f"{example.source}: the record has no answer to train on; SFT needs chats. Pass stage-1 records."
             )
         tensors, learned = self._tensors(example, answered=True)
         return Conversation(*tensors, loss_mask=torch.tensor(learned, dtype=torch.bool))
@@ -193,10 +193,10 @@ class Processor:
         return self.tokenizer.decode([i for i in ids if i not in self.eos_ids], clean_up_tokenization_spaces=False)
 
     def _tensors(self, example: Example, *, answered: bool):
-        """The fields of a `Prompt`, or of a chat through its last answer, and which of its tokens are learned."""
+        """The fields of a `Prompt`, or if `answered` of the whole chat, and by token whether the loss covers it."""
         pixel_values, grids = None, torch.zeros(0, 3, dtype=torch.int64)
         if example.images:
-            # One after the other: of many large images, only one at a time is in memory in full size.
+            # One by one, so that only one image at a time is in memory in full size.
             features = [self.image_processor(images=[load_image(path)], return_tensors="np") for path in example.images]
             pixels = np.concatenate([f["pixel_values"] for f in features]).astype(np.float32, copy=False)
             pixel_values = torch.from_numpy(pixels)  # (p, 1176)
@@ -214,7 +214,7 @@ class Processor:
         return (input_ids, positions, pixel_values, grids), learned
 
     def _tokens(self, example: Example, image_tokens: list[int], *, answered: bool) -> tuple[list[int], list[bool]]:
-        """Ids of the chat through its last answer, or of its first question, and which of them are learned."""
+        """Ids of the prompt, or if `answered` of the whole chat, and for each whether the loss covers it."""
         turns, question = example.turns, plain_text(example.question)
         if not turns and example.answer_format == "think":  # a chat's questions already name the answer's format
             turns = (("user", question + THINK_SUFFIX),)

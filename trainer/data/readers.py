@@ -1,8 +1,8 @@
-"""Users' record files become `Example`s, read one at a time (ARCHITECTURE.md, section "Data").
+"""Reads files of records as `Example`s, one record at a time (ARCHITECTURE.md, section "Data").
 
-A file is scanned once, for which of its records are good and where they begin. The scan of a large file is cached in
-`BOXGRPO_CACHE` (else ~/.cache/boxgrpo), so that later runs open it at once. A faulty record is named with its reason
-and left out; it never ends a run.
+A file is scanned once, to find its usable records and their positions. The scan of a large file is cached in
+`BOXGRPO_CACHE` (else ~/.cache/boxgrpo), so that later runs open it at once. A faulty record is skipped with
+a warning that names the reason; it never stops a run.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from .schemas import SCHEMAS, box_scale, recognise
 
 log = logging.getLogger(__name__)
 
-TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of images, which may be there for the next run
-SNIFF_RECORDS = 1000  # read to find a file's schema and the scale of its boxes
-CACHE_MIN_BYTES = 16 << 20  # of a file whose scan is cached
-CACHE_VERSION = 3  # of the cache's format, and of the rules by which records were checked
-FAULTS_LOGGED = 100  # of a run: most of MGrounding has two boxes, which GRPO cannot use
+TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of image files, which may exist later
+SNIFF_RECORDS = 1000  # number of records from which a file's schema and box scale are derived
+CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
+CACHE_VERSION = 3  # changes with the cache's format and with the rules for records
+FAULTS_LOGGED = 100  # per run; most records of MGrounding have two boxes, which GRPO cannot use
 
 
 def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
-    """The records of `options.data` that have what is needed, `gold` or `turns`; the others are faults.
+    """Read the records of `options.data` that have what the run needs, `gold` or `turns`; the others become faults.
 
-    Of `path#count` that many are taken, drawn by the seed. The log names the first faults and counts the others.
+    From `path#count` that many are drawn by the seed. The log names the first faults and counts the others.
 
     Raises:
-        ValueError: no data named, no such file, or one without a record that can be used.
+        ValueError: no data is named, a file is missing, or a file has no usable record.
     """
     if not options.data:
         raise ValueError("no data. Name a JSON or JSONL file with --data.")
@@ -75,7 +75,7 @@ def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
     """Path, count and label of each `path` or `path#count`. Labels are file names, or paths where two names are alike.
 
     Raises:
-        ValueError: there is no such file, or nothing to take from it.
+        ValueError: there is no such file, or the count is 0.
     """
     found = []
     for source in data:
@@ -103,15 +103,15 @@ def read_examples(
 
     Args:
         path: the file.
-        schema: one of `SCHEMAS`, or "auto": what most of the first 1000 records fit, and the log says why.
+        schema: one of `SCHEMAS`, or "auto": the one that most of the first 1000 records fit, which is logged.
         image_root: folder that the records' image paths are relative to and must not leave. None: the file's own
             folder, and any path is allowed.
         label: the file's name in `Example.source`; None: the name on disk.
-        least: good records without which the file is refused.
-        sized: False opens no image: boxes in pixels of an image of unknown size are then not in 0-1000.
+        least: minimum number of usable records.
+        sized: False: open no image; boxes in pixels of an image of unknown size are then wrong.
 
     Returns:
-        The good examples in file order, read lazily, and one `Fault` for each record refused.
+        The usable examples in file order, read lazily, and one `Fault` for each rejected record.
 
     Raises:
         ValueError: no record that fits a schema, a broken JSON array, or fewer good records than `least`.
@@ -129,13 +129,13 @@ def read_examples(
 
 @dataclass
 class _Scan:
-    """The content of a file."""
+    """The result of scanning a file."""
 
     schema: str
-    scale: float  # of its boxes
+    scale: float  # factor that brings its boxes to 0-1000
     notes: list[str]  # for the log
     faults: list[tuple[int, str, str]]  # (number, reason, message)
-    table: np.ndarray | None = None  # of the good records
+    table: np.ndarray | None = None  # (n) TABLE, the usable records
 
 
 def _scan_file(file: Source) -> _Scan:
@@ -147,7 +147,7 @@ def _scan_file(file: Source) -> _Scan:
         schema, why = _recognise_most(file.path, records)
         notes.append(why)
     if scale != 1:
-        notes.append(f"boxes are fractions of the image (half of them end at 2 or less); times {scale:g}")
+        notes.append(f"boxes are fractions of the image (their median maximum is at most 2); multiplied by {scale:g}")
     found = _Scan(schema, scale, notes, faults=[])
     good = _good_rows(itertools.chain(head, rows), dataclasses.replace(file, schema=schema, scale=scale), found.faults)
     found.table = np.fromiter(good, dtype=TABLE)
@@ -165,7 +165,7 @@ def _good_rows(rows: Iterable[tuple[int, Row]], file: Source, faults: list) -> I
             example = parse(row.value, SCHEMAS[file.schema].read, file, number, scanned=True)
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
-        except Exception as error:  # a record may hold anything, and what no rule foresees must not end a run
+        except Exception as error:  # a record may hold anything: an unforeseen error must not stop a run
             message = f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it."
             faults.append((number, "unreadable", message))
         else:
@@ -190,7 +190,7 @@ def _recognise_most(path: Path, records: list[dict]) -> tuple[str, str]:
 def _cached_scan(file: Source) -> _Scan:
     """The file's scan, which for a large file is cached until the file changes.
 
-    A scan with faults of images is not cached: they may be there later. A cache that cannot be written costs only time.
+    A scan with faults of images is not cached: the images may exist later. A cache that cannot be written is no error.
     """
     stat = file.path.stat()
     if stat.st_size < CACHE_MIN_BYTES:

@@ -1,4 +1,4 @@
-"""Records of a JSON array or a JSONL file of any size, one at a time, with their places in the file."""
+"""Records of a JSON array or a JSONL file of any size, one at a time, with their byte ranges in the file."""
 
 import json
 import re
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK = 8 << 20  # bytes read at once
-MAX_RECORD = 64 << 20  # bytes; a longer record is taken for a broken array
+MAX_RECORD = 64 << 20  # bytes; an array with a longer record is treated as broken
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Row(NamedTuple):
-    """One record, or a line that is none."""
+    """One record, or a line that is not JSON."""
 
-    start: int  # byte of the file
-    stop: int
-    value: object  # as JSON gives it; None with a fault
-    fault: str | None = None  # why it is no JSON
+    start: int  # first byte in the file
+    stop: int  # one past the last byte
+    value: object  # the parsed JSON; None with a fault
+    fault: str | None = None  # why the line is not JSON
 
 
 def scan(path: Path) -> Iterator[Row]:
@@ -59,12 +59,12 @@ def _lines(file) -> Iterator[Row]:
 def _array(file, first: int) -> Iterator[Row]:
     """Elements of the array whose first one begins at byte `first` or after white space.
 
-    The text is decoded as Latin-1, one character a byte, because JSON's own marks are ASCII: a chunk may end anywhere,
-    and a place in the text is a place in the file. An element with other characters is decoded again.
+    The text is decoded as Latin-1, one character a byte, because JSON's delimiters are ASCII: a chunk may end anywhere,
+    and an index in the text is a byte in the file. An element with other characters is decoded again, as UTF-8.
     """
     file.seek(first)
     decode = json.JSONDecoder(parse_int=_integer).raw_decode
-    text, byte, at = "", first, 0  # a window of the file, the byte where it begins, and where the next element does
+    text, byte, at = "", first, 0  # a window of the file, its first byte, the index of the next element
     while True:
         start = _SPACE.match(text, at).end()
         try:
@@ -93,5 +93,5 @@ def _array(file, first: int) -> Iterator[Row]:
 
 
 def _integer(digits: str) -> float:
-    """An int, or what no check lets pass: Python converts no more than some thousand digits."""
+    """An int, or for very many digits, which Python refuses to convert, infinity, which every check rejects."""
     return int(digits) if len(digits) < 1000 else float("inf")

@@ -17,7 +17,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 
 from .example import Box, Refused, Source, checked_box, is_numbers, pixel_box, read_question, resolve_images, text_of
 
-FRAMES, TARGET_FRAME = 6, 2  # how many are shown of a video, and the one that the box lies in: the third
+FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
 ON_VIDEO = (
     "This is a sequence of images from a video. Please understand the entire video content, and then output the "
@@ -32,9 +32,9 @@ _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)"
 class Schema(NamedTuple):
     """How to recognise a record format and how to read it."""
 
-    keys: Sequence[str]  # alternatives: names of all the keys that a record has
-    read: Callable[[dict, Source], dict]  # gives fields of the `Example`
-    mark: str = ""  # stands in the texts under these keys
+    keys: Sequence[str]  # alternatives: the keys that a record must have, separated by spaces
+    read: Callable[[dict, Source], dict]  # returns fields of the `Example`
+    mark: str = ""  # must occur in the values of these keys
 
     def fits(self, record: dict) -> bool:
         for names in self.keys:
@@ -43,7 +43,7 @@ class Schema(NamedTuple):
         return False
 
     def __str__(self) -> str:
-        """What its records have, for the log."""
+        """The keys and the mark that its records have, for the log."""
         wanted = [names.split() for names in self.keys]
         words = [f"{', '.join(first)} and {last}" if first else last for *first, last in wanted]
         return f"{self.mark} in " * bool(self.mark) + " or ".join(words)
@@ -55,9 +55,9 @@ def recognise(record: dict) -> str | None:
 
 
 def box_scale(records: Sequence[dict]) -> float:
-    """The factor that brings a file's boxes to 0-1000: 1000 where they are fractions, half of them ending at 2 or less.
+    """The factor that brings a file's boxes to 0-1000: 1000 for fractions, which have a median maximum of at most 2.
 
-    It is one factor for the whole file, because a single bad record may hold 1.048.
+    It is one factor for the whole file, because a single faulty record may hold 1.048.
     """
     ends = [max(record["answer"]) for record in records if is_numbers(record.get("answer"))]
     return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
@@ -106,7 +106,7 @@ def _only_marked_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
 
 def _marked_box(found: tuple[str, ...]) -> Box:
     x1, y1, x2, y2 = box = [int(value) for value in found]
-    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:  # several times as fast: a file holds a million boxes
+    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:  # a shortcut for valid boxes, of which a file may hold a million
         return float(x1), float(y1), float(x2), float(y2)
     return checked_box(box, what="box")
 
@@ -146,12 +146,12 @@ def _instruction(record: dict, name: str) -> str:
 
 
 def _frame_paths(frames: list, video: object, file: Source) -> list[str]:
-    """Of ReVOS, whose frames are numbers among the sorted images of the folder `video`, or file names in it."""
+    """Paths of ReVOS frames, given as indices into the sorted images of the folder `video` or as file names in it."""
     (folder,) = resolve_images([str(video)], file)
     if all(isinstance(frame, str) for frame in frames):
         return [os.path.join(folder, frame) for frame in frames]
     if not is_numbers(frames) or any(frame != int(frame) or frame < 0 for frame in frames):
-        raise Refused("bad_frames", f"frames is {frames!r:.80}; it holds numbers of frames, or names.")
+        raise Refused("bad_frames", f"frames is {frames!r:.80}; it must hold frame numbers or file names.")
     there = _images_of(folder)
     if there and max(frames) >= len(there):
         raise Refused("bad_frames", f"frames names {max(frames)}; {folder} has {len(there)} images. Correct it.")
@@ -160,7 +160,7 @@ def _frame_paths(frames: list, video: object, file: Source) -> list[str]:
 
 @lru_cache(maxsize=512)
 def _images_of(folder: str) -> tuple[str, ...]:
-    """Names of the folder's images by their first number; empty where there is no folder."""
+    """Names of the folder's images, sorted by the first number in each; empty if there is no folder."""
     try:
         names = [name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg", ".png"))]
     except OSError:
@@ -169,13 +169,13 @@ def _images_of(folder: str) -> tuple[str, ...]:
 
 
 def _read_video(record: dict, file: Source, key: str) -> dict:
-    """Six of the frames under `key`, uniformly; the box of the third of them, in its pixels."""
+    """Read six frames under `key`, uniformly spaced, and the box of the third of them, in its pixels."""
     frames, boxes = record.get(key), record.get("bbox_list")
     if not isinstance(frames, list) or len(frames) <= TARGET_FRAME:
         raise Refused("too_few_frames", f"{key} is {frames!r:.80}; a box in the third frame needs at least 3.")
     if key == "frames":
         frames = _frame_paths(frames, record.get("video_id"), file)
-    # Of six frames or fewer all are shown, and only the third one's box is needed.
+    # Six frames or fewer are all used, and then only the third one's box is needed.
     least = TARGET_FRAME + 1 if len(frames) <= FRAMES else len(frames)
     if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
         raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
@@ -190,12 +190,12 @@ def _read_video(record: dict, file: Source, key: str) -> dict:
     return {"images": images, "question": question, "gold": gold, "target_image": TARGET_FRAME}
 
 
-# A new format is one more entry; the first that recognises a record is its format.
+# To add a format, add an entry. A record's format is the first entry that it fits.
 SCHEMAS = {
     "mgrounding": Schema(CHAT, partial(_read_chat, gold_box=_only_marked_box), mark="<|box_start|>"),
     "univg_stage1": Schema(CHAT, partial(_read_chat, gold_box=_tagged_box)),
     "mig_bench": Schema(["question answer additional_info", "question answer need_format"], read_question),
-    # By this path the paper's code recognises its single-image RefCOCO records.
+    # The paper's code recognises its single-image RefCOCO records by this path.
     "univg_stage2": Schema(["images question answer"], partial(read_question, box_only="coco/train2014/COCO")),
     "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco),
     "lisa": Schema(["image_path instruction boxes"], _read_lisa),

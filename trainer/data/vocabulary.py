@@ -19,7 +19,7 @@ BOX_MARKS = ("<|box_start|>", "<|box_end|>")
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# For text and images the same result as Qwen2-VL's own. A message's content is a string or a list of parts.
+# Equivalent to Qwen2-VL's own template for text and images. A message's content is a string or a list of parts.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if loop.first and message.role != 'system' %}"
@@ -45,16 +45,16 @@ _DEMO_PIECES = rf" ?{_TAG_OR_MARK}(?:{_TAG_OR_MARK}| (?=[^\s\p{{L}}]))*| ?\p{{N}
 def demo_tokenizer(
     texts: Iterable[str], *, phrases: Sequence[str] = (), vocab_size: int = 1024
 ) -> PreTrainedTokenizerBase:
-    """A small tokenizer in which the pieces of `texts` are one token each, and any other text is bytes.
+    """A small tokenizer: each piece of `texts` is one token, and any other text is split into bytes.
 
-    Pieces are words, whole numbers, and runs of tags and punctuation such as `), (` or `.</think><answer>(`, so a
-    completion of the demo is as few tokens as can be. The vocabulary holds whole pieces and no merges: BPE would spend
-    ids on fragments that the demo never writes. Special tokens have Qwen2's names and the last ids.
+    Pieces are words, whole numbers, and runs of tags and punctuation such as `), (` or `.</think><answer>(`, so that
+    a completion of the demo has few tokens. The vocabulary holds whole pieces and no merges: BPE would spend ids on
+    fragments that never occur alone. Special tokens have Qwen2's names and the last ids.
 
     Args:
-        texts: what the vocabulary is made from; the most frequent pieces stay.
-        phrases: fixed wordings, such as a template's sentences, that are one piece where they occur in the texts.
-        vocab_size: most tokens to have, at least the 256 bytes and 14 special tokens; fewer when the texts have fewer.
+        texts: the texts whose most frequent pieces form the vocabulary.
+        phrases: fixed strings, such as a template's sentences, that are treated as one piece each.
+        vocab_size: maximum number of tokens, at least the 256 bytes and 14 special tokens; fewer if texts has fewer.
     """
     alphabet = list(bytes_to_unicode().values())
     room = vocab_size - len(alphabet) - len(SPECIAL_TOKENS)
@@ -75,7 +75,7 @@ def demo_tokenizer(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
-    """The bytes of each id, for the kernels' `VocabularyBytes`; special tokens are empty, but for the box marks.
+    """The bytes of each id, for the kernels' `VocabularyBytes`; special tokens are empty, except the box marks.
 
     Args:
         tokenizer: a byte-level tokenizer.
@@ -88,7 +88,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
     for index, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
         if index in special and piece not in BOX_MARKS:
             table.append(b"")
-        elif index in added:  # stands for its own text, not for byte-level characters
+        elif index in added:  # its content is plain text, not byte-level characters
             table.append(piece.encode())
         else:
             table.append(bytes(byte_of[character] for character in piece))

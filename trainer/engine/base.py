@@ -12,21 +12,21 @@ from boxgrpo.model.batch import PackedBatch
 
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
-    """Memory ran out on another rank; this one starts the step over with it."""
+    """Memory ran out on another rank, so this rank must repeat the step, too."""
 
 
 class Engine(Protocol):
     """Trains the parameters of a model that require a gradient.
 
-    A step is `check_room(packs)` where there is one, then for each pack `model(pack, head)` and `backward(loss)`, then
-    `step()`; where memory runs out in between, `start_over(error)`.
+    A step calls `check_room(packs)` if it is not None, for each pack `model(pack, head)` and `backward(loss)`, and then
+    `step()`. If memory runs out before that, `start_over(error)` is called and the packs are made again.
 
     Attributes:
-        model: called in place of the module from which the engine was made.
+        model: to be called instead of the module from which the engine was made.
         ranks: the processes that train together.
         lockstep: ranks synchronise in each pack: all must run the same number of packs, empty ones included.
-        least_packs: packs that must run before `step`.
-        shards_weights: no rank holds all weights outside `gathered_weights`.
+        least_packs: minimum number of packs that must run before `step`.
+        shards_weights: outside of `gathered_weights` no rank holds all weights.
         schedule: torch's learning-rate scheduler; `step` advances it.
         check_room: raises NoRoom on every rank, before any pack is run, where a pack cannot fit on one of them. None
             on engines whose ranks can start over alone.
@@ -40,7 +40,7 @@ class Engine(Protocol):
     check_room: Callable[[Sequence[PackedBatch]], None] | None
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """Prepare a model that is never trained for being called."""
+        """Prepare a model that is never trained; returns what is to be called in its place."""
 
     def gathered_weights(self) -> AbstractContextManager:
         """Within the block every rank has all weights; all ranks must enter and leave it together."""
@@ -49,12 +49,12 @@ class Engine(Protocol):
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
 
     def start_over(self, error: torch.OutOfMemoryError) -> None:
-        """Forget the gradients accumulated since the last update, after memory ran out."""
+        """Discard the gradients accumulated since the last update, after memory ran out."""
 
     def step(self) -> tuple[Tensor, bool]:
         """Average the gradients over ranks, clip them, update the weights, clear the gradients.
 
-        Where a loss or a gradient of any rank is NaN or infinite, no rank updates; the schedule advances all the same.
+        Where a loss or a gradient of any rank is NaN or infinite, no rank updates; the schedule advances in any case.
 
         Returns:
             The gradient's norm before clipping, a 0-dim tensor, and whether there was an update; equal on all ranks.

@@ -1,7 +1,7 @@
-"""Data parallelism in the plainest form: every rank holds the whole model.
+"""Plain data parallelism: every rank holds the whole model.
 
-Gradients are averaged once, after the step's last pack, in a few flat buffers. Overlapping that with the backward pass
-would save little where a step is mostly sampling, and without it ranks may run different numbers of packs.
+Gradients are averaged once, after the step's last pack, in a few flat buffers. Overlapping this with the backward pass
+would save little, as a step is mostly sampling, and would require the same number of packs on every rank.
 """
 
 import functools
@@ -18,11 +18,11 @@ BUCKET_BYTES = 64 << 20
 
 
 class DataParallelEngine:
-    """An `Engine` that keeps fp32 master weights of a model below fp32.
+    """An `Engine` that keeps fp32 master weights for parameters of lower precision.
 
     Attributes:
         masters: the fp32 tensors that are updated, by the parameters' names; a parameter in fp32 is its own master.
-        rounded: each other parameter with its master.
+        rounded: (parameter, master) pairs of the parameters of lower precision.
     """
 
     lockstep = False  # ranks synchronise in `step` alone
@@ -42,7 +42,7 @@ class DataParallelEngine:
         for p, master in self.rounded:
             p.register_post_accumulate_grad_hook(functools.partial(_move_gradient, master))
         self.optimizer = make_optimizer([*self.masters.values()], options)
-        # The moments are made here, not at the first update, so that the sizes of the first packs account for them.
+        # The moments are allocated here, not at the first update, so that the first packs fit beside them.
         for master in self.masters.values():
             moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
             set_optimizer_state(self.optimizer, master, {"step": torch.zeros(()), **moments})
@@ -50,14 +50,14 @@ class DataParallelEngine:
 
     @staticmethod
     def master_of(p: nn.Parameter) -> nn.Parameter:
-        """What is updated in the parameter's place: an update of 1e-6 is lost in bf16, and not in an fp32 copy."""
+        """The fp32 tensor that is updated in place of `p`: in bf16 an update of 1e-6 would be rounded away."""
         return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
     def frozen(self, model: nn.Module) -> nn.Module:
         return model
 
     def backward(self, loss: Tensor) -> None:
-        # The gradients of a loss that is not finite become NaN: the all-reduce shows that to every rank.
+        # If the loss is not finite, all gradients become NaN, after the all-reduce on every rank.
         (loss * (1 + 0 * loss.detach())).backward()
 
     def start_over(self, error: torch.OutOfMemoryError) -> None:
@@ -108,6 +108,6 @@ class DataParallelEngine:
 
 
 def _move_gradient(master: nn.Parameter, p: nn.Parameter) -> None:
-    """Add a pack's gradient to the master's in fp32 at once: no second set of gradients, no sums in bf16."""
+    """Add a gradient to the master's in fp32 and free it: no second set of gradients is kept, no sum is in bf16."""
     master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
     p.grad = None

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as an `Engine`. Schedule, packs and checkpoints stay ours."""
+"""DeepSpeed's ZeRO as an `Engine`. Schedule, packs and checkpoints are not DeepSpeed's."""
 
 import os
 import warnings
@@ -19,16 +19,16 @@ from .room import NoRoom, room_checker
 
 
 class DeepSpeedEngine:
-    """Trains the parameters of `model` that require a gradient; their optimizer state is divided among the ranks.
+    """Trains the parameters of `model` that require a gradient; their optimizer state is sharded across the ranks.
 
     Ranks synchronise in each backward pass at stage 2, in each layer at stage 3. Before each backward pass of stage 2
-    they exchange whether memory ran out on one of them: then all start over.
+    they exchange whether memory ran out on one of them; if so, all start over.
 
     Raises:
         ValueError: DeepSpeed cannot be imported.
     """
 
-    least_packs = 1  # DeepSpeed's step fails where there was no backward pass
+    least_packs = 1  # DeepSpeed's step fails if there was no backward pass
 
     def __init__(self, model: nn.Module, options, ranks: Ranks, total_steps: int):
         deepspeed = import_deepspeed()
@@ -46,14 +46,14 @@ class DeepSpeedEngine:
         self.config = deepspeed_config(options, model, self.stage)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], options)
         self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
-        self.inner = self.optimizer.optimizer  # of this rank's partitions
+        self.inner = self.optimizer.optimizer  # the optimizer of this rank's partitions
         self.schedule = make_schedule(self.inner, options, total_steps)
 
     def backward(self, loss: Tensor) -> None:
         if self.stage == 2 and self.ranks.sum(0)[0]:
             raise PeerOutOfMemory("on another rank")
         try:
-            # The gradients of a loss that is not finite become NaN: their reduction shows that to every rank.
+            # If the loss is not finite, all gradients become NaN, after their reduction on every rank.
             self.model.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             if self.stage == 1:
@@ -64,7 +64,7 @@ class DeepSpeedEngine:
             ) from error
 
     def start_over(self, error: torch.OutOfMemoryError) -> None:
-        """At stage 2 every rank starts over.
+        """Discard the gradients, at stage 2 on every rank.
 
         Raises:
             ValueError: at stage 3, where the others wait for this rank in the middle of a layer.
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
                 "--tokens_per_pass, or set --gradient_checkpointing true."
             ) from error
         if self.stage == 2 and not isinstance(error, PeerOutOfMemory):
-            self.ranks.sum(1)  # with the sum in the other ranks' `backward`
+            self.ranks.sum(1)  # matches the sum in the other ranks' `backward`
         self._forget()
 
     def _forget(self) -> None:
@@ -94,13 +94,13 @@ class DeepSpeedEngine:
         self.model.step()
         updated = not self.optimizer.overflow
         if not updated and self.stage < 3:
-            self._forget()  # with offload in bf16 DeepSpeed would add the sum that is not finite to every later step
+            self._forget()  # else DeepSpeed, with offload in bf16, would add the non-finite sum to every later step
         self.schedule.step()
         norm = torch.as_tensor(self.model.get_global_grad_norm() if updated else float("nan"))
         return norm, updated
 
     def frozen(self, model: nn.Module) -> Callable:
-        """At stage 3 the frozen weights are divided among the ranks, too."""
+        """At stage 3 the frozen weights are sharded across the ranks, too."""
         if self.stage < 3:
             return model
         self.deepspeed.zero.register_external_parameter(model, model.head_weight)
@@ -136,7 +136,7 @@ class DeepSpeedEngine:
             return
         for low, high in zip(zero.fp16_partitioned_groups_flat, partitions.values(), strict=True):
             low.data.copy_(high.data)
-        if whole := zero.persistent_parameters:  # small ones, which every rank keeps whole
+        if whole := zero.persistent_parameters:  # small parameters, which every rank keeps unsharded
             whole[0].partition(whole)
             whole[0].all_gather(whole)
 
@@ -151,15 +151,15 @@ def import_deepspeed():
     with optional_import("engine is 'deepspeed'", "Install it (pip install deepspeed), or use --engine ddp."):
         import deepspeed
     # Its shared-memory collectives for CPUs are compiled under a lock file, which a killed run leaves behind: all later
-    # runs would wait for it. gloo does without.
+    # runs would wait for it. gloo is used in their place.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls torch's collectives by their older names, each of which warns.
+    # DeepSpeed calls torch's collectives by deprecated names, each of which warns.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     return deepspeed
 
 
 def deepspeed_config(options, model: nn.Module, stage: int) -> dict:
-    """DeepSpeed's configuration, without its accumulation of gradients: a step ends where `step` is called."""
+    """DeepSpeed's configuration, without its gradient accumulation: a step ends when `step` is called."""
     zero: dict = {"stage": stage, "overlap_comm": False}
     if options.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -14,15 +14,15 @@ from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.processor import Processor
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BASE = ".base_layer"  # PEFT's name for the layer that it wraps
+BASE = ".base_layer"  # PEFT's name for the wrapped layer
 
 
 def add_adapters(model: Qwen2VL, options) -> None:
-    """Wrap the decoder's linear layers: from here on only the adapters are trained, which add B A x * alpha / rank.
+    """Wrap the decoder's linear layers. Afterwards only the adapters are trained; they add B A x * alpha / rank.
 
     A is drawn by `options.seed`, B is zero: the model's output does not change. Adapters are fp32, as by PEFT's and
-    TRL's default; in a bf16 model a layer's input is cast to fp32 for them, and the sum with its own result to bf16.
-    (DeepSpeed, which keeps fp32 copies of its own, casts them to bf16 with the rest.)
+    TRL's default; in a bf16 model a layer's input is cast to fp32 for its adapter, and the sum of both results to bf16.
+    (DeepSpeed casts them to bf16 with the other weights, and keeps fp32 copies of its own.)
 
     Raises:
         ValueError: peft cannot be imported.
@@ -37,7 +37,7 @@ def add_adapters(model: Qwen2VL, options) -> None:
         task_type="CAUSAL_LM",
         base_model_name_or_path=options.model,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
+    with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU
         torch.default_generator.manual_seed(options.seed)
         inject_adapter_in_model(config, model)
     for layer in _adapted(model).values():
@@ -46,7 +46,7 @@ def add_adapters(model: Qwen2VL, options) -> None:
 
 
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """PEFT's layers by name; none without adapters."""
+    """The layers wrapped by PEFT, by name; empty if there are no adapters."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
@@ -65,7 +65,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Published name and tensor of every weight, with the adapters added where there are some.
+    """Yield the published name and the tensor of every weight, with its adapter added if it has one.
 
     The model does not change: merged tensors are new, made one at a time, and rounded once to the weight's dtype.
 
@@ -84,7 +84,7 @@ def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapter, if there is one, in fp32, as `PeftModel.from_pretrained(base, folder)` reads it.
 
-    `base` is transformers' model, whose names of weights nest the decoder.
+    `base` is transformers' model, in whose weights' names the decoder is nested.
     """
     tensors = {
         "base_model.model.model.language_model." + name.removeprefix("model.").replace(".default", ""): p.detach().cpu()
@@ -99,7 +99,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 def save_pretrained(model: Qwen2VL, processor: Processor, folder: Path) -> None:
     """Write weights, config, tokenizer and image processor as `from_pretrained` and vLLM read them.
 
-    Adapters are merged into the weights, and are in `adapter/` as PEFT reads them.
+    Adapters are merged into the weights, and also written to `adapter/` as PEFT reads them.
     """
     save_model(model, folder, weights=merged_weights(model))
     save_adapter(model, folder / "adapter")

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule by the run's options, and the file of their state."""
+"""Optimizer and learning-rate schedule from the run's options; saving and loading their state."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +11,11 @@ from transformers import get_scheduler
 from boxgrpo.trainer.arguments import optional_import
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
-DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` falls to zero
+DECAY_RATIO = 0.2  # share of the steps in which `warmup_stable_decay` decays to zero
 
 
 def make_optimizer(parameters: list[nn.Parameter], options) -> torch.optim.Optimizer:
-    """AdamW as `options.optimizer` names it.
+    """The implementation of AdamW that `options.optimizer` names.
 
     Raises:
         ValueError: it is not installed, or another package has its name.
@@ -27,7 +27,7 @@ def make_optimizer(parameters: list[nn.Parameter], options) -> torch.optim.Optim
             from deepspeed.ops.adam import DeepSpeedCPUAdam
         if parameters[0].is_cuda and not options.offload_optimizer:
             raise ValueError(
-                "optimizer is 'cpu_adam' and the weights are on a GPU; it updates what lies in host memory. Add "
+                "optimizer is 'cpu_adam' and the weights are on a GPU; it updates weights in host memory. Add "
                 "--engine deepspeed --offload_optimizer true, or use --optimizer adamw."
             )
         return DeepSpeedCPUAdam(parameters, **settings, adamw_mode=True)
@@ -40,7 +40,7 @@ def make_optimizer(parameters: list[nn.Parameter], options) -> torch.optim.Optim
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, options, total_steps: int):
-    """transformers' scheduler of the learning rate, by optimizer step."""
+    """transformers' learning-rate scheduler, stepped once per optimizer step."""
     stable = options.lr_scheduler_type == "warmup_stable_decay"
     return get_scheduler(
         options.lr_scheduler_type,
@@ -52,9 +52,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, options, total_steps: int):
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, weight: Tensor, state: dict[str, Tensor]) -> None:
-    """Set a weight's moments and step count; nothing where `state` is empty.
+    """Set a weight's moments and step count; does nothing if `state` is empty.
 
-    torch's fused AdamW counts steps on the weight's device, DeepSpeed's Adam in a Python number, apex in the group.
+    torch's fused AdamW counts steps on the weight's device, DeepSpeed's Adam in Python, apex per parameter group.
     """
     state = {key: value.to(weight.device) for key, value in state.items()}
     if not state:
@@ -80,7 +80,7 @@ def save_state(file: Path, weights: Mapping[str, Tensor], optimizer: torch.optim
 
 @torch.no_grad()
 def load_state(file: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, schedule) -> None:
-    """Restore what `save_state` wrote of weights with the same names."""
+    """Restore what `save_state` wrote for weights with the same names."""
     tensors = load_file(file)
     for name, weight in weights.items():
         weight.copy_(tensors[f"{name}/weight"])

@@ -1,7 +1,8 @@
-"""Whether memory holds a step's packs, checked before any rank begins.
+"""Checks, before any rank runs a step's packs, that they fit into memory.
 
 Where ranks synchronise within a pass, as under ZeRO-3 and in the backward pass of ZeRO-2, a rank whose memory runs out
-leaves the others waiting: none can start over. A pack's shape gives its memory to about a tenth (`model/cost.py`).
+leaves the others waiting: none can start over. A pack's memory is computed from its shape, with an error of about a
+tenth (`model/cost.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,11 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .base import PeerOutOfMemory
 
-MARGIN = 1.15  # for what the formulas leave out
+MARGIN = 1.15  # factor that covers what the formulas leave out
 
 
 class NoRoom(torch.OutOfMemoryError):
-    """This rank's packs need more memory than is free. No rank has begun; there is nothing to start over."""
+    """This rank's packs need more memory than is free. No pack has run on any rank; there is nothing to start over."""
 
 
 class PeerHasNoRoom(NoRoom, PeerOutOfMemory):
@@ -28,7 +29,7 @@ class PeerHasNoRoom(NoRoom, PeerOutOfMemory):
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """A GPU's free memory, with what torch's allocator holds unused; None on a CPU."""
+    """A GPU's free memory, including what torch's allocator has reserved and not used; None on a CPU."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -36,9 +37,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callable[[Sequence[PackedBatch]], None]:
-    """A function of packs which raises NoRoom on a rank that lacks the memory for one of them, PeerHasNoRoom on others.
+    """Make a check of packs, which raises NoRoom on a rank that lacks memory for one of them, PeerHasNoRoom on others.
 
-    A trained tower's activations are not counted.
+    The activations of a vision tower that is trained are not counted.
 
     Args:
         model: before DeepSpeed partitions its weights.
@@ -72,6 +73,6 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
 def shape_of(batch: PackedBatch, dtype: torch.dtype) -> Pack:
     """The sizes of a pack that the cost formulas need."""
     plain = pick_backend(batch.input_ids.new_empty(0, dtype=dtype)) == "sdpa"
-    # Without the padding of SDPA's buckets, which is at most a third.
+    # This excludes the padding of SDPA's buckets, which adds at most a third.
     masks = sum(length * (length + parent) for _, length, _, parent in batch.spans if parent) if plain else 0
     return Pack(len(batch.input_ids), len(batch.kv_index), len(batch.targets), masks, plain)

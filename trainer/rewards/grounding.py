@@ -1,4 +1,4 @@
-"""The built-in rewards of a step's completions, and what the policy learns from them."""
+"""The built-in rewards of a step's completions, and the advantages computed from them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ def score(groups: Sequence[Group], table: VocabularyBytes, device) -> GroundingR
     """IoU and format rewards of all completions, prompt-major (n = B·G), computed from token ids on `device`."""
     flat = [c for group in groups for c in group.completions]
     records = [group.record for group in groups for _ in group.completions]
-    nothing = torch.zeros(0, 1, dtype=torch.int64)  # of a rank whose groups were all left out
+    nothing = torch.zeros(0, 1, dtype=torch.int64)  # for a rank whose groups were all skipped
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True) if flat else nothing
     formats = [ANSWER_FORMATS[record.answer_format] for record in records]
     return grounding_rewards_from_ids(
@@ -45,7 +45,7 @@ class StepRewards(NamedTuple):
 
 
 def step_rewards(o, scored: GroundingRewards, r: Ranks) -> StepRewards:
-    """The rewards of `score` by group, and what follows from them.
+    """The rewards of `score` by group, with advantages, difficulty weights and mean IoUs.
 
     With `scale_rewards` "batch" the standard deviation is over the completions of all ranks.
     """

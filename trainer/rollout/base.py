@@ -1,4 +1,4 @@
-"""What every rollout takes and gives, and the facts about the vocabulary that sampling and rewards need."""
+"""The interface of rollouts, and the properties of the vocabulary that sampling and rewards need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ class Rollout(Protocol):
     written: dict[str, int]
 
     def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their completions; one whose sampling does not fit into memory is left out and named."""
+        """Return the groups with completions; a group that does not fit into memory is skipped with a warning."""
 
 
 @dataclass
 class Vocabulary:
-    """What sampling and rewards need of the tokenizer, on the policy's device."""
+    """The properties of the tokenizer that sampling and rewards need, on the policy's device."""
 
     eos_token_ids: tuple[int, ...]
-    forbidden: Tensor  # (F) int64, never sampled: no image stands behind a sampled image token
+    forbidden: Tensor  # (F) int64, ids never sampled: a sampled image token would have no image
     bytes: VocabularyBytes
 
     @classmethod
@@ -48,10 +48,10 @@ class Vocabulary:
 
 
 def sampler_gap(pack: PackedBatch) -> Tensor:
-    """old - sampler of the scored tokens, (N) fp32; 0 where the sampler's own log-probability is NaN."""
+    """Old minus sampler log-probability of the scored tokens, (N) fp32; 0 where the sampler reported NaN."""
     return (pack.old_logps - pack.sampler_logps).masked_fill(pack.sampler_logps.isnan(), 0)
 
 
 def sampler_factor(pack: PackedBatch, cap: float) -> Tensor:
-    """min(exp(old - sampler), cap) of the scored tokens, (N) fp32: the correction for a foreign sampler."""
+    """min(exp(old - sampler), cap) of the scored tokens, (N) fp32: importance ratios of another program's samples."""
     return sampler_gap(pack).exp().clamp(max=cap)

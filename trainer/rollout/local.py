@@ -30,8 +30,8 @@ class LocalRollout:
     """Samples with the policy itself. With `rollout_file` it also stores the completions, for a later replay.
 
     Args:
-        stored: bytes by file name that a resumed run keeps of its rollout file.
-        sharded: no rank has all weights: ranks synchronise in every layer, and none ends a round before the others.
+        stored: by file name, the bytes that a resumed run keeps of its rollout file.
+        sharded: the weights are sharded, so ranks synchronise in every layer and end a round together.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class LocalRollout:
                         f"memory ran out while {len(part)} prompts were sampled ({error}). Raise "
                         "--gradient_accumulation_steps, or lower --max_completion_length."
                     ) from error
-            # Outside of the except block, whose traceback holds references to what filled the memory.
+            # After the except block, because its traceback holds references to what filled the memory.
             if found is None:
                 torch.cuda.empty_cache()
                 if at_once > 1:
                     self.rounds *= 2
-                    log.warning("memory ran out while sampling; from here on in %d rounds a step", self.rounds)
+                    log.warning("memory ran out while sampling; from now on in %d rounds per step", self.rounds)
                     continue
                 log.warning("left out %s: sampling it alone runs out of memory", part[0].source)
             sampled += found or []
@@ -113,12 +113,12 @@ class LocalRollout:
 
 
 def _open_store(options, ranks: Ranks, stored: dict[str, int]):
-    """This rank's file of completions, cut to what a resumed run keeps of it."""
+    """Open this rank's file of completions, truncated to its size at the checkpoint of a resumed run."""
     path = Path(options.rollout_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     for other in path.parent.glob(f"{path.name}.rank*") if ranks.is_main else ():
         if int(other.name.rpartition(".rank")[2]) >= ranks.world_size:
-            raise ValueError(f"{other} is of a run with more ranks, and a replay would read it. Remove it.")
+            raise ValueError(f"{other} belongs to a run with more ranks, and a replay would read it. Remove it.")
     path = path if ranks.is_main else path.with_name(f"{path.name}.rank{ranks.rank}")
     if path.exists() and path.name in stored:
         cut(path, stored[path.name])
@@ -132,7 +132,7 @@ def _open_store(options, ranks: Ranks, stored: dict[str, int]):
 
 
 def _begun_by_this_run(options) -> bool:
-    """Whether a run into the same folder, killed before its first checkpoint, began the file that this one writes."""
+    """Whether this run, killed before its first checkpoint and started again, began the file."""
     earlier = Path(options.output_dir) / OPTIONS
     if options.resume != "auto" or not earlier.exists():
         return False
@@ -167,10 +167,10 @@ class ReplayRollout:
 
 @torch.no_grad()
 def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = False) -> list[Group]:
-    """The groups with the frozen tower's output; all images in one pass, or in as many as memory needs.
+    """Add the frozen tower's output to the groups; all images run in one pass, or in more if memory runs out.
 
-    A group whose images do not fit into memory even alone is left out and named. With `sharded` weights all ranks
-    synchronise in the tower: then it runs without images too, and an error of memory is raised.
+    A group whose images do not fit into memory even alone is skipped with a warning. With `sharded` weights all ranks
+    synchronise in the tower: then it runs without images too, and raises if memory runs out.
     """
     prompts = [g.prompt for g in groups]
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
@@ -203,15 +203,15 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
 class PrefetchedBatches:
     """The loader's groups and the embeddings of their images by a frozen tower.
 
-    Embedding early, a GPU computes the next step's images on a stream of their own while this step decodes, which
+    With `early`, the GPU embeds the next step's images on a separate stream while this step decodes, because decoding
     leaves the matrix units nearly idle.
 
     Args:
-        embed: gives groups their embeddings; None: a trained tower, which runs in every pack.
-        early: whether to embed ahead.
+        embed: adds embeddings to groups; None: the tower is trained and runs in every pack.
+        early: whether to embed the next step's images ahead.
 
     Attributes:
-        position: the loader's, without the groups taken ahead: where to go on after a restart.
+        position: the loader's position without the groups read ahead, from which a resumed run continues.
     """
 
     def __init__(self, loader: Loader, embed: Callable[[list[Group]], list[Group]] | None, *, early: bool):
@@ -231,7 +231,7 @@ class PrefetchedBatches:
         return groups
 
     def embed(self, groups: list[Group]) -> list[Group]:
-        """The groups with their embeddings; those of the next step are begun."""
+        """The groups with their embeddings; starts the embedding of the next step's groups."""
         if not self.early:
             return self.embed_images(groups) if self.embed_images else groups
         if self.stream:
@@ -240,7 +240,7 @@ class PrefetchedBatches:
             for group in groups:
                 if group.image_embeds is not None:
                     group.image_embeds.record_stream(here)
-            self.stream.wait_stream(here)  # the first time, for the weights
+            self.stream.wait_stream(here)  # needed at the first call: this stream has loaded the weights
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             self._ahead = self.embed_images(next(self._batches))
         return groups

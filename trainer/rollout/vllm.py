@@ -1,7 +1,7 @@
 """`--rollout vllm`: completions from an installed vLLM, one engine in each rank's own process.
 
-The engine and the trainer take turns on the GPU: between rollouts the engine sleeps, its weights in host memory and its
-KV cache given up. It wakes with the policy's weights of that step.
+The engine and the trainer use the GPU alternately: between rollouts the engine is in vLLM's sleep mode, its weights in
+host memory and its KV cache freed. Each rollout wakes it with the policy's current weights.
 """
 
 import hashlib
@@ -20,26 +20,26 @@ from boxgrpo.trainer.runtime.spans import span
 
 from .base import Vocabulary
 
-NEVER = -100.0  # the lowest bias that vLLM documents: e^-100 of a token's odds
+NEVER = -100.0  # the lowest bias that vLLM documents: multiplies a token's odds by e^-100
 OTHERWISE = "Use another version of vLLM, or --rollout local."
 
 
 def request_seed(seed: int, serial: int) -> int:
-    """The same for the same sample, whatever the batch and the ranks. vLLM adds g to it for completion g of a prompt,
-    so the seeds of two prompts lie far apart: 56 bits."""
+    """A seed that depends only on the run's seed and the sample. vLLM adds g to it for completion g of a prompt, so
+    two prompts need distant seeds: these are 56-bit hashes."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {serial}".encode(), digest_size=7).digest())
 
 
 class VllmRollout:
-    """Samples with vLLM, which gives the log-probability of each token too.
+    """Samples with vLLM, which also returns the log-probability of each token.
 
     Args:
         options: GrpoOptions; `model` is the folder that vLLM starts from.
-        policy: of the dtype and the longest context; its weights come with each call.
-        max_images: most images that a prompt has; vLLM sets memory aside for them.
+        policy: gives the dtype and the context length; its weights are loaded at each call.
+        max_images: maximum number of images in a prompt, for which vLLM reserves memory.
 
     Raises:
-        ValueError: no vllm to import, or not started by torchrun.
+        ValueError: vllm is not installed, or torchrun did not start the process.
     """
 
     def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
@@ -66,9 +66,9 @@ class VllmRollout:
             ),
             limit_mm_per_prompt={"image": max_images, "video": 0},
             mm_processor_kwargs={"size": {"shortest_edge": o.min_pixels, "longest_edge": o.max_pixels}},
-            mm_processor_cache_gb=0,  # an image comes once an epoch
-            # Raw: before temperature and forbidden ids, at temperature 1 the trainer's own definition. Processed: at
-            # the temperature, but without the forbidden ids, of which a trained policy has next to nothing.
+            mm_processor_cache_gb=0,  # an image is used once per epoch
+            # Raw logps ignore temperature and forbidden ids: at temperature 1 they are the trainer's. Processed ones
+            # are at the temperature but leave out the forbidden ids, whose probability a trained policy keeps near 0.
             logprobs_mode="raw_logprobs" if o.temperature == 1 else "processed_logprobs",
         )
         self.llm.sleep(level=1)
@@ -84,16 +84,16 @@ class VllmRollout:
         return self.collect(groups, outputs)
 
     def hand_over(self, policy: Qwen2VL) -> None:
-        """Wake the engine with the policy's weights. Its caches, made with the former ones, are cleared."""
-        torch.cuda.empty_cache()  # blocks that the trainer holds and does not use; the engine maps its memory anew
+        """Wake the engine, load the policy's weights and clear the caches that the old weights filled."""
+        torch.cuda.empty_cache()  # frees unused blocks for the engine, which allocates its memory again
         self.llm.wake_up(tags=["weights"])
         self.llm.apply_model(lambda model: model.load_weights(merged_weights(policy, trained=True)))
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
-        self.llm.llm_engine.reset_encoder_cache()  # embeddings are kept under their image, whatever the tower's weights
+        self.llm.llm_engine.reset_encoder_cache()  # its keys are images alone, whatever the tower's weights
 
     def request(self, prompt: Prompt) -> dict:
-        """A prompt as vLLM takes it: one placeholder an image, which vLLM repeats, and the images at our size."""
+        """A prompt in vLLM's form: one placeholder per image, which vLLM repeats, and the scaled images."""
         is_image = prompt.input_ids == self.processor.image_token_id
         again = is_image & is_image.roll(1)  # a prompt does not begin with an image
         request = {"prompt_token_ids": prompt.input_ids[~again].tolist()}
@@ -113,12 +113,12 @@ class VllmRollout:
             max_tokens=o.max_completion_length,
             stop_token_ids=list(self.vocabulary.eos_token_ids),
             logit_bias=dict.fromkeys(self.vocabulary.forbidden.tolist(), NEVER),
-            logprobs=0,  # the sampled token's and no other's
+            logprobs=0,  # of the sampled token only
             detokenize=False,
         )
 
     def collect(self, groups: Sequence[Group], outputs: Sequence) -> list[Group]:
-        """vLLM's answers, checked against what was requested."""
+        """The groups with vLLM's completions, which are checked against the requests."""
         if len(outputs) != len(groups):
             raise ValueError(f"vLLM answered {len(outputs)} of {len(groups)} requests. {OTHERWISE}")
         found = []

@@ -1,7 +1,7 @@
-"""Checkpoints from which a killed run is resumed: written beside their place, sealed with checksums, then renamed.
+"""Checkpoints from which a killed run is resumed: written to a temporary folder, given checksums, then renamed.
 
     checkpoint-20/  config.json, model.safetensors, tokenizer ...   what `from_pretrained` reads
-                    trainer/progress.json                           step, place in the data, options, revision
+                    trainer/progress.json                           step, position in the data, options, revision
                     trainer/rank0.safetensors                       trained weights in fp32 and optimizer state, of
                                                                     each rank that has some
                     trainer/rng-rank0.json                          random states of each rank
@@ -35,29 +35,29 @@ log = logging.getLogger(__name__)
 
 TRAINER = "trainer"
 PROGRESS = "progress.json"
-# Options that a resumed run must keep: the place in the data, frozen weights or the optimizer's state depend on them.
+# Options that a resumed run must keep: its position in the data, frozen weights or optimizer state depend on them.
 FIXED = (
     *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
 # Options that do not change what a run computes.
 FREE = {"resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops"}
-CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # of a model's folder
+CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # suffixes of the files that form a model
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run, as a checkpoint stores it."""
 
     step: int = 0
     position: int = 0  # slots of the data stream that were taken, over all ranks
     num_tokens: int = 0
-    skipped_steps: int = 0  # for NaN or infinity
+    skipped_steps: int = 0  # updates skipped for NaN or infinity
     faults: dict[str, str] = field(default_factory=dict)  # reason by record
     metrics_bytes: int = 0
     rollout_bytes: dict[str, int] = field(default_factory=dict)  # by file name, of --rollout_file
     evaluated: int = 0  # step of the last evaluation on --eval_data
-    best_accuracy: float = -1.0  # of these, mean Acc@0.5 in 0-1
+    best_accuracy: float = -1.0  # highest mean Acc@0.5 of the evaluations, 0-1
     best_step: int = 0
 
 
@@ -74,10 +74,10 @@ class Checkpoints:
         self.contents = {name: fingerprint(getattr(options, name)) for name in ("model", "data")} if r.is_main else {}
 
     def find(self) -> Path | None:
-        """The folder that `--resume` names, or for "auto" the newest whole one; None: the run starts at step 0.
+        """The folder that `--resume` names, or for "auto" the newest complete one; None: the run starts at step 0.
 
         Raises:
-            ValueError: the named one is not whole, or was made with other options that a resumed run must keep.
+            ValueError: the named one is incomplete, or options that a resumed run must keep have changed.
         """
         resume, found, error = self.options.resume, None, None
         if self.r.is_main and resume == "auto":
@@ -86,16 +86,16 @@ class Checkpoints:
                 if not (reason := find_fault(folder, f"{TRAINER}/{PROGRESS}")):
                     found = folder
                     break
-                log.warning("%s is not whole (%s); an earlier one is looked for.", folder, reason)
+                log.warning("%s is incomplete (%s); trying an earlier one.", folder, reason)
             if folders and not found and not self.options.overwrite_output_dir:
                 error = (
-                    f"none of the checkpoints in {self.root} is whole: see the warnings above. Name one with --resume, "
+                    f"none of the checkpoints in {self.root} is complete: see the warnings. Name one with --resume, "
                     "give another --output_dir, or begin anew with --overwrite_output_dir true."
                 )
         elif self.r.is_main and resume:
             found = Path(resume)
             if reason := find_fault(found, f"{TRAINER}/{PROGRESS}"):
-                error = f"resume is {resume}; it is not a whole checkpoint ({reason}). Use --resume auto, or another."
+                error = f"resume is {resume}; it is not a complete checkpoint ({reason}). Name another, or auto."
         found, error = self.r.gather((found, error))[0]
         if error:
             raise ValueError(error)
@@ -104,7 +104,7 @@ class Checkpoints:
         return found
 
     def _check_options(self, folder: Path) -> None:
-        """Refuse options that do not fit the checkpoint; warn of others that changed."""
+        """Raise ValueError for changed options that a resumed run must keep; warn of other changes."""
         written = json.loads((folder / TRAINER / PROGRESS).read_text())
         was, now = written["options"], dataclasses.asdict(self.options)
         changed = {name for name in was.keys() & now.keys() if was[name] != now[name]}
@@ -112,18 +112,18 @@ class Checkpoints:
             changed.discard("zero_stage")
         contents = written.get("contents", {})
         for name, content in self.r.gather(self.contents)[0].items():
-            if contents.get(name) == content:  # the same files, wherever they are now
+            if contents.get(name) == content:  # the same content, wherever the files are now
                 changed.discard(name)
             elif name in contents and name not in changed:
                 raise ValueError(
-                    f"{folder} was made with --{name} {was[name]}, whose files have changed since; the run cannot go "
-                    "on with others. Put them back, or start anew without --resume."
+                    f"{folder} was made with --{name} {was[name]}, whose files have changed since; the run cannot "
+                    "continue with others. Restore them, or start anew without --resume."
                 )
         for name in FIXED:
             if name in changed:
                 raise ValueError(
-                    f"{folder} was made with {name} {was[name]!r}, this run has {now[name]!r}; it cannot go on from "
-                    f"there. Give --{name} {was[name]}, or start anew without --resume."
+                    f"{folder} was made with {name} {was[name]!r}, this run has {now[name]!r}; it cannot continue "
+                    f"from there. Give --{name} {was[name]}, or start anew without --resume."
                 )
         for name in sorted(changed - FREE):
             log.warning("resumed with %s %r; the checkpoint was made with %r.", name, now[name], was[name])
@@ -157,8 +157,8 @@ class Checkpoints:
             write_model: called on rank 0 with the folder for weights, config and tokenizer.
 
         Raises:
-            ValueError: on every rank, when one of them cannot write; what was written is removed, and the earlier
-                checkpoints are as they were.
+            ValueError: on every rank, when one of them cannot write; the partial checkpoint is removed, and the
+                earlier ones are unchanged.
         """
         ranks = self.r.gather({"faults": progress.faults, "rollout_bytes": progress.rollout_bytes})
         of_all = {name: {k: v for rank in ranks for k, v in rank[name].items()} for name in ranks[0]}
@@ -211,7 +211,7 @@ class Checkpoints:
             self._write(lambda: write_model(folder), folder, on_main=True)
 
     def _write(self, write: Callable[[], T], target: Path, *, on_main: bool = False) -> T:
-        """Call `write` on every rank, or on rank 0 alone. All return rank 0's result, or raise where one has failed."""
+        """Call `write` on every rank, or on rank 0 alone. All ranks return rank 0's result; if one fails, all raise."""
         result = error = None
         try:
             if self.r.is_main or not on_main:
@@ -222,25 +222,25 @@ class Checkpoints:
         results, errors = zip(*self.r.gather((result, error)), strict=True)
         if not any(errors):
             return results[0]
-        whole = [folder for folder in checkpoint_folders(self.root).values() if (folder / MANIFEST).exists()]
+        complete = [folder for folder in checkpoint_folders(self.root).values() if (folder / MANIFEST).exists()]
         raise ValueError(
             f"{target} cannot be written ({next(filter(None, errors))}). "
-            + (f"{whole[-1]} stays good: " if whole else "There is no earlier checkpoint. ")
-            + "make room, or give another --output_dir"
-            + (", and go on with --resume auto." if whole else ".")
+            + (f"{complete[-1]} is still complete: " if complete else "There is no earlier checkpoint. ")
+            + "free disk space, or give another --output_dir"
+            + (", and continue with --resume auto." if complete else ".")
         )
 
     def _prune(self, step: int) -> None:
-        """Remove what an earlier kill left half written, and the oldest checkpoints beyond `save_total_limit`.
+        """Remove partial checkpoints of a killed run, and the oldest checkpoints beyond `save_total_limit`.
 
-        Those after `step` are neither counted nor removed: they were not whole when this run was resumed before them.
+        Those after `step` are neither counted nor removed: they were incomplete when this run was resumed before them.
         """
         for leftover in self.root.glob(".checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         limit = self.options.save_total_limit
         saved = [folder for number, folder in checkpoint_folders(self.root).items() if number <= step]
         for old in saved[: -limit if limit else 0]:
-            # Without its manifest a folder is not whole, even where a kill leaves the rest of it.
+            # Without its manifest a folder counts as incomplete, also if a kill interrupts the removal.
             (old / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -248,7 +248,7 @@ class Checkpoints:
 def fingerprint(paths: str | Sequence[str]) -> str:
     """A hash of data files, or of a model's folder: names, lengths, and the first and last MiB of each file.
 
-    Hashing all of a large model would take minutes, and weights that were trained again differ everywhere.
+    Hashing all of a large model would take minutes, and different weights differ in those parts, too.
     """
     digest = hashlib.sha256()
     for given in [paths] if isinstance(paths, str) else paths:

@@ -1,4 +1,4 @@
-"""Files that a kill cannot damage: replaced whole, appended line by line, or sealed with checksums."""
+"""Writing files so that a kill cannot damage them: atomically, line by line, or with checksums."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all. A lone surrogate, which JSON can contain, becomes a "?"."""
+    """Write a file atomically. A lone surrogate, which JSON can contain, becomes a "?"."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write the same file
     try:
         part.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
@@ -24,9 +24,9 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which replaces `path` when the block ends, and is removed when the block fails.
+    """Yield a folder to fill; it replaces `path` when the block ends, and is removed when the block fails.
 
-    After a kill between the two renames there is no `path`; `restore_folder` brings the earlier one back.
+    After a kill between the two renames there is no `path`; `restore_folder` renames the earlier folder back.
     """
     restore_folder(path)
     part, earlier = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "old"))
@@ -56,8 +56,8 @@ def restore_folder(path: Path) -> None:
 def open_lines(path: Path) -> TextIO:
     """Open a file to which JSON values are appended, one a line.
 
-    Each line is handed to the system when its end is written, so a killed process loses none. A line without an end,
-    which the process was just writing, is cut off.
+    Each line is flushed when its end is written, so a killed process loses none. A last line without an end is
+    removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -66,7 +66,7 @@ def open_lines(path: Path) -> TextIO:
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator:
-    """The JSON values in files that `open_lines` opened, without a line that has no end."""
+    """The JSON values in files that `open_lines` opened, except a last line without an end."""
     for path in paths:
         for line in path.read_bytes().split(b"\n")[:-1]:
             yield json.loads(line)
@@ -85,7 +85,7 @@ def seal(folder: Path) -> None:
 
 
 def find_fault(folder: Path, *needed: str) -> str | None:
-    """What is missing or differs from the manifest; None for a whole folder that holds the `needed` files."""
+    """What is missing or differs from the manifest; None for a complete folder that holds the `needed` files."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         listed = [(folder / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
@@ -94,7 +94,7 @@ def find_fault(folder: Path, *needed: str) -> str | None:
     for path, size, checksum in listed:
         name = path.relative_to(folder)
         if not path.resolve().is_relative_to(folder.resolve()):
-            return f"{name} lies outside it"
+            return f"{name} lies outside the folder"
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or has another size"
         try:
@@ -106,7 +106,7 @@ def find_fault(folder: Path, *needed: str) -> str | None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until what was written would survive a loss of power."""
+    """Wait until the written data would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The processes of a run under torchrun: this one's rank, collectives, signals and the script's end."""
+"""The processes of a run under torchrun: rank, collectives, SIGTERM, and the exit of a script."""
 
 import ctypes
 import logging
@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from .watch import Watch
 
-SILENCE = 0.1  # share of the timeout after which a rank without a sign of life counts as lost
-STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher has stopped
+SILENCE = 0.1  # share of the timeout after which a rank without a heartbeat counts as lost
+STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher's SIGTERM has stopped
 # Modules whose warnings concern one rank alone: every rank logs them.
 PER_RANK = ("data.loader", "rollout.local", "step.pack")
 
@@ -60,7 +60,7 @@ class Ranks:
     def mean_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Mean over the ranks that have the key, in one collective: ranks may have different keys.
 
-        The smallest where the key's last part begins with min_, the largest where it begins with max_ or peak_.
+        It is the minimum if the key's last part begins with min_, the maximum if it begins with max_ or peak_.
         """
         if self.world_size == 1:
             return metrics
@@ -84,7 +84,7 @@ class Ranks:
 def keep_freed_memory() -> None:
     """Make glibc reuse large freed blocks.
 
-    By default it maps, zeroes and unmaps each activation, a seventh of the time of a tiny model's step.
+    By default it maps, zeroes and unmaps each activation, which takes a seventh of a tiny model's step.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing to the system
@@ -96,8 +96,8 @@ def ranks(timeout: float = 1800.0):
     """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere.
 
     Args:
-        timeout: seconds after which a collective that not all ranks have joined is an error. Where a rank gives no sign
-            of life for a tenth of that, the others end.
+        timeout: seconds after which a collective that not all ranks have joined is an error. If a rank sends no
+            heartbeat for a tenth of that, the others exit.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -106,7 +106,7 @@ def ranks(timeout: float = 1800.0):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # no message from every rank
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR  # log on rank 0 only
     logging.getLogger("boxgrpo").setLevel(level)
     for name in PER_RANK:
         logging.getLogger(f"boxgrpo.trainer.{name}").setLevel(logging.WARNING)
@@ -126,7 +126,7 @@ def ranks(timeout: float = 1800.0):
         raise
     except Exception as error:
         failed = error
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # of a lost rank, which the watch will name
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # caused by a lost rank, which the watch reports
             watch.wait_for_lost_rank()
         raise
     finally:
@@ -134,9 +134,9 @@ def ranks(timeout: float = 1800.0):
 
 
 def run_as_script(main: Callable[[], None], name: str) -> None:
-    """Call main; print its error in one line. One of several ranks then ends without the interpreter's own shutdown.
+    """Call main; print a ValueError or OSError in one line. A process group's rank skips the interpreter's shutdown.
 
-    In that shutdown threads of gloo and DeepSpeed have aborted ranks whose work was done.
+    During that shutdown threads of gloo and DeepSpeed have aborted ranks whose work was done.
     """
     status = 0
     try:

@@ -1,4 +1,4 @@
-"""A run's output folder, its metrics in metrics.jsonl and TensorBoard, and what it shows on the terminal."""
+"""A run's output folder, its metrics in metrics.jsonl and TensorBoard, and its terminal output."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ from .files import open_lines, replace_file
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 OPTIONS = "options.yaml"
-BEST = "best"  # folder of the best checkpoint of a run that evaluates, and in it
-SCORES = "scores.json"
-# Of an earlier run, removed where a run begins anew.
+BEST = "best"  # folder of the checkpoint with the best evaluation
+SCORES = "scores.json"  # in that folder
+# An earlier run's files, which are removed when a run starts anew.
 STALE = ("tensorboard", "profile", "adapter", "checkpoint-[0-9]*", ".checkpoint-*", BEST, f".{BEST}.*")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # with these a sampled text could control the terminal
 
@@ -37,7 +37,7 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def check_output_dir(options, ranks, found: Path | None = None) -> Path:
-    """The run's folder. Every rank calls it.
+    """Check the run's folder and return it; every rank calls it.
 
     Args:
         found: the checkpoint from which the run is resumed.
@@ -48,7 +48,7 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
     """
     folder = Path(options.output_dir)
     patterns = ["[!.]*.safetensors*", "adapter"]
-    if options.resume != "auto":  # with it a run that was killed before its first checkpoint begins anew
+    if options.resume != "auto":  # with auto, a run that was killed before its first checkpoint starts anew
         patterns += ["checkpoint-*", "tensorboard", METRICS, BEST]
     elif not (folder / BEST / SCORES).exists():
         patterns.append(BEST)
@@ -65,7 +65,7 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
     if later:
         raise ValueError(
             f"resume is {found}, but {folder} also holds {', '.join(path.name for path in later)}. "
-            "Give --overwrite_output_dir true to remove what is later, or name another --output_dir."
+            "Give --overwrite_output_dir true to remove the later ones, or name another --output_dir."
         )
     return folder
 
@@ -73,7 +73,7 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
 def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
     """`check_output_dir`, then remove an earlier run's metrics and checkpoints, and write the options.
 
-    A run that is resumed keeps its metrics' first `metrics_bytes`, those from before its checkpoint.
+    A resumed run keeps the first `metrics_bytes` of its metrics file, those from before its checkpoint.
     """
     folder = check_output_dir(options, ranks, found)
     if not ranks.is_main:
@@ -100,7 +100,7 @@ def _resumes_in(folder: Path, found: Path | None) -> bool:
 def _later_checkpoints(folder: Path, found: Path | None, resume: str) -> list[Path]:
     """The checkpoints in `folder` after the one that `resume` names: a later --resume auto would continue from them.
 
-    (Those that are later than the one that --resume auto finds are not whole.)
+    (With --resume auto there are none: later checkpoints than the one it finds are incomplete.)
     """
     if resume == "auto" or not _resumes_in(folder, found):
         return []
@@ -124,7 +124,7 @@ def cut(path: Path, size: int) -> None:
 
 
 class Reporter:
-    """Writes on rank 0; on other ranks no method does anything. `start`: steps that were taken before."""
+    """Writes on rank 0; on other ranks no method does anything. `start`: number of earlier steps."""
 
     def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
         self.active = ranks.is_main

@@ -1,4 +1,4 @@
-"""Named spans of a step: wall-clock seconds for the metrics, and ranges on the timeline of a profiler that records.
+"""Named spans of a step: wall-clock seconds for the metrics, and ranges in the timeline of an active profiler.
 
 NVTX ranges are made by the `nvtx` package: it needs no CUDA, puts them into a domain of their own, and reports whether
 a tool is attached. Where it is missing, torch.cuda.nvtx makes them under nsys.
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 DOMAIN = "boxgrpo"  # of our NVTX ranges
-UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"  # set by nsys for what it starts
+UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"  # environment variable of processes that nsys starts
 seconds: dict[str, float] = defaultdict(float)
 listeners: list = []  # objects with enter(name) and leave(name), which every `span` calls
 _NOTHING = contextlib.nullcontext()
@@ -22,7 +22,7 @@ _NOTHING = contextlib.nullcontext()
 
 @contextmanager
 def span(name: str, *size: int):
-    """Time a stage, and name it on the timeline. Without a profiler this is two clock reads.
+    """Time a stage, and mark it in the timeline. Without a profiler this is two clock reads.
 
     A GPU works asynchronously: a stage's seconds are those of the CPU, and the timeline has the GPU's.
     """
@@ -39,10 +39,10 @@ def span(name: str, *size: int):
 
 
 def named_range(name: str, *size: int):
-    """A range that only profilers see: `decode 8x64` for ("decode", 8, 64).
+    """A range for profilers only, with the title `decode 8x64` for ("decode", 8, 64).
 
-    NVTX has it where a tool such as nsys is attached, torch.profiler while it records. Otherwise nothing happens: the
-    title is not even formatted.
+    NVTX records it if a tool such as nsys is attached, torch.profiler while it is active. Otherwise the call does
+    nothing and does not format the title.
     """
     nvtx, recorded = _nvtx(), torch.autograd._profiler_enabled()
     if nvtx is None and not recorded:
@@ -58,7 +58,7 @@ def _open(title: str, nvtx, recorded: bool):
 
 @functools.cache
 def _nvtx():
-    """A context manager of a range by its title; None where no tool was attached when the process started."""
+    """A function from title to context manager; None if no tool was attached when the process started."""
     try:
         import nvtx
     except ImportError:
@@ -68,7 +68,7 @@ def _nvtx():
 
 
 def pop_timings(steps: int) -> dict[str, float]:
-    """`timing_s/...` of every span since the last call, which was `steps` steps ago: the mean of a step."""
+    """Mean seconds per step of each span since the last call, `steps` steps ago, as `timing_s/...`; resets them."""
     taken = {f"timing_s/{name}": value / steps for name, value in seconds.items()}
     seconds.clear()
     return taken

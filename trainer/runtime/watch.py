@@ -1,4 +1,4 @@
-"""Heartbeats: where a rank dies or is stopped, the others name it and end instead of waiting for it."""
+"""Heartbeats: if a rank is killed or stopped, the others report it and exit instead of waiting for it."""
 
 import os
 import socket
@@ -10,16 +10,16 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-BEATS = 6  # of each rank, within the time after which it counts as lost
+BEATS = 6  # heartbeats of a rank within the time after which it counts as lost
 FINISHED, FAILED = "finished", "failed "
 
 
 class Watch:
     """A thread in each rank that writes a heartbeat into torchrun's store, and checks those of the other ranks.
 
-    It beats however long the main thread computes or waits, so a heartbeat is missing only where a process was killed
-    or stopped, or its machine or network is lost. A collective that hangs between living ranks ends by the process
-    group's timeout.
+    It does not depend on the main thread, so a heartbeat is missing only where a process was killed
+    or stopped, or its machine or network is lost. A collective that hangs between running ranks ends by the
+    process group's timeout.
 
     Args:
         silence: seconds without a heartbeat after which a rank counts as lost.
@@ -29,7 +29,7 @@ class Watch:
         self.rank, self.silence = rank, silence
         self.others = [other for other in range(world_size) if other != rank]
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of this thread's own: the process group's may be waiting in the main thread.
+        # A separate connection: the process group's may be blocked by the main thread.
         store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=silence), wait_for_workers=False)
         self.store = dist.PrefixStore(f"boxgrpo/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.over = threading.Event()
@@ -45,21 +45,21 @@ class Watch:
         return self
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Mark this rank as finished; or, with an error, as failed, and the others end at their next beat."""
+        """Mark this rank as finished or, with an error, as failed; then the others exit at their next heartbeat."""
         self.over.set()
         self.thread.join(self.silence)
         self.store.set(str(self.rank), f"{FAILED}{type(error).__name__}: {error}" if error else FINISHED)
 
     def wait_for_lost_rank(self) -> None:
-        """After a collective has failed: wait until the lost rank is named and this process ends, but not forever."""
+        """After a failed collective: wait, for a limited time, until the thread reports the lost rank and exits."""
         self.thread.join(2 * self.silence)
 
     def _run(self) -> None:
         beat, last = 0, time.monotonic()
         while not self.over.wait(self.silence / BEATS):
             beat, before, last = beat + 1, last, time.monotonic()
-            if last - before > self.silence / 2:  # this process was suspended, perhaps with the whole job:
-                self.seen.clear()  # other ranks may continue later than this one
+            if last - before > self.silence / 2:  # this process was suspended, perhaps with the whole job
+                self.seen.clear()  # because other ranks may continue later than this one
             try:
                 self.store.set(str(self.rank), str(beat))
                 lost = self.lost()
@@ -71,7 +71,7 @@ class Watch:
                 _exit(f"rank {self.rank}: {named}. This rank ends too; start again with --resume auto.")
 
     def lost(self) -> dict[int, str]:
-        """The ranks that failed, or gave no sign of life for `silence` seconds, each with which of the two it was."""
+        """The ranks that failed or sent no heartbeat for `silence` seconds, with the reason for each."""
         now = time.monotonic()
         found = {}
         for other, sign in zip(self.others, self.store.multi_get([str(r) for r in self.others]), strict=True):
@@ -82,11 +82,11 @@ class Watch:
             elif sign != last:
                 self.seen[other] = sign, now
             elif sign != FINISHED and now - since > self.silence:
-                found[other] = f"gave no sign of life for {self.silence:.0f} s"
+                found[other] = f"sent no heartbeat for {self.silence:.0f} s"
         return found
 
 
 def _exit(message: str) -> NoReturn:
-    """End the process from this thread: the main one may wait forever."""
+    """End the process from this thread, because the main thread may wait forever."""
     print(message, file=sys.stderr, flush=True)
     os._exit(1)

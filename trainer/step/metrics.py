@@ -13,9 +13,9 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 
 def peak_flop(o, device: torch.device) -> float | None:
-    """FLOP a second that a device can do; None where neither `peak_tflops` nor the table of published peaks has it.
+    """The device's peak in FLOP/s: `peak_tflops`, else the published value; None if neither is known.
 
-    The table is of bf16; at another dtype nothing is known.
+    The table is for bf16; other dtypes have no value.
     """
     if o.peak_tflops:
         return 1e12 * o.peak_tflops
@@ -38,7 +38,7 @@ def grpo_flop(o, config, sampled: Sequence[Group], trained: Sequence[Group]) -> 
             flop += group_flop(config, group)
         if o.rollout != "replay" or o.freeze_vision:  # a frozen tower runs once for all passes
             flop += tower_flop(config, group.prompt.image_grid_thw)
-    compared = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forwards of reference and older weights
+    compared = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forward passes for ref and old logps
     for group in trained:
         tower = 0.0 if o.freeze_vision else tower_flop(config, group.prompt.image_grid_thw)
         decoder = group_flop(config, group)
@@ -56,7 +56,7 @@ def sft_flop(o, config, groups: Sequence[Group]) -> float:
 def completion_metrics(
     groups: Sequence[Group], rewards: StepRewards, limit: int, eos: tuple[int, ...]
 ) -> dict[str, float]:
-    """Rewards and lengths of the rank's completions, and how hard its groups were (paper, Figure 3).
+    """Rewards and lengths of the rank's completions, and shares of easy, medium and hard groups (paper, Figure 3).
 
     `completions/clipped_ratio` is the share that reached `limit` tokens without an end token.
     """
@@ -88,14 +88,14 @@ def completion_metrics(
 def policy_metrics(stats, r: Ranks) -> dict[str, float]:
     """Token means over the step's packs on all ranks; the same on each of them."""
     tokens = [len(s.logps) for s in stats]
-    means = {  # one row a pack
+    means = {  # one value per pack
         "kl": [s.kl for s in stats],
         "entropy": [s.entropy.sum() / max(1, len(s.entropy)) for s in stats],
         "clip_ratio/low_mean": [s.clip_low for s in stats],
         "clip_ratio/high_mean": [s.clip_high for s in stats],
         "clip_ratio/region_mean": [s.clip_region for s in stats],
     }
-    table = torch.zeros(len(means), 0, dtype=torch.float64)  # of a step whose groups all had equal rewards
+    table = torch.zeros(len(means), 0, dtype=torch.float64)  # if no group of the step had a gradient
     if stats:
         table = torch.stack([torch.stack(values) for values in means.values()]).double().cpu()  # (5, packs)
     *sums, total = r.sum(*(table @ torch.tensor(tokens, dtype=torch.float64)).tolist(), sum(tokens))
@@ -103,7 +103,7 @@ def policy_metrics(stats, r: Ranks) -> dict[str, float]:
 
 
 def sampling_metrics(packs, cap: float) -> dict[str, float]:
-    """How far a foreign sampler is from the policy that it had the weights of, over the rank's tokens."""
+    """Differences between vLLM's log-probabilities and the policy's at the same weights, over the rank's tokens."""
     packs = [p for p in packs if p.sampler_logps is not None]
     if not packs:
         return {}

@@ -1,4 +1,4 @@
-"""From a step's groups to its packs: which groups have a gradient, which rank trains them, which share a pass."""
+"""Makes a step's packs: selects groups with a gradient, balances them across ranks, packs them, and runs the packs."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,19 +14,19 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-WORTH_MOVING = 0.05  # of the ranks' mean work: a smaller difference costs less than the exchange
+WORTH_MOVING = 0.05  # share of the ranks' mean work; a smaller gain is not worth the exchange
 
 
 def trained_groups(o, groups: Sequence[Group], rewards: StepRewards) -> list[Group]:
     """The groups that have a gradient, with their advantages (G each) and weights.
 
-    Without KL a group of equal rewards has none, and is left out. (Not with bnpo, a mean over each pack's own tokens.)
+    Without KL a group of equal rewards has none, and is left out, except with bnpo, whose mean counts its tokens.
     """
     advantages, weights = rewards.advantages, rewards.weights
     every = bool(o.beta) or o.loss_type == "bnpo"
     has_gradient = [True] * len(groups) if every else (advantages != 0).any(1).tolist()
     filled = [replace(g, advantages=advantages[i], weight=weights[i]) for i, g in enumerate(groups) if has_gradient[i]]
-    # With embeddings at hand the pixels are not needed any more.
+    # The image embeddings replace the pixels.
     return [replace(g, prompt=replace(g.prompt, pixel_values=None)) if o.freeze_vision else g for g in filled]
 
 
@@ -39,9 +39,9 @@ class Move(NamedTuple):
 
 
 def plan_moves(costs: Sequence[Sequence[float]]) -> list[Move]:
-    """Moves that balance the ranks' sums of `costs`, one list a rank; the same on every rank that has the same costs.
+    """Moves that balance the ranks' sums of `costs`, one list per rank; deterministic, so all ranks plan the same.
 
-    Repeatedly the costliest rank gives the cheapest one the item that brings the two closest to each other.
+    Repeatedly, the item of the costliest rank that brings it closest to the cheapest rank is moved there.
     """
     owner = {(rank, i): rank for rank, items in enumerate(costs) for i in range(len(items))}
     load = [sum(items) for items in costs]
@@ -60,7 +60,7 @@ def plan_moves(costs: Sequence[Sequence[float]]) -> list[Move]:
 
 
 def balance_across_ranks(groups: list[Group], cost: Callable[[Group], float], r: Ranks) -> list[Group]:
-    """What this rank trains after an exchange: its groups without those it gave away, then those it received."""
+    """Exchange groups to balance the ranks' costs; returns the groups that this rank keeps, then those it receives."""
     if r.world_size == 1:
         return groups
     moves = plan_moves(r.gather(list(map(cost, groups))))
@@ -93,7 +93,7 @@ def make_packs(
 
 @dataclass
 class Budget:
-    """Tokens of the largest pack that a run makes: fewer once memory has run out."""
+    """Maximum tokens of a run's packs; it is lowered when memory runs out."""
 
     tokens: int
 
@@ -105,13 +105,13 @@ def run_packs_that_fit(
     make: Callable[[Sequence[Group], int], list[PackedBatch]],
     run: Callable[[list[PackedBatch]], T],
 ) -> T:
-    """run(make(groups, tokens)); where memory runs out, again from the start with packs of half the size.
+    """Return run(make(groups, tokens)); if memory runs out, repeat it from the start with packs of half the size.
 
-    The smaller size stays for the steps that follow. What `run` has added to the gradients by then is discarded. A
-    group of which a single completion does not fit is left out and named.
+    The smaller size stays for later steps. What `run` added to the gradients is discarded. A group with a completion
+    that does not fit even alone is skipped with a warning.
 
     Raises:
-        ValueError: the engine's ranks cannot start over alone where memory ran out; or nothing is left to make smaller.
+        ValueError: the engine's ranks cannot start over alone if memory runs out, or the packs cannot be made smaller.
     """
     groups = list(groups)
     while True:

@@ -155,7 +155,7 @@ def test_a_question_without_quotes_is_refused(capsys):
         (["Where?"], r"there are 0 images; .*--image"),
         (["--image={one}"], r"question is ''; text is needed"),
         (["--image={one}", " <image> "], r"question is ' <image> '"),
-        (["--image={one}", "\udcff?"], r"question holds half a character"),
+        (["--image={one}", "\udcff?"], r"question holds half of a surrogate pair"),
         (["--image={one}", "Is <|image_pad|> there?"], r"question: the user's text holds <\|image_pad\|>"),
         (["--image=gone.png", "Where?"], r"image is gone\.png; there is no such file\. Correct --image"),
         (["--image={notes}", "Where?"], r"notes\.png cannot be opened as an image"),

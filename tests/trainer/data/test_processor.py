@@ -190,5 +190,5 @@ def test_without_thinking_the_box_alone_is_learned(demo, images):
     text = spelled(demo, prompt)
     assert "This is a single image grounding task with simple reference. Where is the cup?<|im_end|>" in text
     assert "think" not in text
-    with pytest.raises(ValueError, match=r"data\.json#3: the record has no answer to learn"):
+    with pytest.raises(ValueError, match=r"data\.json#3: the record has no answer to train on"):
         demo.conversation(example(images, gold=(1, 2, 3, 4)))

@@ -79,7 +79,7 @@ def test_where_memory_runs_out_there_are_more_rounds(model, groups, vocabulary, 
     rollout = LocalRollout(OPTIONS, vocabulary, Ranks())
     assert as_lists(rollout(model, groups)) == as_lists(rollout(model, groups)) == whole
     assert sizes == [4, 2, 2, 2, 2], "the number of rounds stays"
-    assert "from here on in 2 rounds a step" in caplog.text
+    assert "from now on in 2 rounds per step" in caplog.text
 
 
 def test_a_group_that_never_fits_is_left_out_and_named(groups, sample, monkeypatch, caplog):
@@ -185,7 +185,7 @@ def test_every_rank_stores_its_own(model, groups, vocabulary, tmp_path):
     assert [json.loads(p.read_text())["serial"] for p in (first, second)] == [7, 3]
     assert ReplayRollout(options).stored.keys() == {7, 3}  # a replay reads them all
     first.unlink()
-    with pytest.raises(ValueError, match="rank1 is of a run with more ranks"):
+    with pytest.raises(ValueError, match="rank1 belongs to a run with more ranks"):
         LocalRollout(options, vocabulary, Ranks())
 
 

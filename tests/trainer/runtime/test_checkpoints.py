@@ -122,15 +122,15 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_named(run, damage, ca
         listed["files"]["../checkpoint-1/config.json"] = listed["files"]["config.json"]
         manifest.write_text(json.dumps(listed))
     assert run.checkpoints().find() == first
-    assert "checkpoint-2 is not whole" in caplog.text
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
+    assert "checkpoint-2 is incomplete" in caplog.text
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         run.checkpoints(resume=str(second)).find()
     assert run.checkpoints(resume=str(first)).find() == first
 
 
 def test_no_checkpoint_is_an_error_unless_resume_is_auto(run):
     assert run.checkpoints().find() is None
-    with pytest.raises(ValueError, match="not a whole checkpoint .no manifest"):
+    with pytest.raises(ValueError, match="not a complete checkpoint .no manifest"):
         run.checkpoints(resume=str(run.folder / "checkpoint-7")).find()
 
 
@@ -163,7 +163,7 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint(run, failing, monk
     with pytest.raises(ValueError, match="checkpoint-2 cannot be written .rank 0: Exception: No space left on device"):
         run.checkpoints().save(Progress(step=2), run.engine, no_room if failing == "model" else lambda folder: None)
     assert run.checkpoints().find() == first and names(run) == {"checkpoint-1"}
-    with pytest.raises(ValueError, match="cannot be written .*No space left.*stays good"):
+    with pytest.raises(ValueError, match="cannot be written .*No space left.*is still complete"):
         run.checkpoints().save_result(run.folder, run.engine, no_room)
 
 
@@ -223,7 +223,7 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(run):
     """It would remove them all, perhaps because a disk could not be read for a moment."""
     folder = run.save(1)
     os.truncate(folder / "config.json", 1)
-    with pytest.raises(ValueError, match="none of the checkpoints in .* is whole.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match="none of the checkpoints in .* is complete.*--overwrite_output_dir"):
         run.checkpoints().find()
     assert run.checkpoints(overwrite_output_dir=True).find() is None
     (folder / MANIFEST).write_text('{"files": []}')

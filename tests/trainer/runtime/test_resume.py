@@ -65,7 +65,7 @@ def test_a_run_is_resumed_after_sigterm(world, launcher):
     assert run.returncode == {"forked": 143, "torchrun": 1}[launcher]
     (saved,) = folder.glob("checkpoint-*")
     step = int(saved.name.split("-")[1])
-    assert f"asked to stop: saved {saved}" in out
+    assert f"SIGTERM received: saved {saved}" in out
     options |= {"max_steps": step + 2, "dataloader_num_workers": 0}
     assert f"resumed {saved} at step {step}" in finish(start_forked(GRPO, grpo_options(world, launcher, **options)))
     assert [line["step"] for line in lines(folder)] == list(range(1, step + 3))

@@ -36,7 +36,7 @@ def test_a_stopped_rank_ends_the_others_who_name_it(tmp_path):
     time.sleep(0.5)
     os.kill(int(pids["1"]), signal.SIGSTOP)
     out, _ = run.communicate(timeout=10)
-    assert f"rank 1 (pid {pids['1']} on " in out and "gave no sign of life for 2 s" in out, out
+    assert f"rank 1 (pid {pids['1']} on " in out and "sent no heartbeat for 2 s" in out, out
     assert "--resume auto" in out and run.returncode == 1
 
 
@@ -56,7 +56,7 @@ def test_a_lost_machine_is_named_by_the_other(tmp_path):
         pass
     kill(there)
     out, _ = here.communicate(timeout=60)
-    assert here.returncode != 0 and f"(pid {pid} on " in out and "gave no sign of life" in out, out
+    assert here.returncode != 0 and f"(pid {pid} on " in out and "sent no heartbeat" in out, out
 
 
 def test_who_is_lost(monkeypatch):
@@ -75,7 +75,7 @@ def test_who_is_lost(monkeypatch):
     watch.store.set("3", "finished")
     assert watch.lost() == {}
     now = 131.0
-    assert watch.lost() == {2: "gave no sign of life for 30 s"}
+    assert watch.lost() == {2: "sent no heartbeat for 30 s"}
     now = 200.0
     assert watch.lost().keys() == {1, 2}
     watch.store.set("2", "1")
