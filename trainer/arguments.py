@@ -57,14 +57,14 @@ class _Parser(HfArgumentParser):
         return known
 
 
-def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, bare: str = "") -> T:
+def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, positional: str = "") -> T:
     """Parse flags and `--config file.yaml` into a `kind`. A later file overrides an earlier one, flags override files.
 
-    A word without a flag is the value of the field `bare`.
+    A word without a flag is the value of the field `positional`.
     """
     parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
-    if bare:
-        parser.add_argument(bare, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{bare}.")
+    if positional:
+        parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{positional}.")
     parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags override it.")
     first, _ = parser.parse_known_args(args)
     for path in first.config:

@@ -26,7 +26,7 @@ from boxgrpo.trainer.world.recipe import RUNS, DemoOptions, draw_world, make_ini
 HERE = Path(__file__).resolve().parent
 
 
-def processes(options: DemoOptions) -> int:
+def process_count(options: DemoOptions) -> int:
     """`options.processes`, else the largest divisor of a step's 16 prompts that is at most the GPUs, or 2 on a CPU."""
     available = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return options.processes or max(n for n in (1, 2, 4, 8, 16) if n <= available)
@@ -34,7 +34,7 @@ def processes(options: DemoOptions) -> int:
 
 def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
     """Run a script of this folder under torchrun, with the CPU's cores divided among its processes."""
-    count = processes(options)
+    count = process_count(options)
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(count)]
     command += [str(HERE / script), *flags]
     print("\n$ torchrun", *command[1:], flush=True)
@@ -87,7 +87,7 @@ def scores(options: DemoOptions, run: str) -> dict:
     return summary
 
 
-def flat(summary: dict) -> dict[str, float]:
+def accuracies(summary: dict) -> dict[str, float]:
     """Acc@0.5 in 0-1: the mean over tasks, then each task."""
     return {"mean": summary["accuracy_at_0.5"]} | {t: v["accuracy_at_0.5"] for t, v in summary["tasks"].items()}
 
@@ -122,8 +122,8 @@ def run(options: DemoOptions) -> dict:
         "seconds": round(total, 1),
         "stage_seconds": seconds,
         "seed": options.seed,
-        "processes": processes(options),
-        **{name: flat(s) for name, s in found.items()},
+        "processes": process_count(options),
+        **{name: accuracies(s) for name, s in found.items()},
         "details": {n: {k: s[k] for k in ("format", "well_formed_iou", "mean_iou")} for n, s in found.items()},
     }
     (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

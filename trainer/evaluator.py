@@ -15,12 +15,12 @@ from boxgrpo.trainer.evaluation.evaluate import evaluate, output_folder, report
 from boxgrpo.trainer.evaluation.report import scores_table
 from boxgrpo.trainer.options import EvalOptions
 from boxgrpo.trainer.runtime.files import replace_file
-from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
 
 
 def main(args: list[str] | None = None) -> None:
     options = parse(EvalOptions, args, prog="evaluator.py")
-    with ranks() as r:
+    with join_ranks() as r:
         summary = evaluate(options, r)
         if not r.is_main:
             return

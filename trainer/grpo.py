@@ -25,7 +25,7 @@ from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
 from boxgrpo.trainer.rollout.vllm import VllmRollout
 from boxgrpo.trainer.run import Hooks, Run
-from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
 from boxgrpo.trainer.step.metrics import (
     completion_metrics,
@@ -78,16 +78,16 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             with span("optimizer"):
                 grad_norm, updated = engine.step()
             progress.skipped_steps += not updated
-        more = {}
+        extra = {}
         if run.is_logged:
-            more |= completion_metrics(groups, rewards, o.max_completion_length, vocabulary.eos_token_ids)
-            more |= policy_metrics(stats, r)
+            extra |= completion_metrics(groups, rewards, o.max_completion_length, vocabulary.eos_token_ids)
+            extra |= policy_metrics(stats, r)
         if run.is_logged and o.rollout == "vllm":
-            more |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
+            extra |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
         tokens = sum(len(p.input_ids) for p in packs)
         flop = grpo_flop(o, policy.config, groups, trained) if run.peak_flop else 0.0
         shown = {"reward": float(rewards.total.mean()), "iou": float(rewards.accuracy.mean())}
-        run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, more=more)
+        run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, extra=extra)
         if o.log_completions and step % o.log_completions == 0:
             run.report.table(f"step {step}", *completion_table(run.processor, groups, rewards.accuracy))
 
@@ -98,7 +98,7 @@ def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
     if o.rollout == "replay":
         return ReplayRollout(o)
     if o.rollout == "vllm":
-        return VllmRollout(o, run.processor, vocabulary, run.policy, run.examples.most_images)
+        return VllmRollout(o, run.processor, vocabulary, run.policy, run.examples.max_images)
     return LocalRollout(o, vocabulary, run.ranks, run.progress.rollout_bytes, sharded=sharded)
 
 
@@ -142,14 +142,14 @@ def accumulate_again(run: Run, settings: LossOptions, packs: list[PackedBatch]):
 
 def loss_denominator(o, completions: float, tokens: float, r: Ranks):
     """The divisor of the step's summed loss on each rank, 0-dim fp32; ranks average their gradients afterwards."""
-    whole = {
+    total = {
         "grpo": completions,
         "dapo": tokens,
         "cispo": tokens,
         "dr_grpo": completions * o.max_completion_length,
         "bnpo": None,
     }[o.loss_type]
-    return None if whole is None else torch.tensor(whole / r.world_size, device=r.device, dtype=torch.float32)
+    return None if total is None else torch.tensor(total / r.world_size, device=r.device, dtype=torch.float32)
 
 
 def policy_loss(o, settings: LossOptions, pack: PackedBatch, hidden, weight):
@@ -184,7 +184,7 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
 
 def main(args: list[str] | None = None, hooks: Hooks | None = None) -> None:
     options = parse(GrpoOptions, args, prog="grpo.py")
-    with ranks(options.timeout) as r, r.noting_sigterm():
+    with join_ranks(options.timeout) as r, r.record_sigterm():
         if not options.model and not options.data:
             options = demo_options(args, r)
         train(options, r, hooks)

@@ -88,24 +88,24 @@ class Run:
         self.examples, self.unusable = read_usable(o, needs=needs)
         self.validation = Validation(o, self.processor, r)
         self.checkpoints = Checkpoints(o, r)
-        self.found = self.checkpoints.find()
-        check_output_dir(o, r, self.found)
+        self.checkpoint = self.checkpoints.find()
+        check_output_dir(o, r, self.checkpoint)
         self.policy = load_policy(o, r)
         hooks.model_loaded(self.policy)
-        copied = frozen_copy(self.policy, share_vision=o.freeze_vision) if reference and not o.lora_rank else None
+        copied = frozen_copy(self.policy, without_vision=o.freeze_vision) if reference and not o.lora_rank else None
         self.total_steps = total_steps(o, len(self.examples), batch_size)
         self.engine = hooks.make_engine(self.policy, o, r, self.total_steps * updates)
         self.reference = None
         if reference:
-            self.reference = self.engine.model if copied is None else self.engine.frozen(copied)
-        self.progress = self.checkpoints.load(self.found, self.engine) if self.found else Progress()
+            self.reference = self.engine.model if copied is None else self.engine.prepare_frozen(copied)
+        self.progress = self.checkpoints.load(self.checkpoint, self.engine) if self.checkpoint else Progress()
         self.budget = Budget(o.tokens_per_pass)
         self.peak_flop = peak_flop(o, r.device)
 
     def begin(self, title: str, prepare: Callable) -> Loader:
         """Claim the output folder and start the report; returns the stream of prepared records from `progress` on."""
         o, r, progress = self.options, self.ranks, self.progress
-        self.folder = claim_output_dir(o, r, self.found, progress.metrics_bytes)
+        self.folder = claim_output_dir(o, r, self.checkpoint, progress.metrics_bytes)
         self.loader = Loader(
             self.examples,
             prepare,
@@ -173,7 +173,7 @@ class Run:
         tokens: int,
         flop: float,
         shown: dict[str, float],
-        more: dict[str, float] | None = None,
+        extra: dict[str, float] | None = None,
     ) -> None:
         """Report the current step of `steps`.
 
@@ -181,7 +181,7 @@ class Run:
             loss, grad_norm: 0-dim tensors.
             tokens, flop: of this rank's part of the step.
             shown: values for the progress bar.
-            more: this rank's further metrics, used if the step `is_logged`.
+            extra: this rank's further metrics, used if the step `is_logged`.
         """
         r, progress = self.ranks, self.progress
         tokens, flop = r.sum(tokens, flop)
@@ -203,7 +203,7 @@ class Run:
             "perf/tokens_per_second": tokens / seconds,
             "perf/peak_memory_gb": peak_memory_gb(r.device),
         }
-        metrics |= (more or {}) | pop_timings(progress.step - self.logged)
+        metrics |= (extra or {}) | pop_timings(progress.step - self.logged)
         self.report.log(progress.step, r.mean_metrics(metrics))
         self.logged = progress.step
 
@@ -220,9 +220,9 @@ def load_policy(o: DataOptions, r: Ranks) -> Qwen2VL:
     return policy
 
 
-def frozen_copy(policy: Qwen2VL, *, share_vision: bool) -> Qwen2VL:
-    """The reference model. With `share_vision` it has no vision tower: the packs hold the image embeddings."""
-    memo = {id(policy.visual): None} if share_vision else {}
+def frozen_copy(policy: Qwen2VL, *, without_vision: bool) -> Qwen2VL:
+    """The reference model. With `without_vision` it has no vision tower: the packs hold the image embeddings."""
+    memo = {id(policy.visual): None} if without_vision else {}
     return copy.deepcopy(policy, memo).requires_grad_(False)
 
 

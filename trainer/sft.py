@@ -16,7 +16,7 @@ from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import SftOptions, validate_sft
 from boxgrpo.trainer.run import Hooks, Run
-from boxgrpo.trainer.runtime.ranks import Ranks, ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
 from boxgrpo.trainer.step.metrics import sft_flop
 from boxgrpo.trainer.step.pack import balance_across_ranks, make_packs, run_packs_that_fit
@@ -77,7 +77,7 @@ def head(targets, hidden, weight):
 
 def main(args: list[str] | None = None) -> None:
     options = parse(SftOptions, args, prog="sft.py")
-    with ranks(options.timeout) as r, r.noting_sigterm():
+    with join_ranks(options.timeout) as r, r.record_sigterm():
         train(options, r)
 
 

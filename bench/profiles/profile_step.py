@@ -33,7 +33,7 @@ from boxgrpo.trainer import grpo
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.profiler import FOLDER, kept_rows
 from boxgrpo.trainer.profiling.timeline import Row, rows, table
-from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
 
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
@@ -68,7 +68,7 @@ def train(case: dict, at: str, output_dir: str, steps: int) -> None:
     case = StepCase(**case)
     more = {"profile_steps": f"{WARMUP + 1}:{WARMUP + 1 + steps}", "overwrite_output_dir": True}
     options = our_options(case, Path(at), output_dir, WARMUP + steps + 1, **more)
-    with ranks() as r:
+    with join_ranks() as r:
         grpo.train(options, r, benchmark_hooks(case))
 
 

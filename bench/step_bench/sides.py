@@ -24,7 +24,7 @@ from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.run import Hooks
 from boxgrpo.trainer.runtime import spans
-from boxgrpo.trainer.runtime.ranks import keep_freed_memory, ranks
+from boxgrpo.trainer.runtime.ranks import join_ranks, keep_freed_memory
 
 from .cases import StepCase
 
@@ -197,7 +197,7 @@ def ours(case: StepCase, folder: Path, steps: int, *, waits: bool = False) -> Si
     # A GPU's steps look at the next one's images, the last at none: it is one more, and is not counted.
     ahead = torch.cuda.is_available()
     hooks = benchmark_hooks(case, model_loaded=m.model_loaded, **({} if ahead else {"write_model": m.begin_step}))
-    with tempfile.TemporaryDirectory() as out, ranks() as r, m.listening():
+    with tempfile.TemporaryDirectory() as out, join_ranks() as r, m.listening():
         grpo.train(our_options(case, folder, out, steps + ahead), r, hooks)
         logged = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     tokens = prompt_tokens_logged(logged, case) - case.generations * case.tokens

@@ -171,7 +171,7 @@ def score(world: Path, held_out: str, model: Path, path: Path) -> dict:
     answers = json.loads((path / "eval/results.json").read_text())["answers"]
     level = {record["id"]: record["level"] for record in json.loads(data.read_text())}
     hits = {n: [a["iou"] > 0.5 for a in answers if level[a["id"]] == n] for n in LEVELS}
-    scores = demo.flat(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in hits.items()}
+    scores = demo.accuracies(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in hits.items()}
     scores |= {name: found[name] for name in ("format", "mean_iou")}
     replace_file(path / SCORES, json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
     return scores

@@ -214,7 +214,7 @@ def test_a_run_without_updates_ends(world):
 def test_the_policy_keeps_a_frozen_tower_and_the_reference_needs_none(world):
     policy = load_model(world / "sft")
     policy.freeze_vision()
-    reference = frozen_copy(policy, share_vision=True)
+    reference = frozen_copy(policy, without_vision=True)
     assert reference.visual is None and policy.visual is not None
     assert reference.model is not policy.model
     assert not any(p.requires_grad for p in reference.parameters())

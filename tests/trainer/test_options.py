@@ -114,9 +114,9 @@ def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch):
     class Reached(Exception):
         pass
 
-    def ranks(timeout):
+    def join_ranks(timeout):
         raise Reached(timeout)
 
-    monkeypatch.setattr(loop, "ranks", ranks)
+    monkeypatch.setattr(loop, "join_ranks", join_ranks)
     with pytest.raises(Reached, match="33"):
         loop.main(["--model=m", "--data=d", "--timeout=33"])

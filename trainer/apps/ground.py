@@ -15,9 +15,9 @@ from pathlib import Path
 
 from boxgrpo.trainer.apps.grounding import Answer, Grounder
 from boxgrpo.trainer.arguments import option, parse, repeated
-from boxgrpo.trainer.data.example import text_of
+from boxgrpo.trainer.data.example import check_text
 from boxgrpo.trainer.options import EvalOptions, check_values
-from boxgrpo.trainer.runtime.ranks import ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
 
 EXIT_WITHOUT_BOX = 3  # exit status
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,7 +56,7 @@ def check(o: GroundOptions) -> None:
         if not 0 <= o.port <= 65535:
             raise ValueError(f"port is {o.port}; it must be 0 to 65535. Change --port.")
         return
-    text_of(o.question, "question")
+    check_text(o.question, "question")
     if o.json not in ("", "-"):
         raise ValueError(f"json is {o.json!r}; it must be - for standard output. Use --json -.")
     output = Path(o.output)
@@ -93,9 +93,9 @@ def ask(o: GroundOptions, grounder: Grounder) -> bool:
 
 
 def main(args: list[str] | None = None) -> None:
-    o = parse(GroundOptions, args, prog="ground.py", bare="question")
+    o = parse(GroundOptions, args, prog="ground.py", positional="question")
     check(o)
-    with ranks() as r:
+    with join_ranks() as r:
         grounder = Grounder.load(o, r.device)
         if o.serve:
             from boxgrpo.trainer.apps.webpage import serve  # Flask and waitress come with the extra "serve"

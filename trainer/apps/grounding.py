@@ -12,7 +12,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.example import Example, image_size, target_image, text_of
+from boxgrpo.trainer.data.example import Example, check_text, image_size, target_image
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate
@@ -106,7 +106,7 @@ class Grounder:
         Raises:
             ValueError: no question, no image, an unreadable image, or an invalid target or answer format.
         """
-        text_of(text, "question")
+        check_text(text, "question")
         if not images:
             raise ValueError("there are 0 images; a question needs at least 1. Add one with --image.")
         for path in images:

@@ -37,7 +37,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         answer_formats, gold_boxes, chats, the schema, and `lengths` of a sample in tokens or characters.
     """
     examples, faults = read_examples(
-        path, schema=args.schema, image_root=args.image_root or None, least=0, sized=not args.no_images
+        path, schema=args.schema, image_root=args.image_root or None, min_usable=0, sized=not args.no_images
     )
     if not (records := len(examples) + len(faults)):
         raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")

@@ -113,9 +113,9 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
     return tuple(paths)
 
 
-def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, least: int = 1, remedy: str) -> None:
-    """Raises `ValueError`, with the faults counted by reason, if there are fewer good records than `least`."""
-    if len(good) < least:
+def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, min_usable: int = 1, remedy: str) -> None:
+    """Raises `ValueError`, with the faults counted by reason, if there are fewer good records than `min_usable`."""
+    if len(good) < min_usable:
         counts = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in faults).most_common())
         why = f" ({counts}). The first: {faults[0].message}" if faults else "."
         raise ValueError(f"{path}: {len(good)} of {len(good) + len(faults)} records can be used{why} {remedy}")
@@ -126,7 +126,8 @@ def plain_text(text: str) -> str:
     return text.replace("<image>", "").strip()
 
 
-def text_of(value: object, name: str) -> str:
+def check_text(value: object, name: str) -> str:
+    """Return the value if it is a non-empty text; raise Refused otherwise."""
     if not isinstance(value, str) or not plain_text(value):
         raise Refused(f"no_{name}", f"{name} is {value!r:.80}; text is needed.")
     try:
@@ -137,6 +138,7 @@ def text_of(value: object, name: str) -> str:
 
 
 def is_numbers(values: object) -> bool:
+    """Whether the value is a non-empty list of numbers below 1e9 in magnitude."""
     numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
     return numbers and len(values) > 0
 
@@ -220,7 +222,7 @@ def read_question(record: dict, file: Source, box_only: str | None = None) -> di
     """Read a question and its box; the format is "box" if the first image's path contains `box_only`."""
     gold = checked_box(record.get("answer"), (file.scale, file.scale))
     images = resolve_images(record.get("images"), file)
-    fields = {"images": images, "question": text_of(record.get("question"), "question"), "gold": gold}
+    fields = {"images": images, "question": check_text(record.get("question"), "question"), "gold": gold}
     return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
 
 

@@ -70,7 +70,7 @@ class Examples(Sequence):
         return [f"{self.files[file].label}#{number}" for file, number, *_ in self.table.tolist()]
 
     @property
-    def most_images(self) -> int:
+    def max_images(self) -> int:
         """The largest number of images in an example."""
         return int(self.table["images"].max())
 

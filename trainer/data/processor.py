@@ -171,8 +171,8 @@ class Processor:
             raise ValueError(
                 f"{example.source}: the record has no answer to train on; SFT needs chats. Pass stage-1 records."
             )
-        tensors, learned = self._tensors(example, answered=True)
-        return Conversation(*tensors, loss_mask=torch.tensor(learned, dtype=torch.bool))
+        tensors, loss_mask = self._tensors(example, answered=True)
+        return Conversation(*tensors, loss_mask=torch.tensor(loss_mask, dtype=torch.bool))
 
     def images_of(self, prompt: Prompt) -> list[Image.Image]:
         """A prompt's images, restored exactly from its patches, at the size they were scaled to."""
@@ -202,7 +202,7 @@ class Processor:
             pixel_values = torch.from_numpy(pixels)  # (p, 1176)
             grids = torch.from_numpy(np.concatenate([f["image_grid_thw"] for f in features]))  # (I, 3) patches
         merge = self.image_processor.merge_size
-        ids, learned = self._tokens(example, (grids.prod(1) // merge**2).tolist(), answered=answered)
+        ids, loss_mask = self._tokens(example, (grids.prod(1) // merge**2).tolist(), answered=answered)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             of_images = f"{ids.count(self.image_token_id)} of them for {len(grids)} images"
             raise ValueError(
@@ -211,7 +211,7 @@ class Processor:
             )
         input_ids = torch.tensor(ids, dtype=torch.int64)
         positions = mrope_position_ids(input_ids, grids, image_token_id=self.image_token_id, spatial_merge_size=merge)
-        return (input_ids, positions, pixel_values, grids), learned
+        return (input_ids, positions, pixel_values, grids), loss_mask
 
     def _tokens(self, example: Example, image_tokens: list[int], *, answered: bool) -> tuple[list[int], list[bool]]:
         """Ids of the prompt, or if `answered` of the whole chat, and for each whether the loss covers it."""
@@ -226,7 +226,7 @@ class Processor:
         start, end = self._image_marks
         for count in image_tokens:
             ids += [start, *[self.image_token_id] * count, end]
-        learned = [False] * len(ids)
+        loss_mask = [False] * len(ids)
         for index, (role, text) in enumerate(turns if answered else turns[:1]):
             text_ids = encode(plain_text(text), add_special_tokens=False).ids
             for reserved in self._reserved.intersection(text_ids):
@@ -239,5 +239,5 @@ class Processor:
             else:
                 piece = [*text_ids, self.eos_ids[0]]
             ids += piece
-            learned += [role == "assistant"] * len(piece)
-        return ids, learned
+            loss_mask += [role == "assistant"] * len(piece)
+        return ids, loss_mask

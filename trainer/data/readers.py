@@ -96,7 +96,7 @@ def read_examples(
     schema: str = "auto",
     image_root: str | os.PathLike | None = None,
     label: str | None = None,
-    least: int = 1,
+    min_usable: int = 1,
     sized: bool = True,
 ) -> tuple[Examples, list[Fault]]:
     """Read a JSON array or JSONL file of records. Images are opened only for their size, where boxes are in pixels.
@@ -107,14 +107,14 @@ def read_examples(
         image_root: folder that the records' image paths are relative to and must not leave. None: the file's own
             folder, and any path is allowed.
         label: the file's name in `Example.source`; None: the name on disk.
-        least: minimum number of usable records.
+        min_usable: minimum number of usable records.
         sized: False: open no image; boxes in pixels of an image of unknown size are then wrong.
 
     Returns:
         The usable examples in file order, read lazily, and one `Fault` for each rejected record.
 
     Raises:
-        ValueError: no record that fits a schema, a broken JSON array, or fewer good records than `least`.
+        ValueError: no record that fits a schema, a broken JSON array, or fewer good records than `min_usable`.
         OSError: the file cannot be read.
     """
     file = Source.of(Path(path), image_root, label, sized=sized, schema=schema)
@@ -123,7 +123,7 @@ def read_examples(
         log.info("%s: %s", label, note)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
     remedy = "Correct the file, or name its format with --schema."
-    require_some(file.path, found.table, faults, least=least, remedy=remedy)
+    require_some(file.path, found.table, faults, min_usable=min_usable, remedy=remedy)
     return Examples([dataclasses.replace(file, schema=found.schema, scale=found.scale)], found.table), faults
 
 

@@ -64,11 +64,11 @@ def _array(file, first: int) -> Iterator[Row]:
     """
     file.seek(first)
     decode = json.JSONDecoder(parse_int=_integer).raw_decode
-    text, byte, at = "", first, 0  # a window of the file, its first byte, the index of the next element
+    text, offset, index = "", first, 0  # a window of the file, its offset in the file, the next element's index in it
     while True:
-        start = _SPACE.match(text, at).end()
+        start = _SPACE.match(text, index).end()
         try:
-            if text.startswith("]", start) and byte + at == first:
+            if text.startswith("]", start) and offset + index == first:
                 end = start
                 break
             value, stop = decode(text, start)
@@ -76,20 +76,20 @@ def _array(file, first: int) -> Iterator[Row]:
             if text[end : end + 1] not in (",", "]"):  # or a number is cut off here: 1e+
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         except json.JSONDecodeError as error:  # broken, or it goes on in the next chunk
-            more = file.read(CHUNK) if len(text) - at < MAX_RECORD else b""
+            more = file.read(CHUNK) if len(text) - index < MAX_RECORD else b""
             if not more:
-                raise ValueError(f"{error.msg} at byte {byte + error.pos}") from error
-            text, byte, at = text[at:] + more.decode("latin-1"), byte + at, 0
+                raise ValueError(f"{error.msg} at byte {offset + error.pos}") from error
+            text, offset, index = text[index:] + more.decode("latin-1"), offset + index, 0
             continue
         if not text[start:stop].isascii():
             value, _ = decode(text[start:stop].encode("latin-1").decode())
-        yield Row(byte + start, byte + stop, value)
+        yield Row(offset + start, offset + stop, value)
         if text[end] == "]":
             break
-        at = end + 1
+        index = end + 1
     rest = text[end + 1 :] + file.read(MAX_RECORD).decode("latin-1")
     if (begins := _SPACE.match(rest).end()) < len(rest):
-        raise ValueError(f"Extra data at byte {byte + end + 1 + begins}")
+        raise ValueError(f"Extra data at byte {offset + end + 1 + begins}")
 
 
 def _integer(digits: str) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Box, Refused, Source, checked_box, is_numbers, pixel_box, read_question, resolve_images, text_of
+from .example import Box, Refused, Source, check_text, checked_box, is_numbers, pixel_box, read_question, resolve_images
 
 FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -76,7 +76,7 @@ def _turns(record: dict) -> tuple[tuple[str, str], ...]:
                 "turn_order", f"turn {index} is from {role!r}; user and assistant must alternate, user first."
             )
         text = turn.get("content", turn.get("value"))
-        turns.append((expected, text_of(text, "answer" if index % 2 else "question")))
+        turns.append((expected, check_text(text, "answer" if index % 2 else "question")))
     if len(turns) % 2:
         raise Refused("no_answer", f"the last of {len(turns)} turns is the user's; a chat must end with an answer.")
     return tuple(turns)
@@ -118,10 +118,10 @@ def _read_refcoco(record: dict, file: Source) -> dict:
         box, what = record.get("bbox"), "bbox"
         if is_numbers(box) and len(box) == 4:
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-        question = DESCRIBED.format(text_of(record["expression"], "expression").strip().rstrip("."))
+        question = DESCRIBED.format(check_text(record["expression"], "expression").strip().rstrip("."))
     else:
         box, what = record.get("solution"), "solution"
-        question = text_of(record.get("problem"), "problem")
+        question = check_text(record.get("problem"), "problem")
     gold = pixel_box(box, image, file, what, record)
     return {"images": (image,), "question": question, "gold": gold, "answer_format": "box"}
 
@@ -142,7 +142,7 @@ def _read_llmseg(record: dict, file: Source) -> dict:
 
 
 def _instruction(record: dict, name: str) -> str:
-    return text_of(record.get(name), name).strip().rstrip(".")
+    return check_text(record.get(name), name).strip().rstrip(".")
 
 
 def _frame_paths(frames: list, video: object, file: Source) -> list[str]:
@@ -152,10 +152,10 @@ def _frame_paths(frames: list, video: object, file: Source) -> list[str]:
         return [os.path.join(folder, frame) for frame in frames]
     if not is_numbers(frames) or any(frame != int(frame) or frame < 0 for frame in frames):
         raise Refused("bad_frames", f"frames is {frames!r:.80}; it must hold frame numbers or file names.")
-    there = _images_of(folder)
-    if there and max(frames) >= len(there):
-        raise Refused("bad_frames", f"frames names {max(frames)}; {folder} has {len(there)} images. Correct it.")
-    return [os.path.join(folder, there[int(frame)] if there else f"{int(frame):05d}.jpg") for frame in frames]
+    names = _images_of(folder)
+    if names and max(frames) >= len(names):
+        raise Refused("bad_frames", f"frames names {max(frames)}; {folder} has {len(names)} images. Correct it.")
+    return [os.path.join(folder, names[int(frame)] if names else f"{int(frame):05d}.jpg") for frame in frames]
 
 
 @lru_cache(maxsize=512)

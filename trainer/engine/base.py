@@ -18,28 +18,28 @@ class PeerOutOfMemory(torch.OutOfMemoryError):
 class Engine(Protocol):
     """Trains the parameters of a model that require a gradient.
 
-    A step calls `check_room(packs)` if it is not None, for each pack `model(pack, head)` and `backward(loss)`, and then
-    `step()`. If memory runs out before that, `start_over(error)` is called and the packs are made again.
+    A step calls `check_memory(packs)` if it is not None, `model(pack, head)` and `backward(loss)` for each pack, and
+    then `step()`. If memory runs out before that, `restart_step(error)` is called and the packs are made again.
 
     Attributes:
         model: to be called instead of the module from which the engine was made.
         ranks: the processes that train together.
         lockstep: ranks synchronise in each pack: all must run the same number of packs, empty ones included.
-        least_packs: minimum number of packs that must run before `step`.
+        min_packs: minimum number of packs that must run before `step`.
         shards_weights: outside of `gathered_weights` no rank holds all weights.
         schedule: torch's learning-rate scheduler; `step` advances it.
-        check_room: raises NoRoom on every rank, before any pack is run, where a pack cannot fit on one of them. None
-            on engines whose ranks can start over alone.
+        check_memory: raises PacksDoNotFit on every rank, before any pack runs, if a pack does not fit on one of them;
+            None on engines whose ranks can repeat a step alone.
     """
 
     model: nn.Module
     lockstep: bool
-    least_packs: int
+    min_packs: int
     shards_weights: bool
     schedule: torch.optim.lr_scheduler.LRScheduler
-    check_room: Callable[[Sequence[PackedBatch]], None] | None
+    check_memory: Callable[[Sequence[PackedBatch]], None] | None
 
-    def frozen(self, model: nn.Module) -> nn.Module:
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
         """Prepare a model that is never trained; returns what is to be called in its place."""
 
     def gathered_weights(self) -> AbstractContextManager:
@@ -48,7 +48,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one pack; its loss is already divided by the step's global count."""
 
-    def start_over(self, error: torch.OutOfMemoryError) -> None:
+    def restart_step(self, error: torch.OutOfMemoryError) -> None:
         """Discard the gradients accumulated since the last update, after memory ran out."""
 
     def step(self) -> tuple[Tensor, bool]:

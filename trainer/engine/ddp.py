@@ -26,10 +26,10 @@ class DataParallelEngine:
     """
 
     lockstep = False  # ranks synchronise in `step` alone
-    least_packs = 0
+    min_packs = 0
     shards_weights = False
     gathered_weights = staticmethod(nullcontext)
-    check_room = None
+    check_memory = None
 
     def __init__(self, model: nn.Module, options, ranks, total_steps: int):
         self.model, self.ranks, self.max_grad_norm = model, ranks, options.max_grad_norm
@@ -53,14 +53,14 @@ class DataParallelEngine:
         """The fp32 tensor that is updated in place of `p`: in bf16 an update of 1e-6 would be rounded away."""
         return p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
-    def frozen(self, model: nn.Module) -> nn.Module:
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
         return model
 
     def backward(self, loss: Tensor) -> None:
         # If the loss is not finite, all gradients become NaN, after the all-reduce on every rank.
         (loss * (1 + 0 * loss.detach())).backward()
 
-    def start_over(self, error: torch.OutOfMemoryError) -> None:
+    def restart_step(self, error: torch.OutOfMemoryError) -> None:
         self.optimizer.zero_grad()
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 from .base import PeerOutOfMemory
+from .memory_check import PacksDoNotFit, make_memory_check
 from .optimizer import load_state, make_optimizer, make_schedule, save_state
-from .room import NoRoom, room_checker
 
 
 class DeepSpeedEngine:
@@ -28,7 +28,7 @@ class DeepSpeedEngine:
         ValueError: DeepSpeed cannot be imported.
     """
 
-    least_packs = 1  # DeepSpeed's step fails if there was no backward pass
+    min_packs = 1  # DeepSpeed's step fails if there was no backward pass
 
     def __init__(self, model: nn.Module, options, ranks: Ranks, total_steps: int):
         deepspeed = import_deepspeed()
@@ -39,7 +39,7 @@ class DeepSpeedEngine:
             os.environ.setdefault("LOCAL_RANK", "0")
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self.check_room = room_checker(model, options, self.stage, ranks) if self.lockstep else None
+        self.check_memory = make_memory_check(model, options, self.stage, ranks) if self.lockstep else None
         if self.stage == 3:
             # The root runs the fused head: it needs the weight after the module that owns it has partitioned it again.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
@@ -63,13 +63,13 @@ class DeepSpeedEngine:
                 "--tokens_per_pass, or set --gradient_checkpointing true."
             ) from error
 
-    def start_over(self, error: torch.OutOfMemoryError) -> None:
+    def restart_step(self, error: torch.OutOfMemoryError) -> None:
         """Discard the gradients, at stage 2 on every rank.
 
         Raises:
             ValueError: at stage 3, where the others wait for this rank in the middle of a layer.
         """
-        if isinstance(error, NoRoom):
+        if isinstance(error, PacksDoNotFit):
             return
         if self.stage == 3:
             raise ValueError(
@@ -78,9 +78,9 @@ class DeepSpeedEngine:
             ) from error
         if self.stage == 2 and not isinstance(error, PeerOutOfMemory):
             self.ranks.sum(1)  # matches the sum in the other ranks' `backward`
-        self._forget()
+        self._drop_gradients()
 
-    def _forget(self) -> None:
+    def _drop_gradients(self) -> None:
         """Drop the gradients that stages 1 and 2 have summed since the last update: zero_grad alone keeps the sums."""
         zero = self.optimizer
         zero.zero_grad()
@@ -94,12 +94,12 @@ class DeepSpeedEngine:
         self.model.step()
         updated = not self.optimizer.overflow
         if not updated and self.stage < 3:
-            self._forget()  # else DeepSpeed, with offload in bf16, would add the non-finite sum to every later step
+            self._drop_gradients()  # with offload in bf16 DeepSpeed would add a non-finite sum to all later steps
         self.schedule.step()
         norm = torch.as_tensor(self.model.get_global_grad_norm() if updated else float("nan"))
         return norm, updated
 
-    def frozen(self, model: nn.Module) -> Callable:
+    def prepare_frozen(self, model: nn.Module) -> Callable:
         """At stage 3 the frozen weights are sharded across the ranks, too."""
         if self.stage < 3:
             return model

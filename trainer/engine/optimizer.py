@@ -87,7 +87,7 @@ def load_state(file: Path, weights: Mapping[str, Tensor], optimizer: torch.optim
         saved = {key: tensors[f"{name}/{key}"] for key in STATE if f"{name}/{key}" in tensors}
         set_optimizer_state(optimizer, weight, saved)
     steps, rate = tensors["schedule"].tolist()
-    here = {"last_epoch": int(steps), "_step_count": int(steps) + 1, "_last_lr": [rate]}
-    schedule.load_state_dict(schedule.state_dict() | here)
+    current = {"last_epoch": int(steps), "_step_count": int(steps) + 1, "_last_lr": [rate]}
+    schedule.load_state_dict(schedule.state_dict() | current)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.data.example import Refused, Source, is_numbers, resolve_images, text_of
+from boxgrpo.trainer.data.example import Refused, Source, check_text, is_numbers, resolve_images
 
 from .questions import read_each
 
@@ -99,7 +99,7 @@ class _Entries:
 
     def add_image(self, row: dict, source: str) -> None:
         number = _new_id(row, self.images)
-        file_name = text_of(row.get("file_name"), "file_name")
+        file_name = check_text(row.get("file_name"), "file_name")
         path = os.path.join(self.folder, file_name) if self.file.bounded else file_name
         (resolved,) = resolve_images([path], self.file)
         sides = [row.get("width"), row.get("height")]
@@ -110,7 +110,7 @@ class _Entries:
 
     def add_category(self, row: dict, source: str) -> None:
         number = _new_id(row, self.categories)
-        self.categories[number] = {"id": number, "name": text_of(row.get("name"), "name")}
+        self.categories[number] = {"id": number, "name": check_text(row.get("name"), "name")}
 
     def add_annotation(self, row: dict, source: str) -> None:
         owners = {"image": self.images, "category": self.categories}

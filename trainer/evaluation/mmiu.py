@@ -16,7 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.data.example import Example, Fault, Refused, Source, require_some, resolve_images, text_of
+from boxgrpo.trainer.data.example import Example, Fault, Refused, Source, check_text, require_some, resolve_images
 from boxgrpo.trainer.data.scan import scan
 
 from .answer_text import chosen_letter
@@ -109,7 +109,7 @@ def _records(path: Path) -> list:
 
 
 def _question(record: dict, source: str, file: Source) -> Question:
-    task = text_of(record.get("task"), "task")
+    task = check_text(record.get("task"), "task")
     images = resolve_images(record.get("input_image_path"), file, name="input_image_path")
     options = _options(record.get("options"))
     letter = str(record.get("output") or "").strip(" .:()").upper()
@@ -132,7 +132,7 @@ def _question(record: dict, source: str, file: Source) -> Question:
 def _options(value: object) -> dict[str, str]:
     """Letter to text. An option begins at a line with the next letter and may have several lines (homographies do)."""
     texts: list[str] = []
-    for line in filter(str.strip, text_of(value, "options").split("\n")):
+    for line in filter(str.strip, check_text(value, "options").split("\n")):
         letter = LETTERS[len(texts) :][:1] or "(?!)"  # after Z: no match
         if begun := re.match(rf"\s*{letter}\s?[:.)]\s*", line):
             texts.append(line[begun.end() :].strip())
@@ -151,7 +151,7 @@ def _question_text(record: dict, task: str, options: dict[str, str]) -> str:
     if task in QUESTION_FIRST:
         parts.reverse()
     texts = [part.strip() for part in parts if isinstance(part, str) and part.strip()]
-    question = text_of("\n".join(texts), "question")
+    question = check_text("\n".join(texts), "question")
 
     def plain(text: str) -> str:  # "A. No", "A:No" and "A: No" become equal
         return re.sub(r"\b([A-Z])\s?[:.)]\s*", r"\1: ", " ".join(text.split()))

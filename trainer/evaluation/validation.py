@@ -15,7 +15,7 @@ from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.engine.lora import save_pretrained
 from boxgrpo.trainer.options import DataOptions
 from boxgrpo.trainer.runtime.checkpoints import Progress
-from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, seal
+from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, write_manifest
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
 
@@ -96,7 +96,7 @@ class Validation:
                 with replace_folder(best) as folder:
                     save_pretrained(policy, self.processor, folder)
                     (folder / SCORES).write_text(json.dumps(scores, indent=1))
-                    seal(folder)
+                    write_manifest(folder)
             except Exception as failed:  # of a full disk: an OSError, a SafetensorError, the tokenizer's bare Exception
                 error = str(failed) or type(failed).__name__
         if error := self.r.gather(error)[0]:

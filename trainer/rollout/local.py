@@ -18,7 +18,7 @@ from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.runtime.reporter import OPTIONS, cut
+from boxgrpo.trainer.runtime.reporter import OPTIONS, truncate
 from boxgrpo.trainer.runtime.spans import span
 
 from .base import Vocabulary
@@ -121,7 +121,7 @@ def _open_store(options, ranks: Ranks, stored: dict[str, int]):
             raise ValueError(f"{other} belongs to a run with more ranks, and a replay would read it. Remove it.")
     path = path if ranks.is_main else path.with_name(f"{path.name}.rank{ranks.rank}")
     if path.exists() and path.name in stored:
-        cut(path, stored[path.name])
+        truncate(path, stored[path.name])
     elif path.exists() and path.stat().st_size and not _begun_by_this_run(options):
         raise ValueError(
             f"rollout_file {path} is already there. Read it with --rollout replay, or name another to store in."
@@ -235,12 +235,12 @@ class PrefetchedBatches:
         if not self.early:
             return self.embed_images(groups) if self.embed_images else groups
         if self.stream:
-            here = torch.cuda.current_stream()
-            here.wait_stream(self.stream)
+            current = torch.cuda.current_stream()
+            current.wait_stream(self.stream)
             for group in groups:
                 if group.image_embeds is not None:
-                    group.image_embeds.record_stream(here)
-            self.stream.wait_stream(here)  # needed at the first call: this stream has loaded the weights
+                    group.image_embeds.record_stream(current)
+            self.stream.wait_stream(current)  # needed at the first call: this stream has loaded the weights
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             self._ahead = self.embed_images(next(self._batches))
         return groups

@@ -20,8 +20,8 @@ from boxgrpo.trainer.runtime.spans import span
 
 from .base import Vocabulary
 
-NEVER = -100.0  # the lowest bias that vLLM documents: multiplies a token's odds by e^-100
-OTHERWISE = "Use another version of vLLM, or --rollout local."
+FORBIDDEN_BIAS = -100.0  # the lowest bias that vLLM documents: multiplies a token's odds by e^-100
+REMEDY = "Use another version of vLLM, or --rollout local."
 
 
 def request_seed(seed: int, serial: int) -> int:
@@ -75,15 +75,15 @@ class VllmRollout:
 
     def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
         """As `LocalRollout`, with the sampler's own logps. `image_embeds` are not used: vLLM runs the tower itself."""
-        with span("hand_over"):
-            self.hand_over(policy)
+        with span("load_weights"):
+            self.load_weights(policy)
         with span("generate"):
             requests = [self.request(g.prompt) for g in groups]
             outputs = self.llm.generate(requests, [self.sampling(g.serial) for g in groups], use_tqdm=False)
         self.llm.sleep(level=1)
         return self.collect(groups, outputs)
 
-    def hand_over(self, policy: Qwen2VL) -> None:
+    def load_weights(self, policy: Qwen2VL) -> None:
         """Wake the engine, load the policy's weights and clear the caches that the old weights filled."""
         torch.cuda.empty_cache()  # frees unused blocks for the engine, which allocates its memory again
         self.llm.wake_up(tags=["weights"])
@@ -112,7 +112,7 @@ class VllmRollout:
             top_p=o.top_p,
             max_tokens=o.max_completion_length,
             stop_token_ids=list(self.vocabulary.eos_token_ids),
-            logit_bias=dict.fromkeys(self.vocabulary.forbidden.tolist(), NEVER),
+            logit_bias=dict.fromkeys(self.vocabulary.forbidden.tolist(), FORBIDDEN_BIAS),
             logprobs=0,  # of the sampled token only
             detokenize=False,
         )
@@ -120,7 +120,7 @@ class VllmRollout:
     def collect(self, groups: Sequence[Group], outputs: Sequence) -> list[Group]:
         """The groups with vLLM's completions, which are checked against the requests."""
         if len(outputs) != len(groups):
-            raise ValueError(f"vLLM answered {len(outputs)} of {len(groups)} requests. {OTHERWISE}")
+            raise ValueError(f"vLLM answered {len(outputs)} of {len(groups)} requests. {REMEDY}")
         found = []
         for group, output in zip(groups, outputs, strict=True):
             self._check(group, output)
@@ -147,4 +147,4 @@ class VllmRollout:
                 rule = "a completion has at least one token, and each has one"
                 fault = fault or f"gave {tokens} tokens and log-probabilities of {reported}; {rule}"
         if fault:
-            raise ValueError(f"{group.source}: vLLM {fault}. {OTHERWISE}")
+            raise ValueError(f"{group.source}: vLLM {fault}. {REMEDY}")

@@ -26,7 +26,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from .files import MANIFEST, find_fault, flush_to_disk, replace_folder, seal
+from .files import MANIFEST, find_fault, flush_to_disk, replace_folder, write_manifest
 from .ranks import Ranks
 from .reporter import METRICS, checkpoint_folders
 
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 TRAINER = "trainer"
 PROGRESS = "progress.json"
 # Options that a resumed run must keep: its position in the data, frozen weights or optimizer state depend on them.
-FIXED = (
+FIXED_OPTIONS = (
     *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
 # Options that do not change what a run computes.
-FREE = {"resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops"}
-CONTENT = (".safetensors", ".json", ".txt", ".jinja")  # suffixes of the files that form a model
+FREE_OPTIONS = {"resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops"}
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # suffixes of the files that form a model
 
 
 @dataclass
@@ -119,13 +119,13 @@ class Checkpoints:
                     f"{folder} was made with --{name} {was[name]}, whose files have changed since; the run cannot "
                     "continue with others. Restore them, or start anew without --resume."
                 )
-        for name in FIXED:
+        for name in FIXED_OPTIONS:
             if name in changed:
                 raise ValueError(
                     f"{folder} was made with {name} {was[name]!r}, this run has {now[name]!r}; it cannot continue "
                     f"from there. Give --{name} {was[name]}, or start anew without --resume."
                 )
-        for name in sorted(changed - FREE):
+        for name in sorted(changed - FREE_OPTIONS):
             log.warning("resumed with %s %r; the checkpoint was made with %r.", name, now[name], was[name])
         if (ranks := written["world_size"]) == self.r.world_size:
             return
@@ -161,16 +161,16 @@ class Checkpoints:
                 earlier ones are unchanged.
         """
         ranks = self.r.gather({"faults": progress.faults, "rollout_bytes": progress.rollout_bytes})
-        of_all = {name: {k: v for rank in ranks for k, v in rank[name].items()} for name in ranks[0]}
+        merged = {name: {k: v for rank in ranks for k, v in rank[name].items()} for name in ranks[0]}
         metrics, target = self.root / METRICS, self.root / f"checkpoint-{progress.step}"
 
         def write_shared() -> Path:
             part = replacing.enter_context(replace_folder(target))
             (part / TRAINER).mkdir()
             write_model(part)
-            of_all["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
+            merged["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
             written = {
-                "progress": dataclasses.asdict(progress) | of_all,
+                "progress": dataclasses.asdict(progress) | merged,
                 "options": dataclasses.asdict(self.options),
                 "contents": self.contents,
                 "world_size": self.r.world_size,
@@ -189,7 +189,7 @@ class Checkpoints:
         def finish() -> None:
             if metrics.exists():
                 flush_to_disk(metrics)
-            seal(part)
+            write_manifest(part)
             replacing.close()
 
         with contextlib.ExitStack() as replacing:
@@ -257,7 +257,7 @@ def fingerprint(paths: str | Sequence[str]) -> str:
             name, _, count = given.rpartition("#")
             path = Path(name) if name and count.isdigit() else path
             digest.update(f"{count} of ".encode())
-        files = sorted(f for f in path.glob("*") if f.suffix in CONTENT) if path.is_dir() else [path]
+        files = sorted(f for f in path.glob("*") if f.suffix in MODEL_SUFFIXES) if path.is_dir() else [path]
         for file in filter(Path.is_file, files):
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())

@@ -72,7 +72,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator:
             yield json.loads(line)
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Flush every file in `folder` to the disk, then write their sizes and checksums into its manifest."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .watch import Watch
 
-SILENCE = 0.1  # share of the timeout after which a rank without a heartbeat counts as lost
+LOST_AFTER = 0.1  # share of the timeout after which a rank without a heartbeat counts as lost
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher's SIGTERM has stopped
 # Modules whose warnings concern one rank alone: every rank logs them.
 PER_RANK = ("data.loader", "rollout.local", "step.pack")
@@ -45,7 +45,7 @@ class Ranks:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def hand_over(self, value, source: int, target: int):
+    def transfer(self, value, source: int, target: int):
         """The picklable `value` of rank `source` on rank `target`; None elsewhere.
 
         Every rank calls it, in the same order; otherwise two ranks would wait for each other forever.
@@ -72,7 +72,7 @@ class Ranks:
         }
 
     @contextmanager
-    def noting_sigterm(self):
+    def record_sigterm(self):
         """Within the block SIGTERM only sets `stop_requested`. (torchrun may send it twice, and SIGKILL later.)"""
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         try:
@@ -92,7 +92,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def ranks(timeout: float = 1800.0):
+def join_ranks(timeout: float = 1800.0):
     """Join the process group that torchrun describes, NCCL on GPUs and gloo elsewhere.
 
     Args:
@@ -115,7 +115,7 @@ def ranks(timeout: float = 1800.0):
         yield Ranks(device=device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    watch = Watch(dist.get_rank(), world_size, SILENCE * timeout).start()
+    watch = Watch(dist.get_rank(), world_size, LOST_AFTER * timeout).start()
     failed = None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)

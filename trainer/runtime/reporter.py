@@ -36,11 +36,11 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), path) for path, name in found.items() if name))
 
 
-def check_output_dir(options, ranks, found: Path | None = None) -> Path:
+def check_output_dir(options, ranks, checkpoint: Path | None = None) -> Path:
     """Check the run's folder and return it; every rank calls it.
 
     Args:
-        found: the checkpoint from which the run is resumed.
+        checkpoint: the checkpoint from which the run is resumed.
 
     Raises:
         ValueError: on every rank, when the folder holds another run, or later checkpoints of this one, and
@@ -54,35 +54,35 @@ def check_output_dir(options, ranks, found: Path | None = None) -> Path:
         patterns.append(BEST)
     held = (path for pattern in patterns for path in folder.glob(pattern))
     taken = any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in held)
-    taken, later = ranks.gather((taken, _later_checkpoints(folder, found, options.resume)))[0]
+    taken, later = ranks.gather((taken, _later_checkpoints(folder, checkpoint, options.resume)))[0]
     if options.overwrite_output_dir:
         return folder
-    if taken and not _resumes_in(folder, found):
+    if taken and not _resumes_in(folder, checkpoint):
         raise ValueError(
             f"output_dir {folder} already holds a run. "
             "Name another with --output_dir, or give --overwrite_output_dir true."
         )
     if later:
         raise ValueError(
-            f"resume is {found}, but {folder} also holds {', '.join(path.name for path in later)}. "
+            f"resume is {checkpoint}, but {folder} also holds {', '.join(path.name for path in later)}. "
             "Give --overwrite_output_dir true to remove the later ones, or name another --output_dir."
         )
     return folder
 
 
-def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: int = 0) -> Path:
+def claim_output_dir(options, ranks, checkpoint: Path | None = None, metrics_bytes: int = 0) -> Path:
     """`check_output_dir`, then remove an earlier run's metrics and checkpoints, and write the options.
 
     A resumed run keeps the first `metrics_bytes` of its metrics file, those from before its checkpoint.
     """
-    folder = check_output_dir(options, ranks, found)
+    folder = check_output_dir(options, ranks, checkpoint)
     if not ranks.is_main:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    if resumed := _resumes_in(folder, found):
-        stale = _later_checkpoints(folder, found, options.resume)
+    if resumed := _resumes_in(folder, checkpoint):
+        stale = _later_checkpoints(folder, checkpoint, options.resume)
         if (folder / METRICS).exists():
-            cut(folder / METRICS, metrics_bytes)
+            truncate(folder / METRICS, metrics_bytes)
     else:
         (folder / METRICS).unlink(missing_ok=True)
         stale = [path for pattern in STALE for path in folder.glob(pattern)]
@@ -92,24 +92,24 @@ def claim_output_dir(options, ranks, found: Path | None = None, metrics_bytes: i
     return folder
 
 
-def _resumes_in(folder: Path, found: Path | None) -> bool:
+def _resumes_in(folder: Path, checkpoint: Path | None) -> bool:
     """Whether `folder` holds the earlier part of this run."""
-    return found is not None and found.resolve().parent == folder.resolve()
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
-def _later_checkpoints(folder: Path, found: Path | None, resume: str) -> list[Path]:
+def _later_checkpoints(folder: Path, checkpoint: Path | None, resume: str) -> list[Path]:
     """The checkpoints in `folder` after the one that `resume` names: a later --resume auto would continue from them.
 
     (With --resume auto there are none: later checkpoints than the one it finds are incomplete.)
     """
-    if resume == "auto" or not _resumes_in(folder, found):
+    if resume == "auto" or not _resumes_in(folder, checkpoint):
         return []
     steps = checkpoint_folders(folder)
-    here = next((step for step, path in steps.items() if path.name == found.name), max(steps, default=0))
+    here = next((step for step, path in steps.items() if path.name == checkpoint.name), max(steps, default=0))
     return [path for step, path in steps.items() if step > here]
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Keep the file's first `size` bytes, those from before a checkpoint.
 
     Raises:

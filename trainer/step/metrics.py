@@ -13,10 +13,7 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 
 def peak_flop(o, device: torch.device) -> float | None:
-    """The device's peak in FLOP/s: `peak_tflops`, else the published value; None if neither is known.
-
-    The table is for bf16; other dtypes have no value.
-    """
+    """The device's peak in FLOP/s: `peak_tflops`, else the published value for bf16; None if neither is known."""
     if o.peak_tflops:
         return 1e12 * o.peak_tflops
     if device.type != "cuda" or o.dtype not in ("auto", "bfloat16"):
@@ -38,11 +35,11 @@ def grpo_flop(o, config, sampled: Sequence[Group], trained: Sequence[Group]) -> 
             flop += group_flop(config, group)
         if o.rollout != "replay" or o.freeze_vision:  # a frozen tower runs once for all passes
             flop += tower_flop(config, group.prompt.image_grid_thw)
-    compared = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forward passes for ref and old logps
+    extra_passes = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forward passes for ref and old logps
     for group in trained:
         tower = 0.0 if o.freeze_vision else tower_flop(config, group.prompt.image_grid_thw)
         decoder = group_flop(config, group)
-        flop += compared * (decoder + tower) + o.num_iterations * ((2 if o.lora_rank else 3) * decoder + 3 * tower)
+        flop += extra_passes * (decoder + tower) + o.num_iterations * ((2 if o.lora_rank else 3) * decoder + 3 * tower)
     return flop
 
 

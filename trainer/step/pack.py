@@ -14,7 +14,7 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-WORTH_MOVING = 0.05  # share of the ranks' mean work; a smaller gain is not worth the exchange
+MIN_GAIN = 0.05  # share of the ranks' mean work; a smaller gain is not worth the exchange
 
 
 def trained_groups(o, groups: Sequence[Group], rewards: StepRewards) -> list[Group]:
@@ -45,15 +45,15 @@ def plan_moves(costs: Sequence[Sequence[float]]) -> list[Move]:
     """
     owner = {(rank, i): rank for rank, items in enumerate(costs) for i in range(len(items))}
     load = [sum(items) for items in costs]
-    least = WORTH_MOVING * sum(load) / len(load)
+    threshold = MIN_GAIN * sum(load) / len(load)
     while True:
         heavy, light = load.index(max(load)), load.index(min(load))
         gap = load[heavy] - load[light]
         # Afterwards the pair is |gap - 2 cost| apart.
-        after = {(r, i): abs(gap - 2 * costs[r][i]) for (r, i), at in owner.items() if at == heavy}
+        after = {(r, i): abs(gap - 2 * costs[r][i]) for (r, i), rank in owner.items() if rank == heavy}
         best = min(after, key=after.__getitem__, default=None)
-        if best is None or gap - after[best] <= 2 * least:
-            return [Move(rank, i, at) for (rank, i), at in owner.items() if at != rank]
+        if best is None or gap - after[best] <= 2 * threshold:
+            return [Move(source, i, rank) for (source, i), rank in owner.items() if rank != source]
         owner[best] = light
         load[heavy] -= costs[best[0]][best[1]]
         load[light] += costs[best[0]][best[1]]
@@ -65,7 +65,7 @@ def balance_across_ranks(groups: list[Group], cost: Callable[[Group], float], r:
         return groups
     moves = plan_moves(r.gather(list(map(cost, groups))))
     # From CPU to CPU: a tensor of cuda:0 would arrive on cuda:0, whatever the receiver's device.
-    given = [r.hand_over(groups[m.index].to("cpu") if m.source == r.rank else None, m.source, m.target) for m in moves]
+    given = [r.transfer(groups[m.index].to("cpu") if m.source == r.rank else None, m.source, m.target) for m in moves]
     gone = {m.index for m in moves if m.source == r.rank}
     kept = [group for i, group in enumerate(groups) if i not in gone]
     return kept + [group.to(r.device) for group, m in zip(given, moves, strict=True) if m.target == r.rank]
@@ -85,7 +85,7 @@ def make_packs(
     plan = plan_packs(sizes, budget, list(map(cost, parts)))
     packs = [pack_groups([parts[i] for i in chosen], image_token_id=image_token_id).to(device) for chosen in plan]
     most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
-    if missing := max(most, engine.least_packs) - len(packs):
+    if missing := max(most, engine.min_packs) - len(packs):
         nothing = pack_groups([], image_token_id=image_token_id)
         packs += [replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)] * missing
     return packs
@@ -118,13 +118,13 @@ def run_packs_that_fit(
         packs = []
         try:
             packs = make(groups, budget.tokens)
-            if engine.check_room:
-                engine.check_room(packs)
+            if engine.check_memory:
+                engine.check_memory(packs)
             return run(packs)
         except torch.OutOfMemoryError as error:
             here = not isinstance(error, PeerOutOfMemory)
             failure = error.with_traceback(None)  # a traceback holds references to what filled the memory
-        engine.start_over(failure)
+        engine.restart_step(failure)
         torch.cuda.empty_cache()
         if not here:
             continue

@@ -136,16 +136,16 @@ def test_control_characters_do_not_reach_the_terminal(grounder, images):
 def test_flags_and_the_question_stand_in_any_order(tmp_path):
     (tmp_path / "two.yaml").write_text("image: [a.png]\nquestion: Who?\n")
     for args in (["Where?", "--image", "a", "--image=b"], ["--image", "a", "Where?", "--image", "b"]):
-        o = parse(GroundOptions, args, bare="question")
+        o = parse(GroundOptions, args, positional="question")
         assert (o.image, o.question) == (["a", "b"], "Where?")
-    assert parse(GroundOptions, [], bare="question") == GroundOptions()
-    o = parse(GroundOptions, [f"--config={tmp_path / 'two.yaml'}", "--image=b"], bare="question")
+    assert parse(GroundOptions, [], positional="question") == GroundOptions()
+    o = parse(GroundOptions, [f"--config={tmp_path / 'two.yaml'}", "--image=b"], positional="question")
     assert (o.image, o.question) == (["a.png", "b"], "Who?")
 
 
 def test_a_question_without_quotes_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
-        parse(GroundOptions, ["--image", "a", "Where", "is", "it"], bare="question")
+        parse(GroundOptions, ["--image", "a", "Where", "is", "it"], positional="question")
     assert end.value.code == 2 and "'is' belongs to no flag; quote" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from boxgrpo.trainer.apps.memory import MemoryOptions, config_of, engines, large
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 from boxgrpo.trainer.engine.ddp import DataParallelEngine as Ddp
-from boxgrpo.trainer.engine.room import shape_of
+from boxgrpo.trainer.engine.memory_check import shape_of
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.run import frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -29,7 +29,7 @@ from boxgrpo.trainer.step.pack import make_packs
 from boxgrpo.trainer.world.tiny import tiny_config
 from special_ids import SPECIAL_IDS
 
-ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, least_packs=0)  # an engine of one rank
+ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, min_packs=0)  # an engine of one rank
 DOCUMENT = pathlib.Path(__file__).resolve().parents[3] / "docs/memory.md"
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -144,7 +144,7 @@ def test_ddp_holds_what_is_counted(dtype):
     """Every tensor of policy, reference, engine and optimizer, after a step and another backward: to the byte."""
     config = tiny_config(300, SPECIAL_IDS, layers=2)
     policy = trained(config, dtype)
-    reference = frozen_copy(policy, share_vision=True)
+    reference = frozen_copy(policy, without_vision=True)
     engine = Ddp(policy, GrpoOptions(lr_scheduler_type="constant"), Ranks(), 10)
     batch = pack_groups(groups([(20, [5, 6])]), image_token_id=IMAGE)
     for _ in range(2):

@@ -225,7 +225,7 @@ def test_a_source_that_gives_nothing_is_refused(write, source, needs, message):
 def test_examples_are_read_on_access_in_other_processes_too(write):
     path = write([GOOD | {"id": i, "images": ["a.png"] * (i + 1)} for i in range(5)])
     examples, _ = read_examples(path)
-    assert examples.most_images == 5
+    assert examples.max_images == 5
     again = pickle.loads(pickle.dumps(examples[1:4]))
     assert [e.id for e in again] == ["1", "2", "3"] and len(pickle.dumps(examples)) < 3000
     assert again[-1] == examples[3] and examples.sources == [e.source for e in examples]
@@ -267,7 +267,7 @@ def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
     path = write([{"image": "photo.jpg", "problem": "Find the cat.", "solution": [20, 10, 100, 60]}])
-    examples, (fault,) = read_examples(path, least=0)
+    examples, (fault,) = read_examples(path, min_usable=0)
     assert not examples and fault.reason == "missing_image"
     Image.new("RGB", (200, 100)).save(tmp_path / "photo.jpg")
     for _ in range(2):

@@ -125,6 +125,6 @@ def test_revos_counts_a_videos_files_in_their_order(write, tmp_path):
 )
 def test_faulty_records_of_every_set_are_named(write, photo, tmp_path, record, reason):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    examples, (fault,) = read_examples(write([record]), image_root=tmp_path, least=0)
+    examples, (fault,) = read_examples(write([record]), image_root=tmp_path, min_usable=0)
     assert len(examples) == 0 and fault.reason == reason, fault
     assert fault.message.startswith("data.json#0: ")

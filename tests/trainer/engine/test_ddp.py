@@ -81,11 +81,11 @@ import logging, pathlib, torch
 from torch import nn
 from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.runtime.ranks import ranks
+from boxgrpo.trainer.runtime.ranks import join_ranks
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-with ranks() as r:
+with join_ranks() as r:
     if r.rank == 1:
         nn.init.zeros_(model[0].weight)  # every rank gets rank 0's weights
     options = GrpoOptions(learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0)

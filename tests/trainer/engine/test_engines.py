@@ -115,14 +115,14 @@ import torch
 from torch import nn
 from boxgrpo.trainer.run import make_engine
 from boxgrpo.trainer.options import GrpoOptions
-from boxgrpo.trainer.runtime.ranks import ranks
+from boxgrpo.trainer.runtime.ranks import join_ranks
 
 def weights(engine, model):
     with engine.gathered_weights():
         return model[0].weight.detach().clone()
 
 
-with ranks() as r:
+with join_ranks() as r:
     for stage, offload, dtype in itertools.product((1, 2, 3), (False, True), (torch.float32, torch.bfloat16)):
         if (stage, offload) == (3, True):
             continue

@@ -159,7 +159,7 @@ def test_an_evaluation_due_at_a_stop_is_done_when_the_run_is_resumed(world):
     sft.train(sft_options(world, "sft_whole", max_steps=4, **held_out), Ranks())
     options, ranks = sft_options(world, "sft_stopped", max_steps=4, resume="auto", **held_out), Ranks()
     for left in (1, 2):
-        with ranks.noting_sigterm(), pytest.raises(SystemExit):
+        with ranks.record_sigterm(), pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
             sft.train(options, ranks)
         ranks.stop_requested = False

@@ -16,7 +16,7 @@ from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress, revision
 from boxgrpo.trainer.runtime.files import MANIFEST, find_fault
 from boxgrpo.trainer.runtime.ranks import Ranks
-from boxgrpo.trainer.runtime.reporter import cut
+from boxgrpo.trainer.runtime.reporter import truncate
 
 
 def engine_of_two_layers():
@@ -232,7 +232,7 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(run):
 
 def test_a_file_that_is_shorter_than_at_the_checkpoint_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"12345678")
-    cut(tmp_path / "metrics.jsonl", 5)
+    truncate(tmp_path / "metrics.jsonl", 5)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"12345"
     with pytest.raises(ValueError, match="has 5 bytes, and had 6 at the checkpoint"):
-        cut(tmp_path / "metrics.jsonl", 6)
+        truncate(tmp_path / "metrics.jsonl", 6)

@@ -75,7 +75,7 @@ def test_a_single_process_leaves_with_143(world):
     """And a checkpoint of one rank is resumed by two: the same data, the same state."""
     options = grpo_options(world, "alone", max_steps=3)
     ranks = Ranks()
-    with ranks.noting_sigterm():
+    with ranks.record_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit) as left:
             grpo.train(options, ranks)
@@ -93,7 +93,7 @@ def test_sft_is_resumed_to_the_bit(world):
     options = sft_options(world, "sft_parts", resume="auto")
     for step in (1, 2):
         ranks = Ranks()
-        with ranks.noting_sigterm(), pytest.raises(SystemExit):
+        with ranks.record_sigterm(), pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
             sft.train(options, ranks)
         assert len(lines(world / "sft_parts")) == step

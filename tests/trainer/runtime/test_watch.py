@@ -16,9 +16,9 @@ from runs import start, start_forked
 
 STEPS = """
 import os, sys, time
-from boxgrpo.trainer.runtime.ranks import ranks
+from boxgrpo.trainer.runtime.ranks import join_ranks
 
-with ranks(timeout=20) as r:
+with join_ranks(timeout=20) as r:
     os.write(1, f"rank {r.rank} is {os.getpid()}\\n".encode())  # in one piece
     for step in range(1000):
         r.sum(1.0)

@@ -52,9 +52,9 @@ THREE_RANKS = """
 import json, sys, torch
 from boxgrpo.model.batch import Group, Prompt
 from boxgrpo.trainer.step.pack import balance_across_ranks
-from boxgrpo.trainer.runtime.ranks import ranks
+from boxgrpo.trainer.runtime.ranks import join_ranks
 
-with ranks() as r:
+with join_ranks() as r:
     groups = []
     for i in range(6 if r.rank == 1 else 1):
         number = 10 * r.rank + i
@@ -110,13 +110,13 @@ def test_groups_without_gradient_are_left_out(options, kept):
 class Room:
     """Stands for engine and memory: `run` fails for packs above `tokens`, having added to the gradients by then."""
 
-    lockstep, least_packs, check_room = False, 0, None
+    lockstep, min_packs, check_memory = False, 0, None
     ranks = Ranks()
 
     def __init__(self, tokens: int):
         self.tokens, self.gradients, self.tries, self.budget = tokens, [], 0, Budget(100)
 
-    def start_over(self, error) -> None:
+    def restart_step(self, error) -> None:
         assert error.__traceback__ is None, "it would hold on to the activations"
         self.gradients.clear()
 
@@ -173,7 +173,7 @@ def test_a_group_that_never_fits_is_left_out_and_named(caplog, tokens, trained):
 def test_where_nothing_is_left_to_make_smaller_the_run_ends():
     """An empty pack, in step with other ranks' full ones."""
     room = Room(tokens=-1)
-    room.least_packs = 1
+    room.min_packs = 1
     with pytest.raises(ValueError, match="memory ran out .no room. with 0 groups and 1 packs.*--prompts_per_step"):
         room.train([])
 

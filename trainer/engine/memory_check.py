@@ -1,8 +1,7 @@
 """Checks, before any rank runs a step's packs, that they fit into memory.
 
 Where ranks synchronise within a pass, as under ZeRO-3 and in the backward pass of ZeRO-2, a rank whose memory runs out
-leaves the others waiting: none can start over. A pack's memory is computed from its shape, with an error of about a
-tenth (`model/cost.py`).
+leaves the others waiting: none can start over. A pack's shape determines its memory to about a tenth (`model/cost.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ from .base import PeerOutOfMemory
 MARGIN = 1.15  # factor that covers what the formulas leave out
 
 
-class NoRoom(torch.OutOfMemoryError):
+class PacksDoNotFit(torch.OutOfMemoryError):
     """This rank's packs need more memory than is free. No pack has run on any rank; there is nothing to start over."""
 
 
-class PeerHasNoRoom(NoRoom, PeerOutOfMemory):
+class PeerPacksDoNotFit(PacksDoNotFit, PeerOutOfMemory):
     """The packs of another rank need more memory than is free there."""
 
 
@@ -36,8 +35,8 @@ def free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callable[[Sequence[PackedBatch]], None]:
-    """Make a check of packs, which raises NoRoom on a rank that lacks memory for one of them, PeerHasNoRoom on others.
+def make_memory_check(model: nn.Module, options, stage: int, ranks: Ranks) -> Callable[[Sequence[PackedBatch]], None]:
+    """Make a check of packs: PacksDoNotFit is raised on a rank that lacks memory for one, PeerPacksDoNotFit on others.
 
     The activations of a vision tower that is trained are not counted.
 
@@ -64,8 +63,8 @@ def room_checker(model: nn.Module, options, stage: int, ranks: Ranks) -> Callabl
         most = max(map(needed, packs), default=0)
         if ranks.sum(most > free)[0]:
             if most > free:
-                raise NoRoom(f"it needs about {most / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
-            raise PeerHasNoRoom("on another rank")
+                raise PacksDoNotFit(f"it needs about {most / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
+            raise PeerPacksDoNotFit("on another rank")
 
     return check
 
