@@ -171,7 +171,7 @@ class Grounder:
             if x1 >= x2 or y1 >= y2:
                 note = "the box is inverted or empty: it encloses nothing"
             elif max(box) > 1000:
-                note = "the box leaves the image"
+                note = "the box extends beyond the image"
         return Answer(example.question, target + 1, sizes, text, reasoning, pixels, box, note)
 
     def draw(self, question: Question, answer: Answer, *, words: bool = True) -> Image.Image:

@@ -42,7 +42,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
     if not (records := len(examples) + len(faults)):
         raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
     exists = lru_cache(maxsize=None)(lambda image: args.no_images or Path(image).is_file())
-    generator, good = random.Random(args.seed), []
+    generator, usable = random.Random(args.seed), []
     tasks, formats, images, boxes, chats = Counter(), Counter(), Counter(), 0, 0
     for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
         try:
@@ -54,16 +54,16 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         except Refused as refused:  # `examples[index]` raises it for an image removed since the scan
             faults.append(Fault(refused.source, refused.reason, str(refused)))
             continue
-        good.append(index)
+        usable.append(index)
         tasks[example.task] += 1
         formats[example.answer_format] += 1
         images[len(example.images)] += 1
         boxes += example.gold is not None
         chats += bool(example.turns)
-    measured = [examples[i] for i in sorted(generator.sample(good, min(LENGTH_SAMPLE, len(good))))]
+    measured = [examples[i] for i in sorted(generator.sample(usable, min(LENGTH_SAMPLE, len(usable))))]
     found = {
         "records": records,
-        "usable": len(good),
+        "usable": len(usable),
         "faulty": dict(Counter(f.reason for f in faults).most_common()),
         "tasks": dict(tasks.most_common()),
         "schema": examples.files[0].schema,
@@ -75,7 +75,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         "faults": [f.message for f in faults[: args.faults]],
     }
     if args.sheet:
-        draw_sheet((examples[i] for i in generator.sample(good, min(args.samples, len(good)))), args.sheet)
+        draw_sheet((examples[i] for i in generator.sample(usable, min(args.samples, len(usable)))), args.sheet)
     return found
 
 

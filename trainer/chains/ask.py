@@ -139,7 +139,7 @@ class Requester:
         self.journal, self.o = journal, o
         self.clients = connect(journal, o) if o.ask else {}
         self.models = {"chain": (o.model, o.temperature), "judge": (o.judge_model or o.model, o.judge_temperature)}
-        self._slots = asyncio.Semaphore(o.concurrency)
+        self._semaphore = asyncio.Semaphore(o.concurrency)
         self._failed_in_a_row = 0
 
     async def close(self) -> None:
@@ -182,7 +182,7 @@ class Requester:
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         model, temperature = self.models[kind]
         try:
-            async with self._slots:
+            async with self._semaphore:
                 reply = await self.clients[kind].chat.completions.with_raw_response.create(
                     model=model,
                     messages=[{"role": "user", "content": [*content, {"type": "text", "text": text}]}],

@@ -57,7 +57,7 @@ def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
     if (bare := answer.strip(_EDGES).upper()) in options:
         return bare
     texts = {letter: _plain(option) for letter, option in options.items()}
-    if own := _only(letter for letter, option in texts.items() if option and option == _plain(answer)):
+    if own := _unique(letter for letter, option in texts.items() if option and option == _plain(answer)):
         return own
     found = [m for m in _LETTER.finditer(answer) if m[1].upper() in options and not _NEGATED.search(_before(m))]
     stated = [m[1].upper() for m in found if _names_option(m, lower=True) and _STATED.search(_before(m))]
@@ -66,10 +66,10 @@ def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
     for letter in (*stated[-1:], leading and leading[1], last):
         if letter in options:
             return letter
-    bracketed = _only(m[1].upper() for m in found if _before(m).endswith("(") and answer.startswith(")", m.end()))
+    bracketed = _unique(m[1].upper() for m in found if _before(m).endswith("(") and answer.startswith(")", m.end()))
     capitals = [m for m in found if _names_option(m)]
-    named = _only(m[1] for m in capitals if _NAMED.search(_before(m)))
-    return bracketed or named or _only(m[1] for m in capitals) or _mentioned(_plain(answer), texts)
+    named = _unique(m[1] for m in capitals if _NAMED.search(_before(m)))
+    return bracketed or named or _unique(m[1] for m in capitals) or _mentioned(_plain(answer), texts)
 
 
 def _before(match: re.Match) -> str:
@@ -85,7 +85,7 @@ def _names_option(match: re.Match, lower: bool = False) -> bool:
     return match[1] not in "AI" or any((closed, connected, _LABELLED.search(_before(match))))
 
 
-def _only(letters: Iterator[str]) -> str | None:
+def _unique(letters: Iterator[str]) -> str | None:
     distinct = set(letters)
     return distinct.pop() if len(distinct) == 1 else None
 
@@ -102,7 +102,7 @@ def _mentioned(answer: str, texts: Mapping[str, str]) -> str | None:
         if option and re.search(rf"{start}{re.escape(option)}(?!\w|\.\d)", answer):
             found[letter] = option
     parts = {text for text in found.values() for other in found.values() if text != other and text in other}
-    return _only(letter for letter, text in found.items() if text not in parts)
+    return _unique(letter for letter, text in found.items() if text not in parts)
 
 
 # ---- boxes that the kernels do not read

@@ -51,8 +51,8 @@ def profiled(steps: range, o, r: Ranks) -> Iterator[int]:
             memory.enter_context(_memory_history(folder, r))
         for step in steps:
             if step in window and (step == window.start or step == steps.start):
-                seen = range(step, min(window.stop, steps.stop))
-                profile.enter_context(_profile(folder, f"steps{seen.start}-{seen.stop - 1}-rank{r.rank}", o, r))
+                covered = range(step, min(window.stop, steps.stop))
+                profile.enter_context(_profile(folder, f"steps{covered.start}-{covered.stop - 1}-rank{r.rank}", o, r))
             yield step
             if step == window.stop - 1:
                 profile.close()
@@ -108,7 +108,7 @@ def _memory_history(folder: Path, r: Ranks):
         yield
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-        list(numbers)  # an observer cannot be removed; without a number left it does nothing
+        list(numbers)  # the observer cannot be removed; with no number left it does nothing
 
 
 def _dump(path: Path) -> None:

@@ -150,7 +150,7 @@ def table(found: Sequence[Row], floors: Mapping[str, Mapping] | None = None) -> 
 
     Args:
         floors: by `Row.name`, the range's least traffic `gbytes` and least time `floor_s`. The table shows that time as
-            a share of the time taken, the GPU's where there is one: 100 is as fast as the machine allows.
+            a share of the time taken, the GPU's where there is one: 100 means as fast as the floor.
     """
     whole = next(row for row in found if row.name == STEP)
     on_gpu = whole.gpu_seconds is not None

@@ -114,7 +114,7 @@ def said(grounder, text):
     ("text", "pixels", "note"),
     [
         ("<think>A</think><answer>(500, 250), (100, 750)</answer>", (56, 21, 11.2, 63), "encloses nothing"),
-        ("<think>A</think><answer>(0, 0), (500, 2000)</answer>", (0, 0, 56, 168), "leaves the image"),
+        ("<think>A</think><answer>(0, 0), (500, 2000)</answer>", (0, 0, 56, 168), "beyond the image"),
         ("<think>It is (1, 2), (3, 4).</think><answer>nowhere</answer>", None, "no box found in the answer"),
     ],
 )
