@@ -264,7 +264,7 @@ def grpo_loss(
 
 
 def register_saved_gradients(op: torch.library.CustomOpDef, count: int, triton_index: int | None = None) -> None:
-    """Register an autograd formula for `op`, which returns the loss, its gradients of the first `count` inputs, ….
+    """Register the autograd formula of an op with the results loss, gradients of its first `count` inputs, and others.
 
     `triton_index`: index of the op's argument `triton`; if that is true, the gradients are scaled in place.
     """
@@ -286,7 +286,7 @@ def scale_saved_gradients(ctx, dloss: Tensor | None, *_) -> tuple:
     """
     if dloss is None:  # the graph does not reach the loss
         return (None,) * ctx.n_inputs
-    eager = type(dloss) is Tensor  # not a tensor of a trace
+    eager = type(dloss) is Tensor  # False while torch.compile traces
     if ctx.in_place and eager:
         from .scale_triton import scale_triton as scaled
     elif eager and dloss.device.type == "cpu":

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def process_count(options: DemoOptions) -> int:
-    """`options.processes`, else the largest divisor of a step's 16 prompts that is at most the GPUs, or 2 on a CPU."""
+    """`options.processes`, else the largest divisor of a step's 16 prompts up to the number of GPUs, or 2 on a CPU."""
     available = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return options.processes or max(n for n in (1, 2, 4, 8, 16) if n <= available)
 

@@ -90,7 +90,7 @@ class DataOptions(InputOptions):
     eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
     eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")
     profile_steps: str = option("", "Profile these steps into output_dir/profile: 10:13 for steps 10, 11 and 12.")
-    memory_snapshot: bool = option(False, "On a GPU: memory snapshots after the profiled steps and out of memory.")
+    memory_snapshot: bool = option(False, "GPU memory snapshots: after the profiled steps and when memory runs out.")
     peak_tflops: float = option(0.0, "The device's peak TFLOP/s, for perf/mfu; 0: the published value, if known.")
 
 
@@ -99,7 +99,7 @@ class SftOptions(DataOptions):
     """Cold start: supervised fine-tuning on reasoning chains (paper section 3.2)."""
 
     learning_rate: float = option(5e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("cosine", "transformers' name of a schedule: cosine, linear, warmup_stable_decay.")
+    lr_scheduler_type: str = option("cosine", "Schedule, by transformers' name: cosine, linear, warmup_stable_decay.")
     warmup_ratio: float = option(0.015, "Share of the steps with learning-rate warm-up.")
     train_batch_size: int = option(24, "Examples per optimizer step, over all ranks.")
     cutoff_len: int = option(6000, "Maximum tokens of an example; longer ones are skipped.")
@@ -111,7 +111,7 @@ class GrpoOptions(DataOptions):
     """GRPO with IoU and format rewards and difficulty-aware weights (paper sections 3.3 and 3.4)."""
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("linear", "transformers' name of a schedule: linear, cosine, warmup_stable_decay.")
+    lr_scheduler_type: str = option("linear", "Schedule, by transformers' name: linear, cosine, warmup_stable_decay.")
     warmup_ratio: float = option(0.0, "Share of the steps with learning-rate warm-up.")
     prompts_per_step: int = option(16, "Prompts per optimizer step, over all ranks.")
     gradient_accumulation_steps: int = option(1, "Rounds of sampling per step; more rounds need a smaller KV cache.")
@@ -129,12 +129,12 @@ class GrpoOptions(DataOptions):
     delta: float | None = option(None, "Upper bound of the unclipped ratio, above 1 + epsilon_high.")
     loss_type: str = option("grpo", "grpo, bnpo, dapo, dr_grpo or cispo.")
     importance_sampling_level: str = option("token", "token, or sequence (GSPO).")
-    scale_rewards: str = option("group", "Divide advantages by the std of the group or the batch; none: by 1.")
+    scale_rewards: str = option("group", "Divide advantages by the std of the group or of the batch; none: do not.")
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
     rollout: str = option("local", "local: sample here; vllm: with vLLM; replay: completions stored by an earlier run.")
     rollout_file: str = option("", "File of completions: replay reads it; local writes it if one is given.")
     ds3_gather_for_generation: bool = option(
-        True, "ZeRO-3 samples with all weights on every rank; false: each layer is gathered anew for every token."
+        True, "ZeRO-3 samples with all weights on every rank; false: each layer is gathered again for every token."
     )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU that vLLM may take while it samples.")
     vllm_importance_sampling_clip_max: float = option(2.0, "Cap of the importance ratio exp(old - sampler) with vLLM.")

@@ -66,7 +66,7 @@ class Fault:
 
 
 class Refused(ValueError):
-    """A record breaks a rule. A scan turns it into a `Fault`; after the scan it has a `source`: an image is gone."""
+    """A record breaks a rule. A scan turns it into a `Fault`; later it has a `source` and an image was removed."""
 
     def __init__(self, reason: str, message: str, source: str = ""):
         super().__init__(message)

@@ -156,7 +156,7 @@ class Processor:
         return Prompt(*tensors)
 
     def prompt_tokens(self, example: Example, sizes: Sequence[tuple[int, int]]) -> int:
-        """Number of tokens of the example's `prompt` for images of these sizes (width, height in pixels), unopened."""
+        """Number of tokens of the example's `prompt` for images of these (width, height) in pixels; opens none."""
         p = self.image_processor
         counts = [p.get_number_of_image_patches(*_enlarged(size)[::-1]) // p.merge_size**2 for size in sizes]
         return len(self._tokens(example, counts, answered=False)[0])

@@ -41,7 +41,7 @@ FAULTS_LOGGED = 100  # per run; most records of MGrounding have two boxes, which
 def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
     """Read the records of `options.data` that have what the run needs, `gold` or `turns`; the others become faults.
 
-    From `path#count` that many are drawn by the seed. The log names the first faults and counts the others.
+    From `path#count`, `count` records are drawn by the seed. The log names the first faults and counts the others.
 
     Raises:
         ValueError: no data is named, a file is missing, or a file has no usable record.

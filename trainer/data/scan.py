@@ -93,5 +93,5 @@ def _array(file, first: int) -> Iterator[Row]:
 
 
 def _integer(digits: str) -> float:
-    """An int, or for very many digits, which Python refuses to convert, infinity, which every check rejects."""
+    """The int, or infinity for 1000 digits or more, which Python may refuse to convert; checks reject infinity."""
     return int(digits) if len(digits) < 1000 else float("inf")

@@ -40,7 +40,7 @@ class Engine(Protocol):
     check_memory: Callable[[Sequence[PackedBatch]], None] | None
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        """Prepare a model that is never trained; returns what is to be called in its place."""
+        """Prepare a model that is never trained; return the callable to use in its place."""
 
     def gathered_weights(self) -> AbstractContextManager:
         """Within the block every rank has all weights; all ranks must enter and leave it together."""

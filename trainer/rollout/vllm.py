@@ -90,7 +90,7 @@ class VllmRollout:
         self.llm.apply_model(lambda model: model.load_weights(merged_weights(policy, trained=True)))
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
-        self.llm.llm_engine.reset_encoder_cache()  # its keys are images alone, whatever the tower's weights
+        self.llm.llm_engine.reset_encoder_cache()  # its keys do not include the tower's weights
 
     def request(self, prompt: Prompt) -> dict:
         """A prompt in vLLM's form: one placeholder per image, which vLLM repeats, and the scaled images."""
@@ -126,7 +126,7 @@ class VllmRollout:
             self._check(group, output)
             completions = [torch.tensor(list(c.token_ids)) for c in output.outputs]
             logps = [
-                torch.tensor([at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)])
+                torch.tensor([logprobs[token].logprob for token, logprobs in zip(c.token_ids, c.logprobs, strict=True)])
                 for c in output.outputs
             ]
             found.append(replace(group, completions=completions, sampler_logps=logps))

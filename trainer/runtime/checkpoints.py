@@ -90,7 +90,7 @@ class Checkpoints:
             if folders and not found and not self.options.overwrite_output_dir:
                 error = (
                     f"none of the checkpoints in {self.root} is complete: see the warnings. Name one with --resume, "
-                    "give another --output_dir, or begin anew with --overwrite_output_dir true."
+                    "give another --output_dir, or start anew with --overwrite_output_dir true."
                 )
         elif self.r.is_main and resume:
             found = Path(resume)
