@@ -45,7 +45,7 @@ class InputOptions:
         metadata={"help": "JSON or JSONL files of records; file.json#7000 takes 7000 of them, drawn by the seed."},
     )
     schema: str = option("auto", f"Format of the records: auto, {', '.join(SCHEMAS)}.")
-    image_root: str = option("", "Folder of the image paths; empty: the data file's folder.")
+    image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
     max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
@@ -86,7 +86,7 @@ class DataOptions(InputOptions):
     max_skipped: int = option(100, "Stop when more updates than this were skipped for NaN or infinity.")
     eval_every: int = option(0, "Steps between evaluations on eval_data, which also follow the last step; 0: never.")
     eval_data: str = option("", "Records with gold boxes to score on; the best checkpoint is kept in output_dir/best.")
-    eval_image_root: str = option("", "Folder of eval_data's image paths; empty: the file's folder.")
+    eval_image_root: str = option("", "Folder to which eval_data's image paths are relative; empty: the file's.")
     eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
     eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")
     profile_steps: str = option("", "Profile these steps into output_dir/profile: 10:13 for steps 10, 11 and 12.")
