@@ -39,23 +39,25 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 3900,  # with the compilers of resources.py
+    "kernels": 3900,
     "model": 1500,
-    "trainer": 10800,
-    "bench": 5250,
-    "trainer/apps": 1160,
-    "trainer/chains": 860,
-    "trainer/data": 1510,
-    "trainer/engine": 720,
-    "trainer/evaluation": 2170,
-    "trainer/profiling": 370,
-    "trainer/recipes": 200,
+    "trainer": 9900,
+    "bench": 4600,
+    "tests": 15_500,
+    "trainer/apps": 1070,
+    "trainer/chains": 800,
+    "trainer/data": 1370,
+    "trainer/engine": 645,
+    "trainer/evaluation": 1910,
+    "trainer/profiling": 355,
+    "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 470,
-    "trainer/runtime": 1000,
+    "trainer/rollout": 460,
+    "trainer/runtime": 925,
     "trainer/step": 275,
-    "trainer/world": 775,
+    "trainer/world": 760,
 }
+PRODUCT = 21_000  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
@@ -133,7 +135,7 @@ def test_imports(path):
     mine = layer_of(path)
     if mine is None:
         text = path.read_text()
-        assert not text or ("runpy" in text and len(text.splitlines()) <= 6), "neither in a layer nor an earlier name"
+        assert not text or ("runpy" in text and len(text.splitlines()) <= 5), "neither in a layer nor an earlier name"
         return
     for name in imported_modules(path):
         theirs = layer_of(MODULES[name])
@@ -143,6 +145,7 @@ def test_imports(path):
 
 
 def test_no_modules_import_each_other_in_a_circle():
+    """But for kernels/x_triton.py, which x.py loads by name when the op first runs on Triton."""
     done, open_ = set(), []
 
     def visit(name):
@@ -158,25 +161,33 @@ def test_no_modules_import_each_other_in_a_circle():
         visit(name)
 
 
+def count_lines(room):
+    return sum(len(p.read_text().splitlines()) for p in (ROOT / room).rglob("*") if p.suffix in COUNTED)
+
+
+def test_the_product_keeps_its_budget():
+    assert sum(map(count_lines, ("csrc", *PACKAGES))) <= PRODUCT
+
+
 @pytest.mark.parametrize("room", BUDGET)
 def test_a_room_keeps_its_budget(room):
-    lines = sum(len(p.read_text().splitlines()) for p in (ROOT / room).rglob("*") if p.suffix in COUNTED)
-    assert lines <= BUDGET[room], f"{room} has {lines} lines"
+    assert (lines := count_lines(room)) <= BUDGET[room], f"{room} has {lines} lines"
     if room == "trainer":
         rooms = {p.parent.name for p in (ROOT / room).glob("*/*") if p.suffix in COUNTED}
         assert {f"{room}/{name}" for name in rooms} == {r for r in BUDGET if r.startswith("trainer/")}
 
 
+# Triton kernels over the limit, a third of which are their parameters: a kernel is one function on the device.
+LONG_KERNELS = {"fused_kernel", "sample_kernel", "grpo_kernel"}
+
+
 def test_files_and_functions_are_short():
-    """A Triton kernel, which cannot be cut, apart."""
-    for path in FILES:
+    for path in (p for room in ("csrc", *PACKAGES) for p in (ROOT / room).rglob("*") if p.suffix in COUNTED):
         text = path.read_text()
         assert len(text.splitlines()) <= FILE_LINES, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
-                long = node.end_lineno - node.lineno + 1 > FUNCTION_LINES
-                assert kernel or not long, f"{path}: {node.name}"
+        for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in LONG_KERNELS:
+                assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS, ids=names(SCRIPT_FOLDERS))
@@ -256,7 +267,7 @@ def run_command(tmp_path_factory):
     (folder / "kernels-0.18.2.dist-info").mkdir()
     (folder / "kernels-0.18.2.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
     (folder / "sitecustomize.py").write_text(
-        "import atexit\n\n@atexit.register\ndef tell():\n    import kernels\n    print('kernels:', kernels.__file__)\n"
+        "import atexit\n\n@atexit.register\ndef show():\n    import kernels\n    print('kernels:', kernels.__file__)\n"
     )
     python, torchrun = sys.executable, str(pathlib.Path(sys.executable).parent / "torchrun")
     commands = {

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
@@ -62,6 +63,7 @@ def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = No
 
     A word without a flag is the value of the field `positional`.
     """
+    prog = sys.argv[0] if sys.argv[0].startswith("boxgrpo ") else prog
     parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
     if positional:
         parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{positional}.")

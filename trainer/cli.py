@@ -1,11 +1,13 @@
 """`boxgrpo COMMAND ...`: every command of the package under one name."""
 
+import importlib
 import os
-import runpy
 import sys
 from pathlib import Path
 
 import torch
+
+from boxgrpo.trainer.runtime.ranks import run_as_script
 
 # Module of boxgrpo.trainer, and the command's description.
 COMMANDS = {
@@ -36,13 +38,11 @@ def main() -> None:
         sys.exit(f"boxgrpo: there is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
     module, _ = COMMANDS[name]
     if name in TRAINING and not {"-h", "--help"} & {*args}:
-        torchrun = Path(sys.executable).with_name("torchrun")
         script = Path(__file__).with_name(f"{module}.py")
-        devices = max(1, torch.cuda.device_count())
-        command = [str(torchrun), "--standalone", f"--nproc_per_node={devices}", str(script), *args]
-        os.execv(command[0], command)
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+        os.execv(sys.executable, [*torchrun, f"--nproc_per_node={max(1, torch.cuda.device_count())}", str(script), *args])
     sys.argv = [f"boxgrpo {name}", *args]
-    runpy.run_module(f"boxgrpo.trainer.{module}", run_name="__main__", alter_sys=True)
+    run_as_script(importlib.import_module(f"boxgrpo.trainer.{module}").main, sys.argv[0])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
-from boxgrpo.trainer.options import GrpoOptions, SftOptions, loss_options, validate_grpo
+from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo
 from boxgrpo.trainer.rewards.grounding import score, step_rewards
 from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
@@ -41,7 +42,7 @@ from boxgrpo.trainer.world import recipe
 def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     """Train `options.model` on `options.data`; write the checkpoint and the metrics to `options.output_dir`."""
     o, hooks = options, hooks or Hooks()
-    validate_grpo(o, r.world_size)
+    loss_settings = validate_grpo(o, r.world_size)
     size = {"max_tokens": o.max_prompt_length, "batch_size": o.prompts_per_step, "updates": o.num_iterations}
     run = Run(o, r, hooks, needs="gold", reference=bool(o.beta), **size)
     policy, engine, progress = run.policy, run.engine, run.progress
@@ -53,7 +54,6 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     batches = PrefetchedBatches(loader, embed, early=r.device.type == "cuda" and not engine.shards_weights)
     cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
     make = partial(make_packs, engine, cost, policy.config.image_token_id)
-    loss_settings = loss_options(o)
 
     for step in run.steps(lambda: batches.position, lambda: rollout.written):
         with span("data"):
@@ -174,7 +174,7 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
     cold_start = parse(SftOptions, recipe.run_flags(demo, "sft"))
     if r.is_main:
         recipe.draw_world(demo)
-        is_trained = (recipe.Path(cold_start.output_dir) / "model.safetensors").exists()
+        is_trained = (Path(cold_start.output_dir) / "model.safetensors").exists()
         if not is_trained:
             recipe.make_initial_checkpoint(demo)
     if not r.gather(is_trained)[0]:

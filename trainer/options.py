@@ -163,11 +163,6 @@ class EvalOptions(InputOptions):
     cases: int = option(8, "Number of worst, of best and of random cases on the page.")
 
 
-def loss_options(o: GrpoOptions) -> LossOptions:
-    """The run's options of the kernels' loss, by the same names, with checked values; each pack adds its tensors."""
-    return LossOptions(**{name: value for name, value in vars(o).items() if name in LossOptions._fields})
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`float32`, `bfloat16`, or for `auto` bfloat16 on a GPU and float32 elsewhere."""
     check_values({"dtype": name})
@@ -207,8 +202,8 @@ def _check_run(o: DataOptions) -> None:
         raise ValueError("memory_snapshot is True and there is no GPU. Leave it out.")
 
 
-def validate_grpo(o: GrpoOptions, world_size: int) -> None:
-    """Refuse options that cannot be trained with, before anything is loaded."""
+def validate_grpo(o: GrpoOptions, world_size: int) -> LossOptions:
+    """Refuse options that cannot be trained with, before anything is loaded; return those of the loss."""
     _check_run(o)
     parts = world_size * o.gradient_accumulation_steps
     if o.prompts_per_step % parts:
@@ -216,13 +211,14 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> None:
             f"prompts_per_step is {o.prompts_per_step}; it must divide into {world_size} ranks x "
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {parts}."
         )
-    loss_options(o)  # raises for values that the loss cannot use
+    settings = LossOptions(**{name: value for name, value in vars(o).items() if name in LossOptions._fields})
     if o.temperature <= 0:
         raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     if o.rollout == "replay" and not o.rollout_file:
         raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
     if o.rollout == "vllm":
         _check_vllm(o)
+    return settings
 
 
 def _check_vllm(o: GrpoOptions) -> None:

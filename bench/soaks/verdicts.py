@@ -10,7 +10,7 @@ from boxgrpo.trainer.runtime.files import read_lines
 
 UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
 # Left out: what holds paths, the clock, or random states.
-SKIPPED = ("manifest.json", "options.yaml", "metrics.jsonl", "rng-", "diary.")
+SKIPPED = ("manifest.json", "options.yaml", "metrics.jsonl", "rng-", "step_log.")
 
 
 def metrics_of(path: Path) -> list[dict]:
@@ -56,7 +56,7 @@ def skipped_steps(metrics: list[dict]) -> list[int]:
 
 def injected(path: Path) -> list[int]:
     """Steps at which a rank's loss was made NaN."""
-    return sorted({line["step"] for line in read_lines(path.glob("diary.rank*")) if "nan" in line})
+    return sorted({line["step"] for line in read_lines(path.glob("step_log.rank*")) if "nan" in line})
 
 
 def growth(sizes: Sequence[float]) -> dict:
@@ -73,8 +73,8 @@ def memory(path: Path) -> dict[str, dict]:
     The kernel may drop pages of libraries at any time, so that resident memory may shrink for reasons of its own.
     """
     found = {}
-    for diary in sorted(path.glob("diary.rank*")):
-        lines, rank = [line for line in read_lines([diary]) if "resident" in line], diary.name.split(".")[1]
+    for step_log in sorted(path.glob("step_log.rank*")):
+        lines, rank = [line for line in read_lines([step_log]) if "resident" in line], step_log.name.split(".")[1]
         kinds = {rank: "resident", f"{rank} anonymous": "anonymous", f"{rank} loader": "loader"}
         found |= {name: growth([line[key] for line in lines]) for name, key in kinds.items()}
     return found

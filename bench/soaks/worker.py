@@ -1,4 +1,4 @@
-"""The GRPO loop with a NaN in the loss now and then, and a diary of every step; bench/soaks/soak.py starts it.
+"""The GRPO loop with a NaN in the loss now and then, and a log of every step; bench/soaks/soak.py starts it.
 
 torchrun bench/soaks/worker.py --soak_seed 0 [flags of trainer/grpo.py]
 """
@@ -29,7 +29,7 @@ def nan_rank(seed: int, step: int, world_size: int) -> int | None:
 
 
 class Faults:
-    """Makes some losses NaN, and notes that in a diary, and after each step this rank's memory and its loader's.
+    """Makes some losses NaN, and notes that in a log, and after each step this rank's memory and its loader's.
 
     Free memory is returned to the system before it is read: protobuf, with which TensorBoard writes, returns it on
     rank 0 at moments of its own, and that rank would seem to shrink.
@@ -38,14 +38,14 @@ class Faults:
     def __init__(self, seed: int, folder: Path):
         self.seed, self.folder, self.step = seed, folder, None
         self.rank, self.world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-        self.diary = open_lines(folder / f"diary.rank{self.rank}.jsonl")
+        self.step_log = open_lines(folder / f"step_log.rank{self.rank}.jsonl")
 
     def pack_loss(self, loss):
         if self.step is None:  # every step is logged, and the metrics of those after the checkpoint are cut off
             self.step = logged(self.folder)
         if nan_rank(self.seed, self.step + 1, self.world_size) != self.rank:
             return loss
-        self.diary.write(json.dumps({"step": self.step + 1, "nan": True}) + "\n")
+        self.step_log.write(json.dumps({"step": self.step + 1, "nan": True}) + "\n")
         return loss * float("nan")
 
     def step_taken(self, step: int) -> None:
@@ -54,7 +54,7 @@ class Faults:
         me, *others = process_tree(os.getpid())
         sizes = {"resident": resident_bytes(me), "anonymous": resident_bytes(me, anonymous=True)}
         sizes["loader"] = sum(map(resident_bytes, others))
-        self.diary.write(json.dumps({"step": step, **sizes}) + "\n")
+        self.step_log.write(json.dumps({"step": step, **sizes}) + "\n")
         self.step = step
 
 

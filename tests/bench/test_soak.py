@@ -77,8 +77,8 @@ def test_nan_steps_must_be_those_that_were_made_nan(tmp_path):
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     for made_nan, met in ((2, True), (3, False), (None, False)):
         for rank in range(2):
-            diary = [{"step": n} | ({"nan": True} if n == made_nan and rank == 1 else {}) for n in (1, 2, 2, 3)]
-            (path / f"diary.rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in diary))
+            step_log = [{"step": n} | ({"nan": True} if n == made_nan and rank == 1 else {}) for n in (1, 2, 2, 3)]
+            (path / f"step_log.rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in step_log))
         lost, skipped, corrupt = (d["met"] for d in soak_verdicts.faulty_demands(path, 3))
         assert lost and corrupt and skipped == met
 

@@ -19,7 +19,7 @@ from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS
 from boxgrpo.trainer.grpo import logps, policy_loss
-from boxgrpo.trainer.options import GrpoOptions, loss_options
+from boxgrpo.trainer.options import GrpoOptions, validate_grpo
 from boxgrpo.trainer.runtime.ranks import Ranks
 
 
@@ -62,7 +62,7 @@ def test_on_stored_samples_loss_and_gradient_are_ours(tiny, processor, prompt, t
     pack = pack_groups([group], image_token_id=policy.config.image_token_id)
     with torch.no_grad():
         pack.ref_logps = before(pack, partial(logps, pack, 1.0))
-    ours, _ = policy(pack, partial(policy_loss, GrpoOptions(), loss_options(GrpoOptions()), pack))
+    ours, _ = policy(pack, partial(policy_loss, GrpoOptions(), validate_grpo(GrpoOptions(), 1), pack))
     ours.backward()
 
     torch.testing.assert_close(loss, ours, rtol=1e-5, atol=1e-6)

@@ -93,8 +93,8 @@ class LLM:
         )
         outputs = []
         for ids, logps in zip(completions, decoding.results.logps.tolist()):
-            told = [{token: SimpleNamespace(logprob=logp)} for token, logp in zip(ids.tolist(), logps)]
-            outputs.append(SimpleNamespace(token_ids=ids.tolist(), logprobs=told))
+            reported = [{token: SimpleNamespace(logprob=logp)} for token, logp in zip(ids.tolist(), logps)]
+            outputs.append(SimpleNamespace(token_ids=ids.tolist(), logprobs=reported))
         return SimpleNamespace(prompt_token_ids=prompt.input_ids.tolist(), outputs=outputs)
 
     def _expanded(self, request):

@@ -1,4 +1,4 @@
-"""Prove that a refactoring changes no result: run the loops, keep what they tell without times, compare two revisions.
+"""Prove that a refactoring changes no result: run the loops, store their results without times, compare two revisions.
 
     python tests/shared/prove_same.py run OUT            in each revision's own checkout and environment
     python tests/shared/prove_same.py compare OUT OTHER  exit status 1, and the first difference, where they differ
@@ -50,8 +50,7 @@ def run(out: Path) -> None:
     options = recipe.DemoOptions(output_dir=str(out), cold_start=320, train=400, held_out=16)
     recipe.draw_world(options)
     recipe.make_initial_checkpoint(options)
-    initial = next(p for p in (out / "initial", out / "newborn") if p.exists())  # by revision
-    sft = SFT | {"model": initial, "data": "world/cold_start.json"}
+    sft = SFT | {"model": out / "initial", "data": "world/cold_start.json"}
     train(out, "sft", "trainer/sft.py", sft)
     grpo = GRPO | {"model": out / "sft", "data": "world/train.json"}
     train(out, "grpo", "trainer/grpo.py", grpo)
@@ -62,11 +61,11 @@ def run(out: Path) -> None:
     train(out, "sft_zero2", "trainer/sft.py", sft | ZERO2 | {"max_steps": 5})
 
 
-def told(out: Path) -> dict[str, list[dict] | str]:
-    """What each run's files say: metrics without times, and checksums of samples, weights and records."""
+def results_of(out: Path) -> dict[str, list[dict] | str]:
+    """Each run's results: metrics without times, and checksums of samples, weights and records."""
     found: dict[str, list[dict] | str] = {}
     for path in sorted(p for p in out.rglob("*") if "checkpoint-" not in str(p)):
-        name = str(path.relative_to(out))
+        name = str(path.relative_to(out)).replace("newborn", "initial")  # its earlier name
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
@@ -76,7 +75,7 @@ def told(out: Path) -> dict[str, list[dict] | str]:
 
 
 def compare(one: Path, other: Path) -> None:
-    a, b = told(one), told(other)
+    a, b = results_of(one), results_of(other)
     for name in sorted(a.keys() | b.keys()):
         if a.get(name) == b.get(name):
             continue

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from boxgrpo.kernels import LossOptions
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.arguments import parse, read_yaml
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, validate_grpo, validate_sft
@@ -101,7 +102,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, mes
 
 @pytest.mark.parametrize("change", [{}, {"temperature": 0.9}, {"top_k": 5, "top_p": 0.9}])
 def test_what_vllm_can_sample_is_taken(change):
-    assert validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4) is None
+    assert validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4) == LossOptions(beta=0.04, epsilon=0.2)
 
 
 def test_an_sft_batch_divides_among_the_ranks():

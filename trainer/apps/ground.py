@@ -1,7 +1,7 @@
 """Locate an object in images with a checkpoint: prints its reasoning and the box in pixels, and draws a picture.
 
-    python -P -m boxgrpo.trainer.ground --model CHECKPOINT --image a.jpg --image b.jpg "question"
-    python -P -m boxgrpo.trainer.ground --model CHECKPOINT --serve      the same as a web page on this machine
+    boxgrpo ground --model CHECKPOINT --image a.jpg --image b.jpg "question"
+    boxgrpo ground --model CHECKPOINT --serve      the same as a web page on this machine
 
 Boxes are in pixels of the image file, after its EXIF rotation. The exit status is 0 if the answer holds a box, 3 if it
 holds none, 1 for invalid options and 2 for an unknown flag. Decoding is greedy. Each question is answered by itself:

@@ -1,6 +1,6 @@
 """Report the content of a record file: counts, tasks, lengths and faults; draw a sheet of records with gold boxes.
 
-    python -P -m boxgrpo.trainer.inspect_data PATH [--model CHECKPOINT] [--no_images] [--json -]
+    boxgrpo inspect PATH [--model CHECKPOINT] [--no_images] [--json -]
 
 With --model lengths are in tokens of the checkpoint's tokenizer, otherwise in characters.
 """
@@ -135,7 +135,7 @@ def table(found: dict) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("path", type=Path, help="JSON array or JSONL file of records")
     parser.add_argument("--schema", default="auto", choices=["auto", *SCHEMAS])
     parser.add_argument("--image_root", default="", help="folder of relative image paths; empty: the file's own")
@@ -162,4 +162,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_as_script(main, "inspect_data")
+    run_as_script(main, "inspect_data.py")

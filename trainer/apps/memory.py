@@ -1,7 +1,7 @@
 """Compute the memory per GPU of GRPO on Qwen2-VL by engine, and the traffic of a ZeRO-3 step; no weights are loaded.
 
-    python -P -m boxgrpo.trainer.memory        2B and 7B on 8 GPUs, a Markdown table
-    python -P -m boxgrpo.trainer.memory --model 72B --gpus 64 --prompts_per_step 64 --engine 'zero 3' \\
+    boxgrpo memory        2B and 7B on 8 GPUs, a Markdown table
+    boxgrpo memory --model 72B --gpus 64 --prompts_per_step 64 --engine 'zero 3' \\
         --ds3_gather_for_generation false --gigabits 400
 
 The tower is frozen, attention is varlen, liger-kernel (which keeps less) is not used. GB are 10^9 bytes. Not counted:

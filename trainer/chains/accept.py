@@ -1,7 +1,7 @@
 """Make a page on which people accept or reject a tenth of the reasoning chains, and compute the acceptance rate.
 
-python -P -m boxgrpo.trainer.accept_cot --data out/cot/cold_start.json
-python -P -m boxgrpo.trainer.accept_cot --data out/cot/cold_start.json --answers acceptance.json
+boxgrpo accept --data out/cot/cold_start.json
+boxgrpo accept --data out/cot/cold_start.json --answers acceptance.json
 
 The paper does the same (section 3.2): 99.87 % of a tenth of its 76k chains were accepted. The page, here called sheet,
 has a folder of pictures. It opens from the file system without a network, and saves the answers as a file.
@@ -35,7 +35,7 @@ PAGE = Path(__file__).with_name("templates") / "acceptance.html"
 class AcceptOptions:
     """Draw records for people to accept or reject; with --answers, compute the acceptance rate."""
 
-    data: str = option("out/cot/cold_start.json", "File of stage-1 records, as make_cot writes it.")
+    data: str = option("out/cot/cold_start.json", "File of stage-1 records, as `boxgrpo chains` writes it.")
     image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     output_dir: str = option("out/cot/acceptance", "Folder for index.html and its pictures.")
     share: float = option(0.1, "Share of the records to draw.")
@@ -122,13 +122,13 @@ def _read(o: AcceptOptions) -> tuple[Sequence[Example], str]:
     if not 0 < o.share <= 1:
         raise ValueError(f"share is {o.share:g}; it must be above 0 and at most 1. Change --share.")
     if not Path(o.data).is_file():
-        raise ValueError(f"data is {o.data!r}; there is no such file. Name make_cot's cold_start.json with --data.")
+        raise ValueError(f"data is {o.data!r}; there is no such file. Name a cold_start.json with --data.")
     examples, _ = read_examples(o.data, schema="univg_stage1", image_root=o.image_root or None)
     return examples, hashlib.sha256(Path(o.data).read_bytes()).hexdigest()
 
 
 def _gold_boxes(path: Path) -> dict[str, list[float]]:
-    """The gold boxes that make_cot stored, by the record's source; the boxes in the answers may differ slightly."""
+    """The stored gold boxes, by the record's source; the boxes in the answers may differ slightly."""
     stored = ((k, row.value.get("cot")) for k, row in enumerate(scan(path)) if isinstance(row.value, dict))
     return {
         f"{path.name}#{k}": cot["gold"] for k, cot in stored if isinstance(cot, dict) and is_numbers(cot.get("gold"))

@@ -1,14 +1,14 @@
 """Cold-start data: reasoning chains for records with a gold box, written by one model and judged by it or another.
 
 export OPENAI_API_KEY=...
-python -P -m boxgrpo.trainer.make_cot --base_url https://HOST/v1 --model MODEL --data RECORDS.json
+boxgrpo chains --base_url https://HOST/v1 --model MODEL --data RECORDS.json
 
 As in the paper's section 3.2, a model writes three chains for each record, given question, images and gold box. The
 judge chooses the best of those in the right form and with the right box. It also judges a single chain, and may refuse
 all: the paper evaluates and validates chains, not only ranks them. Records that are left out are counted by reason.
 
 Every answer is stored in `answers.sqlite3` on arrival. The same command continues from there, also after a kill, and
-sends no answered request again; `--ask false` writes the records of the answers so far. The next step is accept_cot.
+sends no answered request again; `--ask false` writes the records of the answers so far. Next: `boxgrpo accept`.
 
 Not supported: streaming, batch APIs, `n` for several answers at once, which many servers lack, and models without
 `max_tokens`, `temperature` or `seed`.
@@ -150,10 +150,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         summary = make_cold_start(o)
     except KeyboardInterrupt:
-        raise SystemExit("make_cot.py: interrupted; the same command continues from here") from None
+        raise SystemExit("interrupted; the same command continues from here") from None
     print(json.dumps(summary, indent=1))
     print(f"{summary['written']} of {summary['records']} records have a chain: see {o.output_dir}/cold_start.json")
-    print("accept_cot draws a tenth of them for people to accept or reject")
+    print("boxgrpo accept draws a tenth of them for people to accept or reject")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
         log.warning("skipped %s", fault.message)
     if more := faults[FAULTS_LOGGED:]:
         reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in more).most_common())
-        log.warning("skipped %d more (%s); boxgrpo.trainer.inspect_data --faults N names them", len(more), reasons)
+        log.warning("skipped %d more (%s); boxgrpo inspect --faults N names them", len(more), reasons)
     return functools.reduce(operator.add, parts), faults
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from boxgrpo.model.batch import PackedBatch
+from boxgrpo.trainer.runtime.ranks import Ranks
 
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
@@ -32,14 +33,15 @@ class Engine(Protocol):
             None on engines whose ranks can repeat a step alone.
     """
 
-    model: nn.Module
+    model: Callable
+    ranks: Ranks
     lockstep: bool
     min_packs: int
     shards_weights: bool
     schedule: torch.optim.lr_scheduler.LRScheduler
     check_memory: Callable[[Sequence[PackedBatch]], None] | None
 
-    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+    def prepare_frozen(self, model: nn.Module) -> Callable:
         """Prepare a model that is never trained; return the callable to use in its place."""
 
     def gathered_weights(self) -> AbstractContextManager:

@@ -62,6 +62,7 @@ class DataParallelEngine:
 
     def restart_step(self, error: torch.OutOfMemoryError) -> None:
         self.optimizer.zero_grad()
+        self.model.zero_grad()  # of a parameter whose gradient could not be moved to its master
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, bool]:

@@ -83,8 +83,9 @@ def make_packs(
     parts = [part for group in groups for part in group.split(budget)]
     sizes = [len(p.prompt.input_ids) + sum(map(len, p.completions)) for p in parts]
     plan = plan_packs(sizes, budget, list(map(cost, parts)))
+    # Before memory may run out: all ranks must join.
+    most = max(engine.ranks.gather(len(plan))) if engine.lockstep else len(plan)
     packs = [pack_groups([parts[i] for i in chosen], image_token_id=image_token_id).to(device) for chosen in plan]
-    most = max(engine.ranks.gather(len(packs))) if engine.lockstep else len(packs)
     if missing := max(most, engine.min_packs) - len(packs):
         nothing = pack_groups([], image_token_id=image_token_id)
         packs += [replace(nothing, advantages=torch.empty(0), weights=torch.empty(0)).to(device)] * missing

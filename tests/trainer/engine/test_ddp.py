@@ -2,10 +2,11 @@
 
 import copy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import GrpoOptions
@@ -74,6 +75,18 @@ def test_gradients_of_bf16_packs_add_up_in_fp32():
         engine.backward(model(torch.full((1, 1), value, dtype=torch.bfloat16)).sum())
         assert model.weight.grad is None  # it is in the master: there is no second set of gradients
     assert engine.step()[0] == 258.0
+
+
+def test_a_repeated_step_forgets_a_gradient_that_was_not_moved_to_its_master(monkeypatch):
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    engine = DataParallelEngine(model, options(max_grad_norm=0.0), Ranks(), 10)
+    with monkeypatch.context() as full:
+        full.setattr(Tensor, "float", Mock(side_effect=torch.OutOfMemoryError("full")))
+        with pytest.raises(torch.OutOfMemoryError) as failed:
+            engine.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+    engine.restart_step(failed.value)
+    engine.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+    assert engine.step()[0] == 1.0
 
 
 TWO_RANKS = """
