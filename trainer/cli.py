@@ -39,8 +39,8 @@ def main() -> None:
     module, _ = COMMANDS[name]
     if name in TRAINING and not {"-h", "--help"} & {*args}:
         script = Path(__file__).with_name(f"{module}.py")
-        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-        os.execv(sys.executable, [*torchrun, f"--nproc_per_node={max(1, torch.cuda.device_count())}", str(script), *args])
+        flags = ["--standalone", f"--nproc_per_node={max(1, torch.cuda.device_count())}"]
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "torch.distributed.run", *flags, str(script), *args])
     sys.argv = [f"boxgrpo {name}", *args]
     run_as_script(importlib.import_module(f"boxgrpo.trainer.{module}").main, sys.argv[0])
 
