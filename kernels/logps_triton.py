@@ -12,17 +12,17 @@ from .rows_triton import LN2, LOG2E, load_block, merge, row_arguments, row_confi
 
 @triton.jit
 def logps_kernel(
+    targets,
+    logps,
+    entropy,
+    peaks,
+    log_masses,
     logits,
     row_stride,
     column_stride,
     vocabulary,
     inverse_temperature,
     floor,
-    targets,
-    logps,
-    entropy,
-    peaks,
-    log_masses,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -88,7 +88,8 @@ def gradient_kernel(
 def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
     """logits (N, V), targets (N) -> logps, entropy, peaks, log_masses, (N) fp32 each: one read of the logits."""
     config = row_config("logps", logits.shape[1], logits.itemsize)
-    arguments = *row_arguments(logits, temperature), targets.contiguous(), logps, entropy, peaks, log_masses
+    # The row's arguments come last: with them first ptxas spills 8 bytes for 10.0 (fp16, columns apart).
+    arguments = targets.contiguous(), logps, entropy, peaks, log_masses, *row_arguments(logits, temperature)
     constants = tiles(config, logits.itemsize)
     return Launch(logps_kernel, (logits.shape[0],), arguments, constants, config.num_warps)
 

@@ -53,7 +53,7 @@ def test_a_folder_of_real_runs_is_refused_and_kept(small, tmp_path):
     """`sft/` and `grpo/` are where the README's commands for real models write, too."""
     (tmp_path / "out/sft").mkdir(parents=True)
     (tmp_path / "out/sft/model.safetensors").write_text("days of training")
-    with pytest.raises(ValueError, match="out holds sft but no drawn world: not a demo's. Name another --output_dir"):
+    with pytest.raises(ValueError, match="out holds sft but no drawn world. Name another --output_dir"):
         demo.run(small(output_dir="out"))
     assert [p.name for p in (tmp_path / "out").rglob("*")] == ["sft", "model.safetensors"]
 
