@@ -193,10 +193,10 @@ def test_memory_that_runs_out_on_one_rank_changes_no_step(world, one, tmp_path, 
 PLANNED = """
 import torch
 from boxgrpo.trainer import grpo
-from boxgrpo.trainer.engine import room
+from boxgrpo.trainer.engine import memory_check
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
-room.free_bytes = lambda device: 13_000_000 if torch.distributed.get_rank() else 1 << 40
+memory_check.free_bytes = lambda device: 13_000_000 if torch.distributed.get_rank() else 1 << 40
 run_as_script(grpo.main, "grpo.py")
 """
 
