@@ -44,7 +44,7 @@ def grpo_options(world: Path, name: str, **changes) -> GrpoOptions:
 
 
 def sft_options(world: Path, name: str, **changes) -> SftOptions:
-    """Six supervised steps from the newborn model into `world / name`."""
+    """Six supervised steps from the initial model into `world / name`."""
     values = {
         "model": str(world / "initial"),
         "data": str(world / "world/cold_start.json"),

@@ -205,7 +205,7 @@ def _cached_scan(file: Source) -> _Scan:
             if about.pop("state") == state:
                 return _Scan(**about, table=arrays["table"])
     except FileNotFoundError:
-        pass
+        pass  # the first scan of this file
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         log.warning("%s cannot be used (%s); the data is scanned again", cache, error)
     found = _scan_file(file)
