@@ -53,7 +53,7 @@ def sample_tokens_torch(
     logps = torch.empty(n, dtype=dtype, device=logits.device)
     # 1 / temperature as a kernel receives it, in fp32; 1 for temperature 0, whose logps are those at 1.
     inverse = torch.tensor(1 / (temperature or 1), dtype=torch.float32).item()
-    step = chunk_rows(vocabulary, dtype, logits.device, at_least=4)
+    step = chunk_rows(vocabulary, dtype, logits.device, at_least=16)
     # Distance between two runs of WIDTH entries of one group; in a small vocabulary a group has one run.
     stride = min(GROUPS * WIDTH, -(-vocabulary // WIDTH) * WIDTH)
     padded = -(-vocabulary // stride) * stride

@@ -16,6 +16,7 @@ from .families.qwen2_vl import Qwen2VL
 
 # Where all steps launch the same kernels, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
 STATIC_DEVICES = ("cuda",)
+HEAD_BLOCK = 32  # rows of the head that a CPU multiplies at a time; Qwen's vocabularies are multiples of it
 DROP_AT = 0.5  # ended rows are dropped when at most this share is unfinished: each time copies the cache
 
 
@@ -30,13 +31,15 @@ class Samples(NamedTuple):
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (n, H) @ weight.T, (V, H), in fp32 as in training: bf16 would change the ratio of policy to sampler.
 
-    On a CPU few rows are up to four times as fast with the operands swapped.
+    For few rows, CPU libraries read a small block of the weight at more than twice the speed of the whole.
     """
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    if hidden.device.type == "cpu" and len(hidden) <= 32:
-        return (weight.float() @ hidden.float().T).T.contiguous()
-    return hidden.float() @ weight.float().T
+    hidden, weight = hidden.float(), weight.float()
+    if hidden.device.type == "cpu" and len(hidden) < 16 and len(weight) % HEAD_BLOCK == 0:
+        blocks = weight.unflatten(0, (-1, HEAD_BLOCK)).transpose(1, 2)
+        return torch.bmm(hidden.expand(len(blocks), -1, -1), blocks).transpose(0, 1).flatten(1)
+    return hidden @ weight.T
 
 
 class Rows(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from boxgrpo.model.attention import DecodeCache
 from boxgrpo.model.batch import Group, pack_groups
-from boxgrpo.model.generate import prefill
+from boxgrpo.model.generate import head_logits, prefill
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -125,6 +125,14 @@ def test_lengths_and_ends(model, groups):
     assert any(len(c) < LENGTH for c in completions)
     decoding = prefill(model, groups[:1], eos_token_ids=completions[0][:1], max_completion_length=LENGTH)
     assert [*decoding.run_steps(seed=0, temperature=2.0, forbidden=VISION)] == [1], "it stops when all have ended"
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(1, 640), (8, 4096), (15, 4096), (16, 4096), (8, 4095)])
+def test_head_logits(rows, vocabulary):
+    """By blocks of the head's rows and whole, against fp64."""
+    hidden, weight = torch.randn(rows, 64), torch.randn(vocabulary, 64)
+    got, expected = head_logits(hidden, weight), hidden.double() @ weight.double().T
+    torch.testing.assert_close(got.double(), expected, atol=3e-5, rtol=0)
 
 
 def test_no_prompts_are_refused(model):
