@@ -170,7 +170,7 @@ class DecodeCache:
 
     def __init__(self, prefill: PackedAttention, num_generations: int, max_new_tokens: int, *, static: bool):
         cu_seqlens = prefill.batch.cu_seqlens
-        self.prompt_lengths = cu_seqlens.diff().cpu()  # (B)
+        self.prompt_lengths = torch.tensor([length for _, length, *_ in prefill.batch.spans])  # (B), without a wait
         prompts, lengths = len(self.prompt_lengths), self.prompt_lengths.tolist()
         self.owner = torch.arange(prompts).repeat_interleave(num_generations)  # (n), each completion's prompt
         self.group, self.static = num_generations, static  # the most completions of a prompt
