@@ -1,0 +1,160 @@
+"""Launches and bytes of each phase of a GRPO step on a GPU, counted on fake tensors: no GPU is needed, nor memory.
+
+    python bench/step_bench/dry_run.py               2B and 7B: 16 prompts of 4 images, 8 completions of 256 tokens
+    python bench/step_bench/dry_run.py --model 7B --operators 40
+
+Vision, prefill, decoding of one token, reference and policy forward run as the loop runs them, in the published sizes
+and bf16. The backward pass does not: autograd's engine has no fake device. Attention is torch's flash kernel, also
+where flash-attn would take its place. How bytes are counted stands in `launches.py`.
+"""
+
+import argparse
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from boxgrpo.bench.step_bench.cases import MODELS, StepCase, make_config
+from boxgrpo.bench.step_bench.launches import Counts, LaunchCounter
+from boxgrpo.kernels import LossOptions
+from boxgrpo.model.batch import Group, Prompt, pack_groups, plan_packs
+from boxgrpo.model.decoder import mrope_position_ids
+from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.generate import prefill
+from boxgrpo.trainer.grpo import logps, policy_loss
+from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.rollout.local import embed_images
+from boxgrpo.trainer.runtime.ranks import run_as_script
+
+PUBLISHED = ("2B", "7B")
+WORDS = 72  # of a prompt's tokens, those of no image
+GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>) }
+"""
+
+
+class PublishedIds:
+    """The ids of Qwen2's special tokens, which a config needs."""
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        return list(range(151_643, 151_643 + len(tokens)))
+
+    def __len__(self) -> int:
+        return 151_657
+
+
+def published_case(model: str) -> StepCase:
+    return StepCase(model, prompts=16, side=(448, 896), tokens=256, dtype="bfloat16")
+
+
+def fake_cuda() -> None:
+    """Let fake tensors be on CUDA in this process, where no GPU is. It is of no other use afterwards.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+    if torch.cuda.is_available():
+        return
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "guard.so"
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        command += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
+        try:
+            subprocess.run(command, input=GUARD, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"a device guard for fake CUDA tensors needs g++ ({error}). Install it.") from error
+        torch.ops.load_library(library)
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda index: index
+    torch._C._set_only_lift_cpu_tensors(True)
+
+
+def make_groups(case: StepCase, config, fake) -> list[Group]:
+    """Prompts as the processor makes them, their pixels fake."""
+    grids = case.grids[: case.images]
+    tokens = (grids.prod(1) // config.vision_config.spatial_merge_size**2).tolist()
+    images = [torch.tensor([config.vision_start_token_id, *[config.image_token_id] * n]) for n in tokens]
+    ids = torch.cat([*images, torch.zeros(WORDS, dtype=torch.int64)])
+    positions = mrope_position_ids(ids, grids, image_token_id=config.image_token_id)
+    patches = int(grids.prod(1).sum())
+    with fake:
+        pixels = torch.empty(patches, 1176)
+    return [Group(Prompt(ids, positions, pixels, grids), serial=i) for i in range(case.prompts)]
+
+
+def count_phases(case: StepCase) -> dict[str, Counts]:
+    """Counts by phase: "decode" is one token of all completions, "pack" the way of the packs to the GPU.
+
+    Raises:
+        ValueError: as `fake_cuda`.
+    """
+    fake_cuda()
+    config, o = make_config(MODELS[case.model], PublishedIds()), GrpoOptions()
+    with torch.device("meta"):
+        model = Qwen2VL(config).to(getattr(torch, case.dtype))
+    with LaunchCounter().counting() as counter:
+        model.to_empty(device="cuda").freeze_vision()
+        groups, found = make_groups(case, config, counter.fake), {}
+
+        def phase(name: str, times: int = 1) -> None:
+            counter.counts = found.setdefault(name, Counts())
+            counter.counts.times = times
+
+        phase("vision")
+        groups = embed_images(model, groups)
+        phase("prefill")
+        sizes = {"num_generations": case.generations, "max_completion_length": case.tokens}
+        decoding = prefill(model, groups, eos_token_ids=[0, 1], **sizes)
+        sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "seed": o.seed}
+        sampling["forbidden"] = torch.arange(6, device="cuda")
+        with torch.no_grad():
+            decoding.next_token(advance=False, **sampling)
+            phase("decode")
+            decoding.next_token(**sampling)
+        completions = [torch.zeros(case.tokens, dtype=torch.int64)] * case.generations
+        scored = {"advantages": torch.zeros(case.generations, device="cuda"), "weight": torch.ones((), device="cuda")}
+        groups = [replace(group, completions=completions, **scored) for group in groups]
+        sizes = [len(g.prompt.input_ids) + case.generations * case.tokens for g in groups]
+        denominator = torch.ones((), device="cuda")
+        # Packs of as many groups are alike: one of them is counted as often as there are.
+        for n, times in Counter(map(len, plan_packs(sizes, o.tokens_per_pass))).items():
+            phase("pack", times)
+            pack = pack_groups(groups[:n], image_token_id=config.image_token_id).to("cuda")
+            phase("reference", times)
+            with torch.no_grad():
+                pack = replace(pack, ref_logps=model(pack, partial(logps, pack, o.temperature)))
+            phase("policy_forward", times)
+            model(pack, partial(policy_loss, o, LossOptions(beta=o.beta, denominator=denominator), pack))
+    return found
+
+
+def table(name: str, counts: Counts, operators: int) -> str:
+    """A phase's totals, the operators that move most, and where it waits or mixes."""
+    launches, moved = counts.launches, counts.moved
+    lines = [f"{name:<32}{launches.total():>9,} launches{moved.total() / 1e9:>12,.2f} GB"]
+    for operator, size in moved.most_common(operators):
+        lines.append(f"  {operator:<30}{launches[operator]:>9,}{size / 1e9:>21,.3f}")
+    for word, places in (("waits", counts.waits), ("mixes", counts.mixes)):
+        lines += [f"  {word} {times} x {where}" for where, times in places.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=PUBLISHED)
+    parser.add_argument("--operators", type=int, default=0, help="operators to list of each phase")
+    o = parser.parse_args()
+    for model in o.model:
+        case = published_case(model)
+        print(case.name)
+        for name, counts in count_phases(case).items():
+            print(table(name, counts, o.operators))
+
+
+if __name__ == "__main__":
+    run_as_script(main, "dry_run.py")

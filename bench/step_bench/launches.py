@@ -1,0 +1,147 @@
+"""Counts what code launches on fake CUDA tensors and the bytes that it moves, and finds where the host would wait.
+
+A fake tensor has shape, dtype and device, but no values. Each operator that torch dispatches to a GPU is one launch,
+unless it returns views or only allocates; so is each Triton kernel. A launch moves all tensors that it reads and all
+that it writes, once, except that
+
+- an operator that selects rows reads as many bytes as it returns, one that writes rows in place writes those alone;
+- a copy or a fill does not read what it overwrites;
+- a dimension of stride 0 is one element.
+
+So bytes are upper bounds: caches are not modelled, and attention counts keys that are masked or beyond `seqused_k`.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = tuple(str(ROOT / room) for room in ("kernels", "model", "trainer", "bench"))
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
+SELECT = {"embedding", "index_select", "index", "gather"}
+WRITE_ROWS = {"index_copy_", "index_put_", "index_fill_", "scatter_"}
+OVERWRITE = {"copy_", "fill_", "zero_"}
+COPY = {"_to_copy", "copy_"}
+# The host needs the values, or the size of the result depends on them.
+WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
+STAGED = 1 << 16  # bytes of pageable memory from which the host waits even for a copy that does not block
+IN_PLACE = {"_triton_rope"}  # Triton kernels that write all that they read
+
+
+@dataclass
+class Counts:
+    """Of a phase, by the name of an operator or kernel; waits and mixes by "operator in FILE FUNCTION" of ours."""
+
+    launches: Counter = field(default_factory=Counter)
+    moved: Counter = field(default_factory=Counter)  # bytes
+    waits: Counter = field(default_factory=Counter)  # times that the host waits for the GPU
+    mixes: Counter = field(default_factory=Counter)  # operators on several floating dtypes, and casts of whole weights
+
+    times: int = 1  # as which each counts
+
+    def add(self, name: str, moved: int) -> None:
+        self.launches[name] += self.times
+        self.moved[name] += self.times * moved
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes of a tensor's distinct elements."""
+    sizes = (n if step else min(n, 1) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.itemsize * torch.Size(sizes).numel()
+
+
+def running_function() -> str:
+    """The file and the name of the function of ours that runs."""
+    frame = sys._getframe(1)
+    while frame and (frame.f_code.co_filename == __file__ or not frame.f_code.co_filename.startswith(PRODUCT)):
+        frame = frame.f_back
+    if frame is None:
+        return "elsewhere"
+    code = frame.f_code
+    return f"{Path(code.co_filename).relative_to(ROOT)} {code.co_qualname.partition('.<locals>')[0]}"
+
+
+class LaunchCounter(TorchDispatchMode):
+    """While it is active, tensors on CUDA are fake and those on the host real. Operators of ours count as what they
+    launch. `counts` receives all of it until another takes its place.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake, self.counts = FakeTensorMode(allow_non_fake_inputs=True), Counts()
+
+    @contextmanager
+    def counting(self) -> Iterator["LaunchCounter"]:
+        """Active, with Triton kernels counted in the place of their launch."""
+        from triton.runtime.jit import JITFunction
+
+        def launch(kernel, *args, **_):
+            tensors = {(x.untyped_storage()._cdata, x.storage_offset()): x for x in args if isinstance(x, Tensor)}
+            times = 2 if kernel.__name__ in IN_PLACE else 1
+            self.counts.add(kernel.__name__, times * sum(map(extent, tensors.values())))
+
+        with patch.object(JITFunction, "run", launch), self:
+            yield self
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        read = {key: value for key, value in kwargs.items() if key != "out"}
+        given = [x for x in tree_leaves((args, read)) if isinstance(x, Tensor)]
+        on_host = torch.device(kwargs.get("device") or "cpu").type == "cpu"
+        if func.namespace == "prim" or (on_host and not any(isinstance(x, FakeTensor) for x in given)):
+            return func(*args, **kwargs)
+        if func.namespace in ("boxgrpo", "torch_attn"):
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        self._find_wait(name, given, args, kwargs)
+        with self.fake:
+            out = func(*args, **kwargs)
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(x.is_cuda for x in [*given, *results]):
+            self._count(func, name, given, results)
+        return out
+
+    def _count(self, func, name: str, given: list[Tensor], results: list[Tensor]) -> None:
+        aliases = [r.alias_info for r in func._schema.returns]
+        if not results or name in FREE or all(alias is not None and not alias.is_write for alias in aliases):
+            return
+        dtypes = {x.dtype for x in given if x.is_floating_point() and x.ndim}
+        told = "dtype" in func._overloadname  # the product's accumulator has the dtype that the caller names
+        weight = name in COPY and isinstance(given[-1], Parameter) and results[0].dtype != given[-1].dtype
+        if weight or (len(dtypes) > 1 and name not in COPY and not told):
+            self.counts.mixes[f"{name} in {running_function()}"] += self.counts.times
+        first, *rest = map(extent, {id(x): x for x in given}.values()) if given else (0,)
+        written = sum(map(extent, results))
+        if name in SELECT:
+            first = written
+        elif name in WRITE_ROWS:
+            first, written = 0, rest[-1]
+        elif name in OVERWRITE:
+            first = 0
+        self.counts.add(name, first + sum(rest) + written)
+
+    def _find_wait(self, name: str, given: list[Tensor], args, kwargs) -> None:
+        cuda = any(x.is_cuda for x in given)
+        waits = name in WAIT or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+        waits |= name in ("index", "index_put_") and any(x.dtype == torch.bool for x in given[1:])
+        waits &= cuda
+        if name in COPY:
+            source = given[-1]
+            target = given[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
+            if target.type != source.device.type:
+                blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
+                waits = blocks or target.type == "cpu" or extent(source) > STAGED
+        if waits:
+            self.counts.waits[f"{name} in {running_function()}"] += self.counts.times

@@ -1,0 +1,112 @@
+"""What a step of the published models launches, moves and waits for on a GPU, counted on fake CUDA tensors.
+
+Vision, prefill, a token of decoding, reference and policy forward; autograd's engine, and so the backward pass, does
+not run on fake devices.
+"""
+
+import shutil
+from collections import Counter
+
+import pytest
+
+from boxgrpo.bench.processes import run_isolated
+from boxgrpo.kernels.dispatch import interpreting
+from counted import count_everything
+
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="Triton's interpreter takes the kernels' place"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here"),
+]
+
+# Launches and GB at most; 16 prompts of 4 images, 8 completions of 256 tokens. "decode" is one token. Lower them.
+CAPS = {
+    "2B": {
+        "vision": (780, 1070),
+        "prefill": (1650, 190),
+        "decode": (1600, 12),
+        "pack": (90, 0.5),
+        "reference": (3300, 460),
+        "policy_forward": (3400, 540),
+    },
+    "7B": {
+        "vision": (780, 1070),
+        "prefill": (1650, 420),
+        "decode": (1600, 33.5),
+        "pack": (90, 1.0),
+        "reference": (3300, 1000),
+        "policy_forward": (3400, 1140),
+    },
+}
+# Times that the host may wait, by phase. All of them are copies of host memory that is not pinned, before the phase
+# has queued much: they are to become fewer.
+WAITS = {
+    "vision": {
+        "_to_copy in model/families/qwen2_vl.py PatchProjection.forward": 1,
+        "_to_copy in model/families/qwen2_vl.py VisionTower.forward": 2,
+    },
+    "prefill": {
+        "_to_copy in model/batch.py PackedBatch.to": 4,
+        "_to_copy in model/attention.py DecodeCache.__init__": 1,
+        "_to_copy in model/generate.py prefill": 3,
+    },
+    "pack": {"_to_copy in model/batch.py PackedBatch.to": 17},
+}
+PHASES = [(model, phase) for model, caps in CAPS.items() for phase in caps]
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return run_isolated(count_everything)
+
+
+@pytest.mark.parametrize(("model", "phase"), PHASES)
+def test_a_phase_keeps_its_caps(counted, model, phase):
+    found, (launches, gigabytes) = counted[model][phase], CAPS[model][phase]
+    assert found.launches.total() <= launches, found.launches.most_common(10)
+    assert found.moved.total() / 1e9 <= gigabytes, found.moved.most_common(10)
+
+
+@pytest.mark.parametrize(("model", "phase"), PHASES)
+def test_the_host_does_not_wait(counted, model, phase):
+    assert not counted[model][phase].waits - Counter(WAITS.get(phase, {}))
+
+
+@pytest.mark.parametrize(("model", "phase"), PHASES)
+def test_dtypes_do_not_mix(counted, model, phase):
+    """No operator takes floats of two dtypes, and no weight is cast as a whole; two devices would raise."""
+    assert not counted[model][phase].mixes
+
+
+def test_every_phase_runs(counted):
+    assert all(counted[model].keys() == caps.keys() for model, caps in CAPS.items())
+    decode = counted["7B"]["decode"].launches
+    assert decode["_flash_attention_forward"] or decode["bmm"]
+    assert counted["7B"]["prefill"].launches["_flash_attention_forward"] == 28  # not SDPA's padded buckets
+    assert counted["7B"]["policy_forward"].launches["fused_kernel"]
+
+
+BYTES = {
+    "views": (0, 0),
+    "sum": (1, 64 + 64),
+    "sum in place": (1, 64 + 64),
+    "expanded": (1, 16 + 64),
+    "fill": (1, 64),
+    "rows read": (1, 3 * 16 + 3 * 8 + 3 * 16),
+    "rows written": (1, 16 + 8 + 16),
+    "product": (1, 64 + 64 + 4 * 4 * 4),
+    "kept on the host": (0, 0),
+    "two dtypes": (1, 64 + 128 + 128),
+}
+
+
+@pytest.mark.parametrize("snippet", BYTES)
+def test_launches_and_bytes_are_counted(counted, snippet):
+    found = counted["snippets"][snippet]
+    assert (found.launches.total(), found.moved.total()) == BYTES[snippet]
+
+
+def test_waits_and_mixes_are_found(counted):
+    found = counted["snippets"]
+    waiting = {"to the host", "from the host", "from the host, not blocking, large", "a list", "a value", "a mask"}
+    assert {name for name, counts in found.items() if counts.waits} == waiting
+    assert {name for name, counts in found.items() if counts.mixes} == {"two dtypes", "a weight's cast"}

@@ -1,0 +1,47 @@
+"""What tests/bench/test_dry_run.py measures, in a process of its own: fake CUDA tensors change torch for good."""
+
+import contextlib
+
+import torch
+
+from boxgrpo.bench.step_bench.dry_run import PUBLISHED, count_phases, fake_cuda, published_case
+from boxgrpo.bench.step_bench.launches import Counts, LaunchCounter
+
+
+def count_everything() -> dict[str, dict[str, Counts]]:
+    return {"snippets": count_snippets()} | {model: count_phases(published_case(model)) for model in PUBLISHED}
+
+
+def count_snippets() -> dict[str, Counts]:
+    """The counts of each snippet below."""
+    fake_cuda()
+    found = {}
+    with LaunchCounter().counting() as counter:
+        x, wide = torch.zeros(4, 8, dtype=torch.bfloat16, device="cuda"), torch.zeros(4, 8, device="cuda")
+        ids, small, large = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.zeros(8), torch.zeros(1 << 17)
+        weight, out = torch.nn.Parameter(x), torch.empty(4, 4, device="cuda")
+        snippets = {
+            "views": lambda: torch.empty_like(x).view(2, 16).t()[:1],
+            "sum": lambda: x + x,
+            "sum in place": lambda: x.add_(1),
+            "expanded": lambda: x[:1].expand(4, 8) + 1,
+            "fill": lambda: x.zero_(),
+            "rows read": lambda: x[ids],
+            "rows written": lambda: x.index_copy_(0, ids[:1], x[:1]),
+            "product": lambda: torch.mm(x, x.t(), out=out, out_dtype=torch.float32),
+            "kept on the host": lambda: small.tolist(),
+            "to the host": lambda: x.cpu(),
+            "from the host": lambda: small.to("cuda"),
+            "from the host, not blocking": lambda: small.to("cuda", non_blocking=True),
+            "from the host, not blocking, large": lambda: large.to("cuda", non_blocking=True),
+            "a list": lambda: torch.tensor([1, 2], device="cuda"),
+            "a value": lambda: int(ids[0]),
+            "a mask": lambda: x[wide > 0],
+            "two dtypes": lambda: x + wide,
+            "a weight's cast": lambda: weight.float(),
+        }
+        for name, snippet in snippets.items():
+            counter.counts = found[name] = Counts()
+            with contextlib.suppress(RuntimeError):  # a fake tensor has no value to return
+                snippet()
+    return found
