@@ -108,7 +108,7 @@ def hf_logits():
 
 
 @pytest.fixture(scope="session")
-def newborn(tmp_path_factory):
+def initial(tmp_path_factory):
     """A checkpoint folder: tiny, random weights, a vocabulary of answers, and 8 rows of the head beyond it."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -118,7 +118,7 @@ def newborn(tmp_path_factory):
     from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer
     from boxgrpo.trainer.world.tiny import tiny_config
 
-    folder = tmp_path_factory.mktemp("newborn")
+    folder = tmp_path_factory.mktemp("initial")
     tokenizer = demo_tokenizer(
         [f"Where is it?{THINK_SUFFIX}", "<think>Here.</think><answer>(0, 0), (500, 500)</answer>"]
     )
@@ -138,7 +138,7 @@ def drawn_world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(drawn_world, tmp_path_factory):
-    """A module's own copy of a folder with a small drawn world, a newborn model for it, and `sft/`, a cold start."""
+    """A module's own copy of a folder with a small drawn world, an initial model for it, and `sft/`, a cold start."""
     return shutil.copytree(drawn_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
 
 

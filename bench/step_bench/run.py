@@ -192,7 +192,7 @@ def run(cases: list[StepCase], peers: Sequence[str], plan: Plan, tokenizer, meas
 
     Args:
         peers: sides beside ours; those that are not installed are skipped.
-        measured: the machine's ceilings, as `limits` measures them.
+        measured: the machine's ceilings, as `ceilings` measures them.
     """
     result, known = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}, {}
     peers = [name for name in peers if name not in result["skipped"]]

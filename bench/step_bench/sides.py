@@ -119,7 +119,7 @@ class Measurement:
             spans.listeners.remove(self)
 
     def whole_steps(self) -> list[dict[str, float]]:
-        """The last one begins as the run ends and is none."""
+        """All steps but the last entry, which begins when the last step ends and covers the end of the run."""
         return [dict(step) for step in self.steps[:-1]]
 
     def side(self, prompt_tokens: float, **settings) -> Side:
@@ -194,7 +194,7 @@ def prompt_tokens_logged(lines: list[dict], case: StepCase) -> float:
 def ours(case: StepCase, folder: Path, steps: int, *, waits: bool = False) -> Side:
     """`grpo.train` as it is, its spans on this clock."""
     m = Measurement(waits=waits)
-    # A GPU's steps look at the next one's images, the last at none: it is one more, and is not counted.
+    # On a GPU one more step is run, and not counted: its images are embedded during the last counted one.
     ahead = torch.cuda.is_available()
     hooks = benchmark_hooks(case, model_loaded=m.model_loaded, **({} if ahead else {"write_model": m.begin_step}))
     with tempfile.TemporaryDirectory() as out, join_ranks() as r, m.listening():

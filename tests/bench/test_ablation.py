@@ -102,14 +102,14 @@ def test_a_run_that_failed_is_begun_again_and_one_that_has_ended_is_not(ended, m
     assert (first["settings"]["world"], first["settings"]["data"]) == ({"seed": 0}, "coordinates.json")
 
 
-def test_scores_are_kept_for_the_same_model_and_questions_only(tmp_path, newborn):
+def test_scores_are_kept_for_the_same_model_and_questions_only(tmp_path, initial):
     world = ablation.draw(tmp_path, 0, cold_start=0, train=0, held_out=10)
-    scored = ablation.score(world, "held_out", newborn, tmp_path / "scored")
+    scored = ablation.score(world, "held_out", initial, tmp_path / "scored")
     evaluated = (tmp_path / "scored/eval/results.json").stat().st_mtime_ns
     assert set(scored) >= {"mean", *TASKS, "level 0", "format"}
-    assert ablation.score(world, "held_out", newborn, tmp_path / "scored") == scored
+    assert ablation.score(world, "held_out", initial, tmp_path / "scored") == scored
     assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns == evaluated
-    ablation.score(world, "held_out_coordinates", newborn, tmp_path / "scored")
+    ablation.score(world, "held_out_coordinates", initial, tmp_path / "scored")
     assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns > evaluated
 
 

@@ -37,13 +37,13 @@ def pair(images):
 
 
 @pytest.fixture(scope="session")
-def certain(newborn, images, pair, tmp_path_factory):
+def certain(initial, images, pair, tmp_path_factory):
     """A checkpoint that has learned by heart to give ANSWER to QUESTION, about the pair or the small image."""
     folder = tmp_path_factory.mktemp("certain")
     turns = [{"role": "user", "content": QUESTION + THINK_SUFFIX}, {"role": "assistant", "content": ANSWER}]
     records = [{"images": list(map(str, shown)), "messages": turns} for shown in (pair, [images["small"]])]
     (folder / "records.json").write_text(json.dumps(records))
-    values = {"model": str(newborn), "data": str(folder / "records.json"), "output_dir": str(folder / "run")}
+    values = {"model": str(initial), "data": str(folder / "records.json"), "output_dir": str(folder / "run")}
     learning = {"max_steps": 60, "train_batch_size": len(records), "learning_rate": 5e-3}
     sft.train(SftOptions(**values, **learning, dataloader_num_workers=0), Ranks())
     return folder / "run"

@@ -19,7 +19,7 @@ UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
 
 
 def make_world(root: Path) -> Path:
-    """A small drawn world, a newborn model for it, and `sft/`: enough of a cold start to write boxes now and then."""
+    """A small drawn world, an initial model for it, and `sft/`: enough of a cold start to write boxes now and then."""
     options = recipe.DemoOptions(output_dir=str(root), levels="0", cold_start=32, train=48, held_out=8)
     recipe.draw_world(options)
     recipe.make_initial_checkpoint(options)
@@ -58,9 +58,9 @@ def sft_options(world: Path, name: str, **changes) -> SftOptions:
     return SftOptions(**values | changes)
 
 
-def eval_options(newborn, record_file, **changes) -> EvalOptions:
+def eval_options(initial, record_file, **changes) -> EvalOptions:
     """A short evaluation of `record_file` into eval/ beside it."""
-    values = {"model": str(newborn), "data": str(record_file), "output_dir": str(record_file.parent / "eval")}
+    values = {"model": str(initial), "data": str(record_file), "output_dir": str(record_file.parent / "eval")}
     values |= {"max_completion_length": 6, "dataloader_num_workers": 0, "min_pixels": 784, "max_pixels": 9408}
     return EvalOptions(**values | changes)
 

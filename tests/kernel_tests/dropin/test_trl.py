@@ -229,7 +229,7 @@ class Ours:
         return logps.detach() + self.sign * (logps - logps.detach()), *rest
 
 
-def test_grpo_trainer_runs_on_ours(newborn, tmp_path):
+def test_grpo_trainer_runs_on_ours(initial, tmp_path):
     """With images: losses, gradient norms, KL and entropy are its own; with our gradient broken they move."""
     from datasets import Dataset
     from PIL import Image
@@ -237,8 +237,8 @@ def test_grpo_trainer_runs_on_ours(newborn, tmp_path):
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    tokenizer = AutoTokenizer.from_pretrained(newborn)
-    processor = ImagesOnly(Qwen2VLImageProcessorPil.from_pretrained(newborn), tokenizer, tokenizer.chat_template)
+    tokenizer = AutoTokenizer.from_pretrained(initial)
+    processor = ImagesOnly(Qwen2VLImageProcessorPil.from_pretrained(initial), tokenizer, tokenizer.chat_template)
     images = [Image.new("RGB", (56, 56), color) for color in ("red", "blue", "green", "white")]
     prompt = [{"role": "user", "content": "Where is it?"}]
     options = trl.GRPOConfig(
@@ -264,7 +264,7 @@ def test_grpo_trainer_runs_on_ours(newborn, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(utils, "_ChunkedLogProbFunction", function)
             trainer = trl.GRPOTrainer(
-                str(newborn),
+                str(initial),
                 lambda completions, **_: [float(len(completion[0]["content"])) for completion in completions],
                 options,
                 train_dataset=Dataset.from_list([{"prompt": prompt, "image": image} for image in images]),

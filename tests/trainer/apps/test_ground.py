@@ -56,9 +56,9 @@ def test_json_is_all_that_stands_on_standard_output(certain, pair, tmp_path, cap
     assert Image.open(output).format == "JPEG"
 
 
-def test_without_a_box_the_status_is_3_and_the_picture_has_none(newborn, images, tmp_path, capsys):
+def test_without_a_box_the_status_is_3_and_the_picture_has_none(initial, images, tmp_path, capsys):
     output = tmp_path / "g.png"
-    flags = [*command(newborn, images["one"]), f"--output={output}", "--max_completion_length=20"]
+    flags = [*command(initial, images["one"]), f"--output={output}", "--max_completion_length=20"]
     with pytest.raises(SystemExit) as end:
         ground.main([*flags, "Where is it?"])
     assert end.value.code == 3
@@ -75,7 +75,7 @@ def test_pixels_are_those_of_the_file_where_a_small_image_was_enlarged(grounder,
     assert (asked.sizes, answer.box) == (((20, 10),), (2.5, 2.5, 10.0, 7.5))
 
 
-@pytest.mark.parametrize("who", ["certain", "newborn"])
+@pytest.mark.parametrize("who", ["certain", "initial"])
 def test_the_answer_token_by_token_is_that_of_a_batch(who, pair, request):
     g = loaded(request.getfixturevalue(who), max_completion_length=40)
     asked = g.prepare(QUESTION, pair)
@@ -175,30 +175,30 @@ def test_a_question_without_quotes_is_refused(capsys):
         (["--serve", "--port=70000"], r"port is 70000; it must be 0 to 65535"),
     ],
 )
-def test_a_question_that_does_not_fit_is_refused_by_name(newborn, images, tmp_path, monkeypatch, flags, says):
+def test_a_question_that_does_not_fit_is_refused_by_name(initial, images, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.png").write_text("no picture")
     names = {"one": images["one"], "notes": tmp_path / "notes.png"}
     with pytest.raises(ValueError, match=says):
-        ground.main([f"--model={newborn}", *(flag.format(**names) for flag in flags)])
+        ground.main([f"--model={initial}", *(flag.format(**names) for flag in flags)])
     assert not (tmp_path / "grounded.png").exists()
 
 
 @pytest.mark.parametrize("broken", ["config.json", "tokenizer.json", "model.safetensors", "preprocessor_config.json"])
-def test_a_broken_checkpoint_is_refused_by_name(newborn, tmp_path, broken):
+def test_a_broken_checkpoint_is_refused_by_name(initial, tmp_path, broken):
     """Whichever of its files was cut in half."""
-    folder = shutil.copytree(newborn, tmp_path / "broken")
+    folder = shutil.copytree(initial, tmp_path / "broken")
     whole = (folder / broken).read_bytes()
     (folder / broken).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"model is .*broken; it cannot be loaded \(.*--model"):
         loaded(folder)
 
 
-def test_the_command_fails_without_a_traceback(newborn, tmp_path, monkeypatch, capsys):
+def test_the_command_fails_without_a_traceback(initial, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SystemExit) as end:
-        run_as_script(lambda: ground.main([*command(newborn, "cut.png"), "Where?"]), "ground.py")
+        run_as_script(lambda: ground.main([*command(initial, "cut.png"), "Where?"]), "ground.py")
     shown = capsys.readouterr()
     assert end.value.code == 1 and shown.out == "" and shown.err.startswith("ground.py: cut.png cannot be opened")
     assert not (tmp_path / "grounded.png").exists()

@@ -58,12 +58,12 @@ def test_a_file_without_records_is_refused(tmp_path, capsys):
         inspect_data.main([str(tmp_path / "data.json")])
 
 
-def test_lengths_are_those_of_the_prompts(records, newborn, capsys):
+def test_lengths_are_those_of_the_prompts(records, initial, capsys):
     """In tokens, the images' included, by their headers alone."""
     limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16}
     flags = [f"--{k}={v}" for k, v in limits.items()]
-    found = found_in(capsys, records, "--model", newborn, *flags)["lengths"]
-    processor = Processor.from_pretrained(newborn, **limits)
+    found = found_in(capsys, records, "--model", initial, *flags)["lengths"]
+    processor = Processor.from_pretrained(initial, **limits)
     examples, _ = read_examples(records)
     lengths = sorted(len(processor.prompt(examples[i]).input_ids) for i in range(4))
     assert found["unit"] == "tokens" and found["measured"] == 4 and found["prompts"]["max"] == lengths[-1]

@@ -104,10 +104,10 @@ def test_a_person_asks_about_two_images_and_sees_reasoning_box_and_picture(brows
     assert all(url.startswith((f"{address}/", *held)) for url in requests), requests
 
 
-def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browser, newborn, pair, tmp_path):
+def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browser, initial, pair, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page = new_page(browser)
-    page.goto(serving(newborn, "--max_completion_length=5"))
+    page.goto(serving(initial, "--max_completion_length=5"))
     page.set_input_files("#files", str(pair[0]))
     page.fill("#question", "Where?")
     page.click("#ask")
@@ -123,9 +123,9 @@ def test_the_page_says_when_there_is_no_box_and_why_a_question_is_refused(browse
     page.close()
 
 
-def test_a_visitor_who_leaves_ends_the_question(newborn, pair):
-    """Else a page closed over a long answer would keep everybody waiting; the newborn's never ends by itself."""
-    url = serving(newborn, "--max_completion_length=100000") + "/ask"
+def test_a_visitor_who_leaves_ends_the_question(initial, pair):
+    """Else a page closed over a long answer would keep everybody waiting; this model's answer never ends by itself."""
+    url = serving(initial, "--max_completion_length=100000") + "/ask"
     form = {"data": {"question": "Where?"}, "files": {"image": pair[0].read_bytes()}}
     ask = functools.partial(httpx2.stream, "POST", url, timeout=30, **form)
     with ask() as first:

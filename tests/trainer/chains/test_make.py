@@ -29,7 +29,7 @@ def test_each_request_shows_question_box_and_images(server, options):
         assert small.size == {0: (60, 80), 1: (28, 56)}.get(k % 3) or 8000 < small.width * small.height <= 9000
 
 
-def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(server, options, newborn):
+def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(server, options, initial):
     server.behave = lambda seen: Reply("2 is the clearest. Best: 2") if seen.kind == "judge" else well(seen)
     o = options(4)
     summary = make_cold_start(o)
@@ -38,7 +38,7 @@ def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(serv
     chosen = {seen.question: seen.replies[1] for seen in server.of("judge")}
     examples, faults = read_examples(f"{o.output_dir}/cold_start.json")
     assert not faults and [e.question.count("<image>") for e in examples] == [2] * 4
-    processor = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000)
+    processor = Processor.from_pretrained(initial, min_pixels=784, max_pixels=50_000)
     for example, source, made in zip(examples, read_examples(o.data)[0], written(o), strict=True):
         assert (example.images, example.gold, example.id) == (source.images, source.gold, source.id)
         assert example.turns[1] == ("assistant", chosen[source.question])

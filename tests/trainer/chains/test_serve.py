@@ -22,12 +22,12 @@ QUESTION, GOLD = "Where is the cup of the first image?", (100, 200, 300, 400)
 
 
 @pytest.fixture
-def served(newborn, tmp_path):
+def served(initial, tmp_path):
     """The address of `transformers serve` with that checkpoint."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = Path(__file__).resolve().parents[2] / "shared/serve_images_only.py"
-    command = [sys.executable, str(script), "serve", str(newborn), "--device", "cpu"]
+    command = [sys.executable, str(script), "serve", str(initial), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
 
     def answers():
@@ -46,14 +46,14 @@ def served(newborn, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_served_qwen2_vl_gets_prompt_and_images_as_our_processor_makes_them(served, newborn, tmp_path, monkeypatch):
+def test_a_served_qwen2_vl_gets_prompt_and_images_as_our_processor_makes_them(served, initial, tmp_path, monkeypatch):
     """By the tokens that it counts; and its answers are kept."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     for name in ("a.png", "b.png"):
         Image.effect_noise((56, 56), 60).convert("RGB").save(tmp_path / name)
     images = {"images": ["a.png", "b.png"]}
     (tmp_path / "data.json").write_text(json.dumps([images | {"question": QUESTION, "answer": GOLD}]))
-    o = CotOptions(base_url=served, model=str(newborn), data=str(tmp_path / "data.json"), output_dir=str(tmp_path))
+    o = CotOptions(base_url=served, model=str(initial), data=str(tmp_path / "data.json"), output_dir=str(tmp_path))
     o.max_tokens, o.tries, o.timeout = 64, 1, 60.0
     summary = make_cold_start(o)
     assert summary["answers"] == {"chain": 3, "judge": 0} and not summary["failed_requests"], summary
@@ -62,6 +62,6 @@ def test_a_served_qwen2_vl_gets_prompt_and_images_as_our_processor_makes_them(se
     turns = [{"role": "user", "content": request}, {"role": "assistant", "content": "?"}]
     (tmp_path / "chat.json").write_text(json.dumps([images | {"messages": turns}]))
     ((chat,), _) = read_examples(tmp_path / "chat.json")
-    made = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000).prompt(chat)
+    made = Processor.from_pretrained(initial, min_pixels=784, max_pixels=50_000).prompt(chat)
     assert summary["tokens"]["chain"]["in"] == 3 * len(made.input_ids)
     assert make_cold_start(o) == summary  # all from the journal

@@ -39,8 +39,8 @@ def real(shared, tmp_path_factory):
     tokenizer = qwen2_tokenizer(shared / "data/qwen2_tokenizer/merges.txt")
     special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))))
     config = tiny_config(151_936, special, hidden_size=64, layers=2, vision_width=64)
-    save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(0)), root / "newborn")
-    Processor(tokenizer, Qwen2VLImageProcessorPil(), **LIMITS).save_pretrained(root / "newborn")
+    save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(0)), root / "initial")
+    Processor(tokenizer, Qwen2VLImageProcessorPil(), **LIMITS).save_pretrained(root / "initial")
 
     benchmark = shared / "data/mig_bench/with_images.json"
     (record,) = json.loads(benchmark.read_text())
@@ -55,7 +55,7 @@ def real(shared, tmp_path_factory):
         return kind(**values, image_root=str(benchmark.parent), dataloader_num_workers=0, **changes)
 
     learning = {"train_batch_size": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    sft.train(options(SftOptions, "newborn", root / "stage1.json", "sft", max_steps=30, **learning), Ranks())
+    sft.train(options(SftOptions, "initial", root / "stage1.json", "sft", max_steps=30, **learning), Ranks())
     step = {"prompts_per_step": 1, "num_generations": 4, "max_completion_length": 48, "learning_rate": 1e-5}
     grpo.train(options(GrpoOptions, "sft", root / "stage2.json", "grpo", max_steps=2, **step), Ranks())
     evaluate(options(EvalOptions, "grpo", benchmark, "eval", max_completion_length=48), Ranks())
@@ -89,7 +89,7 @@ def test_evaluation_finds_the_box_and_draws_it(real, shared):
 
 
 @pytest.mark.parametrize("loop", ["sft", "grpo"])
-def test_bad_records_cost_only_themselves(newborn, tmp_path, caplog, loop):
+def test_bad_records_cost_only_themselves(initial, tmp_path, caplog, loop):
     """One epoch a step, two steps: every bad record is met twice, counted and named once, and every step is full."""
     Image.effect_noise((84, 56), 60).convert("RGB").save(tmp_path / "plain.png")
 
@@ -109,7 +109,7 @@ def test_bad_records_cost_only_themselves(newborn, tmp_path, caplog, loop):
     }
     records = [record(), record(), *bad.values()]
     (tmp_path / "records.json").write_text(json.dumps(records))
-    values = {"model": str(newborn), "data": str(tmp_path / "records.json"), "output_dir": str(tmp_path / "run")}
+    values = {"model": str(initial), "data": str(tmp_path / "records.json"), "output_dir": str(tmp_path / "run")}
     values |= {"max_steps": 2, "dataloader_num_workers": 0}
     if loop == "sft":
         sft.train(SftOptions(**values, train_batch_size=len(records), cutoff_len=300), Ranks())

@@ -223,7 +223,7 @@ def test_under_zero3_lost_memory_ends_the_run(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_ranks_without_anything_to_train_run_the_same_steps(world, tmp_path, stage):
-    """A newborn model's rewards are all 0: without KL no group of any rank has a gradient."""
+    """An initial model's rewards are all 0: without KL no group of any rank has a gradient."""
     changes = {"model": str(world / "initial"), "beta": 0.0, "engine": "deepspeed", "zero_stage": stage}
     finish(start(GRPO, grpo_options(world, "", **changes, output_dir=str(tmp_path))))
     assert [m["loss"] for m in lines(tmp_path)] == [0, 0]

@@ -21,10 +21,10 @@ OPTIONS = EvalOptions(eval_batch_size=64, dataloader_num_workers=0)
 
 
 @pytest.fixture
-def decoder(newborn):
+def decoder(initial):
     """Of at most six tokens."""
-    processor = Processor.from_pretrained(newborn, min_pixels=784, max_pixels=9408)
-    return GreedyDecoder(load_model(newborn), processor, max_completion_length=6)
+    processor = Processor.from_pretrained(initial, min_pixels=784, max_pixels=9408)
+    return GreedyDecoder(load_model(initial), processor, max_completion_length=6)
 
 
 class OneOfTwo(Ranks):

@@ -44,8 +44,8 @@ def answered(folder) -> list[list[int]]:
     return [[json.loads(line)["record"] for line in f.read_text().split("\n")[:-1]] for f in files]
 
 
-def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(newborn, record_file, caplog):
-    summary = evaluate(eval_options(newborn, record_file, bench="mig", eval_batch_size=3, pictures=100), Ranks())
+def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(initial, record_file, caplog):
+    summary = evaluate(eval_options(initial, record_file, bench="mig", eval_batch_size=3, pictures=100), Ranks())
     folder = record_file.parent / "eval"
     results = results_of(folder)
     assert results["summary"] == summary
@@ -60,22 +60,22 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(ne
     assert len(list((folder / "pictures").iterdir())) == 6
 
     (folder / "pictures/0001.png").write_text("not ours")
-    assert evaluate(eval_options(newborn, record_file, limit=2, pictures=1), Ranks())["count"] == 2
+    assert evaluate(eval_options(initial, record_file, limit=2, pictures=1), Ranks())["count"] == 2
     assert answered(folder) == [[0, 1, 3, 4, 5, 6]], "what is answered already is not answered again"
     left = {p.name for p in (folder / "pictures").iterdir()}
     assert left == {"00.png", "0001.png"}, "its own earlier cases go, what it never drew stays"
 
 
-def test_an_evaluation_without_one_image_stops(newborn, record_file, write):
+def test_an_evaluation_without_one_image_stops(initial, record_file, write):
     data = write(json.loads(record_file.read_text())[2:3], "lost.json")
     with pytest.raises(ValueError, match=r"none of the 1 records can be prepared.*2\.png"):
-        evaluate(eval_options(newborn, data), Ranks())
+        evaluate(eval_options(initial, data), Ranks())
 
 
-def test_a_killed_evaluation_is_resumed(newborn, record_file, monkeypatch):
+def test_a_killed_evaluation_is_resumed(initial, record_file, monkeypatch):
     """After two batches it dies, in the middle of a line; then it goes on, and a third run has nothing left to do."""
-    options, folder = eval_options(newborn, record_file, eval_batch_size=2, pictures=0), record_file.parent / "eval"
-    whole = evaluate(eval_options(newborn, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
+    options, folder = eval_options(initial, record_file, eval_batch_size=2, pictures=0), record_file.parent / "eval"
+    whole = evaluate(eval_options(initial, record_file, output_dir=str(record_file.parent / "whole")), Ranks())
     complete = GreedyDecoder.complete
 
     def interrupted(decoder, prompts):
@@ -96,8 +96,8 @@ def test_a_killed_evaluation_is_resumed(newborn, record_file, monkeypatch):
     assert answered(folder) == [[0, 1, 3, 4, 5, 6, 2]]
 
 
-def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, record_file, write, tmp_path, caplog):
-    options = eval_options(newborn, record_file, pictures=0)
+def test_answers_of_another_evaluation_are_refused_or_thrown_away(initial, record_file, write, tmp_path, caplog):
+    options = eval_options(initial, record_file, pictures=0)
     evaluate(options, Ranks())
     records = json.loads(record_file.read_text())
     records[0]["question"] = "Where is the other?"
@@ -108,9 +108,9 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
         ({"data": str(write(records, "other/benchmark.json")), "image_root": str(tmp_path)}, "questions"),
     ):
         with pytest.raises(ValueError, match=rf"eval holds the answers of another evaluation \(other: {named}\)"):
-            evaluate(eval_options(newborn, record_file, **changes), Ranks())
+            evaluate(eval_options(initial, record_file, **changes), Ranks())
     other = tmp_path / "model"
-    shutil.copytree(newborn, other)
+    shutil.copytree(initial, other)
     caplog.clear()
     evaluate(eval_options(other, record_file), Ranks())
     assert "6 answers exist already" in caplog.text, "the same model, wherever it lies"
@@ -126,13 +126,13 @@ def test_answers_of_another_evaluation_are_refused_or_thrown_away(newborn, recor
 
 
 @pytest.mark.slow
-def test_two_killed_processes_resume(newborn, write, tmp_path):
+def test_two_killed_processes_resume(initial, write, tmp_path):
     """SIGKILL for both as soon as some answers are there; afterwards each record has one answer, as one process has."""
     records = []
     for i in range(60):
         Image.effect_noise((56 + 14 * (i % 7), 56), 60).save(tmp_path / f"{i}.png")
         records.append({"task": "diff", "images": [f"{i}.png"], "question": "Where is it?", "answer": [1, 2, 30, 40]})
-    options = eval_options(newborn, write(records, "records.json"), eval_batch_size=1, pictures=0, cases=0)
+    options = eval_options(initial, write(records, "records.json"), eval_batch_size=1, pictures=0, cases=0)
     options.max_completion_length = 24
     folder = tmp_path / "eval"
 
@@ -154,7 +154,7 @@ def test_two_killed_processes_resume(newborn, write, tmp_path):
 CHOICES = {"task": "person_reid", "options": "A: The second image\nB: The third image", "question": "Which is alike?"}
 
 
-def test_multiple_choice_is_scored_by_its_own_module(newborn, write, tmp_path, capsys):
+def test_multiple_choice_is_scored_by_its_own_module(initial, write, tmp_path, capsys):
     """MMIU: by the model, which gives no letter, and with another program's answers."""
     Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.jpg")
     records = [CHOICES | {"input_image_path": ["./a.jpg", "./a.jpg"], "output": letter} for letter in "AB"]
@@ -162,7 +162,7 @@ def test_multiple_choice_is_scored_by_its_own_module(newborn, write, tmp_path, c
     answers = write(["<think>B?</think><answer>A</answer>", "The answer is A."], "answers.json")
 
     def scored(**changes) -> dict:
-        main([*flags(eval_options(newborn, data, bench="mmiu", **changes)), "--json=-"])
+        main([*flags(eval_options(initial, data, bench="mmiu", **changes)), "--json=-"])
         return json.loads(capsys.readouterr().out)
 
     assert scored()["mean"] == 0 and len(results_of(tmp_path / "eval")["answers"]) == 2

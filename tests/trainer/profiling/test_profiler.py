@@ -18,9 +18,9 @@ from runs import lines
 
 
 @pytest.fixture
-def shared(newborn, record_file):
+def shared(initial, record_file):
     """Options of both loops."""
-    files = {"model": str(newborn), "data": str(record_file), "output_dir": str(record_file.parent / "run")}
+    files = {"model": str(initial), "data": str(record_file), "output_dir": str(record_file.parent / "run")}
     return files | {"min_pixels": 784, "max_pixels": 9408, "dataloader_num_workers": 0}
 
 

@@ -11,8 +11,8 @@ SIZES = {7: (), 3: ((56, 56),), 12: ((61, 90), (400, 300)), 5: ((56, 56), (28, 1
 
 
 @pytest.fixture(scope="package")
-def processor(newborn):
-    return Processor.from_pretrained(newborn, min_pixels=784, max_pixels=50_000)
+def processor(initial):
+    return Processor.from_pretrained(initial, min_pixels=784, max_pixels=50_000)
 
 
 @pytest.fixture(scope="package")

@@ -27,8 +27,8 @@ OPTIONS = GrpoOptions(num_generations=3, max_completion_length=12, temperature=1
 
 
 @pytest.fixture(scope="module")
-def model(newborn):
-    return load_model(newborn)
+def model(initial):
+    return load_model(initial)
 
 
 @pytest.fixture(scope="module")

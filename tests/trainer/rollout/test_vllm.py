@@ -16,14 +16,14 @@ from boxgrpo.trainer.rollout.vllm import VllmRollout, request_seed
 
 
 @pytest.fixture(scope="module")
-def options(newborn):
+def options(initial):
     values = {"min_pixels": 784, "max_pixels": 50_000, "num_generations": 3, "max_completion_length": 12}
-    return GrpoOptions(model=str(newborn), rollout="vllm", **values)
+    return GrpoOptions(model=str(initial), rollout="vllm", **values)
 
 
 @pytest.fixture
-def policy(newborn):
-    model = load_model(newborn)
+def policy(initial):
+    model = load_model(initial)
     model.freeze_vision()
     return model
 
@@ -98,9 +98,9 @@ def test_seeds_follow_the_sample_and_lie_apart():
     assert request_seed(42, 7) == 12574737069870113  # of any process
 
 
-def test_what_trains_is_handed_over_under_the_published_names(start, groups, policy, newborn):
+def test_what_trains_is_handed_over_under_the_published_names(start, groups, policy, initial):
     rollout, engine = start()
-    with safe_open(Path(newborn) / "model.safetensors", "pt") as file:
+    with safe_open(Path(initial) / "model.safetensors", "pt") as file:
         published = set(file.keys())
     rollout(policy, groups)
     assert engine.loaded == [{name for name in published if not name.startswith("visual.")}]
