@@ -45,7 +45,7 @@ _ODD, *_MIX32 = (ctypes.c_int32(bits).value for bits in (ODD, *MIX32))
 def sample_tokens_torch(
     logits, seed: int, prompt_ids, completion_ids, positions, temperature: float, top_k: int, top_p: float, forbidden
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `sample_tokens`; in chunks of 16 rows on a CPU, or more where they fit into its cache."""
+    """Arguments and results as `sample_tokens`; in chunks of 16 rows on a CPU, more where they fit into its cache."""
     n, vocabulary = logits.shape
     dtype = accumulation_dtype(logits)
     keys = row_keys(seed, prompt_ids, completion_ids, positions)
