@@ -9,6 +9,7 @@ under `torch.ops.boxgrpo`, which torch.compile traces without a graph break.
 
 from .advantages import group_advantages
 from .boxes import box_iou
+from .decode import add_rms_norm, merge_attention, rotate_into_cache, silu_mul
 from .head import fused_grpo_loss, fused_grpo_loss_from_logits
 from .logps import token_logps, token_logps_from_logits
 from .loss import GrpoStats, LossOptions, grpo_loss
@@ -22,6 +23,7 @@ __all__ = [
     "GrpoStats",
     "LossOptions",
     "VocabularyBytes",
+    "add_rms_norm",
     "box_iou",
     "fused_grpo_loss",
     "fused_grpo_loss_from_logits",
@@ -29,8 +31,11 @@ __all__ = [
     "grounding_rewards_from_ids",
     "group_advantages",
     "grpo_loss",
+    "merge_attention",
     "pack_texts",
+    "rotate_into_cache",
     "sample_tokens",
+    "silu_mul",
     "token_logps",
     "token_logps_from_logits",
 ]

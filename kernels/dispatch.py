@@ -7,6 +7,7 @@ imported when it first runs, or the operator that csrc/ compiles ("extension").
 import functools
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
     """Register the op of the twin `<op>_torch`, with an argument `bool triton` that chooses `<op>_triton`.
 
     Args:
-        schema: arguments and results, without the op's name.
+        schema: arguments and results, without the op's name; `Tensor(a!)` is one that the op changes.
         twin: takes the op's arguments without `triton`, in their order. `<op>_triton` takes the same; it is in the
             module whose name is that of the twin's module and `_triton`.
         fake: returns tensors of the results' shapes and dtypes, for tracing.
@@ -138,7 +139,7 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
     Returns:
         The op, to which an autograd formula may be added, and the plain function that it runs.
     """
-    op, at = twin.__name__.removesuffix("_torch"), schema[: schema.index(")")].split(", ").index("bool triton")
+    op, at = twin.__name__.removesuffix("_torch"), schema.partition(") ->")[0].split(", ").index("bool triton")
     module = f"{twin.__module__}_triton"
 
     def run(*args, **options):
@@ -170,7 +171,8 @@ def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
 
 
 def _define(op: str, schema: str, run: Callable, fake: Callable) -> torch.library.CustomOpDef:
-    defined = torch.library.custom_op(f"boxgrpo::{op}", run, mutates_args=(), schema=schema)
+    changed = re.findall(r"\w!\) (\w+)", schema)
+    defined = torch.library.custom_op(f"boxgrpo::{op}", run, mutates_args=changed, schema=schema)
     defined.register_fake(fake)
     return defined
 

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from . import LossOptions
 from .advantages import DIFFICULTIES, SCALES
 from .advantages_triton import advantages_launch
+from .decode_triton import add_rms_norm_launch, merge_attention_launch, rotate_into_cache_launch, silu_mul_launch
 from .dispatch import Launch
 from .head_triton import fused_launch
 from .logps_triton import gradient_launch, logps_launch
@@ -33,6 +34,7 @@ KERNELS, CUDA_CAPABILITIES = ("score_texts", "score_tokens", "overlap"), (80, 90
 QWEN_2B, QWEN_7B = 151_936, 152_064
 VOCABULARIES = (QWEN_2B, QWEN_7B, 32_000)  # the last one uses the launch table's other row
 N, COMPLETIONS, GROUP = 8192, 128, 8
+DECODERS = ((1536, 2, 8960), (3584, 4, 18944), (8192, 8, 29568))  # width, key heads and inner width of 2B, 7B and 72B
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Logits and their gradients: as a model gives them, and as the head's chunks hold them.
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32))
@@ -129,6 +131,10 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
         groups = (_empty(COMPLETIONS // GROUP) for _ in range(2))
         launch = advantages_launch(rewards, rewards, difficulty, scale, 1e-4, out, *groups)
         yield f"advantages_kernel {difficulty} {scale}", launch
+    shapes = itertools.product(DECODERS, (BF16, FP16, FP32))
+    for sizes, dtype in shapes if every_variant else [(DECODERS[1], BF16)]:
+        for launch in _decode_launches(*sizes, dtype):
+            yield f"{launch.kernel.fn.__name__} H={sizes[0]} {SHORT[dtype]}", launch
 
 
 def _rows(vocabulary: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -157,6 +163,20 @@ def _row_launches(vocabulary, dtype, gradient, every_variant, layout="rows") -> 
     for kind, o in _options(every_variant, levels=("token",)):
         launch = fused_launch(logits, targets, 0.7, _empty(3, N), o, logps, entropy, _empty(5, N), dlogits)
         yield f"fused_kernel {kind}", launch
+
+
+def _decode_launches(width: int, kv_heads: int, inner: int, dtype: torch.dtype, d: int = 128) -> Iterator[Launch]:
+    """Those of decode.py for COMPLETIONS rows, whose arguments are slices of one product's rows."""
+    n, heads = COMPLETIONS, width // d
+    x, total, normed, weight = *(_empty(n, width, dtype=dtype) for _ in range(3)), _empty(width, dtype=dtype)
+    yield add_rms_norm_launch(x, x, weight, 1e-6, total, normed)
+    q, k, v = _empty(n, heads + 2 * kv_heads, d, dtype=dtype).split([heads, kv_heads, kv_heads], 1)
+    turn, at = _empty(n, 1, d, dtype=dtype), _empty(1, dtype=torch.int64)
+    cache, rows = _empty(n, 256, kv_heads, d, dtype=dtype), _empty(n * heads // kv_heads, kv_heads, d, dtype=dtype)
+    yield rotate_into_cache_launch(q, k, v, turn, turn, cache, cache, at, rows)
+    lse, merged = _empty(kv_heads, len(rows)), _empty(n, heads, d, dtype=dtype)
+    yield merge_attention_launch(rows, lse, rows, lse, heads // kv_heads, merged)
+    yield silu_mul_launch(*_empty(n, 2 * inner, dtype=dtype).chunk(2, 1), _empty(n, inner, dtype=dtype))
 
 
 def _options(every_variant: bool, levels: tuple[str, ...]) -> Iterator[tuple[str, LossOptions]]:

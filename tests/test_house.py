@@ -39,11 +39,11 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 3900,
+    "kernels": 4260,
     "model": 1500,
     "trainer": 9900,
-    "bench": 4910,
-    "tests": 15_660,
+    "bench": 5000,
+    "tests": 15_810,
     "trainer/apps": 1070,
     "trainer/chains": 800,
     "trainer/data": 1370,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 21_000  # lines of the first five
+PRODUCT = 21_760  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

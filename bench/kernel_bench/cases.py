@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from boxgrpo.bench.kernel_bench.decode_ops import decode_ops
 from boxgrpo.bench.publish.tables import sizes
 from boxgrpo.kernels import (
     fused_grpo_loss,
@@ -27,7 +28,7 @@ COMPLETION, GROUP = 256, 8  # tokens in a completion, completions of a prompt
 BETA, EPSILON = 0.04, 0.2
 QWEN_2B, QWEN_7B = 151_936, 152_064  # rows of the head
 TOKENS = 151_657  # that the tokenizer has
-TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4}
+TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4, "heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def choose(every: Sequence, only: str | None) -> list:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Steps of 8, 32 and 128 completions at the 2B's and 7B's sizes on a GPU; on a CPU what two cores can run."""
+    """Steps of 8, 32 and 128 completions at the 2B's and 7B's sizes on a GPU; on a CPU what two cores can run.
+
+    The operations of decode.py are a GPU's alone: on a CPU the model decodes without them.
+    """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     for n in (2048, 8192, 32768) if gpu else (512,):
@@ -94,6 +98,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         moved = 4 * (3 * groups * GROUP + 2 * groups)
         flop = 6.0 * groups * GROUP  # two sums; difference, its square, their sum; quotient
         yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
+    if gpu:
+        yield from (Case(*fields) for fields in decode_ops(128, dtype))
 
 
 class Rollout:

@@ -7,12 +7,14 @@ import torch
 
 from boxgrpo.bench.kernel_bench import test_ops
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
+from boxgrpo.bench.kernel_bench.decode_ops import decode_ops
 from boxgrpo.bench.kernel_bench.run import IMPLEMENTATIONS, row, run
 
 
 def test_each_case_computes_what_eager_does():
     """At a small size every implementation that runs here returns eager's loss and gradients."""
-    for case in cases(torch.device("cpu")):
+    decoding = (Case(*fields) for fields in decode_ops(4, torch.float32))
+    for case in (*cases(torch.device("cpu")), *decoding):
         if case.op == "sample_tokens":
             continue  # draws differ
         runs = case.make(case.tiny(), torch.device("cpu"), 0)

@@ -104,6 +104,12 @@ def test_the_ops_pass_opcheck(backend):
         check(ops.sample_tokens, (logits.detach(), 4, *counters(5).values(), 0.7, *filters, triton))
     rewards = torch.rand(2, 4, generator=g).to(DEVICE)
     check(ops.group_advantages, (rewards, rewards, "exp", "group", 1e-4, triton))
+    x, at = torch.randn(4, 2, 8, generator=g).to(DEVICE), torch.ones(1, dtype=torch.int64)
+    keys, turn = torch.zeros(4, 3, 1, 8, device=DEVICE), torch.ones(4, 1, 8, device=DEVICE)
+    check(ops.add_rms_norm, (rewards, rewards, rewards[0], 1e-6, triton))
+    check(ops.silu_mul, (rewards, rewards, triton))
+    check(ops.rotate_into_cache, (x, x[:, :1], x[:, 1:], turn, turn, keys, keys + 1, at.to(DEVICE), triton))
+    check(ops.merge_attention, (x, rewards, x, rewards, 2, triton))
     if not triton:  # the backward ops; the kernel's needs what its forward saved
         ones, head = torch.ones(5), (hidden.detach(), weight.detach(), targets)
         upstream = ones, torch.empty(0), ones, ones  # entropy, state, dlogps, dentropy

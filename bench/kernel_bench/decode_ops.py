@@ -1,0 +1,84 @@
+"""The operations of kernels/decode.py in a layer of the 7B that decodes, beside eager and torch.compile."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from boxgrpo.kernels import add_rms_norm, merge_attention, rotate_into_cache, silu_mul
+
+WIDTH, HEADS, KV, DIM, INNER, SLOTS = 3584, 28, 4, 128, 18_944, 256
+
+
+def decode_ops(n: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int], torch.dtype, float, float, Callable]]:
+    """The fields of each op's `Case`, for a token of n completions."""
+    size = dtype.itemsize
+    moved = size * (4 * n + 1) * WIDTH  # the residual, what is added, their sum, its norm; the weight
+    yield "add_rms_norm", {"n": n, "H": WIDTH}, dtype, moved, 5.0 * n * WIDTH, _sum_and_norm
+    shape = {"n": n, "heads": HEADS, "kv": KV, "d": DIM}
+    moved = size * n * DIM * (2 * HEADS + 4 * KV + 1)  # q, k and v, in and out; a cosine and a sine for each pair
+    yield "rotate_into_cache", shape | {"C": SLOTS}, dtype, moved, 3.0 * n * DIM * (HEADS + KV), _rotation
+    moved = n * HEADS * (3 * size * DIM + 2 * 4)  # two parts, the result; two masses
+    yield "merge_attention", shape, dtype, moved, 3.0 * n * HEADS * DIM, _merged_parts
+    yield "silu_mul", {"n": n, "I": INNER}, dtype, 3 * size * n * INNER, 4.0 * n * INNER, _gated
+
+
+def _drawn(case, device, seed: int, *shapes: tuple[int, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
+    g = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(shape, device=device, dtype=dtype or case.dtype, generator=g) for shape in shapes]
+
+
+def _sides(ours: Callable, eager: Callable, *inputs: Tensor) -> dict[str, Callable[[], object]]:
+    runs = {"boxgrpo": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    return {name: partial(run, *inputs) for name, run in runs.items()}
+
+
+def _sum_and_norm(case, device, seed: int):
+    n, width = case.shape.values()
+
+    def eager(x, delta, weight):
+        total = x + delta
+        return total, F.rms_norm(total, weight.shape, weight, 1e-6)
+
+    return _sides(add_rms_norm, eager, *_drawn(case, device, seed, (n, width), (n, width), (width,)))
+
+
+def _rotation(case, device, seed: int):
+    n, heads, kv, d, slots = case.shape.values()
+    joint, angles, keys, values = _drawn(
+        case, device, seed, (n, heads + 2 * kv, d), (n, 1, d // 2), (n, slots, kv, d), (n, slots, kv, d)
+    )
+    cos, sin = (torch.cat(pair, -1) for pair in ([angles.cos()] * 2, [-angles.sin(), angles.sin()]))
+    at = torch.full((1,), slots // 2, device=device)
+
+    def ours(q, k, v):
+        return rotate_into_cache(q, k, v, cos, sin, keys, values, at), keys, values
+
+    def eager(q, k, v):
+        q, k = (torch.addcmul(x * cos, x.roll(d // 2, -1), sin) for x in (q, k))
+        keys.index_copy_(1, at, k[:, None])
+        values.index_copy_(1, at, v[:, None])
+        return q.view(n, kv, -1, d).transpose(1, 2).reshape(-1, kv, d), keys, values
+
+    return _sides(ours, eager, *joint.split([heads, kv, kv], 1))
+
+
+def _merged_parts(case, device, seed: int):
+    n, heads, kv, d = case.shape.values()
+    repeat = heads // kv
+    a, b = _drawn(case, device, seed, *2 * [(n * repeat, kv, d)])
+    mass_a, mass_b = _drawn(case, device, seed + 1, *2 * [(kv, n * repeat)], dtype=torch.float32)
+
+    def eager(a, mass_a, b, mass_b):
+        whole = torch.logaddexp(mass_a, mass_b)
+        a, b = ((mass - whole).exp().T[..., None] * part for part, mass in ((a, mass_a), (b, mass_b)))
+        return (a + b).to(case.dtype).view(n, repeat, kv, d).transpose(1, 2).reshape(n, heads, d)
+
+    return _sides(partial(merge_attention, repeat=repeat), eager, a, mass_a, b, mass_b)
+
+
+def _gated(case, device, seed: int):
+    (joint,) = _drawn(case, device, seed, (case.shape["n"], 2 * case.shape["I"]))
+    return _sides(silu_mul, lambda gate, up: F.silu(gate) * up, *joint.chunk(2, 1))

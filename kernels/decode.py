@@ -1,0 +1,158 @@
+"""What a decoder layer computes between its products and its attention when completions grow by one token.
+
+Forward only, for sampling. Of n completions each has `heads` query heads and `kv_heads` key heads; `repeat` query heads
+read one key head: head h reads key head h // repeat. Attention gets queries of shape (n * repeat, kv_heads, d): row
+i * repeat + r holds, for each key head, the r-th query head of completion i. Heads and completions that share keys are
+then rows of one segment, and variable-length attention reads each key once for all of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, register, runs_fast
+
+
+def add_rms_norm_torch(x, delta, weight, eps: float) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `add_rms_norm`."""
+    total = x + delta
+    wide = total.to(accumulation_dtype(x))
+    normed = wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt() * weight
+    return total, normed.to(x.dtype)
+
+
+def rotate_into_cache_torch(q, k, v, cos, sin, keys, values, at) -> Tensor:
+    """Arguments and results as `rotate_into_cache`."""
+    (n, kv_heads, d), dtype = k.shape, accumulation_dtype(q)
+    q, k = ((x * cos.to(dtype) + x.roll(d // 2, -1) * sin.to(dtype)).to(x.dtype) for x in (q, k))
+    keys.index_copy_(1, at, k.unsqueeze(1))
+    values.index_copy_(1, at, v.unsqueeze(1))
+    return q.view(n, kv_heads, -1, d).transpose(1, 2).reshape(-1, kv_heads, d)
+
+
+def merge_attention_torch(out_a, lse_a, out_b, lse_b, repeat: int) -> Tensor:
+    """Arguments and results as `merge_attention`."""
+    share = (lse_a - lse_b).sigmoid().T.unsqueeze(2)  # (n * repeat, kv_heads, 1), of the keys of a
+    merged = (share * out_a + (1 - share) * out_b).to(out_a.dtype)
+    return merged.unflatten(0, (-1, repeat)).transpose(1, 2).flatten(1, 2)
+
+
+def silu_mul_torch(gate, up) -> Tensor:
+    """Arguments and results as `silu_mul`."""
+    return (F.silu(gate.to(accumulation_dtype(gate))) * up).to(gate.dtype)
+
+
+_ADD_RMS_NORM, _ = register(
+    "(Tensor x, Tensor delta, Tensor weight, float eps, bool triton) -> (Tensor, Tensor)",
+    add_rms_norm_torch,
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+)
+_ROTATE_INTO_CACHE, _ = register(
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor at, bool triton)"
+    " -> Tensor",
+    rotate_into_cache_torch,
+    lambda q, k, *_: q.new_empty(q.shape[0] * q.shape[1] // k.shape[1], *k.shape[1:]),
+)
+_MERGE_ATTENTION, _ = register(
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, int repeat, bool triton) -> Tensor",
+    merge_attention_torch,
+    lambda a, _a, _b, _lse, repeat, _: a.new_empty(a.shape[0] // repeat, a.shape[1] * repeat, a.shape[2]),
+)
+_SILU_MUL, _ = register(
+    "(Tensor gate, Tensor up, bool triton) -> Tensor", silu_mul_torch, lambda x, *_: x.new_empty(x.shape)
+)
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with a layer's output added, and its norm: total = x + delta, in x's dtype, and
+    total / sqrt(mean(total^2) + eps) * weight, rounded once.
+
+    Args:
+        x, delta: (n, H).
+        weight: (H).
+
+    Returns:
+        (n, H) each, in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or `backend` do not fit.
+    """
+    check_tensor("x", x, (None, None), FLOATS)
+    check_tensor("delta", delta, tuple(x.shape), (x.dtype,))
+    check_tensor("weight", weight, (x.shape[1],), (x.dtype,))
+    return _ADD_RMS_NORM(x, delta, weight, eps, runs_fast("add_rms_norm", backend, x))
+
+
+def rotate_into_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotate queries and keys, pairing element i with i + d / 2, and write keys and values to slot `at` of the cache.
+
+    Args:
+        q: (n, heads, d); k, v: (n, kv_heads, d). Rows may be apart, as in slices of one product.
+        cos, sin: (n, 1, d); both halves of cos are alike, those of sin differ in sign, and the first one is -sine.
+        keys, values: (n, C, kv_heads, d), which are changed in place.
+        at: (1) int64 on the device, within 0 and C - 1; elsewhere the kernel writes nothing.
+
+    Returns:
+        (n * repeat, kv_heads, d), the rotated queries as the module's docstring orders them.
+
+    Raises:
+        ValueError: shapes, dtypes or `backend` do not fit.
+    """
+    check_tensor("k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
+    check_tensor("v", v, tuple(k.shape), (q.dtype,))
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        check_tensor(name, tensor, (q.shape[0], 1, q.shape[2]), FLOATS)
+    for name, tensor in (("keys", keys), ("values", values)):
+        check_tensor(name, tensor, (q.shape[0], None, *k.shape[1:]), (q.dtype,))
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it is written in place. Pass a contiguous tensor.")
+    check_tensor("at", at, (1,), (torch.int64,))
+    return _ROTATE_INTO_CACHE(q, k, v, cos, sin, keys, values, at, runs_fast("rotate_into_cache", backend, q, k, v))
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, repeat: int, backend: str = "auto"
+) -> Tensor:
+    """Attention to two sets of keys from attention to each: their outputs, weighted by their shares of the mass.
+
+    Args:
+        out_a, out_b: (n * repeat, kv_heads, d), in the order of the module's docstring.
+        lse_a, lse_b: (kv_heads, n * repeat) fp32, log-sum-exp of the scaled scores, as flash attention returns it; -inf
+            for a set without keys, of which the other one must have some.
+
+    Returns:
+        (n, heads, d), each completion's heads in their own order.
+
+    Raises:
+        ValueError: shapes, dtypes or `backend` do not fit.
+    """
+    check_tensor("out_a", out_a, (None, None, None), FLOATS)
+    check_tensor("out_b", out_b, tuple(out_a.shape), (out_a.dtype,))
+    for name, tensor in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_tensor(name, tensor, (out_a.shape[1], out_a.shape[0]), (torch.float32, torch.float64))
+    fast = runs_fast("merge_attention", backend, out_a, lse_a, lse_b)
+    return _MERGE_ATTENTION(out_a, lse_a, out_b, lse_b, repeat, fast)
+
+
+def silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """silu(gate) * up, rounded once: (n, I) x2 -> (n, I). Rows may be apart, as in slices of one product.
+
+    Raises:
+        ValueError: shapes, dtypes or `backend` do not fit.
+    """
+    check_tensor("gate", gate, (None, None), FLOATS)
+    check_tensor("up", up, tuple(gate.shape), (gate.dtype,))
+    return _SILU_MUL(gate, up, runs_fast("silu_mul", backend, gate, up))
