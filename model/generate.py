@@ -10,8 +10,9 @@ from torch import Tensor
 
 from boxgrpo.kernels import sample_tokens
 
-from .attention import DecodeCache, PackedAttention
+from .attention import PackedAttention
 from .batch import Group, pack_groups
+from .cache import DecodeCache
 from .families.qwen2_vl import Qwen2VL
 
 # Where all steps launch the same kernels, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.

@@ -46,7 +46,7 @@ WAITS = {
     },
     "prefill": {
         "_to_copy in model/batch.py PackedBatch.to": 4,
-        "_to_copy in model/attention.py DecodeCache.__init__": 1,
+        "_to_copy in model/cache.py DecodeCache.__init__": 1,
         "_to_copy in model/generate.py prefill": 3,
     },
     "pack": {"_to_copy in model/batch.py PackedBatch.to": 17},

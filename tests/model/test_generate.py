@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from boxgrpo.model.attention import DecodeCache
 from boxgrpo.model.batch import Group, pack_groups
+from boxgrpo.model.cache import DecodeCache
 from boxgrpo.model.generate import head_logits, prefill
 from special_ids import SPECIAL_IDS
 
