@@ -15,6 +15,7 @@ from .logps import token_logps, token_logps_from_logits
 from .loss import GrpoStats, LossOptions, grpo_loss
 from .rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from .sample import sample_tokens
+from .shared_keys import gather_keys
 from .vocabulary import VocabularyBytes
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "box_iou",
     "fused_grpo_loss",
     "fused_grpo_loss_from_logits",
+    "gather_keys",
     "grounding_rewards",
     "grounding_rewards_from_ids",
     "group_advantages",

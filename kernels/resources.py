@@ -27,6 +27,7 @@ from .logps_triton import gradient_launch, logps_launch
 from .loss_triton import grpo_launch, reduce_launch, terms_launch
 from .sample_triton import sample_launch
 from .scale_triton import scale_launch
+from .shared_keys_triton import key_gradients_launch
 
 CAPABILITIES = (80, 90, 100)
 SOURCE = pathlib.Path(__file__).resolve().parents[1] / "csrc/box_parser_cuda.cu"
@@ -135,6 +136,10 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
     for sizes, dtype in shapes if every_variant else [(DECODERS[1], BF16)]:
         for launch in _decode_launches(*sizes, dtype):
             yield f"{launch.kernel.fn.__name__} H={sizes[0]} {SHORT[dtype]}", launch
+    for dtype, heads in itertools.product((BF16, FP16, FP32), (2, 4)) if every_variant else ((BF16, 4),):
+        read, own = (_empty(rows, heads, 128, dtype=dtype) for rows in (4 * N, N))
+        offsets = [_empty(COMPLETIONS + 1, dtype=torch.int32) for _ in range(2)]
+        yield f"key_gradients_kernel {SHORT[dtype]} {heads}", key_gradients_launch(read, read, *offsets, N, own, own)
 
 
 def _rows(vocabulary: int, dtype: torch.dtype, layout: str) -> Tensor:

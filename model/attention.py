@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from boxgrpo.kernels import gather_keys
+
 from .batch import PackedBatch
 
 
@@ -47,7 +49,7 @@ class PackedAttention:
         backend = pick_backend(q) if self.backend == "auto" else self.backend
         if backend != "sdpa":
             b = self.batch
-            k, v = k.index_select(0, b.kv_index), v.index_select(0, b.kv_index)
+            k, v = gather_keys(k, v, b.kv_index, b.cu_seqlens, b.cu_seqlens_k, b.max_q)
             return varlen(q, k, v, b.cu_seqlens, b.cu_seqlens_k, b.max_q, b.max_k, causal=True, backend=backend)
         if self.buckets is None:  # one SDPA call for each bucket of segments of similar lengths
             self.buckets = make_buckets(self.batch.spans, q.device)

@@ -28,7 +28,7 @@ COMPLETION, GROUP = 256, 8  # tokens in a completion, completions of a prompt
 BETA, EPSILON = 0.04, 0.2
 QWEN_2B, QWEN_7B = 151_936, 152_064  # rows of the head
 TOKENS = 151_657  # that the tokenizer has
-TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4, "heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20}
+TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4, "heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20, "P": 5, "W": 8}
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
     if gpu:
         yield from (Case(*fields) for fields in decode_ops(128, dtype))
+        # Of a layer's keys and values, for one group of the 7B with four images.
+        shape = {"P": 2198, "C": COMPLETION, "G": GROUP, "W": 512}
+        shared, own = 2198 * GROUP * 512, (2198 + COMPLETION * GROUP) * 512
+        yield Case("sum_key_gradients", shape, dtype, 2 * (shared + 2 * own) * 2, 2.0 * shared, _key_gradients)
 
 
 class Rollout:
@@ -282,6 +286,25 @@ def _advantages(case: Case, device, seed: int):
 
     return {
         "boxgrpo": lambda: group_advantages(rewards, accuracy),
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False),
+    }
+
+
+def _key_gradients(case: Case, device, seed: int):
+    prompt, length, group, width = case.shape.values()
+    rows = prompt + group * length
+    own, *completions = torch.arange(rows, device=device).split([prompt] + group * [length])
+    index = torch.cat([own, *(part for completion in completions for part in (own, completion))])
+    read = [_normal(device, seed + i, len(index), 1, width, dtype=case.dtype).detach() for i in range(2)]
+    lengths = torch.tensor([[0, prompt] + group * [length], [0, prompt] + group * [prompt + length]], device=device)
+
+    def eager():  # as indexing's backward
+        return [x.new_zeros(rows, 1, width).index_add_(0, index, x) for x in read]
+
+    arguments = *read, *lengths.cumsum(1).int(), rows, prompt, device.type == "cuda"
+    return {
+        "boxgrpo": lambda: torch.ops.boxgrpo.sum_key_gradients(*arguments),
         "eager": eager,
         "compile": torch.compile(eager, dynamic=False),
     }

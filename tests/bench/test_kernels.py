@@ -1,6 +1,7 @@
 """The kernel benchmark: what it covers and computes, and its tables."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from boxgrpo.bench.kernel_bench.run import IMPLEMENTATIONS, row, run
 
 def test_each_case_computes_what_eager_does():
     """At a small size every implementation that runs here returns eager's loss and gradients."""
+    on_a_gpu_alone = [replace(c, dtype=torch.float32) for c in cases(torch.device("cuda")) if "W" in c.shape]
     decoding = (Case(*fields) for fields in decode_ops(4, torch.float32))
-    for case in (*cases(torch.device("cpu")), *decoding):
+    for case in (*cases(torch.device("cpu")), *decoding, *on_a_gpu_alone):
         if case.op == "sample_tokens":
             continue  # draws differ
         runs = case.make(case.tiny(), torch.device("cpu"), 0)

@@ -19,7 +19,7 @@ def spills(capability, every_variant):
         if r.spilled:
             found.append(f"{name}: {r.spilled} bytes")
     kernels = {"logps", "gradient", "fused", "sample", "terms", "grpo", "reduce", "scale", "advantages"}
-    kernels |= {"add_rms_norm", "rotate_into_cache", "merge_attention", "silu_mul"}
+    kernels |= {"add_rms_norm", "rotate_into_cache", "merge_attention", "silu_mul", "key_gradients"}
     assert seen == {f"{kernel}_kernel" for kernel in kernels}
     return found
 

@@ -8,6 +8,7 @@ from boxgrpo.kernels import (
     dropin,
     fused_grpo_loss,
     fused_grpo_loss_from_logits,
+    gather_keys,
     group_advantages,
     grpo_loss,
     sample_tokens,
@@ -15,6 +16,12 @@ from boxgrpo.kernels import (
     token_logps_from_logits,
 )
 from kernel_cases import BACKENDS, DEVICE, assert_refused, counters, gradients, make_case, on_triton, options_of, seeded
+
+
+def one_completion():
+    """Two prompts, of two tokens and of one; the first has a completion of one: kv_index and the offsets."""
+    index, *offsets = [0, 1, 0, 1, 2, 3], [0, 2, 3, 4], [0, 2, 5, 6]
+    return torch.tensor(index, device=DEVICE), *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in offsets)
 
 
 @on_triton
@@ -110,6 +117,8 @@ def test_the_ops_pass_opcheck(backend):
     check(ops.silu_mul, (rewards, rewards, triton))
     check(ops.rotate_into_cache, (x, x[:, :1], x[:, 1:], turn, turn, keys, keys + 1, at.to(DEVICE), triton))
     check(ops.merge_attention, (x, rewards, x, rewards, 2, triton))
+    read = torch.randn(2, 6, 1, 4, generator=g).to(DEVICE)
+    check(ops.sum_key_gradients, (*read, *one_completion()[1:], 4, 2, triton))
     if not triton:  # the backward ops; the kernel's needs what its forward saved
         ones, head = torch.ones(5), (hidden.detach(), weight.detach(), targets)
         upstream = ones, torch.empty(0), ones, ones  # entropy, state, dlogps, dentropy
@@ -122,7 +131,7 @@ def test_functions_compile_without_a_graph_break(backend):
     case = make_case(5, 40, torch.float32, 0.7)
     g = seeded()
     hidden, weight = (torch.randn(k, 4, generator=g).to(DEVICE).requires_grad_() for k in (5, 40))
-    own = counters(5)
+    own, shared = counters(5), one_completion()
 
     def step(hidden, weight):
         options, on = options_of(case, {}), {"backend": backend}
@@ -136,7 +145,8 @@ def test_functions_compile_without_a_graph_break(backend):
             fused_grpo_loss_from_logits(logits, tokens, *rest, **options, **on)[0],
             grpo_loss(again, *rest, **options, **on)[0],
         )
-        return sum(losses) + logps.sum() + entropy.sum() + advantages.sum()
+        read = gather_keys(hidden[:4, None], weight[:4, None], *shared, 2, **on)
+        return sum(losses) + logps.sum() + entropy.sum() + advantages.sum() + (read[0] * read[1]).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = [f(hidden, weight) for f in (step, compiled)]

@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from boxgrpo.kernels import gather_keys
 from boxgrpo.model.attention import PackedAttention, pick_backend
 from boxgrpo.model.batch import Group, Prompt, pack_groups
+from kernel_cases import Recorded
 
 HEADS, KV_HEADS = 4, 2
 
@@ -46,7 +48,7 @@ def by_mask(pack, q, k, v):
 
 def by_varlen_layout(pack, q, k, v):
     """As flash attention reads the varlen arguments: each segment's keys gathered, causal bottom-right."""
-    keys, values = k[pack.kv_index], v[pack.kv_index]
+    keys, values = gather_keys(k, v, pack.kv_index, pack.cu_seqlens, pack.cu_seqlens_k, pack.max_q)
     bounds = [pairwise(offsets.tolist()) for offsets in (pack.cu_seqlens, pack.cu_seqlens_k)]
     out = []
     for (q_start, q_end), (k_start, k_end) in zip(*bounds, strict=True):
@@ -88,11 +90,18 @@ def test_equals_the_plain_mask(tree, path):
 
 
 def test_varlen_call_is_accepted():
-    """This torch accepts our arguments of its varlen attention, forward and backward: shapes alone, no device."""
+    """This torch accepts our arguments of its varlen attention, forward and backward: shapes alone, no device.
+
+    The shared keys' gradients are summed by our operator, and by no atomics.
+    """
     assert {pick_backend(torch.empty(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)} == {"sdpa"}
     pack, inputs, upstream = make_pack(TREES["two groups"], torch.bfloat16, "meta")
     attention = PackedAttention(pack, backend="varlen")
-    for result, like in zip(run(lambda *qkv: attention(0, *qkv), inputs, upstream), (upstream, *inputs), strict=True):
+    with Recorded() as operators:
+        results = run(lambda *qkv: attention(0, *qkv), inputs, upstream)
+    assert operators.names.count("boxgrpo::sum_key_gradients") == 1
+    assert not [name for name in operators.names if any(part in name for part in ("index_add", "scatter", "put"))]
+    for result, like in zip(results, (upstream, *inputs), strict=True):
         assert result.shape[0] == like.shape[0] and result.dtype == torch.bfloat16
 
 

@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxgrpo.kernels.dispatch import interpreting
 
@@ -205,3 +206,15 @@ def counters(n):
     """(n) counters, large ones among them."""
     i = torch.arange(n, device=DEVICE)
     return {"prompt_ids": i // 8 + 2**40, "completion_ids": i % 8, "positions": i * 3 % 1000}
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
