@@ -43,7 +43,7 @@ BUDGET = {
     "model": 1500,
     "trainer": 9900,
     "bench": 5025,
-    "tests": 15_970,
+    "tests": 15_930,
     "trainer/apps": 1070,
     "trainer/chains": 800,
     "trainer/data": 1370,

@@ -4,12 +4,13 @@
     python bench/step_bench/dry_run.py --model 7B --operators 40
 
 Vision, prefill, decoding of one token, reference and policy forward run as the loop runs them, in the published sizes
-and bf16. The backward pass does not: autograd's engine has no fake device. Attention is torch's flash kernel, also
-where flash-attn would take its place. How bytes are counted stands in `launches.py`.
+and bf16. The backward pass does not: autograd's engine has no fake device. Attention is torch's flash kernel, which
+stands in for flash-attn. How bytes are counted stands in `launches.py`.
 """
 
 import argparse
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.step_bench.cases import MODELS, StepCase, make_config
 from boxgrpo.bench.step_bench.launches import Counts, LaunchCounter
 from boxgrpo.kernels import LossOptions
@@ -31,6 +33,7 @@ from boxgrpo.trainer.rollout.local import embed_images
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 PUBLISHED = ("2B", "7B")
+UNSEEN = ("flash_attn", "flash_attn_interface", "flashinfer")  # packages whose launches torch does not dispatch
 WORDS = 72  # of a prompt's tokens, those of no image
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>) }
@@ -52,11 +55,13 @@ def published_case(model: str) -> StepCase:
 
 
 def fake_cuda() -> None:
-    """Let fake tensors be on CUDA in this process, where no GPU is. It is of no other use afterwards.
+    """Let fake tensors be on CUDA in this process, with or without a GPU. It is of no other use afterwards.
 
     Raises:
-        ValueError: there is no C++ compiler.
+        ValueError: there is no GPU, and no C++ compiler.
     """
+    sys.modules.update(dict.fromkeys(UNSEEN))
+    torch._C._set_only_lift_cpu_tensors(True)
     if torch.cuda.is_available():
         return
     root = Path(torch.__file__).parent
@@ -71,7 +76,6 @@ def fake_cuda() -> None:
         torch.ops.load_library(library)
     torch.cuda._lazy_init = lambda: None
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda index: index
-    torch._C._set_only_lift_cpu_tensors(True)
 
 
 def make_groups(case: StepCase, config, fake) -> list[Group]:
@@ -122,7 +126,7 @@ def count_phases(case: StepCase) -> dict[str, Counts]:
         sizes = [len(g.prompt.input_ids) + case.generations * case.tokens for g in groups]
         denominator = torch.ones((), device="cuda")
         # Packs of as many groups are alike: one of them is counted as often as there are.
-        for n, times in Counter(map(len, plan_packs(sizes, o.tokens_per_pass))).items():
+        for n, times in Counter(map(len, plan_packs(sizes, o.tokens_per_pass, sizes))).items():
             phase("pack", times)
             pack = pack_groups(groups[:n], image_token_id=config.image_token_id).to("cuda")
             phase("reference", times)
@@ -130,6 +134,16 @@ def count_phases(case: StepCase) -> dict[str, Counts]:
                 pack = replace(pack, ref_logps=model(pack, partial(logps, pack, o.temperature)))
             phase("policy_forward", times)
             model(pack, partial(policy_loss, o, LossOptions(beta=o.beta, denominator=denominator), pack))
+    return found
+
+
+def counts_of(case: StepCase) -> dict[str, dict]:
+    """Launches, bytes moved and waits of a step by phase, in bf16, counted in a process of its own."""
+    found = {}
+    for name, counts in run_isolated(count_phases, replace(case, dtype="bfloat16")).items():
+        times = case.tokens if name == "decode" else 1
+        totals = (times * counter.total() for counter in (counts.launches, counts.moved, counts.waits))
+        found[name] = dict(zip(("launches", "moved_bytes", "waits"), totals, strict=True))
     return found
 
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import begin, flags, keeper, output, without_first
 from boxgrpo.bench.reward_bench.vocabularies import benchmark_tokenizer
-from boxgrpo.bench.step_bench.cases import TEXTS, StepCase, add_selectors, choose_cases, prepare
+from boxgrpo.bench.step_bench.cases import TEXTS, TINY_STEP, StepCase, add_selectors, choose_cases, prepare
+from boxgrpo.bench.step_bench.dry_run import counts_of
 from boxgrpo.bench.step_bench.floors import floors
 from boxgrpo.bench.step_bench.sides import Side, ours
 from boxgrpo.bench.step_bench.trl_side import trl
@@ -98,7 +100,24 @@ def run_fresh(side: str, case: StepCase, at: Path, steps: int) -> Side | str:
         return f"failed: {error}"
 
 
-def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[str, float]) -> dict:
+def counted_on_a_gpu(case: StepCase) -> dict[str, dict]:
+    """`counts_of` where the step runs on a GPU, and of the tiny case; nothing where counting fails."""
+    if not torch.cuda.is_available() and case != TINY_STEP:
+        return {}
+    try:
+        return counts_of(case)
+    except Exception:
+        traceback.print_exc()
+        return {}
+
+
+def row(
+    case: StepCase,
+    sides: dict[str, Side | str],
+    at: Path,
+    measured: dict[str, float],
+    counted: Callable[[], dict[str, dict]] = dict,
+) -> dict:
     """One line of results/. Of a side that had too little memory, or failed, there is the error, and no ratio."""
     found = asdict(case) | {"case": case.name}
     for name, side in sides.items():
@@ -120,7 +139,8 @@ def row(case: StepCase, sides: dict[str, Side | str], at: Path, measured: dict[s
     by_phase = sides.get("ours_by_phase", None if torch.cuda.is_available() else ours)
     if isinstance(by_phase, Side):
         least = floors(read_config(at / "model"), case, ours.prompt_tokens, measured)
-        found["phases"] = phases(by_phase, least)
+        known = {name: least.get(name, {}) | counted().get(name, {}) for name in PHASES}
+        found["phases"] = phases(by_phase, known)
     return found
 
 
@@ -196,7 +216,7 @@ def run(cases: list[StepCase], peers: Sequence[str], plan: Plan, tokenizer, meas
     """
     result, known = {"steps": plan.steps, "skipped": skipped(peers), "rows": []}, {}
     peers = [name for name in peers if name not in result["skipped"]]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as pool:
         for i, case in enumerate(cases if plan.steps else ()):
             at = Path(scratch) / case.model
             prepare(case, at, tokenizer)
@@ -204,10 +224,10 @@ def run(cases: list[StepCase], peers: Sequence[str], plan: Plan, tokenizer, meas
             # On a GPU phases overlap, and are measured in a run of their own, which waits for each.
             steps = {"ours": plan.steps} | ({"ours_by_phase": plan.steps} if torch.cuda.is_available() else {})
             steps |= {name: plan.peer_steps[name][i > 0] for name in peers}
-            sides = {}
+            sides, counted = {}, pool.submit(counted_on_a_gpu, case)  # meanwhile, on another core
             for name in (name for name in steps if steps[name]):
                 sides[name] = run_fresh(name, case, at, steps[name])
-                result["rows"][i:] = [found := row(case, sides, at, measured)]
+                result["rows"][i:] = [found := row(case, sides, at, measured, counted.result)]
                 keep(result)
             if "ours_samples_s" in found:
                 known[case.name] = found["ours_samples_s"]

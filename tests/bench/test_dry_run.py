@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from boxgrpo.bench.processes import run_isolated
+from boxgrpo.bench.step_bench import dry_run
 from boxgrpo.kernels.dispatch import interpreting
 from counted import count_everything
 
@@ -49,7 +50,7 @@ WAITS = {
         "_to_copy in model/cache.py DecodeCache.__init__": 1,
         "_to_copy in model/generate.py prefill": 3,
     },
-    "pack": {"_to_copy in model/batch.py PackedBatch.to": 17},
+    "pack": {"_to_copy in model/batch.py PackedBatch.to": 18},
 }
 PHASES = [(model, phase) for model, caps in CAPS.items() for phase in caps]
 
@@ -83,6 +84,17 @@ def test_every_phase_runs(counted):
     assert decode["_flash_attention_forward"] or decode["bmm"]
     assert counted["7B"]["prefill"].launches["_flash_attention_forward"] == 28  # not SDPA's padded buckets
     assert counted["7B"]["policy_forward"].launches["fused_kernel"]
+
+
+def test_a_step_decodes_all_its_tokens(counted, monkeypatch):
+    monkeypatch.setattr(dry_run, "run_isolated", lambda _, case: counted[case.model])
+    step, phases = dry_run.counts_of(dry_run.published_case("7B")), counted["7B"]
+    assert step["decode"]["launches"] == 256 * phases["decode"].launches.total()
+    assert step["prefill"] == {
+        "launches": phases["prefill"].launches.total(),
+        "moved_bytes": phases["prefill"].moved.total(),
+        "waits": phases["prefill"].waits.total(),
+    }
 
 
 BYTES = {
