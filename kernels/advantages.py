@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dispatch import FLOATS, accumulation_dtype, check_choice, check_tensor, register, runs_fast
+from .dispatch import FLOATS, accumulation_dtype, call, check_choice, check_tensor, register, runs_fast
 
 MIN_MIOU = 0.02  # the "log" weight is -ln(max(mIoU, 0.02)), at most 3.9
 
@@ -66,13 +66,13 @@ def group_advantages(
         ValueError: fewer than 2 completions in a group, an unknown option, or shapes or dtypes that do not fit.
     """
     check_tensor("rewards", rewards, (None, None), FLOATS)
-    check_tensor("accuracy", accuracy, tuple(rewards.shape), FLOATS)
+    check_tensor("accuracy", accuracy, rewards.shape, FLOATS)
     if rewards.shape[1] < 2:
         raise ValueError(f"num_generations is {rewards.shape[1]}; a group needs at least 2. Raise --num_generations.")
     check_choice("difficulty", difficulty, DIFFICULTIES)
     check_choice("scale", scale, SCALES)
     triton = runs_fast("group_advantages", backend, rewards, accuracy)
-    return torch.ops.boxgrpo.group_advantages(rewards, accuracy, difficulty, scale, eps, triton)
+    return call(torch.ops.boxgrpo.group_advantages, _run, rewards, accuracy, difficulty, scale, eps, triton)
 
 
 def _fake(rewards, accuracy, *_):
@@ -80,7 +80,7 @@ def _fake(rewards, accuracy, *_):
     return tuple(rewards.new_empty(shape, dtype=dtype) for shape in (rewards.shape, groups, groups))
 
 
-register(
+_, _run = register(
     "(Tensor rewards, Tensor accuracy, str difficulty, str scale, float eps, bool triton) -> (Tensor, Tensor, Tensor)",
     group_advantages_torch,
     _fake,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .advantages import MIN_MIOU
-from .dispatch import Launch
+from .dispatch import Launch, cdiv, next_power_of_2
 
 ELEMENTS = 1024  # target size of a program's tile, which consists of whole groups
 
@@ -83,20 +83,20 @@ def advantages_kernel(
 def advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou) -> Launch:
     """rewards (B, G), accuracy (B, G) -> advantages (B, G), weights (B), miou (B), which the kernel fills."""
     groups, size = rewards.shape
-    width = triton.next_power_of_2(size)
-    rows = min(max(ELEMENTS // width, 1), triton.next_power_of_2(max(groups, 1)))
+    width = next_power_of_2(size)
+    rows = min(max(ELEMENTS // width, 1), next_power_of_2(max(groups, 1)))
     inputs = rewards.contiguous(), accuracy.contiguous()
     arguments = *inputs, advantages, weights, miou, groups, size, eps, MIN_MIOU
     constants = {"DIFFICULTY": difficulty, "SCALE": scale, "GROUPS": rows, "SIZE": width}
-    return Launch(advantages_kernel, (triton.cdiv(groups, rows),), arguments, constants, num_warps=4)
+    return Launch(advantages_kernel, (cdiv(groups, rows),), arguments, constants, num_warps=4)
 
 
 def group_advantages_triton(
     rewards: Tensor, accuracy: Tensor, difficulty: str, scale: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`group_advantages_torch` on Triton, for all dtypes but fp64."""
-    groups = rewards.shape[0]
-    advantages = torch.empty(rewards.shape, device=rewards.device)
-    weights, miou = (torch.empty(groups, device=rewards.device) for _ in range(2))
+    advantages = torch.empty_like(rewards, dtype=torch.float32, memory_format=torch.contiguous_format)
+    weights = rewards.new_empty(rewards.shape[0], dtype=torch.float32)
+    miou = torch.empty_like(weights)
     advantages_launch(rewards, accuracy, difficulty, scale, eps, advantages, weights, miou).run()
     return advantages, weights, miou

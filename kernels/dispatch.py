@@ -24,12 +24,13 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype
     """Raise ValueError unless the tensor has this shape (None: any length) and one of these dtypes."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch tensor.")
-    fits = len(tensor.shape) == len(shape)
-    for have, want in zip(tensor.shape, shape, strict=False):
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    for have, want in zip(sizes, shape):
         fits = fits and (want is None or have == want)
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({wanted}).")
+        raise ValueError(f"{name} has shape {tuple(sizes)}; it must be ({wanted}).")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {wanted}. Cast it.")
@@ -93,12 +94,13 @@ def runs_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> 
     if backend == "auto":
         return fast == "extension" or (tensors[0].is_cuda and not any(map(_triton_obstacle, tensors)))
     find_obstacle = _triton_obstacle if fast == "triton" else _extension_obstacle
-    obstacle = next(filter(None, map(find_obstacle, tensors)), None)
-    if obstacle:
-        raise ValueError(f"backend is {backend!r} and {op} {obstacle} or use backend='auto'.")
+    for tensor in tensors:
+        if obstacle := find_obstacle(tensor):
+            raise ValueError(f"backend is {backend!r} and {op} {obstacle} or use backend='auto'.")
     return True
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton runs its interpreter, on CPU tensors. Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,7 +108,7 @@ def interpreting() -> bool:
 
 def _triton_obstacle(tensor: Tensor) -> str | None:
     """Why Triton cannot take the tensor, as a part of `runs_fast`'s message."""
-    if tensor.device.type != ("cpu" if interpreting() else "cuda"):
+    if not (tensor.is_cpu if interpreting() else tensor.is_cuda):
         return f"got a {tensor.device.type.upper()} tensor. Pass one on another device,"
     if tensor.dtype == torch.float64:
         return "got fp64, which only the torch twin computes in. Cast it,"
@@ -140,11 +142,13 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
         The op, to which an autograd formula may be added, and the plain function that it runs.
     """
     op, at = twin.__name__.removesuffix("_torch"), schema.partition(") ->")[0].split(", ").index("bool triton")
-    module = f"{twin.__module__}_triton"
+
+    @functools.cache
+    def kernel() -> Callable:
+        return getattr(importlib.import_module(f"{twin.__module__}_triton"), f"{op}_triton")
 
     def run(*args, **options):
-        f = getattr(importlib.import_module(module), f"{op}_triton") if args[at] else twin
-        return f(*args[:at], *args[at + 1 :], **options)
+        return (kernel() if args[at] else twin)(*args[:at], *args[at + 1 :], **options)
 
     return _define(op, schema, run, fake), run
 
@@ -168,6 +172,28 @@ def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
         torch.library.impl(op, "cuda", run_twin)
     torch.library.register_fake(op, fake)
+
+
+# Types of arguments that do not change what an op does, as a FakeTensor would.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))
+
+
+def call(op: Callable, run: Callable, *args):
+    """`op(*args)`, or `run(*args)`, the function that `register` returns, where nothing takes part in the op's call.
+
+    The dispatcher and custom_op's wrappers cost the host 13 us. torch.compile, autograd, a dispatch mode, torch.func, a
+    tensor subclass and the profiler need them.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or not _PLAIN.issuperset(map(type, args))
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return op(*args)
+    return run(*args)
 
 
 def _define(op: str, schema: str, run: Callable, fake: Callable) -> torch.library.CustomOpDef:
@@ -206,3 +232,13 @@ class Launch(NamedTuple):
         tensor = next(x for x in self.arguments if isinstance(x, Tensor))
         with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever the tensors are on
             self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. triton.cdiv, which kernels can call too, takes 1.6 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n, for n of at least 1."""
+    return 1 << (n - 1).bit_length()

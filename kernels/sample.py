@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .chunks import LOGIT_FLOOR, chunk_rows
-from .dispatch import FLOATS, accumulation_dtype, check_tensor, register, runs_fast
+from .dispatch import FLOATS, accumulation_dtype, call, check_tensor, register, runs_fast
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -213,9 +213,9 @@ def sample_tokens(
     elif top_k >= vocabulary:
         top_k = 0
     triton = runs_fast("sample_tokens", backend, logits)
-    return torch.ops.boxgrpo.sample_tokens(
-        logits, seed, prompt_ids, completion_ids, positions, temperature, top_k, top_p, forbidden, triton
-    )
+    counters = prompt_ids, completion_ids, positions
+    options = temperature, top_k, top_p, forbidden, triton
+    return call(torch.ops.boxgrpo.sample_tokens, _run, logits, seed, *counters, *options)
 
 
 def _fake(logits, *_):
@@ -223,7 +223,7 @@ def _fake(logits, *_):
     return logits.new_empty(n, dtype=torch.int64), logits.new_empty(n, dtype=accumulation_dtype(logits))
 
 
-register(
+_, _run = register(
     "(Tensor logits, int seed, Tensor prompt_ids, Tensor completion_ids, Tensor positions, float temperature, "
     "int top_k, float top_p, Tensor? forbidden, bool triton) -> (Tensor, Tensor)",
     sample_tokens_torch,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import sample
 from .chunks import LOGIT_FLOOR
-from .dispatch import Launch
+from .dispatch import Launch, cdiv, next_power_of_2
 from .rows_triton import LN2, LOG2E, floored, load_block, update
 from .sample import GROUPS, WIDTH, row_keys, sample_tokens_torch
 
@@ -186,10 +186,10 @@ def sample_launch(logits, seed, prompt_ids, completion_ids, positions, temperatu
     period = GROUPS * WIDTH
     constants = {
         "GREEDY": temperature == 0,
-        "BLOCK": min(4 // logits.itemsize, triton.next_power_of_2(triton.cdiv(vocabulary, period))) * period,
+        "BLOCK": min(4 // logits.itemsize, next_power_of_2(cdiv(vocabulary, period))) * period,
         "GROUPS": GROUPS,
         "WIDTH": WIDTH,
-        "ENTRIES": triton.next_power_of_2(triton.cdiv(vocabulary, period)) * WIDTH,
+        "ENTRIES": next_power_of_2(cdiv(vocabulary, period)) * WIDTH,
     }
     arguments = *rows, *counters, *banned, tokens, logps
     return Launch(sample_kernel, (logits.shape[0],), arguments, constants, num_warps=GROUPS // 32)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .dispatch import Launch
+from .dispatch import Launch, cdiv
 
 # As many programs as run at the same time, 8 on each of an H200's 132 multiprocessors: a factor of 1 is then cheap.
 SCALE_PROGRAMS = 8 * 132
@@ -29,7 +29,7 @@ def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
     """gradient (N, K) times a 0-dim factor, in place and in its own strides."""
     rows = gradient.view(1, gradient.numel()) if gradient.is_contiguous() else gradient
     block = 4096
-    programs = min(rows.shape[0] * triton.cdiv(rows.shape[1], block), SCALE_PROGRAMS)
+    programs = min(rows.shape[0] * cdiv(rows.shape[1], block), SCALE_PROGRAMS)
     arguments = rows, factor, *rows.stride(), *rows.shape
     return Launch(scale_kernel, (programs,), arguments, {"BLOCK": block}, num_warps=8)
 

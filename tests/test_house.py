@@ -39,11 +39,11 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 4395,
+    "kernels": 4425,
     "model": 1500,
     "trainer": 9900,
-    "bench": 5060,
-    "tests": 16_060,
+    "bench": 5110,
+    "tests": 16_150,
     "trainer/apps": 1070,
     "trainer/chains": 800,
     "trainer/data": 1370,

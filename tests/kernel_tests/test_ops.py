@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from boxgrpo.kernels import (
     LossOptions,
@@ -15,6 +16,7 @@ from boxgrpo.kernels import (
     token_logps,
     token_logps_from_logits,
 )
+from boxgrpo.kernels.dispatch import call
 from kernel_cases import BACKENDS, DEVICE, assert_refused, counters, gradients, make_case, on_triton, options_of, seeded
 
 
@@ -164,3 +166,24 @@ def test_fp64_stays_with_the_twin():
         ("group_advantages got fp64", lambda: group_advantages(logits.float(), logits, **on)),
     )
     assert token_logps_from_logits(logits, targets).dtype == torch.float64
+
+
+def test_an_op_is_called_directly_unless_something_takes_part():
+    """Autograd, a dispatch mode, a subclass, torch.func and the profiler get the op; a plain call its function."""
+
+    def used(*args):
+        return call(lambda *args: "op", lambda *args: "function", *args)
+
+    plain, leaf = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    assert used(plain, torch.nn.Parameter(plain, requires_grad=False), 1, "exp", None) == "function"
+    assert used(plain, leaf) == "op"
+    with torch.no_grad():
+        assert used(leaf) == "function"
+    with FakeTensorMode() as mode:
+        assert used(plain) == "op"
+    assert used(mode.from_tensor(plain)) == "op"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert used(plain) == "op"
+    seen = []
+    torch.vmap(lambda x: (seen.append(used(x)), x)[1])(plain)
+    assert seen == ["op"]
