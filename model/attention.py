@@ -1,5 +1,6 @@
 """Attention of a packed batch: one varlen call where the device has one, and SDPA over padded buckets elsewhere."""
 
+import functools
 import importlib.util
 import inspect
 from dataclasses import dataclass
@@ -12,12 +13,26 @@ from boxgrpo.kernels import gather_keys
 
 from .batch import PackedBatch
 
+FLASH_PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}  # by backend
+
 
 def pick_backend(x: Tensor) -> str:
-    """The fastest of flash_attn, varlen and sdpa that takes this tensor. Flash kernels take half precision on CUDA."""
-    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
+    """The fastest of flash_attn_3, flash_attn, varlen and sdpa that takes this tensor.
+
+    Flash kernels take half precision on CUDA; FlashAttention-3, the package `flash_attn_interface`, is for Hopper.
+    """
+    device = x.device
+    if device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
-    return "flash_attn" if importlib.util.find_spec("flash_attn") else "varlen"
+    return _flash_backend(device)
+
+
+@functools.cache
+def _flash_backend(device: torch.device) -> str:
+    installed = importlib.util.find_spec
+    if installed("flash_attn_interface") and torch.cuda.get_device_capability(device) == (9, 0):
+        return "flash_attn_3"
+    return "flash_attn" if installed("flash_attn") else "varlen"
 
 
 @dataclass
@@ -110,10 +125,11 @@ def varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, causal: bool, backend: str
 ) -> Tensor:
     """One flash call over ragged segments; causal is aligned bottom-right. (T, heads, d), (T_kv, kv_heads, d) x2."""
-    if backend == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal)
+    if backend in FLASH_PACKAGES:
+        attend = importlib.import_module(FLASH_PACKAGES[backend]).flash_attn_varlen_func
+        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+        out = attend(q, k, v, **lengths, causal=causal)
+        return out[0] if isinstance(out, tuple) else out  # early FlashAttention-3 returns the log-sum-exp, too
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = inspect.signature(varlen_attn).parameters

@@ -1,12 +1,16 @@
 """Attention over a pack: padded buckets and the varlen layout against a plain mask (ARCHITECTURE.md, Packed batch)."""
 
 import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from boxgrpo.kernels import gather_keys
+from boxgrpo.model import attention
 from boxgrpo.model.attention import PackedAttention, pick_backend
 from boxgrpo.model.batch import Group, Prompt, pack_groups
 from kernel_cases import Recorded
@@ -105,16 +109,66 @@ def test_varlen_call_is_accepted():
         assert result.shape[0] == like.shape[0] and result.dtype == torch.bfloat16
 
 
+@pytest.fixture
+def package(monkeypatch):
+    """package(name, result): a package whose varlen function returns `result`; the list of its calls."""
+    attention._flash_backend.cache_clear()
+
+    def install(name, result):
+        calls, module = [], ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.flash_attn_varlen_func = lambda *args, **options: calls.append((args, options)) or result
+        monkeypatch.setitem(sys.modules, name, module)
+        return calls
+
+    yield install
+    attention._flash_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "chosen"),
+    [
+        (("flash_attn_interface", "flash_attn"), (9, 0), "flash_attn_3"),
+        (("flash_attn_interface", "flash_attn"), (8, 0), "flash_attn"),
+        (("flash_attn_interface",), (10, 0), "varlen"),
+        ((), (9, 0), "varlen"),
+    ],
+)
+def test_the_fastest_installed_backend_is_chosen(installed, capability, chosen, package, monkeypatch):
+    """FlashAttention-3 on Hopper alone."""
+    for name in installed:
+        package(name, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert pick_backend(x) == chosen
+    assert pick_backend(SimpleNamespace(device=x.device, dtype=torch.float32)) == "sdpa"
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize(("backend", "name"), attention.FLASH_PACKAGES.items())
+def test_a_flash_package_gets_the_packs_layout(backend, name, as_tuple, package):
+    """By the argument names that FlashAttention 2 and 3 share; a tuple's first part is the output."""
+    pack, (q, k, v), out = make_pack(TREES["two groups"])
+    calls = package(name, (out, None) if as_tuple else out)
+    assert PackedAttention(pack, backend)(0, q, k, v) is out
+    ((args, options),) = calls
+    for given, wanted in zip(args, (q, k[pack.kv_index], v[pack.kv_index]), strict=True):
+        assert torch.equal(given, wanted)
+    assert options.pop("causal") is True
+    bounds = {"cu_seqlens_q": pack.cu_seqlens, "cu_seqlens_k": pack.cu_seqlens_k}
+    assert options == bounds | {"max_seqlen_q": pack.max_q, "max_seqlen_k": pack.max_k}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["flash_attn", "varlen", "sdpa", "auto"])
+@pytest.mark.parametrize("backend", ["flash_attn_3", "flash_attn", "varlen", "sdpa", "auto"])
 def test_backends_agree_on_the_device(backend, dtype):
     """Each backend's error against fp32 is at most one and a half times that of a plain softmax in its precision.
 
     A flash kernel refuses a batch of nothing: the pack of a rank without work must not reach it.
     """
-    if backend == "flash_attn" and not importlib.util.find_spec("flash_attn"):
-        pytest.skip("flash_attn is not installed")
+    if (name := attention.FLASH_PACKAGES.get(backend)) and not importlib.util.find_spec(name):
+        pytest.skip(f"{name} is not installed")
     tree = [(300, (70, 1, 129)), (65, (64,)), (128, ())]
     pack, inputs, upstream = make_pack(tree, dtype, "cuda", width=128)
     on_cpu = pack.to("cpu")
