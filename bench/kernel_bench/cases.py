@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from boxgrpo.bench.kernel_bench.decode_ops import decode_ops
+from boxgrpo.bench.kernel_bench.host import host_calls
 from boxgrpo.bench.publish.tables import sizes
 from boxgrpo.kernels import (
     fused_grpo_loss,
@@ -28,7 +29,8 @@ COMPLETION, GROUP = 256, 8  # tokens in a completion, completions of a prompt
 BETA, EPSILON = 0.04, 0.2
 QWEN_2B, QWEN_7B = 151_936, 152_064  # rows of the head
 TOKENS = 151_657  # that the tokenizer has
-TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4, "heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20, "P": 5, "W": 8}
+TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4, "P": 5, "W": 8, "calls": 2}
+TINY |= {"heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20}  # of a layer that decodes
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def choose(every: Sequence, only: str | None) -> list:
 def cases(device: torch.device) -> Iterator[Case]:
     """Steps of 8, 32 and 128 completions at the 2B's and 7B's sizes on a GPU; on a CPU what two cores can run.
 
-    The operations of decode.py are a GPU's alone: on a CPU the model decodes without them.
+    The operations of decode.py and the host's calls are a GPU's alone: on a CPU the model runs without them.
     """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -99,7 +101,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         flop = 6.0 * groups * GROUP  # two sums; difference, its square, their sum; quotient
         yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
     if gpu:
-        yield from (Case(*fields) for fields in decode_ops(128, dtype))
+        yield from (Case(*fields) for fields in (*decode_ops(128, dtype), *host_calls()))
         # Of a layer's keys and values, for one group of the 7B with four images.
         shape = {"P": 2198, "C": COMPLETION, "G": GROUP, "W": 512}
         shared, own = 2198 * GROUP * 512, (2198 + COMPLETION * GROUP) * 512

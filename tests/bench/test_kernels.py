@@ -9,7 +9,9 @@ import torch
 from boxgrpo.bench.kernel_bench import test_ops
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.kernel_bench.decode_ops import decode_ops
+from boxgrpo.bench.kernel_bench.host import host_calls
 from boxgrpo.bench.kernel_bench.run import IMPLEMENTATIONS, row, run
+from boxgrpo.kernels import group_advantages
 
 
 def test_each_case_computes_what_eager_does():
@@ -27,6 +29,20 @@ def test_each_case_computes_what_eager_does():
         for name, call in runs.items():
             for a, b in zip(call(), want, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_hosts_calls_are_timed_up_to_the_launch():
+    """The kernel's launch is left out, and comes back; a GPU's backend is chosen without a GPU."""
+    runs = [Case(*fields) for fields in host_calls()]
+    found = run(runs, {"bytes_per_second": 1.0, "flop_per_second": 1.0}, quick=True)
+    assert found["errors"] == [] and [(r["op"], r["implementation"]) for r in found["rows"]] == [
+        ("group_advantages, host", "boxgrpo"),
+        ("group_advantages, host", "eager"),
+        ("pick_backend, host", "boxgrpo"),
+        ("pick_backend, host", "eager"),
+    ]
+    with pytest.raises(ValueError, match="group_advantages got a CPU tensor"):
+        group_advantages(torch.zeros(2, 2), torch.zeros(2, 2), backend="triton")
 
 
 def test_a_row_holds_every_sample_its_median_and_its_share_of_the_floor():
