@@ -116,10 +116,10 @@ def count_phases(case: StepCase) -> dict[str, Counts]:
         decoding = prefill(model, groups, eos_token_ids=[0, 1], **sizes)
         sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "seed": o.seed}
         sampling["forbidden"] = torch.arange(6, device="cuda")
-        with torch.no_grad():
-            decoding.next_token(advance=False, **sampling)
-            phase("decode")
-            decoding.next_token(**sampling)
+        tokens = decoding.run_steps(**sampling)
+        next(tokens)
+        phase("decode")
+        next(tokens)
         completions = [torch.zeros(case.tokens, dtype=torch.int64)] * case.generations
         scored = {"advantages": torch.zeros(case.generations, device="cuda"), "weight": torch.ones((), device="cuda")}
         groups = [replace(group, completions=completions, **scored) for group in groups]

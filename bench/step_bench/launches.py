@@ -21,7 +21,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -74,12 +79,14 @@ def running_function() -> str:
 
 class LaunchCounter(TorchDispatchMode):
     """While it is active, tensors on CUDA are fake and those on the host real. Operators of ours count as what they
-    launch. `counts` receives all of it until another takes its place.
+    launch. `counts` receives all of it until another takes its place. What needs a fake tensor's values raises
+    ValueError.
     """
 
     def __init__(self):
         super().__init__()
         self.fake, self.counts = FakeTensorMode(allow_non_fake_inputs=True), Counts()
+        self.pinned: dict[int, Tensor] = {}  # by storage
 
     @contextmanager
     def counting(self) -> Iterator["LaunchCounter"]:
@@ -95,19 +102,37 @@ class LaunchCounter(TorchDispatchMode):
             yield self
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        name, kwargs = func._schema.name.partition("::")[2], kwargs or {}
+        if func.namespace in ("boxgrpo", "torch_attn"):
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if name == "is_pinned":
+            return self._is_pinned(args[0])
+        pins = name == "_pin_memory" or kwargs.get("pin_memory")
+        if pins:  # which no host without a GPU can
+            func, kwargs = (torch.ops.aten.clone.default, {}) if name == "_pin_memory" else (func, kwargs)
+            kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        out = self._run(func, name, args, kwargs)
+        if pins:
+            self.pinned[out.untyped_storage()._cdata] = out
+        return out
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.pinned
+
+    def _run(self, func, name: str, args, kwargs):
         read = {key: value for key, value in kwargs.items() if key != "out"}
         given = [x for x in tree_leaves((args, read)) if isinstance(x, Tensor)]
         on_host = torch.device(kwargs.get("device") or "cpu").type == "cpu"
         if func.namespace == "prim" or (on_host and not any(isinstance(x, FakeTensor) for x in given)):
             return func(*args, **kwargs)
-        if func.namespace in ("boxgrpo", "torch_attn"):
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        name = func._schema.name.partition("::")[2]
         self._find_wait(name, given, args, kwargs)
-        with self.fake:
-            out = func(*args, **kwargs)
+        try:
+            with self.fake:
+                out = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            place = f"{name} in {running_function()}"
+            raise ValueError(f"{place} needs values: the host would wait for the GPU. Leave them there.") from None
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.is_cuda for x in [*given, *results]):
             self._count(func, name, given, results)
@@ -138,10 +163,12 @@ class LaunchCounter(TorchDispatchMode):
         waits |= name in ("index", "index_put_") and any(x.dtype == torch.bool for x in given[1:])
         waits &= cuda
         if name in COPY:
-            source = given[-1]
-            target = given[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
+            source, to = given[-1], given[0] if name == "copy_" else None  # whose result torch pins, where it may
+            target = to.device if to is not None else torch.device(kwargs.get("device") or source.device)
             if target.type != source.device.type:
                 blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
-                waits = blocks or target.type == "cpu" or extent(source) > STAGED
+                host = source if target.type == "cuda" else to
+                staged = target.type == "cpu" or extent(source) > STAGED
+                waits = blocks or (staged and host is not None and not self._is_pinned(host))
         if waits:
             self.counts.waits[f"{name} in {running_function()}"] += self.counts.times

@@ -120,5 +120,6 @@ def test_launches_and_bytes_are_counted(counted, snippet):
 def test_waits_and_mixes_are_found(counted):
     found = counted["snippets"]
     waiting = {"to the host", "from the host", "from the host, not blocking, large", "a list", "a value", "a mask"}
+    waiting |= {"into host memory", "from pinned memory, blocking"}
     assert {name for name, counts in found.items() if counts.waits} == waiting
     assert {name for name, counts in found.items() if counts.mixes} == {"two dtypes", "a weight's cast"}

@@ -31,9 +31,14 @@ def count_snippets() -> dict[str, Counts]:
             "product": lambda: torch.mm(x, x.t(), out=out, out_dtype=torch.float32),
             "kept on the host": lambda: small.tolist(),
             "to the host": lambda: x.cpu(),
+            "to the host, not blocking": lambda: x.to("cpu", non_blocking=True),
+            "into host memory": lambda: small.copy_(wide[0], non_blocking=True),
+            "into pinned memory": lambda: small.pin_memory().copy_(wide[0], non_blocking=True),
             "from the host": lambda: small.to("cuda"),
             "from the host, not blocking": lambda: small.to("cuda", non_blocking=True),
             "from the host, not blocking, large": lambda: large.to("cuda", non_blocking=True),
+            "from pinned memory": lambda: large.pin_memory()[1:].to("cuda", non_blocking=True),
+            "from pinned memory, blocking": lambda: torch.empty(9, pin_memory=True).to("cuda"),
             "a list": lambda: torch.tensor([1, 2], device="cuda"),
             "a value": lambda: int(ids[0]),
             "a mask": lambda: x[wide > 0],
@@ -42,6 +47,6 @@ def count_snippets() -> dict[str, Counts]:
         }
         for name, snippet in snippets.items():
             counter.counts = found[name] = Counts()
-            with contextlib.suppress(RuntimeError):  # a fake tensor has no value to return
+            with contextlib.suppress(ValueError):  # where a fake tensor's value is needed
                 snippet()
     return found
