@@ -42,7 +42,7 @@ BUDGET = {
     "kernels": 4425,
     "model": 1500,
     "trainer": 9900,
-    "bench": 5110,
+    "bench": 5140,
     "tests": 16_150,
     "trainer/apps": 1070,
     "trainer/chains": 800,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 21_760  # lines of the first five
+PRODUCT = 21_830  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
