@@ -62,6 +62,8 @@ def fake_cuda() -> None:
     """
     sys.modules.update(dict.fromkeys(UNSEEN))
     torch._C._set_only_lift_cpu_tensors(True)
+    torch.cuda._lazy_init = lambda: None  # nor is memory of a GPU that is there taken
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda index: index
     if torch.cuda.is_available():
         return
     root = Path(torch.__file__).parent
@@ -74,8 +76,6 @@ def fake_cuda() -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(f"a device guard for fake CUDA tensors needs g++ ({error}). Install it.") from error
         torch.ops.load_library(library)
-    torch.cuda._lazy_init = lambda: None
-    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda index: index
 
 
 def make_groups(case: StepCase, config, fake) -> list[Group]:

@@ -1,7 +1,5 @@
 """What tests/bench/test_dry_run.py measures, in a process of its own: fake CUDA tensors change torch for good."""
 
-import contextlib
-
 import torch
 
 from boxgrpo.bench.step_bench.dry_run import PUBLISHED, count_phases, fake_cuda, published_case
@@ -43,10 +41,15 @@ def count_snippets() -> dict[str, Counts]:
             "a value": lambda: int(ids[0]),
             "a mask": lambda: x[wide > 0],
             "two dtypes": lambda: x + wide,
+            "two devices": lambda: wide + small,
             "a weight's cast": lambda: weight.float(),
         }
         for name, snippet in snippets.items():
             counter.counts = found[name] = Counts()
-            with contextlib.suppress(ValueError):  # where a fake tensor's value is needed
+            try:
                 snippet()
+            except ValueError:  # needs a fake tensor's value
+                assert counter.counts.waits
+            except RuntimeError:
+                counter.counts.mixes["two devices"] += 1
     return found
