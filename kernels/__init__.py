@@ -16,6 +16,7 @@ from .loss import GrpoStats, LossOptions, grpo_loss
 from .rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from .sample import sample_tokens
 from .shared_keys import gather_keys
+from .vision import quick_gelu, rotate_qk
 from .vocabulary import VocabularyBytes
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "grpo_loss",
     "merge_attention",
     "pack_texts",
+    "quick_gelu",
     "rotate_into_cache",
+    "rotate_qk",
     "sample_tokens",
     "silu_mul",
     "token_logps",

@@ -75,6 +75,7 @@ except ImportError as error:
 # Without this option pip builds in an isolated environment that has no torch, and the parser is not compiled.
 REMEDY = "With a compiler (for a GPU, nvcc and a CUDA build of torch), run `pip install --no-build-isolation` again"
 
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -100,10 +101,9 @@ def runs_fast(op: str, backend: str, *tensors: Tensor, fast: str = "triton") -> 
     return True
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether Triton runs its interpreter, on CPU tensors. Triton reads the variable when a kernel is defined."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETING
 
 
 def _triton_obstacle(tensor: Tensor) -> str | None:

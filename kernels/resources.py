@@ -28,6 +28,7 @@ from .loss_triton import grpo_launch, reduce_launch, terms_launch
 from .sample_triton import sample_launch
 from .scale_triton import scale_launch
 from .shared_keys_triton import key_gradients_launch
+from .vision_triton import quick_gelu_launch, rotate_qk_launch
 
 CAPABILITIES = (80, 90, 100)
 SOURCE = pathlib.Path(__file__).resolve().parents[1] / "csrc/box_parser_cuda.cu"
@@ -140,6 +141,10 @@ def launches(every_variant: bool) -> Iterator[tuple[str, Launch]]:
         read, own = (_empty(rows, heads, 128, dtype=dtype) for rows in (4 * N, N))
         offsets = [_empty(COMPLETIONS + 1, dtype=torch.int32) for _ in range(2)]
         yield f"key_gradients_kernel {SHORT[dtype]} {heads}", key_gradients_launch(read, read, *offsets, N, own, own)
+    towers = itertools.product((BF16, FP16, FP32), (80, 128)) if every_variant else ((BF16, 80), (FP32, 80))
+    for dtype, d in towers:
+        for kind, launch in vision_launches(dtype, 16, d):
+            yield f"{launch.kernel.fn.__name__} {kind} {SHORT[dtype]} d={d}", launch
 
 
 def _rows(vocabulary: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -182,6 +187,17 @@ def _decode_launches(width: int, kv_heads: int, inner: int, dtype: torch.dtype, 
     lse, merged = _empty(kv_heads, len(rows)), _empty(n, heads, d, dtype=dtype)
     yield merge_attention_launch(rows, lse, rows, lse, heads // kv_heads, merged)
     yield silu_mul_launch(*_empty(n, 2 * inner, dtype=dtype).chunk(2, 1), _empty(n, inner, dtype=dtype))
+
+
+def vision_launches(dtype: torch.dtype, heads: int, d: int) -> Iterator[tuple[str, Launch]]:
+    """Those of vision.py in a block whose queries, keys and values are slices of one product."""
+    q, k, _ = _empty(N, 3, heads, d, dtype=dtype).unbind(1)
+    angles, new = _empty(N, 1, d), _empty(N, heads, d, dtype=dtype)
+    x = _empty(N, 4 * heads * d, dtype=dtype)
+    yield "forward", rotate_qk_launch(q, k, angles, angles, False, new, new)
+    yield "backward", rotate_qk_launch(new, new, angles, angles, True, new, new)
+    yield "forward", quick_gelu_launch(x, None, x)
+    yield "backward", quick_gelu_launch(x, x, x)
 
 
 def _options(every_variant: bool, levels: tuple[str, ...]) -> Iterator[tuple[str, LossOptions]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from boxgrpo.bench.kernel_bench.decode_ops import decode_ops
 from boxgrpo.bench.kernel_bench.host import host_calls
+from boxgrpo.bench.kernel_bench.vision_ops import vision_ops
 from boxgrpo.bench.publish.tables import sizes
 from boxgrpo.kernels import (
     fused_grpo_loss,
@@ -68,7 +69,7 @@ def choose(every: Sequence, only: str | None) -> list:
 def cases(device: torch.device) -> Iterator[Case]:
     """Steps of 8, 32 and 128 completions at the 2B's and 7B's sizes on a GPU; on a CPU what two cores can run.
 
-    The operations of decode.py and the host's calls are a GPU's alone: on a CPU the model runs without them.
+    The operations of decode.py and vision.py and the host's calls are a GPU's alone: a CPU runs their twins or none.
     """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -101,7 +102,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         flop = 6.0 * groups * GROUP  # two sums; difference, its square, their sum; quotient
         yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
     if gpu:
-        yield from (Case(*fields) for fields in (*decode_ops(128, dtype), *host_calls()))
+        others = *decode_ops(128, dtype), *vision_ops(32_768, dtype), *host_calls()  # patches of four prompts
+        yield from (Case(*fields) for fields in others)
         # Of a layer's keys and values, for one group of the 7B with four images.
         shape = {"P": 2198, "C": COMPLETION, "G": GROUP, "W": 512}
         shared, own = 2198 * GROUP * 512, (2198 + COMPLETION * GROUP) * 512

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation
 
+from boxgrpo.kernels import quick_gelu, rotate_qk
 from boxgrpo.model.attention import PackedAttention, pick_backend, varlen
 from boxgrpo.model.batch import Group, PackedBatch
-from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin, rotate
+from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin
 
 
 class PatchProjection(nn.Conv3d):
@@ -32,17 +32,19 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        """(P, E) -> (P, E); `lengths` are the patches of each image, which attends to itself alone."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], cu_seqlens: Tensor | None) -> Tensor:
+        """(P, E) -> (P, E); `lengths` are the patches of each image, which attends to itself alone.
+
+        `cu_seqlens`: their offsets on the device, (I + 1) int32, where attention is one varlen call; else None.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # Rotation in fp32, as in the published code: lower precision would round neighbouring angles to the same value.
-        q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
-        backend = pick_backend(q)
+        q, k = rotate_qk(q, k, cos, sin)
         if not lengths:  # no images: the projections stay in the graph, with gradients of zero
             mixed = q + k + v
-        elif backend != "sdpa":
-            cu = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32, non_blocking=True)
-            mixed = varlen(q, k, v, cu, cu, max(lengths), max(lengths), causal=False, backend=backend)
+        elif cu_seqlens is not None:
+            offsets = cu_seqlens, cu_seqlens, max(lengths), max(lengths)
+            mixed = varlen(q, k, v, *offsets, causal=False, backend=pick_backend(q))
         elif len(set(lengths)) == 1:  # images of one size are one batch
             q, k, v = (t.view(len(lengths), lengths[0], self.heads, -1).transpose(1, 2) for t in (q, k, v))
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -52,6 +54,11 @@ class VisionAttention(nn.Module):
         return self.proj(mixed.reshape(x.shape))
 
 
+class QuickGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(x)
+
+
 class VisionBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -59,11 +66,12 @@ class VisionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attn = VisionAttention(config)
-        mlp = OrderedDict(fc1=nn.Linear(width, inner), act=QuickGELUActivation(), fc2=nn.Linear(inner, width))
+        mlp = OrderedDict(fc1=nn.Linear(width, inner), act=QuickGelu(), fc2=nn.Linear(inner, width))
         self.mlp = nn.Sequential(mlp)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, lengths)
+    def forward(self, x: Tensor, *images) -> Tensor:
+        """(P, E) -> (P, E); `images` are the other arguments of `VisionAttention.forward`."""
+        x = x + self.attn(self.norm1(x), *images)
         return x + self.mlp(self.norm2(x))
 
 
@@ -104,12 +112,17 @@ class VisionTower(nn.Module):
         # Half of the frequencies turn with the row, half with the column.
         theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
         half = c.embed_dim // c.num_heads // 2
-        frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
-        angles = torch.cat(coordinates).float()[:, :, None] * frequencies  # (P, 2, half / 2)
         x = self.patch_embed(pixel_values)
-        cos, sin = (part.to(x.device) for part in cos_and_sin(angles.flatten(1)))
+        frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=x.device) / half)
+        places = torch.cat(coordinates)  # (P, 2)
+        places = places.pin_memory() if x.is_cuda else places  # the host waits for a copy of other memory
+        angles = places.to(x.device, non_blocking=True).float()[:, :, None] * frequencies  # (P, 2, half / 2)
+        cos, sin = cos_and_sin(angles.flatten(1))
+        cu_seqlens = None
+        if lengths and pick_backend(x) != "sdpa":
+            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(x.device, torch.int32, non_blocking=True)
         for block in self.blocks:
-            x = block(x, cos, sin, lengths)
+            x = block(x, cos, sin, lengths, cu_seqlens)
         merged = self.merger["ln_q"](x).view(len(x) // m**2, c.embed_dim * m**2)
         return self.merger["mlp"](merged)
 

@@ -1,12 +1,14 @@
 """Every Triton kernel compiles for every GPU it is meant for, as its launcher would start it, and spills nothing."""
 
+import re
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from boxgrpo.kernels.dispatch import Launch, interpreting
-from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources
+from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources, vision_launches
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter cannot compile")
 
@@ -20,6 +22,7 @@ def spills(capability, every_variant):
             found.append(f"{name}: {r.spilled} bytes")
     kernels = {"logps", "gradient", "fused", "sample", "terms", "grpo", "reduce", "scale", "advantages"}
     kernels |= {"add_rms_norm", "rotate_into_cache", "merge_attention", "silu_mul", "key_gradients"}
+    kernels |= {"rotate_qk", "quick_gelu"}
     assert seen == {f"{kernel}_kernel" for kernel in kernels}
     return found
 
@@ -32,6 +35,14 @@ def test_the_default_launches_compile_without_spills():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_compiles_without_spills(capability):
     assert spills(capability, every_variant=True) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_vision_kernel_moves_16_bytes_at_a_time(dtype):
+    """Of queries and keys too, whose heads of 80 are no power of two and which are slices of a product."""
+    for kind, launch in vision_launches(dtype, 16, 80):
+        accesses = re.findall(r"(?:ld|st)\.global\S*", compile_launch(launch, 90).asm["ptx"])
+        assert len(accesses) > 1 and all(".v4.b32" in access for access in accesses), (kind, accesses)
 
 
 @triton.jit

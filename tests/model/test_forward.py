@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from boxgrpo.model.decoder import mrope_position_ids
+from boxgrpo.model.families import qwen2_vl
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from kernel_cases import assert_refused
 from special_ids import SPECIAL_IDS
@@ -70,6 +72,26 @@ def test_tower(twins, make_prompt, pack_prompt, grids):
         from_pixels = ours(pack)
         pack.image_embeds, pack.pixel_values = together, None
         assert torch.equal(ours(pack), from_pixels)
+
+
+def test_tower_with_variable_length_attention(twins, make_prompt, monkeypatch):
+    """Every block reads the same offsets, which are made once; with them the result is that of separate images."""
+    tower, prompt, seen = twins("tiny")[0].visual, make_prompt(GRIDS["5"]), []
+    lengths = prompt.image_grid_thw.prod(1).tolist()
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, causal, backend):
+        assert cu_q is cu_k and max_q == max_k == max(lengths) and not causal and backend == "varlen"
+        seen.append(cu_q)
+        parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)[0].transpose(0, 1)
+
+    with torch.no_grad():
+        expected = tower(prompt.pixel_values, prompt.image_grid_thw)
+        monkeypatch.setattr(qwen2_vl, "pick_backend", lambda x: "varlen")
+        monkeypatch.setattr(qwen2_vl, "varlen", attend)
+        assert torch.equal(tower(prompt.pixel_values, prompt.image_grid_thw), expected)
+    assert len(seen) == len(tower.blocks) == 2 and seen[0] is seen[1] and seen[0].dtype == torch.int32
+    assert seen[0].tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
 
 def test_images_without_text_between():
