@@ -38,6 +38,7 @@ SELECT = {"embedding", "index_select", "index", "gather"}
 WRITE_ROWS = {"index_copy_", "index_put_", "index_fill_", "scatter_"}
 OVERWRITE = {"copy_", "fill_", "zero_"}
 COPY = {"_to_copy", "copy_"}
+COMPOSITE = "CompositeImplicitAutograd"
 # The host needs the values, or the size of the result depends on them.
 WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
 STAGED = 1 << 16  # bytes of pageable memory from which the host waits even for a copy that does not block
@@ -108,6 +109,9 @@ class LaunchCounter(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if name == "is_pinned":
             return self._is_pinned(args[0])
+        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+            with self:  # outside of our operators autograd has split it into its parts
+                return func.decompose(*args, **kwargs)
         pins = name == "_pin_memory" or kwargs.get("pin_memory")
         if pins:  # which no host without a GPU can
             func, kwargs = (torch.ops.aten.clone.default, {}) if name == "_pin_memory" else (func, kwargs)
