@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import FLOATS, INTS, accumulation_dtype, check_tensor, register, runs_fast
+from .dispatch import FLOATS, INTS, accumulation_dtype, call, check_tensor, register, runs_fast
 
 
 def sum_key_gradients_torch(
@@ -71,14 +71,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv):
-        return *torch.ops.boxgrpo.sum_key_gradients(dk, dv, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+        return *call(torch.ops.boxgrpo.sum_key_gradients, _run, dk, dv, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 def _fake(dk, dv, cu_seqlens, cu_seqlens_k, rows, *_):
     return tuple(x.new_empty(rows, *x.shape[1:]) for x in (dk, dv))
 
 
-register(
+_, _run = register(
     "(Tensor dk, Tensor dv, Tensor cu_seqlens, Tensor cu_seqlens_k, int rows, int max_q, bool triton) "
     "-> (Tensor, Tensor)",
     sum_key_gradients_torch,
