@@ -4,6 +4,7 @@ The full (N, V) logits of a head are never in memory: a chunk is computed, used,
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,51 @@ from .dispatch import accumulation_dtype
 MIB = 1 << 20
 LOGIT_FLOOR = -1e30  # replaces a logit of -inf, so that p * log p is 0 and not NaN
 
-# `HeadSweep`'s buffers for Triton, below 1 GB together. At V = 152k: 512 rows of logits, 2048 of bf16 gradients.
-LOGIT_BYTES = 320 * 10**6
-GRADIENT_BYTES = 640 * 10**6
-ROW_MULTIPLE = 128  # the buffers' numbers of rows are multiples of it, the rows of a matrix product's tile
+# Products in half precision on an H100 or H200: rows and columns of a tile of the result; multiprocessors. A wave is
+# one tile on each of them, and a last wave of few tiles takes as long as a full one.
+TILE, PROCESSORS = (128, 256), 132
+# `HeadSweep`'s buffers for Triton: fp32 logits; logits and gradients together, beside what `sweep_rows` adds.
+LOGIT_BYTES, BUFFER_BYTES = 320 * 10**6, 10**9
+
+
+class SweepRows(NamedTuple):
+    """Rows of `HeadSweep`'s buffers for Triton."""
+
+    logits: int  # of one product
+    gradients: int  # that both products of the backward consume at once
+
+
+def sweep_rows(n: int, vocabulary: int, width: int, itemsize: int, grad_weight: bool) -> SweepRows:
+    """Rows by whole waves of the products. With all n rows at once, dweight needs no sum in fp32.
+
+    With logits at V = 152k of 512 rows (18 waves), 8192 rows need 3 waves of dhidden at H = 1536, by 2816 rows, and 7
+    at H = 3584, by all of them. No more memory is used than by BUFFER_BYTES, the fp32 sum of dweight and its rounded
+    copy: the buffers may have the sum's bytes where there is none, and else the copy's, which is made after them.
+    """
+    logits = _rows_in_few_waves(n, LOGIT_BYTES // (4 * max(vocabulary, 1)), vocabulary)
+    row = max(vocabulary, 1) * itemsize
+    room = BUFFER_BYTES - 4 * logits * vocabulary
+    rounded = width * row if grad_weight and itemsize < 4 else 0
+    if n * row <= room + 2 * rounded:
+        return SweepRows(logits, n)
+    return SweepRows(logits, _rows_in_few_waves(n, (room + rounded) // row, width))
+
+
+def waves(rows: int, columns: int) -> int:
+    """Waves of a product's result (rows, columns)."""
+    return -(-(-(-rows // TILE[0]) * -(-columns // TILE[1])) // PROCESSORS)
+
+
+def _rows_in_few_waves(n: int, most: int, columns: int) -> int:
+    """Rows of each of several products that have n rows together: few waves, then few products, then few rows."""
+    if n <= most:
+        return n
+
+    def cost(rows: int) -> tuple[int, int, int]:
+        whole, rest = divmod(n, rows)
+        return whole * waves(rows, columns) + waves(rest, columns), whole + (rest > 0), rows
+
+    return min(range(TILE[0], max(most, TILE[0]) + 1, TILE[0]), key=cost)
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, at_least: int) -> int:
@@ -35,8 +77,8 @@ class HeadSweep:
     """The logits of hidden (N, H) and weight (V, H) in chunks; sums up dhidden (N, H) and dweight (V, H) if requested.
 
     Iteration yields (rows, logits, dlogits) for a Triton kernel. The logits are fp32, in one buffer. The kernel must
-    fill dlogits, in the head's dtype, before the next chunk; whenever GRADIENT_BYTES are full, both products of the
-    backward consume them. Traffic per logit: 4 bytes written and read, 2 (bf16) written once and read twice.
+    fill dlogits, in the head's dtype, before the next chunk; both products of the backward consume as many rows of it
+    as `sweep_rows` says. Traffic per logit: 4 bytes written and read, 2 (bf16) written once and read twice.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden: bool = False, grad_weight: bool = False):
@@ -44,16 +86,16 @@ class HeadSweep:
         if hidden.device.type == "cpu":  # a CPU's products round half-precision results to half precision
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
         self.hidden, self.weight = hidden, weight
-        self.wanted = grad_hidden or grad_weight
+        self.wanted, self.grad_weight = grad_hidden or grad_weight, grad_weight
         self.dhidden = hidden.new_zeros(hidden.shape) if grad_hidden else None
-        self.dweight = weight.new_zeros(weight.shape, dtype=self.dtype) if grad_weight else None
-        # Accumulate and return products in self.dtype. Autocast does not apply to products with an `out`.
-        self.product_dtype = {} if hidden.dtype == self.dtype else {"out_dtype": self.dtype}
+        self.dweight = None  # the first product makes it
+        self.dweight_dtype = self.dtype  # that of one product alone: the head's
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        n, vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        step = _rows_within(LOGIT_BYTES, vocabulary, 4)
-        gradient_rows = max(_rows_within(GRADIENT_BYTES, vocabulary, self.hidden.itemsize) // step, 1) * step
+        (n, width), vocabulary = self.hidden.shape, self.weight.shape[0]
+        step, gradient_rows = sweep_rows(n, vocabulary, width, self.hidden.itemsize, self.grad_weight)
+        if not self.wanted or gradient_rows >= n:
+            gradient_rows, self.dweight_dtype = max(n, 1), self.hidden.dtype
         buffer = self.hidden.new_empty(min(step, n), vocabulary, dtype=self.dtype)
         dlogits = self.hidden.new_empty(min(gradient_rows, n) if self.wanted else 0, vocabulary)
         for first in range(0, n, gradient_rows):
@@ -61,10 +103,18 @@ class HeadSweep:
             for start in range(first, end, step):
                 rows = slice(start, min(start + step, end))
                 logits = buffer[: rows.stop - start]
-                torch.mm(self.hidden[rows], self.weight.t(), out=logits, **self.product_dtype)
+                self.product(self.hidden[rows], self.weight.t(), logits)
                 yield rows, logits, dlogits[start - first : rows.stop - first]
             if self.wanted:
                 self.add(slice(first, end), dlogits[: end - first])
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        """out = a @ b, or out += a @ b, accumulated in fp32. Autocast does not apply to products with an `out`."""
+        options = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+        if add:
+            torch.addmm(out, a, b, out=out, **options)
+        else:
+            torch.mm(a, b, out=out, **options)
 
     def chunks(self, temperature: float = 1.0, live: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield row indices (n) int64 and their logits (n, V) / temperature, in one buffer; at least one chunk.
@@ -80,7 +130,7 @@ class HeadSweep:
         selected = live.nonzero().squeeze(1) if only_live else torch.arange(n, device=device)
         for rows in selected.split(step):
             logits = buffer[: len(rows)]
-            torch.mm(self.hidden[rows], self.weight.t(), out=logits, **self.product_dtype)
+            self.product(self.hidden[rows], self.weight.t(), logits)
             yield rows, logits if temperature == 1.0 else logits.mul_(1 / temperature)
 
     def blocks(
@@ -112,13 +162,21 @@ class HeadSweep:
         """Add the gradients that follow from the dlogits (n, V) of `rows`; each row must be added only once."""
         hidden, dlogits = self.hidden[rows], dlogits.to(self.weight.dtype)
         if self.dhidden is not None:
-            self.dhidden[rows] = torch.mm(dlogits, self.weight, out=torch.empty_like(hidden))
-        if self.dweight is not None:
-            torch.addmm(self.dweight, dlogits.t(), hidden, out=self.dweight, **self.product_dtype)
+            out = self.dhidden[rows] if isinstance(rows, slice) else torch.empty_like(hidden)
+            self.product(dlogits, self.weight, out)
+            if not isinstance(rows, slice):
+                self.dhidden[rows] = out
+        if self.grad_weight:
+            first = self.dweight is None
+            if first:
+                self.dweight = torch.empty_like(self.weight, dtype=self.dweight_dtype)
+            self.product(dlogits.t(), hidden, self.dweight, add=not first)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """(dhidden, dweight) in the dtype of the inputs; one that was not requested has shape (0)."""
         none = self.hidden.new_empty(0, dtype=self.input_dtype)
+        if self.grad_weight and self.dweight is None:  # there are no rows
+            self.dweight = torch.zeros_like(self.weight)
         return tuple(none.clone() if x is None else x.to(self.input_dtype) for x in (self.dhidden, self.dweight))
 
 
@@ -168,11 +226,6 @@ class LogitSweep:
     def results(self) -> tuple[Tensor]:
         """(dlogits): (N, V), or (0) if it was not requested."""
         return (self.dlogits,)
-
-
-def _rows_within(limit: int, vocabulary: int, itemsize: int) -> int:
-    rows = limit // (max(vocabulary, 1) * itemsize)
-    return max(rows // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
 
 
 def forward(

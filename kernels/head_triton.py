@@ -202,6 +202,7 @@ def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temper
         for rows, logits, dlogits in sweep:
             results = logps, entropy, tokens, dlogits
             fused_launch(logits, targets, temperature, terms, o, *results, first=rows.start).run()
+            del logits, dlogits, results  # the last would hold the buffers while the sweep rounds its sums
         loss, stats = reduce_triton(tokens)
         return loss, *sweep.results(), logps, entropy, stats
     logps, entropy, state = sweep_logps(plain, targets, temperature)

@@ -147,4 +147,5 @@ def sweep_gradients(sweep: HeadSweep | LogitSweep, targets, temperature, state, 
         upstream = (dentropy[rows].contiguous(), entropy[rows]) if with_entropy else (None, None)
         rest = dlogps[rows].contiguous(), *upstream, *state[:, rows], dlogits
         gradient_launch(logits, targets[rows], temperature, *rest).run()
+        del logits, dlogits, rest  # the last would hold the buffers while the sweep rounds its sums
     return sweep.results()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from boxgrpo.kernels.chunks import GRADIENT_BYTES, LOGIT_BYTES, MIB, chunk_rows
+from boxgrpo.kernels.chunks import MIB, chunk_rows, sweep_rows
 
 from .families.qwen2_vl import Qwen2VL
 
@@ -162,17 +162,22 @@ def activation_bytes(config, pack: Pack, size: int, *, checkpointing=False, head
 
 
 def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
-    """Bytes that the fused loss needs while it runs: chunks of logits and gradients, the head's gradient in fp32.
+    """Bytes that the fused loss needs while it runs beside the gradients that it returns (`activation_bytes`).
 
-    The torch twin overwrites logits with gradients, and its backward copies the head's gradient.
+    Chunks of logits and of their gradients; where these fill several times, a sum of the head's gradient in fp32. The
+    returned rounded copy is made when the chunks are free. The torch twin overwrites logits with gradients, and its
+    backward copies the head's gradient.
     """
-    text = config.text_config
-    logits, head = pack.scored * text.vocab_size, text.hidden_size * text.vocab_size * head_trained
+    text, n = config.text_config, pack.scored
+    vocabulary, head = text.vocab_size, text.hidden_size * text.vocab_size * head_trained
     if pack.plain:
-        rows = chunk_rows(text.vocab_size, torch.float32, torch.device("cpu"), at_least=128)
-        return max(min(FP32 * rows * text.vocab_size, FP32 * logits) + 2 * MIB, size * head)
-    rounded_later = FP32 * head if size < FP32 else 0
-    return min(LOGIT_BYTES, FP32 * logits) + min(GRADIENT_BYTES, size * logits) + rounded_later
+        rows = chunk_rows(vocabulary, torch.float32, torch.device("cpu"), at_least=128)
+        return max(min(FP32 * rows * vocabulary, FP32 * n * vocabulary) + 2 * MIB, size * head)
+    rows = sweep_rows(n, vocabulary, text.hidden_size, size, head_trained)
+    chunks = (FP32 * rows.logits + size * rows.gradients) * vocabulary
+    if size == FP32 or rows.gradients == n:
+        return chunks
+    return FP32 * head + max(chunks - size * head, 0)
 
 
 def tied_bytes(config, size: int, *, head_trained: bool) -> int:

@@ -39,11 +39,11 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 4655,
-    "model": 1505,
+    "kernels": 4710,
+    "model": 1510,
     "trainer": 9900,
-    "bench": 5200,
-    "tests": 16_280,
+    "bench": 5205,
+    "tests": 16_420,
     "trainer/apps": 1070,
     "trainer/chains": 800,
     "trainer/data": 1370,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_095  # lines of the first five
+PRODUCT = 22_155  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

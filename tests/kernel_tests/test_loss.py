@@ -143,9 +143,7 @@ def test_the_head(n, vocabulary, wanted, variant, backend, monkeypatch):
     rows = 2 if n == 4 else 16
     if backend == "torch":
         monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: rows)
-    monkeypatch.setattr(chunks, "LOGIT_BYTES", 4 * vocabulary * rows)
-    monkeypatch.setattr(chunks, "GRADIENT_BYTES", 4 * vocabulary * 5 * rows // 2)
-    monkeypatch.setattr(chunks, "ROW_MULTIPLE", rows)
+    monkeypatch.setattr(chunks, "sweep_rows", lambda *_: chunks.SweepRows(rows, 2 * rows))
     g, width = seeded(), 24
     case = make_case(n, vocabulary, torch.float32, 0.8)
     case["hidden"], case["weight"] = (torch.randn(size, width, generator=g).to(DEVICE) for size in (n, vocabulary))

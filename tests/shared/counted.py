@@ -4,10 +4,27 @@ import torch
 
 from boxgrpo.bench.step_bench.dry_run import PUBLISHED, count_phases, fake_cuda, published_case
 from boxgrpo.bench.step_bench.launches import Counts, LaunchCounter
+from boxgrpo.kernels import fused_grpo_loss
 
 
 def count_everything() -> dict[str, dict[str, Counts]]:
-    return {"snippets": count_snippets()} | {model: count_phases(published_case(model)) for model in PUBLISHED}
+    return {"snippets": count_snippets(), "heads": count_heads()} | {
+        model: count_phases(published_case(model)) for model in PUBLISHED
+    }
+
+
+def count_heads() -> dict[str, Counts]:
+    """The fused loss of 8192 tokens from the hidden states of a published model, forward and gradients."""
+    fake_cuda()
+    found = {}
+    with LaunchCounter().counting() as counter:
+        for name, sizes in {"2B": (151_936, 1536), "7B": (152_064, 3584)}.items():
+            head = [torch.empty(n, sizes[1], dtype=torch.bfloat16, device="cuda") for n in (8192, sizes[0])]
+            targets, bounds = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (8192, 33))
+            advantages = torch.empty(32, device="cuda")
+            counter.counts = found[name] = Counts()
+            fused_grpo_loss(*(x.requires_grad_() for x in head), targets, advantages, bounds)
+    return found
 
 
 def count_snippets() -> dict[str, Counts]:

@@ -8,13 +8,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from boxgrpo.bench.records import newest
 from boxgrpo.bench.step_bench.cases import MODELS, make_config
-from boxgrpo.kernels import fused_grpo_loss
+from boxgrpo.kernels import LossOptions, fused_grpo_loss
+from boxgrpo.kernels.dispatch import Launch
+from boxgrpo.kernels.head_triton import fused_grpo_loss_triton
 from boxgrpo.model import attention, decoder
 from boxgrpo.model.batch import Group, Prompt, pack_groups
-from boxgrpo.model.cost import Sharding, activation_bytes, cache_bytes, count, reference_bytes, state_bytes, traffic
+from boxgrpo.model.cost import (
+    Pack,
+    Sharding,
+    activation_bytes,
+    cache_bytes,
+    count,
+    loss_bytes,
+    reference_bytes,
+    state_bytes,
+    traffic,
+)
 from boxgrpo.model.families.qwen2_vl import Qwen2VL, group_flop
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.apps.memory import MemoryOptions, config_of, engines, largest_pack, main, memory, report, table
@@ -130,6 +145,39 @@ def test_activations_of_the_published_2b_through_varlen(checkpointing, lora, mon
     assert pack == (len(batch.input_ids), len(batch.kv_index), len(batch.targets), 0, False)
     counted = activation_bytes(config, pack, 2, checkpointing=checkpointing, head_trained=not lora, lora_rank=rank)
     assert counted == pytest.approx(saved_bytes(model, batch.to("meta")), rel=0.1)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes at a time of the tensors that are made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = storages(x for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage()._cdata not in given:
+            self.made[out] = None
+        self.peak = max(self.peak, sum(storages(self.made).values()))
+        return out
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("scored", [200, 2048, 8192, 20_000])
+@pytest.mark.parametrize("name", ["2B", "7B"])
+def test_the_loss_makes_what_is_counted(name, scored, trained, monkeypatch):
+    """In bf16 on the meta device, where no kernel is launched: at most 1 GB beside the head's two gradients."""
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    text = config_of(name).text_config
+    head = [torch.empty(n, text.hidden_size, dtype=torch.bfloat16, device="meta") for n in (scored, text.vocab_size)]
+    targets, bounds = (torch.empty(n, dtype=torch.int64, device="meta") for n in (scored, 2))
+    with PeakBytes() as made:
+        rest = targets, targets[:1].float(), bounds, 1.0, True, trained
+        returned = fused_grpo_loss_triton(*head, *rest, *LossOptions())
+    counted = loss_bytes(config_of(name), Pack(scored, scored, scored), 2, head_trained=trained)
+    assert made.peak == pytest.approx(sum(storages(returned).values()) + counted, rel=1e-3)
+    assert counted <= 10**9 + 4 * trained * text.vocab_size * text.hidden_size
 
 
 def test_a_group_above_the_budget_stands_in_several_packs():
