@@ -177,8 +177,11 @@ def test_the_head(n, vocabulary, wanted, variant, backend, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [1536, 3584])
-def test_the_head_at_real_size(width):
-    """bf16 on the tensor cores, at the 2B's and the 7B's width: cuBLAS's fp32 logits and sums of dweight."""
+@pytest.mark.parametrize("products", [1, 3])
+def test_the_head_at_real_size(products, width, monkeypatch):
+    """bf16 on the tensor cores, at the 2B's and the 7B's width: fp32 logits, dweight from one product or three."""
+    if products == 3:
+        monkeypatch.setattr(chunks, "sweep_rows", lambda *_: chunks.SweepRows(384, 384))
     g, n, vocabulary = seeded(), 1100, 151_936
     case = make_case(n, 64, torch.float32, 1.0)
     case["options"], case["targets"] = {}, torch.randint(vocabulary, (n,), generator=g).to("cuda")
