@@ -11,6 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FRAMES = 2  # Qwen2-VL's temporal_patch_size: a still image is given to the tower as two equal frames
+LOOKED_UP = 8192  # patches whose values are computed at once
+
+
+@dataclass
+class Pixels:
+    """Images as patches of 8-bit colours, of one frame: an eighth of the bytes of the values that the tower takes."""
+
+    patches: Tensor  # (p, 588) uint8, of 3 channels x 14 x 14, in the image processor's order
+    table: Tensor  # (3, 256) fp32, the image processor's value of each colour, by channel
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    @classmethod
+    def concat(cls, parts: "Sequence[Pixels]", device="cpu") -> "Pixels | None":
+        """All patches on `device`, with the first part's table; None for no parts."""
+        patches = [part.patches.to(device, non_blocking=True) for part in parts]
+        return cls(torch.cat(patches), parts[0].table) if parts else None
+
+    def to(self, device, *, non_blocking: bool = False) -> "Pixels":
+        return replace(self, patches=self.patches.to(device, non_blocking=non_blocking))
+
+    def pin(self, device: torch.device) -> "Pixels":
+        """The patches in page-locked memory, from which a copy to the GPU `device` does not wait."""
+        with torch.cuda.device(device):  # a thread begins on GPU 0
+            return replace(self, patches=self.patches.pin_memory())
+
+    def values(self, like: Tensor | None = None) -> Tensor:
+        """(p, 1176) fp32, the image processor's patches to the bit; or their like in dtype and device of `like`."""
+        like = self.table if like is None else like
+        table = self.table.to(like.device, like.dtype, non_blocking=True)
+        values = table.new_empty(len(self), FRAMES * self.patches.shape[1])
+        first = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32, device=table.device)  # by channel
+        for patches, into in zip(self.patches.split(LOOKED_UP), values.split(LOOKED_UP), strict=True):
+            index = patches.to(table.device).unflatten(1, (len(table), -1)).int() + first[:, None]  # (n, 3, 196)
+            found = table.flatten().index_select(0, index.flatten()).view_as(index)
+            into.unflatten(1, (len(table), FRAMES, -1)).copy_(found[:, :, None])
+        return values
+
 
 @dataclass
 class Prompt:
@@ -18,8 +58,13 @@ class Prompt:
 
     input_ids: Tensor  # (P) int64
     position_ids: Tensor  # (3, P) int64
-    pixel_values: Tensor | None  # (p, 1176) fp32
+    pixels: Pixels | None
     image_grid_thw: Tensor  # (I, 3) int64
+
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """(p, 1176) fp32, computed at each access: transformers' models take it by this name."""
+        return self.pixels.values() if self.pixels is not None else None
 
 
 @dataclass
@@ -55,6 +100,12 @@ class Group:
         own = {name: getattr(self, name) for name in ("image_embeds", "advantages", "weight")}
         return replace(self, **{name: value.to(device) for name, value in own.items() if value is not None})
 
+    def pin(self, device: torch.device) -> "Group":
+        """The same group with its pixels in page-locked memory, for the GPU `device`."""
+        if self.prompt.pixels is None:
+            return self
+        return replace(self, prompt=replace(self.prompt, pixels=self.prompt.pixels.pin(device)))
+
     def split(self, budget: int) -> list["Group"]:
         """Groups of the whole prompt and of as many completions, in order, as `budget` tokens allow, at least one."""
         starts, size = [0], len(self.prompt.input_ids)
@@ -87,7 +138,7 @@ class PackedBatch:
     targets: Tensor  # (N) int64
     completion_cu: Tensor  # (BG+1) int32, offsets of the completions into N
     image_rows: Tensor  # (P/4) int64, rows of T that hold image tokens
-    pixel_values: Tensor | None  # (P, 1176); None when the embeddings are given
+    pixels: Pixels | None  # of P patches; None when the embeddings are given
     image_embeds: Tensor | None  # (P/4, H)
     image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
     spans: tuple[tuple[int, int, int, int], ...]  # each segment's first row and length, then its parent's (or 0, 0)
@@ -102,7 +153,7 @@ class PackedBatch:
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "image_grid_thw"
+            if isinstance(value := getattr(self, f.name), Tensor | Pixels) and f.name != "image_grid_thw"
         }
         return replace(self, **moved)
 
@@ -140,7 +191,7 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
     none = torch.empty(0, dtype=torch.int64)
     input_ids = torch.cat([none, *segments])
     keys = [torch.cat((torch.arange(p, p + n), torch.arange(s, s + m))) for s, m, p, n in spans]
-    pixels = [g.prompt.pixel_values for g in groups if g.prompt.pixel_values is not None]
+    pixels = [g.prompt.pixels for g in groups if g.prompt.pixels is not None]
     embeds = [g.image_embeds for g in groups if g.image_embeds is not None]
     advantages = [g.advantages for g in groups if g.advantages is not None]
     weights = [g.weight.expand(len(g.completions)) for g in groups if g.weight is not None]
@@ -157,7 +208,7 @@ def pack_groups(groups: Sequence[Group], *, image_token_id: int) -> PackedBatch:
         targets=torch.cat([none, *targets]),
         completion_cu=torch.tensor([*accumulate(map(len, targets), initial=0)], dtype=torch.int32),
         image_rows=(input_ids == image_token_id).nonzero()[:, 0],
-        pixel_values=torch.cat(pixels) if pixels and not embeds else None,
+        pixels=Pixels.concat(pixels) if not embeds else None,
         image_embeds=torch.cat(embeds) if embeds else None,
         image_grid_thw=torch.cat([none.view(0, 3), *(g.prompt.image_grid_thw for g in groups)]),
         spans=tuple(spans),

@@ -61,8 +61,10 @@ def twins(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_prompt():
     """make_prompt(grids, words=6, seed=0): images between <|vision_start|> and <|vision_end|>, then random words."""
-    from boxgrpo.model.batch import Prompt
+    from boxgrpo.model.batch import Pixels, Prompt
     from boxgrpo.model.decoder import mrope_position_ids
+
+    table = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
 
     def make(grids, words=6, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -74,7 +76,8 @@ def make_prompt():
             ids += [word, SPECIAL_IDS["<|vision_start|>"], *pads, SPECIAL_IDS["<|vision_end|>"]]
         ids = torch.tensor(ids + torch.randint(100, (words,), generator=g).tolist())
         grids = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
-        pixels = torch.randn(int(grids.prod(1).sum()), 1176, generator=g) if len(grids) else None
+        colours = torch.randint(256, (int(grids.prod(1).sum()), 588), generator=g, dtype=torch.uint8)
+        pixels = Pixels(colours, table) if len(grids) else None
         return Prompt(ids, mrope_position_ids(ids, grids, image_token_id=image), pixels, grids)
 
     return make

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from boxgrpo.kernels import quick_gelu, rotate_qk
 from boxgrpo.model.attention import PackedAttention, pick_backend, varlen
-from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.batch import Group, PackedBatch, Pixels
 from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin
 
 
 class PatchProjection(nn.Conv3d):
     """A convolution whose stride equals its kernel, (E, 3, 2, 14, 14): computed as one matrix product."""
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches.to(self.weight), self.weight.flatten(1))
+    def forward(self, patches: Pixels | Tensor) -> Tensor:
+        values = patches.values(self.weight) if isinstance(patches, Pixels) else patches.to(self.weight)
+        return F.linear(values, self.weight.flatten(1))
 
 
 class VisionAttention(nn.Module):
@@ -89,20 +90,20 @@ class VisionTower(nn.Module):
         mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, config.hidden_size))
         self.merger = nn.ModuleDict({"ln_q": nn.LayerNorm(config.embed_dim, eps=1e-6), "mlp": mlp})
 
-    def forward(self, pixel_values: Tensor | None, image_grid_thw: Tensor) -> Tensor:
+    def forward(self, patches: Pixels | Tensor | None, image_grid_thw: Tensor) -> Tensor:
         """Image embeddings.
 
         Args:
-            pixel_values: (P, 1176) normalised patches on any device, all images one after the other; None: no images.
+            patches: all images one after the other on any device, 8-bit or normalised (P, 1176); None: no images.
             image_grid_thw: (I, 3) int64 on the CPU, patches per image.
 
         Returns:
             (P / 4, H) in the tower's dtype.
         """
         c, m = self.config, self.config.spatial_merge_size
-        if pixel_values is None:
-            assert len(image_grid_thw) == 0, "images without pixel values or embeddings"
-            pixel_values = torch.empty(0, c.in_channels * c.temporal_patch_size * c.patch_size**2)
+        if patches is None:
+            assert len(image_grid_thw) == 0, "images without pixels or embeddings"
+            patches = torch.empty(0, c.in_channels * c.temporal_patch_size * c.patch_size**2)
         coordinates, lengths = [torch.empty(0, 2, dtype=torch.int64)], []
         for t, h, w in image_grid_thw.tolist():  # patches are in the image processor's order: merge blocks first
             grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)  # (h, w, 2)
@@ -112,7 +113,7 @@ class VisionTower(nn.Module):
         # Half of the frequencies turn with the row, half with the column.
         theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
         half = c.embed_dim // c.num_heads // 2
-        x = self.patch_embed(pixel_values)
+        x = self.patch_embed(patches)
         frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=x.device) / half)
         places = torch.cat(coordinates)  # (P, 2)
         places = places.pin_memory() if x.is_cuda else places  # the host waits for a copy of other memory
@@ -173,7 +174,7 @@ class Qwen2VL(nn.Module):
         # A trained tower runs without images too: engines that shard parameters synchronise in every module.
         trained = self.visual is not None and next(self.visual.parameters()).requires_grad
         if images is None and (len(batch.image_rows) or trained):
-            images = self.visual(batch.pixel_values, batch.image_grid_thw)
+            images = self.visual(batch.pixels, batch.image_grid_thw)
         if images is not None:
             x = x.index_copy(0, batch.image_rows, images.to(x.dtype))
         return self.model(x, batch.position_ids, attend)

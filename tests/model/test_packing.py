@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.model.batch import Conversation, Group, Prompt, pack_groups, plan_packs
+from boxgrpo.model.batch import LOOKED_UP, Conversation, Group, Pixels, Prompt, pack_groups, plan_packs
 from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
 from special_ids import SPECIAL_IDS
 
@@ -72,6 +72,17 @@ def test_layout():
     assert moved.image_grid_thw.device.type == "cpu", "its values are read while packing and in the tower"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_of_pixels_are_those_of_the_table(dtype):
+    """In both frames of each channel, of more patches than are computed at once, rounded once."""
+    patches = torch.randint(256, (LOOKED_UP + 3, 588), dtype=torch.uint8)
+    table = torch.randn(3, 256)
+    values = Pixels(patches, table).values(torch.empty(0, dtype=dtype)).view(-1, 3, 2, 196)
+    for channel, colours in enumerate(patches.long().view(-1, 3, 196).unbind(1)):
+        for frame in (0, 1):
+            assert torch.equal(values[:, channel, frame], table[channel][colours].to(dtype))
+
+
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
 def test_shared_prompt_equals_whole_sequences(model, twins, hf_logits, groups, frozen):
     """Log-probabilities within 1e-5 and every parameter's gradient within 1e-5 of its norm, against transformers."""
@@ -80,11 +91,11 @@ def test_shared_prompt_equals_whole_sequences(model, twins, hf_logits, groups, f
     theirs.zero_grad()
     if frozen:
         for group in groups:
-            group.image_embeds = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
+            group.image_embeds = model.visual(group.prompt.pixels, group.prompt.image_grid_thw)
     pack = pack_groups(groups, image_token_id=IMAGE)
     shared_rows = sum(len(g.prompt.input_ids) + sum(map(len, g.completions)) for g in groups)
     assert len(pack.input_ids) == shared_rows, "a prompt stands once"
-    assert (pack.pixel_values is None) == frozen, "a frozen tower has run already"
+    assert (pack.pixels is None) == frozen, "a frozen tower has run already"
     logps = scored_logps(model, pack)
 
     sequences = [(g.prompt, c) for g in groups for c in g.completions]

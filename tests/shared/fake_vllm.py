@@ -75,11 +75,12 @@ class LLM:
         return [self._answer(*asked) for asked in zip(prompts, sampling_params, strict=True)]
 
     def _answer(self, request, params):
-        prompt = self._expanded(request)
+        prompt, pixel_values = self._expanded(request)
+        embeds = None if pixel_values is None else self.model.visual(pixel_values, prompt.image_grid_thw).detach()
         serial = next(s for s in range(1000) if request_seed(self.seed, s) == params.seed)
         decoding = prefill(
             self.model,
-            [Group(prompt, serial=serial)],
+            [Group(prompt, image_embeds=embeds, serial=serial)],
             num_generations=params.n,
             eos_token_ids=params.stop_token_ids,
             max_completion_length=params.max_tokens,
@@ -107,7 +108,8 @@ class LLM:
         ids = [j for i in request["prompt_token_ids"] for j in [i] * (next(counts) if i == pad else 1)]
         ids = torch.tensor(ids)
         positions = mrope_position_ids(ids, features["image_grid_thw"], image_token_id=pad, spatial_merge_size=2)
-        return Prompt(ids, positions, features["pixel_values"], features["image_grid_thw"])
+        prompt = Prompt(ids, positions, None, features["image_grid_thw"])
+        return prompt, features["pixel_values"]
 
 
 def install(monkeypatch, *, seed: int, noise: float = 0.0) -> list[LLM]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from boxgrpo.model.batch import Conversation, Prompt
+from boxgrpo.model.batch import FRAMES, Conversation, Pixels, Prompt
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.decoder import mrope_position_ids
 
@@ -78,6 +78,25 @@ def _enlarged(size: tuple[int, int]) -> list[int]:
     return [max(MIN_SIDE, round(side * factor)) for side in size]
 
 
+def _one_frame(p: Qwen2VLImageProcessorPil, image: Image.Image, **options) -> tuple[np.ndarray, np.ndarray]:
+    """What the image processor makes of an image: patches (p, 3, 196) fp32 of one frame, and grid_thw (1, 3)."""
+    features = p(images=[image], return_tensors="np", **options)
+    patches = features["pixel_values"]
+    return patches.reshape(len(patches), 3, FRAMES, -1)[:, :, 0], features["image_grid_thw"]
+
+
+AS_COLOURS = {"do_rescale": False, "do_normalize": False}  # 0-255
+
+
+def _value_table(p: Qwen2VLImageProcessorPil) -> Tensor:
+    """(3, 256) fp32: the image processor's value of each 8-bit colour, by channel, read off an image of all colours."""
+    ramp = Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), (MIN_SIDE, MIN_SIDE, 1)).repeat(3, 2))
+    colours, values = (_one_frame(p, ramp, do_resize=False, **how)[0] for how in (AS_COLOURS, {}))
+    table = np.zeros((3, 256), dtype=np.float32)
+    table[np.arange(3)[:, None], colours.astype(np.uint8)] = values
+    return torch.from_numpy(table)
+
+
 class Processor:
     """Tokenizer and image processor in one: `prompt` for GRPO and evaluation, `conversation` for SFT.
 
@@ -113,6 +132,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_processor.size = SizeDict(shortest_edge=min_pixels, longest_edge=max_pixels)
+        self._pixel_table = _value_table(image_processor)
         self.max_prompt_tokens = max_prompt_tokens
 
         self.image_token_id = vocabulary["<|image_pad|>"]
@@ -175,16 +195,15 @@ class Processor:
         return Conversation(*tensors, loss_mask=torch.tensor(loss_mask, dtype=torch.bool))
 
     def images_of(self, prompt: Prompt) -> list[Image.Image]:
-        """A prompt's images, restored exactly from its patches, at the size they were scaled to."""
+        """A prompt's images at the size they were scaled to."""
         p, images, row = self.image_processor, [], 0
         for _, height, width in prompt.image_grid_thw.tolist():  # in patches
-            patches = prompt.pixel_values[row : row + height * width].numpy()
+            patches = prompt.pixels.patches[row : row + height * width].numpy()
             row += height * width
             m, side = p.merge_size, p.patch_size
-            blocks = patches.reshape(height // m, width // m, m, m, 3, p.temporal_patch_size, side, side)
-            pixels = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, 3)
-            values = (pixels * np.float32(p.image_std) + np.float32(p.image_mean)) / p.rescale_factor  # 0-255
-            images.append(Image.fromarray(values.round().astype(np.uint8)))
+            blocks = patches.reshape(height // m, width // m, m, m, 3, side, side)
+            colours = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, 3)
+            images.append(Image.fromarray(colours))
         return images
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
@@ -194,13 +213,16 @@ class Processor:
 
     def _tensors(self, example: Example, *, answered: bool):
         """The fields of a `Prompt`, or if `answered` of the whole chat, and by token whether the loss covers it."""
-        pixel_values, grids = None, torch.zeros(0, 3, dtype=torch.int64)
+        pixels, grids = None, torch.zeros(0, 3, dtype=torch.int64)
         if example.images:
             # One by one, so that only one image at a time is in memory in full size.
-            features = [self.image_processor(images=[load_image(path)], return_tensors="np") for path in example.images]
-            pixels = np.concatenate([f["pixel_values"] for f in features]).astype(np.float32, copy=False)
-            pixel_values = torch.from_numpy(pixels)  # (p, 1176)
-            grids = torch.from_numpy(np.concatenate([f["image_grid_thw"] for f in features]))  # (I, 3) patches
+            parts = []
+            for path in example.images:
+                colours, grid = _one_frame(self.image_processor, load_image(path), **AS_COLOURS)
+                parts.append((colours.astype(np.uint8), grid))
+            patches, sizes = map(np.concatenate, zip(*parts, strict=True))
+            pixels = Pixels(torch.from_numpy(patches).flatten(1), self._pixel_table)  # (p, 588)
+            grids = torch.from_numpy(sizes)  # (I, 3) patches
         merge = self.image_processor.merge_size
         ids, loss_mask = self._tokens(example, (grids.prod(1) // merge**2).tolist(), answered=answered)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
@@ -211,7 +233,7 @@ class Processor:
             )
         input_ids = torch.tensor(ids, dtype=torch.int64)
         positions = mrope_position_ids(input_ids, grids, image_token_id=self.image_token_id, spatial_merge_size=merge)
-        return (input_ids, positions, pixel_values, grids), loss_mask
+        return (input_ids, positions, pixels, grids), loss_mask
 
     def _tokens(self, example: Example, image_tokens: list[int], *, answered: bool) -> tuple[list[int], list[bool]]:
         """Ids of the prompt, or if `answered` of the whole chat, and for each whether the loss covers it."""

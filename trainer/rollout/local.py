@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from boxgrpo.model.batch import Group
+from boxgrpo.model.batch import Group, Pixels
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.loader import Loader
@@ -173,13 +173,13 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
     synchronise in the tower: then it runs without images too, and raises if memory runs out.
     """
     prompts = [g.prompt for g in groups]
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    pixels = [p.pixels for p in prompts if p.pixels is not None]
     if not pixels and not sharded:
         return list(groups)
     embeds = None
     try:
         grids = torch.cat([p.image_grid_thw for p in prompts])
-        embeds = model.visual(torch.cat(pixels) if pixels else None, grids)
+        embeds = model.visual(Pixels.concat(pixels, model.device), grids)
     except torch.OutOfMemoryError:
         if sharded:
             raise
@@ -191,12 +191,9 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
         half = len(groups) // 2
         return embed_images(model, groups[:half]) + embed_images(model, groups[half:])
     merge = model.config.vision_config.spatial_merge_size**2
-    parts: tuple[Tensor, ...] = embeds.split(
-        [0 if p.pixel_values is None else len(p.pixel_values) // merge for p in prompts]
-    )
+    parts: tuple[Tensor, ...] = embeds.split([0 if p.pixels is None else len(p.pixels) // merge for p in prompts])
     return [
-        g if g.prompt.pixel_values is None else replace(g, image_embeds=part)
-        for g, part in zip(groups, parts, strict=True)
+        g if g.prompt.pixels is None else replace(g, image_embeds=part) for g, part in zip(groups, parts, strict=True)
     ]
 
 

@@ -27,7 +27,7 @@ def trained_groups(o, groups: Sequence[Group], rewards: StepRewards) -> list[Gro
     has_gradient = [True] * len(groups) if every else (advantages != 0).any(1).tolist()
     filled = [replace(g, advantages=advantages[i], weight=weights[i]) for i, g in enumerate(groups) if has_gradient[i]]
     # The image embeddings replace the pixels.
-    return [replace(g, prompt=replace(g.prompt, pixel_values=None)) if o.freeze_vision else g for g in filled]
+    return [replace(g, prompt=replace(g.prompt, pixels=None)) if o.freeze_vision else g for g in filled]
 
 
 class Move(NamedTuple):

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.trainer.data.example import Example
-from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.processor import Processor, load_image
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
 THINK = (
@@ -81,9 +81,12 @@ def test_prompt_is_images_question_and_instruction(processor, images):
     )
 
 
-def test_the_images_of_a_prompt_make_the_same_patches_again(demo, tmp_path):
+@pytest.mark.parametrize(
+    "values", [{}, {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}, {"do_normalize": False}]
+)
+def test_patches_are_the_image_processors_to_the_bit_and_give_the_images_back(demo, tmp_path, values):
     """Colours, three sizes, one of them scaled down and one up."""
-    paths = []
+    demo, paths = Processor(demo.tokenizer, Qwen2VLImageProcessorPil(**values), **LIMITS), []
     for size in ((112, 56), (400, 300), (28, 140), (20, 90)):
         noise = Image.merge("RGB", [Image.effect_noise(size, 200) for _ in range(3)])
         noise.save(path := tmp_path / f"{size[0]}.png")
@@ -92,9 +95,10 @@ def test_the_images_of_a_prompt_make_the_same_patches_again(demo, tmp_path):
     images = demo.images_of(prompt)
     assert [image.size for image in images[:3:2]] == [(112, 56), (28, 140)]
     assert images[0].tobytes() == Image.open(paths[0]).tobytes()
-    again = demo.image_processor(images=images, return_tensors="pt")
-    assert torch.equal(again["image_grid_thw"], prompt.image_grid_thw)
-    assert torch.equal(again["pixel_values"], prompt.pixel_values)
+    for same in (images, [load_image(path) for path in paths]):
+        expected = demo.image_processor(images=same, return_tensors="pt")
+        assert torch.equal(expected["image_grid_thw"], prompt.image_grid_thw)
+        assert torch.equal(expected["pixel_values"], prompt.pixel_values)
     assert demo.images_of(demo.prompt(example(()))) == []
 
 
