@@ -115,6 +115,7 @@ class Run:
             rank=r.rank,
             world_size=r.world_size,
             start=progress.position,
+            pin_for=r.device if r.device.type == "cuda" else None,
         )
         self.loader.faults |= progress.faults
         self.report = Reporter(self.folder, r, self.total_steps, title, start=progress.step)

@@ -1,5 +1,6 @@
 """`Examples`, records that are read on access, and `Loader`, the stream of a run's prepared records."""
 
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -9,13 +10,16 @@ import os
 import pickle
 import signal
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from typing import TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from boxgrpo.model.batch import Group
@@ -24,6 +28,7 @@ from .example import Example, Refused, Source, parse
 from .schemas import SCHEMAS
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 GOLD, TURNS = 1, 2  # bits of the column `has`
 # A row per usable record: file, record number, byte range, number of images, whether it has a gold box or answers.
@@ -91,9 +96,11 @@ class Loader:
         workers: processes that prepare ahead, one thread each; 0: this process prepares on demand. A fork server starts
             them, so that they inherit neither CUDA nor threads. They send results through pipes, so that /dev/shm
             cannot fill up, and end with this process. A script that uses them needs `if __name__ == "__main__"`.
+            A thread of this process reads the next step from the pipes while one is used.
         rank, world_size: select this process's part of the stream.
         start: first slot: 0, or the `position` of a former run with the same batch_size x world_size.
         shuffle: False keeps the records in the order given.
+        pin_for: a GPU; the prompts' pixels are in page-locked memory, from which copies to it do not wait.
 
     Attributes:
         position: first slot, over all ranks, that no step returned so far has used.
@@ -115,8 +122,10 @@ class Loader:
         world_size: int = 1,
         start: int = 0,
         shuffle: bool = True,
+        pin_for: torch.device | None = None,
     ):
         self.batch_size, self.workers, self.rank, self.world_size = batch_size, workers, rank, world_size
+        self.pin_for = pin_for
         self.position = start
         self.faults: dict[str, str] = {}
         self._slots = _Slots(examples, prepare, seed, shuffle)
@@ -124,10 +133,13 @@ class Loader:
     def __iter__(self) -> Iterator[list[Group]]:
         """Yield steps from `position` on: groups with a prompt, the slot's number (`serial`) and the `record`."""
         numbers = itertools.count(self.position + self.rank, self.world_size)
-        prepared = self._in_workers(numbers) if self.workers else map(self._slots.prepare, numbers)
-        while True:
+        if self.workers:
+            steps = take_ahead(self._steps(self._in_workers(numbers)))
+        else:  # without a thread, which would compete with the training for the interpreter
+            steps = self._steps(map(self._slots.prepare, numbers))
+        for prepared in steps:
             step = []
-            for group, faults in itertools.islice(prepared, self.batch_size):
+            for group, faults in prepared:
                 for source, reason in faults:
                     if source not in self.faults:
                         self.faults[source] = reason
@@ -137,6 +149,13 @@ class Loader:
                     raise ValueError(f"none of the {len(faults)} records can be prepared. {times} of them: {reason}")
                 step.append(group)
             self.position += self.batch_size * self.world_size
+            yield step
+
+    def _steps(self, prepared: Iterator["_Prepared"]) -> Iterator[list["_Prepared"]]:
+        while True:
+            step = list(itertools.islice(prepared, self.batch_size))
+            if self.pin_for is not None:
+                step = [(group and group.pin(self.pin_for), faults) for group, faults in step]
             yield step
 
     def _in_workers(self, numbers: Iterator[int]) -> Iterator["_Prepared"]:
@@ -154,11 +173,7 @@ class Loader:
             prefetch_factor=max(2, -(-self.batch_size // self.workers)),  # a whole step is prepared while one is used
         )
         with _ctrl_c_delayed(), _sigterm_blocked():
-            arriving = iter(loader)
-        while True:
-            with _ctrl_c_delayed():
-                prepared = next(arriving)
-            yield pickle.loads(prepared)
+            return map(pickle.loads, iter(loader))
 
 
 # A slot's group, None where no record can be prepared, and (source, reason) of each record that was skipped.
@@ -189,6 +204,33 @@ class _Slots(Dataset):
             except (ValueError, OSError) as error:  # reading the record gives a Refused with its source
                 faults.append((source or getattr(error, "source", "a record"), str(error)))
         return None, faults
+
+
+def take_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items; a thread takes the next one while one is used. An exception of the thread is raised here, in turn."""
+
+    def take(future: concurrent.futures.Future) -> None:
+        try:
+            future.set_result(next(items))
+        except BaseException as error:
+            error.add_note(traceback.format_exc())
+            # A traceback holds the loader's workers, and the interpreter would wait for them when the error ends it.
+            future.set_exception(error.with_traceback(None))
+
+    def begin() -> concurrent.futures.Future:
+        future = concurrent.futures.Future()
+        threading.Thread(target=take, args=(future,), daemon=True).start()  # a daemon: Ctrl-C must not wait for it
+        return future
+
+    ahead = begin()
+    try:
+        while True:
+            item = ahead.result()
+            ahead = begin()
+            yield item
+    except GeneratorExit:
+        concurrent.futures.wait([ahead])  # what `items` holds can be closed when nothing takes from it
+        raise
 
 
 @contextlib.contextmanager

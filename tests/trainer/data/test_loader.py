@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from itertools import chain, islice
 from operator import attrgetter
 
@@ -14,8 +17,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.bench.processes import process_tree
+from boxgrpo.model.batch import Pixels
 from boxgrpo.trainer.data.example import Example
-from boxgrpo.trainer.data.loader import Loader, _ctrl_c_delayed
+from boxgrpo.trainer.data.loader import Loader, _ctrl_c_delayed, take_ahead
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
@@ -108,6 +112,60 @@ def test_other_errors_are_bugs_and_stop_the_run():
         next(iter(loader(prepare=attrgetter("nothing"))))
 
 
+def test_a_thread_takes_one_item_ahead_and_its_error_comes_in_turn():
+    taken, threads, held = [], set(), []
+
+    def items():
+        workers = threading.Event()  # stands for something that must be freed
+        held.append(weakref.ref(workers))
+        for i in range(3):
+            taken.append(i)
+            threads.add(threading.current_thread())
+            yield i
+        raise ValueError("no fourth")
+
+    ahead = take_ahead(items())
+    for i in range(3):
+        assert next(ahead) == i
+        while len(taken) < min(i + 2, 3):
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert taken == list(range(min(i + 2, 3))) and threading.main_thread() not in threads
+    with pytest.raises(ValueError, match="no fourth") as caught:
+        next(ahead)
+    assert "in items" in caught.value.__notes__[0] and held[0]() is None, "the error names its place and holds nothing"
+
+
+def test_closing_waits_for_the_thread():
+    """Otherwise the loader's workers could not be ended: it would still read from them."""
+    begun, finished = threading.Event(), []
+
+    def items():
+        yield 0
+        begun.set()
+        time.sleep(0.05)
+        finished.append(True)
+        yield 1
+
+    ahead = take_ahead(items())
+    next(ahead)
+    begun.wait()
+    ahead.close()
+    assert finished
+
+
+@pytest.mark.parametrize("pin_for", [None, torch.device("cuda:3")])
+def test_pixels_are_pinned_for_the_gpu_that_is_named(pictured, monkeypatch, pin_for):
+    """By a fake; prompts without images and skipped records have none."""
+    monkeypatch.setattr(Pixels, "pin", lambda self, device: device)
+    records, prepare = pictured
+    records = [*records[:3], *examples(1, id="text")]
+    step = next(iter(Loader(records, prepare, batch_size=4, seed=0, workers=0, shuffle=False, pin_for=pin_for)))
+    assert [g.record.id for g in step] == ["0", "1", "text", "text"]
+    assert [g.prompt.pixels for g in step][2:] == [None, None]
+    assert all(g.prompt.pixels == pin_for if pin_for else len(g.prompt.pixels) for g in step[:2])
+
+
 @pytest.fixture
 def pictured(tmp_path):
     """Six real examples, of which one has lost its image."""
@@ -130,7 +188,7 @@ def test_workers_prepare_the_same_as_this_process(pictured):
         for a, b in zip((g.prompt for g in here), (g.prompt for g in there)):
             assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.position_ids, b.position_ids)
             assert torch.equal(a.pixel_values, b.pixel_values) and torch.equal(a.image_grid_thw, b.image_grid_thw)
-            assert not b.pixel_values.is_shared()  # came through a pipe, not through /dev/shm
+            assert not b.pixels.patches.is_shared()  # came through a pipe, not through /dev/shm
     assert inline.faults == parallel.faults and list(inline.faults) == ["data.json#2"]
 
 
