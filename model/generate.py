@@ -91,7 +91,8 @@ class Decoding:
 
     def _record(self, **options) -> None:
         """Record `next_token`, as torch.cuda.graph does, but without waiting for the device's other streams."""
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)  # which the graph's kernels keep
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.graph.capture_begin(capture_error_mode="thread_local")

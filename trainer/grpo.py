@@ -61,7 +61,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
         with span("rollout"), contextlib.nullcontext() if sharded else engine.gathered_weights():
             with span("vision", sum(len(g.prompt.image_grid_thw) for g in groups)):
                 groups = batches.embed(groups)
-            groups = rollout(policy, groups)
+            groups = rollout(policy, groups, batches.embed_ahead)
         with span("reward", sum(len(g.completions) for g in groups)):
             rewards = step_rewards(o, hooks.rewards(groups, score(groups, vocabulary.bytes, r.device)), r)
         with span("pack", len(groups)):

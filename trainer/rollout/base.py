@@ -1,8 +1,8 @@
 """The interface of rollouts, and the properties of the vocabulary that sampling and rewards need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,14 @@ class Rollout(Protocol):
 
     written: dict[str, int]
 
-    def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
-        """Return the groups with completions; a group that does not fit into memory is skipped with a warning."""
+    def __call__(
+        self, policy: Qwen2VL, groups: Sequence[Group], after_prefill: Callable[[], Any] = lambda: None
+    ) -> list[Group]:
+        """Return the groups with completions; a group that does not fit into memory is skipped with a warning.
+
+        `after_prefill` queues work that the GPU can do beside decoding. It is called between the last prefill and its
+        decoding, again if that runs out of memory; first of all by a rollout that does not prefill.
+        """
 
 
 @dataclass

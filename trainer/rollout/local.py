@@ -4,9 +4,10 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -46,23 +47,26 @@ class LocalRollout:
         self.options, self.vocabulary, self.ranks, self.sharded = options, vocabulary, ranks, sharded
         self.rounds = options.gradient_accumulation_steps
         self.file = _open_store(options, ranks, stored or {}) if options.rollout_file else None
+        # Before the next step's images, whose stream has the default priority, the lowest.
+        self.stream = torch.cuda.Stream(priority=-1) if ranks.device.type == "cuda" and not sharded else None
 
     @property
     def written(self) -> dict[str, int]:
         return {Path(self.file.name).name: self.file.tell()} if self.file else {}
 
-    def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
+    def __call__(
+        self, policy: Qwen2VL, groups: Sequence[Group], after_prefill: Callable[[], Any] = lambda: None
+    ) -> list[Group]:
         sampled: list[Group] = []
         start = 0
         while start < len(groups):
             at_once = max(1, len(groups) // self.rounds)
             part = groups[start : start + at_once]
+            last = start + at_once >= len(groups)
+            sample = functools.partial(self._sample, policy, part, after_prefill if last else lambda: None)
             found = None
             try:
-                if self.sharded:
-                    found = policy(work=functools.partial(self._sample, policy, part))
-                else:
-                    found = self._sample(policy, part)
+                found = policy(work=sample) if self.sharded else sample()
             except torch.OutOfMemoryError as error:
                 if self.sharded:
                     raise ValueError(
@@ -87,7 +91,7 @@ class LocalRollout:
         return sampled
 
     @torch.no_grad()
-    def _sample(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
+    def _sample(self, policy: Qwen2VL, groups: Sequence[Group], after_prefill: Callable[[], Any]) -> list[Group]:
         """The groups with G completions each, all decoded at once."""
         o = self.options
         with span("prefill", len(groups), sum(len(g.prompt.input_ids) for g in groups)):
@@ -99,7 +103,8 @@ class LocalRollout:
                 max_completion_length=o.max_completion_length,
                 static=not self.sharded,
             )
-        with span("decode", len(groups) * o.num_generations, o.max_completion_length):
+        after_prefill()
+        with span("decode", len(groups) * o.num_generations, o.max_completion_length), self._preferred():
             flat = decoding.run(
                 temperature=o.temperature,
                 top_k=o.top_k,
@@ -110,6 +115,20 @@ class LocalRollout:
             )
         n = o.num_generations
         return [replace(group, completions=flat[n * i : n * (i + 1)]) for i, group in enumerate(groups)]
+
+    @contextlib.contextmanager
+    def _preferred(self) -> Iterator[None]:
+        """The block's work comes before that of other streams on the GPU, after what the current one has queued."""
+        if self.stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:  # after an error too: the current stream may reuse memory that the block's work reads
+            current.wait_stream(self.stream)
 
 
 def _open_store(options, ranks: Ranks, stored: dict[str, int]):
@@ -150,7 +169,8 @@ class ReplayRollout:
         every_ranks = (path, *path.parent.glob(f"{path.name}.rank*"))
         self.stored = {record["serial"]: record["ids"] for record in read_lines(every_ranks)}
 
-    def __call__(self, policy, groups: Sequence[Group]) -> list[Group]:
+    def __call__(self, policy, groups: Sequence[Group], after_prefill: Callable[[], Any] = lambda: None) -> list[Group]:
+        after_prefill()
         for serial in (g.serial for g in groups):
             if serial not in self.stored:
                 raise ValueError(
@@ -201,7 +221,7 @@ class PrefetchedBatches:
     """The loader's groups and the embeddings of their images by a frozen tower.
 
     With `early`, the GPU embeds the next step's images on a separate stream while this step decodes, because decoding
-    leaves the matrix units nearly idle.
+    leaves the matrix units nearly idle; prefill needs them.
 
     Args:
         embed: adds embeddings to groups; None: the tower is trained and runs in every pack.
@@ -228,7 +248,7 @@ class PrefetchedBatches:
         return groups
 
     def embed(self, groups: list[Group]) -> list[Group]:
-        """The groups with their embeddings; starts the embedding of the next step's groups."""
+        """The groups with their embeddings."""
         if not self.early:
             return self.embed_images(groups) if self.embed_images else groups
         if self.stream:
@@ -237,7 +257,17 @@ class PrefetchedBatches:
             for group in groups:
                 if group.image_embeds is not None:
                     group.image_embeds.record_stream(current)
-            self.stream.wait_stream(current)  # needed at the first call: this stream has loaded the weights
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            self._ahead = self.embed_images(next(self._batches))
         return groups
+
+    def embed_ahead(self) -> None:
+        """Queue the embedding of the next step's images behind all that is queued so far, unless that was done."""
+        if not self.early or self._ahead is not None:
+            return
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        groups = next(self._batches)
+        with (
+            torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext(),
+            span("vision", sum(len(g.prompt.image_grid_thw) for g in groups)),
+        ):
+            self._ahead = self.embed_images(groups)

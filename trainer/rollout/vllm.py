@@ -6,8 +6,9 @@ host memory and its KV cache freed. Each rollout wakes it with the policy's curr
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -73,8 +74,11 @@ class VllmRollout:
         )
         self.llm.sleep(level=1)
 
-    def __call__(self, policy: Qwen2VL, groups: Sequence[Group]) -> list[Group]:
+    def __call__(
+        self, policy: Qwen2VL, groups: Sequence[Group], after_prefill: Callable[[], Any] = lambda: None
+    ) -> list[Group]:
         """As `LocalRollout`, with the sampler's own logps. `image_embeds` are not used: vLLM runs the tower itself."""
+        after_prefill()
         with span("load_weights"):
             self.load_weights(policy)
         with span("generate"):

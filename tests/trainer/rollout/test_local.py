@@ -1,5 +1,6 @@
 """A step's completions do not depend on the rounds they are sampled in, and their scores are those done by hand."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from boxgrpo.trainer.rollout.base import Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
 from boxgrpo.trainer.runtime.ranks import Ranks
 
+PICTURED = [SimpleNamespace(input_ids=(), image_grid_thw=[name]) for name in "abcde"]  # prompts
 OPTIONS = GrpoOptions(num_generations=3, max_completion_length=12, temperature=1.2)
 
 
@@ -260,19 +262,72 @@ def embedding():
 @pytest.mark.parametrize("early", [True, False], ids=["early", "in time"])
 def test_groups_have_their_own_embeddings_early_or_in_time(embedding, early):
     embed, calls = embedding
-    batches = batches_of(range(5), embed, early=early)
+    batches = batches_of(PICTURED, embed, early=early)
     for step in range(1, 5):
         groups = batches.next()
         assert calls == [[2 * k, 2 * k + 1] for k in range(step if early else step - 1)]
         groups = batches.embed(groups)
+        batches.embed_ahead()
         assert [g.serial for g in groups] == [2 * step - 2, 2 * step - 1]
         assert all(g.image_embeds is g.prompt for g in groups)
         assert batches.position == 2 * step
     assert batches.loader.position == 8 + 2 * early, "early, one step more was taken than given out"
 
 
+class FakeStream:
+    """Notes in `events` which work is queued on which stream, by their priorities, and what a stream waits for."""
+
+    events: list
+    current: "FakeStream"
+
+    def __init__(self, priority=0, name=""):
+        self.name = name or f"priority {priority}"
+
+    def wait_stream(self, other):
+        self.events.append(f"{self.name} waits for {other.name}")
+
+    def queue(self, work):
+        self.events.append(f"{work} on {self.current.name}")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """torch.cuda's streams are fakes; returns the class, whose `events` are empty."""
+    FakeStream.events, FakeStream.current = [], FakeStream(name="main")
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, FakeStream.current = FakeStream.current, stream
+        yield
+        FakeStream.current = before
+
+    fakes = {"Stream": FakeStream, "stream": on, "current_stream": lambda: FakeStream.current}
+    for name, fake in (fakes | {"is_available": lambda: True}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return FakeStream
+
+
+def test_on_a_gpu_the_next_images_come_after_prefill_and_decoding_before_them(streams, vocabulary, monkeypatch):
+    """The order of the streams' work, in two rounds; the tower is queued once."""
+
+    def prefill(policy, groups, **options):
+        streams.current.queue("prefill")
+        return SimpleNamespace(run=lambda **o: streams.current.queue("decode") or [torch.ones(1)] * 3)
+
+    monkeypatch.setattr("boxgrpo.trainer.rollout.local.prefill", prefill)
+    batches = batches_of(PICTURED, lambda groups: streams.current.queue("tower") or groups, early=True)
+    rollout = LocalRollout(changed(gradient_accumulation_steps=2), vocabulary, Ranks(device="cuda"))
+    groups = batches.embed(batches.next())
+    del streams.events[:]
+    rollout(None, groups, batches.embed_ahead)
+    batches.embed_ahead()
+    decode = ["priority -1 waits for main", "decode on priority -1", "main waits for priority -1"]
+    tower = ["priority 0 waits for main", "tower on priority 0"]
+    assert streams.events == ["prefill on main", *decode, "prefill on main", *tower, *decode]
+
+
 def test_a_trained_tower_runs_in_every_pack():
-    batches = batches_of(range(5), None, early=True)
+    batches = batches_of(PICTURED, None, early=True)
     assert [g.image_embeds for g in batches.embed(batches.next())] == [None, None]
 
 
@@ -283,8 +338,10 @@ def test_on_a_gpu_the_embeddings_of_a_stream_of_its_own_are_the_towers(twins, ma
         prompts = [make_prompt([(1, 4, 8), (1, 6, 4)], seed=i) for i in range(6)]
         batches = batches_of(prompts, partial(embed_images, model), early=True)
         for _ in range(3):
-            for group in batches.embed(batches.next()):
-                alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
+            groups = batches.embed(batches.next())
+            batches.embed_ahead()
+            for group in groups:
+                alone = model.visual(group.prompt.pixels, group.prompt.image_grid_thw)
                 torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-4)
     finally:
         model.cpu()
