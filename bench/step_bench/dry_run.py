@@ -23,7 +23,7 @@ from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.step_bench.cases import MODELS, StepCase, make_config
 from boxgrpo.bench.step_bench.launches import Counts, LaunchCounter
 from boxgrpo.kernels import LossOptions
-from boxgrpo.model.batch import Group, Prompt, pack_groups, plan_packs
+from boxgrpo.model.batch import Group, Pixels, Prompt, pack_groups, plan_packs
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
@@ -87,7 +87,7 @@ def make_groups(case: StepCase, config, fake) -> list[Group]:
     positions = mrope_position_ids(ids, grids, image_token_id=config.image_token_id)
     patches = int(grids.prod(1).sum())
     with fake:
-        pixels = torch.empty(patches, 1176)
+        pixels = Pixels(torch.empty(patches, 588, dtype=torch.uint8), torch.empty(3, 256))
     return [Group(Prompt(ids, positions, pixels, grids), serial=i) for i in range(case.prompts)]
 
 
