@@ -87,7 +87,8 @@ def make_groups(case: StepCase, config, fake) -> list[Group]:
     positions = mrope_position_ids(ids, grids, image_token_id=config.image_token_id)
     patches = int(grids.prod(1).sum())
     with fake:
-        pixels = Pixels(torch.empty(patches, 588, dtype=torch.uint8), torch.empty(3, 256))
+        colours = torch.empty(patches, 588, dtype=torch.uint8, pin_memory=True)
+        pixels = Pixels(colours, torch.empty(3, 256))
     return [Group(Prompt(ids, positions, pixels, grids), serial=i) for i in range(case.prompts)]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from boxgrpo.model.batch import LOOKED_UP, Conversation, Group, Pixels, Prompt, pack_groups, plan_packs
+from boxgrpo.model.batch import Conversation, Group, Pixels, Prompt, pack_groups, plan_packs
 from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
 from special_ids import SPECIAL_IDS
 
@@ -73,9 +73,10 @@ def test_layout():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_of_pixels_are_those_of_the_table(dtype):
+def test_values_of_pixels_are_those_of_the_table(monkeypatch, dtype):
     """In both frames of each channel, of more patches than are computed at once, rounded once."""
-    patches = torch.randint(256, (LOOKED_UP + 3, 588), dtype=torch.uint8)
+    monkeypatch.setattr("boxgrpo.model.batch.LOOKED_UP", 5)
+    patches = torch.randint(256, (13, 588), dtype=torch.uint8)
     table = torch.randn(3, 256)
     values = Pixels(patches, table).values(torch.empty(0, dtype=dtype)).view(-1, 3, 2, 196)
     for channel, colours in enumerate(patches.long().view(-1, 3, 196).unbind(1)):
