@@ -40,24 +40,24 @@ LAYERS = (
 BUDGET = {
     "csrc": 850,
     "kernels": 4710,
-    "model": 1510,
-    "trainer": 9900,
+    "model": 1565,
+    "trainer": 10_005,
     "bench": 5205,
-    "tests": 16_425,
+    "tests": 16_555,
     "trainer/apps": 1070,
     "trainer/chains": 800,
-    "trainer/data": 1370,
+    "trainer/data": 1430,
     "trainer/engine": 645,
     "trainer/evaluation": 1910,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 460,
+    "trainer/rollout": 490,
     "trainer/runtime": 925,
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_155  # lines of the first five
+PRODUCT = 22_310  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
