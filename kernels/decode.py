@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import FLOATS, accumulation_dtype, check_tensor, register, runs_fast
+from .dispatch import FLOATS, accumulation_dtype, call, check_tensor, choose, register, runs_fast
 
 
 def add_rms_norm_torch(x, delta, weight, eps: float) -> tuple[Tensor, Tensor]:
@@ -42,25 +42,20 @@ def silu_mul_torch(gate, up) -> Tensor:
     return (F.silu(gate.to(accumulation_dtype(gate))) * up).to(gate.dtype)
 
 
-_ADD_RMS_NORM, _ = register(
+_ADD_RMS_NORM = register(
     "(Tensor x, Tensor delta, Tensor weight, float eps, bool triton) -> (Tensor, Tensor)",
     add_rms_norm_torch,
     lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
 )
-_ROTATE_INTO_CACHE, _ = register(
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor at, bool triton)"
-    " -> Tensor",
-    rotate_into_cache_torch,
-    lambda q, k, *_: q.new_empty(q.shape[0] * q.shape[1] // k.shape[1], *k.shape[1:]),
-)
-_MERGE_ATTENTION, _ = register(
+_MERGE_ATTENTION = register(
     "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, int repeat, bool triton) -> Tensor",
     merge_attention_torch,
     lambda a, _a, _b, _lse, repeat, _: a.new_empty(a.shape[0] // repeat, a.shape[1] * repeat, a.shape[2]),
 )
-_SILU_MUL, _ = register(
+_SILU_MUL = register(
     "(Tensor gate, Tensor up, bool triton) -> Tensor", silu_mul_torch, lambda x, *_: x.new_empty(x.shape)
 )
+_rotate_into_cache = choose(rotate_into_cache_torch, 8)  # no op of torch.library, because it changes the cache
 
 
 def add_rms_norm(
@@ -82,7 +77,7 @@ def add_rms_norm(
     check_tensor("x", x, (None, None), FLOATS)
     check_tensor("delta", delta, tuple(x.shape), (x.dtype,))
     check_tensor("weight", weight, (x.shape[1],), (x.dtype,))
-    return _ADD_RMS_NORM(x, delta, weight, eps, runs_fast("add_rms_norm", backend, x))
+    return call(*_ADD_RMS_NORM, x, delta, weight, eps, runs_fast("add_rms_norm", backend, x))
 
 
 def rotate_into_cache(
@@ -120,7 +115,7 @@ def rotate_into_cache(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it is written in place. Pass a contiguous tensor.")
     check_tensor("at", at, (1,), (torch.int64,))
-    return _ROTATE_INTO_CACHE(q, k, v, cos, sin, keys, values, at, runs_fast("rotate_into_cache", backend, q, k, v))
+    return _rotate_into_cache(q, k, v, cos, sin, keys, values, at, runs_fast("rotate_into_cache", backend, q, k, v))
 
 
 def merge_attention(
@@ -144,7 +139,7 @@ def merge_attention(
     for name, tensor in (("lse_a", lse_a), ("lse_b", lse_b)):
         check_tensor(name, tensor, (out_a.shape[1], out_a.shape[0]), (torch.float32, torch.float64))
     fast = runs_fast("merge_attention", backend, out_a, lse_a, lse_b)
-    return _MERGE_ATTENTION(out_a, lse_a, out_b, lse_b, repeat, fast)
+    return call(*_MERGE_ATTENTION, out_a, lse_a, out_b, lse_b, repeat, fast)
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -155,4 +150,4 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check_tensor("gate", gate, (None, None), FLOATS)
     check_tensor("up", up, tuple(gate.shape), (gate.dtype,))
-    return _SILU_MUL(gate, up, runs_fast("silu_mul", backend, gate, up))
+    return call(*_SILU_MUL, gate, up, runs_fast("silu_mul", backend, gate, up))

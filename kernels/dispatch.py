@@ -7,7 +7,6 @@ imported when it first runs, or the operator that csrc/ compiles ("extension").
 import functools
 import importlib.util
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -133,7 +132,7 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
     """Register the op of the twin `<op>_torch`, with an argument `bool triton` that chooses `<op>_triton`.
 
     Args:
-        schema: arguments and results, without the op's name; `Tensor(a!)` is one that the op changes.
+        schema: arguments and results, without the op's name.
         twin: takes the op's arguments without `triton`, in their order. `<op>_triton` takes the same; it is in the
             module whose name is that of the twin's module and `_triton`.
         fake: returns tensors of the results' shapes and dtypes, for tracing.
@@ -141,16 +140,22 @@ def register(schema: str, twin: Callable, fake: Callable) -> tuple[torch.library
     Returns:
         The op, to which an autograd formula may be added, and the plain function that it runs.
     """
-    op, at = twin.__name__.removesuffix("_torch"), schema.partition(") ->")[0].split(", ").index("bool triton")
+    run = choose(twin, schema[: schema.index(")")].split(", ").index("bool triton"))
+    return _define(twin.__name__.removesuffix("_torch"), schema, run, fake), run
+
+
+def choose(twin: Callable, at: int) -> Callable:
+    """The function of `register` alone: it runs the twin, or `<op>_triton` where its argument number `at` is true."""
 
     @functools.cache
     def kernel() -> Callable:
-        return getattr(importlib.import_module(f"{twin.__module__}_triton"), f"{op}_triton")
+        name = twin.__name__.removesuffix("_torch")
+        return getattr(importlib.import_module(f"{twin.__module__}_triton"), f"{name}_triton")
 
     def run(*args, **options):
         return (kernel() if args[at] else twin)(*args[:at], *args[at + 1 :], **options)
 
-    return _define(op, schema, run, fake), run
+    return run
 
 
 def register_compiled(schema: str, twin: Callable, fake: Callable) -> None:
@@ -197,8 +202,7 @@ def call(op: Callable, run: Callable, *args):
 
 
 def _define(op: str, schema: str, run: Callable, fake: Callable) -> torch.library.CustomOpDef:
-    changed = re.findall(r"\w!\) (\w+)", schema)
-    defined = torch.library.custom_op(f"boxgrpo::{op}", run, mutates_args=changed, schema=schema)
+    defined = torch.library.custom_op(f"boxgrpo::{op}", run, mutates_args=(), schema=schema)
     defined.register_fake(fake)
     return defined
 

@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from boxgrpo.kernels import add_rms_norm, silu_mul
+
+from .cache import StaticCache
+
 # (layer, q (T, heads, d), k and v (T, kv_heads, d)) -> (T, heads, d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -140,6 +144,10 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(cache.attend(self.layer, q, k, v, cos, sin).flatten(1))
+
 
 class Mlp(nn.Module):
     """SwiGLU: silu(gate) * up, projected down."""
@@ -157,6 +165,9 @@ class Mlp(nn.Module):
         del gate, up  # without gradients their memory is free for the projection
         return self.down_proj(x)
 
+    def decode(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, config, layer: int):
@@ -169,6 +180,12 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def decode(self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
+        """The residual stream before the MLP's output is added, and that output; `normed` is x after the first norm."""
+        norm = self.post_attention_layernorm
+        x, normed = add_rms_norm(x, self.self_attn.decode(normed, cos, sin, cache), norm.weight, eps=norm.eps)
+        return x, self.mlp.decode(normed)
 
 
 class Decoder(nn.Module):
@@ -184,6 +201,27 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the last norm: (T, H), from embeddings (T, H) and positions (3, T)."""
+        cos, sin = self.rotation(position_ids, x.dtype)
+        for layer in self.layers:
+            if self.gradient_checkpointing and x.requires_grad:
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+    def decode(self, x: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
+        """`forward` of one token for each completion, in few launches: without a gradient, and without the modules'
+        own forward of norms.
+        """
+        cos, sin = self.rotation(position_ids, x.dtype)
+        normed = self.layers[0].input_layernorm(x)
+        for layer, norm in zip(self.layers, (*(after.input_layernorm for after in self.layers[1:]), self.norm)):
+            x, delta = layer.decode(x, normed, cos, sin, cache)
+            x, normed = add_rms_norm(x, delta, norm.weight, eps=norm.eps)
+        return normed
+
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For `rotate`, of positions (3, T)."""
         c, device = self.config, position_ids.device
         # The first `temporal` frequencies, which are the highest, turn with the temporal position, then `height` ones.
         temporal, height, _ = c.rope_parameters["mrope_section"]
@@ -192,10 +230,5 @@ class Decoder(nn.Module):
         axis = (index >= temporal).long() + (index >= temporal + height)
         exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
         frequencies = c.rope_parameters["rope_theta"] ** -exponents
-        cos, sin = (t.to(x.dtype) for t in cos_and_sin(position_ids[axis].T.float() * frequencies))
-        for layer in self.layers:
-            if self.gradient_checkpointing and x.requires_grad:
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        cos, sin = cos_and_sin(position_ids[axis].T.float() * frequencies)
+        return cos.to(dtype), sin.to(dtype)

@@ -12,7 +12,7 @@ from boxgrpo.kernels import sample_tokens
 
 from .attention import PackedAttention
 from .batch import Group, pack_groups
-from .cache import DecodeCache
+from .cache import DecodeCache, StaticCache
 from .families.qwen2_vl import Qwen2VL
 
 # Where all steps launch the same kernels, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
@@ -65,7 +65,7 @@ class Decoding:
     """
 
     model: Qwen2VL
-    cache: DecodeCache
+    cache: DecodeCache | StaticCache
     rows: Rows
     results: Samples
     eos: Tensor  # (E) int64
@@ -76,9 +76,10 @@ class Decoding:
         """Take each row's last token through the decoder, unless `advance` is false, and sample its next one."""
         rows, results, cache = self.rows, self.results, self.cache
         if advance:
-            embeds = self.model.model.embed_tokens(rows.token)
-            rows.hidden.copy_(self.model.model(embeds, (rows.position + cache.at).expand(3, -1), cache.attend))
-            cache.at += 1
+            decoder = self.model.model
+            inputs = decoder.embed_tokens(rows.token), (rows.position + cache.at).expand(3, -1)
+            rows.hidden.copy_(decoder.decode(*inputs, cache) if cache.static else decoder(*inputs, cache.attend))
+            cache.advance()
         at = cache.at.expand_as(rows.token)
         counters = {"prompt_ids": rows.serial, "completion_ids": rows.completion, "positions": at}
         tokens, logps = sample_tokens(head_logits(rows.hidden, self.model.head_weight), **counters, **options)
@@ -178,8 +179,12 @@ def prefill(
     batch = pack_groups(groups, image_token_id=model.config.image_token_id).to(device)
     attend = PackedAttention(batch, kv=[])
     hidden = model.hidden(batch, attend)[(batch.cu_seqlens[1:] - 1).long()]  # (B, H), of the prompts' last tokens
-    static = static and device.type in STATIC_DEVICES
-    cache = DecodeCache(attend, num_generations, max_completion_length, static=static)
+    text = model.config.text_config
+    if static and device.type in STATIC_DEVICES:
+        repeat = text.num_attention_heads // text.num_key_value_heads
+        cache = StaticCache(attend, num_generations, max_completion_length, repeat=repeat)
+    else:
+        cache = DecodeCache(attend, num_generations, max_completion_length)
     n = len(groups) * num_generations
     eos = torch.tensor(list(eos_token_ids), device=device)
     results = Samples(

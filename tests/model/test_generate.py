@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
+from boxgrpo.model import cache, generate
 from boxgrpo.model.batch import Group, pack_groups
-from boxgrpo.model.cache import DecodeCache
+from boxgrpo.model.cache import DecodeCache, StaticCache
 from boxgrpo.model.generate import head_logits, prefill
 from special_ids import SPECIAL_IDS
 
@@ -76,19 +77,71 @@ def test_greedy_equals_transformers(twins, groups, make_prompt, kind):
     assert sample(ours, groups, eos_token_ids=eos, top_k=1, forbidden=None)[0] == expected
 
 
+def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, seqused_k=None):
+    """aten's flash attention without a mask, segment by segment in fp64."""
+    assert (dropout, causal, debug) == (0, False, False) and q.shape[1] == k.shape[1]
+    assert {x.dtype for x in (cu_q, cu_k, cu_q if seqused_k is None else seqused_k)} == {torch.int32}
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    outs, masses = [], []
+    for i, ((a, b), (c, e)) in enumerate(zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True)):
+        e = e if seqused_k is None else c + seqused_k[i]
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[c:e].double()) * q.shape[2] ** -0.5
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(2), v[c:e].double()))
+        masses.append(scores.logsumexp(2))
+    return torch.cat(outs).to(q.dtype), torch.cat(masses, 1).float(), None, None, None
+
+
+@pytest.fixture(params=["growing", "static", "static, flash"])
+def way(request, monkeypatch):
+    """How tokens are decoded: as on a CPU; as on a GPU in fp32; as on a GPU with flash attention."""
+    if request.param != "growing":
+        monkeypatch.setattr(generate, "STATIC_DEVICES", ("cpu",))
+    if request.param == "static, flash":
+        monkeypatch.setattr(cache, "pick_backend", lambda x: "varlen")
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    return request.param
+
+
+def pack_of(groups, completions):
+    """All completions with their prompts; each group has as many."""
+    count = len(completions) // len(groups)
+    for i, group in enumerate(groups):
+        group.completions = [torch.tensor(c) for c in completions[count * i : count * (i + 1)]]
+    return pack_groups(groups, image_token_id=IMAGE)
+
+
+@torch.no_grad()
+def trained_logps(model, pack, temperature=1.0):
+    logits = model(pack).float() @ model.head_weight.T.float() / temperature
+    return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps_equal_the_trainers(model, groups, temperature):
+def test_logps_equal_the_trainers(model, groups, temperature, way):
     """Sampling reports the log-probabilities of a forward over the packed completions, token by token."""
     completions, samples = sample(model, groups, num_generations=4, temperature=temperature)
     assert samples.ids.dtype == torch.int64 and samples.logps.dtype == torch.float32
-    for i, group in enumerate(groups):
-        group.completions = [torch.tensor(c) for c in completions[4 * i : 4 * i + 4]]
-    pack = pack_groups(groups, image_token_id=IMAGE)
-    with torch.no_grad():
-        logits = model(pack) @ model.head_weight.T / temperature
-    expected = logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+    expected = trained_logps(model, pack_of(groups, completions), temperature)
     sampled = torch.cat([row[: len(c)] for row, c in zip(samples.logps, completions, strict=True)])
     torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["static"], indirect=True)
+def test_logps_in_bf16_are_as_exact_as_the_trainers(twins, groups, way):
+    """Decoding rounds to bf16 where a pack's forward does, and both parts of attention once more before the merge.
+
+    So both are equally far from fp32 with the same weights, but independently: from each other they are at most as far
+    as the sum of the two.
+    """
+    low = copy.deepcopy(twins("published")[0]).bfloat16()
+    completions, samples = sample(low, groups, num_generations=8, max_completion_length=40)
+    pack = pack_of(groups, completions)
+    sampled = torch.cat([row[: len(c)] for row, c in zip(samples.logps, completions, strict=True)])
+    exact, trained = trained_logps(copy.deepcopy(low).float(), pack), trained_logps(low, pack)
+    ours, theirs = (sampled - exact).abs(), (trained - exact).abs()
+    assert len(ours) > 500 and theirs.mean() > 1e-3
+    assert ours.mean() < 1.15 * theirs.mean() and ours.max() < 1.5 * theirs.max()
+    assert (sampled - trained).abs().mean() < 1.5 * theirs.mean()  # the root of two, were they normal
 
 
 def test_a_sample_depends_on_its_serial_number_alone(model, groups):
@@ -144,41 +197,73 @@ def test_no_prompts_are_refused(model):
 def dropped(monkeypatch):
     """(completions kept, prompts, whether every prompt kept as many) of each time that rows were dropped."""
     sizes = []
-    keep = DecodeCache.keep
+    for kind in (DecodeCache, StaticCache):
 
-    def watched(cache, kept):
-        keep(cache, kept)
-        sizes.append((len(kept), len(cache.prefix[0][0]), cache.slots is None))
+        def watched(self, kept, keep=kind.keep):
+            keep(self, kept)
+            counts = self.owner.bincount().tolist()
+            sizes.append((len(kept), len(counts), len({*counts}) == 1))
 
-    monkeypatch.setattr(DecodeCache, "keep", watched)
+        monkeypatch.setattr(kind, "keep", watched)
     return sizes
 
 
-def test_dropping_ended_rows_changes_no_token(model, groups, dropped, monkeypatch):
-    """With the attention that grows, and with the masked one of full width, which a CUDA graph can record."""
+def test_dropping_ended_rows_changes_no_token(model, groups, dropped, monkeypatch, way):
     options = {"num_generations": 6, "temperature": 1.5, "eos_token_ids": tuple(range(30)), "max_completion_length": 40}
-    monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0)
+    monkeypatch.setattr(generate, "DROP_AT", 0)
     expected, whole = sample(model, groups, **options)
     assert not dropped
-    for devices in ((), ("cpu",)):
-        monkeypatch.setattr("boxgrpo.model.generate.STATIC_DEVICES", devices)
-        monkeypatch.setattr("boxgrpo.model.generate.DROP_AT", 0.75)
-        completions, found = sample(model, groups, **options)
-        rows = [n for n, *_ in dropped]
-        assert len(rows) > 2 and all(b <= 0.75 * a for a, b in itertools.pairwise([18, *rows])), "fewer rows each time"
-        assert dropped[-1][1] < 3 and {full for *_, full in dropped} == {True, False}
-        assert completions == expected
-        for a, b, completion in zip(found.logps, whole.logps, expected, strict=True):
-            torch.testing.assert_close(a[: len(completion)], b[: len(completion)], rtol=0, atol=1e-5)
-        dropped.clear()
+    monkeypatch.setattr(generate, "DROP_AT", 0.75)
+    completions, found = sample(model, groups, **options)
+    rows = [n for n, *_ in dropped]
+    assert len(rows) > 2 and all(b <= 0.75 * a for a, b in itertools.pairwise([18, *rows])), "fewer rows each time"
+    assert dropped[-1][1] < 3 and {full for *_, full in dropped} == {True, False}
+    assert completions == expected
+    for a, b, completion in zip(found.logps, whole.logps, expected, strict=True):
+        torch.testing.assert_close(a[: len(completion)], b[: len(completion)], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("filled", [None, [3, 1, 9]])
+def test_attention_to_a_part_of_the_keys(filled):
+    """The stand-in of flash attention: ragged segments, all keys or the first ones of each."""
+    cu_q, cu_k = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 3, 8], [0, 9, 18, 27] if filled else [0, 4, 5, 12])
+    )
+    q, k, v = (torch.randn(n, 2, 16) for n in (8, 27, 27))
+    used = filled and torch.tensor(filled, dtype=torch.int32)
+    sizes = cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max())
+    found = cache.varlen_part(q, k, v, *sizes, used)
+    for got, expected in zip(found, flash(q, k, v, *sizes, 0, False, False, seqused_k=used)[:2], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
-def test_a_recorded_step_samples_as_a_plain_one(model, groups, monkeypatch):
+@pytest.mark.parametrize("d", [64, 128])
+def test_flash_attention_to_a_part_of_the_keys(d):
+    """torch's flash kernel against the stand-in in fp32: 3 prompts' keys, and own slots of which the first are full."""
+    q, k, v = (torch.randn(n, 4, d, device="cuda").bfloat16() for n in (21, 768, 768))
+    k[512:], v[512:] = float("nan"), float("nan")  # beyond what is filled nothing is read
+    for cu_q, cu_k, filled in (
+        ([0, 7, 8, 21], [0, 100, 101, 512], None),
+        ([0, 7, 14, 21], [0, 256, 512, 768], [1, 256, 1]),
+    ):
+        k[512], v[512] = k[0], v[0]
+        cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k))
+        used = filled and torch.tensor(filled, dtype=torch.int32, device="cuda")
+        sizes = cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max()), used
+        out, lse = cache.varlen_part(q, k, v, *sizes)
+        expected, mass = cache.varlen_part(q.float(), k.float().nan_to_num(), v.float().nan_to_num(), *sizes)
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
+        torch.testing.assert_close(lse, mass, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_step_samples_as_a_plain_one(model, groups, monkeypatch, dtype):
     """The CUDA graph of a step, replayed, and recorded anew when rows have left."""
-    model = copy.deepcopy(model).to("cuda")
+    model = copy.deepcopy(model).to("cuda", dtype)
     options = {"num_generations": 8, "temperature": 1.5, "eos_token_ids": tuple(range(8)), "max_completion_length": 80}
     options["forbidden"] = VISION.to("cuda")
     recorded, _ = sample(model, groups, **options)
-    monkeypatch.setattr("boxgrpo.model.generate.STATIC_DEVICES", ())
+    monkeypatch.setattr(generate.Decoding, "_record", lambda *_, **__: None)
     assert recorded == sample(model, groups, **options)[0]
