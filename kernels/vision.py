@@ -1,6 +1,7 @@
 """Element-wise work of a vision tower's block, in one pass each: rotary positions of queries and keys, and quick-GELU.
 
-Both have gradients. A product's queries, keys and values may lie beside each other, as its slices.
+Both have gradients: of Triton by a kernel, of the twins by autograd, which keeps more and computes nothing twice. A
+product's queries, keys and values may lie beside each other, as its slices.
 """
 
 import torch
@@ -13,15 +14,9 @@ SLOPE = 1.702  # of quick-GELU's sigmoid
 
 def rotate_qk_torch(q, k, cos, sin, inverse: bool) -> tuple[Tensor, Tensor]:
     """Arguments and results as `rotate_qk`; `inverse` turns by the negative angle, as the backward pass does."""
-    half, results = q.shape[-1] // 2, []
-    for x in (q, k):
-        wide = x.to(accumulation_dtype(x))
-        if inverse:  # with the roundings of autograd through the line below
-            turned = wide * cos + (wide * sin).roll(half, -1)
-        else:
-            turned = torch.addcmul(wide * cos, wide.roll(half, -1), sin)
-        results.append(turned.to(x.dtype))
-    return tuple(results)
+    half, sin = q.shape[-1] // 2, -sin if inverse else sin
+    wide = (x.to(accumulation_dtype(x)) for x in (q, k))
+    return tuple(torch.addcmul(x * cos, x.roll(half, -1), sin).to(q.dtype) for x in wide)
 
 
 def quick_gelu_torch(x) -> Tensor:
@@ -53,18 +48,21 @@ def rotate_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = 
     check_tensor("k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
     for name, tensor in (("cos", cos), ("sin", sin)):
         check_tensor(name, tensor, (q.shape[0], 1, q.shape[2]), (torch.float32,))
-    triton = runs_fast("rotate_qk", backend, q, k)
-    return call(torch.ops.boxgrpo.rotate_qk, _rotate, q, k, cos, sin, False, triton)
+    if runs_fast("rotate_qk", backend, q, k):
+        return call(torch.ops.boxgrpo.rotate_qk, _rotate, q, k, cos, sin, False, True)
+    return rotate_qk_torch(q, k, cos, sin, False)
 
 
 def quick_gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x * sigmoid(1.702 x), of any shape; its backward pass keeps x alone.
+    """x * sigmoid(1.702 x), of any shape. On Triton the backward pass keeps x alone.
 
     Raises:
         ValueError: the dtype or `backend` does not fit.
     """
     check_tensor("x", x, (None,) * x.dim(), FLOATS)
-    return call(torch.ops.boxgrpo.quick_gelu, _quick_gelu, x, runs_fast("quick_gelu", backend, x))
+    if runs_fast("quick_gelu", backend, x):
+        return call(torch.ops.boxgrpo.quick_gelu, _quick_gelu, x, True)
+    return quick_gelu_torch(x)
 
 
 _rotate_op, _rotate = register(
