@@ -27,6 +27,7 @@ CPU_PARTS = [
     Part("kernels", (KERNELS,), "kernels", takes=("only", "quick")),
     Part("guard", ("bench/kernel_bench/guard.py",), "guard", takes=("only",)),
     Part("rewards", (REWARDS,), "rewards", takes=("merges",)),
+    Part("loader", ("bench/loader_bench/run.py",), "loader", takes=("quick",)),
     Part("step", (STEP, "--plan", "quarter_hour"), "step", takes=("only", "merges", "quick", "peers", "full")),
     Part("profile", PROFILE, "profile", takes=("merges", "quick")),
 ]

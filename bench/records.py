@@ -17,7 +17,7 @@ from boxgrpo.trainer.runtime.files import replace_file
 
 from .machine import RESULTS, folder, machine
 
-PARTS = ("kernels", "guard", "rewards", "step", "profile")  # that a file may hold
+PARTS = ("kernels", "guard", "rewards", "loader", "step", "profile")  # that a file may hold
 COMMON = ("machine", "load_before", "ceilings")  # of all parts that have none of their own
 STUDIES = ("demo", "data", "soak", "soak_zero2", "fuzz", "ablation")  # commands that keep a file of their own
 DATED = re.compile(r"\d{4}-\d\d-\d\d\.json")
