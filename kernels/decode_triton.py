@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import Launch
+from .dispatch import Launch, cdiv, next_power_of_2
 
 COLUMNS = 1024  # of a program of silu_mul
 
@@ -119,7 +119,7 @@ def add_rms_norm_launch(x, delta, weight, eps, total, normed) -> Launch:
     """x, delta (n, H), weight (H) -> total, normed (n, H)."""
     n, width = x.shape
     arguments = x.contiguous(), delta.contiguous(), weight.contiguous(), total, normed, width, eps
-    return Launch(add_rms_norm_kernel, (n,), arguments, {"BLOCK": triton.next_power_of_2(width)}, num_warps=8)
+    return Launch(add_rms_norm_kernel, (n,), arguments, {"BLOCK": next_power_of_2(width)}, num_warps=8)
 
 
 def rotate_into_cache_launch(q, k, v, cos, sin, keys, values, at, rotated) -> Launch:
@@ -145,11 +145,11 @@ def silu_mul_launch(gate, up, out) -> Launch:
     gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
     n, width = gate.shape
     arguments = gate, up, out, gate.stride(0), up.stride(0), width
-    return Launch(silu_mul_kernel, (n, triton.cdiv(width, COLUMNS)), arguments, {"BLOCK": COLUMNS}, num_warps=4)
+    return Launch(silu_mul_kernel, (n, cdiv(width, COLUMNS)), arguments, {"BLOCK": COLUMNS}, num_warps=4)
 
 
 def _tile(rows: int, columns: int) -> dict[str, int]:
-    return {"ROWS": triton.next_power_of_2(rows), "COLUMNS": triton.next_power_of_2(columns)}
+    return {"ROWS": next_power_of_2(rows), "COLUMNS": next_power_of_2(columns)}
 
 
 def add_rms_norm_triton(x, delta, weight, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep
-from .dispatch import Launch
+from .dispatch import Launch, cdiv
 from .rows_triton import LN2, LOG2E, load_block, merge, row_arguments, row_config, target_logit, tiles, update
 
 
@@ -99,7 +99,7 @@ def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, pea
     config = row_config("gradient", logits.shape[1], logits.itemsize)
     upstream = dlogps, dentropy, entropy, peaks, log_masses
     arguments = *row_arguments(logits, temperature), targets.contiguous(), *upstream, dlogits, *dlogits.stride()
-    programs = logits.shape[0] * triton.cdiv(logits.shape[1], config.block)
+    programs = logits.shape[0] * cdiv(logits.shape[1], config.block)
     return Launch(gradient_kernel, (programs,), arguments, {"BLOCK": config.block}, config.num_warps)
 
 

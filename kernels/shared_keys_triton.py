@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import Launch
+from .dispatch import Launch, cdiv
 
 BLOCK = 2048  # elements of a program; a segment's rows are contiguous, and so is what each segment reads of them
 
@@ -53,7 +53,7 @@ def key_gradients_kernel(
 def key_gradients_launch(dk_read, dv_read, cu_seqlens, cu_seqlens_k, max_q: int, dk, dv) -> Launch:
     """dk_read, dv_read (T_kv, heads, d) -> dk, dv (T, heads, d); every one is contiguous."""
     segments, width = len(cu_seqlens) - 1, dk.shape[1] * dk.shape[2]
-    blocks = max(triton.cdiv(max_q * width, BLOCK), 1)
+    blocks = max(cdiv(max_q * width, BLOCK), 1)
     arguments = dk_read, dv_read, dk, dv, cu_seqlens, cu_seqlens_k, segments, blocks, width
     return Launch(key_gradients_kernel, (segments * blocks,), arguments, {"BLOCK": BLOCK}, num_warps=4)
 
