@@ -77,6 +77,9 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
             "Check that config.json and the safetensors files are of the same model."
         )
     model.load_state_dict(state, assign=True)
+    if model.device.type == "cuda":
+        state.clear()  # so that a layer's weights are freed when they have been copied
+        model.model.join_storage()
     return model.requires_grad_(True)
 
 

@@ -4,7 +4,7 @@ On a GPU where liger-kernel is installed its Triton kernels compute norm, rotati
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def place_together(*linears: nn.Linear) -> None:
+    """Move the weights one after the other into one tensor, biases too, for `multiply_together`."""
+    for parameters in zip(*(linear.parameters() for linear in linears), strict=True):
+        joint = torch.cat([p.detach() for p in parameters])
+        for p, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+            p.data = part
+
+
+def as_one(parameters: Sequence[Tensor]) -> Tensor | None:
+    """The rows of all parameters as one tensor, without a copy, where they lie so; None elsewhere."""
+    first = parameters[0].detach()
+    place, storage = first.storage_offset(), first.untyped_storage()._cdata
+    for p in parameters:
+        if not p.is_contiguous() or (p.storage_offset(), p.untyped_storage()._cdata) != (place, storage):
+            return None
+        place += p.numel()
+    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
+
+
+def multiply_together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """Each layer's output for x (n, H), without a gradient: by one product where their weights are adjacent.
+
+    Adapters and engines replace layers or move weights; each layer is then called.
+    """
+    if all(type(linear) is nn.Linear for linear in linears):
+        joint = [as_one(parameters) for parameters in zip(*(linear.parameters() for linear in linears), strict=True)]
+        if all(parameter is not None for parameter in joint):
+            return F.linear(x, *joint).split([linear.out_features for linear in linears], -1)
+    return [linear(x) for linear in linears]
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
@@ -145,7 +176,8 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        products = multiply_together(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products)
         return self.o_proj(cache.attend(self.layer, q, k, v, cos, sin).flatten(1))
 
 
@@ -166,7 +198,7 @@ class Mlp(nn.Module):
         return self.down_proj(x)
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(silu_mul(*multiply_together(x, self.gate_proj, self.up_proj)))
 
 
 class DecoderLayer(nn.Module):
@@ -219,6 +251,13 @@ class Decoder(nn.Module):
             x, delta = layer.decode(x, normed, cos, sin, cache)
             x, normed = add_rms_norm(x, delta, norm.weight, eps=norm.eps)
         return normed
+
+    def join_storage(self) -> None:
+        """Let `decode` multiply by query, key and value weights at once, and by those of gate and up."""
+        for layer in self.layers:
+            a, m = layer.self_attn, layer.mlp
+            place_together(a.q_proj, a.k_proj, a.v_proj)
+            place_together(m.gate_proj, m.up_proj)
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For `rotate`, of positions (3, T)."""

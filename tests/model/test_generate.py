@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxgrpo.model import cache, generate
 from boxgrpo.model.batch import Group, pack_groups
@@ -144,6 +145,45 @@ def test_logps_in_bf16_are_as_exact_as_the_trainers(twins, groups, way):
     assert (sampled - trained).abs().mean() < 1.5 * theirs.mean()  # the root of two, were they normal
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::mm", "aten::addmm")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("way", ["static"], indirect=True)
+def test_adjacent_weights_are_multiplied_at_once(model, groups, way):
+    """Two products a layer for five, with the parameters' names and values; they follow an update, and may move."""
+    expected, _ = sample(model, groups, num_generations=2)
+    joined = copy.deepcopy(model)
+    joined.model.join_storage()
+    for (name, p), (theirs, q) in zip(joined.named_parameters(), model.named_parameters(), strict=True):
+        assert name == theirs and torch.equal(p, q) and p.is_leaf and p.requires_grad
+
+    def products(model):
+        decoding = prefill(model, groups, eos_token_ids=[101])
+        with Products() as products, torch.no_grad():
+            decoding.next_token(seed=0)
+        return products.count
+
+    layers = len(model.model.layers)
+    assert products(joined) == products(model) - 3 * layers
+    assert sample(joined, groups, num_generations=2)[0] == expected
+    attention = joined.model.layers[0].self_attn
+    attention.k_proj.weight.data = attention.k_proj.weight.data.clone()  # as an engine may
+    assert products(joined) == products(model) - 3 * layers + 2
+    with torch.no_grad():
+        for p, q in zip(joined.parameters(), model.parameters(), strict=True):
+            assert torch.equal(p.mul_(0.5), 0.5 * q)
+    halved = copy.deepcopy(joined)  # of which no weights are adjacent
+    assert products(halved) == products(model)
+    assert sample(joined, groups, num_generations=2)[0] == sample(halved, groups, num_generations=2)[0] != expected
+
+
 def test_a_sample_depends_on_its_serial_number_alone(model, groups):
     """Not on the batch around it, nor on the number of siblings; another seed or serial number changes it."""
     together, _ = sample(model, groups, num_generations=4)
@@ -262,6 +302,7 @@ def test_flash_attention_to_a_part_of_the_keys(d):
 def test_a_recorded_step_samples_as_a_plain_one(model, groups, monkeypatch, dtype):
     """The CUDA graph of a step, replayed, and recorded anew when rows have left."""
     model = copy.deepcopy(model).to("cuda", dtype)
+    model.model.join_storage()
     options = {"num_generations": 8, "temperature": 1.5, "eos_token_ids": tuple(range(8)), "max_completion_length": 80}
     options["forbidden"] = VISION.to("cuda")
     recorded, _ = sample(model, groups, **options)
