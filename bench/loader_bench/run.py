@@ -29,7 +29,7 @@ from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
-WORKERS, PHOTOS, STEPS = 2, 8, 3
+WORKERS, PHOTOS, STEPS = 2, 8, 2
 SIZES = {"prompts": 16, "images": 4, "height": 448, "width": 896, "seconds_between": 3.0}
 QUICK = {"prompts": 2, "images": 1, "height": 56, "width": 112, "seconds_between": 0.1}
 
@@ -58,7 +58,7 @@ def make_examples(folder: Path, sizes: dict) -> list[Example]:
 
 
 def measure(name: str, prepare: Callable, examples: list[Example], sizes: dict) -> dict:
-    """A row: medians of the steps after the first, which starts the loader's processes."""
+    """A row: means of the steps after the first, which starts the loader's processes."""
     loader = Loader(examples, prepare, batch_size=len(examples), seed=0, workers=WORKERS)
     steps, cpu, waited = iter(loader), [], []
     for _ in range(STEPS + 1):
@@ -69,7 +69,7 @@ def measure(name: str, prepare: Callable, examples: list[Example], sizes: dict) 
         cpu.append(time.process_time() - processor)  # the thread that takes the next step included
     steps.close()
     received = sum(len(pickle.dumps((group, []), protocol=pickle.HIGHEST_PROTOCOL)) for group in groups)
-    found = {"cpu_s": statistics.median(cpu[1:]), "wait_s": statistics.median(waited[1:]), "megabytes": received / 1e6}
+    found = {"cpu_s": statistics.mean(cpu[1:]), "wait_s": statistics.mean(waited[1:]), "megabytes": received / 1e6}
     return {"run": name, "workers": WORKERS} | sizes | {key: round(value, 4) for key, value in found.items()}
 
 
