@@ -75,7 +75,7 @@ def varlen_part(
 class DecodeCache:
     """Keys and values of B prompts, each shared by its completions, and of up to C own tokens of n completions.
 
-    Attention covers the own tokens so far: a step costs as little as possible, and each is another one.
+    Attention covers the own tokens so far, whose number the host reads: no two steps are alike.
     """
 
     static = False  # whether all steps launch the same kernels

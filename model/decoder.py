@@ -242,8 +242,9 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def decode(self, x: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
-        """`forward` of one token for each completion, in few launches: without a gradient, and without the modules'
-        own forward of norms.
+        """`forward` of one token of each completion, (n, H) and (3, n), in few launches and without a gradient.
+
+        All norms but the first are computed outside of their modules.
         """
         cos, sin = self.rotation(position_ids, x.dtype)
         normed = self.layers[0].input_layernorm(x)

@@ -85,7 +85,9 @@ def test_a_block_keeps_its_lines_while_its_words_are_right():
 def test_a_device_without_records_is_named():
     text = page(Records({}, {}))
     assert "## CPU\n\nNothing has been recorded" in text and "## GPU\n\nNothing has been recorded" in text
-    with pytest.raises(ValueError, match="no results of guard, kernels, loader, profile, rewards, step; `make bench` makes"):
+    with pytest.raises(
+        ValueError, match="no results of guard, kernels, loader, profile, rewards, step; `make bench` makes"
+    ):
         blocks(Records({}, {}))
 
 
