@@ -15,6 +15,13 @@ FRAMES = 2  # Qwen2-VL's temporal_patch_size: a still image is given to the towe
 LOOKED_UP = 32768  # patches whose values are computed at once, by way of 77 MB of indices
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; to a GPU through page-locked memory, because the host waits for a copy of any other."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass
 class Pixels:
     """Images as patches of 8-bit colours, of one frame: an eighth of the bytes of the values that the tower takes."""
@@ -150,11 +157,12 @@ class PackedBatch:
 
     def to(self, device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | Pixels) and f.name != "image_grid_thw"
-        }
+        device, moved = torch.device(device), {}
+        for name in (f.name for f in fields(self) if f.name != "image_grid_thw"):
+            if isinstance(value := getattr(self, name), Tensor):
+                moved[name] = to_device(value, device)
+            elif isinstance(value, Pixels):
+                moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
 
 

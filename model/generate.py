@@ -11,7 +11,7 @@ from torch import Tensor
 from boxgrpo.kernels import sample_tokens
 
 from .attention import PackedAttention
-from .batch import Group, pack_groups
+from .batch import Group, pack_groups, to_device
 from .cache import DecodeCache, StaticCache
 from .families.qwen2_vl import Qwen2VL
 
@@ -186,14 +186,19 @@ def prefill(
     else:
         cache = DecodeCache(attend, num_generations, max_completion_length)
     n = len(groups) * num_generations
-    eos = torch.tensor(list(eos_token_ids), device=device)
+    eos, serials, positions = (
+        to_device(torch.tensor(values), device)
+        for values in (
+            list(eos_token_ids),
+            [g.serial for g in groups],
+            [int(g.prompt.position_ids.max()) + 1 for g in groups],
+        )
+    )
     results = Samples(
         ids=torch.full((n, max_completion_length), int(eos_token_ids[0]), device=device),
         lengths=torch.full((n,), max_completion_length, device=device),
         logps=torch.zeros(n, max_completion_length, device=device),
     )
-    serials = torch.tensor([g.serial for g in groups], device=device)
-    positions = torch.tensor([int(g.prompt.position_ids.max()) + 1 for g in groups], device=device)
     rows = Rows(
         place=torch.arange(n, device=device),
         serial=serials.repeat_interleave(num_generations),

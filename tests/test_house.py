@@ -40,7 +40,7 @@ LAYERS = (
 BUDGET = {
     "csrc": 850,
     "kernels": 4710,
-    "model": 1740,
+    "model": 1750,
     "trainer": 10_005,
     "bench": 5300,
     "tests": 16_710,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_575  # lines of the first five
+PRODUCT = 22_595  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -43,6 +43,7 @@ COMPOSITE = "CompositeImplicitAutograd"
 WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
 STAGED = 1 << 16  # bytes of pageable memory from which the host waits even for a copy that does not block
 IN_PLACE = {"_triton_rope"}  # Triton kernels that write all that they read
+ROWS_OF = {"rotate_into_cache_kernel": {"keys": "k", "values": "v"}}  # and those that write rows: as many as are given
 
 
 @dataclass
@@ -94,10 +95,12 @@ class LaunchCounter(TorchDispatchMode):
         """Active, with Triton kernels counted in the place of their launch."""
         from triton.runtime.jit import JITFunction
 
-        def launch(kernel, *args, **_):
-            tensors = {(x.untyped_storage()._cdata, x.storage_offset()): x for x in args if isinstance(x, Tensor)}
-            times = 2 if kernel.__name__ in IN_PLACE else 1
-            self.counts.add(kernel.__name__, times * sum(map(extent, tensors.values())))
+        def launch(kernel, *args, **options):
+            name, given = kernel.__name__, dict(zip(kernel.arg_names, args, strict=False)) | options
+            rows, times = ROWS_OF.get(name, {}), 2 if name in IN_PLACE else 1
+            whole = [x for key, x in given.items() if isinstance(x, Tensor) and key not in rows]
+            once = {(x.untyped_storage()._cdata, x.storage_offset()): x for x in whole}.values()
+            self.counts.add(name, times * sum(map(extent, once)) + sum(extent(given[x]) for x in rows.values()))
 
         with patch.object(JITFunction, "run", launch), self:
             yield self

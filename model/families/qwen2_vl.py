@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from boxgrpo.kernels import quick_gelu, rotate_qk
 from boxgrpo.model.attention import PackedAttention, pick_backend, varlen
-from boxgrpo.model.batch import Group, PackedBatch, Pixels
+from boxgrpo.model.batch import Group, PackedBatch, Pixels, to_device
 from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin
 
 
@@ -115,9 +115,8 @@ class VisionTower(nn.Module):
         half = c.embed_dim // c.num_heads // 2
         x = self.patch_embed(patches)
         frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=x.device) / half)
-        places = torch.cat(coordinates)  # (P, 2)
-        places = places.pin_memory() if x.is_cuda else places  # the host waits for a copy of other memory
-        angles = places.to(x.device, non_blocking=True).float()[:, :, None] * frequencies  # (P, 2, half / 2)
+        places = to_device(torch.cat(coordinates), x.device)  # (P, 2)
+        angles = places.float()[:, :, None] * frequencies  # (P, 2, half / 2)
         cos, sin = cos_and_sin(angles.flatten(1))
         cu_seqlens = None
         if lengths and pick_backend(x) != "sdpa":

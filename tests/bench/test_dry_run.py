@@ -5,7 +5,6 @@ not run on fake devices.
 """
 
 import shutil
-from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -25,29 +24,20 @@ pytestmark = [
 CAPS = {
     "2B": {
         "vision": (440, 465),
-        "prefill": (590, 185),
-        "decode": (355, 7),
-        "pack": (90, 0.5),
+        "prefill": (585, 182),
+        "decode": (355, 6),
+        "pack": (90, 0.45),
         "reference": (3300, 460),
-        "policy_forward": (3400, 515),
+        "policy_forward": (3365, 515),
     },
     "7B": {
         "vision": (440, 465),
-        "prefill": (590, 405),
-        "decode": (355, 22),
+        "prefill": (585, 405),
+        "decode": (355, 20),
         "pack": (90, 1.0),
         "reference": (3300, 1000),
-        "policy_forward": (3400, 1045),
+        "policy_forward": (3345, 1045),
     },
-}
-# Times that the host may wait, by phase. All of them are copies of host memory that is not pinned, before the phase
-# has queued much: they are to become fewer.
-WAITS = {
-    "prefill": {
-        "_to_copy in model/batch.py PackedBatch.to": 4,
-        "_to_copy in model/generate.py prefill": 3,
-    },
-    "pack": {"_to_copy in model/batch.py PackedBatch.to": 18},
 }
 PHASES = [(model, phase) for model, caps in CAPS.items() for phase in caps]
 
@@ -66,7 +56,7 @@ def test_a_phase_keeps_its_caps(counted, model, phase):
 
 @pytest.mark.parametrize(("model", "phase"), PHASES)
 def test_the_host_does_not_wait(counted, model, phase):
-    assert not counted[model][phase].waits - Counter(WAITS.get(phase, {}))
+    assert not counted[model][phase].waits
 
 
 @pytest.mark.parametrize(("model", "phase"), PHASES)
