@@ -239,12 +239,11 @@ def test_scores_by_hand(processor, vocabulary):
     assert rewards.boxes[0].tolist() == [250, 0, 750, 500] and rewards.boxes[2].tolist() == [100, 100, 300, 200]
 
 
-def batches_of(prompts, embed, *, early) -> PrefetchedBatches:
+def batches_of(prompts, embed, *, early, pin_for=None) -> PrefetchedBatches:
     """Batches of two groups, endlessly."""
     examples = [SimpleNamespace(prompt=prompt, source=f"data#{i}") for i, prompt in enumerate(prompts)]
-    return PrefetchedBatches(
-        Loader(examples, attrgetter("prompt"), batch_size=2, seed=1, workers=0), embed, early=early
-    )
+    loader = Loader(examples, attrgetter("prompt"), batch_size=2, seed=1, workers=0, pin_for=pin_for)
+    return PrefetchedBatches(loader, embed, early=early)
 
 
 @pytest.fixture
@@ -336,11 +335,12 @@ def test_on_a_gpu_the_embeddings_of_a_stream_of_its_own_are_the_towers(twins, ma
     model = twins("tiny")[0].cuda()
     try:
         prompts = [make_prompt([(1, 4, 8), (1, 6, 4)], seed=i) for i in range(6)]
-        batches = batches_of(prompts, partial(embed_images, model), early=True)
+        batches = batches_of(prompts, partial(embed_images, model), early=True, pin_for=model.device)
         for _ in range(3):
             groups = batches.embed(batches.next())
             batches.embed_ahead()
             for group in groups:
+                assert group.prompt.pixels.patches.is_pinned()
                 alone = model.visual(group.prompt.pixels, group.prompt.image_grid_thw)
                 torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-4)
     finally:
