@@ -29,9 +29,6 @@ class Pixels:
     patches: Tensor  # (p, 588) uint8, of 3 channels x 14 x 14, in the image processor's order
     table: Tensor  # (3, 256) fp32, the image processor's value of each colour, by channel
 
-    def __len__(self) -> int:
-        return len(self.patches)
-
     @classmethod
     def concat(cls, parts: "Sequence[Pixels]", device="cpu") -> "Pixels | None":
         """All patches on `device`, with the first part's table; None for no parts."""
@@ -50,7 +47,7 @@ class Pixels:
         """(p, 1176) fp32, the image processor's patches to the bit; or their like in dtype and device of `like`."""
         like = self.table if like is None else like
         table = self.table.to(like.device, like.dtype, non_blocking=True)
-        values = table.new_empty(len(self), FRAMES * self.patches.shape[1])
+        values = table.new_empty(len(self.patches), FRAMES * self.patches.shape[1])
         first = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32, device=table.device)  # by channel
         for patches, into in zip(self.patches.split(LOOKED_UP), values.split(LOOKED_UP), strict=True):
             index = patches.to(table.device).unflatten(1, (len(table), -1)).int() + first[:, None]  # (n, 3, 196)

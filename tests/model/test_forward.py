@@ -60,7 +60,9 @@ def test_tower(twins, make_prompt, pack_prompt, grids):
     ours, theirs = twins("tiny")
     prompt = make_prompt(GRIDS[grids])
     with torch.no_grad():
-        values = torch.randn(len(prompt.pixels), 1176)  # with frames that differ, as those of a still image do not
+        values = torch.randn(
+            len(prompt.pixels.patches), 1176
+        )  # with frames that differ, as those of a still image do not
         expected = theirs.model.visual(values, prompt.image_grid_thw).pooler_output
         together = ours.visual(values, prompt.image_grid_thw)
         patches = values.split(prompt.image_grid_thw.prod(1).tolist())

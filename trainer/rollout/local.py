@@ -104,7 +104,8 @@ class LocalRollout:
                 static=not self.sharded,
             )
         after_prefill()
-        with span("decode", len(groups) * o.num_generations, o.max_completion_length), self._preferred():
+        preferred = self._preferred() if self.stream else contextlib.nullcontext()
+        with span("decode", len(groups) * o.num_generations, o.max_completion_length), preferred:
             flat = decoding.run(
                 temperature=o.temperature,
                 top_k=o.top_k,
@@ -119,9 +120,6 @@ class LocalRollout:
     @contextlib.contextmanager
     def _preferred(self) -> Iterator[None]:
         """The block's work comes before that of other streams on the GPU, after what the current one has queued."""
-        if self.stream is None:
-            yield
-            return
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:
@@ -199,7 +197,7 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
     embeds = None
     try:
         grids = torch.cat([p.image_grid_thw for p in prompts])
-        embeds = model.visual(Pixels.concat(pixels, model.device), grids)
+        embeds = model.visual(Pixels.concat(pixels, model.head_weight.device), grids)
     except torch.OutOfMemoryError:
         if sharded:
             raise
@@ -211,7 +209,9 @@ def embed_images(model: Qwen2VL, groups: Sequence[Group], *, sharded: bool = Fal
         half = len(groups) // 2
         return embed_images(model, groups[:half]) + embed_images(model, groups[half:])
     merge = model.config.vision_config.spatial_merge_size**2
-    parts: tuple[Tensor, ...] = embeds.split([0 if p.pixels is None else len(p.pixels) // merge for p in prompts])
+    parts: tuple[Tensor, ...] = embeds.split(
+        [0 if p.pixels is None else len(p.pixels.patches) // merge for p in prompts]
+    )
     return [
         g if g.prompt.pixels is None else replace(g, image_embeds=part) for g, part in zip(groups, parts, strict=True)
     ]

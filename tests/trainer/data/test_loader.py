@@ -163,7 +163,7 @@ def test_pixels_are_pinned_for_the_gpu_that_is_named(pictured, monkeypatch, pin_
     step = next(iter(Loader(records, prepare, batch_size=4, seed=0, workers=0, shuffle=False, pin_for=pin_for)))
     assert [g.record.id for g in step] == ["0", "1", "text", "text"]
     assert [g.prompt.pixels for g in step][2:] == [None, None]
-    assert all(g.prompt.pixels == pin_for if pin_for else len(g.prompt.pixels) for g in step[:2])
+    assert all(g.prompt.pixels == pin_for if pin_for else len(g.prompt.pixels.patches) for g in step[:2])
 
 
 @pytest.fixture

@@ -108,8 +108,8 @@ def with_patches(model, monkeypatch):
         tower, seen = model.visual.forward, []
 
         def limited(pixels, grids):
-            seen.append(len(pixels))
-            if len(pixels) > most:
+            seen.append(len(pixels.patches))
+            if len(pixels.patches) > most:
                 raise torch.OutOfMemoryError("no room")
             return tower(pixels, grids)
 
@@ -125,7 +125,7 @@ def test_embeddings_are_each_prompts_own_in_as_many_passes_as_memory_needs(model
     for embedded in (whole, embed_images(model, groups)):
         assert embedded[0].image_embeds is None, "a prompt without images"
         for group in embedded[1:]:
-            alone = model.visual(group.prompt.pixel_values, group.prompt.image_grid_thw)
+            alone = model.visual(group.prompt.pixels, group.prompt.image_grid_thw)
             torch.testing.assert_close(group.image_embeds, alone, rtol=0, atol=1e-5)
     assert len(seen) > 3 + 6 and embed_images(model, groups[:1]) == groups[:1]
 
