@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from boxgrpo.kernels import add_rms_norm, silu_mul
 
-from .cache import StaticCache
+from .static_cache import StaticCache
 
 # (layer, q (T, heads, d), k and v (T, kv_heads, d)) -> (T, heads, d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from boxgrpo.kernels import sample_tokens
 
-from .attention import PackedAttention
+from .attention import DecodeCache, PackedAttention
 from .batch import Group, pack_groups, to_device
-from .cache import DecodeCache, StaticCache
 from .families.qwen2_vl import Qwen2VL
+from .static_cache import StaticCache
 
 # Where all steps launch the same kernels, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
 STATIC_DEVICES = ("cuda",)

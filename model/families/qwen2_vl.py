@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from boxgrpo.kernels import quick_gelu, rotate_qk
 from boxgrpo.model.attention import PackedAttention, pick_backend, varlen
 from boxgrpo.model.batch import Group, PackedBatch, Pixels, to_device
-from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin
+from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin, rotate
 
 
 class PatchProjection(nn.Conv3d):
@@ -40,7 +40,10 @@ class VisionAttention(nn.Module):
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # Rotation in fp32, as in the published code: lower precision would round neighbouring angles to the same value.
-        q, k = rotate_qk(q, k, cos, sin)
+        if q.is_cuda:
+            q, k = rotate_qk(q, k, cos, sin)
+        else:
+            q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
         if not lengths:  # no images: the projections stay in the graph, with gradients of zero
             mixed = q + k + v
         elif cu_seqlens is not None:
@@ -57,7 +60,7 @@ class VisionAttention(nn.Module):
 
 class QuickGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return quick_gelu(x)
+        return quick_gelu(x) if x.is_cuda else x * torch.sigmoid(1.702 * x)
 
 
 class VisionBlock(nn.Module):

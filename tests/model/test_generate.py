@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from boxgrpo.model import cache, generate
+from boxgrpo.model import generate, static_cache
+from boxgrpo.model.attention import DecodeCache
 from boxgrpo.model.batch import Group, pack_groups
-from boxgrpo.model.cache import DecodeCache, StaticCache
 from boxgrpo.model.generate import head_logits, prefill
+from boxgrpo.model.static_cache import StaticCache
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -98,7 +99,7 @@ def way(request, monkeypatch):
     if request.param != "growing":
         monkeypatch.setattr(generate, "STATIC_DEVICES", ("cpu",))
     if request.param == "static, flash":
-        monkeypatch.setattr(cache, "pick_backend", lambda x: "varlen")
+        monkeypatch.setattr(static_cache, "pick_backend", lambda x: "varlen")
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
     return request.param
 
@@ -272,7 +273,7 @@ def test_attention_to_a_part_of_the_keys(filled):
     q, k, v = (torch.randn(n, 2, 16) for n in (8, 27, 27))
     used = filled and torch.tensor(filled, dtype=torch.int32)
     sizes = cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max())
-    found = cache.varlen_part(q, k, v, *sizes, used)
+    found = static_cache.varlen_part(q, k, v, *sizes, used)
     for got, expected in zip(found, flash(q, k, v, *sizes, 0, False, False, seqused_k=used)[:2], strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
@@ -291,8 +292,8 @@ def test_flash_attention_to_a_part_of_the_keys(d):
         cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k))
         used = filled and torch.tensor(filled, dtype=torch.int32, device="cuda")
         sizes = cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max()), used
-        out, lse = cache.varlen_part(q, k, v, *sizes)
-        expected, mass = cache.varlen_part(q.float(), k.float().nan_to_num(), v.float().nan_to_num(), *sizes)
+        out, lse = static_cache.varlen_part(q, k, v, *sizes)
+        expected, mass = static_cache.varlen_part(q.float(), k.float().nan_to_num(), v.float().nan_to_num(), *sizes)
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
         torch.testing.assert_close(lse, mass, rtol=0, atol=1e-3)
 

@@ -8,7 +8,7 @@ from boxgrpo.trainer import grpo, run
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, grpo_options, lines
 
-FUNCTIONS, FILES = 133, 28
+FUNCTIONS, FILES = 130, 26
 STAGES = ["data", "rollout", "reward", "pack", "reference", "policy", "optimizer"]
 
 
