@@ -81,6 +81,8 @@ class HeadSweep:
     as `sweep_rows` says. Traffic per logit: 4 bytes written and read, 2 (bf16) written once and read twice.
     """
 
+    finite = True  # products of finite numbers: no logit is -inf
+
     def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden: bool = False, grad_weight: bool = False):
         self.dtype, self.input_dtype = accumulation_dtype(hidden), hidden.dtype
         if hidden.device.type == "cpu":  # a CPU's products round half-precision results to half precision
@@ -185,6 +187,8 @@ class LogitSweep:
 
     Iteration yields all rows in one chunk.
     """
+
+    finite = False
 
     def __init__(self, logits: Tensor, grad: bool = False, overwrite: bool = False):
         self.logits, self.wanted, self.overwrite = logits, grad, grad and overwrite

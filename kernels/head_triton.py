@@ -17,32 +17,29 @@ from .loss_triton import (
     terms_triton,
     token_objective,
 )
-from .rows_triton import LN2, LOG2E, floored, load_block, merge, row_arguments, row_config, target_logit, tiles, update
+from .rows_triton import (
+    LN2,
+    LOG2E,
+    floored,
+    load_block,
+    load_full,
+    load_words,
+    merge,
+    row_arguments,
+    row_config,
+    store_block,
+    target_logit,
+    tiles,
+    unpack,
+    update,
+    update_rest,
+)
 
 
 @triton.jit
-def _elements(words, DTYPE: tl.constexpr):
-    """(n) int32 -> fp32 values, in order: of the two half-precision numbers in a word, or of its one fp32."""
-    if tl.float32 == DTYPE:
-        z = words.to(tl.float32, bitcast=True)
-    else:
-        low = words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        z = tl.reshape(tl.join(low, high), (2 * words.shape[0],))
-    return z
-
-
-@triton.jit
-def _slope(z, columns, target, dlogp, peak, log_mass, scale):
-    """dlogp * (onehot - p)."""
-    return tl.where(columns == target, dlogp, 0.0) - dlogp * tl.exp2((z - peak) * scale - log_mass)
-
-
-@triton.jit
-def _store(dz, columns, row_ptr, stride, vocabulary):
-    # Gradients are not read again soon, so they should not evict logits from the L2.
-    row_ptr += columns.to(tl.int64) * stride
-    tl.store(row_ptr, dz.to(row_ptr.dtype.element_ty), mask=columns < vocabulary, eviction_policy="evict_first")
+def _slope(z, dlogp, peak, log_mass, scale):
+    """-dlogp * p, the gradient of a logit that is not the target's."""
+    return -dlogp * tl.exp2((z - peak) * scale - log_mass)
 
 
 @triton.jit(do_not_specialize=["n", "first"])  # otherwise each new value triggers a compilation
@@ -53,7 +50,6 @@ def fused_kernel(
     vocabulary,
     inverse_temperature,
     floor,
-    words,
     targets,
     terms,
     logps,
@@ -70,37 +66,34 @@ def fused_kernel(
     epsilon_high,
     delta,
     CISPO: tl.constexpr,
+    FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
-    WORDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Row i of logits is row `first + i` of n. The HELD leading elements, read as int32, stay in registers."""
     row = tl.program_id(0).to(tl.int64)
     token = first + row
     row_ptr = logits + row * row_stride
-    out_ptr = dlogits + row * out_row_stride
     scale = inverse_temperature * LOG2E
     DTYPE: tl.constexpr = logits.dtype.element_ty
-
-    # Loaded before the only barrier: after it another warp may have overwritten this logit by its gradient.
     target = tl.load(targets + token)
-    chosen = target_logit(row_ptr, target, column_stride, vocabulary, floor)
     top = tl.full((THREADS,), floor, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
     held = ()
     for piece in tl.static_range(HELD // BLOCK):
-        word = row * row_stride * WORDS // BLOCK + piece * WORDS + tl.arange(0, WORDS)
-        held = held + (tl.load(words + word),)
-        z = floored(_elements(held[piece], DTYPE), floor)
+        held = held + (load_words(row_ptr, piece * BLOCK, BLOCK),)
+        z = floored(unpack(held[piece], DTYPE), floor, FINITE)
         top, total, weighted = update(z, top, total, weighted, scale, THREADS, VECTOR, True)
-    for at in tl.range(HELD, vocabulary, BLOCK, num_stages=STAGES):
-        z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        top, total, weighted = update(z, top, total, weighted, scale, THREADS, VECTOR, True)
-    # These loads run while the threads' sums are joined.
+    top, total, weighted = update_rest(
+        top, total, weighted, HELD, row_ptr, column_stride, vocabulary, floor, scale,
+        BLOCK, THREADS, VECTOR, FINITE, STAGES,
+    )  # fmt: skip
+    # These loads run while the threads' sums are joined, and before a warp may overwrite the target's logit.
+    chosen = target_logit(row_ptr, target, column_stride, vocabulary, floor)
     advantage, gain, kl_gain = tl.load(terms + token), tl.load(terms + n + token), tl.load(terms + 2 * n + token)
     old_logp = None
     ref_logp = None
@@ -121,57 +114,55 @@ def fused_kernel(
     tl.store(entropy + token, nats)
     store_token(tokens, n, token, True, loss, kl, clip_low, clip_high, ratio)
 
+    out_ptr = dlogits + row * out_row_stride
     dlogp = (dpolicy + dkl) * inverse_temperature
-    blocks = tl.cdiv(vocabulary - HELD, BLOCK)
     if dlogp == 0:  # the row is not read again
         for at in range(0, vocabulary, BLOCK):
-            columns = at + tl.arange(0, BLOCK)
-            _store(tl.zeros((BLOCK,), tl.float32), columns, out_ptr, out_column_stride, vocabulary)
+            zero = tl.zeros((BLOCK,), tl.float32)
+            store_block(zero, out_ptr, at, out_column_stride, vocabulary, THREADS, VECTOR, False)
     else:
         # Unpack the words a second time. `opaque` is 0 unless the row is NaN, which the compiler cannot prove: without
         # it the fp32 elements, in twice as many registers, would be held from the first pass to the second.
         opaque = (log_mass != log_mass).to(tl.int32)
         for piece in tl.static_range(HELD // BLOCK):
-            columns = piece * BLOCK + tl.arange(0, BLOCK)
-            z = floored(_elements(held[piece] ^ opaque, DTYPE), floor)
-            dz = _slope(z, columns, target, dlogp, peak, log_mass, scale)
-            _store(dz, columns, out_ptr, out_column_stride, vocabulary)
-        for i in tl.range(0, blocks, num_stages=STAGES):  # backwards: the blocks read last are still in the L2
-            at = HELD + (blocks - 1 - i) * BLOCK
-            columns = at + tl.arange(0, BLOCK)
-            z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-            dz = _slope(z, columns, target, dlogp, peak, log_mass, scale)
-            _store(dz, columns, out_ptr, out_column_stride, vocabulary)
+            z = floored(unpack(held[piece] ^ opaque, DTYPE), floor, FINITE)
+            dz = _slope(z, dlogp, peak, log_mass, scale)
+            store_block(dz, out_ptr, piece * BLOCK, out_column_stride, vocabulary, THREADS, VECTOR, True)
+        full = vocabulary // BLOCK * BLOCK
+        if full < vocabulary:
+            z = load_block(row_ptr, full, column_stride, vocabulary, floor, BLOCK)
+            dz = _slope(z, dlogp, peak, log_mass, scale)
+            store_block(dz, out_ptr, full, out_column_stride, vocabulary, THREADS, VECTOR, False)
+        for done in tl.range(HELD, full, BLOCK, num_stages=STAGES):
+            at = full - BLOCK + HELD - done  # backwards: the blocks read last are still in the L2
+            z = load_full(row_ptr, at, column_stride, floor, BLOCK, VECTOR, FINITE)
+            dz = _slope(z, dlogp, peak, log_mass, scale)
+            store_block(dz, out_ptr, at, out_column_stride, vocabulary, THREADS, VECTOR, True)
+        # The target's gradient, dlogp * (1 - p), replaces the -dlogp * p that a thread has stored, so that no column is
+        # compared with the target. One that the row does not have gave a logit of NaN.
+        tl.debug_barrier()
+        dz = dlogp + _slope(chosen, dlogp, peak, log_mass, scale)
+        tl.store(out_ptr + target * out_column_stride, dz.to(dlogits.dtype.element_ty), mask=chosen == chosen)
 
 
-def fused_launch(logits, targets, temperature, terms, o, logps, entropy, tokens, dlogits, first=0) -> Launch:
-    """`logits` and `dlogits` may be a part of the N rows, from `first` on; the other tensors have all N."""
-    config = row_config("fused", logits.shape[1], logits.itemsize)
-    if logits.stride(1) != 1:  # then each element's offset needs a register
-        config = config._replace(block=max(config.block // 4, 512 * config.num_warps // logits.itemsize))
-    words = _as_words(logits) if 0 < config.held <= logits.shape[1] else None
-    inputs = *row_arguments(logits, temperature), words, targets.contiguous(), terms
+def fused_launch(
+    logits, targets, temperature, terms, o, logps, entropy, tokens, dlogits, first=0, finite=False
+) -> Launch:
+    """`logits` and `dlogits` may be a part of the N rows, from `first` on; the other tensors have all N.
+
+    `finite`: no logit is -inf, so none is compared with the floor.
+    """
+    config = row_config("fused", logits)
+    inputs = *row_arguments(logits, temperature), targets.contiguous(), terms
     results = logps, entropy, tokens, dlogits, *dlogits.stride()
     arguments = *inputs, *results, first, targets.shape[0], *objective_arguments(o)
-    # Each thread takes adjacent elements, as many as a 16-byte access holds in the narrower of the two dtypes.
-    constants = tiles(config, min(logits.itemsize, dlogits.itemsize)) | {
+    constants = tiles(config) | {
         "CISPO": o.loss_type == "cispo",
-        "HELD": 0 if words is None else config.held,
-        "WORDS": config.block * logits.itemsize // 4,
+        "FINITE": finite,
+        "HELD": config.held if config.held <= logits.shape[1] else 0,
         "STAGES": config.stages,
     }
     return Launch(fused_kernel, (logits.shape[0],), arguments, constants, config.num_warps)
-
-
-def _as_words(logits: Tensor) -> Tensor | None:
-    """The same storage as int32; None if columns are not contiguous or rows do not start at multiples of 16 bytes.
-
-    (Words that are loaded one by one would need too many registers.)
-    """
-    aligned = logits.stride(1) == 1 and all(
-        x * logits.itemsize % 16 == 0 for x in (logits.shape[1], logits.stride(0), logits.storage_offset())
-    )
-    return logits.view(torch.int32) if aligned else None
 
 
 def fused_grpo_loss_triton(
@@ -201,7 +192,7 @@ def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temper
         logps, entropy, tokens = (torch.empty(*k, targets.shape[0], device=targets.device) for k in ((), (), (5,)))
         for rows, logits, dlogits in sweep:
             results = logps, entropy, tokens, dlogits
-            fused_launch(logits, targets, temperature, terms, o, *results, first=rows.start).run()
+            fused_launch(logits, targets, temperature, terms, o, *results, first=rows.start, finite=sweep.finite).run()
             del logits, dlogits, results  # the last would hold the buffers while the sweep rounds its sums
         loss, stats = reduce_triton(tokens)
         return loss, *sweep.results(), logps, entropy, stats

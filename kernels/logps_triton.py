@@ -7,7 +7,18 @@ from torch import Tensor
 
 from .chunks import HeadSweep, LogitSweep
 from .dispatch import Launch, cdiv
-from .rows_triton import LN2, LOG2E, load_block, merge, row_arguments, row_config, target_logit, tiles, update
+from .rows_triton import (
+    LN2,
+    LOG2E,
+    load_block,
+    merge,
+    row_arguments,
+    row_config,
+    store_block,
+    target_logit,
+    tiles,
+    update_rest,
+)
 
 
 @triton.jit
@@ -23,6 +34,7 @@ def logps_kernel(
     vocabulary,
     inverse_temperature,
     floor,
+    FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -34,9 +46,10 @@ def logps_kernel(
     top = tl.full((THREADS,), floor, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     weighted = tl.zeros((THREADS,), tl.float32)
-    for at in range(0, vocabulary, BLOCK):
-        z = load_block(row_ptr, at, column_stride, vocabulary, floor, BLOCK)
-        top, total, weighted = update(z, top, total, weighted, scale, THREADS, VECTOR, True)
+    top, total, weighted = update_rest(
+        top, total, weighted, 0, row_ptr, column_stride, vocabulary, floor, scale,
+        BLOCK, THREADS, VECTOR, FINITE, 1,
+    )  # fmt: skip
     peak, log_mass, nats = merge(top, total, weighted, scale)
     chosen = target_logit(row_ptr, tl.load(targets + row), column_stride, vocabulary, floor)
     tl.store(logps + row, ((chosen - peak) * scale - log_mass) * LN2)
@@ -63,12 +76,13 @@ def gradient_kernel(
     out_row_stride,
     out_column_stride,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """A program computes dlogits of one block of one row."""
     blocks = tl.cdiv(vocabulary, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK
-    columns = at + tl.arange(0, BLOCK)
     dlogp = tl.load(dlogps + row).to(tl.float32) * inverse_temperature
     slope = 0.0
     if dentropy is not None:
@@ -80,27 +94,29 @@ def gradient_kernel(
         factor = dlogp
         if dentropy is not None:  # d entropy / d z = -p (log p + entropy) / temperature
             factor = dlogp + slope * (x * LN2 + tl.load(entropy + row))
-        dz = tl.where(columns == tl.load(targets + row), dlogp, 0.0) - factor * tl.exp2(x)
-    out = dlogits + row * out_row_stride + columns.to(tl.int64) * out_column_stride
-    tl.store(out, dz.to(dlogits.dtype.element_ty), mask=columns < vocabulary)
+        target = tl.load(targets + row) - at
+        target = tl.where((target >= 0) & (target < BLOCK), target, -1).to(tl.int32)
+        dz = tl.where(tl.arange(0, BLOCK) == target, dlogp, 0.0) - factor * tl.exp2(x)
+    out_ptr = dlogits + row * out_row_stride
+    store_block(dz, out_ptr, at, out_column_stride, vocabulary, THREADS, VECTOR, False)
 
 
-def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses) -> Launch:
+def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses, finite=False) -> Launch:
     """logits (N, V), targets (N) -> logps, entropy, peaks, log_masses, (N) fp32 each: one read of the logits."""
-    config = row_config("logps", logits.shape[1], logits.itemsize)
+    config = row_config("logps", logits)
     # The row's arguments come last: with them first ptxas spills 8 bytes for 10.0 (fp16, columns apart).
     arguments = targets.contiguous(), logps, entropy, peaks, log_masses, *row_arguments(logits, temperature)
-    constants = tiles(config, logits.itemsize)
+    constants = {"FINITE": finite} | tiles(config)
     return Launch(logps_kernel, (logits.shape[0],), arguments, constants, config.num_warps)
 
 
 def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
     """dlogps (N), dentropy (N) and the results of `logps_launch` -> dlogits (N, V); both entropies may be None."""
-    config = row_config("gradient", logits.shape[1], logits.itemsize)
+    config = row_config("gradient", logits)
     upstream = dlogps, dentropy, entropy, peaks, log_masses
     arguments = *row_arguments(logits, temperature), targets.contiguous(), *upstream, dlogits, *dlogits.stride()
     programs = logits.shape[0] * cdiv(logits.shape[1], config.block)
-    return Launch(gradient_kernel, (programs,), arguments, {"BLOCK": config.block}, config.num_warps)
+    return Launch(gradient_kernel, (programs,), arguments, tiles(config), config.num_warps)
 
 
 def token_logps_triton(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
@@ -136,7 +152,9 @@ def sweep_logps(sweep: HeadSweep | LogitSweep, targets, temperature: float, with
     """logps (N), entropy (N), or (0) if not requested, and state (2, N)."""
     logps, entropy, state = (torch.empty(*shape, targets.shape[0], device=targets.device) for shape in ((), (), (2,)))
     for rows, logits, _ in sweep:
-        logps_launch(logits, targets[rows], temperature, logps[rows], entropy[rows], *state[:, rows]).run()
+        logps_launch(
+            logits, targets[rows], temperature, logps[rows], entropy[rows], *state[:, rows], sweep.finite
+        ).run()
     return logps, entropy if with_entropy else entropy.new_empty(0), state
 
 

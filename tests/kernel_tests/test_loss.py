@@ -263,6 +263,41 @@ def test_nan_reaches_its_own_row_if_that_has_a_gradient(backend):
     assert found.isnan().any(1).tolist() == [i == 1 for i in range(6)] and found[0].any() and not found[4].any()
 
 
+@on_triton
+@pytest.mark.parametrize(
+    "vocabulary, dtype",
+    [(100, torch.float32), (49_152, torch.bfloat16), (49_168, torch.float32), (40_003, torch.bfloat16)],
+)
+def test_targets_at_the_edges_of_blocks(vocabulary, dtype):
+    """One block, not full; three full ones; a fourth of 16 logits; rows that do not start at multiples of 16 bytes."""
+    targets = torch.tensor([0, 16_383, 16_384, 32_767, 32_768, vocabulary - 1]).clamp(max=vocabulary - 1)
+    case = make_case(len(targets), vocabulary, dtype, 1.0)
+    rest, found = (case["advantages"], case["completion_cu"]), []
+    for backend in ("triton", "torch"):
+        logits = case["logits"].clone().requires_grad_()
+        loss, stats = fused_grpo_loss_from_logits(logits, targets.to(DEVICE), *rest, backend=backend)
+        found.append((stats.logps, stats.entropy, gradients(1000 * loss, logits).float()))
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2  # the interpreter truncates to bf16
+    torch.testing.assert_close(*found, rtol=rtol, atol=1e-5)
+
+
+@on_triton
+def test_a_target_beyond_the_row_spoils_no_other_row():
+    """Its place in memory is a logit of a neighbour."""
+    case = make_case(6, 40_000, torch.float32, 1.0)
+    rest, found = (case["advantages"], case["completion_cu"]), []
+    for stray in (5, -1, 40_000):
+        logits, targets = case["logits"].clone().requires_grad_(), case["targets"].clone()
+        targets[1] = stray
+        options = {"overwrite_logits": True, "backend": "triton"}
+        loss, stats = fused_grpo_loss_from_logits(logits * 1, targets, *rest, **options)
+        found.append((stats.logps, gradients(loss, logits)))
+    others = [0, 2, 3, 4, 5]
+    for logps, dlogits in found[1:]:
+        assert logps[1].isnan()
+        assert torch.equal(logps[others], found[0][0][others]) and torch.equal(dlogits[others], found[0][1][others])
+
+
 WRITTEN = ("inplace", "overwrite", "fused")  # the twin of "fused" writes over nothing
 
 
