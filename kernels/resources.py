@@ -95,6 +95,55 @@ def resources(compiled) -> Resources:
     return found
 
 
+class Walk(NamedTuple):
+    """A loop over a row, by the instructions that a warp issues for 16 elements of each of its threads."""
+
+    slots: float  # instructions, each in a cycle of its own
+    half_rate: float  # those of them that occupy their unit for two cycles
+    exponentials: float  # those of them that occupy their unit for eight
+    accesses: set[str]  # to global memory
+
+
+# CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": 64 results per clock and multiprocessor of
+# 9.0, half of fp32's 128: comparisons, minima, selections, shifts, bits, integer sums, conversions to half precision.
+# (Integer products have 64 too, but in another unit than these.) MUFU, the exponentials, has 16.
+HALF_RATE = "F2FP FMNMX FSEL FSETP IADD3 ISETP LEA LOP3 PLOP3 PRMT SEL SHF VIADD".split()
+
+
+def walks(launch: Launch, compiled) -> list[Walk]:
+    """The loops that copy blocks of a row to shared memory, in the order of the code, read from SASS.
+
+    A loop is what stands between a label and a later branch back to it.
+    """
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    labels, opcodes, found = {}, [], []
+    for label, opcode, operands in re.findall(
+        r"^(?:(\.\w+):|\s+/\*\w+\*/\s+(?:@\S+ +)?(\S+)(.*?);)", sass, re.MULTILINE
+    ):
+        if label:
+            labels[label] = len(opcodes)
+            continue
+        opcodes.append(opcode)
+        start = labels.get(operands.partition("`(")[2].rstrip(") "))
+        if opcode.startswith("BRA") and start is not None:
+            found.append(opcodes[start:])
+    found = [loop for loop in found if any(opcode.startswith("LDGSTS") for opcode in loop)]
+    share = 16 * 32 * launch.num_warps / launch.constants["BLOCK"] if found else 0
+    return [
+        Walk(
+            len(loop) * share,
+            sum(opcode.split(".")[0] in HALF_RATE for opcode in loop) * share,
+            sum(opcode.startswith("MUFU") for opcode in loop) * share,
+            {opcode for opcode in loop if opcode.startswith(("LDG", "STG"))} - {"LDGDEPBAR"},
+        )
+        for loop in found
+    ]
+
+
 def compile_cuda(source: pathlib.Path, capability: int) -> dict[str, Resources]:
     """Kernel -> resources, of `source` compiled by nvcc for one compute capability.
 
@@ -160,8 +209,9 @@ def _row_launches(vocabulary, dtype, gradient, every_variant, layout="rows") -> 
     logits, dlogits = (_rows(vocabulary, each, layout) for each in (dtype, gradient))
     targets = _empty(N, dtype=torch.int64)
     logps, entropy, peaks, masses = (_empty(N) for _ in range(4))
+    finite = dtype != gradient  # the head's own product
     if gradient in (dtype, BF16):  # read once: the gradient's dtype plays no part
-        yield "logps_kernel", logps_launch(logits, targets, 0.7, logps, entropy, peaks, masses)
+        yield "logps_kernel", logps_launch(logits, targets, 0.7, logps, entropy, peaks, masses, finite)
         for sampled in (1.0, 0.0):
             counters = [_empty(N, dtype=torch.int64) for _ in range(3)]
             for forbidden in (None, _empty(6, dtype=torch.int64)):
@@ -171,7 +221,8 @@ def _row_launches(vocabulary, dtype, gradient, every_variant, layout="rows") -> 
         launch = gradient_launch(logits, targets, 0.7, logps, *upstream, peaks, masses, dlogits)
         yield f"gradient_kernel entropy={upstream[0] is not None}", launch
     for kind, o in _options(every_variant, levels=("token",)):
-        launch = fused_launch(logits, targets, 0.7, _empty(3, N), o, logps, entropy, _empty(5, N), dlogits)
+        results = logps, entropy, _empty(5, N), dlogits
+        launch = fused_launch(logits, targets, 0.7, _empty(3, N), o, *results, finite=finite)
         yield f"fused_kernel {kind}", launch
 
 

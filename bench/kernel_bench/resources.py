@@ -6,7 +6,7 @@ python -P -m boxgrpo.bench.kernel_bench.resources [--capability 90]
 import argparse
 import re
 
-from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources
+from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources, walks
 
 
 def instructions(ptx: str) -> str:
@@ -25,6 +25,8 @@ def main() -> None:
         for capability in args.capability or CAPABILITIES:
             compiled = compile_launch(launch, capability)
             r, detail = resources(compiled), instructions(compiled.asm["ptx"])
+            for walk in walks(launch, compiled):  # a loop that copies to shared memory, for 16 elements of a thread
+                detail += f", {walk.slots:g} issue slots ({walk.half_rate:g} of half rate)"
             print(f"{capability:>10} {r.registers:>9} {r.spilled:>7} {r.shared:>6}  {name} ({detail})", flush=True)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from boxgrpo.kernels.dispatch import Launch, interpreting
-from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources, vision_launches
+from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources, vision_launches, walks
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter cannot compile")
 
@@ -58,3 +58,18 @@ def test_a_spill_is_detected():
     x = torch.empty(1 << 17, device="meta")
     launch = Launch(greedy_kernel, (1,), (x, x), {"SIZE": x.shape[0]}, num_warps=32)
     assert resources(compile_launch(launch, 90)).spilled > 0
+
+
+@pytest.mark.parametrize("dtypes, stored", [("bf16->bf16", "128"), ("fp32->bf16", "64")])
+def test_the_fused_loss_keeps_its_issue_slots(dtypes, stored):
+    """Below 180 and 215 cycles for 16 logits and warp: with them, bytes set the time. A head's fp32 logits have fewer.
+
+    Logits are copied 16 bytes at a time, and a thread stores the gradients of those that it has loaded.
+    """
+    name, launch = next(x for x in launches(False) if x[0].startswith("fused_kernel full") and x[0].endswith(dtypes))
+    first, second = walks(launch, compile_launch(launch, 90))
+    for walk, limit in ((first, 180), (second, 215)):
+        assert max(walk.slots, 2 * walk.half_rate, 8 * walk.exponentials) <= limit, name
+        assert 16 <= walk.exponentials <= 17  # one for each logit: the loop is what it is taken for
+    assert first.accesses == {"LDGSTS.E.BYPASS.128"}
+    assert second.accesses == {"LDGSTS.E.BYPASS.128", f"STG.E.EF.{stored}"}
