@@ -69,7 +69,7 @@ def choose(every: Sequence, only: str | None) -> list:
 def cases(device: torch.device) -> Iterator[Case]:
     """Steps of 8, 32 and 128 completions at the 2B's and 7B's sizes on a GPU; on a CPU what two cores can run.
 
-    The operations of decode.py and vision.py and the host's calls are a GPU's alone: a CPU runs their twins or none.
+    The operations of decode.py and vision.py are a GPU's alone: a CPU runs their twins or none.
     """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -101,8 +101,9 @@ def cases(device: torch.device) -> Iterator[Case]:
         moved = 4 * (3 * groups * GROUP + 2 * groups)
         flop = 6.0 * groups * GROUP  # two sums; difference, its square, their sum; quotient
         yield Case("group_advantages", {"B": groups, "G": GROUP}, torch.float32, moved, flop, _advantages)
+    yield from (Case(*fields) for fields in host_calls())
     if gpu:
-        others = *decode_ops(128, dtype), *vision_ops(32_768, dtype), *host_calls()  # patches of four prompts
+        others = *decode_ops(128, dtype), *vision_ops(32_768, dtype)  # patches of four prompts
         yield from (Case(*fields) for fields in others)
         # Of a layer's keys and values, for one group of the 7B with four images.
         shape = {"P": 2198, "C": COMPLETION, "G": GROUP, "W": 512}

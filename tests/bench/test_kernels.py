@@ -17,9 +17,9 @@ def test_each_case_computes_what_eager_does():
     """At a small size every implementation that runs here returns eager's loss and gradients."""
     on_cpu, on_gpu = (list(cases(torch.device(kind))) for kind in ("cpu", "cuda"))
     others = [replace(case, dtype=torch.float32) for case in on_gpu if case.op not in {c.op for c in on_cpu}]
-    for case in (*on_cpu, *(case for case in others if "calls" not in case.shape)):
-        if case.op == "sample_tokens":
-            continue  # draws differ
+    for case in (*on_cpu, *others):
+        if case.op == "sample_tokens" or "calls" in case.shape:
+            continue  # draws differ; a call of the host has no result
         runs = case.make(case.tiny(), torch.device("cpu"), 0)
         assert runs.keys() <= set(IMPLEMENTATIONS), "it would not be timed"
         runs.pop("compile")
@@ -83,6 +83,6 @@ def test_pytest_benchmark_times_an_op_beside_eager(tmp_path):
     flags = ["--benchmark-only", "--benchmark-max-time=0.05", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
     assert pytest.main([*flags, "-q", "-k", "group_advantages", test_ops.__file__]) == 0
     found = json.loads(path.read_text())["benchmarks"]
-    groups = {case.name for case in cases(torch.device("cpu")) if case.op == "group_advantages"}
+    groups = {case.name for case in cases(torch.device("cpu")) if "group_advantages" in case.op}
     assert {b["group"] for b in found} == groups and len(found) == 2 * len(groups)
     assert all(b["extra_info"].keys() == {"bytes", "flop"} and b["stats"]["rounds"] >= 5 for b in found)
