@@ -121,7 +121,9 @@ def main(args: list[str] | None, description: str) -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     record, path = run_isolated(look, o)
-    if path and record["machine"]["revision"].endswith("-dirty"):
+    # For the parts too, which write into a file of the tree.
+    revision = os.environ["BOXGRPO_REVISION"] = record["machine"]["revision"]
+    if path and revision.endswith("-dirty"):
         print("the tree has uncommitted changes, and the record will say so; commit first to keep it", file=sys.stderr)
     if "cuda" in record["machine"]:
         chosen = [part for part in chosen if part.name != "guard" or o.parts]  # which has bounds for a CPU alone

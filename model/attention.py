@@ -195,6 +195,7 @@ class DecodeCache:
         self.group = num_generations  # the most completions of a prompt
         self.slots: Tensor | None = None  # (n), places in a grid of B x group, where that is not full
         self.at = torch.zeros(1, dtype=torch.int64, device=cu_seqlens.device)  # own tokens so far
+        self.filled = 0  # the same, known to the host without a wait
         padding = torch.arange(max(lengths)) >= self.prompt_lengths[:, None]
         self.padding = padding[:, None, None].to(self.at.device)  # (B, 1, 1, P) bool
         self.prefix, self.own = [], []  # of each layer: keys and values (B, kv_heads, P, d); (n, kv_heads, C, d)
@@ -209,6 +210,7 @@ class DecodeCache:
     def advance(self) -> None:
         """Count the token whose keys and values all layers have added."""
         self.at += 1
+        self.filled += 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token per completion, whose key and value are added to the cache.
@@ -217,7 +219,7 @@ class DecodeCache:
         """
         n, heads, d = q.shape
         q = q.view(n, k.shape[1], -1, d)  # (n, kv_heads, repeat, d)
-        (own_k, own_v), at = self.own[layer], int(self.at)
+        (own_k, own_v), at = self.own[layer], self.filled
         own_k[:, :, at], own_v[:, :, at] = k, v
         own, own_total, own_top = partial_attention(q, own_k[:, :, : at + 1], own_v[:, :, : at + 1], None)
 

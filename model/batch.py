@@ -16,7 +16,7 @@ LOOKED_UP = 32768  # patches whose values are computed at once, by way of 77 MB 
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; to a GPU through page-locked memory, because the host waits for a copy of any other."""
+    """The tensor on `device`; to a GPU through page-locked memory: the host waits for a large copy of any other."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -35,8 +35,8 @@ class Pixels:
         patches = [part.patches.to(device, non_blocking=True) for part in parts]
         return cls(torch.cat(patches), parts[0].table) if parts else None
 
-    def to(self, device, *, non_blocking: bool = False) -> "Pixels":
-        return replace(self, patches=self.patches.to(device, non_blocking=non_blocking))
+    def to(self, device) -> "Pixels":
+        return replace(self, patches=to_device(self.patches, torch.device(device)))
 
     def pin(self, device: torch.device) -> "Pixels":
         """The patches in page-locked memory, from which a copy to the GPU `device` does not wait."""
@@ -159,7 +159,7 @@ class PackedBatch:
             if isinstance(value := getattr(self, name), Tensor):
                 moved[name] = to_device(value, device)
             elif isinstance(value, Pixels):
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
 

@@ -126,7 +126,7 @@ def reference_bytes(c: Counts, engine: Sharding, gpus: int, size: int, beta: flo
 
 
 def cache_bytes(config, prompts: int, prompt_tokens: int, completions: int, tokens: int, size: int) -> int:
-    """Bytes of a `DecodeCache`: keys and values of every prompt once and of each completion; padding and position."""
+    """Bytes of a cache for decoding: keys and values of every prompt once and of each completion, and small tensors."""
     text = config.text_config
     kv_width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     rows = prompts * prompt_tokens + completions * tokens

@@ -127,7 +127,7 @@ class RMSNorm(nn.Module):
 
 def place_together(*linears: nn.Linear) -> None:
     """Move the weights one after the other into one tensor, biases too, for `multiply_together`."""
-    for parameters in zip(*(linear.parameters() for linear in linears), strict=True):
+    for parameters in zip(*(linear.parameters() for linear in linears), strict=False):
         joint = torch.cat([p.detach() for p in parameters])
         for p, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
             p.data = part
@@ -149,7 +149,8 @@ def multiply_together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
 
     Adapters and engines replace layers or move weights; each layer is then called.
     """
-    if all(type(linear) is nn.Linear for linear in linears):
+    plain = all(type(linear) is nn.Linear for linear in linears)
+    if plain and len({linear.bias is None for linear in linears}) == 1:
         joint = [as_one(parameters) for parameters in zip(*(linear.parameters() for linear in linears), strict=True)]
         if all(parameter is not None for parameter in joint):
             return F.linear(x, *joint).split([linear.out_features for linear in linears], -1)

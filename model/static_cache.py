@@ -92,8 +92,9 @@ class StaticCache:
         prompts, self.owner = self.owner[kept].unique(return_inverse=True)
         on_device = kept.to(self.at.device)
         for layer, (whole, own) in enumerate(zip(self.prefix, self.own, strict=True)):
-            parts = (x.split(self.lengths) for x in whole)
-            self.prefix[layer] = tuple(torch.cat([part[i] for i in prompts.tolist()]) for part in parts)
+            if len(prompts) < len(self.lengths):
+                parts = (x.split(self.lengths) for x in whole)
+                self.prefix[layer] = tuple(torch.cat([part[i] for i in prompts.tolist()]) for part in parts)
             self.own[layer] = tuple(x[on_device] for x in own)
         self.lengths = [self.lengths[i] for i in prompts.tolist()]
         self._set_segments()
