@@ -42,7 +42,7 @@ BUDGET = {
     "kernels": 4855,
     "model": 1750,
     "trainer": 10_005,
-    "bench": 5305,
+    "bench": 5306,
     "tests": 16_755,
     "trainer/apps": 1070,
     "trainer/chains": 800,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_750  # lines of the first five
+PRODUCT = 22_751  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

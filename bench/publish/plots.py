@@ -95,7 +95,8 @@ def _case(row: dict) -> str:
 
 def draw_roofline(data: dict) -> Figure:
     """FLOP a second of each side by case, in the order of FLOP a byte, and the most that the machine allows."""
-    rows, ceilings = data["kernels"]["rows"], data["kernels"]["ceilings"]
+    ceilings = data["kernels"]["ceilings"]
+    rows = [row for row in data["kernels"]["rows"] if "calls" not in row["shape"]]  # those time the host alone
     peak, bandwidth = ceilings["flop_per_second"], ceilings["bytes_per_second"]
     intensities = {_case(row): row["flop"] / row["bytes"] for row in sorted(rows, key=lambda r: r["flop"] / r["bytes"])}
     places, roof = list(intensities), [min(peak, bandwidth * x) for x in intensities.values()]
