@@ -56,7 +56,7 @@ def test_a_record_without_its_image_is_skipped_and_the_others_are_scored_once(in
     assert re.search(r"benchmark\.json#2: There is no image at .*2\.png", fault) and fault in caplog.text
     assert results["mean"] == 100 * summary["accuracy_at_0.5"] and results["tasks"].keys() == {"diff", "region"}
     assert fault.replace("'", "&#39;") in (folder / "report.html").read_text()
-    assert "| newborn0 | this run |" in (folder / "table.md").read_text()
+    assert "| initial0 | this run |" in (folder / "table.md").read_text()
     assert len(list((folder / "pictures").iterdir())) == 6
 
     (folder / "pictures/0001.png").write_text("not ours")
