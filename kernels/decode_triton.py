@@ -153,19 +153,21 @@ def _tile(rows: int, columns: int) -> dict[str, int]:
 
 
 def add_rms_norm_triton(x, delta, weight, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_torch` on Triton, as the functions below: for all dtypes but fp64."""
+    """`add_rms_norm_torch` on Triton, for all dtypes but fp64, as the functions below."""
     total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     add_rms_norm_launch(x, delta, weight, eps, total, normed).run()
     return total, normed
 
 
 def rotate_into_cache_triton(q, k, v, cos, sin, keys, values, at) -> Tensor:
+    """`rotate_into_cache_torch` on Triton."""
     rotated = q.new_empty(q.shape[0] * q.shape[1] // k.shape[1], *k.shape[1:])
     rotate_into_cache_launch(q, k, v, cos, sin, keys, values, at, rotated).run()
     return rotated
 
 
 def merge_attention_triton(out_a, lse_a, out_b, lse_b, repeat: int) -> Tensor:
+    """`merge_attention_torch` on Triton."""
     rows, kv_heads, d = out_a.shape
     merged = out_a.new_empty(rows // repeat, kv_heads * repeat, d)
     merge_attention_launch(out_a, lse_a, out_b, lse_b, repeat, merged).run()
@@ -173,6 +175,7 @@ def merge_attention_triton(out_a, lse_a, out_b, lse_b, repeat: int) -> Tensor:
 
 
 def silu_mul_triton(gate, up) -> Tensor:
+    """`silu_mul_torch` on Triton."""
     out = gate.new_empty(gate.shape)
     silu_mul_launch(gate, up, out).run()
     return out

@@ -39,7 +39,7 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 850,
-    "kernels": 4855,
+    "kernels": 4856,
     "model": 1750,
     "trainer": 10_005,
     "bench": 5306,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_751  # lines of the first five
+PRODUCT = 22_753  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
