@@ -21,19 +21,20 @@ def add_rms_norm_torch(x, delta, weight, eps: float) -> tuple[Tensor, Tensor]:
     return total, normed.to(x.dtype)
 
 
-def rotate_into_cache_torch(q, k, v, cos, sin, keys, values, at) -> Tensor:
+def rotate_into_cache_torch(q, k, v, cos, sin, keys, values, at, copies: int) -> Tensor:
     """Arguments and results as `rotate_into_cache`."""
     (n, kv_heads, d), dtype = k.shape, accumulation_dtype(q)
     q, k = ((x * cos.to(dtype) + x.roll(d // 2, -1) * sin.to(dtype)).to(x.dtype) for x in (q, k))
     keys.index_copy_(1, at, k.unsqueeze(1))
     values.index_copy_(1, at, v.unsqueeze(1))
-    return q.view(n, kv_heads, -1, d).transpose(1, 2).reshape(-1, kv_heads, d)
+    return q.view(n, kv_heads, -1, d).transpose(1, 2).repeat(copies, 1, 1, 1).flatten(0, 1)
 
 
 def merge_attention_torch(out_a, lse_a, out_b, lse_b, repeat: int) -> Tensor:
     """Arguments and results as `merge_attention`."""
-    share = (lse_a - lse_b).sigmoid().T.unsqueeze(2)  # (n * repeat, kv_heads, 1), of the keys of a
-    merged = (share * out_a + (1 - share) * out_b).to(out_a.dtype)
+    rows = out_b.shape[0]
+    shares = torch.stack((*lse_a.split(rows, 1), lse_b)).softmax(0).mT.unsqueeze(3)  # (parts, n * repeat, kv_heads, 1)
+    merged = sum(share * out for share, out in zip(shares, (*out_a.split(rows), out_b), strict=True)).to(out_b.dtype)
     return merged.unflatten(0, (-1, repeat)).transpose(1, 2).flatten(1, 2)
 
 
@@ -50,12 +51,12 @@ _ADD_RMS_NORM = register(
 _MERGE_ATTENTION = register(
     "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, int repeat, bool triton) -> Tensor",
     merge_attention_torch,
-    lambda a, _a, _b, _lse, repeat, _: a.new_empty(a.shape[0] // repeat, a.shape[1] * repeat, a.shape[2]),
+    lambda _, _a, b, _b, repeat, _t: b.new_empty(b.shape[0] // repeat, b.shape[1] * repeat, b.shape[2]),
 )
 _SILU_MUL = register(
     "(Tensor gate, Tensor up, bool triton) -> Tensor", silu_mul_torch, lambda x, *_: x.new_empty(x.shape)
 )
-_rotate_into_cache = choose(rotate_into_cache_torch, 8)  # no op of torch.library, because it changes the cache
+_rotate_into_cache = choose(rotate_into_cache_torch, 9)  # no op of torch.library, because it changes the cache
 
 
 def add_rms_norm(
@@ -90,6 +91,7 @@ def rotate_into_cache(
     values: Tensor,
     at: Tensor,
     *,
+    copies: int = 1,
     backend: str = "auto",
 ) -> Tensor:
     """Rotate queries and keys, pairing element i with i + d / 2, and write keys and values to slot `at` of the cache.
@@ -99,9 +101,10 @@ def rotate_into_cache(
         cos, sin: (n, 1, d); both halves of cos are alike, those of sin differ in sign, and the first one is -sine.
         keys, values: (n, C, kv_heads, d), which are changed in place.
         at: (1) int64 on the device, within 0 and C - 1; elsewhere the kernel writes nothing.
+        copies: how often the queries are written, for as many parts of the keys that they read.
 
     Returns:
-        (n * repeat, kv_heads, d), the rotated queries as the module's docstring orders them.
+        (copies * n * repeat, kv_heads, d), the rotated queries, each copy as the module's docstring orders them.
 
     Raises:
         ValueError: shapes, dtypes or `backend` do not fit.
@@ -115,18 +118,20 @@ def rotate_into_cache(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it is written in place. Pass a contiguous tensor.")
     check_tensor("at", at, (1,), (torch.int64,))
-    return _rotate_into_cache(q, k, v, cos, sin, keys, values, at, runs_fast("rotate_into_cache", backend, q, k, v))
+    fast = runs_fast("rotate_into_cache", backend, q, k, v)
+    return _rotate_into_cache(q, k, v, cos, sin, keys, values, at, copies, fast)
 
 
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, repeat: int, backend: str = "auto"
 ) -> Tensor:
-    """Attention to two sets of keys from attention to each: their outputs, weighted by their shares of the mass.
+    """Attention to several sets of keys from attention to each: their outputs, weighted by their shares of the mass.
 
     Args:
-        out_a, out_b: (n * repeat, kv_heads, d), in the order of the module's docstring.
-        lse_a, lse_b: (kv_heads, n * repeat) fp32, log-sum-exp of the scaled scores, as flash attention returns it; -inf
-            for a set without keys, of which the other one must have some.
+        out_a: (sets * n * repeat, kv_heads, d), set by set in the order of the module's docstring; at least one set.
+        out_b: (n * repeat, kv_heads, d), of one more.
+        lse_a, lse_b: (kv_heads, rows) fp32, log-sum-exp of the scaled scores, as flash attention returns it; -inf for a
+            set without keys, but not for all of them.
 
     Returns:
         (n, heads, d), each completion's heads in their own order.
@@ -134,10 +139,12 @@ def merge_attention(
     Raises:
         ValueError: shapes, dtypes or `backend` do not fit.
     """
-    check_tensor("out_a", out_a, (None, None, None), FLOATS)
-    check_tensor("out_b", out_b, tuple(out_a.shape), (out_a.dtype,))
-    for name, tensor in (("lse_a", lse_a), ("lse_b", lse_b)):
-        check_tensor(name, tensor, (out_a.shape[1], out_a.shape[0]), (torch.float32, torch.float64))
+    check_tensor("out_b", out_b, (None, None, None), FLOATS)
+    check_tensor("out_a", out_a, (None, *out_b.shape[1:]), (out_b.dtype,))
+    if out_a.shape[0] < out_b.shape[0] or out_a.shape[0] % max(out_b.shape[0], 1):
+        raise ValueError(f"out_a has {out_a.shape[0]} rows; each of its sets has as many as out_b, {out_b.shape[0]}.")
+    for name, tensor, out in (("lse_a", lse_a, out_a), ("lse_b", lse_b, out_b)):
+        check_tensor(name, tensor, (out.shape[1], out.shape[0]), (torch.float32, torch.float64))
     fast = runs_fast("merge_attention", backend, out_a, lse_a, lse_b)
     return call(*_MERGE_ATTENTION, out_a, lse_a, out_b, lse_b, repeat, fast)
 

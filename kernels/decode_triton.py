@@ -27,11 +27,16 @@ def add_rms_norm_kernel(x, delta, weight, total, normed, width, eps, BLOCK: tl.c
 
 
 @triton.jit
-def _rotate(source, target, cos, sin, half, inside):
+def _rotate(source, cos, sin, half, inside):
     low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target, (low * cos - high * sin).to(target.dtype.element_ty), mask=inside)
-    tl.store(target + half, (high * cos + low * sin).to(target.dtype.element_ty), mask=inside)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _store_halves(target, low, high, half, inside):
+    tl.store(target, low.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + half, high.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,6 +54,7 @@ def rotate_into_cache_kernel(
     k_stride,
     v_stride,
     slots,
+    copies,
     KV_HEADS: tl.constexpr,
     REPEAT: tl.constexpr,
     HALF: tl.constexpr,
@@ -62,17 +68,22 @@ def rotate_into_cache_kernel(
     c = tl.load(cos + row * 2 * HALF + column, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + row * 2 * HALF + HALF + column, mask=inside, other=0.0).to(tl.float32)
     source = q + row * q_stride + (head * REPEAT + r) * 2 * HALF + column[None, :]
-    target = rotated + ((row * REPEAT + r) * KV_HEADS + head) * 2 * HALF + column[None, :]
-    _rotate(source, target, c[None, :], s[None, :], HALF, (r < REPEAT) & inside[None, :])
+    known = (r < REPEAT) & inside[None, :]
+    low, high = _rotate(source, c[None, :], s[None, :], HALF, known)
+    for copy in range(copies):
+        place = copy * tl.num_programs(0) + row
+        target = rotated + ((place * REPEAT + r) * KV_HEADS + head) * 2 * HALF + column[None, :]
+        _store_halves(target, low, high, HALF, known)
 
     slot = tl.load(at)
     inside &= (slot >= 0) & (slot < slots)
     place = ((row * slots + slot) * KV_HEADS + head) * 2 * HALF + column
     own = head * 2 * HALF + column
-    _rotate(k + row * k_stride + own, keys + place, c, s, HALF, inside)
+    low, high = _rotate(k + row * k_stride + own, c, s, HALF, inside)
+    _store_halves(keys + place, low, high, HALF, inside)
     source = v + row * v_stride + own
-    tl.store(values + place, tl.load(source, mask=inside), mask=inside)
-    tl.store(values + place + HALF, tl.load(source + HALF, mask=inside), mask=inside)
+    low, high = tl.load(source, mask=inside), tl.load(source + HALF, mask=inside)
+    _store_halves(values + place, low, high, HALF, inside)
 
 
 @triton.jit
@@ -83,25 +94,33 @@ def merge_attention_kernel(
     lse_b,
     merged,
     rows,
+    sets,
     KV_HEADS: tl.constexpr,
     REPEAT: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program merges the REPEAT heads of a completion that read one key head; `rows` is n * REPEAT."""
+    """A program merges the REPEAT heads of a completion that read one key head; `rows` is n * REPEAT, a set of a's."""
     first, head = tl.program_id(0).to(tl.int64) * REPEAT, tl.program_id(1)
     column, r = tl.arange(0, COLUMNS)[None, :], tl.arange(0, ROWS)
     known = r < REPEAT
-    mass_a = tl.load(lse_a + head * rows + first + r, mask=known, other=0.0)
     mass_b = tl.load(lse_b + head * rows + first + r, mask=known, other=0.0)
-    share = tl.sigmoid(mass_a - mass_b)[:, None]
-    r, inside = r[:, None], known[:, None] & (column < DIM)
-    source = ((first + r) * KV_HEADS + head) * DIM + column
-    a = tl.load(out_a + source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(out_b + source, mask=inside, other=0.0).to(tl.float32)
-    target = merged + (first * KV_HEADS + head * REPEAT + r) * DIM + column
-    tl.store(target, (share * a + (1 - share) * b).to(merged.dtype.element_ty), mask=inside)
+    mass_a = lse_a + head * sets * rows + first + r
+    top = mass_b
+    for part in range(sets):
+        top = tl.maximum(top, tl.load(mass_a + part * rows, mask=known, other=0.0))
+    inside = known[:, None] & (column < DIM)
+    source = ((first + r[:, None]) * KV_HEADS + head) * DIM + column
+    total = tl.exp(mass_b - top)
+    mixed = total[:, None] * tl.load(out_b + source, mask=inside, other=0.0).to(tl.float32)
+    for part in range(sets):
+        share = tl.exp(tl.load(mass_a + part * rows, mask=known, other=0.0) - top)
+        a = tl.load(out_a + part * rows * KV_HEADS * DIM + source, mask=inside, other=0.0)
+        mixed += share[:, None] * a.to(tl.float32)
+        total += share
+    target = merged + (first * KV_HEADS + head * REPEAT + r[:, None]) * DIM + column
+    tl.store(target, (mixed / total[:, None]).to(merged.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -122,20 +141,20 @@ def add_rms_norm_launch(x, delta, weight, eps, total, normed) -> Launch:
     return Launch(add_rms_norm_kernel, (n,), arguments, {"BLOCK": next_power_of_2(width)}, num_warps=8)
 
 
-def rotate_into_cache_launch(q, k, v, cos, sin, keys, values, at, rotated) -> Launch:
+def rotate_into_cache_launch(q, k, v, cos, sin, keys, values, at, rotated, copies: int = 1) -> Launch:
     """q (n, heads, d), k, v (n, kv_heads, d), cos, sin (n, 1, d), keys, values (n, C, kv_heads, d) -> rotated."""
     (n, heads, d), kv_heads = q.shape, k.shape[1]
     q, k, v = (x if x.stride()[1:] == (d, 1) else x.contiguous() for x in (q, k, v))
     strides = q.stride(0), k.stride(0), v.stride(0)
-    arguments = q, k, v, cos.contiguous(), sin.contiguous(), keys, values, at, rotated, *strides, keys.shape[1]
+    arguments = q, k, v, cos.contiguous(), sin.contiguous(), keys, values, at, rotated, *strides, keys.shape[1], copies
     constants = {"KV_HEADS": kv_heads, "REPEAT": heads // kv_heads, "HALF": d // 2} | _tile(heads // kv_heads, d // 2)
     return Launch(rotate_into_cache_kernel, (n, kv_heads), arguments, constants, num_warps=2)
 
 
 def merge_attention_launch(out_a, lse_a, out_b, lse_b, repeat, merged) -> Launch:
-    """out (n * repeat, kv_heads, d) and lse (kv_heads, n * repeat), twice -> merged (n, heads, d)."""
-    rows, kv_heads, d = out_a.shape
-    arguments = *(x.contiguous() for x in (out_a, lse_a, out_b, lse_b)), merged, rows
+    """out (rows, kv_heads, d), lse (kv_heads, rows), those of a in sets of n * repeat rows -> merged (n, heads, d)."""
+    rows, kv_heads, d = out_b.shape
+    arguments = *(x.contiguous() for x in (out_a, lse_a, out_b, lse_b)), merged, rows, len(out_a) // max(rows, 1)
     constants = {"KV_HEADS": kv_heads, "REPEAT": repeat, "DIM": d} | _tile(repeat, d)
     return Launch(merge_attention_kernel, (rows // repeat, kv_heads), arguments, constants, num_warps=2)
 
@@ -159,17 +178,17 @@ def add_rms_norm_triton(x, delta, weight, eps: float) -> tuple[Tensor, Tensor]:
     return total, normed
 
 
-def rotate_into_cache_triton(q, k, v, cos, sin, keys, values, at) -> Tensor:
+def rotate_into_cache_triton(q, k, v, cos, sin, keys, values, at, copies: int) -> Tensor:
     """`rotate_into_cache_torch` on Triton."""
-    rotated = q.new_empty(q.shape[0] * q.shape[1] // k.shape[1], *k.shape[1:])
-    rotate_into_cache_launch(q, k, v, cos, sin, keys, values, at, rotated).run()
+    rotated = q.new_empty(copies * q.shape[0] * q.shape[1] // k.shape[1], *k.shape[1:])
+    rotate_into_cache_launch(q, k, v, cos, sin, keys, values, at, rotated, copies).run()
     return rotated
 
 
 def merge_attention_triton(out_a, lse_a, out_b, lse_b, repeat: int) -> Tensor:
     """`merge_attention_torch` on Triton."""
-    rows, kv_heads, d = out_a.shape
-    merged = out_a.new_empty(rows // repeat, kv_heads * repeat, d)
+    rows, kv_heads, d = out_b.shape
+    merged = out_b.new_empty(rows // repeat, kv_heads * repeat, d)
     merge_attention_launch(out_a, lse_a, out_b, lse_b, repeat, merged).run()
     return merged
 

@@ -1,5 +1,7 @@
 """Decoding by steps that all launch the same kernels, for a GPU: keys and values, and attention to them."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,30 +10,46 @@ from boxgrpo.kernels import merge_attention, rotate_into_cache
 
 from .attention import PackedAttention, partial_attention, pick_backend
 
+# Blocks of flash attention that the 132 multiprocessors of an H100 or H200 hold at once, two each.
+BLOCKS = 264
+PART_KEYS = 256  # of a prompt that is worth a block of its own
 
-def varlen_part(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, filled: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of ragged segments to their keys, all of them or the first `filled`; the shapes alone set what runs.
 
-    flash-attn's own varlen function has no `filled`, so torch's flash kernel runs, and for fp32 or on a CPU a padded
-    stand-in.
+def count_parts(lengths: list[int], *, kv_heads: int) -> int:
+    """Parts of each prompt that flash attention reads in blocks of their own; none of them is empty."""
+    return max(1, min(BLOCKS // (len(lengths) * kv_heads), max(lengths) // PART_KEYS, *lengths))
+
+
+class Segments(NamedTuple):
+    """Rows of queries, segment by segment, and the keys that each segment reads, S of them."""
+
+    cu_q: Tensor  # (S+1) int32, offsets of the rows
+    starts: Tensor  # (S+1) int32, of the keys; the last one has no meaning
+    filled: Tensor  # (S) int32, the number of keys: at least 1
+    max_q: int  # the most rows and keys of a segment
+    max_k: int
+
+
+def varlen_part(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Attention of segments to their keys, whose number is read from the device: the shapes alone set what runs.
+
+    Not every version of flash-attn reads that number (`seqused_k`), so torch's flash kernel runs, which uses of the
+    keys' offsets the starts; for fp32 or on a CPU a padded stand-in.
 
     Args:
         q: (T, kv_heads, d); k, v: (T_kv, kv_heads, d).
-        cu_q, cu_k: (S+1) int32; max_q, max_k: the most rows and keys of a segment.
-        filled: (S) int32, at least 1.
 
     Returns:
         (T, kv_heads, d) and (kv_heads, T) fp32, the log-sum-exp of the scaled scores, as `merge_attention` takes them.
     """
+    cu_q, starts, filled, max_q, max_k = segments
     if pick_backend(q) != "sdpa":
-        sizes = cu_q, cu_k, max_q, max_k
+        sizes = cu_q, starts, max_q, max_k
         out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, 0.0, False, False, seqused_k=filled)
         return out, lse
     row, slot, column = (torch.arange(n, device=q.device) for n in (len(q), max_q, max_k))
-    rows, keys = ((cu[:-1, None] + x).clamp(max=n - 1) for cu, x, n in ((cu_q, slot, len(q)), (cu_k, column, len(k))))
-    masked = column >= (cu_k.diff() if filled is None else filled)[:, None]  # (S, K)
+    rows, keys = ((x[:-1, None] + i).clamp(max=n - 1) for x, i, n in ((cu_q, slot, len(q)), (starts, column, len(k))))
+    masked = column >= filled[:, None]  # (S, K)
     padded = (x[at].transpose(1, 2) for x, at in ((q, rows), (k, keys), (v, keys)))
     segment = torch.bucketize(row, cu_q, right=True) - 1
     place = segment * max_q + row - cu_q[segment]  # of each row of q among the padded ones
@@ -43,7 +61,8 @@ def varlen_part(
 class StaticCache:
     """As `DecodeCache`, with steps that all launch the same kernels, so that a CUDA graph can record one.
 
-    A layer attends twice, to the prompts and to the own tokens so far, whose number is read from the device.
+    A layer attends twice, to the prompts and to the own tokens so far, whose number is read from the device. A segment
+    and key head of flash attention is one block, so long prompts are cut into `parts` until the blocks fill a GPU.
     `repeat` query heads read one key head.
     """
 
@@ -62,14 +81,21 @@ class StaticCache:
 
     def _set_segments(self) -> None:
         """What the rows of queries read: `repeat` rows of each completion, which stand by prompt."""
-        n, rows = len(self.owner), self.owner.bincount() * self.repeat
-        lengths = torch.tensor(self.lengths)
-        whole = [F.pad(x.cumsum(0), (1, 0)) for x in (rows, lengths)]  # of all keys of the prompts
-        own = [torch.arange(n + 1) * size for size in (self.repeat, self.capacity)]
-        cu = [x.to(self.at.device, torch.int32, non_blocking=True) for x in (*whole, *own)]
-        self.of_prompts = *cu[:2], int(rows.max()), max(self.lengths)
+        n, rows, lengths = len(self.owner), self.owner.bincount() * self.repeat, torch.tensor(self.lengths)
+        self.parts = count_parts(self.lengths, kv_heads=self.own[0][0].shape[2])
+        cuts = lengths * torch.arange(self.parts + 1)[:, None] // self.parts  # (parts + 1, prompts)
+        counts, starts = cuts.diff(dim=0), cuts[:-1] + lengths.cumsum(0) - lengths  # of each part's keys
+        offsets = (
+            F.pad(rows.repeat(self.parts).cumsum(0), (1, 0)),
+            F.pad(starts.flatten(), (0, 1)),
+            counts.flatten(),
+            torch.arange(n + 1) * self.repeat,
+            torch.arange(n + 1) * self.capacity,
+        )
+        *prompts, cu_q, starts = (x.to(self.at.device, torch.int32, non_blocking=True) for x in offsets)
+        self.prompt_segments = Segments(*prompts, int(rows.max()), int(counts.max()))
         self.filled = (self.at + 1).int().repeat(n)  # (n), own tokens with the new one
-        self.of_own = *cu[2:], self.repeat, self.capacity, self.filled
+        self.own_segments = Segments(cu_q, starts, self.filled, self.repeat, self.capacity)
 
     def advance(self) -> None:
         """Count the token whose keys and values all layers have added."""
@@ -82,9 +108,11 @@ class StaticCache:
         q (n, heads, d), k and v (n, kv_heads, d), cos and sin as `rotate` takes them -> (n, heads, d).
         """
         keys, values = self.own[layer]
-        q = rotate_into_cache(q, k, v, cos, sin, keys, values, self.at)
-        prompts = varlen_part(q, *self.prefix[layer], *self.of_prompts)
-        own = varlen_part(q, keys.flatten(0, 1), values.flatten(0, 1), *self.of_own)
+        q = rotate_into_cache(q, k, v, cos, sin, keys, values, self.at, copies=self.parts)
+        prompts = varlen_part(q, *self.prefix[layer], self.prompt_segments)
+        own = varlen_part(
+            q[: len(self.owner) * self.repeat], keys.flatten(0, 1), values.flatten(0, 1), self.own_segments
+        )
         return merge_attention(*prompts, *own, repeat=self.repeat)
 
     def keep(self, kept: Tensor) -> None:

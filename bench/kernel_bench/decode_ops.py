@@ -10,6 +10,7 @@ from torch import Tensor
 from boxgrpo.kernels import add_rms_norm, merge_attention, rotate_into_cache, silu_mul
 
 WIDTH, HEADS, KV, DIM, INNER, SLOTS = 3584, 28, 4, 128, 18_944, 256
+SETS = 4  # parts of a prompt that are attended to apart, beside the own tokens
 
 
 def decode_ops(n: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int], torch.dtype, float, float, Callable]]:
@@ -20,8 +21,8 @@ def decode_ops(n: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int]
     shape = {"n": n, "heads": HEADS, "kv": KV, "d": DIM}
     moved = size * n * DIM * (2 * HEADS + 4 * KV + 1)  # q, k and v, in and out; a cosine and a sine for each pair
     yield "rotate_into_cache", shape | {"C": SLOTS}, dtype, moved, 3.0 * n * DIM * (HEADS + KV), _rotation
-    moved = n * HEADS * (3 * size * DIM + 2 * 4)  # two parts, the result; two masses
-    yield "merge_attention", shape, dtype, moved, 3.0 * n * HEADS * DIM, _merged_parts
+    moved = n * HEADS * ((SETS + 2) * size * DIM + (SETS + 1) * 4)  # sets, the result; masses
+    yield "merge_attention", shape | {"sets": SETS + 1}, dtype, moved, (2.0 * SETS + 3) * n * HEADS * DIM, _merged_parts
     yield "silu_mul", {"n": n, "I": INNER}, dtype, 3 * size * n * INNER, 4.0 * n * INNER, _gated
 
 
@@ -66,15 +67,16 @@ def _rotation(case, device, seed: int):
 
 
 def _merged_parts(case, device, seed: int):
-    n, heads, kv, d = case.shape.values()
+    n, heads, kv, d, sets = case.shape.values()
     repeat = heads // kv
-    a, b = _drawn(case, device, seed, *2 * [(n * repeat, kv, d)])
-    mass_a, mass_b = _drawn(case, device, seed + 1, *2 * [(kv, n * repeat)], dtype=torch.float32)
+    rows = n * repeat
+    a, b = _drawn(case, device, seed, ((sets - 1) * rows, kv, d), (rows, kv, d))
+    mass_a, mass_b = _drawn(case, device, seed + 1, (kv, (sets - 1) * rows), (kv, rows), dtype=torch.float32)
 
     def eager(a, mass_a, b, mass_b):
-        whole = torch.logaddexp(mass_a, mass_b)
-        a, b = ((mass - whole).exp().T[..., None] * part for part, mass in ((a, mass_a), (b, mass_b)))
-        return (a + b).to(case.dtype).view(n, repeat, kv, d).transpose(1, 2).reshape(n, heads, d)
+        shares = torch.cat((mass_a, mass_b), 1).view(kv, sets, rows).softmax(1).permute(1, 2, 0)
+        merged = (shares[..., None] * torch.cat((a, b)).view(sets, rows, kv, d)).sum(0)
+        return merged.to(case.dtype).view(n, repeat, kv, d).transpose(1, 2).reshape(n, heads, d)
 
     return _sides(partial(merge_attention, repeat=repeat), eager, a, mass_a, b, mass_b)
 

@@ -25,7 +25,7 @@ CAPS = {
     "2B": {
         "vision": (440, 465),
         "prefill": (585, 182),
-        "decode": (355, 6),
+        "decode": (355, 6.2),
         "pack": (90, 0.45),
         "reference": (3300, 460),
         "policy_forward": (3365, 515),
@@ -97,7 +97,7 @@ def test_a_layer_decodes_a_token_in_few_launches(counted, model):
     assert sum(times // 28 for times in launches.values()) <= 11, launches
     # The kernel that rotates writes one slot of the caches that it is given.
     counted_apart = {"mm", "addmm", "_flash_attention_forward", "rotate_into_cache_kernel"}
-    assert sum(size for name, size in moved.items() if name not in counted_apart) < 0.8e9
+    assert sum(size for name, size in moved.items() if name not in counted_apart) < 0.9e9
 
 
 BYTES = {

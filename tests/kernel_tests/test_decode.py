@@ -54,8 +54,10 @@ def test_rotation_into_the_cache(heads, kv_heads, d, dtype, slices, backend):
     before = [drawn(n, slots, kv_heads, d, dtype=dtype, seed=i) for i in (7, 8)]
     keys, values = (x.clone() for x in before)
     arguments = as_slices(q, k, v) if slices else (q, k, v)
-    queries = rotate_into_cache(*arguments, cos, sin, keys, values, at, backend=backend)
-    assert queries.shape == (n * heads // kv_heads, kv_heads, d) and queries.is_contiguous()
+    queries = rotate_into_cache(*arguments, cos, sin, keys, values, at, copies=2, backend=backend)
+    assert queries.shape == (2 * n * heads // kv_heads, kv_heads, d) and queries.is_contiguous()
+    queries, copy = queries.chunk(2)
+    assert torch.equal(queries, copy)
     by_completion = queries.view(n, heads // kv_heads, kv_heads, d).transpose(1, 2).reshape(n, heads, d)
     truths = [rotated(*map(exact, (x, cos, sin))) for x in (q, k)]
     assert_error_rule([by_completion, keys[:, 2]], [x.to(dtype) for x in truths], truths)
@@ -68,27 +70,27 @@ def test_rotation_into_the_cache(heads, kv_heads, d, dtype, slices, backend):
 @DTYPES
 @HEADS
 def test_merged_parts_are_attention_to_all_keys(heads, kv_heads, d, dtype, backend):
-    """Of 9 keys the first 4 and the others, attended to apart; where one part has no mass the other is the result."""
+    """Of 9 keys 3, 1 and 5, attended to apart; where the others have no mass a set's output is the result."""
     n, repeat = 3, heads // kv_heads
     q, k, v = drawn(n, heads, d), drawn(kv_heads, 9, d, seed=1), drawn(kv_heads, 9, d, seed=2)
     scores = torch.einsum("nhd,hkd->nhk", exact(q), exact(k).repeat_interleave(repeat, 0)) * d**-0.5
     parts = []
-    for keys in (slice(4), slice(4, 9)):
+    for keys in (slice(3), slice(3, 4), slice(4, 9)):
         own = torch.einsum(
             "nhk,hkd->nhd", scores[..., keys].softmax(-1), exact(v)[:, keys].repeat_interleave(repeat, 0)
         )
         mass = scores[..., keys].logsumexp(-1)
         rows = own.view(n, kv_heads, repeat, d).transpose(1, 2).reshape(n * repeat, kv_heads, d)
         masses = mass.view(n, kv_heads, repeat).permute(1, 0, 2).reshape(kv_heads, n * repeat)
-        parts += [rows.to(dtype).contiguous(), masses.float().contiguous()]
+        parts.append((rows.to(dtype).contiguous(), masses.float().contiguous()))
     truth = torch.einsum("nhk,hkd->nhd", scores.softmax(-1), exact(v).repeat_interleave(repeat, 0))
-    merged = merge_attention(*parts, repeat=repeat, backend=backend)
+    (out_a, lse_a), (b, lse_b), last = parts
+    merged = merge_attention(torch.cat((out_a, b)), torch.cat((lse_a, lse_b), 1), *last, repeat=repeat, backend=backend)
     assert merged.shape == (n, heads, d) and merged.dtype == dtype
     share = torch.finfo(dtype).eps * truth.abs().max()  # each part is rounded before they are merged
     assert (merged.double() - truth).abs().max() <= 2 * share
-    a, lse_a, b, lse_b = parts
-    alone = merge_attention(a, lse_a, b, torch.full_like(lse_b, float("-inf")), repeat=repeat, backend=backend)
-    assert torch.equal(alone.view(n, kv_heads, repeat, d).transpose(1, 2).reshape(a.shape), a)
+    alone = merge_attention(out_a, lse_a, b, torch.full_like(lse_b, float("-inf")), repeat=repeat, backend=backend)
+    assert torch.equal(alone.view(n, kv_heads, repeat, d).transpose(1, 2).reshape(b.shape), out_a)
 
 
 @BACKENDS
@@ -125,6 +127,9 @@ def test_what_is_refused():
         options = {"q": q, "k": k, "v": k, "cos": turn, "sin": turn, "keys": cache, "values": cache, "at": at}
         return rotate_into_cache(**options | changed)
 
+    def merge(out):
+        return merge_attention(out, lse, parts, lse, repeat=2)
+
     assert_refused(
         (r"delta has shape \(2, 4\); it must be \(2, 8\)", lambda: add_rms_norm(x, x[:, :4], x[0])),
         ("weight is bfloat16; it must be float32", lambda: add_rms_norm(x, x, x[0].bfloat16())),
@@ -135,6 +140,8 @@ def test_what_is_refused():
         ),
         ("at is int32; it must be int64", lambda: rotate(at=at.int())),
         (r"lse_b has shape \(4, 2\); it must be \(2, 4\)", lambda: merge_attention(parts, lse, parts, lse.T, repeat=2)),
+        ("out_a has 6 rows; each of its sets has as many as out_b, 4", lambda: merge(parts.new_zeros(6, 2, 8))),
+        ("out_a has 0 rows; each of its sets", lambda: merge(parts[:0])),
         (r"up has shape \(1, 8\); it must be \(2, 8\)", lambda: silu_mul(x, x[:1])),
         ("silu_mul got a CPU tensor", lambda: silu_mul(x, x, backend="triton")),
     )

@@ -11,7 +11,7 @@ from boxgrpo.model import generate, static_cache
 from boxgrpo.model.attention import DecodeCache
 from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.generate import head_logits, prefill
-from boxgrpo.model.static_cache import StaticCache
+from boxgrpo.model.static_cache import Segments, StaticCache
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -82,11 +82,11 @@ def test_greedy_equals_transformers(twins, groups, make_prompt, kind):
 def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, seqused_k=None):
     """aten's flash attention without a mask, segment by segment in fp64."""
     assert (dropout, causal, debug) == (0, False, False) and q.shape[1] == k.shape[1]
-    assert {x.dtype for x in (cu_q, cu_k, cu_q if seqused_k is None else seqused_k)} == {torch.int32}
-    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    assert {x.dtype for x in (cu_q, cu_k, seqused_k)} == {torch.int32} and len(cu_q) == len(cu_k) == len(seqused_k) + 1
+    assert max_q == cu_q.diff().max() and max_k >= seqused_k.max()
     outs, masses = [], []
-    for i, ((a, b), (c, e)) in enumerate(zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True)):
-        e = e if seqused_k is None else c + seqused_k[i]
+    for (a, b), c, used in zip(itertools.pairwise(cu_q), cu_k, seqused_k):
+        e = c + used
         scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[c:e].double()) * q.shape[2] ** -0.5
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(2), v[c:e].double()))
         masses.append(scores.logsumexp(2))
@@ -98,6 +98,7 @@ def way(request, monkeypatch):
     """How tokens are decoded: as on a CPU; as on a GPU in fp32; as on a GPU with flash attention."""
     if request.param != "growing":
         monkeypatch.setattr(generate, "STATIC_DEVICES", ("cpu",))
+        monkeypatch.setattr(static_cache, "PART_KEYS", 3)  # so that prompts are read in several parts
     if request.param == "static, flash":
         monkeypatch.setattr(static_cache, "pick_backend", lambda x: "varlen")
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
@@ -264,36 +265,50 @@ def test_dropping_ended_rows_changes_no_token(model, groups, dropped, monkeypatc
         torch.testing.assert_close(a[: len(completion)], b[: len(completion)], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("filled", [None, [3, 1, 9]])
-def test_attention_to_a_part_of_the_keys(filled):
-    """The stand-in of flash attention: ragged segments, all keys or the first ones of each."""
-    cu_q, cu_k = (
-        torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 3, 8], [0, 9, 18, 27] if filled else [0, 4, 5, 12])
-    )
+@pytest.mark.parametrize(
+    "lengths, kv_heads, parts",
+    [
+        ([1096] * 16, 4, 4),
+        ([1096] * 16, 2, 4),
+        ([1400] * 4, 2, 5),
+        ([9000, 3], 4, 3),
+        ([90, 7], 2, 1),
+        ([9] * 200, 4, 1),
+    ],
+)
+def test_prompts_are_cut_until_their_blocks_fill_a_gpu(lengths, kv_heads, parts):
+    """The first two are the 7B and the 2B with 16 prompts of 4 images: 256 blocks on 132 processors."""
+    assert static_cache.count_parts(lengths, kv_heads=kv_heads) == parts
+
+
+def segments(cu_q, starts, filled, device="cpu"):
+    tensors = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_q, [*starts, 0], filled))
+    return Segments(*tensors, max(b - a for a, b in itertools.pairwise(cu_q)), max(filled))
+
+
+def test_attention_to_a_part_of_the_keys():
+    """The stand-in of flash attention: ragged segments, whose keys may overlap and stand in any order."""
     q, k, v = (torch.randn(n, 2, 16) for n in (8, 27, 27))
-    used = filled and torch.tensor(filled, dtype=torch.int32)
-    sizes = cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max())
-    found = static_cache.varlen_part(q, k, v, *sizes, used)
-    for got, expected in zip(found, flash(q, k, v, *sizes, 0, False, False, seqused_k=used)[:2], strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    given = segments([0, 2, 3, 8], [18, 0, 4], [9, 1, 3])
+    cu_q, starts, filled, *sizes = given
+    expected = flash(q, k, v, cu_q, starts, *sizes, 0, False, False, seqused_k=filled)[:2]
+    for got, exact in zip(static_cache.varlen_part(q, k, v, given), expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("d", [64, 128])
 def test_flash_attention_to_a_part_of_the_keys(d):
-    """torch's flash kernel against the stand-in in fp32: 3 prompts' keys, and own slots of which the first are full."""
-    q, k, v = (torch.randn(n, 4, d, device="cuda").bfloat16() for n in (21, 768, 768))
+    """torch's flash kernel against the stand-in in fp32: two parts of 3 prompts, and own slots filled in part."""
+    q, k, v = (torch.randn(n, 4, d, device="cuda").bfloat16() for n in (42, 768, 768))
     k[512:], v[512:] = float("nan"), float("nan")  # beyond what is filled nothing is read
-    for cu_q, cu_k, filled in (
-        ([0, 7, 8, 21], [0, 100, 101, 512], None),
-        ([0, 7, 14, 21], [0, 256, 512, 768], [1, 256, 1]),
+    for given in (
+        segments([0, 7, 8, 21, 28, 29, 42], [0, 100, 101, 50, 100, 300], [50, 1, 199, 50, 1, 212], "cuda"),
+        segments([0, 7, 14, 42], [0, 256, 512], [1, 256, 1], "cuda"),
     ):
         k[512], v[512] = k[0], v[0]
-        cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k))
-        used = filled and torch.tensor(filled, dtype=torch.int32, device="cuda")
-        sizes = cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max()), used
-        out, lse = static_cache.varlen_part(q, k, v, *sizes)
-        expected, mass = static_cache.varlen_part(q.float(), k.float().nan_to_num(), v.float().nan_to_num(), *sizes)
+        out, lse = static_cache.varlen_part(q, k, v, given)
+        expected, mass = static_cache.varlen_part(q.float(), k.float().nan_to_num(), v.float().nan_to_num(), given)
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
         torch.testing.assert_close(lse, mass, rtol=0, atol=1e-3)
 
