@@ -42,8 +42,8 @@ BUDGET = {
     "kernels": 4882,
     "model": 1778,
     "trainer": 10_005,
-    "bench": 5308,
-    "tests": 16_775,
+    "bench": 5383,
+    "tests": 16_815,
     "trainer/apps": 1070,
     "trainer/chains": 800,
     "trainer/data": 1430,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_809  # lines of the first five
+PRODUCT = 22_884  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -3,9 +3,10 @@
     python bench/step_bench/dry_run.py               2B and 7B: 16 prompts of 4 images, 8 completions of 256 tokens
     python bench/step_bench/dry_run.py --model 7B --operators 40
 
-Vision, prefill, decoding of one token, reference and policy forward run as the loop runs them, in the published sizes
-and bf16. The backward pass does not: autograd's engine has no fake device. Attention is torch's flash kernel, which
-stands in for flash-attn. How bytes are counted stands in `launches.py`.
+Vision, prefill, decoding, reference and policy forward run as the loop runs them, in the published sizes and bf16; the
+policy also with LoRA adapters, and with a tower in training, which runs in every pack. The backward pass does not run:
+autograd's engine has no fake device. Nor does ZeRO: DeepSpeed needs real devices. Attention is torch's flash kernel,
+which stands in for flash-attn. How bytes are counted stands in `launches.py`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,11 @@ from boxgrpo.bench.processes import run_isolated
 from boxgrpo.bench.step_bench.cases import MODELS, StepCase, make_config
 from boxgrpo.bench.step_bench.launches import Counts, LaunchCounter
 from boxgrpo.kernels import LossOptions
-from boxgrpo.model.batch import Group, Pixels, Prompt, pack_groups, plan_packs
+from boxgrpo.model.batch import Group, PackedBatch, Pixels, Prompt, pack_groups, plan_packs
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
+from boxgrpo.trainer.engine.lora import add_adapters
 from boxgrpo.trainer.grpo import logps, policy_loss
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rollout.local import embed_images
@@ -54,6 +56,7 @@ def published_case(model: str) -> StepCase:
     return StepCase(model, prompts=16, side=(448, 896), tokens=256, dtype="bfloat16")
 
 
+@cache
 def fake_cuda() -> None:
     """Let fake tensors be on CUDA in this process, with or without a GPU. It is of no other use afterwards.
 
@@ -92,57 +95,97 @@ def make_groups(case: StepCase, config, fake) -> list[Group]:
     return [Group(Prompt(ids, positions, pixels, grids), serial=i) for i in range(case.prompts)]
 
 
-def count_phases(case: StepCase) -> dict[str, Counts]:
-    """Counts by phase: "decode" is one token of all completions, "pack" the way of the packs to the GPU.
-
-    Raises:
-        ValueError: as `fake_cuda`.
-    """
-    fake_cuda()
-    config, o = make_config(MODELS[case.model], PublishedIds()), GrpoOptions()
+def make_model(case: StepCase, lora_rank: int = 0) -> Qwen2VL:
+    """The case's model without storage; with a rank, it has adapters."""
+    config = make_config(MODELS[case.model], PublishedIds())
     with torch.device("meta"):
         model = Qwen2VL(config).to(getattr(torch, case.dtype))
+        model.freeze_vision()
+        if lora_rank:
+            add_adapters(model, GrpoOptions(lora_rank=lora_rank))
+    return model
+
+
+def count_phases(case: StepCase, variants: bool = True) -> dict[str, Counts]:
+    """Counts by phase. "decode" is one token of all completions, with half of their slots filled: the mean of a token.
+    "keep" drops the second half of them from the cache. "pack" and "pack_pixels" are the packs' way to the GPU.
+
+    Args:
+        variants: whether to count the policy with adapters and with a tower in training, too.
+
+    Raises:
+        ValueError: as `fake_cuda`; peft is missing.
+    """
+    fake_cuda()
+    model, adapted = make_model(case), make_model(case, lora_rank=16) if variants else None
     with LaunchCounter().counting() as counter:
-        model.to_empty(device="cuda").freeze_vision()
+        for m in filter(None, (model, adapted)):
+            m.to_empty(device="cuda")
         model.model.join_storage()  # as `load_model` does on a GPU
-        groups, found = make_groups(case, config, counter.fake), {}
-
-        def phase(name: str, times: int = 1) -> None:
-            counter.counts = found.setdefault(name, Counts())
-            counter.counts.times = times
-
-        phase("vision")
+        groups = make_groups(case, model.config, counter.fake)
+        counter.phase("vision")
         groups = embed_images(model, groups)
-        phase("prefill")
-        sizes = {"num_generations": case.generations, "max_completion_length": case.tokens}
-        decoding = prefill(model, groups, eos_token_ids=[0, 1], **sizes)
-        sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "seed": o.seed}
-        sampling["forbidden"] = torch.arange(6, device="cuda")
-        tokens = decoding.run_steps(**sampling)
-        next(tokens)
-        phase("decode")
-        next(tokens)
-        completions = [torch.zeros(case.tokens, dtype=torch.int64)] * case.generations
-        scored = {"advantages": torch.zeros(case.generations, device="cuda"), "weight": torch.ones((), device="cuda")}
-        groups = [replace(group, completions=completions, **scored) for group in groups]
-        sizes = [len(g.prompt.input_ids) + case.generations * case.tokens for g in groups]
-        denominator = torch.ones((), device="cuda")
-        # Packs of as many groups are alike: one of them is counted as often as there are.
-        for n, times in Counter(map(len, plan_packs(sizes, o.tokens_per_pass, sizes))).items():
-            phase("pack", times)
-            pack = pack_groups(groups[:n], image_token_id=config.image_token_id).to("cuda")
-            phase("reference", times)
-            with torch.no_grad():
-                pack = replace(pack, ref_logps=model(pack, partial(logps, pack, o.temperature)))
-            phase("policy_forward", times)
-            model(pack, partial(policy_loss, o, LossOptions(beta=o.beta, denominator=denominator), pack))
-    return found
+        count_sampling(counter, case, model, groups)
+        count_forwards(counter, case, model, groups, adapted)
+    return counter.found
+
+
+def count_sampling(counter: LaunchCounter, case: StepCase, model: Qwen2VL, groups: list[Group]) -> None:
+    """Prefill, one token, and what it takes to drop half of the rows."""
+    o, rows = GrpoOptions(), case.prompts * case.generations
+    counter.phase("prefill")
+    sizes = {"num_generations": case.generations, "max_completion_length": case.tokens}
+    decoding = prefill(model, groups, eos_token_ids=[0, 1], **sizes)
+    counter.used[decoding.cache.filled] = rows * case.tokens // 2
+    sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "seed": o.seed}
+    tokens = decoding.run_steps(**sampling, forbidden=torch.arange(6, device="cuda"))
+    next(tokens)
+    counter.phase("decode")
+    next(tokens)
+    counter.phase("keep")
+    decoding.cache.keep(torch.arange(rows // 2))
+
+
+def count_forwards(
+    counter: LaunchCounter, case: StepCase, model: Qwen2VL, groups: list[Group], adapted: Qwen2VL | None
+) -> None:
+    """Packs and the forward passes over them; with `adapted`, those of the two variants."""
+    o = GrpoOptions()
+    completions = [torch.zeros(case.tokens, dtype=torch.int64)] * case.generations
+    scored = {"advantages": torch.zeros(case.generations, device="cuda"), "weight": torch.ones((), device="cuda")}
+    groups = [replace(group, completions=completions, **scored) for group in groups]
+    settings = LossOptions(beta=o.beta, denominator=torch.ones((), device="cuda"))
+
+    def pack_first(n: int, **changed) -> PackedBatch:
+        chosen = [replace(group, **changed) for group in groups[:n]]
+        return pack_groups(chosen, image_token_id=model.config.image_token_id).to("cuda")
+
+    sizes = [len(g.prompt.input_ids) + case.generations * case.tokens for g in groups]
+    # Packs of as many groups are alike: one of them is counted as often as there are.
+    for n, times in Counter(map(len, plan_packs(sizes, o.tokens_per_pass, sizes))).items():
+        counter.phase("pack", times)
+        pack = pack_first(n)
+        counter.phase("reference", times)
+        with torch.no_grad():
+            pack = replace(pack, ref_logps=model(pack, partial(logps, pack, o.temperature)))
+        counter.phase("policy_forward", times)
+        model(pack, partial(policy_loss, o, settings, pack))
+        if adapted is None:
+            continue
+        counter.phase("policy_with_adapters", times)
+        adapted(pack, partial(policy_loss, o, settings, pack))
+        counter.phase("pack_pixels", times)
+        pack = replace(pack_first(n, image_embeds=None), ref_logps=pack.ref_logps)
+        counter.phase("policy_with_tower", times)
+        model.freeze_vision(False)
+        model(pack, partial(policy_loss, o, settings, pack))
+        model.freeze_vision()
 
 
 def counts_of(case: StepCase) -> dict[str, dict]:
     """Launches, bytes moved and waits of a step by phase, in bf16, counted in a process of its own."""
     found = {}
-    for name, counts in run_isolated(count_phases, replace(case, dtype="bfloat16")).items():
+    for name, counts in run_isolated(count_phases, replace(case, dtype="bfloat16"), False).items():
         times = case.tokens if name == "decode" else 1
         totals = (times * counter.total() for counter in (counts.launches, counts.moved, counts.waits))
         found[name] = dict(zip(("launches", "moved_bytes", "waits"), totals, strict=True))
@@ -152,7 +195,8 @@ def counts_of(case: StepCase) -> dict[str, dict]:
 def table(name: str, counts: Counts, operators: int) -> str:
     """A phase's totals, the operators that move most, and where it waits or mixes."""
     launches, moved = counts.launches, counts.moved
-    lines = [f"{name:<32}{launches.total():>9,} launches{moved.total() / 1e9:>12,.2f} GB"]
+    total = f"{launches.total():>9,} launches{moved.total() / 1e9:>12,.2f} GB"
+    lines = [f"{name:<32}{total}, {counts.peak / 1e9:,.2f} GB of memory"]
     for operator, size in moved.most_common(operators):
         lines.append(f"  {operator:<30}{launches[operator]:>9,}{size / 1e9:>21,.3f}")
     for word, places in (("waits", counts.waits), ("mixes", counts.mixes)):

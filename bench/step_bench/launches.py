@@ -6,12 +6,15 @@ that it writes, once, except that
 
 - an operator that selects rows reads as many bytes as it returns, one that writes rows in place writes those alone;
 - a copy or a fill does not read what it overwrites;
-- a dimension of stride 0 is one element.
+- a dimension of stride 0 is one element;
+- flash attention with `seqused_k` reads as many keys and values as `LaunchCounter.used` states of that tensor.
 
-So bytes are upper bounds: caches are not modelled, and attention counts keys that are masked or beyond `seqused_k`.
+So bytes are upper bounds: caches are not modelled, and attention counts all keys, masked ones too, where its call has
+no `seqused_k` or one of which nothing is stated.
 """
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +33,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = tuple(str(ROOT / room) for room in ("kernels", "model", "trainer", "bench"))
@@ -38,6 +42,7 @@ SELECT = {"embedding", "index_select", "index", "gather"}
 WRITE_ROWS = {"index_copy_", "index_put_", "index_fill_", "scatter_"}
 OVERWRITE = {"copy_", "fill_", "zero_"}
 COPY = {"_to_copy", "copy_"}
+ATTENTION = "_flash_attention_forward"
 COMPOSITE = "CompositeImplicitAutograd"
 # The host needs the values, or the size of the result depends on them.
 WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
@@ -55,7 +60,8 @@ class Counts:
     waits: Counter = field(default_factory=Counter)  # times that the host waits for the GPU
     mixes: Counter = field(default_factory=Counter)  # operators on several floating dtypes, and casts of whole weights
 
-    times: int = 1  # as which each counts
+    peak: int = 0  # bytes of tensors beyond those that there are when the phase begins
+    times: int = 1  # as which each launch counts
 
     def add(self, name: str, moved: int) -> None:
         self.launches[name] += self.times
@@ -81,14 +87,22 @@ def running_function() -> str:
 
 class LaunchCounter(TorchDispatchMode):
     """While it is active, tensors on CUDA are fake and those on the host real. Operators of ours count as what they
-    launch. `counts` receives all of it until another takes its place. What needs a fake tensor's values raises
-    ValueError.
+    launch. `counts`, those of the phase, receives all of it. What needs a fake tensor's values raises ValueError.
     """
 
     def __init__(self):
         super().__init__()
         self.fake, self.counts = FakeTensorMode(allow_non_fake_inputs=True), Counts()
+        self.found: dict[str, Counts] = {}  # by phase
         self.pinned: dict[int, Tensor] = {}  # by storage
+        self.held, self.before = 0, 0  # bytes of all tensors on CUDA, and what the phase began with
+        self.storages: set[int] = set()  # which they are
+        self.used = WeakTensorKeyDictionary()  # a call's `seqused_k` -> the keys that its segments read together
+
+    def phase(self, name: str, times: int = 1) -> None:
+        """What follows belongs to this phase, and counts `times`."""
+        self.counts = self.found.setdefault(name, Counts())
+        self.counts.times, self.before = times, self.held
 
     @contextmanager
     def counting(self) -> Iterator["LaunchCounter"]:
@@ -143,7 +157,21 @@ class LaunchCounter(TorchDispatchMode):
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.is_cuda for x in [*given, *results]):
             self._count(func, name, given, results)
+            self._hold([x.untyped_storage() for x in results if x.is_cuda])
         return out
+
+    def _hold(self, storages: list[torch.UntypedStorage]) -> None:
+        for storage in storages:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.storages:
+                self.storages.add(key)
+                self.held += size
+                weakref.finalize(storage, self._free, key, size)
+        self.counts.peak = max(self.counts.peak, self.held - self.before)
+
+    def _free(self, key: int, size: int) -> None:
+        self.storages.remove(key)
+        self.held -= size
 
     def _count(self, func, name: str, given: list[Tensor], results: list[Tensor]) -> None:
         aliases = [r.alias_info for r in func._schema.returns]
@@ -162,6 +190,9 @@ class LaunchCounter(TorchDispatchMode):
             first, written = 0, rest[-1]
         elif name in OVERWRITE:
             first = 0
+        elif name == ATTENTION:
+            used = next((self.used[x] for x in given[3:] if x in self.used), None)
+            rest += [-extent(x[used:]) for x in given[1:3] if used is not None]
         self.counts.add(name, first + sum(rest) + written)
 
     def _find_wait(self, name: str, given: list[Tensor], args, kwargs) -> None:

@@ -1,9 +1,10 @@
 """What a step of the published models launches, moves and waits for on a GPU, counted on fake CUDA tensors.
 
 Vision, prefill, a token of decoding, reference and policy forward; autograd's engine, and so the backward pass, does
-not run on fake devices.
+not run on fake devices. In CI, where all that it takes is installed, it fails instead of being skipped.
 """
 
+import os
 import shutil
 from importlib.util import find_spec
 
@@ -14,10 +15,11 @@ from boxgrpo.bench.step_bench import dry_run
 from boxgrpo.kernels.dispatch import interpreting
 from counted import count_everything
 
+LACKS = [name for name in ("liger_kernel", "peft") if find_spec(name) is None]  # with whose kernels the caps are met
+LACKS += [] if shutil.which("g++") else ["g++"]
 pytestmark = [
     pytest.mark.skipif(interpreting(), reason="Triton's interpreter takes the kernels' place"),
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here"),
-    pytest.mark.skipif(find_spec("liger_kernel") is None, reason="the caps are those of its kernels"),
+    pytest.mark.skipif(bool(LACKS) and "CI" not in os.environ, reason=f"no {', '.join(LACKS)} here"),
 ]
 
 # Launches and GB at most; 16 prompts of 4 images, 8 completions of 256 tokens. "decode" is one token. Lower them.
@@ -25,20 +27,31 @@ CAPS = {
     "2B": {
         "vision": (440, 465),
         "prefill": (585, 182),
-        "decode": (355, 6.2),
+        "decode": (355, 5.8),
+        "keep": (125, 2.0),
         "pack": (90, 0.45),
         "reference": (3300, 460),
         "policy_forward": (3365, 515),
+        "policy_with_adapters": (10410, 2050),
+        "pack_pixels": (90, 0.2),
+        "policy_with_tower": (5810, 985),
     },
     "7B": {
         "vision": (440, 465),
         "prefill": (585, 405),
-        "decode": (355, 20),
+        "decode": (355, 19.2),
+        "keep": (125, 3.9),
         "pack": (90, 1.0),
         "reference": (3300, 1000),
         "policy_forward": (3345, 1045),
+        "policy_with_adapters": (10410, 4420),
+        "pack_pixels": (90, 0.2),
+        "policy_with_tower": (5810, 1520),
     },
 }
+# Allowed: rows are dropped right after the host has waited for their flags; PEFT adds fp32 results to the layers' bf16.
+WAITS = {"keep": {"_to_copy in model/static_cache.py StaticCache.keep"}}
+MIXES = {"policy_with_adapters": {f"add in model/decoder.py {name}.forward" for name in ("Attention", "Mlp")}}
 PHASES = [(model, phase) for model, caps in CAPS.items() for phase in caps]
 
 
@@ -56,13 +69,13 @@ def test_a_phase_keeps_its_caps(counted, model, phase):
 
 @pytest.mark.parametrize(("model", "phase"), PHASES)
 def test_the_host_does_not_wait(counted, model, phase):
-    assert not counted[model][phase].waits
+    assert counted[model][phase].waits.keys() <= WAITS.get(phase, set())
 
 
 @pytest.mark.parametrize(("model", "phase"), PHASES)
 def test_dtypes_do_not_mix(counted, model, phase):
     """No operator takes floats of two dtypes, and no weight is cast as a whole; two devices would raise."""
-    assert not counted[model][phase].mixes
+    assert counted[model][phase].mixes.keys() <= MIXES.get(phase, set())
 
 
 def test_every_phase_runs(counted):
@@ -72,7 +85,7 @@ def test_every_phase_runs(counted):
 
 
 def test_a_step_decodes_all_its_tokens(counted, monkeypatch):
-    monkeypatch.setattr(dry_run, "run_isolated", lambda _, case: counted[case.model])
+    monkeypatch.setattr(dry_run, "run_isolated", lambda _, case, variants: counted[case.model])
     step, phases = dry_run.counts_of(dry_run.published_case("7B")), counted["7B"]
     assert step["decode"]["launches"] == 256 * phases["decode"].launches.total()
     assert step["prefill"] == {
@@ -91,18 +104,33 @@ def test_the_head_moves_what_its_document_says(counted, model, launches, gigabyt
 
 @pytest.mark.parametrize("model", CAPS)
 def test_a_layer_decodes_a_token_in_few_launches(counted, model):
-    """Both models have 28 layers. Attention never writes scores: its parts and what is element-wise move little."""
-    launches, moved = (getattr(counted[model]["decode"], name) for name in ("launches", "moved"))
+    """Both models have 28 layers."""
+    launches = counted[model]["decode"].launches
     assert launches["_flash_attention_forward"] == 2 * 28 and launches["merge_attention_kernel"] == 28
     assert sum(times // 28 for times in launches.values()) <= 11, launches
-    # The kernel that rotates writes one slot of the caches that it is given.
-    counted_apart = {"mm", "addmm", "_flash_attention_forward", "rotate_into_cache_kernel"}
-    assert sum(size for name, size in moved.items() if name not in counted_apart) < 0.9e9
 
 
+@pytest.mark.parametrize(("model", "kv_heads", "gigabytes"), [("2B", 2, 0.85), ("7B", 4, 1.35)])
+def test_a_token_moves_no_scores(counted, model, kv_heads, gigabytes):
+    """Products apart, a token reads the keys and values of 16 prompts of 2124 tokens and of half of the own slots once.
+    The rest is far below the 2 GB that scores may take: one pass over them in bf16 would be 0.2 (2B) and 0.5 GB."""
+    moved = counted[model]["decode"].moved
+    layers, sides, size, d, slots = 28, 2, 2, 128, 128 * 256
+    keys = layers * sides * size * d * kv_heads * (16 * 2124 + slots // 2)
+    assert keys < moved["_flash_attention_forward"] < 1.15 * keys
+    assert moved.total() - moved["mm"] - moved["addmm"] - keys < 1e9 * gigabytes
+
+
+def test_the_cache_drops_rows_layer_by_layer(counted):
+    """It needs memory for one layer of 28, the kept half of 0.14 GB and the half's prompts, not for a second cache."""
+    assert 0 < counted["7B"]["keep"].peak < 0.15e9
+
+
+FLASH = 12 + 8 + 48 + 12 + 24  # offsets, lengths, output, log-sum-exp, the state of dropout
 BYTES = {
     "views": (0, 0),
     "sum": (1, 64 + 64),
+    "sums": (4, 64 + 64 + 3 * (64 + 64 + 64)),
     "sum in place": (1, 64 + 64),
     "expanded": (1, 16 + 64),
     "fill": (1, 64),
@@ -110,6 +138,8 @@ BYTES = {
     "rows written": (1, 16 + 8 + 16),
     "product": (1, 64 + 64 + 4 * 4 * 4),
     "kept on the host": (0, 0),
+    "all keys": (1, 3 * 48 + FLASH),
+    "used keys": (1, 48 + 2 * 32 + FLASH),
     "two dtypes": (1, 64 + 128 + 128),
 }
 
@@ -118,6 +148,11 @@ BYTES = {
 def test_launches_and_bytes_are_counted(counted, snippet):
     found = counted["snippets"][snippet]
     assert (found.launches.total(), found.moved.total()) == BYTES[snippet]
+
+
+def test_memory_is_counted_until_it_is_freed(counted):
+    peaks = {name: counted["snippets"][name].peak for name in ("views", "sum", "sum in place", "sums")}
+    assert peaks == {"views": 64, "sum": 64, "sum in place": 0, "sums": 128}
 
 
 def test_waits_and_mixes_are_found(counted):
