@@ -110,7 +110,7 @@ def draw_roofline(data: dict) -> Figure:
         axes.plot(rates, at, "o", color=COLOURS.get(side, OTHER), alpha=0.8, label=NAMES.get(side, side))
     axes.set_yticks(range(len(places)), [f"{case}\n{x:.3g} FLOP a byte" for case, x in intensities.items()])
     axes.set(xscale="log", xlabel="FLOP of the method a second, the same count for every side")
-    figure.legend(loc="outside lower center", ncols=4)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, markerscale=0.6)  # below stands the machine
     return figure
 
 
