@@ -21,13 +21,13 @@ from boxgrpo.bench.runner import MARGIN, ROOT, Part, Runner, failures
 OUT = ROOT / "out/bench"
 MINUTES = 9  # that the limits of a GPU's parts are made for
 SELECTED = ("kernels", "guard", "step")  # parts of which --only takes some cases
-KERNELS, REWARDS, STEP = (f"bench/{name}_bench/run.py" for name in ("kernel", "reward", "step"))
+KERNELS, REWARDS, LOADER, STEP = (f"bench/{name}_bench/run.py" for name in ("kernel", "reward", "loader", "step"))
 PROFILE = ("bench/profiles/profile_step.py", "--output_dir", str(OUT / "profile"))
 CPU_PARTS = [
     Part("kernels", (KERNELS,), "kernels", takes=("only", "quick")),
     Part("guard", ("bench/kernel_bench/guard.py",), "guard", takes=("only",)),
     Part("rewards", (REWARDS,), "rewards", takes=("merges",)),
-    Part("loader", ("bench/loader_bench/run.py",), "loader", takes=("quick",)),
+    Part("loader", (LOADER,), "loader", takes=("quick",)),
     Part("step", (STEP, "--plan", "quarter_hour"), "step", takes=("only", "merges", "quick", "peers", "full")),
     Part("profile", PROFILE, "profile", takes=("merges", "quick")),
 ]
@@ -39,6 +39,7 @@ GPU_PARTS = [
     Part("kernels", (KERNELS, "--by", *UNCOMPILED), "kernels", 90, ("only", "quick")),
     Part("rewards", (REWARDS,), "rewards", 40, ("merges",)),
     Part("steps", (STEP, "--plan", "gpu", *FOUR), "step", 320, ("merges", "quick", "peers")),
+    Part("loader", (LOADER,), "loader", 40, ("quick",)),
     Part("tests", ("bench/checks.py", "tests"), limit=130, needs="pytest"),
     Part("profile", PROFILE, "profile", 150, ("merges", "quick")),
     Part("kernels_compiled", (KERNELS, "--by", "compile"), "kernels", 90, ("only", "quick"), adds=True),

@@ -42,7 +42,7 @@ BUDGET = {
     "kernels": 4882,
     "model": 1778,
     "trainer": 10_005,
-    "bench": 5383,
+    "bench": 5401,
     "tests": 16_815,
     "trainer/apps": 1070,
     "trainer/chains": 800,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_884  # lines of the first five
+PRODUCT = 22_902  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -3,8 +3,9 @@
     python bench/loader_bench/run.py [--quick] [--json FILE|-]
 
 `make bench` keeps the results. A step is 16 prompts of four images of 448 x 896 from two loader processes, which can
-work ahead: between steps this process sleeps, for less than a step of the 7B takes. "fp32 patches" sends the same
-prompts with the values that the vision tower takes, as the image processor returns them.
+work ahead: between steps this process sleeps, for less than a step of the 7B takes. On a GPU the pixels arrive in
+page-locked memory and are copied to it, which has two times: of this process, and of the GPU. On a CPU a second row,
+"fp32 patches", sends the same prompts with the values that the vision tower takes, as the image processor returns them.
 """
 
 import pickle
@@ -16,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import begin, flags, output
-from boxgrpo.model.batch import Prompt
+from boxgrpo.model.batch import Group, Pixels, Prompt
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
@@ -57,19 +59,33 @@ def make_examples(folder: Path, sizes: dict) -> list[Example]:
     return [Example(str(i), "diff", images, "Where?", None, source=f"#{i}") for i, images in enumerate(chosen)]
 
 
-def measure(name: str, prepare: Callable, examples: list[Example], sizes: dict) -> dict:
+def copy(groups: list[Group], gpu: torch.device) -> Callable[[], dict[str, float]]:
+    """Queue the copy of the pixels; a function that returns the milliseconds of this process, and those of the GPU."""
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    clock = time.perf_counter()
+    begun.record()
+    Pixels.concat([group.prompt.pixels for group in groups], gpu)
+    ended.record()
+    queued = 1e3 * (time.perf_counter() - clock)
+    return lambda: ended.synchronize() or {"queue_ms": queued, "copy_ms": begun.elapsed_time(ended)}
+
+
+def measure(name: str, prepare: Callable, examples: list[Example], sizes: dict, gpu: torch.device | None) -> dict:
     """A row: means of the steps after the first, which starts the loader's processes."""
-    loader = Loader(examples, prepare, batch_size=len(examples), seed=0, workers=WORKERS)
-    steps, cpu, waited = iter(loader), [], []
+    loader = Loader(examples, prepare, batch_size=len(examples), seed=0, workers=WORKERS, pin_for=gpu)
+    steps, samples = iter(loader), []
     for _ in range(STEPS + 1):
         processor, clock = time.process_time(), time.perf_counter()
         groups = next(steps)
-        waited.append(time.perf_counter() - clock)
+        waited = time.perf_counter() - clock
+        copied = copy(groups, gpu) if gpu else dict
         time.sleep(sizes["seconds_between"])
-        cpu.append(time.process_time() - processor)  # the thread that takes the next step included
+        spent = time.process_time() - processor  # by the thread that takes the next step, too
+        samples.append({"cpu_s": spent, "wait_s": waited} | copied())
     steps.close()
     received = sum(len(pickle.dumps((group, []), protocol=pickle.HIGHEST_PROTOCOL)) for group in groups)
-    found = {"cpu_s": statistics.mean(cpu[1:]), "wait_s": statistics.mean(waited[1:]), "megabytes": received / 1e6}
+    found = {key: statistics.mean(sample[key] for sample in samples[1:]) for key in samples[0]}
+    found["megabytes"] = received / 1e6
     return {"run": name, "workers": WORKERS} | sizes | {key: round(value, 4) for key, value in found.items()}
 
 
@@ -78,8 +94,9 @@ def run(sizes: dict) -> dict:
     prepare = Processor(demo_tokenizer(["Where?"]), Qwen2VLImageProcessorPil(), **limits).prompt
     with tempfile.TemporaryDirectory() as folder:
         examples = make_examples(Path(folder), sizes)
-        runs = {"8-bit pixels": prepare, "fp32 patches": WithValues(prepare)}
-        return {"rows": [measure(name, given, examples, sizes) for name, given in runs.items()]}
+        gpu = torch.device("cuda", 0) if torch.cuda.is_available() else None
+        runs = {"8-bit pixels": prepare} | ({} if gpu else {"fp32 patches": WithValues(prepare)})
+        return {"rows": [measure(name, given, examples, sizes, gpu) for name, given in runs.items()]}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -149,7 +149,7 @@ def test_a_gpus_tests_are_those_of_the_files_that_have_some(monkeypatch):
     ("flags", "message"),
     [
         (["--parts", "kernels,x"], "parts are kernels,x; x is none of kernels, guard, rewards, loader, step, profile"),
-        (["--gpu", "--parts", "build", "x"], "x is none of build, kernels, rewards, steps, tests, profile, "),
+        (["--gpu", "--parts", "build", "x"], "x is none of build, kernels, rewards, steps, loader, tests, profile, "),
         (["--only", "fused"], "only is 'fused'; name the parts it is meant for .* kernels, guard, step"),
         (["--gpu", "--device", "cpu"], "`make bench` measures a CPU. Add --quick"),
     ],
