@@ -25,11 +25,9 @@ from .rows_triton import (
     load_full,
     load_words,
     merge,
-    row_arguments,
-    row_config,
+    row_launch,
     store_block,
     target_logit,
-    tiles,
     unpack,
     update,
     update_rest,
@@ -152,11 +150,10 @@ def fused_launch(
 
     `finite`: no logit is -inf, so none is compared with the floor.
     """
-    config = row_config("fused", logits)
-    inputs = *row_arguments(logits, temperature), targets.contiguous(), terms
+    config, row, constants = row_launch("fused", logits, temperature)
     results = logps, entropy, tokens, dlogits, *dlogits.stride()
-    arguments = *inputs, *results, first, targets.shape[0], *objective_arguments(o)
-    constants = tiles(config) | {
+    arguments = *row, targets.contiguous(), terms, *results, first, targets.shape[0], *objective_arguments(o)
+    constants |= {
         "CISPO": o.loss_type == "cispo",
         "FINITE": finite,
         "HELD": config.held if config.held <= logits.shape[1] else 0,

@@ -12,11 +12,9 @@ from .rows_triton import (
     LOG2E,
     load_block,
     merge,
-    row_arguments,
-    row_config,
+    row_launch,
     store_block,
     target_logit,
-    tiles,
     update_rest,
 )
 
@@ -103,20 +101,19 @@ def gradient_kernel(
 
 def logps_launch(logits, targets, temperature, logps, entropy, peaks, log_masses, finite=False) -> Launch:
     """logits (N, V), targets (N) -> logps, entropy, peaks, log_masses, (N) fp32 each: one read of the logits."""
-    config = row_config("logps", logits)
+    config, row, constants = row_launch("logps", logits, temperature)
     # The row's arguments come last: with them first ptxas spills 8 bytes for 10.0 (fp16, columns apart).
-    arguments = targets.contiguous(), logps, entropy, peaks, log_masses, *row_arguments(logits, temperature)
-    constants = {"FINITE": finite} | tiles(config)
-    return Launch(logps_kernel, (logits.shape[0],), arguments, constants, config.num_warps)
+    arguments = targets.contiguous(), logps, entropy, peaks, log_masses, *row
+    return Launch(logps_kernel, (logits.shape[0],), arguments, {"FINITE": finite} | constants, config.num_warps)
 
 
 def gradient_launch(logits, targets, temperature, dlogps, dentropy, entropy, peaks, log_masses, dlogits) -> Launch:
     """dlogps (N), dentropy (N) and the results of `logps_launch` -> dlogits (N, V); both entropies may be None."""
-    config = row_config("gradient", logits)
+    config, row, constants = row_launch("gradient", logits, temperature)
     upstream = dlogps, dentropy, entropy, peaks, log_masses
-    arguments = *row_arguments(logits, temperature), targets.contiguous(), *upstream, dlogits, *dlogits.stride()
+    arguments = *row, targets.contiguous(), *upstream, dlogits, *dlogits.stride()
     programs = logits.shape[0] * cdiv(logits.shape[1], config.block)
-    return Launch(gradient_kernel, (programs,), arguments, tiles(config), config.num_warps)
+    return Launch(gradient_kernel, (programs,), arguments, constants, config.num_warps)
 
 
 def token_logps_triton(hidden, weight, targets, temperature: float, entropy: bool) -> tuple[Tensor, ...]:

@@ -176,12 +176,12 @@ def merge(top, total, weighted, scale):
     return peak, tl.log2(mass), (tl.log2(mass) - mean) * LN2
 
 
-def row_arguments(logits: Tensor, temperature: float) -> tuple:
-    """The first arguments of a kernel over rows of logits (N, V)."""
+def row_launch(kernel: str, logits: Tensor, temperature: float) -> tuple[RowConfig, tuple, dict]:
+    """The configuration, the arguments that describe rows of logits (N, V), and the constants of `update`.
+
+    A thread sums what it has loaded, or else threads would exchange the logits of a block.
+    """
+    config = row_config(kernel, logits)
     floor = LOGIT_FLOOR * min(temperature, 1.0) ** 2  # stays finite when divided by the temperature twice
-    return logits, *logits.stride(), logits.shape[1], 1 / temperature, floor
-
-
-def tiles(config: RowConfig) -> dict:
-    """Constants of `update`; a thread sums what it has loaded, or else threads would exchange the logits of a block."""
-    return {"BLOCK": config.block, "THREADS": 32 * config.num_warps, "VECTOR": config.vector}
+    arguments = logits, *logits.stride(), logits.shape[1], 1 / temperature, floor
+    return config, arguments, {"BLOCK": config.block, "THREADS": 32 * config.num_warps, "VECTOR": config.vector}
