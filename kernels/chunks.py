@@ -34,13 +34,13 @@ def sweep_rows(n: int, vocabulary: int, width: int, itemsize: int, grad_weight: 
 
     With logits at V = 152k of 512 rows (18 waves), 8192 rows need 3 waves of dhidden at H = 1536, by 2816 rows, and 7
     at H = 3584, by all of them. No more memory is used than by BUFFER_BYTES, the fp32 sum of dweight and its rounded
-    copy: the buffers may have the sum's bytes where there is none, and else the copy's, which is made after them.
+    copy: the gradients may have the sum's bytes where there is none, and the buffers else the copy's, made after them.
     """
     logits = _rows_in_few_waves(n, LOGIT_BYTES // (4 * max(vocabulary, 1)), vocabulary)
     row = max(vocabulary, 1) * itemsize
     room = BUFFER_BYTES - 4 * logits * vocabulary
     rounded = width * row if grad_weight and itemsize < 4 else 0
-    if n * row <= room + 2 * rounded:
+    if n * row <= min(room + 3 * rounded, BUFFER_BYTES + 2 * rounded):  # beside the logits; then beside dweight
         return SweepRows(logits, n)
     return SweepRows(logits, _rows_in_few_waves(n, (room + rounded) // row, width))
 
@@ -89,7 +89,7 @@ class HeadSweep:
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
         self.hidden, self.weight = hidden, weight
         self.wanted, self.grad_weight = grad_hidden or grad_weight, grad_weight
-        self.dhidden = hidden.new_zeros(hidden.shape) if grad_hidden else None
+        self.dhidden = hidden.new_empty(hidden.shape) if grad_hidden else None
         self.dweight = None  # the first product makes it
         self.dweight_dtype = self.dtype  # that of one product alone: the head's
 
@@ -107,6 +107,8 @@ class HeadSweep:
                 logits = buffer[: rows.stop - start]
                 self.product(self.hidden[rows], self.weight.t(), logits)
                 yield rows, logits, dlogits[start - first : rows.stop - first]
+            if end == n:
+                del logits, buffer  # their memory is for dweight, where this is its only product
             if self.wanted:
                 self.add(slice(first, end), dlogits[: end - first])
 
@@ -145,6 +147,8 @@ class HeadSweep:
         other rows are left out of the products with dlogits. With `live_is_final`, `live` is complete before the first
         block, and the logits of the other rows are not computed either.
         """
+        if live is not None and self.dhidden is not None:
+            self.dhidden.zero_()  # a row without a gradient is not written
         size = chunk_rows(self.weight.shape[0], self.dtype, self.hidden.device, at_least=4)
         log_softmax = self.hidden.new_empty(min(size, self.hidden.shape[0]), self.weight.shape[0], dtype=self.dtype)
         for rows, logits in self.chunks(temperature, live if live_is_final else None):

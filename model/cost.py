@@ -165,8 +165,8 @@ def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
     """Bytes that the fused loss needs while it runs beside the gradients that it returns (`activation_bytes`).
 
     Chunks of logits and of their gradients; where these fill several times, a sum of the head's gradient in fp32. The
-    returned rounded copy is made when the chunks are free. The torch twin overwrites logits with gradients, and its
-    backward copies the head's gradient.
+    returned gradient of the head is made when the logits are free, and a rounded sum when both are. The torch twin
+    overwrites logits with gradients, and its backward copies the head's gradient.
     """
     text, n = config.text_config, pack.scored
     vocabulary, head = text.vocab_size, text.hidden_size * text.vocab_size * head_trained
@@ -174,10 +174,10 @@ def loss_bytes(config, pack: Pack, size: int, *, head_trained: bool) -> int:
         rows = chunk_rows(vocabulary, torch.float32, torch.device("cpu"), at_least=128)
         return max(min(FP32 * rows * vocabulary, FP32 * n * vocabulary) + 2 * MIB, size * head)
     rows = sweep_rows(n, vocabulary, text.hidden_size, size, head_trained)
-    chunks = (FP32 * rows.logits + size * rows.gradients) * vocabulary
-    if size == FP32 or rows.gradients == n:
-        return chunks
-    return FP32 * head + max(chunks - size * head, 0)
+    logits, gradients = FP32 * rows.logits * vocabulary, size * rows.gradients * vocabulary
+    if rows.gradients == n:
+        return gradients + max(logits - size * head, 0)
+    return logits + gradients if size == FP32 else FP32 * head + max(logits + gradients - size * head, 0)
 
 
 def tied_bytes(config, size: int, *, head_trained: bool) -> int:
