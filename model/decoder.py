@@ -98,16 +98,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotate` of q and k by liger-kernel, which may overwrite both.
+    """`rotate` of q and k by liger-kernel, which may overwrite both, with the halves of `rotate`'s sine exchanged.
 
     It takes (1, heads, T, d), and reads the first half of the cosine and of the unsigned sine, (1, T, d).
     """
-    rotated = _import_liger()[1].apply(
-        q.transpose(0, 1).unsqueeze(0),
-        k.transpose(0, 1).unsqueeze(0),
-        cos.transpose(0, 1),
-        sin.roll(sin.shape[-1] // 2, -1).transpose(0, 1),
-    )
+    q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+    rotated = _import_liger()[1].apply(q, k, cos.transpose(0, 1), sin.transpose(0, 1))
     return tuple(x.squeeze(0).transpose(0, 1) for x in rotated)
 
 
@@ -235,6 +231,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the last norm: (T, H), from embeddings (T, H) and positions (3, T)."""
         cos, sin = self.rotation(position_ids, x.dtype)
+        if liger_for(x):
+            sin = sin.roll(sin.shape[-1] // 2, -1)  # as `rotate_liger` wants it
         for layer in self.layers:
             if self.gradient_checkpointing and x.requires_grad:
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
