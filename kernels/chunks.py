@@ -34,7 +34,7 @@ def sweep_rows(n: int, vocabulary: int, width: int, itemsize: int, grad_weight: 
 
     With logits at V = 152k of 512 rows (18 waves), 8192 rows need 3 waves of dhidden at H = 1536, by 2816 rows, and 7
     at H = 3584, by all of them. No more memory is used than by BUFFER_BYTES, the fp32 sum of dweight and its rounded
-    copy: the gradients may have the sum's bytes where there is none, and the buffers else the copy's, made after them.
+    copy. Where there is no sum, the gradients may have its bytes; else the buffers have the copy's, made after them.
     """
     logits = _rows_in_few_waves(n, LOGIT_BYTES // (4 * max(vocabulary, 1)), vocabulary)
     row = max(vocabulary, 1) * itemsize
