@@ -1,6 +1,9 @@
 """Sampling: every prompt is prefilled once, then all G·B completions decode together; ended ones are dropped."""
 
 import contextlib
+import functools
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from .batch import Group, pack_groups, to_device
 from .families.qwen2_vl import Qwen2VL
 from .static_cache import StaticCache
 
+log = logging.getLogger(__name__)
 # Where all steps launch the same kernels, for a CUDA graph; on a CPU attention to the tokens so far is cheaper.
 STATIC_DEVICES = ("cuda",)
 FEW_ROWS = 32  # up to which a CPU multiplies them by HEAD_BLOCK rows of the head at a time
@@ -57,6 +61,21 @@ class Rows(NamedTuple):
     hidden: Tensor  # (n, H), the state that predicts the next token
 
 
+@functools.cache
+def _recorder(priority: int) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """A stream of this priority to record steps on, and an empty graph that keeps the memory pool of all recordings.
+
+    torch refuses a pool whose graphs are all gone. While it records, it cannot free what it has reserved outside the
+    pool: that is done before.
+    """
+    torch.cuda.empty_cache()
+    stream, graph = torch.cuda.Stream(priority=priority), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), warnings.catch_warnings(action="ignore"):  # of the empty graph
+        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_end()
+    return stream, graph
+
+
 @dataclass
 class Decoding:
     """Completions token by token: sample from the last hidden states, then take the tokens through the decoder.
@@ -71,6 +90,7 @@ class Decoding:
     eos: Tensor  # (E) int64
     graph: torch.cuda.CUDAGraph | None = None
     steps: int = 0  # since the rows last changed
+    warned: bool = False  # that there was no memory for a graph
 
     def next_token(self, *, advance: bool = True, **options) -> None:
         """Take each row's last token through the decoder, unless `advance` is false, and sample its next one."""
@@ -91,21 +111,28 @@ class Decoding:
         rows.unfinished.logical_and_(~ended)
 
     def _record(self, **options) -> None:
-        """Record `next_token`, as torch.cuda.graph does, but without waiting for the device's other streams."""
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)  # which the graph's kernels keep
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.graph.capture_begin(capture_error_mode="thread_local")
+        """Record `next_token`, as torch.cuda.graph does, but without waiting for the device's other streams.
+
+        If memory runs out there is no graph: the steps of these rows launch their kernels one by one.
+        """
+        stream, empty = _recorder(torch.cuda.current_stream().priority)  # which the graph's kernels keep
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # on which recording runs nothing
+            graph.capture_begin(empty.pool(), capture_error_mode="thread_local")
             try:
                 self.next_token(**options)
-            except BaseException:  # such as a lack of memory: the capture must end, because the rollout continues
+            except BaseException as error:  # the capture must end, because the rollout continues
                 with contextlib.suppress(RuntimeError):
-                    self.graph.capture_end()
-                self.graph = None
-                raise
-            self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+                    graph.capture_end()
+                _recorder.cache_clear()  # torch can free its memory then
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                if not self.warned:
+                    log.warning("memory ran out while a decoding step was recorded; it takes longer without CUDA graph")
+                self.warned = True
+            else:
+                graph.capture_end()
+                self.graph = graph
 
     @torch.no_grad()
     def run_steps(self, *, anywhere: Callable[[bool], bool] = bool, **options) -> Iterator[int]:
@@ -127,7 +154,7 @@ class Decoding:
                     self.cache.keep(kept)
                     self.rows = Rows(*(column[kept.to(device)] for column in self.rows))
                     self.graph, self.steps = None, 0
-            if self.graph is None and self.cache.static and self.steps == 2 and device.type == "cuda":
+            if self.cache.static and self.steps == 2:
                 self._record(**options)
             if self.graph is not None:
                 self.graph.replay()
