@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,9 +163,10 @@ class Decoding:
             self.steps += 1
             yield t + 1
 
-    def run(self, **options) -> list[Tensor]:
+    def run(self, *, after_step: Callable[[], Any] = lambda: None, **options) -> list[Tensor]:
         """Decode until every completion has ended or is full; `options` are those of `sample_tokens`.
 
+        after_step: called after each token is queued.
         anywhere(unfinished here) -> unfinished on any rank: for ranks that shard the weights and synchronise in every
         layer.
 
@@ -173,7 +174,7 @@ class Decoding:
             Each completion's own tokens, (C_i) int64 on the CPU, prompt-major.
         """
         for _ in self.run_steps(**options):
-            pass
+            after_step()
         ids = self.results.ids.cpu()
         return [row[:count] for row, count in zip(ids, self.results.lengths.tolist(), strict=True)]
 

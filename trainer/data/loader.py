@@ -126,7 +126,7 @@ class Loader:
     ):
         self.batch_size, self.workers, self.rank, self.world_size = batch_size, workers, rank, world_size
         self.pin_for = pin_for
-        self.position = start
+        self.position = self._read = start
         self.faults: dict[str, str] = {}
         self._slots = _Slots(examples, prepare, seed, shuffle)
 
@@ -151,11 +151,16 @@ class Loader:
             self.position += self.batch_size * self.world_size
             yield step
 
+    def ready(self) -> bool:
+        """Whether the step after the one returned last is there; without workers it is prepared on demand."""
+        return not self.workers or self._read > self.position
+
     def _steps(self, prepared: Iterator["_Prepared"]) -> Iterator[list["_Prepared"]]:
         while True:
             step = list(itertools.islice(prepared, self.batch_size))
             if self.pin_for is not None:
                 step = [(group and group.pin(self.pin_for), faults) for group, faults in step]
+            self._read += self.batch_size * self.world_size
             yield step
 
     def _in_workers(self, numbers: Iterator[int]) -> Iterator["_Prepared"]:

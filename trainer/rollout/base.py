@@ -28,8 +28,8 @@ class Rollout(Protocol):
     ) -> list[Group]:
         """Return the groups with completions; a group that does not fit into memory is skipped with a warning.
 
-        `after_prefill` queues work that the GPU can do beside decoding. It is called between the last prefill and its
-        decoding, again if that runs out of memory; first of all by a rollout that does not prefill.
+        `after_prefill` queues work that the GPU can do beside decoding, once, when it is there. It is called between
+        the last prefill and its decoding and after each token; a rollout that does not prefill calls it at the start.
         """
 
 

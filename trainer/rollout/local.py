@@ -107,6 +107,7 @@ class LocalRollout:
         preferred = self._preferred() if self.stream else contextlib.nullcontext()
         with span("decode", len(groups) * o.num_generations, o.max_completion_length), preferred:
             flat = decoding.run(
+                after_step=after_prefill,
                 temperature=o.temperature,
                 top_k=o.top_k,
                 top_p=o.top_p,
@@ -260,8 +261,8 @@ class PrefetchedBatches:
         return groups
 
     def embed_ahead(self) -> None:
-        """Queue the embedding of the next step's images behind all that is queued so far, unless that was done."""
-        if not self.early or self._ahead is not None:
+        """If the next step's images are loaded, queue their embedding, once, behind all that is queued so far."""
+        if not self.early or self._ahead is not None or not self.loader.ready():
             return
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())

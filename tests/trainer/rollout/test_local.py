@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import threading
+import time
 from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
@@ -239,10 +241,10 @@ def test_scores_by_hand(processor, vocabulary):
     assert rewards.boxes[0].tolist() == [250, 0, 750, 500] and rewards.boxes[2].tolist() == [100, 100, 300, 200]
 
 
-def batches_of(prompts, embed, *, early, pin_for=None) -> PrefetchedBatches:
+def batches_of(prompts, embed, *, early, pin_for=None, workers=0) -> PrefetchedBatches:
     """Batches of two groups, endlessly."""
     examples = [SimpleNamespace(prompt=prompt, source=f"data#{i}") for i, prompt in enumerate(prompts)]
-    loader = Loader(examples, attrgetter("prompt"), batch_size=2, seed=1, workers=0, pin_for=pin_for)
+    loader = Loader(examples, attrgetter("prompt"), batch_size=2, seed=1, workers=workers, pin_for=pin_for)
     return PrefetchedBatches(loader, embed, early=early)
 
 
@@ -323,6 +325,42 @@ def test_on_a_gpu_the_next_images_come_after_prefill_and_decoding_before_them(st
     decode = ["priority -1 waits for main", "decode on priority -1", "main waits for priority -1"]
     tower = ["priority 0 waits for main", "tower on priority 0"]
     assert streams.events == ["prefill on main", *decode, "prefill on main", *tower, *decode]
+
+
+@pytest.mark.parametrize("arrival", [None, 0, 2], ids=["after decoding", "with the first token", "with the third"])
+def test_decoding_waits_for_no_images(streams, vocabulary, monkeypatch, arrival):
+    """If the loader is late, the tower is queued when the groups are there: beside decoding, or for the next step."""
+    arrived = threading.Event()
+
+    def in_workers(loader, numbers):
+        for slot in numbers:
+            if slot > 1:
+                arrived.wait(20)
+            yield loader._slots.prepare(slot)
+
+    def run(*, after_step, **options):
+        for token in range(5):
+            streams.current.queue(f"token {token}")
+            if token == arrival:
+                arrived.set()
+                for _ in range(200):
+                    time.sleep(0 if batches.loader.ready() else 0.01)
+            after_step()
+        return [torch.ones(1)] * 6
+
+    monkeypatch.setattr("boxgrpo.trainer.rollout.local.prefill", lambda *_, **__: SimpleNamespace(run=run))
+    monkeypatch.setattr(Loader, "_in_workers", in_workers)
+    batches = batches_of(PICTURED, lambda groups: streams.current.queue("tower") or groups, early=True, workers=1)
+    groups = batches.embed(batches.next())
+    del streams.events[:]
+    LocalRollout(OPTIONS, vocabulary, Ranks(device="cuda"))(None, groups, batches.embed_ahead)
+    expected = [f"token {t} on priority -1" for t in range(5)]
+    if arrival is not None:
+        expected[arrival + 1 : arrival + 1] = ["priority 0 waits for priority -1", "tower on priority 0"]
+    assert streams.events[1:-1] == expected and batches.position == 2
+    arrived.set()
+    assert [g.serial for g in batches.next()] == [2, 3] and batches.position == 4
+    assert streams.events[-1] == ("tower on main" if arrival is None else "main waits for priority -1")
 
 
 def test_a_trained_tower_runs_in_every_pack():
