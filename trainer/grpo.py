@@ -53,7 +53,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     embed = partial(embed_images, policy, sharded=sharded) if o.freeze_vision else None
     batches = PrefetchedBatches(loader, embed, early=r.device.type == "cuda" and not engine.shards_weights)
     cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
-    make = partial(make_packs, engine, cost, policy.config.image_token_id)
+    make = span("pack")(partial(make_packs, engine, cost, policy.config.image_token_id))
 
     for step in run.steps(lambda: batches.position, lambda: rollout.written):
         with span("data"):

@@ -3,8 +3,10 @@
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from boxgrpo.trainer import grpo, run
+from boxgrpo.trainer.runtime import spans
 from boxgrpo.trainer.runtime.ranks import Ranks
 from runs import ROOT, grpo_options, lines
 
@@ -12,9 +14,11 @@ FUNCTIONS, FILES = 130, 26
 STAGES = ["data", "rollout", "reward", "pack", "reference", "policy", "optimizer"]
 
 
-def test_a_step_enters_few_functions_in_few_files(world):
+def test_a_step_enters_few_functions_in_few_files(world, monkeypatch):
     """The second of three steps, logging included: two prompts, a reference model, no loader processes."""
     entered: dict[str, set[str]] = defaultdict(set)
+    opened: list[str] = []  # spans
+    within: dict[str, list[str]] = {}  # spans around a function's first call
     traced = False
 
     def note(frame, event, argument):
@@ -23,11 +27,14 @@ def test_a_step_enters_few_functions_in_few_files(world):
             path = Path(code.co_filename)
             if path.is_relative_to(ROOT) and "tests" not in path.parts and ".venv" not in path.parts:
                 entered[str(path.relative_to(ROOT))].add(code.co_qualname)
+                within.setdefault(code.co_qualname, [*opened])
 
     def step_taken(step):
         nonlocal traced
         traced = step == 1
 
+    listener = SimpleNamespace(enter=opened.append, leave=opened.remove)
+    monkeypatch.setattr(spans, "listeners", [listener])
     options = grpo_options(world, "traced", prompts_per_step=2, max_steps=3)
     before = sys.getprofile()
     sys.setprofile(note)
@@ -41,6 +48,8 @@ def test_a_step_enters_few_functions_in_few_files(world):
     assert len(entered) <= FILES, table
     stages = {name.removeprefix("timing_s/") for name in lines(world / "traced")[1] if name.startswith("timing_s/")}
     assert stages >= {*STAGES}
+    around = {"make_packs": "pack", "trained_groups": "pack", "prefill": "prefill", "embed_images": "vision"}
+    assert {name: within[name][-1] for name in around} == around
 
 
 def test_the_loops_are_short():
