@@ -40,24 +40,24 @@ LAYERS = (
 BUDGET = {
     "csrc": 850,
     "kernels": 4882,
-    "model": 1778,
-    "trainer": 10_005,
+    "model": 1804,
+    "trainer": 10_008,
     "bench": 5401,
-    "tests": 16_837,
+    "tests": 16_994,
     "trainer/apps": 1070,
     "trainer/chains": 800,
-    "trainer/data": 1430,
+    "trainer/data": 1433,
     "trainer/engine": 645,
     "trainer/evaluation": 1910,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 490,
+    "trainer/rollout": 491,
     "trainer/runtime": 925,
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_902  # lines of the first five
+PRODUCT = 22_932  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
