@@ -152,7 +152,8 @@ class Decoding:
                 if 0 < unfinished.sum() <= DROP_AT * len(unfinished):
                     kept = unfinished.nonzero().squeeze(1)
                     self.cache.keep(kept)
-                    self.rows = Rows(*(column[kept.to(device)] for column in self.rows))
+                    on_device = to_device(kept, device)
+                    self.rows = Rows(*(column[on_device] for column in self.rows))
                     self.graph, self.steps = None, 0
             if self.cache.static and self.steps == 2:
                 self._record(**options)

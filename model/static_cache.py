@@ -9,6 +9,7 @@ from torch import Tensor
 from boxgrpo.kernels import merge_attention, rotate_into_cache
 
 from .attention import PackedAttention, partial_attention, pick_backend
+from .batch import to_device
 
 # Blocks of flash attention that the 132 multiprocessors of an H100 or H200 hold at once, two each.
 BLOCKS = 264
@@ -118,7 +119,7 @@ class StaticCache:
     def keep(self, kept: Tensor) -> None:
         """As `DecodeCache.keep`."""
         prompts, self.owner = self.owner[kept].unique(return_inverse=True)
-        on_device = kept.to(self.at.device)
+        on_device = to_device(kept, self.at.device)
         for layer, (whole, own) in enumerate(zip(self.prefix, self.own, strict=True)):
             if len(prompts) < len(self.lengths):
                 parts = (x.split(self.lengths) for x in whole)

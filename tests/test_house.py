@@ -40,7 +40,7 @@ LAYERS = (
 BUDGET = {
     "csrc": 850,
     "kernels": 4882,
-    "model": 1804,
+    "model": 1806,
     "trainer": 10_008,
     "bench": 5401,
     "tests": 16_994,
@@ -57,7 +57,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_932  # lines of the first five
+PRODUCT = 22_934  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -49,8 +49,7 @@ CAPS = {
         "policy_with_tower": (5640, 1520),
     },
 }
-# Allowed: rows are dropped right after the host has waited for their flags; PEFT adds fp32 results to the layers' bf16.
-WAITS = {"keep": {"_to_copy in model/static_cache.py StaticCache.keep"}}
+# Allowed: PEFT adds fp32 results to the layers' bf16.
 MIXES = {"policy_with_adapters": {f"add in model/decoder.py {name}.forward" for name in ("Attention", "Mlp")}}
 PHASES = [(model, phase) for model, caps in CAPS.items() for phase in caps]
 
@@ -69,7 +68,7 @@ def test_a_phase_keeps_its_caps(counted, model, phase):
 
 @pytest.mark.parametrize(("model", "phase"), PHASES)
 def test_the_host_does_not_wait(counted, model, phase):
-    assert counted[model][phase].waits.keys() <= WAITS.get(phase, set())
+    assert not counted[model][phase].waits
 
 
 @pytest.mark.parametrize(("model", "phase"), PHASES)
