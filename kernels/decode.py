@@ -130,8 +130,8 @@ def merge_attention(
     Args:
         out_a: (sets * n * repeat, kv_heads, d), set by set in the order of the module's docstring; at least one set.
         out_b: (n * repeat, kv_heads, d), of one more.
-        lse_a, lse_b: (kv_heads, rows) fp32, log-sum-exp of the scaled scores, as flash attention returns it; -inf for a
-            set without keys, but not for all of them.
+        lse_a, lse_b: (kv_heads, rows) fp32, log-sum-exp of the scaled scores, as flash attention returns it for sets
+            that have keys; -inf for a set without keys, but not for all of them.
 
     Returns:
         (n, heads, d), each completion's heads in their own order.

@@ -66,7 +66,7 @@ def _recorder(priority: int) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
     """A stream of this priority to record steps on, and an empty graph that keeps the memory pool of all recordings.
 
     torch refuses a pool whose graphs are all gone. While it records, it cannot free what it has reserved outside the
-    pool: that is done before.
+    pool: that is done here, before the first recording and after one that ran out of memory.
     """
     torch.cuda.empty_cache()
     stream, graph = torch.cuda.Stream(priority=priority), torch.cuda.CUDAGraph()
@@ -110,6 +110,13 @@ class Decoding:
         results.lengths.index_copy_(0, rows.place, torch.where(ended, at + 1, results.lengths[rows.place]))
         rows.unfinished.logical_and_(~ended)
 
+    def keep(self, kept: Tensor) -> None:
+        """Continue with the rows `kept` (n') int64, ascending, on the CPU."""
+        self.cache.keep(kept)
+        on_device = to_device(kept, self.rows.token.device)
+        self.rows = Rows(*(column[on_device] for column in self.rows))
+        self.graph, self.steps = None, 0
+
     def _record(self, **options) -> None:
         """Record `next_token`, as torch.cuda.graph does, but without waiting for the device's other streams.
 
@@ -124,7 +131,7 @@ class Decoding:
             except BaseException as error:  # the capture must end, because the rollout continues
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
-                _recorder.cache_clear()  # torch can free its memory then
+                _recorder.cache_clear()  # so that the next recording has more memory, too
                 if not isinstance(error, torch.OutOfMemoryError):
                     raise
                 if not self.warned:
@@ -150,11 +157,7 @@ class Decoding:
                 if not anywhere(bool(unfinished.any())):
                     return
                 if 0 < unfinished.sum() <= DROP_AT * len(unfinished):
-                    kept = unfinished.nonzero().squeeze(1)
-                    self.cache.keep(kept)
-                    on_device = to_device(kept, device)
-                    self.rows = Rows(*(column[on_device] for column in self.rows))
-                    self.graph, self.steps = None, 0
+                    self.keep(unfinished.nonzero().squeeze(1))
             if self.cache.static and self.steps == 2:
                 self._record(**options)
             if self.graph is not None:

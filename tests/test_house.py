@@ -40,10 +40,10 @@ LAYERS = (
 BUDGET = {
     "csrc": 850,
     "kernels": 4882,
-    "model": 1806,
-    "trainer": 10_008,
-    "bench": 5401,
-    "tests": 16_994,
+    "model": 1809,
+    "trainer": 10_011,
+    "bench": 5404,
+    "tests": 17_002,
     "trainer/apps": 1070,
     "trainer/chains": 800,
     "trainer/data": 1433,
@@ -52,12 +52,12 @@ BUDGET = {
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 491,
+    "trainer/rollout": 494,
     "trainer/runtime": 925,
     "trainer/step": 275,
     "trainer/world": 760,
 }
-PRODUCT = 22_934  # lines of the first five
+PRODUCT = 22_943  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

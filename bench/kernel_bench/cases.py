@@ -31,7 +31,7 @@ BETA, EPSILON = 0.04, 0.2
 QWEN_2B, QWEN_7B = 151_936, 152_064  # rows of the head
 TOKENS = 151_657  # that the tokenizer has
 TINY = {"N": 16, "V": 160, "H": 8, "n": 4, "B": 3, "G": 4, "P": 5, "W": 8, "calls": 2}
-TINY |= {"heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20, "sets": 3}  # of a layer that decodes
+TINY |= {"heads": 4, "kv": 2, "d": 8, "C": 3, "I": 20, "copies": 2, "sets": 3}  # of a layer that decodes
 
 
 @dataclass(frozen=True)

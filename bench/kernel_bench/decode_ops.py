@@ -19,8 +19,9 @@ def decode_ops(n: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int]
     moved = size * (4 * n + 1) * WIDTH  # the residual, what is added, their sum, its norm; the weight
     yield "add_rms_norm", {"n": n, "H": WIDTH}, dtype, moved, 5.0 * n * WIDTH, _sum_and_norm
     shape = {"n": n, "heads": HEADS, "kv": KV, "d": DIM}
-    moved = size * n * DIM * (2 * HEADS + 4 * KV + 1)  # q, k and v, in and out; a cosine and a sine for each pair
-    yield "rotate_into_cache", shape | {"C": SLOTS}, dtype, moved, 3.0 * n * DIM * (HEADS + KV), _rotation
+    moved = size * n * DIM * ((1 + SETS) * HEADS + 4 * KV + 1)  # q, k and v, in and out, cos and sin
+    written = {"C": SLOTS, "copies": SETS}
+    yield "rotate_into_cache", shape | written, dtype, moved, 3.0 * n * DIM * (HEADS + KV), _rotation
     moved = n * HEADS * ((SETS + 2) * size * DIM + (SETS + 1) * 4)  # sets, the result; masses
     yield "merge_attention", shape | {"sets": SETS + 1}, dtype, moved, (2.0 * SETS + 3) * n * HEADS * DIM, _merged_parts
     yield "silu_mul", {"n": n, "I": INNER}, dtype, 3 * size * n * INNER, 4.0 * n * INNER, _gated
@@ -47,7 +48,7 @@ def _sum_and_norm(case, device, seed: int):
 
 
 def _rotation(case, device, seed: int):
-    n, heads, kv, d, slots = case.shape.values()
+    n, heads, kv, d, slots, copies = case.shape.values()
     joint, angles, keys, values = _drawn(
         case, device, seed, (n, heads + 2 * kv, d), (n, 1, d // 2), (n, slots, kv, d), (n, slots, kv, d)
     )
@@ -55,13 +56,13 @@ def _rotation(case, device, seed: int):
     at = torch.full((1,), slots // 2, device=device)
 
     def ours(q, k, v):
-        return rotate_into_cache(q, k, v, cos, sin, keys, values, at), keys, values
+        return rotate_into_cache(q, k, v, cos, sin, keys, values, at, copies=copies), keys, values
 
     def eager(q, k, v):
         q, k = (torch.addcmul(x * cos, x.roll(d // 2, -1), sin) for x in (q, k))
         keys.index_copy_(1, at, k[:, None])
         values.index_copy_(1, at, v[:, None])
-        return q.view(n, kv, -1, d).transpose(1, 2).reshape(-1, kv, d), keys, values
+        return q.view(n, kv, -1, d).transpose(1, 2).repeat(copies, 1, 1, 1).flatten(0, 1), keys, values
 
     return _sides(ours, eager, *joint.split([heads, kv, kv], 1))
 

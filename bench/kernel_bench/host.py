@@ -33,14 +33,14 @@ def _sides(case, ours: Callable[[], object], small: torch.Tensor) -> dict[str, C
 
 
 def _advantages(case, device, seed: int):
-    """Triton's path on a CPU, with everything but the launch: Triton's launcher takes 8 us more."""
-    rewards = torch.rand(case.shape["B"], case.shape["G"], generator=torch.Generator().manual_seed(seed))
+    """Triton's path with everything but the launch, on a CPU too: Triton's launcher takes 8 us more."""
+    rewards = torch.rand(case.shape["B"], case.shape["G"], generator=torch.Generator().manual_seed(seed)).to(device)
     runs = _sides(case, lambda: group_advantages(rewards, rewards, backend="triton"), rewards)
     through = runs["boxgrpo"]
 
     def without_launch() -> None:
         with (
-            mock.patch.object(dispatch, "interpreting", lambda: True),
+            mock.patch.object(dispatch, "interpreting", lambda: device.type == "cpu"),
             mock.patch.object(dispatch.Launch, "run", lambda launch: None),
         ):
             through()
@@ -49,6 +49,8 @@ def _advantages(case, device, seed: int):
 
 
 def _backend(case, device, seed: int):
-    """For a tensor on a GPU, of which the choice reads device and dtype."""
-    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    return _sides(case, lambda: pick_backend(x), torch.zeros(16, 8))
+    """For a tensor on a GPU; where there is none, for the device and the dtype that the choice reads."""
+    small = torch.zeros(16, 8, device=device)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    x = small.bfloat16() if device.type == "cuda" else on_gpu
+    return _sides(case, lambda: pick_backend(x), small)

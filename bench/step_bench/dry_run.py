@@ -143,7 +143,7 @@ def count_sampling(counter: LaunchCounter, case: StepCase, model: Qwen2VL, group
     counter.phase("decode")
     next(tokens)
     counter.phase("keep")
-    decoding.cache.keep(torch.arange(rows // 2))
+    decoding.keep(torch.arange(rows // 2))
 
 
 def count_forwards(

@@ -5,6 +5,7 @@ not run on fake devices. In CI, where all that it takes is installed, it fails i
 """
 
 import os
+import re
 import shutil
 from importlib.util import find_spec
 
@@ -15,6 +16,7 @@ from boxgrpo.bench.step_bench import dry_run
 from boxgrpo.kernels.dispatch import interpreting
 from counted import count_everything
 
+DOCUMENT = dry_run.Path(dry_run.__file__).parents[2] / "ARCHITECTURE.md"
 LACKS = [name for name in ("liger_kernel", "peft") if find_spec(name) is None]  # with whose kernels the caps are met
 LACKS += [] if shutil.which("g++") else ["g++"]
 pytestmark = [
@@ -28,7 +30,7 @@ CAPS = {
         "vision": (440, 465),
         "prefill": (558, 182),
         "decode": (355, 5.8),
-        "keep": (125, 2.0),
+        "keep": (135, 2.0),
         "pack": (90, 0.45),
         "reference": (3140, 460),
         "policy_forward": (3180, 495),
@@ -40,7 +42,7 @@ CAPS = {
         "vision": (440, 465),
         "prefill": (558, 405),
         "decode": (355, 19.2),
-        "keep": (125, 3.9),
+        "keep": (135, 3.9),
         "pack": (90, 1.0),
         "reference": (3140, 1000),
         "policy_forward": (3180, 1045),
@@ -94,11 +96,12 @@ def test_a_step_decodes_all_its_tokens(counted, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("model", "launches", "gigabytes"), [("2B", 46, 32.9), ("7B", 39, 37.2)])
-def test_the_head_moves_what_its_document_says(counted, model, launches, gigabytes):
+@pytest.mark.parametrize(("model", "launches"), [("2B", 46), ("7B", 39)])
+def test_the_head_moves_what_its_document_says(counted, model, launches):
     """ARCHITECTURE.md, Floors."""
-    found = counted["heads"][model]
-    assert (found.launches.total(), round(found.moved.total() / 1e9, 1)) == (launches, gigabytes)
+    (row,) = re.findall(r"bytes, of which dweight's sums \| (\S+) GB, \S+ \| (\S+) GB", DOCUMENT.read_text())
+    found, gigabytes = counted["heads"][model], dict(zip(CAPS, map(float, row), strict=True))
+    assert (found.launches.total(), round(found.moved.total() / 1e9, 1)) == (launches, gigabytes[model])
 
 
 @pytest.mark.parametrize("model", CAPS)
@@ -121,7 +124,8 @@ def test_a_token_moves_no_scores(counted, model, kv_heads, gigabytes):
 
 
 def test_the_cache_drops_rows_layer_by_layer(counted):
-    """It needs memory for one layer of 28, the kept half of 0.14 GB and the half's prompts, not for a second cache."""
+    """It holds one layer of 28 twice, the kept half of 0.14 GB and the half's prompts; on a GPU the freed ones are
+    reused only by the stream that they were allocated for."""
     assert 0 < counted["7B"]["keep"].peak < 0.15e9
 
 

@@ -45,7 +45,7 @@ def sample(model, groups, *, eos_token_ids=(101,), max_completion_length=LENGTH,
         max_completion_length=max_completion_length,
         num_generations=num_generations,
     )
-    completions = decoding.run(**{"seed": 0, "forbidden": VISION} | options)
+    completions = decoding.run(**{"seed": 0, "forbidden": VISION.to(model.device)} | options)
     return [c.tolist() for c in completions], decoding.results
 
 
@@ -101,7 +101,7 @@ def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, seqused_
 def way(request, monkeypatch):
     """How tokens are decoded: as on a CPU; as on a GPU in fp32; as on a GPU with flash attention."""
     if request.param != "growing":
-        monkeypatch.setattr(generate, "STATIC_DEVICES", ("cpu",))
+        monkeypatch.setattr(generate, "STATIC_DEVICES", ("cpu", "cuda"))
         monkeypatch.setattr(static_cache, "PART_KEYS", 3)  # so that prompts are read in several parts
         monkeypatch.setattr(generate.Decoding, "_record", lambda *_, **__: None)
     if request.param == "static, flash":
@@ -120,8 +120,9 @@ def pack_of(groups, completions):
 
 @torch.no_grad()
 def trained_logps(model, pack, temperature=1.0):
+    pack = pack.to(model.device)
     logits = model(pack).float() @ model.head_weight.T.float() / temperature
-    return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0].cpu()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -134,17 +135,20 @@ def test_logps_equal_the_trainers(model, groups, temperature, way):
     torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("way", ["static"], indirect=True)
-def test_logps_in_bf16_are_as_exact_as_the_trainers(twins, groups, way):
-    """Decoding rounds to bf16 where a pack's forward does, and both parts of attention once more before the merge.
+def test_logps_in_bf16_are_as_exact_as_the_trainers(twins, groups, way, device):
+    """Decoding and a pack's forward round to bf16 about as often: decoding the parts of attention once more before
+    they are merged, a pack with liger-kernel norms and gated products once more.
 
     So both are equally far from fp32 with the same weights, but independently: from each other they are at most as far
     as the sum of the two.
     """
-    low = copy.deepcopy(twins("published")[0]).bfloat16()
+    low = copy.deepcopy(twins("published")[0]).to(device, torch.bfloat16)
+    low.model.join_storage()
     completions, samples = sample(low, groups, num_generations=8, max_completion_length=40)
     pack = pack_of(groups, completions)
-    sampled = torch.cat([row[: len(c)] for row, c in zip(samples.logps, completions, strict=True)])
+    sampled = torch.cat([row[: len(c)] for row, c in zip(samples.logps.cpu(), completions, strict=True)])
     exact, trained = trained_logps(copy.deepcopy(low).float(), pack), trained_logps(low, pack)
     ours, theirs = (sampled - exact).abs(), (trained - exact).abs()
     assert len(ours) > 500 and theirs.mean() > 1e-3
@@ -283,7 +287,7 @@ def test_dropping_ended_rows_changes_no_token(model, groups, dropped, monkeypatc
 )
 def test_prompts_are_cut_until_their_blocks_fill_a_gpu(lengths, kv_heads, parts):
     """The first two are the 7B and the 2B with 16 prompts of 4 images: 256 blocks on 132 processors."""
-    assert static_cache.count_parts(lengths, kv_heads=kv_heads) == parts
+    assert static_cache.count_parts(lengths, kv_heads=kv_heads) == parts <= min(lengths)
 
 
 def segments(cu_q, starts, filled, device="cpu"):

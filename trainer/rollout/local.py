@@ -120,7 +120,10 @@ class LocalRollout:
 
     @contextlib.contextmanager
     def _preferred(self) -> Iterator[None]:
-        """The block's work comes before that of other streams on the GPU, after what the current one has queued."""
+        """The block's work comes before that of other streams on the GPU, after what the current one has queued.
+
+        It may free the current stream's memory, which its kernels still read, if it allocates none there.
+        """
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:
