@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-import torch
-
-from boxgrpo.kernels import grounding_rewards, pack_texts
-
-from .example import Box, Refused, Source, check_text, checked_box, is_numbers, pixel_box, read_question, resolve_images
+from .chats import CHAT, only_marked_box, read_chat, tagged_box
+from .example import Refused, Source, check_text, is_numbers, pixel_box, read_question, resolve_images
 
 FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -24,9 +21,6 @@ ON_VIDEO = (
     "bounding box in the third image according to the instruction: {}."
 )
 DESCRIBED = "Please provide the bounding box coordinate of the region this sentence describes: {}."
-CHAT = ("conversations", "messages")  # keys of a chat
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 
 
 class Schema(NamedTuple):
@@ -61,54 +55,6 @@ def box_scale(records: Sequence[dict]) -> float:
     """
     ends = [max(record["answer"]) for record in records if is_numbers(record.get("answer"))]
     return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
-
-
-def _turns(record: dict) -> tuple[tuple[str, str], ...]:
-    chat = record.get("messages", record.get("conversations"))
-    if not isinstance(chat, list) or not chat or not all(isinstance(turn, dict) for turn in chat):
-        raise Refused("no_turns", f"messages is {chat!r:.80}; a list of turns is needed.")
-    turns = []
-    for index, turn in enumerate(chat):
-        role = turn.get("role", turn.get("from"))
-        expected = ("user", "assistant")[index % 2]
-        if _ROLES.get(str(role)) != expected:
-            raise Refused(
-                "turn_order", f"turn {index} is from {role!r}; user and assistant must alternate, user first."
-            )
-        text = turn.get("content", turn.get("value"))
-        turns.append((expected, check_text(text, "answer" if index % 2 else "question")))
-    if len(turns) % 2:
-        raise Refused("no_answer", f"the last of {len(turns)} turns is the user's; a chat must end with an answer.")
-    return tuple(turns)
-
-
-def _read_chat(record: dict, file: Source, gold_box: Callable) -> dict:
-    turns = _turns(record)
-    gold = gold_box(turns)
-    images = resolve_images(record.get("images"), file)
-    return {"images": images, "question": turns[0][1], "turns": turns, "gold": gold}
-
-
-def _tagged_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
-    """The box in the first answer's tags, if there is one."""
-    answer = turns[1][1]
-    if "<answer>" not in answer:  # a quick check before the kernel
-        return None
-    read = grounding_rewards(*pack_texts([answer.encode()]), torch.zeros(1, 4))
-    return checked_box(read.boxes[0].tolist()) if read.found else None
-
-
-def _only_marked_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
-    """The box between marks in the first answer, if it has no other. The boxes of all answers are checked."""
-    boxes = [[_marked_box(found) for found in _MARKED.findall(text)] for _, text in turns[1::2]]
-    return boxes[0][0] if len(boxes[0]) == 1 else None
-
-
-def _marked_box(found: tuple[str, ...]) -> Box:
-    x1, y1, x2, y2 = box = [int(value) for value in found]
-    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:  # a shortcut for valid boxes, of which a file may hold a million
-        return float(x1), float(y1), float(x2), float(y2)
-    return checked_box(box, what="box")
 
 
 def _read_refcoco(record: dict, file: Source) -> dict:
@@ -192,8 +138,8 @@ def _read_video(record: dict, file: Source, key: str) -> dict:
 
 # To add a format, add an entry. A record's format is the first entry that it fits.
 SCHEMAS = {
-    "mgrounding": Schema(CHAT, partial(_read_chat, gold_box=_only_marked_box), mark="<|box_start|>"),
-    "univg_stage1": Schema(CHAT, partial(_read_chat, gold_box=_tagged_box)),
+    "mgrounding": Schema(CHAT, partial(read_chat, gold_box=only_marked_box), mark="<|box_start|>"),
+    "univg_stage1": Schema(CHAT, partial(read_chat, gold_box=tagged_box)),
     "mig_bench": Schema(["question answer additional_info", "question answer need_format"], read_question),
     # The paper's code recognises its single-image RefCOCO records by this path.
     "univg_stage2": Schema(["images question answer"], partial(read_question, box_only="coco/train2014/COCO")),
