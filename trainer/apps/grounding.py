@@ -12,7 +12,8 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 from boxgrpo.model.batch import Prompt
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.example import Example, check_text, image_size, target_image
+from boxgrpo.trainer.data.example import Example, check_text, target_image
+from boxgrpo.trainer.data.images import image_size
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from boxgrpo.trainer.data.example import Example, Fault, Refused, image_size
+from boxgrpo.trainer.data.example import Example, Fault, Refused
+from boxgrpo.trainer.data.images import image_size
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.data.example import image_size
+from boxgrpo.trainer.data.images import image_size
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .grounding import Grounder, Question

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.data.processor import load_image
+from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.evaluation.pictures import data_uri
 
 from .journal import Journal

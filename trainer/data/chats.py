@@ -7,7 +7,8 @@ import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Box, Refused, Source, check_text, checked_box, resolve_images
+from .example import Box, Refused, Source, check_text, checked_box
+from .images import resolve_images
 
 CHAT = ("conversations", "messages")  # keys of a chat
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}

@@ -1,14 +1,11 @@
 """`Example`, the parsed form of every record, and the checks of a record's texts, paths and boxes."""
 
-import functools
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import ExifTags, Image
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 # As in the paper's code (ARCHITECTURE.md, section "The mathematics").
@@ -17,9 +14,6 @@ THINK_SUFFIX = (
     " and then output the bounding box in <answer> </answer> tags."
 )
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow starts another program for it
-UNSIZED = 1_000_000  # pixels, the assumed sides of an image that is not opened: only the corners' order is checked then
-_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # no part is empty or begins with a dot
 _ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
 _MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
 _MENTIONED = re.compile(_MENTION, re.IGNORECASE)
@@ -95,24 +89,6 @@ class Source:
         return cls(path, label or path.name, root, image_root is not None, **more)
 
 
-def resolve_images(images: object, file: Source, *, name: str = "images") -> tuple[str, ...]:
-    """Paths of a record's images; `name` is the record's key for them."""
-    if not isinstance(images, list) or not images:
-        raise Refused("no_images", f"{name} is {images!r:.80}; a list of at least one path is needed.")
-    root, paths = file.root, []
-    for image in images:
-        if not isinstance(image, str) or not image or "\0" in image:
-            raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
-        full = os.path.join(root, image)
-        if not _PLAIN.fullmatch(image):  # a plain path needs no resolving, and a file may name millions of images
-            # Links are not resolved: the owner of the root made them. A ".." comes from the record's author.
-            full = os.path.abspath(full)
-            if file.bounded and os.path.commonpath([root, full]) != root:
-                raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {root}. Correct it.")
-        paths.append(full)
-    return tuple(paths)
-
-
 def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, min_usable: int = 1, remedy: str) -> None:
     """Raises `ValueError`, with the faults counted by reason, if there are fewer good records than `min_usable`."""
     if len(good) < min_usable:
@@ -164,34 +140,6 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
     return scaled
 
 
-@functools.lru_cache(maxsize=4096)
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels from the file's header, turned upright, before `load_image` enlarges a small image."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except FileNotFoundError as error:
-        raise Refused("missing_image", f"there is no image at {path}, whose size is needed. Fetch it.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused("image_unreadable", f"the size of {path} cannot be read ({error}). Fetch it again.") from error
-    return (height, width) if quarter_turn else (width, height)
-
-
-def pixel_box(box: object, path: str, file: Source, what: str, record: dict | None = None) -> Box:
-    """Convert a box in pixels of the image at `path` to 0-1000. `record` may hold the image's width and height.
-
-    A box that extends beyond the image by less than a pixel is clipped: annotations are rounded, sizes are whole.
-    """
-    size = [(record or {}).get(key) for key in ("width", "height")]
-    if not is_numbers(size) or min(size) <= 0:
-        size = image_size(path) if file.sized else (UNSIZED, UNSIZED)
-    if is_numbers(box) and len(box) == 4:
-        limits = (*size, *size)
-        box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, limits)]
-    return checked_box(box, (1000 / size[0], 1000 / size[1]), what)
-
-
 def parse(
     record: dict, read: Callable[[dict, Source], dict], file: Source, number: int, *, scanned: bool = False
 ) -> Example:
@@ -216,14 +164,6 @@ def parse(
     if "target_image" not in fields and (not scanned or "target_image" in record):
         fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
     return Example(source=f"{file.label}#{number}", **fields)
-
-
-def read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
-    """Read a question and its box; the format is "box" if the first image's path contains `box_only`."""
-    gold = checked_box(record.get("answer"), (file.scale, file.scale))
-    images = resolve_images(record.get("images"), file)
-    fields = {"images": images, "question": check_text(record.get("question"), "question"), "gold": gold}
-    return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
 
 
 def target_image(record: dict, question: str, images: int) -> int:

@@ -1,11 +1,11 @@
-"""Converts examples to token ids, patches and positions in Qwen2-VL's chat format; loads and checks images."""
+"""Converts examples to token ids, patches and positions in Qwen2-VL's chat format."""
 
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
@@ -15,67 +15,11 @@ from boxgrpo.model.batch import FRAMES, Conversation, Pixels, Prompt
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.decoder import mrope_position_ids
 
-from .example import BOX_PREFIX, FORMATS, THINK_SUFFIX, Example, box_text, plain_text
+from .example import BOX_PREFIX, THINK_SUFFIX, Example, box_text, plain_text
+from .images import MIN_SIDE, enlarged, load_image
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
 
-MIN_SIDE = 28  # pixels: one vision token is 28 x 28
-MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
-MAX_IMAGE_PIXELS = 64_000_000  # largest width x height to decode, checked by the file's header
 _VISION_TOKENS = [token for token in SPECIAL_TOKENS if "vision" in token or "_pad" in token]
-
-
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Load an image as 8-bit RGB, turned upright by its EXIF orientation, with white behind transparent pixels.
-
-    An image with a side under 28 pixels is enlarged until it has 28, in the same aspect ratio (as VLM-R1 does); boxes
-    are relative to the image, so they stay valid. Of an animation the first frame is used.
-
-    Raises:
-        ValueError: no file, not one of `FORMATS`, truncated, too many pixels, an aspect ratio above 200, or a mode
-            without a defined white (32-bit integers and floats). The message names the path and the remedy.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
-        raise ValueError(f"{path} is no regular file. Replace it or drop the record.")
-    try:
-        image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no image at {path}. Check the record's path and --image_root.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path} is over Pillow's own limit ({error}). Scale it down or drop the record.") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be opened as an image ({error}). Replace it or drop the record.") from error
-    with image:
-        width, height = image.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"{path} has {width} x {height} = {width * height} pixels; the limit is {MAX_IMAGE_PIXELS}. "
-                "Scale it down."
-            )
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(
-                f"{path} is {width} x {height} pixels; a side may be at most {MAX_ASPECT_RATIO} times the other. "
-                "Crop it."
-            )
-        try:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                # Pillow's own conversion clips at 255: nearly every 16-bit picture would turn white.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"mode {image.mode} has no defined white; save it with 8 bits a channel")
-            elif image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-        except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, IndexError ...
-            raise ValueError(f"{path} cannot be decoded ({error}). Fetch it again or drop the record.") from error
-    return image if min(image.size) >= MIN_SIDE else image.resize(_enlarged(image.size), Image.Resampling.BICUBIC)
-
-
-def _enlarged(size: tuple[int, int]) -> list[int]:
-    """`size` (pixels), scaled up in the same aspect ratio if a side is under `MIN_SIDE`."""
-    factor = max(1.0, MIN_SIDE / min(size))
-    return [max(MIN_SIDE, round(side * factor)) for side in size]
 
 
 def _one_frame(p: Qwen2VLImageProcessorPil, image: Image.Image, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +122,7 @@ class Processor:
     def prompt_tokens(self, example: Example, sizes: Sequence[tuple[int, int]]) -> int:
         """Number of tokens of the example's `prompt` for images of these (width, height) in pixels; opens none."""
         p = self.image_processor
-        counts = [p.get_number_of_image_patches(*_enlarged(size)[::-1]) // p.merge_size**2 for size in sizes]
+        counts = [p.get_number_of_image_patches(*enlarged(size)[::-1]) // p.merge_size**2 for size in sizes]
         return len(self._tokens(example, counts, answered=False)[0])
 
     def conversation(self, example: Example) -> Conversation:

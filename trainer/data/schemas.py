@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+from .boxes import pixel_box
 from .chats import CHAT, only_marked_box, read_chat, tagged_box
-from .example import Refused, Source, check_text, is_numbers, pixel_box, read_question, resolve_images
+from .example import Refused, Source, check_text, checked_box, is_numbers
+from .images import resolve_images
 
 FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -55,6 +57,14 @@ def box_scale(records: Sequence[dict]) -> float:
     """
     ends = [max(record["answer"]) for record in records if is_numbers(record.get("answer"))]
     return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
+
+
+def _read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
+    """Read a question and its box; the format is "box" if the first image's path contains `box_only`."""
+    gold = checked_box(record.get("answer"), (file.scale, file.scale))
+    images = resolve_images(record.get("images"), file)
+    fields = {"images": images, "question": check_text(record.get("question"), "question"), "gold": gold}
+    return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
 
 
 def _read_refcoco(record: dict, file: Source) -> dict:
@@ -140,9 +150,9 @@ def _read_video(record: dict, file: Source, key: str) -> dict:
 SCHEMAS = {
     "mgrounding": Schema(CHAT, partial(read_chat, gold_box=only_marked_box), mark="<|box_start|>"),
     "univg_stage1": Schema(CHAT, partial(read_chat, gold_box=tagged_box)),
-    "mig_bench": Schema(["question answer additional_info", "question answer need_format"], read_question),
+    "mig_bench": Schema(["question answer additional_info", "question answer need_format"], _read_question),
     # The paper's code recognises its single-image RefCOCO records by this path.
-    "univg_stage2": Schema(["images question answer"], partial(read_question, box_only="coco/train2014/COCO")),
+    "univg_stage2": Schema(["images question answer"], partial(_read_question, box_only="coco/train2014/COCO")),
     "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco),
     "lisa": Schema(["image_path instruction boxes"], _read_lisa),
     "llmseg": Schema(["image_path question bbox"], _read_llmseg),

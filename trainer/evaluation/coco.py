@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.data.example import Refused, Source, check_text, is_numbers, resolve_images
+from boxgrpo.trainer.data.example import Refused, Source, check_text, is_numbers
+from boxgrpo.trainer.data.images import resolve_images
 
 from .questions import read_each
 

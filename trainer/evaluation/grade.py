@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
-from boxgrpo.trainer.data.example import Example, Refused, image_size
+from boxgrpo.trainer.data.example import Example, Refused
+from boxgrpo.trainer.data.images import image_size
 
 from .answer_text import ANY_BOX, TAGGED_BOX, answer_part, boxes_of
 from .questions import answer_row

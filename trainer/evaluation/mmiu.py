@@ -16,7 +16,8 @@ from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.data.example import Example, Fault, Refused, Source, check_text, require_some, resolve_images
+from boxgrpo.trainer.data.example import Example, Fault, Refused, Source, check_text, require_some
+from boxgrpo.trainer.data.images import resolve_images
 from boxgrpo.trainer.data.scan import scan
 
 from .answer_text import chosen_letter

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from boxgrpo.kernels import box_iou
 from boxgrpo.trainer.data.example import Example
-from boxgrpo.trainer.data.processor import load_image
+from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.runtime.files import read_lines
 
 log = logging.getLogger(__name__)

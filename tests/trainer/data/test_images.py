@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.data.example import image_size
-from boxgrpo.trainer.data.processor import load_image
+from boxgrpo.trainer.data.images import image_size, load_image
 
 
 def drawn(mode, size):

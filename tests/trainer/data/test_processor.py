@@ -12,7 +12,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.trainer.data.example import Example
-from boxgrpo.trainer.data.processor import Processor, load_image
+from boxgrpo.trainer.data.images import load_image
+from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
 THINK = (

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from boxgrpo.trainer.data import readers
-from boxgrpo.trainer.data.example import Source, image_size, resolve_images
+from boxgrpo.trainer.data.example import Source
+from boxgrpo.trainer.data.images import image_size, resolve_images
 from boxgrpo.trainer.data.readers import read_examples, read_usable
 from boxgrpo.trainer.data.scan import scan
 
