@@ -9,7 +9,7 @@ from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
 from boxgrpo.trainer.arguments import option
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
-BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "tagged")  # the kernels parse ANSWER_FORMATS only
+BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "resized_pixels", "tagged")  # the kernels parse ANSWER_FORMATS only
 SCHEMAS = ("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco", "lisa", "llmseg", "reasonvos", "revos")
 # Allowed values by option name, for every dataclass that has the option.
 CHOICES = {

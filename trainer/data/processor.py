@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_utils import SizeDict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from boxgrpo.model.batch import FRAMES, Conversation, Pixels, Prompt
 from boxgrpo.model.checkpoint import read_config
@@ -20,6 +20,12 @@ from .images import MIN_SIDE, enlarged, load_image
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
 
 _VISION_TOKENS = [token for token in SPECIAL_TOKENS if "vision" in token or "_pad" in token]
+
+
+def resized(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height in pixels at which a model is given an image of this width and height; see `Processor`."""
+    width, height = enlarged(size)
+    return smart_resize(height, width, MIN_SIDE, min_pixels, max_pixels)[::-1]
 
 
 def _one_frame(p: Qwen2VLImageProcessorPil, image: Image.Image, **options) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ REQUESTS = {
     "marked": f" Format:<|box_start|>(x1,y1),(x2,y2)<|box_end|>. {_ONLY}",
     "list": f" Format:[x1, y1, x2, y2], in thousandths of the image's width and height. {_ONLY}",
     "fractions": f" Format:[x1, y1, x2, y2], as fractions of the image's width and height. {_ONLY}",
-    "pixels": f" Format:[x1, y1, x2, y2], in pixels of the image. {_ONLY}",
+    **dict.fromkeys(("pixels", "resized_pixels"), f" Format:[x1, y1, x2, y2], in pixels of the image. {_ONLY}"),
     "tagged": f" Format:<box>x1 y1 x2 y2</box>, in thousandths of the image's width and height. {_ONLY}",
 }
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
+from boxgrpo.kernels.rewards import COORDINATE_LIMIT
 from boxgrpo.trainer.data.example import Box, is_numbers
 
 # ---- the part that is the answer
@@ -107,42 +108,69 @@ def _mentioned(answer: str, texts: Mapping[str, str]) -> str | None:
 
 # ---- boxes that the kernels do not read
 
-_NUMBER = r"\s{0,4}([0-9]{1,4}(?:\.[0-9]{1,9})?)\s{0,4}"
-_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s{{0,4}},?\s{{0,4}}\({_NUMBER},{_NUMBER}\)"
+_JSON_NUMBER = r"-?[0-9]++(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+"  # leading zeros too
+_NUMBER = rf"\s*+[\"']?({_JSON_NUMBER})[\"']?\s*+"
+_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)"
 _FOUR = rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}"
-_BOX = re.compile(rf"{_PAIRS}|\[{_FOUR}\]")
+LIST_BOX = re.compile(rf"\[{_FOUR}\]")
+PAIRS_OR_LIST = re.compile(rf"{_PAIRS}|\[{_FOUR}\]")
 ANY_BOX = re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]")
-TAGGED_BOX = re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>")  # MiniCPM-V's
-_OBJECT = re.compile(r"\{[^{}]{1,1000}\}")
+_SPACED = r"\s++".join([f"({_JSON_NUMBER})"] * 4)
+TAGGED_BOX = re.compile(rf"<box>\s*+{_SPACED}\s*+</box>")  # MiniCPM-V's
+_OBJECT = re.compile(r"\{[^{}]++\}")
+_LISTS = "bbox2d", "bbox", "box"  # keys in lower case, without "_"
+_CORNERS = ("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("left", "top", "right", "bottom")
 
 
-def boxes_of(text: str, pattern: re.Pattern) -> Iterator[Box]:
-    """The boxes that match the pattern, in the units of the text."""
-    for match in pattern.finditer(text):
-        yield tuple(float(n) for n in match.groups() if n is not None)
+def first_box(text: str, pattern: re.Pattern) -> Box | None:
+    """The first box of the text, in the text's units: a JSON object that names one, or a match of the pattern.
+
+    An object names its corners x1 y1 x2 y2, xmin ymin xmax ymax or left top right bottom, or holds a list of four
+    under bbox_2d, bbox or box. Numbers are JSON's, in quotes or not; a larger one is read as COORDINATE_LIMIT.
+    """
+    match = pattern.search(text)
+    for found in _OBJECT.finditer(text):
+        if match and match.start() < found.start():
+            break
+        if named := _box_object(found[0]):
+            return named[0]
+    return _as_box([n for n in match.groups() if n is not None]) if match else None
 
 
 def listed_boxes(text: str) -> list[tuple[Box, float | None]]:
     """The boxes in the `answer_part`, with the coordinates as written (0-1000), each with its score or None.
 
-    They are JSON objects with `bbox_2d` or `bbox` and perhaps a `score` or `confidence` (Qwen2.5-VL's form); without
-    these, `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Of an answer that was cut
-    off, the complete boxes count.
+    They are JSON objects as in `first_box`, perhaps with a `score` or `confidence` (Qwen2.5-VL's form); without these,
+    `(x1, y1), (x2, y2)` with or without Qwen2-VL's box marks, and `[x1, y1, x2, y2]`. Coordinates under 0 or over
+    10,000 are no box. Of an answer that was cut off, the complete boxes count.
     """
     part = answer_part(text)
-    objects = [found for match in _OBJECT.finditer(part) if (found := _box_object(match[0]))]
-    if objects:
-        return objects
-    return [(box, None) for box in boxes_of(part, _BOX)]
+    objects = [named for match in _OBJECT.finditer(part) if (named := _box_object(match[0]))]
+    plain = (_as_box([n for n in match.groups() if n is not None]) for match in PAIRS_OR_LIST.finditer(part))
+    objects = [(box, score) for box, score in objects if _is_near(box)]
+    return objects or [(box, None) for box in plain if _is_near(box)]
+
+
+def _is_near(box: Box) -> bool:
+    return min(box) >= 0 and max(box) <= 10_000
 
 
 def _box_object(text: str) -> tuple[Box, float | None] | None:
+    """The box that a JSON object names, and its score or None."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    numbers = record.get("bbox_2d", record.get("bbox"))
-    if not is_numbers(numbers) or len(numbers) != 4 or not all(0 <= n <= 10_000 for n in numbers):
-        return None
+    named = {name.lower().replace("_", ""): value for name, value in record.items()}
+    written = [named.get(name) for name in _LISTS] + [[named.get(name) for name in names] for names in _CORNERS]
+    box = next(filter(None, map(_as_box, written)), None)
     score = record.get("score", record.get("confidence"))
-    return tuple(map(float, numbers)), float(score) if is_numbers([score]) and 0 <= score <= 1 else None
+    return box and (box, float(score) if is_numbers([score]) and 0 <= score <= 1 else None)
+
+
+def _as_box(values: object) -> Box | None:
+    """The box of four JSON numbers, or of texts that are such; None for anything else."""
+    texts = [str(value) for value in values] if isinstance(values, list) and len(values) == 4 else [""]
+    if not all(re.fullmatch(_JSON_NUMBER, text) for text in texts):
+        return None
+    return tuple(max(-COORDINATE_LIMIT, min(float(text), COORDINATE_LIMIT)) for text in texts)

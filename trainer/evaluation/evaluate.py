@@ -219,7 +219,8 @@ def grade(
     if bench.module:
         answers = bench.module.grade(examples, texts)
         return answers, bench.module.score(examples, answers)
-    answers = grade_texts(examples, texts, answer_format=options.answer_format)
+    limits = options.min_pixels, options.max_pixels
+    answers = grade_texts(examples, texts, answer_format=options.answer_format, limits=limits)
     if without := sum(a["box"] is None for a in answers):
         form = options.answer_format
         log.warning("%d of %d answers hold no box that --answer_format %s reads", without, len(answers), form)

@@ -7,38 +7,49 @@ import numpy as np
 import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, box_iou, grounding_rewards, pack_texts
-from boxgrpo.trainer.data.example import Example, Refused
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.images import image_size
+from boxgrpo.trainer.data.processor import resized
 
-from .answer_text import ANY_BOX, TAGGED_BOX, answer_part, boxes_of
+from .answer_text import ANY_BOX, LIST_BOX, TAGGED_BOX, answer_part, first_box
 from .questions import answer_row
 
 CONFIDENCE = 0.95  # of the intervals
 MAX_RESAMPLED = 4_000_000  # resampled values in memory at once
 
 
-def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_format: str = "auto") -> list[dict]:
+def grade_texts(
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    *,
+    answer_format: str = "auto",
+    limits: tuple[int, int] | None = None,
+) -> list[dict]:
     """Read the box of each answer, one text an example, and compare it with gold.
 
     A box in the reasoning does not count: only the `answer_part` is read (for "think" by the kernel itself).
 
     Args:
-        answer_format: how boxes are written: "think", "box", "marked" or "list" (see `grounding_rewards`); "fractions"
-            of the image, "pixels" of the target image, whose file is then opened (both `[x1, y1, x2, y2]` or pairs,
-            with decimals or without); "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": the example's own.
+        answer_format: how boxes are written: "think", "box" or "marked" (see `grounding_rewards`); "list",
+            `[x1, y1, x2, y2]` in 0-1000; "fractions" of the image, "pixels" of the target image, whose file is then
+            opened, "resized_pixels" of that image as it is given to a model (these three `[x1, y1, x2, y2]` or pairs);
+            "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": the example's own. From "list" on, JSON objects
+            that name a box are read too, and numbers may be any of JSON's: see `first_box`.
+        limits: min_pixels and max_pixels of the images given to the model, which "resized_pixels" needs.
 
     Returns:
         A dictionary for each text: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64),
         format (0 or 1).
 
     Raises:
-        ValueError: in "pixels", if an image is missing.
+        ValueError: in "pixels" and "resized_pixels", if an image is missing.
     """
     gold = torch.tensor([e.gold for e in examples], dtype=torch.float64).view(-1, 4)
     if answer_format in _OTHER_FORMATS:
-        pattern, size = _OTHER_FORMATS[answer_format]
-        read = [next(boxes_of(answer_part(text), pattern), None) for text in texts]
-        sizes = torch.tensor([size(e) * 2 for e in examples], dtype=torch.float64).view(-1, 4)
+        pattern, side = _OTHER_FORMATS[answer_format]
+        read = [first_box(answer_part(text), pattern) for text in texts]
+        sides = [2 * ((side, side) if side else _size(e, limits, answer_format)) for e in examples]
+        sizes = torch.tensor(sides, dtype=torch.float64).view(-1, 4)
         boxes = 1000 * torch.tensor([box or (0.0,) * 4 for box in read], dtype=torch.float64).view(-1, 4) / sizes
         found = form = torch.tensor([box is not None for box in read])
     else:
@@ -56,20 +67,23 @@ def grade_texts(examples: Sequence[Example], texts: Sequence[str], *, answer_for
     ]
 
 
-def _size(example: Example) -> tuple[int, int]:
+# Formats that the kernels do not read: the pattern of a box; the image's sides in its units, None: those of its file.
+_OTHER_FORMATS = {
+    "list": (LIST_BOX, 1000),
+    "fractions": (ANY_BOX, 1),
+    "pixels": (ANY_BOX, None),
+    "resized_pixels": (ANY_BOX, None),
+    "tagged": (TAGGED_BOX, 1000),
+}
+
+
+def _size(example: Example, limits: tuple[int, int] | None, answer_format: str) -> tuple[int, int]:
     """Width and height of the target image in pixels."""
     try:
-        return image_size(example.images[example.target_image])
-    except Refused as refused:
-        raise ValueError(f"{example.source}: {refused}") from refused
-
-
-# Formats that the kernels do not read: the pattern of a box; the image's width and height in the box's units.
-_OTHER_FORMATS = {
-    "fractions": (ANY_BOX, lambda example: (1, 1)),
-    "pixels": (ANY_BOX, _size),
-    "tagged": (TAGGED_BOX, lambda example: (1000, 1000)),
-}
+        size = image_size(example.images[example.target_image])
+        return resized(size, *limits) if answer_format == "resized_pixels" else size
+    except ValueError as error:
+        raise ValueError(f"{example.source}: {error}") from error
 
 
 def measures(iou: np.ndarray) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.images import load_image
-from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.processor import Processor, resized
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
 
 THINK = (
@@ -95,6 +95,7 @@ def test_patches_are_the_image_processors_to_the_bit_and_give_the_images_back(de
     prompt = demo.prompt(example(tuple(paths)))
     images = demo.images_of(prompt)
     assert [image.size for image in images[:3:2]] == [(112, 56), (28, 140)]
+    assert [image.size for image in images] == [resized(Image.open(path).size, **LIMITS) for path in paths]
     assert images[0].tobytes() == Image.open(paths[0]).tobytes()
     for same in (images, [load_image(path) for path in paths]):
         expected = demo.image_processor(images=same, return_tensors="pt")

@@ -1,10 +1,21 @@
 """Reading an answer's text: the letter it chooses, or none; the boxes it lists."""
 
+import random
+import re
 import time
 
 import pytest
 
-from boxgrpo.trainer.evaluation.answer_text import answer_part, chosen_letter, listed_boxes
+from boxgrpo.trainer.evaluation import answer_text
+from boxgrpo.trainer.evaluation.answer_text import (
+    ANY_BOX,
+    LIST_BOX,
+    TAGGED_BOX,
+    answer_part,
+    chosen_letter,
+    first_box,
+    listed_boxes,
+)
 
 IMAGES = {"A": "the first image", "B": "the second image", "C": "the third image", "D": "the fourth image"}
 YES_NO = {"A": "No", "B": "Yes"}
@@ -139,12 +150,107 @@ def test_json_boxes_and_their_scores():
     assert listed_boxes('{"bbox": [1, 2, 3, 4], "confidence": 7}') == [((1, 2, 3, 4), None)]
 
 
+BOX = (12.5, 30.0, 200.0, 150.0)
+
+
 @pytest.mark.parametrize(
-    "piece", ["(", "[ ", "{", "A ", "answer is ", "(1, 2), ", '{"bbox": [', "(1,          ", "not "]
+    ("text", "box"),
+    [
+        ("[12.333333333333334, 30, 200, 150]", (12.333333333333334, 30, 200, 150)),
+        ("[1.25e1, 30.0E+0, 2e2, 1500e-1]", BOX),
+        ("[-12.5, -0, 200, 1.5e2]", (-12.5, 0, 200, 150)),
+        ("[16384, 1, 20000, 30000]", (16384, 1, 20000, 30000)),
+        ("[1e999, 1, -1e999, 9]", (2**31 - 1, 1, 1 - 2**31, 9)),
+        ("[12.5 ,\n\n      30,\t200 , 150 ]", BOX),
+        ("( 12.5,30 ) , (200, 150)", BOX),
+        ("(12.5, 30, 200, 150)", BOX),
+        # in quotes: numbers, lists, JSON in JSON
+        ('["12.5", "30", "200", "150"]', BOX),
+        ("['12.5', '30', '200', '150']", BOX),
+        ('{"bbox_2d": "[12.5, 30, 200, 150]"}', BOX),
+        (r'"{\"bbox_2d\": [12.5, 30, 200, 150]}"', BOX),
+        # objects
+        ('```json\n[\n\t{"bbox_2d": [12.5, 30, 200, 150], "label": "cup"}\n]\n```', BOX),
+        ('{"label": "[1, 2, 3, 4]", "bbox": ["12.5", "30", 200, 150]}', BOX),
+        ('{"x1": 12.5, "y1": 30, "x2": 2e2, "y2": 150}', BOX),
+        ('{"y2": 150, "x2": 200, "y1": 30, "x1": "12.5", "label": "cup"}', BOX),
+        ('{"xmin": 12.5, "ymin": 30, "xmax": 200, "ymax": 150}', BOX),
+        ('{"x_min": 12.5, "y_min": 30, "x_max": 200, "y_max": 150}', BOX),
+        ('{"Left": 12.5, "Top": 30, "Right": 200, "Bottom": 150}', BOX),
+        ('[{"name": "cup", "box": {"xmin": 12.5, "ymin": 30, "xmax": 200, "ymax": 150}}]', BOX),
+        ("{'box': [12.5, 30, 200, 150]}", BOX),
+        ("{[12.5, 30, 200, 150]}", BOX),
+        # the first of several
+        ("[[12.5, 30, 200, 150], [1, 2, 3, 4]]", BOX),
+        ('{"box": [12.5, 30, 200, 150]}, {"x1": 1, "y1": 2, "x2": 3, "y2": 4}', BOX),
+        ('{"x1": 12.5, "y1": 30, "x2": 200, "y2": 150} or [1, 2, 3, 4]', BOX),
+        ('[12.5, 30, 200, 150] or {"x1": 1, "y1": 2, "x2": 3, "y2": 4}', BOX),
+        ('{"point_2d": [1, 2]}, {"bbox_2d": [12.5, 30, 200, 150]}', BOX),
+        ('{"bbox_2d": [12.5, 30, 200, 150]}, {"bbox_2d": [1, 2', BOX),
+        # none
+        ("[NaN, 1, 2, 3]", None),
+        ("[.5, 1, 2, 3]", None),
+        ("[1, 2, 3]", None),
+        ("[1, 2, 3, 4, 5]", None),
+        ("[true, 1, 2, 3]", None),
+        ('{"bbox_2d": [Infinity, 1, 2, 3]}', None),
+        ('{"x1": 1, "y1": 2, "x2": 3}', None),
+        ('{"x1": 1, "y1": 2, "x2": 3, "y2": null}', None),
+        ("There is none.", None),
+    ],
+)
+def test_case_7_a_box_of_any_json_numbers_quoted_or_named_is_read(text, box):
+    """The first of the text. Numbers too large for any image are read as the kernels' limit."""
+    assert first_box(text, ANY_BOX) == box
+    assert first_box(f"The {{box}}: {text}.", ANY_BOX) == box
+
+
+def test_tagged_boxes_have_any_json_number():
+    assert first_box("<box> 1.25e1  30\n200 150</box>", TAGGED_BOX) == BOX
+    assert first_box("<box>1 2 3</box> [1, 2, 3, 4]", TAGGED_BOX) is None
+
+
+_NUMBER = r"\s{0,4}([0-9]{1,4}(?:\.[0-9]{1,9})?)\s{0,4}"
+_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s{{0,4}},?\s{{0,4}}\({_NUMBER},{_NUMBER}\)"
+_FOUR = ",".join([_NUMBER] * 4)
+NARROW = {  # by pattern: what is read where numbers are plain and short
+    LIST_BOX: re.compile(rf"\[{_FOUR}\]"),
+    answer_text.PAIRS_OR_LIST: re.compile(rf"{_PAIRS}|\[{_FOUR}\]"),
+    ANY_BOX: re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]"),
+    TAGGED_BOX: re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>"),
+}
+
+
+def test_plain_short_numbers_are_read_as_by_a_narrow_pattern():
+    """5,000 soups of boxes and what is nearly a box: the same first box, and the same list of all."""
+    draw, found = random.Random(0), 0
+    signs = (*"()[]", "(", "[", ",", ", ", " ,", " ", "  ", "\n", "<box>", "</box>", "a", "<box>1 2 3 4</box>")
+    numbers = ("0", "7", "007", "42.5", "0.123456789", "9999")
+    for _ in range(5_000):
+        # A sign stands between two numbers, so that they do not become one that is longer.
+        text = "".join(draw.choice(signs) + draw.choice(("", *numbers)) for _ in range(draw.randrange(3, 9)))
+        a, b, c, d = (draw.choice(numbers) for _ in range(4))
+        box = draw.choice(
+            (f"({a}, {b}), ({c},{d})", f"[{a},{b}, {c} ,{d}]", f"({a}, {b}, {c}, {d})", f"<box>{a} {b} {c}  {d}</box>")
+        )
+        text = f"{text}{box}{text[::-1]}" if draw.random() < 0.7 else text
+        for pattern, narrow in NARROW.items():
+            all_of = [tuple(float(n) for n in m.groups() if n is not None) for m in narrow.finditer(text)]
+            assert first_box(text, pattern) == (all_of[0] if all_of else None), text
+            if pattern is answer_text.PAIRS_OR_LIST:
+                assert listed_boxes(text) == [(each, None) for each in all_of], text
+            found += len(all_of)
+    assert found > 5_000
+
+
+@pytest.mark.parametrize(
+    "piece", ["(", "[ ", "{", "A ", "answer is ", "(1, 2), ", '{"bbox": [', "(1,          ", "not ", '["', "{[", "1e"]
 )
 def test_long_nonsense_takes_no_time(piece):
     text = piece * (20_000 // len(piece))
     started = time.perf_counter()
     chosen_letter(text, IMAGES)
     listed_boxes(text)
+    for pattern in NARROW:
+        first_box(text, pattern)
     assert time.perf_counter() - started < 5

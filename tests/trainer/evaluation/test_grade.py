@@ -56,6 +56,20 @@ def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):
         grade_texts([gone], ["[1, 2, 3, 4]"], answer_format="pixels")
 
 
+@pytest.mark.parametrize("answer_format", ["list", "fractions", "pixels"])
+def test_case_7_any_json_number_is_a_coordinate(tmp_path, answer_format):
+    """In thousandths, fractions or pixels."""
+    Image.new("RGB", (400, 200)).save(tmp_path / "a.png")
+    width, height = {"list": (1000, 1000), "fractions": (1, 1), "pixels": (400, 200)}[answer_format]
+    box = 12.333333333333334 / 400 * width, 30e-3 * height, 0.5 * width, 0.75 * height
+    gold = 1000 * 12.333333333333334 / 400, 30.0, 500.0, 750.0
+    example = dataclasses.replace(WHOLE, gold=gold, images=(str(tmp_path / "a.png"),))
+    x1, y1, x2, y2 = box
+    texts = [f"[{x1!r}, {y1:.17e}, {x2}, {y2}]", f'{{"x1": "{x1!r}", "y1": {y1}, "x2": {x2}, "y2": {y2}}}']
+    for graded in grade_texts([example] * 2, texts, answer_format=answer_format):
+        assert graded["iou"] == pytest.approx(1.0, abs=1e-12) and graded["format"] == 1.0
+
+
 def test_an_iou_of_exactly_a_half_is_not_above_it():
     (graded,) = grade_texts([WHOLE], [text((0, 0, 500, 1000))])
     summary = summarize([graded])

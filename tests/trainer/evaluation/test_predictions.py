@@ -44,6 +44,27 @@ def test_answers_of_other_programs_are_scored_without_a_model_or_an_image(
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_case_6_pixels_of_the_resized_image_are_a_format_of_their_own(write, tmp_path, capsys):
+    """Qwen2.5-VL's exact box on a photo of 2000 x 1500, which it saw as 1148 x 840 at max_pixels 1003520."""
+    box = 240, 930, 1310, 1410  # in pixels of the photo
+    exact = [round(v * side) for v, side in zip(box, (1148 / 2000, 840 / 1500) * 2)]
+    answers = write([f'```json\n[{{"bbox_2d": {exact}, "label": "cup"}}]\n```'], "answers.json")
+
+    def iou(image, *flags):
+        record = {"images": [image], "question": "Where?", "answer": [120, 620, 655, 940]}
+        command = f"--data={write([record], 'data.json')}", f"--predictions={answers}", "--json=-", *flags
+        main(list(command))
+        return json.loads(capsys.readouterr().out)["summary"]["mean_iou"]
+
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "photo.png")
+    assert iou("photo.png", "--answer_format=resized_pixels", "--max_pixels=1003520") > 0.99
+    assert iou("photo.png", "--answer_format=resized_pixels") < 0.2, "at the default max_pixels it would be smaller"
+    assert iou("photo.png", "--answer_format=pixels", "--max_pixels=1003520") < 0.2
+    Image.new("RGB", (6000, 20)).save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match=r"data\.json#0: absolute aspect ratio"):
+        iou("strip.png", "--answer_format=resized_pixels")
+
+
 def test_predictions_are_for_all_records_or_for_the_usable_ones(shared, predictions, write, capsys):
     """Two faulty records among 121: lists of 123 and 121 answers give the same, one of 122 is refused."""
     faulty = json.loads((shared / "data/mig_bench/MIG_data.faulty.json").read_text())
