@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2VLConfig
 
+from .batch import FRAMES
 from .families.qwen2_vl import Qwen2VL
 
 INDEX = "model.safetensors.index.json"
@@ -35,18 +37,45 @@ def read_config(folder) -> Qwen2VLConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; --model must name a folder with a Qwen2-VL checkpoint.")
-    kind = json.loads(path.read_text()).get("model_type")
-    if kind != "qwen2_vl":
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+        config = Qwen2VLConfig.from_pretrained(folder) if kind == "qwen2_vl" else None
+    except (ValueError, AttributeError, StrictDataclassError) as error:  # no JSON, no object, a value of another type
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}). Fetch it again.") from error
+    if config is None:
         raise ValueError(f"{path} is of model_type {kind!r}; boxgrpo trains 'qwen2_vl' (Qwen2-VL 2B, 7B, 72B).")
-    config = Qwen2VLConfig.from_pretrained(folder)
-    text = config.text_config
-    if text.rope_parameters["rope_type"] != "default" or text.use_sliding_window:
-        raise ValueError(
-            f"{path} has rope_type {text.rope_parameters['rope_type']!r} and use_sliding_window "
-            f"{text.use_sliding_window}; only rope_type 'default' and full attention are implemented. Use the "
-            "published config.json."
-        )
+    for name, (value, implemented) in _settings(config).items():
+        if value != implemented:
+            raise ValueError(
+                f"{path} has {name} {value!r:.80}; only {implemented!r} is implemented. Use a published Qwen2-VL "
+                "checkpoint (2B, 7B or 72B, not quantised)."
+            )
     return config
+
+
+def _settings(config: Qwen2VLConfig) -> dict[str, tuple]:
+    """Values of the config and the only ones that are implemented; with others the model would compute something else.
+
+    Where the config has no mrope_section, transformers' default is set.
+    """
+    text, vision = config.text_config, config.vision_config
+    rope, vision_rope = text.rope_parameters, getattr(vision, "rope_parameters", None) or {}
+    frequencies = text.hidden_size // text.num_attention_heads // 2
+    return {
+        "hidden_act": (text.hidden_act, "silu"),
+        "rope_type": (rope["rope_type"], "default"),
+        "a sum of mrope_section of": (sum(rope.setdefault("mrope_section", [16, 24, 24])), frequencies),
+        "use_sliding_window": (bool(text.use_sliding_window), False),
+        "layer_types": (sorted(set(text.layer_types)), ["full_attention"]),
+        "attention_dropout": (text.attention_dropout or 0, 0),
+        "quantization_config": (getattr(config, "quantization_config", None), None),
+        "vision_config.hidden_act": (vision.hidden_act, "quick_gelu"),
+        "vision_config.rope_type": (vision_rope.get("rope_type", "axial"), "axial"),
+        "vision_config.patch_size": (vision.patch_size, 14),
+        "vision_config.temporal_patch_size": (vision.temporal_patch_size, FRAMES),
+        "vision_config.spatial_merge_size": (vision.spatial_merge_size, 2),
+        "vision_config.in_channels": (vision.in_channels, 3),
+    }
 
 
 def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2VL:
@@ -64,8 +93,13 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
                 state[_published_name(name)] = file.get_tensor(name).to(dtype)
-    if model.lm_head is None:
-        state.pop("lm_head.weight", None)  # some writers store the tied head twice
+    if model.lm_head is None:  # some writers store the tied head twice
+        head = state.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+            raise ValueError(
+                f"{folder}: config.json has tie_word_embeddings true, but lm_head.weight is not the embedding. "
+                "Set it to false there."
+            )
     expected = {name: p.shape for name, p in model.named_parameters()}
     missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misfits = sorted(n for n in expected.keys() & state.keys() if state[n].shape != expected[n])

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in and out: both key layouts, sharded or not, tied or not, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -185,16 +186,26 @@ def remove(pattern):
 
 
 YARN = {"text_config": None, "rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 OTHER, SINGLE, NORM = {"model_type": "qwen2_5_vl"}, "model.safetensors", "model.norm.weight"
 BROKEN = {
     "no config": (remove("config.json"), "holds no config.json; --model must name a folder"),
     "another model": (edit("config.json", lambda c: c.update(OTHER)), "is of model_type 'qwen2_5_vl'; boxgrpo trains"),
     "another rotation": (edit("config.json", lambda c: c.update(YARN)), "has rope_type 'yarn'"),
+    "no object": (lambda folder: (folder / "config.json").write_text("[]"), "config.json cannot be read"),
+    "a wrong type": (
+        edit("config.json", lambda c: c["text_config"].update(hidden_act=5)),
+        "cannot be read .*hidden_act",
+    ),
     "no weights": (remove(SINGLE), r"lacks \['model.safetensors'\]; a checkpoint holds"),
     "a missing shard": (remove("model-00002-of-*"), r"lacks \['model-00002-of-\d+.safetensors'\]"),
     "a shard outside": (edit(INDEX, lambda i: i["weight_map"].update(a="../x")), "names a file outside its folder"),
     "a missing weight": (edit(SINGLE, lambda s: s.pop(NORM)), r"Missing: \['model.norm.weight'\] \(1\)"),
     "an unknown weight": (edit(SINGLE, lambda s: s.update(a=torch.ones(1))), r"unknown: \['a'\] \(1\)"),
+    "a head that is not the embedding": (
+        edit(SINGLE, lambda s: s.update({HEAD: s[EMBEDDING] + 1})),
+        "config.json has tie_word_embeddings true, but lm_head.weight is not the embedding",
+    ),
     "a wrong shape": (
         edit(SINGLE, lambda s: s.update({NORM: torch.ones(3)})),
         r"wrong shape: \['model.norm.weight \(3,\) for \(64,\)'\] \(1\)",
@@ -209,3 +220,42 @@ def test_refused(twins, tmp_path, case):
     harm(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_config", "hidden_act", "gelu"),
+        ("text_config", "use_sliding_window", True),
+        ("text_config", "layer_types", ["full_attention", "sliding_attention"]),
+        ("text_config", "attention_dropout", 0.1),
+        ("text_config", "mrope_section", [2, 3, 2]),
+        ("text_config", "rope_type", "linear"),
+        (None, "quantization_config", {"quant_method": "awq", "bits": 4}),
+        ("vision_config", "hidden_act", "gelu"),
+        ("vision_config", "rope_type", "linear"),
+        ("vision_config", "patch_size", 16),
+        ("vision_config", "temporal_patch_size", 1),
+        ("vision_config", "spatial_merge_size", 4),
+        ("vision_config", "in_channels", 4),
+    ],
+)
+def test_case_21_settings_that_are_not_implemented_are_refused_by_name(saved, part, name, value):
+    """With the value; a checkpoint with another activation would load, with logits that are wrong by a sixth."""
+
+    def change(config):
+        inner = config[part] if part else config
+        rotary = name in ("rope_type", "mrope_section")
+        (inner["rope_parameters"] if rotary else inner).update({name: value} | ({"factor": 2.0} if rotary else {}))
+
+    edit("config.json", change)(saved)
+    shown = "7" if name == "mrope_section" else re.escape(repr(value))
+    with pytest.raises(
+        ValueError, match=rf"config.json has .*{name} .*{shown}; only .* is implemented\. Use a published"
+    ):
+        load_model(saved)
+
+
+def test_a_config_without_mrope_section_has_transformers_default(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_2B | {"rope_scaling": None}))
+    assert read_config(tmp_path).text_config.rope_parameters["mrope_section"] == [16, 24, 24]
