@@ -37,7 +37,12 @@ def liger_for(x: Tensor):
 
 
 def mrope_position_ids(
-    input_ids: Tensor, image_grid_thw: Tensor | None, *, image_token_id: int, spatial_merge_size: int = 2
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None,
+    *,
+    image_token_id: int,
+    video_token_id: int = 151656,
+    spatial_merge_size: int = 2,
 ) -> Tensor:
     """Temporal, height and width position of every token of one sequence (M-RoPE, Qwen2-VL section 2.1).
 
@@ -46,15 +51,21 @@ def mrope_position_ids(
     Args:
         input_ids: (P) int64; each image is one run of `image_token_id`, t·h·w / merge² tokens long.
         image_grid_thw: (I, 3) int64, patches per image before the merge; None for text alone.
+        video_token_id: the id that must not occur, Qwen2-VL's unless given: there are no positions for videos.
 
     Returns:
         (3, P) int64, equal to transformers' `get_rope_index`.
 
     Raises:
-        ValueError: image tokens and image grids disagree.
+        ValueError: image tokens and image grids disagree, or there are video tokens.
     """
     grids = [] if image_grid_thw is None else image_grid_thw.tolist()
     ids = input_ids.tolist()
+    if videos := ids.count(video_token_id):
+        raise ValueError(
+            f"{videos} video tokens (id {video_token_id}) in the prompt; videos are not implemented. Give their frames "
+            "as images."
+        )
     merged = [(t, h // spatial_merge_size, w // spatial_merge_size) for t, h, w in grids]
     wanted = sum(t * h * w for t, h, w in merged)
     found = ids.count(image_token_id)

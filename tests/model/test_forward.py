@@ -21,7 +21,7 @@ GRIDS = {  # (t, h, w) patches: wide, tall, the smallest there is, square, equal
     "6": [(1, 6, 6), (1, 2, 4), (1, 4, 2), (1, 8, 6), (1, 2, 2), (1, 6, 2)],
     "frames": [(2, 4, 4), (1, 2, 6)],
 }
-IMAGE = SPECIAL_IDS["<|image_pad|>"]
+IMAGE, VIDEO = SPECIAL_IDS["<|image_pad|>"], SPECIAL_IDS["<|video_pad|>"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,17 @@ def test_images_without_text_between():
         ("1 image tokens in the prompt but 0 images of 0 tokens", lambda: positions([IMAGE, 5], None)),
         ("1 image tokens in a row at token 0 for an image of 2", lambda: positions([IMAGE, 5, IMAGE, IMAGE], two)),
     )
+
+
+def test_case_22_video_tokens_are_refused():
+    """Counted as text they would have other positions than transformers', which spreads a video over its grid."""
+    ids, grids = torch.tensor([7, IMAGE, VIDEO, VIDEO, 5]), torch.tensor([[1, 2, 2]])
+    message = rf"2 video tokens \(id {VIDEO}\) in the prompt; videos are not implemented"
+    with pytest.raises(ValueError, match=message):
+        mrope_position_ids(ids, grids, image_token_id=IMAGE, video_token_id=VIDEO)
+    published = torch.tensor([151655, 151656, 5])
+    with pytest.raises(ValueError, match=r"1 video tokens \(id 151656\)"):
+        mrope_position_ids(published, grids, image_token_id=151655)
 
 
 def test_init_weights_is_reproducible_and_complete(twins):
