@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
@@ -25,7 +26,8 @@ from boxgrpo.bench.processes import resident_bytes
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import write
 from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.options import COUNT
+from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
 
 WANTED = {"scan_s": 30.0, "open_s": 1.0, "memory_mb": 500.0}
 WORDS = "the a object in image that is near left right of which shows same different and person holding with".split()
@@ -48,6 +50,8 @@ print(json.dumps({"import_s": imported - started, "open_s": opened - imported, "
 class DataBenchOptions:
     """Scan and open a generated file of records."""
 
+    choices: ClassVar = {}
+    ranges: ClassVar = dict.fromkeys(("records", "repeats"), COUNT)
     records: int = option(630_000, "Records to write.")
     repeats: int = option(3, "Readings of each kind.")
     json: str = option("", "Where to write the results; empty: bench/results/<device>/data.json.")
@@ -89,7 +93,7 @@ def read(path: Path, cache: str) -> dict:
             peak = max(peak, resident_bytes(process, anonymous=True))
             time.sleep(0.01)
         if run.returncode:
-            raise ValueError(f"reading {path} failed with status {run.returncode}; see above.")
+            raise RunFailed(f"reading {path} failed with status {run.returncode}; see above.")
         out.seek(0)
         return json.load(out) | {"memory_mb": peak / 1e6}
 

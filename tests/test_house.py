@@ -20,6 +20,7 @@ LAYERS = (
     ("model",),
     ("trainer/runtime",),
     ("trainer/arguments.py",),
+    ("trainer/presence.py",),
     ("trainer/options.py",),
     ("trainer/profiling",),
     ("trainer/data",),
@@ -55,7 +56,7 @@ BUDGET = {
     "trainer/rollout": 494,
     "trainer/runtime": 925,
     "trainer/step": 275,
-    "trainer/world": 760,
+    "trainer/world": 761,
 }
 PRODUCT = 22_943  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}

@@ -1,18 +1,24 @@
-"""Parses command lines and YAML files into dataclasses of options; flags and `--help` derive from the fields."""
+"""Parses command lines and YAML files into dataclasses of options; flags and `--help` derive from the fields.
+
+A dataclass of options has the class attributes `choices`, the allowed values by field, and `ranges`, the interval of
+each number by field: "[0, 1)" holds 0 and not 1.
+"""
 
 import argparse
 import contextlib
 import difflib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 T = TypeVar("T")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list[str]: "a list of texts"}
 
 
 def option(default, help: str):
@@ -44,7 +50,17 @@ def repeated(help: str) -> dict:
     return {"help": help, "action": _Append}
 
 
-class _Parser(HfArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """A parser that refuses in one line, without the usage of all flags, and with exit status 2."""
+
+    def error(self, message):
+        if wrong := re.fullmatch(r"argument --(\w+).*: invalid (int|float) value: (.*)", message):
+            name, kind, value = wrong.groups()
+            message = f"{name} is {value}; it must be {KINDS[{'int': int, 'float': float}[kind]]}. Change --{name}."
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _Parser(FlagParser, HfArgumentParser):
     """Flags from a dataclass; the error for an unknown flag names the most similar one."""
 
     def parse_args(self, args=None, namespace=None):
@@ -62,6 +78,10 @@ def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = No
     """Parse flags and `--config file.yaml` into a `kind`. A later file overrides an earlier one, flags override files.
 
     A word without a flag is the value of the field `positional`.
+
+    Raises:
+        ValueError: by `read_yaml` and `check_options`.
+        SystemExit: 2, for a flag that is unknown, or a value that cannot be converted.
     """
     prog = sys.argv[0] if sys.argv[0].startswith("boxgrpo ") else prog
     parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
@@ -73,18 +93,64 @@ def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = No
         parser.set_defaults(**read_yaml(kind, path))
     values = vars(parser.parse_args(args))
     values.pop("config")
-    return kind(**values)
+    options = kind(**values)
+    check_options(options)
+    return options
+
+
+def check_options(options) -> None:
+    """Raise ValueError for a value of another type than its field's, not among its choices, or out of its range."""
+    for name, kind in get_type_hints(type(options)).items():
+        if name not in vars(options):  # `choices` and `ranges`
+            continue
+        value, (kind, *rest) = getattr(options, name), get_args(kind) if kind == float | None else (kind,)
+        if value is None and rest:
+            continue
+        if not _is_a(value, kind):
+            raise ValueError(f"{name} is {value!r}; it must be {KINDS[kind]}. Change --{name}.")
+        if name in options.choices:
+            check_choice(name, value, options.choices[name])
+        elif kind in (int, float):
+            check_range(name, value, options.ranges[name])
+
+
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    if value not in choices:
+        known = ", ".join(str(choice) for choice in choices if choice != "")
+        raise ValueError(f"{name} is {value!r}; it must be one of {known}. Change --{name}.")
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind is float:
+        return type(value) in (int, float) and value == value  # NaN is no number
+    return isinstance(value, str | Path) if kind is str else type(value) is kind
+
+
+def check_range(name: str, value: float, interval: str) -> None:
+    """Raise ValueError for a number outside an interval such as "[0, 1)"."""
+    low, high = interval[1:-1].split(", ")
+    if value < float(low) or (value == float(low) and interval[0] == "("):
+        rule = "at least" if interval[0] == "[" else "above"
+        raise ValueError(f"{name} is {value}; it must be {rule} {low}. Raise --{name}.")
+    if value > float(high) or (value == float(high) and interval[-1] == ")"):
+        rule = "at most" if interval[-1] == "]" else "below"
+        raise ValueError(f"{name} is {value}; it must be {rule} {high}. Lower --{name}.")
 
 
 def read_yaml(kind: type, path: str | Path) -> dict:
     """The mapping in a YAML file, its keys and types checked against the dataclass.
 
     Raises:
-        ValueError: the file is missing or holds no mapping, a key is unknown, or a value has another type.
+        ValueError: the file is missing, no YAML or holds no mapping, a key is unknown, or a value has another type.
     """
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file.")
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}). Correct it.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; it must map option names to values.")
     defaults = vars(kind())

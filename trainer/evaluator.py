@@ -13,13 +13,14 @@ from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.evaluation.benches import BENCHES
 from boxgrpo.trainer.evaluation.evaluate import evaluate, output_folder, report
 from boxgrpo.trainer.evaluation.report import scores_table
-from boxgrpo.trainer.options import EvalOptions
+from boxgrpo.trainer.options import EvalOptions, validate_evaluator
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
 
 
 def main(args: list[str] | None = None) -> None:
     options = parse(EvalOptions, args, prog="evaluator.py")
+    validate_evaluator(options)
     with join_ranks() as r:
         summary = evaluate(options, r)
         if not r.is_main:

@@ -20,13 +20,13 @@ from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
-from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo
+from boxgrpo.trainer.options import GrpoOptions, SftOptions, check_command, validate_grpo
 from boxgrpo.trainer.rewards.grounding import score, step_rewards
 from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
 from boxgrpo.trainer.rollout.vllm import VllmRollout
 from boxgrpo.trainer.run import Hooks, Run
-from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed, join_ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
 from boxgrpo.trainer.step.metrics import (
     completion_metrics,
@@ -137,7 +137,7 @@ def accumulate_again(run: Run, settings: LossOptions, packs: list[PackedBatch]):
     try:
         return accumulate(run, settings, packs)
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"memory ran out in a later iteration ({error}). Lower --tokens_per_pass.") from error
+        raise RunFailed(f"memory ran out in a later iteration ({error}). Lower --tokens_per_pass.") from error
 
 
 def loss_denominator(o, completions: float, tokens: float, r: Ranks):
@@ -184,6 +184,8 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
 
 def main(args: list[str] | None = None, hooks: Hooks | None = None) -> None:
     options = parse(GrpoOptions, args, prog="grpo.py")
+    if options.model or options.data:
+        check_command(options)
     with join_ranks(options.timeout) as r, r.record_sigterm():
         if not options.model and not options.data:
             options = demo_options(args, r)

@@ -1,16 +1,23 @@
 """Options of the training loops and the evaluation: the only place of their defaults, and checks of their values."""
 
+import os
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
-from boxgrpo.trainer.arguments import option
+from boxgrpo.kernels.loss import LEVELS, LOSS_TYPES
+from boxgrpo.trainer.arguments import check_choice, check_options, option
+from boxgrpo.trainer.presence import check_presence
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "resized_pixels", "tagged")  # the kernels parse ANSWER_FORMATS only
 SCHEMAS = ("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco", "lisa", "llmseg", "reasonvos", "revos")
+# Schedules of transformers that need no further arguments.
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SCHEDULES = (*SCHEDULES, "inverse_sqrt", "warmup_stable_decay")
 # Allowed values by option name, for every dataclass that has the option.
 CHOICES = {
     "schema": ("auto", *SCHEMAS),
@@ -18,27 +25,54 @@ CHOICES = {
     "engine": ("ddp", "deepspeed"),
     "zero_stage": (1, 2, 3),
     "optimizer": ("adamw", "cpu_adam", "apex"),
+    "lr_scheduler_type": SCHEDULES,
+    "loss_type": LOSS_TYPES,
+    "importance_sampling_level": LEVELS,
     "scale_rewards": ("group", "batch", "none"),
     "difficulty": ("exp", "power", "log", "none"),
     "rollout": ("local", "vllm", "replay"),
     "bench": ("", *BENCHES),
     "answer_format": BOX_FORMATS,
 }
-AT_LEAST = {
-    "num_generations": 2,
-    **dict.fromkeys(("num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps", "cutoff_len"), 1),
-    **dict.fromkeys(("prompts_per_step", "gradient_accumulation_steps", "train_batch_size", "eval_batch_size"), 1),
-    **dict.fromkeys(("eval_max_completion_length", "vllm_importance_sampling_clip_max"), 1),
-    **dict.fromkeys(("save_steps", "save_total_limit", "max_skipped", "eval_every", "lora_rank", "lora_alpha"), 0),
-    **dict.fromkeys(("limit", "resamples", "pictures", "cases", "seed", "peak_tflops", "dataloader_num_workers"), 0),
+COUNT, ANY_COUNT = "[1, 2147483647]", "[0, 2147483647]"  # the largest int32
+# Allowed numbers by option name, as `arguments.check_options` reads them.
+RANGES = {
+    "num_generations": "[2, 2147483647]",
+    **dict.fromkeys(
+        ("num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps", "cutoff_len"), COUNT
+    ),
+    **dict.fromkeys(("prompts_per_step", "gradient_accumulation_steps", "train_batch_size", "eval_batch_size"), COUNT),
+    **dict.fromkeys(("eval_max_completion_length", "max_prompt_length", "min_pixels", "max_pixels"), COUNT),
+    **dict.fromkeys(
+        ("save_steps", "save_total_limit", "max_skipped", "eval_every", "lora_rank", "lora_alpha"), ANY_COUNT
+    ),
+    **dict.fromkeys(("limit", "resamples", "pictures", "cases", "seed", "top_k", "log_completions"), ANY_COUNT),
+    "dataloader_num_workers": "[0, 1024]",
+    "max_steps": "[-2147483648, 2147483647]",
+    "num_train_epochs": "(0, 1e6]",
+    "learning_rate": "[0, 1]",
+    "weight_decay": "[0, 10]",
+    "max_grad_norm": "[0, 1e9]",
+    "peak_tflops": "[0, 1e6]",
+    "timeout": "(0, 1e7]",  # seconds
+    "temperature": "(0, 100]",
+    "beta": "[0, 1e3]",
+    "epsilon": "[0, 1]",
+    "epsilon_high": "[0, 1e3]",
+    "delta": "(1, 1e3]",
+    "adam_beta2": "[0, 1)",
+    "warmup_ratio": "[0, 1]",
+    **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), "(0, 1]"),
+    "vllm_importance_sampling_clip_max": "[1, 1e9]",
 }
-ABOVE = {"timeout": 0}  # seconds
 
 
 @dataclass
 class InputOptions:
     """Options that every command has."""
 
+    choices: ClassVar = CHOICES
+    ranges: ClassVar = RANGES
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     data: list[str] = field(
         default_factory=list,
@@ -165,29 +199,25 @@ class EvalOptions(InputOptions):
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`float32`, `bfloat16`, or for `auto` bfloat16 on a GPU and float32 elsewhere."""
-    check_values({"dtype": name})
+    check_choice("dtype", name, CHOICES["dtype"])
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and device.type == "cuda") else torch.float32
-
-
-def check_values(values: dict, *, choices: dict = CHOICES, at_least: dict = AT_LEAST) -> None:
-    """Raise ValueError for values that are not among their choices, below their minimum, or not above `ABOVE`."""
-    for name, value in values.items():
-        if name in choices and value not in choices[name]:
-            known = ", ".join(str(choice) for choice in choices[name] if choice != "")
-            raise ValueError(f"{name} is {value!r}; it must be one of {known}. Change --{name}.")
-        if name in at_least and value < at_least[name]:
-            raise ValueError(f"{name} is {value}; it must be at least {at_least[name]}. Raise --{name}.")
-        if name in ABOVE and value <= ABOVE[name]:
-            raise ValueError(f"{name} is {value:g}; it must be above {ABOVE[name]}. Raise --{name}.")
 
 
 def _check_run(o: DataOptions) -> None:
     """Raise ValueError for options that neither training loop supports."""
-    check_values(vars(o))
+    check_options(o)
+    check_pixels(o)
+    if not str(o.output_dir):
+        raise ValueError("output_dir is ''; a run needs a folder of its own. Name one with --output_dir.")
     if o.offload_optimizer and o.engine != "deepspeed":
         raise ValueError(f"offload_optimizer is true with engine {o.engine!r}; add --engine deepspeed.")
     if bool(o.eval_every) != bool(o.eval_data):
         raise ValueError(f"eval_every is {o.eval_every} and eval_data {o.eval_data!r}. Give both, or leave both out.")
+    if o.lr_scheduler_type == "polynomial" and o.learning_rate <= 1e-7:
+        raise ValueError(
+            f"learning_rate is {o.learning_rate:g}; lr_scheduler_type 'polynomial' ends at 1e-7 and must begin above. "
+            "Raise --learning_rate, or use --lr_scheduler_type linear."
+        )
     if o.lora_rank and not o.freeze_vision:
         raise ValueError(
             f"freeze_vision is False and lora_rank {o.lora_rank}; adapters train the decoder alone. "
@@ -202,6 +232,14 @@ def _check_run(o: DataOptions) -> None:
         raise ValueError("memory_snapshot is True and there is no GPU. Leave it out.")
 
 
+def check_pixels(o) -> None:
+    if o.min_pixels > o.max_pixels:
+        raise ValueError(
+            f"min_pixels is {o.min_pixels} and max_pixels {o.max_pixels}; the first must not be the larger. "
+            "Lower --min_pixels, or raise --max_pixels."
+        )
+
+
 def validate_grpo(o: GrpoOptions, world_size: int) -> LossOptions:
     """Refuse options that cannot be trained with, before anything is loaded; return those of the loss."""
     _check_run(o)
@@ -212,8 +250,6 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> LossOptions:
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {parts}."
         )
     settings = LossOptions(**{name: value for name, value in vars(o).items() if name in LossOptions._fields})
-    if o.temperature <= 0:
-        raise ValueError(f"temperature is {o.temperature}; sampling a group needs more than 0. Raise --temperature.")
     if o.rollout == "replay" and not o.rollout_file:
         raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
     if o.rollout == "vllm":
@@ -235,11 +271,6 @@ def _check_vllm(o: GrpoOptions) -> None:
             "vLLM normalises log-probabilities over the tokens left, not over all. Use --temperature 1, or --top_k 0 "
             "and --top_p 1."
         )
-    if not 0 < o.vllm_gpu_memory_utilization <= 1:
-        raise ValueError(
-            f"vllm_gpu_memory_utilization is {o.vllm_gpu_memory_utilization}; it is a share, above 0 and at most 1. "
-            "Change --vllm_gpu_memory_utilization."
-        )
 
 
 def validate_sft(o: SftOptions, world_size: int) -> None:
@@ -252,14 +283,23 @@ def validate_sft(o: SftOptions, world_size: int) -> None:
         )
 
 
+def check_command(o: SftOptions | GrpoOptions, ranks: int | None = None) -> None:
+    """Refuse options, paths and packages with which `ranks` processes cannot train; None: as torchrun says."""
+    validate = validate_grpo if isinstance(o, GrpoOptions) else validate_sft
+    validate(o, ranks or int(os.environ.get("WORLD_SIZE", 1)))
+    check_presence(o)
+
+
 def validate_evaluator(o: EvalOptions) -> None:
     """Refuse options that cannot be evaluated, before anything is loaded."""
-    check_values(vars(o))
+    check_options(o)
+    check_pixels(o)
     if bool(o.model) == bool(o.predictions):
         raise ValueError(
             f"model is {o.model!r} and predictions {o.predictions!r}; answers come from one of them. Name either a "
             "checkpoint folder with --model, or a file of answers with --predictions."
         )
+    check_presence(o)
 
 
 def profile_window(text: str) -> range:

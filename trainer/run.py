@@ -22,9 +22,10 @@ from boxgrpo.trainer.engine.deepspeed import DeepSpeedEngine
 from boxgrpo.trainer.engine.lora import add_adapters, save_pretrained
 from boxgrpo.trainer.evaluation.validation import Validation
 from boxgrpo.trainer.options import DataOptions, resolve_dtype
+from boxgrpo.trainer.presence import check_presence
 from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
-from boxgrpo.trainer.runtime.ranks import STOPPED, Ranks
+from boxgrpo.trainer.runtime.ranks import STOPPED, Ranks, RunFailed
 from boxgrpo.trainer.runtime.reporter import Reporter, check_output_dir, claim_output_dir, peak_memory_gb
 from boxgrpo.trainer.runtime.spans import named_range, pop_timings
 from boxgrpo.trainer.step.metrics import peak_flop
@@ -82,6 +83,7 @@ class Run:
     ):
         o = self.options = options
         self.ranks, self.hooks, self.batch_size = r, hooks, batch_size
+        check_presence(o)
         self.processor = Processor.from_pretrained(
             o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=max_tokens
         )
@@ -151,7 +153,7 @@ class Run:
             if o.eval_every:
                 evaluate(stop=stop)
             if progress.skipped_steps > o.max_skipped:
-                raise ValueError(
+                raise RunFailed(
                     f"{progress.skipped_steps} updates in {step} steps had a loss or a gradient that is NaN or "
                     f"infinite; max_skipped is {o.max_skipped}. Lower --learning_rate, or continue from an "
                     "earlier checkpoint with --resume."

@@ -14,7 +14,7 @@ from boxgrpo.kernels import token_logps
 from boxgrpo.model.batch import PackedBatch
 from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.arguments import parse
-from boxgrpo.trainer.options import SftOptions, validate_sft
+from boxgrpo.trainer.options import SftOptions, check_command, validate_sft
 from boxgrpo.trainer.run import Hooks, Run
 from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
 from boxgrpo.trainer.runtime.spans import named_range, span
@@ -77,6 +77,7 @@ def head(targets, hidden, weight):
 
 def main(args: list[str] | None = None) -> None:
     options = parse(SftOptions, args, prog="sft.py")
+    check_command(options)
     with join_ranks(options.timeout) as r, r.record_sigterm():
         train(options, r)
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.processes import kill
@@ -31,7 +32,8 @@ from boxgrpo.bench.soaks.kills import Kill, plan, strike, timing
 from boxgrpo.bench.soaks.verdicts import demand, differences, faulty_demands, memory, metrics_of, none_lost
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.options import CHOICES, COUNT
+from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
 from boxgrpo.trainer.world import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +48,8 @@ FLAT = 0.02
 class SoakOptions:
     """Long runs of the demo with faults injected at random."""
 
+    choices: ClassVar = {"engine": ("", *CHOICES["engine"]), "zero_stage": (0, *CHOICES["zero_stage"])}
+    ranges: ClassVar = recipe.DemoOptions.ranges | dict.fromkeys(("steps", "kills", "cold_start_steps"), COUNT)
     parts: str = option("A,B,C", "Parts to run, separated by commas.")
     steps: int = option(500, "Steps of parts B and C.")
     kills: int = option(30, "Kills of part A, in two steps each; part B has a fifth of them.")
@@ -115,7 +119,7 @@ def run_to_the_end(o: SoakOptions, root: Path, name: str, steps: int, kills: Seq
             if planned is None or not strike(run, root / name, planned):
                 run.wait()
                 if run.returncode:
-                    raise ValueError(f"{name} ended with status {run.returncode}; see {root / name}.log")
+                    raise RunFailed(f"{name} ended with status {run.returncode}; see {root / name}.log")
                 break
         finally:
             if run.poll() is None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -29,7 +30,7 @@ from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.evaluation.evaluate import evaluate
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.options import ANY_COUNT, EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
 from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
@@ -80,6 +81,8 @@ BASE = Method("sft.py", "initial", "plain", ("base_sft_tiny",))
 class AblationOptions:
     """The paper's ablation on the drawn world."""
 
+    choices: ClassVar = DemoOptions.choices
+    ranges: ClassVar = DemoOptions.ranges | {"base_scenes": DemoOptions.ranges["train"], "max_steps": ANY_COUNT}
     seeds: str = option("0,1,2", "Seeds, separated by commas.")
     methods: str = option(",".join(METHODS), "Methods to run, separated by commas; what they start from runs too.")
     output_dir: str = option("out/ablation", "Folder for worlds, runs, table.md and curves.png.")

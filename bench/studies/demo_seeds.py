@@ -6,6 +6,7 @@ python bench/studies/demo_seeds.py     writes bench/results/<device>/demo.json, 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from PIL import Image
 
@@ -22,6 +23,7 @@ from boxgrpo.trainer.world import recipe
 class SeedsOptions:
     """The demo on several seeds, each with continued SFT beside GRPO."""
 
+    choices: ClassVar = {}
     seeds: str = option("0,1,2", "Seeds, separated by commas.")
     output_dir: str = option("out/seeds", "Folder for the runs.")
 

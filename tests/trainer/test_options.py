@@ -1,14 +1,28 @@
 """Options: flags, help and YAML derive from the dataclasses; an error names the value, the rule and the remedy."""
 
 import dataclasses
+import importlib
+import json
+import math
+import sys
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from boxgrpo.kernels import LossOptions
 from boxgrpo.trainer import grpo, sft
-from boxgrpo.trainer.arguments import parse, read_yaml
-from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions, validate_grpo, validate_sft
+from boxgrpo.trainer.arguments import check_options, parse, read_yaml
+from boxgrpo.trainer.engine.optimizer import make_schedule
+from boxgrpo.trainer.options import (
+    SCHEDULES,
+    EvalOptions,
+    GrpoOptions,
+    SftOptions,
+    validate_grpo,
+    validate_sft,
+)
+from boxgrpo.trainer.presence import check_presence
 from boxgrpo.trainer.run import total_steps
 
 
@@ -45,6 +59,7 @@ def test_steps_are_given_or_follow_from_the_epochs(max_steps, steps):
         ("max_steps: many", "max_steps is 'many'; it must be of type int"),
         ("learning_rate: fast", "learning_rate is 'fast'; it must be a number"),
         ("- 1", "must map option names"),
+        ("a: [1", "x.yaml is no YAML .*Correct it"),
     ],
 )
 def test_bad_yaml_is_refused_by_name(tmp_path, text, message):
@@ -78,8 +93,8 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"rollout": "vlm"}, "rollout is 'vlm'; it must be one of local, vllm, replay"),
         ({"rollout": "vllm", "rollout_file": "x.jsonl"}, "rollout_file is x.jsonl; vLLM's completions are not stored"),
         ({"rollout": "vllm", "temperature": 0.9, "top_p": 0.9}, "temperature is 0.9 with top_k 0 and top_p 0.9"),
-        ({"rollout": "vllm", "vllm_gpu_memory_utilization": 30.0}, "gpu_memory_utilization is 30.0; it is a share"),
-        ({"rollout": "vllm", "vllm_importance_sampling_clip_max": 0.5}, "clip_max is 0.5; it must be at least 1"),
+        ({"vllm_gpu_memory_utilization": 30.0}, "gpu_memory_utilization is 30.0; it must be at most 1. Lower"),
+        ({"vllm_importance_sampling_clip_max": 0.5}, "clip_max is 0.5; it must be at least 1"),
         ({"num_iterations": 0}, "num_iterations is 0"),
         ({"logging_steps": 0}, "logging_steps is 0; it must be at least 1"),
         ({"freeze_vision": False, "lora_rank": 8}, "freeze_vision is False and lora_rank 8; .* Use --freeze_vision"),
@@ -92,6 +107,11 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"profile_steps": "0:3"}, "steps count from 1"),
         ({"profile_steps": "10:13", "max_steps": 9}, "the run ends with step 9"),
         ({"memory_snapshot": True}, "there is no GPU"),
+        ({"output_dir": ""}, "output_dir is ''; .* Name one with --output_dir"),
+        ({"min_pixels": 500_000}, "min_pixels is 500000 and max_pixels 401408; .* Lower --min_pixels"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "learning_rate is 1e-08; .*Raise --learning_rate"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau'"),  # case 12
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0; it must be at least 0. Raise --max_grad_norm"),  # case 2
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, message, monkeypatch):
@@ -111,7 +131,7 @@ def test_an_sft_batch_divides_among_the_ranks():
 
 
 @pytest.mark.parametrize("loop", [grpo, sft])
-def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch):
+def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch, tmp_path):
     class Reached(Exception):
         pass
 
@@ -119,5 +139,110 @@ def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch):
         raise Reached(timeout)
 
     monkeypatch.setattr(loop, "join_ranks", join_ranks)
+    (tmp_path / "config.json").touch()
     with pytest.raises(Reached, match="33"):
-        loop.main(["--model=m", "--data=d", "--timeout=33"])
+        loop.main([f"--model={tmp_path}", "--data=d", "--timeout=33"])
+
+
+# Every command's options. A text is judged where a file or a name is needed, and has no ends.
+CLASSES = ("options.SftOptions", "options.GrpoOptions", "options.EvalOptions", "apps.ground.GroundOptions")
+CLASSES = (*CLASSES, "apps.memory.MemoryOptions", "chains.make.CotOptions", "chains.accept.AcceptOptions")
+CLASSES = (*CLASSES, "world.recipe.DemoOptions", "bench.bench_data.DataBenchOptions", "bench.soaks.soak.SoakOptions")
+CLASSES = (*CLASSES, "bench.studies.ablation.AblationOptions", "bench.studies.demo_seeds.SeedsOptions")
+# Numbers without an end of their own, by the reason: int32 is the end.
+WITHOUT_END = {"max_steps": "0 or less means: by the epochs"}
+
+
+def wrong_values(kind, options, name):
+    """Values of other types, and for a number those off both ends of its interval, with the rule that refuses each."""
+    if kind is str:
+        wrong = [(7, "must be a text|must be one of"), (None, "must be a text|must be one of")]
+        return [*wrong, ("\u200bno such choice", "must be one of")] if name in options.choices else wrong
+    if kind == list[str]:
+        return [("one", "must be a list of texts"), ([1], "must be a list of texts")]
+    if kind is bool:
+        return [(1, "must be true or false"), ("yes", "must be true or false")]
+    whole = kind is int
+    wrong = [("3", "must be a"), (True, "must be a"), (math.nan, "must be a")]
+    if whole:
+        wrong.append((3.0, "must be a whole number"))
+    if name in options.choices:
+        return [*wrong, (max(options.choices[name]) + 1, "must be one of"), (-1, "must be one of")]
+    interval = options.ranges[name]
+    low, high = (float(end) for end in interval[1:-1].split(", "))
+    step = int if whole else float
+    below = step(low) - (1 if whole else 1e-6 * (abs(low) + 1)) * (interval[0] == "[")
+    above = step(high) + (1 if whole else 1e-6 * (abs(high) + 1)) * (interval[-1] == "]")
+    wrong += [(below, "must be (at least|above) .*Raise"), (above, "must be (at most|below) .*Lower")]
+    return wrong if whole else [*wrong, (math.inf, "must be at most|must be below"), (-math.inf, "must be")]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_refuses_what_is_off_its_ends_or_of_another_kind(name):
+    """Cases 2 and 12, and their kind: each refusal has the value, the rule and the flag, and fits into two lines."""
+    module, _, name = name.rpartition(".")
+    module = f"boxgrpo.{module}" if module.startswith("bench.") else f"boxgrpo.trainer.{module}"
+    options = getattr(importlib.import_module(module), name)()
+    check_options(options)
+    kinds = get_type_hints(type(options))
+    for f in dataclasses.fields(options):
+        kind = float if (kind := kinds[f.name]) == float | None else kind
+        for value, rule in wrong_values(kind, options, f.name):
+            changed = dataclasses.replace(options)
+            setattr(changed, f.name, value)
+            with pytest.raises(ValueError, match=rule) as refused:
+                check_options(changed)
+            text = str(refused.value)
+            assert text.startswith(f"{f.name} is {value!r}; ") or f"{f.name} is {value}; " in text
+            assert f"--{f.name}." in text and len(text) < 300
+        if kind in (int, float) and f.name not in options.choices and "2147483648" in options.ranges[f.name]:
+            assert f.name in WITHOUT_END
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_that_is_allowed_can_be_made_and_stepped(name):
+    """Case 12: for one that is not, transformers needs arguments that there are no flags for."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = make_schedule(optimizer, GrpoOptions(lr_scheduler_type=name, warmup_ratio=0.2), 10)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+        assert 0 <= schedule.get_last_lr()[0] <= 1e-3
+
+
+def test_what_is_not_on_this_machine_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    """Files, folders and packages that the options name; case 24: adapters and the id of a model on the hub."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    for folder in (model, run, run / "adapter", tmp_path / "alone"):
+        folder.mkdir()
+        (folder / ("config.json" if folder in (model, run) else "adapter_config.json")).write_text(
+            json.dumps({"base_model_name_or_path": "BASE"})
+        )
+    for package in ("peft", "deepspeed", "vllm"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    right = {"model": str(model), "data": ["d.json"]}
+    check_presence(GrpoOptions(**right))
+    hub = "Qwen/Qwen2-VL-2B-Instruct"
+    for change, message in [
+        ({"model": ""}, "no model. Name a checkpoint folder with --model."),
+        ({"model": str(tmp_path)}, "it holds no config.json. Name the folder of a Qwen2-VL checkpoint with --model."),
+        ({"model": "a/b/c"}, "model is a/b/c; there is no such folder. Name the folder"),
+        ({"model": hub}, f"model is {hub}; there is no such folder, .*\nhf download {hub} --local-dir {hub}$"),
+        ({"model": str(run / "adapter")}, f"which holds LoRA adapters alone.\nUse --model {run}, which"),
+        (
+            {"model": str(tmp_path / "alone")},
+            "LoRA adapters alone.\nMerge them.*from_pretrained..BASE.*merge_and_unload",
+        ),
+        ({"data": []}, "no data. Name a JSON or JSONL file with --data."),
+        ({"image_root": "gone"}, "image_root is gone; there is no such folder. Correct --image_root."),
+        ({"eval_data": "gone.json"}, "eval_data is gone.json; there is no such file. Correct --eval_data."),
+        ({"eval_image_root": "gone"}, "eval_image_root is gone; there is no such folder."),
+        ({"rollout": "replay", "rollout_file": "gone"}, "rollout_file is gone; there is no such file. Store one"),
+        ({"resume": "gone"}, "resume is gone; it is no checkpoint folder. Name one"),
+        ({"lora_rank": 8}, "lora_rank is 8, which needs peft; it is not installed. Install it"),
+        ({"engine": "deepspeed"}, "engine is 'deepspeed', which needs deepspeed; .* use --engine ddp."),
+        ({"rollout": "vllm"}, "rollout is 'vllm', which needs vllm; it is not installed."),
+    ]:
+        with pytest.raises(ValueError, match=message) as refused:
+            check_presence(GrpoOptions(**right | change))
+        assert str(refused.value).count("\n") <= 1

@@ -4,7 +4,7 @@
     boxgrpo ground --model CHECKPOINT --serve      the same as a web page on this machine
 
 Boxes are in pixels of the image file, after its EXIF rotation. The exit status is 0 if the answer holds a box, 3 if it
-holds none, 1 for invalid options and 2 for an unknown flag. Decoding is greedy. Each question is answered by itself:
+holds none, 2 for wrong input. Decoding is greedy. Each question is answered by itself:
 there is no conversation.
 """
 
@@ -12,11 +12,13 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from boxgrpo.trainer.apps.grounding import Answer, Grounder
-from boxgrpo.trainer.arguments import option, parse, repeated
+from boxgrpo.trainer.arguments import check_options, option, parse, repeated
 from boxgrpo.trainer.data.example import check_text
-from boxgrpo.trainer.options import EvalOptions, check_values
+from boxgrpo.trainer.options import CHOICES, RANGES, EvalOptions, check_pixels
+from boxgrpo.trainer.presence import check_model
 from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
 
 EXIT_WITHOUT_BOX = 3  # exit status
@@ -27,6 +29,8 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class GroundOptions:
     """Locate an object in images with a checkpoint, or serve a page for such questions."""
 
+    choices: ClassVar = CHOICES | {"answer_format": ("think", "box"), "json": ("", "-")}
+    ranges: ClassVar = RANGES | {"port": "[0, 65535]", "target_image": "[0, 2147483647]"}
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     image: list[str] = field(
         default_factory=list, metadata=repeated("An image file; given once for each image, in the question's order.")
@@ -47,18 +51,14 @@ class GroundOptions:
 
 def check(o: GroundOptions) -> None:
     """Refuse invalid options before the model is loaded."""
-    if not o.model:
-        raise ValueError("no model. Name a checkpoint folder with --model.")
-    check_values({"max_completion_length": o.max_completion_length})
+    check_options(o)
+    check_pixels(o)
+    check_model(o.model)
     if o.serve:
         if o.question or o.image:
             raise ValueError("serve is given with a question or an image; they are given on the page. Leave them out.")
-        if not 0 <= o.port <= 65535:
-            raise ValueError(f"port is {o.port}; it must be 0 to 65535. Change --port.")
         return
     check_text(o.question, "question")
-    if o.json not in ("", "-"):
-        raise ValueError(f"json is {o.json!r}; it must be - for standard output. Use --json -.")
     output = Path(o.output)
     if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise ValueError(f"output is {o.output!r}; it must end in {', '.join(PICTURE_SUFFIXES)}. Change --output.")

@@ -18,12 +18,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from boxgrpo.trainer.arguments import FlagParser, check_range
 from boxgrpo.trainer.data.example import Example, Fault, Refused
 from boxgrpo.trainer.data.images import image_size
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
 from boxgrpo.trainer.evaluation.report import align
+from boxgrpo.trainer.options import ANY_COUNT, RANGES, check_pixels
+from boxgrpo.trainer.presence import check_model
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 LENGTH_SAMPLE = 2000  # most records whose length is measured, drawn at random
@@ -136,7 +139,7 @@ def table(found: dict) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("path", type=Path, help="JSON array or JSONL file of records")
     parser.add_argument("--schema", default="auto", choices=["auto", *SCHEMAS])
     parser.add_argument("--image_root", default="", help="folder of relative image paths; empty: the file's own")
@@ -150,6 +153,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default="", help="- prints only JSON; a path writes it there")
     options = parser.parse_args(args)
+    for name in ("samples", "faults", "seed", "min_pixels", "max_pixels"):
+        check_range(name, getattr(options, name), RANGES.get(name, ANY_COUNT))
+    check_pixels(options)
+    if options.model:
+        check_model(options.model)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # the recognised schema and the reason
     if not options.path.is_file():
         raise ValueError(f"{options.path}: there is no such file. Name a JSON or JSONL file of records.")

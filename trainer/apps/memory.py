@@ -11,6 +11,7 @@ the CUDA context, NCCL's buffers, the allocator's fragmentation, images, the tow
 import json
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import Qwen2VLConfig
@@ -33,8 +34,9 @@ from boxgrpo.model.cost import (
     traffic,
 )
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.options import GrpoOptions, check_values
+from boxgrpo.trainer.arguments import check_options, option, parse
+from boxgrpo.trainer.options import COUNT, RANGES, GrpoOptions
+from boxgrpo.trainer.presence import check_model
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 # The config.json of Qwen/Qwen2-VL-*-Instruct: hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head.
@@ -49,6 +51,9 @@ PUBLISHED = {
 class MemoryOptions:
     """Memory per GPU by engine, computed; nothing is loaded or downloaded."""
 
+    choices: ClassVar = {"dtype": ("bfloat16", "float32"), "device": ("cuda", "cpu"), "json": ("", "-")}
+    ranges: ClassVar = RANGES | dict.fromkeys(("gpus", "lora_rank", "prompt_tokens", "num_generations"), COUNT)
+    ranges |= {"gigabits": "[0, 1e6]"}
     model: str = option("", "2B, 7B or 72B, or a folder with a config.json; empty: 2B and 7B.")
     engine: str = option("", "Only engines whose name in the table starts with this; empty: all.")
     gpus: int = option(8, "GPUs that share the step.")
@@ -148,9 +153,9 @@ def report(o: MemoryOptions) -> dict[str, dict]:
 
 
 def check(o: MemoryOptions) -> None:
-    counts = ("gpus", "lora_rank", "prompts_per_step", "prompt_tokens", "num_generations", "max_completion_length")
-    choices = {"dtype": ("bfloat16", "float32"), "device": ("cuda", "cpu")}
-    check_values(vars(o), choices=choices, at_least=dict.fromkeys(counts, 1))
+    check_options(o)
+    if o.model not in ("", *PUBLISHED):
+        check_model(o.model)
     names = [e.name for e in engines(o.lora_rank)]
     if not any(name.startswith(o.engine) for name in names):
         raise ValueError(f"engine is {o.engine!r}; it must begin one of: {'; '.join(names)}. Change --engine.")

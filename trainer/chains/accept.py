@@ -16,15 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
 
 from jinja2 import Template
 from tqdm import tqdm
 
-from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.arguments import check_options, option, parse
 from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, is_numbers, plain_text
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.scan import scan
 from boxgrpo.trainer.evaluation.pictures import annotate_example
+from boxgrpo.trainer.options import ANY_COUNT
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -35,6 +37,8 @@ PAGE = Path(__file__).with_name("templates") / "acceptance.html"
 class AcceptOptions:
     """Draw records for people to accept or reject; with --answers, compute the acceptance rate."""
 
+    choices: ClassVar = {"json": ("", "-")}
+    ranges: ClassVar = {"share": "(0, 1]", "seed": ANY_COUNT}
     data: str = option("out/cot/cold_start.json", "File of stage-1 records, as `boxgrpo chains` writes it.")
     image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     output_dir: str = option("out/cot/acceptance", "Folder for index.html and its pictures.")
@@ -119,8 +123,7 @@ def write_sheet(o: AcceptOptions) -> int:
 
 def _read(o: AcceptOptions) -> tuple[Sequence[Example], str]:
     """The records, and the checksum of their file."""
-    if not 0 < o.share <= 1:
-        raise ValueError(f"share is {o.share:g}; it must be above 0 and at most 1. Change --share.")
+    check_options(o)
     if not Path(o.data).is_file():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a cold_start.json with --data.")
     examples, _ = read_examples(o.data, schema="univg_stage1", image_root=o.image_root or None)

@@ -22,16 +22,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from tqdm import tqdm
 
-from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.arguments import check_options, option, parse
 from boxgrpo.trainer.chains.ask import RecordImages, Requester
 from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.options import check_values
+from boxgrpo.trainer.options import ANY_COUNT, CHOICES, COUNT, RANGES
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -40,6 +41,12 @@ from boxgrpo.trainer.runtime.ranks import run_as_script
 class CotOptions:
     """Request reasoning chains from an OpenAI-compatible server; the API key comes from OPENAI_API_KEY."""
 
+    choices: ClassVar = CHOICES
+    ranges: ClassVar = RANGES | dict.fromkeys(("chains", "max_tokens", "concurrency", "tries", "max_failures"), COUNT)
+    ranges |= {"sample": ANY_COUNT, "min_iou": "[0, 1)"} | dict.fromkeys(
+        ("temperature", "judge_temperature"), "[0, 100]"
+    )
+    ranges |= {"requests_per_minute": "[0, 1e6]", "backoff": "[0, 1e4]"}
     base_url: str = option("", "The server, such as http://localhost:8000/v1.")
     model: str = option("", "Name of the model that writes the chains.")
     judge_model: str = option("", "Name of the model that chooses the best chain; empty: --model.")
@@ -133,16 +140,12 @@ def make_cold_start(o: CotOptions) -> dict:
 
 def check(o: CotOptions) -> None:
     """Refuse invalid options before anything is read."""
+    check_options(o)
     if not Path(o.data).is_file():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a JSON or JSONL file with --data.")
     for name in ("model", "base_url") if o.ask else ("model",):
         if not getattr(o, name):
             raise ValueError(f"{name} is empty; no request can be sent without one. Give --{name}.")
-    least = dict.fromkeys(("chains", "max_tokens", "concurrency", "tries", "max_failures", "max_pixels"), 1)
-    least |= dict.fromkeys(("sample", "requests_per_minute", "backoff", "temperature", "judge_temperature"), 0)
-    check_values(vars(o), at_least=least)
-    if not 0 <= o.min_iou < 1:
-        raise ValueError(f"min_iou is {o.min_iou:g}; it must be 0 or more and below 1. Change --min_iou.")
 
 
 def main(args: list[str] | None = None) -> None:

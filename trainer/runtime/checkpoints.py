@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from .files import MANIFEST, find_fault, flush_to_disk, replace_folder, write_manifest
-from .ranks import Ranks
+from .ranks import Ranks, RunFailed
 from .reporter import METRICS, checkpoint_folders
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ class Checkpoints:
         if not any(errors):
             return results[0]
         complete = [folder for folder in checkpoint_folders(self.root).values() if (folder / MANIFEST).exists()]
-        raise ValueError(
+        raise RunFailed(
             f"{target} cannot be written ({next(filter(None, errors))}). "
             + (f"{complete[-1]} is still complete: " if complete else "There is no earlier checkpoint. ")
             + "free disk space, or give another --output_dir"

@@ -17,8 +17,13 @@ from .watch import Watch
 
 LOST_AFTER = 0.1  # share of the timeout after which a rank without a heartbeat counts as lost
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher's SIGTERM has stopped
+WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 # Modules whose warnings concern one rank alone: every rank logs them.
 PER_RANK = ("data.loader", "rollout.local", "step.pack")
+
+
+class RunFailed(ValueError):
+    """A run ends for a reason outside its options and data, such as a full disk: its script exits with status 1."""
 
 
 class Ranks:
@@ -134,20 +139,24 @@ def join_ranks(timeout: float = 1800.0):
 
 
 def run_as_script(main: Callable[[], None], name: str) -> None:
-    """Call main; print a ValueError or OSError in one line. A process group's rank skips the interpreter's shutdown.
+    """Call main; print a ValueError or OSError without a traceback, and exit.
 
-    During that shutdown threads of gloo and DeepSpeed have aborted ranks whose work was done.
+    The status is 2 for wrong input, which is a ValueError or a path that cannot be used, and 1 for a run that failed.
+    A process group's rank skips the interpreter's shutdown, during which threads of gloo and DeepSpeed have aborted
+    ranks whose work was done. Before ranks have joined, all of a machine find the same, and the first one prints it.
     """
-    status = 0
+    status, text = 0, ""
     try:
         main()
     except (ValueError, OSError) as error:
-        status = f"{name}: {error}"
+        wrong = (not isinstance(error, RunFailed | OSError)) or isinstance(error, WRONG_PATH)
+        status, text = 2 if wrong else 1, f"{name}: {error}"
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except SystemExit as end:
-        status = end.code
-    if status and not isinstance(status, int):
-        print(status, file=sys.stderr)
-        status = 1
+        status, text = (end.code, "") if isinstance(end.code, int | None) else (1, end.code)
+    if text and (dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(text, file=sys.stderr)
     if not dist.is_initialized():
         sys.exit(status)
     logging.shutdown()

@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -14,9 +15,10 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.arguments import option
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT, demo_tokenizer
+from boxgrpo.trainer.options import ANY_COUNT
 
 from .tiny import tiny_config
-from .world import DEMO_TASKS, all_texts, list_phrases, write_world
+from .world import DEMO_TASKS, SEEDS_PER_SPLIT, all_texts, list_phrases, write_world
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Runs by folder in the demo's output_dir: recipe, folder of the initial weights, file of records in world/.
@@ -31,6 +33,9 @@ RUNS = {
 class DemoOptions:
     """Cold start, GRPO and their scores on a drawn world."""
 
+    choices: ClassVar = {"processes": (0, 1, 2, 4, 8, 16)}
+    ranges: ClassVar = {"seed": ANY_COUNT, "margins": "[0, 1]", "size": "[56, 5600]"}
+    ranges |= dict.fromkeys(("cold_start", "train", "held_out"), f"[1, {SEEDS_PER_SPLIT}]")
     output_dir: str = option("out/demo", "Folder for everything the demo makes.")
     seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")

@@ -161,18 +161,18 @@ def test_a_question_without_quotes_is_refused(capsys):
         (["--image={notes}", "Where?"], r"notes\.png cannot be opened as an image"),
         (["--image={one}", "--target_image=2", "Where?"], r"target_image is 2 of 1 images; .*--target_image"),
         (["--image={one}", "--image={one}", "--answer_format=box", "Where?"], r"answer_format is 'box' with 2 images"),
-        (["--image={one}", "--answer_format=list", "Where?"], r"answer_format is 'list'; it must be think or box"),
+        (["--image={one}", "--answer_format=list", "Where?"], r"answer_format is 'list'; it must be one of think, box"),
         (["--image={one}", "--output={one}", "Where?"], r"output is .*one\.png, one of the images"),
         (["--image={one}", "--output=box.txt", "Where?"], r"output is 'box\.txt'; it must end in \.png"),
-        (["--image={one}", "--json=x.json", "Where?"], r"json is 'x\.json'; it must be -"),
+        (["--image={one}", "--json=x.json", "Where?"], r"json is 'x\.json'; it must be one of -"),
         (
             ["--image={one}", "--max_completion_length=0", "Where?"],
             r"max_completion_length is 0; it must be at least 1",
         ),
         (["--image={one}", "--model=", "Where?"], r"no model\. Name a checkpoint folder with --model"),
-        (["--image={one}", "--model=nowhere", "Where?"], r"model is nowhere; it cannot be loaded .*no config\.json"),
+        (["--image={one}", "--model=nowhere", "Where?"], r"model is nowhere; there is no such folder"),
         (["Where?", "--serve"], r"serve is given with a question"),
-        (["--serve", "--port=70000"], r"port is 70000; it must be 0 to 65535"),
+        (["--serve", "--port=70000"], r"port is 70000; it must be at most 65535"),
     ],
 )
 def test_a_question_that_does_not_fit_is_refused_by_name(initial, images, tmp_path, monkeypatch, flags, says):
@@ -200,5 +200,5 @@ def test_the_command_fails_without_a_traceback(initial, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as end:
         run_as_script(lambda: ground.main([*command(initial, "cut.png"), "Where?"]), "ground.py")
     shown = capsys.readouterr()
-    assert end.value.code == 1 and shown.out == "" and shown.err.startswith("ground.py: cut.png cannot be opened")
+    assert end.value.code == 2 and shown.out == "" and shown.err.startswith("ground.py: cut.png cannot be opened")
     assert not (tmp_path / "grounded.png").exists()

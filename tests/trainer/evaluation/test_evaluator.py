@@ -29,7 +29,10 @@ from runs import ROOT, eval_options, finish, flags, start_forked, wait_for
         (["--model=a", "--data=gone.json", "--bench=mmiu"], r"data is gone\.json; MMIU is one file or folder"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_by_name(given, message):
+def test_options_that_do_not_fit_are_refused_by_name(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").touch()
     with pytest.raises(ValueError, match=message):
         main(given)
 
