@@ -17,6 +17,7 @@ from boxgrpo.bench.publish.demands import verdicts
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import PARTS, begin, dump, path_of_today, write
 from boxgrpo.bench.runner import MARGIN, ROOT, Part, Runner, failures
+from boxgrpo.trainer.runtime.ranks import RunFailed
 
 OUT = ROOT / "out/bench"
 MINUTES = 9  # that the limits of a GPU's parts are made for
@@ -135,4 +136,4 @@ def main(args: list[str] | None, description: str) -> None:
     report(record, o, [part.into for part in chosen])
     print(f"{path or OUT}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
     if failed := failures(record, [part.name for part in chosen]):
-        raise ValueError(f"failed: {'; '.join(failed)}. The logs are in {OUT}.")
+        raise RunFailed(f"failed: {'; '.join(failed)}. The logs are in {OUT}.")

@@ -50,10 +50,10 @@ def command(args: list[str] | None = None) -> None:
         os.environ["CUDA_HOME"] = str(CUDA)
     try:
         from boxgrpo.bench.all_parts import main
-
-        main(args, __doc__)
-    except (ImportError, ValueError) as error:
+        from boxgrpo.trainer.runtime.ranks import run_as_script
+    except ImportError as error:
         sys.exit(f"bench.py: {error}")
+    run_as_script(lambda: main(args, __doc__), "bench.py")
 
 
 if __name__ == "__main__":

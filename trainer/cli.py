@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from boxgrpo.trainer.arguments import parse
+from boxgrpo.trainer.options import GrpoOptions, SftOptions, check_command
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 # Module of boxgrpo.trainer, and the command's description.
@@ -21,7 +23,7 @@ COMMANDS = {
     "accept": ("chains.accept", "write a page on which people accept or reject a tenth of the chains"),
     "demo": ("demo", "draw scenes, train a tiny model on them by SFT and GRPO, score it before and after"),
 }
-TRAINING = ("sft", "grpo")
+TRAINING = {"sft": SftOptions, "grpo": GrpoOptions}
 
 
 def usage() -> str:
@@ -35,14 +37,23 @@ def main() -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        sys.exit(f"boxgrpo: there is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
-    module, _ = COMMANDS[name]
-    if name in TRAINING and not {"-h", "--help"} & {*args}:
-        script = Path(__file__).with_name(f"{module}.py")
-        flags = ["--standalone", f"--nproc_per_node={max(1, torch.cuda.device_count())}"]
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "torch.distributed.run", *flags, str(script), *args])
+        print(f"boxgrpo: there is no command {name!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
     sys.argv = [f"boxgrpo {name}", *args]
-    run_as_script(importlib.import_module(f"boxgrpo.trainer.{module}").main, sys.argv[0])
+    if name in TRAINING and not {"-h", "--help"} & {*args}:
+        run_as_script(lambda: launch(name, args), sys.argv[0])
+    run_as_script(importlib.import_module(f"boxgrpo.trainer.{COMMANDS[name][0]}").main, sys.argv[0])
+
+
+def launch(name: str, args: list[str]) -> None:
+    """Become torchrun with a process for each GPU. Wrong options are refused here, where a message stands alone."""
+    processes = max(1, torch.cuda.device_count())
+    options = parse(TRAINING[name], args)
+    if name == "sft" or options.model or options.data:
+        check_command(options, processes)
+    script = str(Path(__file__).with_name(f"{name}.py"))
+    flags = ["--standalone", f"--nproc_per_node={processes}", script, *args]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "torch.distributed.run", *flags])
 
 
 if __name__ == "__main__":

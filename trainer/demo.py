@@ -20,7 +20,7 @@ from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.evaluation.report import align, scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions
 from boxgrpo.trainer.runtime.files import read_lines
-from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed, run_as_script
 from boxgrpo.trainer.world.recipe import RUNS, DemoOptions, draw_world, make_initial_checkpoint, run_flags
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def torchrun(script: str, options: DemoOptions, flags: list[str]) -> None:
     threads = str(max(1, (os.cpu_count() or 1) // count))
     status = subprocess.run(command, env={"OMP_NUM_THREADS": threads} | os.environ).returncode
     if status:
-        raise ValueError(f"{script} ended with status {status}; its message is above.")
+        raise RunFailed(f"{script} ended with status {status}; its message is above.")
 
 
 def cold_start(options: DemoOptions) -> None:

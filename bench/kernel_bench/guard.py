@@ -21,7 +21,7 @@ import torch
 from boxgrpo.bench.kernel_bench.cases import Case, cases, choose
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import begin, flags, newest, output
-from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
 
 TOLERANCE = 1.5  # times the recorded ratio
 ROUNDS, LEAST_SECONDS = 9, 0.1  # pairs; of a round
@@ -85,7 +85,7 @@ def main(args: list[str] | None = None) -> None:
         print("once more:")
         again = [measure(case) for case in guarded_cases() if case.name in out]
         if out := out_of_bounds(again, recorded["guard"]):
-            raise ValueError(f"{'; '.join(out)}: more than {TOLERANCE} times the recorded ratio to eager, twice.")
+            raise RunFailed(f"{'; '.join(out)}: more than {TOLERANCE} times the recorded ratio to eager, twice.")
 
 
 if __name__ == "__main__":

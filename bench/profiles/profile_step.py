@@ -33,7 +33,7 @@ from boxgrpo.trainer import grpo
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.profiler import FOLDER, kept_rows
 from boxgrpo.trainer.profiling.timeline import Row, rows, table
-from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
+from boxgrpo.trainer.runtime.ranks import RunFailed, join_ranks, run_as_script
 
 WARMUP = 1
 NSYS = ["nsys", "profile", "-t", "cuda,nvtx", "-s", "none", "-c", "cudaProfilerApi", "--capture-range-end", "stop"]
@@ -83,7 +83,7 @@ def record(case: StepCase, at: Path, output_dir: Path, steps: int) -> tuple[Path
         command = [*NSYS, str(output_dir / "nsys"), *command]  # the run empties its folder of profiles
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise ValueError(f"the profiled run failed:\n{done.stdout[-4000:]}")
+        raise RunFailed(f"the profiled run failed:\n{done.stdout[-4000:]}")
     for written in output_dir.glob("nsys.*"):
         written.replace(output_dir / FOLDER / written.name)
     (trace,) = (output_dir / FOLDER).glob("nsys.sqlite" if by_nsys else "*-rank0.trace.json.gz")

@@ -18,6 +18,7 @@ from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.pictures import annotate
 from boxgrpo.trainer.options import resolve_dtype
+from boxgrpo.trainer.runtime.ranks import RunFailed
 
 PICTURE_HEIGHT = 420  # pixels, of each image in the picture
 
@@ -147,7 +148,7 @@ class Grounder:
         try:
             yield from self.decoder.stream(question.prompt)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise RunFailed(
                 f"memory ran out over {len(question.prompt.input_ids)} tokens of question and images ({error}). "
                 "Lower --max_pixels, or send fewer images."
             ) from error

@@ -15,6 +15,7 @@ from PIL import Image
 from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.evaluation.pictures import data_uri
+from boxgrpo.trainer.runtime.ranks import RunFailed
 
 from .journal import Journal
 
@@ -204,7 +205,7 @@ class Requester:
         failure, message = error.response.extensions["failure"], self._redact(str(error.body))[:300]
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.o.max_failures or error.status_code in FATAL:
-            raise ValueError(
+            raise RunFailed(
                 f"requests that failed in a row: {self._failed_in_a_row}, the last with {failure} for model {model!r} "
                 f"({message}). Where the server refuses them, correct the key, --model or --base_url. All answers are "
                 f"kept in {self.journal.path}; the same command continues from there."

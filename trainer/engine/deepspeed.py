@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from boxgrpo.trainer.arguments import optional_import
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 
 from .base import PeerOutOfMemory
 from .memory_check import PacksDoNotFit, make_memory_check
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
         except torch.OutOfMemoryError as error:
             if self.stage == 1:
                 raise
-            raise ValueError(
+            raise RunFailed(
                 f"memory ran out in a backward pass ({error}), where other ranks wait for this one. Lower "
                 "--tokens_per_pass, or set --gradient_checkpointing true."
             ) from error
@@ -72,7 +72,7 @@ class DeepSpeedEngine:
         if isinstance(error, PacksDoNotFit):
             return
         if self.stage == 3:
-            raise ValueError(
+            raise RunFailed(
                 f"memory ran out ({error}), and at --zero_stage 3 no rank can start over alone. Lower "
                 "--tokens_per_pass, or set --gradient_checkpointing true."
             ) from error

@@ -18,7 +18,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.runtime.files import read_lines
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 from boxgrpo.trainer.runtime.reporter import OPTIONS, truncate
 from boxgrpo.trainer.runtime.spans import span
 
@@ -69,7 +69,7 @@ class LocalRollout:
                 found = policy(work=sample) if self.sharded else sample()
             except torch.OutOfMemoryError as error:
                 if self.sharded:
-                    raise ValueError(
+                    raise RunFailed(
                         f"memory ran out while {len(part)} prompts were sampled ({error}). Raise "
                         "--gradient_accumulation_steps, or lower --max_completion_length."
                     ) from error

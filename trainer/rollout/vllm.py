@@ -17,6 +17,7 @@ from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.arguments import optional_import
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.engine.lora import merged_weights
+from boxgrpo.trainer.runtime.ranks import RunFailed
 from boxgrpo.trainer.runtime.spans import span
 
 from .base import Vocabulary
@@ -124,7 +125,7 @@ class VllmRollout:
     def collect(self, groups: Sequence[Group], outputs: Sequence) -> list[Group]:
         """The groups with vLLM's completions, which are checked against the requests."""
         if len(outputs) != len(groups):
-            raise ValueError(f"vLLM answered {len(outputs)} of {len(groups)} requests. {REMEDY}")
+            raise RunFailed(f"vLLM answered {len(outputs)} of {len(groups)} requests. {REMEDY}")
         found = []
         for group, output in zip(groups, outputs, strict=True):
             self._check(group, output)
@@ -151,4 +152,4 @@ class VllmRollout:
                 rule = "a completion has at least one token, and each has one"
                 fault = fault or f"gave {tokens} tokens and log-probabilities of {reported}; {rule}"
         if fault:
-            raise ValueError(f"{group.source}: vLLM {fault}. {REMEDY}")
+            raise RunFailed(f"{group.source}: vLLM {fault}. {REMEDY}")

@@ -10,7 +10,7 @@ import torch
 from boxgrpo.model.batch import Group, PackedBatch, pack_groups, plan_packs
 from boxgrpo.trainer.engine.base import Engine, PeerOutOfMemory
 from boxgrpo.trainer.rewards.grounding import StepRewards
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def run_packs_that_fit(
         if not here:
             continue
         if not packs or not groups:
-            raise ValueError(
+            raise RunFailed(
                 f"memory ran out ({failure}) with {len(groups)} groups and {len(packs)} packs of them. Lower "
                 "--prompts_per_step, or --max_completion_length."
             ) from failure

@@ -1,0 +1,107 @@
+"""Every command refuses wrong input in two lines at most, without a traceback, and with exit status 2."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from boxgrpo.trainer import cli
+from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
+from runs import ROOT
+
+GONE = "--data=gone.json"
+WRONG = [
+    ("boxgrpo nonsense", "boxgrpo: there is no command 'nonsense'; the commands are sft, grpo, eval"),
+    ("boxgrpo grpo --beta=-1 --model={model}", "boxgrpo grpo: beta is -1.0; it must be at least 0. Raise --beta."),
+    ("boxgrpo grpo --prompts_per_step=0", "boxgrpo grpo: prompts_per_step is 0; it must be at least 1."),
+    ("boxgrpo grpo --data=d.json", "boxgrpo grpo: no model. Name a checkpoint folder with --model."),
+    ("boxgrpo grpo --model={model}", "boxgrpo grpo: no data. Name a JSON or JSONL file with --data."),
+    ("boxgrpo grpo --config=gone.yaml", "boxgrpo grpo: --config gone.yaml: no such file."),
+    (
+        "boxgrpo sft --max_steps=many",
+        "boxgrpo sft: max_steps is 'many'; it must be a whole number. Change",
+    ),
+    ("boxgrpo sft --max_grad_norm=-1", "boxgrpo sft: max_grad_norm is -1.0; it must be at least 0."),
+    ("boxgrpo sft", "boxgrpo sft: no model. Name a checkpoint folder with --model."),
+    ("grpo.py --model={model} --data=d.json --top_p=2", "grpo.py: top_p is 2.0; it must be at most 1. Lower --top_p."),
+    ("sft.py --cutof_len=3", "sft.py: unknown flag '--cutof_len=3'; did you mean --cutoff_len?"),
+    ("sft.py --freeze_vision=perhaps", "sft.py: argument --freeze_vision/--freeze-vision: Truthy value expected"),
+    ("evaluator.py --model={model} --resamples=-1", "evaluator.py: resamples is -1; it must be at least 0."),
+    ("evaluator.py --predictions=gone --data=d.json", "evaluator.py: predictions is gone; there is no such file."),
+    ("apps/ground.py where --model={model}", "ground.py: there are 0 images; a question needs at least 1."),
+    ("apps/ground.py --port=70000", "ground.py: port is 70000; it must be at most 65535. Lower --port."),
+    ("apps/inspect_data.py gone.json", "inspect_data.py: gone.json: there is no such file."),
+    ("apps/inspect_data.py gone.json --samples=-1", "inspect_data.py: samples is -1; it must be at least 0."),
+    ("apps/inspect_data.py gone.json --seed=x", "inspect_data.py: seed is 'x'; it must be a whole number."),
+    ("apps/memory.py --gpus=0", "memory.py: gpus is 0; it must be at least 1. Raise --gpus."),
+    ("apps/memory.py --model=3B", "memory.py: model is 3B; there is no such folder."),
+    ("chains/make.py --min_iou=1", "make_cot.py: min_iou is 1.0; it must be below 1. Lower --min_iou."),
+    ("chains/make.py", "make_cot.py: data is ''; there is no such file."),
+    ("chains/accept.py --share=0", "accept_cot.py: share is 0.0; it must be above 0. Raise --share."),
+    ("chains/accept.py --data=gone.json", "accept_cot.py: data is 'gone.json'; there is no such file."),
+    ("demo.py --processes=3", "demo.py: processes is 3; it must be one of 0, 1, 2, 4, 8, 16."),
+    ("demo.py --levels=high", "demo.py: levels is 'high'; it must be whole numbers and commas. Correct --levels."),
+    ("../bench/bench.py --parts=x", "bench.py: parts are x; x is none of kernels"),
+    ("../bench/soaks/soak.py --zero_stage=4", "soak.py: zero_stage is 4; it must be one of 0, 1, 2, 3."),
+    ("../bench/studies/ablation.py --methods=x", "ablation.py: methods are x; 'x' is none of"),
+    ("../bench/bench_data.py --records=0", "bench_data.py: records is 0; it must be at least 1."),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
+def test_a_command_refuses_wrong_input(words, message, initial, tmp_path, monkeypatch, capsys):
+    """The message has the value, the rule and the remedy; nothing is written."""
+    command, *args = words.format(model=initial).split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # which bench.py changes
+    monkeypatch.setattr(sys, "argv", [command, *args])
+    with pytest.raises(SystemExit) as end:
+        if command == "boxgrpo":
+            cli.main()
+        else:
+            sys.argv[0] = str(ROOT / "trainer" / command)
+            monkeypatch.setattr(sys, "path", [*sys.path])
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    shown = capsys.readouterr()
+    assert shown.out == "" and message in shown.err
+    assert end.value.code == 2 and len(shown.err.splitlines()) <= 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("x is 1."), 2),
+        (FileNotFoundError(2, "No such file", "typed.json"), 2),
+        (RunFailed("out of memory."), 1),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+        (SystemExit("interrupted"), 1),
+    ],
+)
+def test_the_exit_status_tells_wrong_input_from_a_run_that_failed(error, status, capsys, monkeypatch):
+    """And of several processes of a machine that have not joined yet, the first alone prints."""
+
+    def main():
+        raise error
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            run_as_script(main, "x.py")
+        shown = capsys.readouterr().err
+        assert end.value.code == status and "Traceback" not in shown
+        assert bool(shown) == (rank == "0" and status != 130)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_before_its_processes_join(initial, tmp_path):
+    """Two processes: one message, and nothing is loaded."""
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    command = [torchrun, "--standalone", "--nproc_per_node=2", str(ROOT / "trainer/grpo.py")]
+    flags = [f"--model={initial}", "--data=d.json", "--prompts_per_step=3", f"--output_dir={tmp_path / 'run'}"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("prompts_per_step is 3; it must divide into 2 ranks") == 1
+    assert "exitcode  : 2" in done.stderr and not (tmp_path / "run").exists()
