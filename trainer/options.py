@@ -14,6 +14,7 @@ from boxgrpo.trainer.presence import check_presence
 
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "resized_pixels", "tagged")  # the kernels parse ANSWER_FORMATS only
+BOX_UNITS = ("fractions", "percent", "thousandths", "pixels")
 SCHEMAS = ("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco", "lisa", "llmseg", "reasonvos", "revos")
 # Schedules of transformers that need no further arguments.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -21,6 +22,7 @@ SCHEDULES = (*SCHEDULES, "inverse_sqrt", "warmup_stable_decay")
 # Allowed values by option name, for every dataclass that has the option.
 CHOICES = {
     "schema": ("auto", *SCHEMAS),
+    "box_unit": ("auto", *BOX_UNITS),
     "dtype": ("auto", "float32", "bfloat16"),
     "engine": ("ddp", "deepspeed"),
     "zero_stage": (1, 2, 3),
@@ -79,6 +81,7 @@ class InputOptions:
         metadata={"help": "JSON or JSONL files of records; file.json#7000 takes 7000 of them, drawn by the seed."},
     )
     schema: str = option("auto", f"Format of the records: auto, {', '.join(SCHEMAS)}.")
+    box_unit: str = option("auto", f"Unit of the records' gold boxes: auto (by the file), {', '.join(BOX_UNITS)}.")
     image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
     max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")

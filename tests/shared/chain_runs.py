@@ -37,6 +37,7 @@ def options(server, tmp_path):
         (tmp_path / "data.json").write_text(json.dumps(records))
         values = {"base_url": server.url, "model": "writer", "judge_model": "judge", "backoff": 0.01}
         values |= {"max_pixels": 9000, "data": str(tmp_path / "data.json"), "output_dir": str(tmp_path / "out")}
+        values["box_unit"] = "thousandths"  # the boxes of `record` are all in a corner
         return CotOptions(**values | changes)
 
     return made

@@ -100,6 +100,6 @@ def test_a_recipes_sets_have_what_its_loop_needs(method, tmp_path):
     for name in names:
         (tmp_path / name).write_text(json.dumps([records[name.removesuffix(".json")]] * 2))
     mixed = SimpleNamespace(data=[f"{tmp_path / n}#{c}" for n, c in zip(names, counts, strict=True)])
-    mixed.schema, mixed.image_root, mixed.seed = "auto", "", 0
+    mixed.schema, mixed.box_unit, mixed.image_root, mixed.seed = "auto", "auto", "", 0
     examples, faults = read_usable(mixed, needs="turns" if METHODS[method].script == "sft.py" else "gold")
     assert len(examples) == 4 and not faults

@@ -19,17 +19,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from boxgrpo.trainer.arguments import FlagParser, check_range
-from boxgrpo.trainer.data.example import Example, Fault, Refused
+from boxgrpo.trainer.data.example import Example, Fault, Refused, box_text
 from boxgrpo.trainer.data.images import image_size
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
 from boxgrpo.trainer.evaluation.report import align
-from boxgrpo.trainer.options import ANY_COUNT, RANGES, check_pixels
+from boxgrpo.trainer.options import ANY_COUNT, BOX_UNITS, RANGES, check_pixels
 from boxgrpo.trainer.presence import check_model
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 LENGTH_SAMPLE = 2000  # most records whose length is measured, drawn at random
+FIRST_BOXES = 5  # gold boxes that are shown
 COLUMNS = 3  # columns of the sheet
 
 
@@ -38,16 +39,22 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
 
     Returns:
         records, usable, faulty {reason: n}, tasks {task: usable records}, images_per_record {n: records},
-        answer_formats, gold_boxes, chats, the schema, and `lengths` of a sample in tokens or characters.
+        answer_formats, gold_boxes, chats, the schema, the gold boxes' unit, the first of them, and `lengths` of a
+        sample in tokens or characters.
     """
     examples, faults = read_examples(
-        path, schema=args.schema, image_root=args.image_root or None, min_usable=0, sized=not args.no_images
+        path,
+        schema=args.schema,
+        image_root=args.image_root or None,
+        min_usable=0,
+        sized=not args.no_images,
+        box_unit=args.box_unit,
     )
     if not (records := len(examples) + len(faults)):
         raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
     exists = lru_cache(maxsize=None)(lambda image: args.no_images or Path(image).is_file())
     generator, usable = random.Random(args.seed), []
-    tasks, formats, images, boxes, chats = Counter(), Counter(), Counter(), 0, 0
+    tasks, formats, images, boxes, chats, first_boxes = Counter(), Counter(), Counter(), 0, 0, []
     for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
         try:
             example = examples[index]
@@ -64,6 +71,8 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         images[len(example.images)] += 1
         boxes += example.gold is not None
         chats += bool(example.turns)
+        if example.gold is not None and len(first_boxes) < FIRST_BOXES:
+            first_boxes.append(gold_row(example, opened=not args.no_images))
     measured = [examples[i] for i in sorted(generator.sample(usable, min(LENGTH_SAMPLE, len(usable))))]
     found = {
         "records": records,
@@ -74,6 +83,8 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         "images_per_record": {str(n): c for n, c in sorted(images.items())},
         "answer_formats": dict(formats),
         "gold_boxes": boxes,
+        "box_unit": examples.files[0].unit,
+        "first_boxes": first_boxes,
         "chats": chats,
         "lengths": lengths(measured, args),
         "faults": [f.message for f in faults[: args.faults]],
@@ -81,6 +92,17 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
     if args.sheet:
         draw_sheet((examples[i] for i in generator.sample(usable, min(args.samples, len(usable)))), args.sheet)
     return found
+
+
+def gold_row(example: Example, *, opened: bool) -> dict:
+    """An example's gold box: source, image, `box` (0-1000), and where the image is `opened` its size and `pixels`."""
+    image = example.images[example.target_image]
+    row = {"source": example.source, "image": image, "box": [*example.gold]}
+    with contextlib.suppress(Refused):
+        if opened:
+            size = image_size(image)
+            row |= {"size": [*size], "pixels": [round(v * size[i % 2] / 1000) for i, v in enumerate(example.gold)]}
+    return row
 
 
 def lengths(examples: Sequence[Example], args: argparse.Namespace) -> dict:
@@ -128,6 +150,11 @@ def table(found: dict) -> str:
         f"{found['records']} records of schema {found['schema']}, {found['usable']} usable",
         f"{found['gold_boxes']} with a gold box, {found['chats']} with answers; images a record: {images}",
     ]
+    if found["first_boxes"]:
+        lines += ["", f"gold boxes, in the file in {found['box_unit']}; the first of them, 0-1000 and in pixels"]
+    for row in found["first_boxes"]:
+        shown = f", pixels {row['pixels']} of {row['size'][0]} x {row['size'][1]}" if "pixels" in row else ""
+        lines.append(f"  {row['source']}: {box_text(row['box'])}{shown} in {row['image']}")
     for name in ("faulty", "tasks"):
         counts = [["  " + key, str(n)] for key, n in found[name].items()]
         lines += ["", name, align(counts) if counts else "  none"]
@@ -142,6 +169,7 @@ def main(args: list[str] | None = None) -> None:
     parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("path", type=Path, help="JSON array or JSONL file of records")
     parser.add_argument("--schema", default="auto", choices=["auto", *SCHEMAS])
+    parser.add_argument("--box_unit", default="auto", choices=["auto", *BOX_UNITS], help="unit of the gold boxes")
     parser.add_argument("--image_root", default="", help="folder of relative image paths; empty: the file's own")
     parser.add_argument("--no_images", action="store_true", help="do not check that the image files exist")
     parser.add_argument("--model", default="", help="checkpoint whose tokenizer measures lengths")

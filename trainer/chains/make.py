@@ -32,7 +32,7 @@ from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.options import ANY_COUNT, CHOICES, COUNT, RANGES
+from boxgrpo.trainer.options import ANY_COUNT, BOX_UNITS, CHOICES, COUNT, RANGES
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -53,6 +53,7 @@ class CotOptions:
     judge_base_url: str = option("", "Server of the judge, with its key in JUDGE_API_KEY; empty: --base_url.")
     data: str = option("", "JSON or JSONL file of records with gold boxes.")
     schema: str = option("auto", "Format of the records; auto: it is recognised, and the log names it.")
+    box_unit: str = option("auto", f"Unit of the gold boxes: auto (by the file), {', '.join(BOX_UNITS)}.")
     image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
     output_dir: str = option("out/cot", "Folder for answers.sqlite3, cold_start.json and summary.json.")
     sample: int = option(0, "Records to take, drawn by seed; 0: all.")
@@ -123,7 +124,7 @@ def make_cold_start(o: CotOptions) -> dict:
             until then stay stored; an earlier run's files do not change.
     """
     check(o)
-    examples, faults = read_examples(o.data, schema=o.schema, image_root=o.image_root or None)
+    examples, faults = read_examples(o.data, schema=o.schema, image_root=o.image_root or None, box_unit=o.box_unit)
     chosen = range(len(examples))
     if 0 < o.sample < len(examples):
         chosen = sorted(random.Random(o.seed).sample(chosen, o.sample))

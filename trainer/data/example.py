@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
@@ -72,7 +72,7 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A file of records, where its images are, and how its boxes are scaled."""
+    """A file of records, where its images are, and its boxes' unit."""
 
     path: Path
     label: str  # the file's name in `Example.source`
@@ -80,7 +80,8 @@ class Source:
     bounded: bool  # whether image paths must stay in it
     sized: bool = True  # whether an image is opened where its size is needed (see `UNSIZED`)
     schema: str = "auto"
-    scale: float = 1.0  # factor that brings the file's boxes to 0-1000
+    unit: str = "auto"  # of its gold boxes; "auto": not decided, the boxes are left as they are written
+    counts: Counter = field(default_factory=Counter, compare=False)  # of what the log shall tell about the file
 
     @classmethod
     def of(cls, path: Path, image_root: str | os.PathLike | None, label: str | None = None, **more) -> "Source":

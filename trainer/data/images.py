@@ -40,12 +40,22 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            turned = _quarter_turned(image)
     except FileNotFoundError as error:
         raise Refused("missing_image", f"there is no image at {path}, whose size is needed. Fetch it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refused("image_unreadable", f"the size of {path} cannot be read ({error}). Fetch it again.") from error
-    return (height, width) if quarter_turn else (width, height)
+    return (height, width) if turned else (width, height)
+
+
+def is_turned(path: str | os.PathLike) -> bool:
+    """Whether the EXIF orientation of a readable image swaps its sides."""
+    with Image.open(path, formats=FORMATS) as image:
+        return _quarter_turned(image)
+
+
+def _quarter_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:

@@ -5,6 +5,7 @@ A file is scanned once, to find its usable records and their positions. The scan
 a warning that names the reason; it never stops a run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,17 +25,22 @@ import numpy as np
 
 from boxgrpo.trainer.runtime.files import replace_file
 
+from .boxes import UNIT_BOXES, Written, likeliest_unit
 from .example import Fault, Refused, Source, parse, require_some
 from .loader import GOLD, TABLE, TURNS, Examples
 from .scan import Row, scan
-from .schemas import SCHEMAS, box_scale, recognise
+from .schemas import SCHEMAS, recognise
 
 log = logging.getLogger(__name__)
 
 TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of image files, which may exist later
-SNIFF_RECORDS = 1000  # number of records from which a file's schema and box scale are derived
+SNIFF_RECORDS = 1000  # number of records from which a file's schema and the unit of its boxes are derived
 CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
-CACHE_VERSION = 3  # changes with the cache's format and with the rules for records
+CACHE_VERSION = 4  # changes with the cache's format and with the rules for records
+COUNTED = {
+    "swapped": "have width and height swapped; the image files' own are used",
+    "several": "have several boxes; the first is the gold box",
+}
 FAULTS_LOGGED = 100  # per run; most records of MGrounding have two boxes, which GRPO cannot use
 
 
@@ -51,7 +57,10 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
     kind, bit = {"gold": ("gold box", GOLD), "turns": ("assistant's answer", TURNS)}[needs]
     parts, faults = [], []
     for number, (path, count, label) in enumerate(_sources(options.data)):
-        found, refused = read_examples(path, schema=options.schema, image_root=options.image_root or None, label=label)
+        root = options.image_root or None
+        found, refused = read_examples(
+            path, schema=options.schema, image_root=root, label=label, box_unit=options.box_unit
+        )
         usable = (found.table["has"] & bit) > 0
         good, without = found[usable], found[~usable]
         refused += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
@@ -98,6 +107,7 @@ def read_examples(
     label: str | None = None,
     min_usable: int = 1,
     sized: bool = True,
+    box_unit: str = "auto",
 ) -> tuple[Examples, list[Fault]]:
     """Read a JSON array or JSONL file of records. Images are opened only for their size, where boxes are in pixels.
 
@@ -109,22 +119,24 @@ def read_examples(
         label: the file's name in `Example.source`; None: the name on disk.
         min_usable: minimum number of usable records.
         sized: False: open no image; boxes in pixels of an image of unknown size are then wrong.
+        box_unit: unit of the gold boxes, one of `BOX_UNITS`, or "auto": the likeliest by the first 200; logged.
 
     Returns:
         The usable examples in file order, read lazily, and one `Fault` for each rejected record.
 
     Raises:
-        ValueError: no record that fits a schema, a broken JSON array, or fewer good records than `min_usable`.
+        ValueError: no record that fits a schema, boxes whose unit is not clear, a broken JSON array, or fewer good
+            records than `min_usable`.
         OSError: the file cannot be read.
     """
-    file = Source.of(Path(path), image_root, label, sized=sized, schema=schema)
+    file = Source.of(Path(path), image_root, label, sized=sized, schema=schema, unit=box_unit)
     found, label = _cached_scan(file), file.label
     for note in found.notes:
         log.info("%s: %s", label, note)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
     remedy = "Correct the file, or name its format with --schema."
     require_some(file.path, found.table, faults, min_usable=min_usable, remedy=remedy)
-    return Examples([dataclasses.replace(file, schema=found.schema, scale=found.scale)], found.table), faults
+    return Examples([dataclasses.replace(file, schema=found.schema, unit=found.unit)], found.table), faults
 
 
 @dataclass
@@ -132,9 +144,10 @@ class _Scan:
     """The result of scanning a file."""
 
     schema: str
-    scale: float  # factor that brings its boxes to 0-1000
+    unit: str  # of its gold boxes
     notes: list[str]  # for the log
     faults: list[tuple[int, str, str]]  # (number, reason, message)
+    lasting: bool = True  # whether no image was missing that the unit might depend on
     table: np.ndarray | None = None  # (n) TABLE, the usable records
 
 
@@ -142,16 +155,37 @@ def _scan_file(file: Source) -> _Scan:
     rows = enumerate(scan(file.path))
     head = list(itertools.islice(rows, SNIFF_RECORDS))
     records = [row.value for _, row in head if isinstance(row.value, dict)]
-    schema, notes, scale = file.schema, [], box_scale(records)
+    schema, notes = file.schema, []
     if schema == "auto" and records:
         schema, why = _recognise_most(file.path, records)
         notes.append(why)
-    if scale != 1:
-        notes.append(f"boxes are fractions of the image (their median maximum is at most 2); multiplied by {scale:g}")
-    found = _Scan(schema, scale, notes, faults=[])
-    good = _good_rows(itertools.chain(head, rows), dataclasses.replace(file, schema=schema, scale=scale), found.faults)
-    found.table = np.fromiter(good, dtype=TABLE)
+    found = _Scan(schema, file.unit, notes, faults=[])
+    boxes = _first_boxes(records, dataclasses.replace(file, schema=schema, unit="auto", counts=Counter()))
+    if file.unit == "auto":
+        try:
+            found.unit = likeliest_unit(boxes, SCHEMAS[schema].unit) if records else "thousandths"
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from error
+        found.lasting = not boxes or any(box.size for box in boxes)
+    if boxes:
+        why = f", by {len(boxes)} of them; --box_unit overrules it" if file.unit == "auto" else ""
+        notes.append(f"gold boxes are in {found.unit} of their images{why}")
+    file = dataclasses.replace(file, schema=schema, unit=found.unit, counts=Counter())
+    found.table = np.fromiter(_good_rows(itertools.chain(head, rows), file, found.faults), dtype=TABLE)
+    notes += [f"{count} records {COUNTED[name]}" for name, count in file.counts.items() if count]
     return found
+
+
+def _first_boxes(records: Iterable[dict], file: Source) -> list[Written]:
+    """The gold boxes of the first records that have one, as they are written. Boxes in a chat's text have one unit."""
+
+    def found() -> Iterator[Written]:
+        for record in records:
+            with contextlib.suppress(Exception):  # a record may hold anything; it is refused when it is read
+                if isinstance(box := SCHEMAS[file.schema].read(record, file)["gold"], Written):
+                    yield box
+
+    return list(itertools.islice(found(), UNIT_BOXES))
 
 
 def _good_rows(rows: Iterable[tuple[int, Row]], file: Source, faults: list) -> Iterator[tuple]:
@@ -195,7 +229,9 @@ def _cached_scan(file: Source) -> _Scan:
     stat = file.path.stat()
     if stat.st_size < CACHE_MIN_BYTES:
         return _scan_file(file)
-    identity = json.dumps([CACHE_VERSION, str(file.path.resolve()), file.schema, file.root, file.bounded, file.sized])
+    identity = json.dumps(
+        [CACHE_VERSION, str(file.path.resolve()), file.schema, file.root, file.bounded, file.sized, file.unit]
+    )
     folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
     cache = Path(folder) / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     state = [stat.st_size, stat.st_mtime_ns]
@@ -209,7 +245,7 @@ def _cached_scan(file: Source) -> _Scan:
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         log.warning("%s cannot be used (%s); the data is scanned again", cache, error)
     found = _scan_file(file)
-    if any(reason in TRANSIENT_FAULTS for _, reason, _ in found.faults):
+    if not found.lasting or any(reason in TRANSIENT_FAULTS for _, reason, _ in found.faults):
         return found
     about = vars(found) | {"state": state}
     table = about.pop("table")

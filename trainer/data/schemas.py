@@ -6,14 +6,13 @@ the questions of the zero-shot sets; VLM-R1's files for RefCOCO; MGrounding-630k
 
 import os
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from .boxes import pixel_box
+from .boxes import gold_box
 from .chats import CHAT, only_marked_box, read_chat, tagged_box
-from .example import Refused, Source, check_text, checked_box, is_numbers
+from .example import Refused, Source, check_text, is_numbers, target_image
 from .images import resolve_images
 
 FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
@@ -31,6 +30,7 @@ class Schema(NamedTuple):
     keys: Sequence[str]  # alternatives: the keys that a record must have, separated by spaces
     read: Callable[[dict, Source], dict]  # returns fields of the `Example`
     mark: str = ""  # must occur in the values of these keys
+    unit: str = "thousandths"  # of its published gold boxes
 
     def fits(self, record: dict) -> bool:
         for names in self.keys:
@@ -50,20 +50,14 @@ def recognise(record: dict) -> str | None:
     return next((name for name, schema in SCHEMAS.items() if schema.fits(record)), None)
 
 
-def box_scale(records: Sequence[dict]) -> float:
-    """The factor that brings a file's boxes to 0-1000: 1000 for fractions, which have a median maximum of at most 2.
-
-    It is one factor for the whole file, because a single faulty record may hold 1.048.
-    """
-    ends = [max(record["answer"]) for record in records if is_numbers(record.get("answer"))]
-    return 1000.0 if ends and statistics.median(ends) <= 2 else 1.0
-
-
 def _read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
     """Read a question and its box; the format is "box" if the first image's path contains `box_only`."""
-    gold = checked_box(record.get("answer"), (file.scale, file.scale))
     images = resolve_images(record.get("images"), file)
-    fields = {"images": images, "question": check_text(record.get("question"), "question"), "gold": gold}
+    question = check_text(record.get("question"), "question")
+    # The image matters only for its size in pixels, and finding it costs time.
+    target = target_image(record, question, len(images)) if file.unit in ("auto", "pixels") else 0
+    gold = gold_box(record.get("answer"), images[target], file, "answer", record)
+    fields = {"images": images, "question": question, "gold": gold}
     return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
 
 
@@ -78,23 +72,26 @@ def _read_refcoco(record: dict, file: Source) -> dict:
     else:
         box, what = record.get("solution"), "solution"
         question = check_text(record.get("problem"), "problem")
-    gold = pixel_box(box, image, file, what, record)
+    gold = gold_box(box, image, file, what, record)
     return {"images": (image,), "question": question, "gold": gold, "answer_format": "box"}
 
 
 def _read_lisa(record: dict, file: Source) -> dict:
     (image,), boxes = resolve_images([record.get("image_path")], file), record.get("boxes")
     box = boxes[0] if isinstance(boxes, list) and boxes else boxes
+    file.counts["several"] += isinstance(boxes, list) and len(boxes) > 1
     question = ON_IMAGE.format(_instruction(record, "instruction"))
-    return {"images": (image,), "question": question, "gold": pixel_box(box, image, file, "boxes[0]", record)}
+    return {"images": (image,), "question": question, "gold": gold_box(box, image, file, "boxes[0]", record)}
 
 
 def _read_llmseg(record: dict, file: Source) -> dict:
     (image,), box = resolve_images([record.get("image_path")], file), record.get("bbox")
     if isinstance(box, list) and all(isinstance(part, list) for part in box):
-        box = [value for part in box for value in part][:4]
+        box = [value for part in box for value in part]  # a box, boxes, or two corners
+        file.counts["several"] += len(box) > 4
+        box = box[:4]
     question = ON_IMAGE.format(_instruction(record, "question"))
-    return {"images": (image,), "question": question, "gold": pixel_box(box, image, file, "bbox", record)}
+    return {"images": (image,), "question": question, "gold": gold_box(box, image, file, "bbox", record)}
 
 
 def _instruction(record: dict, name: str) -> str:
@@ -142,7 +139,7 @@ def _read_video(record: dict, file: Source, key: str) -> dict:
     if isinstance(box, str):
         box = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", box)]
     question = ON_VIDEO.format(_instruction(record, "question"))
-    gold = pixel_box(box, images[TARGET_FRAME], file, f"bbox_list[{chosen[TARGET_FRAME]}]")
+    gold = gold_box(box, images[TARGET_FRAME], file, f"bbox_list[{chosen[TARGET_FRAME]}]", record)
     return {"images": images, "question": question, "gold": gold, "target_image": TARGET_FRAME}
 
 
@@ -153,9 +150,9 @@ SCHEMAS = {
     "mig_bench": Schema(["question answer additional_info", "question answer need_format"], _read_question),
     # The paper's code recognises its single-image RefCOCO records by this path.
     "univg_stage2": Schema(["images question answer"], partial(_read_question, box_only="coco/train2014/COCO")),
-    "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco),
-    "lisa": Schema(["image_path instruction boxes"], _read_lisa),
-    "llmseg": Schema(["image_path question bbox"], _read_llmseg),
-    "reasonvos": Schema(["image_list question bbox_list"], partial(_read_video, key="image_list")),
-    "revos": Schema(["video_id frames question bbox_list"], partial(_read_video, key="frames")),
+    "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco, unit="pixels"),
+    "lisa": Schema(["image_path instruction boxes"], _read_lisa, unit="pixels"),
+    "llmseg": Schema(["image_path question bbox"], _read_llmseg, unit="pixels"),
+    "reasonvos": Schema(["image_list question bbox_list"], partial(_read_video, key="image_list"), unit="pixels"),
+    "revos": Schema(["video_id frames question bbox_list"], partial(_read_video, key="frames"), unit="pixels"),
 }

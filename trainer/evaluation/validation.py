@@ -40,7 +40,12 @@ class Validation:
         self.options, self.processor, self.r = options, processor, r
         self.logged: set[int] = set()  # records whose faults are in the log
         if options.eval_every:
-            held_out = {"data": options.eval_data, "schema": "auto", "image_root": options.eval_image_root}
+            held_out = {
+                "data": options.eval_data,
+                "schema": "auto",
+                "box_unit": "auto",
+                "image_root": options.eval_image_root,
+            }
             self.examples, self.faults = read_usable(dataclasses.replace(options, **held_out), needs="gold")
             if r.is_main:
                 restore_folder(Path(options.output_dir) / BEST)

@@ -77,6 +77,22 @@ def test_the_sheet_shows_the_gold_boxes(records, tmp_path, capsys):
         assert sheet.width > 800 and green > 500
 
 
+def test_the_first_gold_boxes_are_shown(write, tmp_path, capsys):
+    """Case 3, as a newcomer meets it: the unit, and boxes on both scales that can be compared with the picture."""
+    Image.new("RGB", (112, 56)).save(tmp_path / "a.png")
+    data = write([{"image": "a.png", "problem": "x", "solution": [0.25, 0.25, 0.5, 0.5]}] * 9)
+    found = found_in(capsys, data)
+    assert found["box_unit"] == "fractions" and len(found["first_boxes"]) == 5
+    row = {"source": "data.json#0", "image": str(tmp_path / "a.png"), "box": [250, 250, 500, 500]}
+    assert found["first_boxes"][0] == row | {"size": [112, 56], "pixels": [28, 14, 56, 28]}
+    assert found_in(capsys, data, "--no_images")["first_boxes"][0] == row
+    assert found_in(capsys, data, "--box_unit", "pixels", "--no_images")["box_unit"] == "pixels"
+    inspect_data.main([str(data)])
+    shown = capsys.readouterr().out
+    assert "gold boxes, in the file in fractions" in shown
+    assert "data.json#0: (250, 250), (500, 500), pixels [28, 14, 56, 28] of 112 x 56 in " in shown
+
+
 def test_the_text_for_people(records, tmp_path, capsys):
     inspect_data.main([str(records)])
     shown = capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_records_are_written_as_stage_1_with_the_chain_that_the_judge_chose(serv
     examples, faults = read_examples(f"{o.output_dir}/cold_start.json")
     assert not faults and [e.question.count("<image>") for e in examples] == [2] * 4
     processor = Processor.from_pretrained(initial, min_pixels=784, max_pixels=50_000)
-    for example, source, made in zip(examples, read_examples(o.data)[0], written(o), strict=True):
+    for example, source, made in zip(examples, read_examples(o.data, box_unit=o.box_unit)[0], written(o), strict=True):
         assert (example.images, example.gold, example.id) == (source.images, source.gold, source.id)
         assert example.turns[1] == ("assistant", chosen[source.question])
         cot = made["cot"]

@@ -96,9 +96,9 @@ def test_boxes_of_a_file_have_one_unit(write):
     assert [e.gold for e in read_examples(write(fractions))[0]] == [(100, 200, 300, 400), (0, 0, 1000, 1000)]
     # The revised file is in 0-1000; a tiny box in the corner does not make it a file of fractions.
     thousands = [
-        GOOD | {"need_format": True, "answer": answer} for answer in ([0, 0, 1, 1], [1, 2, 30, 40], [5, 5, 9, 9])
+        GOOD | {"need_format": True, "answer": answer} for answer in ([0, 0, 1, 1], [1, 2, 30, 40], [5, 5, 900, 90])
     ]
-    assert [e.gold for e in read_examples(write(thousands))[0]] == [(0, 0, 1, 1), (1, 2, 30, 40), (5, 5, 9, 9)]
+    assert [e.gold for e in read_examples(write(thousands))[0]] == [(0, 0, 1, 1), (1, 2, 30, 40), (5, 5, 900, 90)]
 
 
 def test_chats_of_both_spellings(write):
@@ -172,7 +172,7 @@ def test_the_target_image_by_the_wording(write, question, target):
 
 
 def of_sources(data, seed=0):
-    return SimpleNamespace(data=data, schema="auto", image_root="", seed=seed)
+    return SimpleNamespace(data=data, schema="auto", box_unit="auto", image_root="", seed=seed)
 
 
 def test_sources_are_mixed_by_count_and_seed(write, caplog):
@@ -242,6 +242,7 @@ def test_records_without_what_is_needed_are_named(write):
 
 def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
     """Until it changes, or another schema or root is given. A broken cache is made anew."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")  # a box's unit may depend on its image's size
     monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
     scans = []
@@ -306,6 +307,7 @@ def test_no_record_ends_a_run_or_stalls_it(tmp_path, text):
 
 def test_a_cache_that_cannot_be_written_costs_only_time(write, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "file"))
     examples, _ = read_examples(write([GOOD]))

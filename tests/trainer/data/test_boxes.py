@@ -1,0 +1,143 @@
+"""Gold boxes mean the same whatever unit and image size their file is written in, or the file is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from boxgrpo.trainer.data.boxes import Written, likeliest_unit
+from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.options import BOX_UNITS
+
+FORMS = {
+    "refcoco": lambda box: {"image": "a.png", "problem": "x", "solution": box},
+    "lisa": lambda box: {"image_path": "a.png", "instruction": "x", "boxes": [box]},
+    "llmseg": lambda box: {"image_path": "a.png", "question": "x", "bbox": [box]},
+    "univg_stage2": lambda box: {"images": ["a.png"], "question": "x", "answer": box},
+}
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """draw(name, width, height): the image, in the test's folder."""
+
+    def make(name, width, height, **more):
+        Image.new("RGB", (width, height)).save(tmp_path / name, **more)
+
+    return make
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fractions_are_recognised_in_every_form(write, draw, caplog, form):
+    """Case 3: in an image of 112 x 56 pixels, [0.25, 0.25, 0.5, 0.5] is a quarter, and the log says so."""
+    draw("a.png", 112, 56)
+    caplog.set_level("INFO")
+    ((example,), faults) = read_examples(write([FORMS[form]([0.25, 0.25, 0.5, 0.5])]))
+    assert example.gold == (250, 250, 500, 500) and not faults
+    assert "gold boxes are in fractions of their images, by 1 of them; --box_unit overrules it" in caplog.text
+
+
+WIDTH, HEIGHT = 640, 480
+SIDES = {"fractions": (1, 1), "percent": (100, 100), "thousandths": (1000, 1000), "pixels": (WIDTH, HEIGHT)}
+
+
+def written(unit, count, seed=0):
+    """Boxes in the unit, as a file has them, and in thousandths."""
+    corners = np.sort(np.random.default_rng(seed).uniform(0, 1, (count, 2, 2)), axis=1).reshape(count, 4)
+    digits = {"fractions": 4, "percent": 2}.get(unit, 1)
+    return (corners * [*SIDES[unit], *SIDES[unit]]).round(digits).tolist(), corners * 1000
+
+
+@pytest.mark.parametrize("form", ["refcoco", "univg_stage2"])
+@pytest.mark.parametrize("unit", SIDES)
+def test_twenty_records_tell_the_unit(write, draw, form, unit):
+    """A faulty one among them, far outside, does not mislead."""
+    draw("a.png", WIDTH, HEIGHT)
+    boxes, gold = written(unit, 20)
+    boxes[7] = [v * 5 for v in boxes[7]]
+    examples, (fault,) = read_examples(write([FORMS[form](box) for box in boxes]))
+    assert (fault.source, fault.reason) == ("data.json#7", "box_outside")
+    np.testing.assert_allclose([e.gold for e in examples], np.delete(gold, 7, axis=0), atol=0.3)
+
+
+@pytest.mark.parametrize("usual", ["pixels", "thousandths"])
+def test_the_usual_unit_is_never_mistaken(usual):
+    """Small and large images, one record or many, objects of all sizes or small: at most, a few records are refused."""
+    random = np.random.default_rng(0)
+    for size in ((84, 84), (112, 56), (640, 480), (900, 900), (2000, 1500)):
+        scale = np.array([*size, *size] if usual == "pixels" else [1000] * 4)
+        for count in (1, 2, 5, 50):
+            for extent in (0.1, 0.9):
+                sides = random.uniform(0.02, extent, (count, 2))
+                start = random.uniform(0, 1 - sides)
+                boxes = (np.concatenate([start, start + sides], axis=1) * scale).tolist()
+                try:
+                    assert likeliest_unit([Written(box, size) for box in boxes], usual) == usual, (size, count, extent)
+                except ValueError:
+                    assert 1 < count < 50
+
+
+def test_a_file_that_leaves_the_unit_open_is_refused(write, draw):
+    """Eight boxes that fit thousandths and pixels alike; `box_unit` decides."""
+    draw("a.png", WIDTH, HEIGHT)
+    boxes, gold = written("pixels", 8)
+    path = write([FORMS["univg_stage2"](box) for box in boxes])
+    with pytest.raises(ValueError, match=r"data\.json: the gold boxes may be pixels or thousandths .*--box_unit"):
+        read_examples(path)
+    examples, _ = read_examples(path, box_unit="pixels")
+    np.testing.assert_allclose([e.gold for e in examples], gold, atol=0.3)
+    assert [list(e.gold) for e in read_examples(path, box_unit="thousandths")[0]] == boxes
+
+
+def test_a_unit_that_is_named_is_used(write, draw):
+    draw("a.png", 200, 100)
+    path = write([FORMS["refcoco"]([20, 10, 60, 40])])
+    expected = {"percent": (200, 100, 600, 400), "thousandths": (20, 10, 60, 40), "pixels": (100, 100, 300, 400)}
+    assert {unit: read_examples(path, box_unit=unit)[0][0].gold for unit in expected} == expected
+    assert set(BOX_UNITS) == {*expected, "fractions"}
+
+
+def test_swapped_sizes_give_way_to_the_files_own(write, draw, caplog):
+    """Case 8: 90 x 60 pixels, and the record says 60 x 90. What else contradicts the file is refused by name."""
+    draw("90x60.png", 90, 60)
+    record = {"image": "90x60.png", "problem": "x", "solution": [30, 20, 60, 40], "width": 60, "height": 90}
+    caplog.set_level("INFO")
+    examples, (fault,) = read_examples(write([record, record, record | {"width": 120}]))
+    assert [e.gold for e in examples] == [(333.333, 333.333, 666.667, 666.667)] * 2
+    assert "2 records have width and height swapped; the image files' own are used" in caplog.text
+    assert fault.reason == "size_contradicts"
+    assert "width and height are 120 and 90; " in fault.message and "90x60.png is 90 x 60 pixels" in fault.message
+
+
+def test_a_turned_photo_measures_its_boxes_upright(write, draw):
+    """Where the record has the sizes from before the turn, nothing tells where the box belongs."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw("turned.png", 90, 60, exif=exif)
+    record = {"image": "turned.png", "problem": "x", "solution": [30, 20, 60, 40]}
+    sizes = [{}, {"width": 60, "height": 90}, {"width": 90, "height": 60}]
+    examples, (fault,) = read_examples(write([record | size for size in sizes]))
+    assert [e.gold for e in examples] == [(500, 222.222, 1000, 444.444)] * 2
+    assert (fault.source, fault.reason) == ("data.json#2", "turned_image") and "Save it upright" in fault.message
+
+
+def test_several_boxes_are_counted_or_refused(write, draw, caplog):
+    """A record has one gold box. The zero-shot sets are graded by the first, as in the paper's evaluation."""
+    draw("a.png", 112, 280)
+    caplog.set_level("INFO")
+    boxes = [[10, 20, 90, 200], [1, 2, 30, 40]]
+    lisa = FORMS["lisa"]([]) | {"boxes": boxes}
+    ((example,), _) = read_examples(write([lisa]))
+    assert example.gold == (89.286, 71.429, 803.571, 714.286)
+    assert "1 records have several boxes; the first is the gold box" in caplog.text
+    records = [FORMS["univg_stage2"](box) for box in (boxes, boxes[:1])]
+    ((single,), (fault,)) = read_examples(write(records))
+    assert single.gold == (10, 20, 90, 200)
+    assert fault.reason == "several_boxes" and "answer holds 2 boxes" in fault.message
+
+
+def test_a_lone_record_keeps_its_forms_unit(write, draw):
+    """There is no evidence against it, however small its box is."""
+    draw("a.png", WIDTH, HEIGHT)
+    found = [read_examples(write([FORMS[form]([10, 10, 20, 20])]))[0] for form in ("refcoco", "univg_stage2")]
+    assert [examples.files[0].unit for examples in found] == ["pixels", "thousandths"]
+    assert found[1][0].gold == (10, 10, 20, 20)
