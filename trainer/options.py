@@ -15,7 +15,7 @@ from boxgrpo.trainer.presence import check_presence
 BENCHES = ("mig", "refcoco", "lisa", "llmseg", "reasonvos", "revos", "mmiu", "odinw")
 BOX_FORMATS = ("auto", *ANSWER_FORMATS, "pixels", "resized_pixels", "tagged")  # the kernels parse ANSWER_FORMATS only
 BOX_UNITS = ("fractions", "percent", "thousandths", "pixels")
-SCHEMAS = ("mgrounding", "univg_stage1", "mig_bench", "univg_stage2", "refcoco", "lisa", "llmseg", "reasonvos", "revos")
+SCHEMAS = tuple("mgrounding ms_swift univg_stage1 mig_bench univg_stage2 refcoco lisa llmseg reasonvos revos".split())
 # Schedules of transformers that need no further arguments.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SCHEDULES = (*SCHEDULES, "inverse_sqrt", "warmup_stable_decay")

@@ -1,47 +1,140 @@
 """Reads chats: the turns of a record under `messages` or `conversations`, and the gold box in its first answer."""
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
 
 import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .example import Box, Refused, Source, check_text, checked_box
+from .boxes import gold_box
+from .example import MARK, Box, Refused, Source, check_text, checked_box
 from .images import resolve_images
 
 CHAT = ("conversations", "messages")  # keys of a chat
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+Turns = tuple[tuple[str, str], ...]  # (role, text)
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_IMAGE_KEYS = {"image", "image_url", "path", "url"}  # of a part: what names the image
+_LABELS = {"id", "index", "timestamp"}  # keys of a turn that change nothing
+# Keys of a record that change what its chat means. Any other key is a label of the record.
+_CHANGING = frozenset("tools functions videos video audios audio history chosen rejected rejected_response".split())
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
+_PLACEHOLDER = re.compile("<ref-object>|<bbox>(?!.*</bbox>)", re.DOTALL)  # <bbox>…</bbox> holds its own box
+# Units of boxes in `objects`, by ms-swift's names for them and those of its version 2.
+_UNITS = {"real": "pixels", "norm1": "fractions", "norm_1": "fractions", "norm_1000": "thousandths"}
 
 
-def _turns(record: dict) -> tuple[tuple[str, str], ...]:
-    chat = record.get("messages", record.get("conversations"))
+def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None]) -> dict:
+    """Fields of the Example. A first question without an image has no gold box."""
+    for key in sorted(_CHANGING & record.keys()):
+        if record[key]:
+            remedy = "Give the frames as images." if key.startswith("video") else "Remove it or the record."
+            raise Refused("unused_key", f"{key} is {record[key]!r:.40}; it changes the chat and is not used. {remedy}")
+    system, turns, named = _read_turns(record)
+    images = record.get("images")
+    if named and images and images != named:
+        raise Refused("two_image_lists", f"images is {images!r:.80}; its parts name {named!r:.80}. Remove one list.")
+    fields = {"images": resolve_images(named or images, file), "system": system}
+    if _PLACEHOLDER.search(" ".join(text for _, text in turns)):
+        boxes = turns[0][1].count("<bbox>")
+        turns, image_of = _fill(turns, record.get("objects"), fields["images"], file)
+        if image_of[boxes:]:
+            fields["target_image"] = image_of[boxes]
+    gold, question = box_in(turns), turns[0][1]
+    if gold and MARK not in question + (system or "") and any(MARK in text for _, text in turns[2::2]):
+        gold = None
+    return fields | {"question": question, "turns": turns, "gold": gold}
+
+
+def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
+    """The system's text, the other turns, and the images that their parts name; a part's place is a mark."""
+    chat = record.get("messages") or record.get("conversations")
     if not isinstance(chat, list) or not chat or not all(isinstance(turn, dict) for turn in chat):
         raise Refused("no_turns", f"messages is {chat!r:.80}; a list of turns is needed.")
-    turns = []
+    if record.get("conversations") not in (None, [], chat):
+        raise Refused("two_chats", "messages and conversations differ; one chat is needed. Remove one of them.")
+    system, turns, images = None, [], []
     for index, turn in enumerate(chat):
-        role = turn.get("role", turn.get("from"))
-        expected = ("user", "assistant")[index % 2]
-        if _ROLES.get(str(role)) != expected:
-            raise Refused(
-                "turn_order", f"turn {index} is from {role!r}; user and assistant must alternate, user first."
-            )
-        text = turn.get("content", turn.get("value"))
-        turns.append((expected, check_text(text, "answer" if index % 2 else "question")))
-    if len(turns) % 2:
-        raise Refused("no_answer", f"the last of {len(turns)} turns is the user's; a chat must end with an answer.")
-    return tuple(turns)
+        keys = "role" if "role" in turn else "from", "content" if "content" in turn else "value"
+        role, content = map(turn.get, keys)
+        for key in turn.keys() - {*keys, *_LABELS} if len(turn) > 2 else ():
+            if turn[key] not in (None, "", [], {}):
+                rule = f"only {keys[0]} and {keys[1]} are used"
+                raise Refused("unused_key", f"turn {index} has {key}: {turn[key]!r:.40}; {rule}. Remove it.")
+        text = _text_of_parts(content, images, index) if isinstance(content, list) else content
+        expected = ("user", "assistant")[len(turns) % 2]
+        if index == 0 and role == "system":
+            system = check_text(text, "system", image_alone=True) if text != "" else ""
+        elif _ROLES.get(str(role)) != expected:
+            rule = "user and assistant must alternate, user first; before them one turn may be the system's"
+            raise Refused("turn_order", f"turn {index} is from {role!r}; {rule}.")
+        else:
+            name = "question" if expected == "user" else "answer"
+            turns.append((expected, check_text(text, name, image_alone=expected == "user")))
+    if not turns or len(turns) % 2:
+        raise Refused("no_answer", f"the last of {len(chat)} turns is from {role!r}; a chat must end with an answer.")
+    return system, tuple(turns), images
 
 
-def read_chat(record: dict, file: Source, gold_box: Callable) -> dict:
-    turns = _turns(record)
-    gold = gold_box(turns)
-    images = resolve_images(record.get("images"), file)
-    return {"images": images, "question": turns[0][1], "turns": turns, "gold": gold}
+def _text_of_parts(parts: list, images: list, turn: int) -> str:
+    """The parts' texts, with a mark for each image; what the parts say of the images is appended to `images`."""
+    text = ""
+    for part in parts:
+        given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        kind = given.pop("type", None) or next(iter(given), None)
+        if kind == "text" and given.keys() == {"text"} and isinstance(given["text"], str):
+            text += given["text"]
+        elif kind in ("image", "image_url") and len(given) <= 1 and given.keys() <= _IMAGE_KEYS:
+            for image in given.values():
+                images.append(image["url"] if isinstance(image, dict) and "url" in image else image)
+            text += MARK
+        else:
+            rule = 'a part is {"type": "text", "text": ...} or {"type": "image", "image": ...}'
+            shown = f"is of type {kind!r} and has {', '.join(sorted(given)) or 'nothing else'}"
+            raise Refused("bad_part", f"a part of turn {turn} {shown}; {rule}. Give a video's frames as images.")
+    return text
 
 
-def tagged_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
+def _fill(turns: Turns, objects: object, images: Sequence[str], file: Source) -> tuple[Turns, list[int]]:
+    """The turns with names and boxes (0-1000) in the places of their placeholders, and the index of each box's image.
+
+    As ms-swift does it for Qwen2-VL. `objects` is {"ref": names, "bbox": boxes, "bbox_type": unit, "image_id": indices
+    of images}, or, as in ms-swift 2, a list of {"caption", "bbox", "bbox_type", "image"} or its JSON text.
+    """
+    objects = json.loads(objects) if isinstance(objects, str) else objects
+    if isinstance(objects, dict):
+        boxes, image_of = objects.get("bbox") or [], objects.get("image_id") or []
+        names, rows = objects.get("ref") or [], zip(boxes, repeat(objects.get("bbox_type")), chain(image_of, repeat(0)))
+    elif isinstance(objects, list):
+        names = [one.get("caption") for one in objects]
+        rows = [(one.get("bbox"), one.get("bbox_type"), one.get("image")) for one in objects]
+    else:
+        rule = "its names and boxes replace <ref-object> and <bbox>"
+        raise Refused("no_objects", f"objects is {objects!r:.80}; {rule}. Add it.")
+    texts, image_of = {"<ref-object>": [], "<bbox>": []}, []
+    for box, kind, index in rows:
+        if not (unit := _UNITS.get(kind or "real")) or not 0 <= (index or 0) < len(images):
+            rule = f"known units are {', '.join(_UNITS)}; the record has {len(images)} images"
+            raise Refused("bad_objects", f"objects has a box in {kind!r} of image {index!r}; {rule}. Correct it.")
+        image_of.append(index or 0)
+        box = gold_box(box, images[index or 0], replace(file, unit=unit), "bbox of objects", {})
+        texts["<bbox>"].append("<|box_start|>({},{}),({},{})<|box_end|>".format(*map(round, box)))
+    text = "".join(text for _, text in turns)
+    if "<ref-object>" in text:
+        refs = [check_text(name, "ref of objects") for name in names]
+        texts["<ref-object>"] = [f"<|object_ref_start|>{name}<|object_ref_end|>" for name in refs]
+    for placeholder, values in texts.items():
+        if (count := text.count(placeholder)) not in (0, len(values)):
+            rule = f"objects has {len(values)} values for them; each needs one"
+            raise Refused("bad_objects", f"the chat has {count} placeholders {placeholder} and {rule}. Correct it.")
+    left = {placeholder: iter(values) for placeholder, values in texts.items()}
+    return tuple((role, _PLACEHOLDER.sub(lambda found: next(left[found[0]]), text)) for role, text in turns), image_of
+
+
+def tagged_box(turns: Turns) -> Box | None:
     """The box in the first answer's tags, if there is one."""
     answer = turns[1][1]
     if "<answer>" not in answer:  # a quick check before the kernel
@@ -50,7 +143,7 @@ def tagged_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
     return checked_box(read.boxes[0].tolist()) if read.found else None
 
 
-def only_marked_box(turns: tuple[tuple[str, str], ...]) -> Box | None:
+def only_marked_box(turns: Turns) -> Box | None:
     """The box between marks in the first answer, if it has no other. The boxes of all answers are checked."""
     boxes = [[_marked_box(found) for found in _MARKED.findall(text)] for _, text in turns[1::2]]
     return boxes[0][0] if len(boxes[0]) == 1 else None

@@ -14,6 +14,8 @@ THINK_SUFFIX = (
     " and then output the bounding box in <answer> </answer> tags."
 )
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
+MARK = "<image>"  # where an image stands in a text
+_FIRST_MARKS = re.compile(rf"(?:\s*{MARK})*\s*")
 _ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
 _MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
 _MENTIONED = re.compile(_MENTION, re.IGNORECASE)
@@ -32,7 +34,13 @@ def box_text(box: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A question about one or several images, with its gold box, its answer text, or both."""
+    """A question about one or several images, with its gold box, its answer text, or both.
+
+    Each image stands where its mark `<image>` is; without marks all images stand before the first question.
+
+    Raises:
+        Refused: the marks are not as many as the images, or an answer holds one.
+    """
 
     id: str
     task: str
@@ -40,9 +48,19 @@ class Example:
     question: str
     gold: Box | None  # 0-1000 on the target image; needed for GRPO and evaluation
     turns: tuple[tuple[str, str], ...] = ()  # (role, text), user and assistant alternately; empty: no answer text
+    system: str | None = None  # the system's text; None: Qwen2-VL's own
     answer_format: str = "think"  # or "box": without thinking
     target_image: int = 0  # index of the image that the box lies in
     source: str = ""  # "file.json#12": record 12, counted from 0
+
+    def __post_init__(self):
+        texts = [text for _, text in self.turns] or [self.question]
+        if MARK in "".join(texts[1::2]):
+            raise Refused("mark_in_answer", f"an answer holds {MARK}; images stand in questions. Remove the mark.")
+        marks, images = " ".join([self.system or "", *texts]).count(MARK), len(self.images)
+        if marks not in (0, images):
+            rule = "one mark for each image is needed, or none: then all images stand first"
+            raise Refused("image_marks", f"marks {MARK}: {marks}, images: {images}; {rule}. Correct the record.")
 
     @property
     def can_be_learned(self) -> bool:
@@ -99,13 +117,19 @@ def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, min_usa
 
 
 def plain_text(text: str) -> str:
-    """Text without `<image>` marks: all images stand before the question."""
-    return text.replace("<image>", "").strip()
+    """Text without marks of images."""
+    return text.replace(MARK, "").strip()
 
 
-def check_text(value: object, name: str) -> str:
-    """Return the value if it is a non-empty text; raise Refused otherwise."""
-    if not isinstance(value, str) or not plain_text(value):
+def asked(question: str, *, prefix: str = "", suffix: str = "") -> str:
+    """The question between prefix and suffix. Images that it begins with stand first, without white space."""
+    start = _FIRST_MARKS.match(question).end()
+    return MARK * question.count(MARK, 0, start) + prefix + question[start:].strip() + suffix
+
+
+def check_text(value: object, name: str, *, image_alone: bool = False) -> str:
+    """Return the value if it is a non-empty text; raise Refused otherwise. `image_alone`: a mark alone is a text."""
+    if not isinstance(value, str) or not (value.strip() if image_alone else plain_text(value)):
         raise Refused(f"no_{name}", f"{name} is {value!r:.80}; text is needed.")
     try:
         value.encode()
@@ -162,8 +186,13 @@ def parse(
     fields = {"id": str(record.get("id", f"{file.path.stem}-{number}")), "task": task, **read(record, file)}
     if "answer_format" in record:
         fields["answer_format"] = answer_format
+    if system := record.get("system"):
+        if fields.get("system") not in (None, system):
+            raise Refused("two_systems", "the key system and the system's turn differ. Remove one of them.")
+        fields["system"] = check_text(system, "system")
     if "target_image" not in fields and (not scanned or "target_image" in record):
-        fields["target_image"] = target_image(record, fields["question"], len(fields["images"]))
+        shown = ((fields.get("system") or "") + fields["question"]).count(MARK) or len(fields["images"])
+        fields["target_image"] = target_image(record, fields["question"], shown)
     return Example(source=f"{file.label}#{number}", **fields)
 
 

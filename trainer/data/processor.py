@@ -1,6 +1,7 @@
 """Converts examples to token ids, patches and positions in Qwen2-VL's chat format."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,11 +16,15 @@ from boxgrpo.model.batch import FRAMES, Conversation, Pixels, Prompt
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.decoder import mrope_position_ids
 
-from .example import BOX_PREFIX, THINK_SUFFIX, Example, box_text, plain_text
+from .example import BOX_PREFIX, MARK, THINK_SUFFIX, Example, asked, box_text
 from .images import MIN_SIDE, enlarged, load_image
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
 
 _VISION_TOKENS = [token for token in SPECIAL_TOKENS if "vision" in token or "_pad" in token]
+_RESERVED = re.compile("|".join(map(re.escape, (*_VISION_TOKENS, *SPECIAL_TOKENS[:3]))))  # must not occur in a text
+# The ids around a turn's text. An answer is encoded without its header: it begins where a completion does.
+_BEFORE = {"system": "<|im_start|>system\n", "user": "\n<|im_start|>user\n", "assistant": ""}
+_AFTER = {"system": "<|im_end|>", "user": "<|im_end|>\n<|im_start|>assistant\n", "assistant": "<|im_end|>"}
 
 
 def resized(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -45,6 +50,20 @@ def _value_table(p: Qwen2VLImageProcessorPil) -> Tensor:
     table = np.zeros((3, 256), dtype=np.float32)
     table[np.arange(3)[:, None], colours.astype(np.uint8)] = values
     return torch.from_numpy(table)
+
+
+def _written_turns(example: Example, *, answered: bool) -> list[tuple[str, str]]:
+    """(role, text) of the system's turn, the question and, if `answered`, all later turns; a mark for each image."""
+    turns = example.turns
+    if not turns and example.answer_format == "think":  # a chat's questions already name the answer's format
+        turns = (("user", asked(example.question, suffix=THINK_SUFFIX)),)
+    elif not turns:
+        answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
+        turns = (("user", asked(example.question, prefix=BOX_PREFIX)), *answer)
+    turns = [("system", SYSTEM_PROMPT if example.system is None else example.system), *turns]
+    if not any(MARK in text for _, text in turns):
+        turns[1] = ("user", MARK * len(example.images) + turns[1][1])
+    return turns if answered else turns[:2]
 
 
 class Processor:
@@ -88,13 +107,7 @@ class Processor:
         self.image_token_id = vocabulary["<|image_pad|>"]
         self.vision_ids = [vocabulary[token] for token in _VISION_TOKENS]  # never to be sampled: the next forward fails
         self.eos_ids = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]
-        self._reserved = {*self.vision_ids, *self.eos_ids, vocabulary["<|im_start|>"]}  # must not occur in a text
         self._image_marks = vocabulary["<|vision_start|>"], vocabulary["<|vision_end|>"]
-        encode = tokenizer.backend_tokenizer.encode
-        head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
-        pieces = head, "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n"
-        # The last piece follows an answer's <|im_end|>, which the loss covers.
-        self._head, self._to_assistant, self._to_user = (encode(p, add_special_tokens=False).ids for p in pieces)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **limits: int | None) -> "Processor":
@@ -116,7 +129,9 @@ class Processor:
         self.image_processor.save_pretrained(folder)
 
     def prompt(self, example: Example) -> Prompt:
-        """The prompt: all images, the question and the header of the answer's turn, a prefix of `conversation`.
+        """The prompt: the system's turn, the question with its images and the header of the answer's turn.
+
+        It is a prefix of `conversation`, without the images of later turns.
 
         Raises:
             ValueError: an image cannot be loaded, the prompt is over `max_prompt_tokens`, or a text holds a token such
@@ -129,7 +144,7 @@ class Processor:
         """Number of tokens of the example's `prompt` for images of these (width, height) in pixels; opens none."""
         p = self.image_processor
         counts = [p.get_number_of_image_patches(*enlarged(size)[::-1]) // p.merge_size**2 for size in sizes]
-        return len(self._tokens(example, counts, answered=False)[0])
+        return len(self._tokens(_written_turns(example, answered=False), counts, example.source)[0])
 
     def conversation(self, example: Example) -> Conversation:
         """All turns of an example. The loss covers the texts of its answers and the `<|im_end|>` that closes each.
@@ -164,17 +179,18 @@ class Processor:
     def _tensors(self, example: Example, *, answered: bool):
         """The fields of a `Prompt`, or if `answered` of the whole chat, and by token whether the loss covers it."""
         pixels, grids = None, torch.zeros(0, 3, dtype=torch.int64)
-        if example.images:
+        turns = _written_turns(example, answered=answered)
+        if shown := example.images[: sum(text.count(MARK) for _, text in turns)]:
             # One by one, so that only one image at a time is in memory in full size.
             parts = []
-            for path in example.images:
+            for path in shown:
                 colours, grid = _one_frame(self.image_processor, load_image(path), **AS_COLOURS)
                 parts.append((colours.astype(np.uint8), grid))
             patches, sizes = map(np.concatenate, zip(*parts, strict=True))
             pixels = Pixels(torch.from_numpy(patches).flatten(1), self._pixel_table)  # (p, 588)
             grids = torch.from_numpy(sizes)  # (I, 3) patches
         merge = self.image_processor.merge_size
-        ids, loss_mask = self._tokens(example, (grids.prod(1) // merge**2).tolist(), answered=answered)
+        ids, loss_mask = self._tokens(turns, (grids.prod(1) // merge**2).tolist(), example.source)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             of_images = f"{ids.count(self.image_token_id)} of them for {len(grids)} images"
             raise ValueError(
@@ -185,31 +201,20 @@ class Processor:
         positions = mrope_position_ids(input_ids, grids, image_token_id=self.image_token_id, spatial_merge_size=merge)
         return (input_ids, positions, pixels, grids), loss_mask
 
-    def _tokens(self, example: Example, image_tokens: list[int], *, answered: bool) -> tuple[list[int], list[bool]]:
-        """Ids of the prompt, or if `answered` of the whole chat, and for each whether the loss covers it."""
-        turns, question = example.turns, plain_text(example.question)
-        if not turns and example.answer_format == "think":  # a chat's questions already name the answer's format
-            turns = (("user", question + THINK_SUFFIX),)
-        elif not turns:
-            answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
-            turns = (("user", BOX_PREFIX + question), *answer)
-        encode = self.tokenizer.backend_tokenizer.encode  # several times as fast as transformers' wrapper
-        ids = list(self._head)
+    def _tokens(self, turns: Sequence[tuple[str, str]], image_tokens: Sequence[int], source: str):
+        """Ids of the turns, whose marks become images of so many tokens, and for each whether the loss covers it."""
+        ids, loss_mask, counts = [], [], iter(image_tokens)
         start, end = self._image_marks
-        for count in image_tokens:
-            ids += [start, *[self.image_token_id] * count, end]
-        loss_mask = [False] * len(ids)
-        for index, (role, text) in enumerate(turns if answered else turns[:1]):
-            text_ids = encode(plain_text(text), add_special_tokens=False).ids
-            for reserved in self._reserved.intersection(text_ids):
+        encode = self.tokenizer.backend_tokenizer.encode  # several times as fast as transformers' wrapper
+        for role, text in turns:
+            if reserved := _RESERVED.search(text):
                 raise ValueError(
-                    f"{example.source}: the {role}'s text holds {self.tokenizer.convert_ids_to_tokens(reserved)}, "
-                    "which delimits turns or images. Remove it from the record."
+                    f"{source}: the {role}'s text holds {reserved[0]}, which delimits turns or images. "
+                    "Remove it from the record."
                 )
-            if role == "user":
-                piece = (self._to_user if index else []) + text_ids + self._to_assistant
-            else:
-                piece = [*text_ids, self.eos_ids[0]]
-            ids += piece
-            loss_mask += [role == "assistant"] * len(piece)
+            for index, part in enumerate((_BEFORE[role] + text + _AFTER[role]).split(MARK)):
+                if index:
+                    ids += [start, *[self.image_token_id] * next(counts), end]
+                ids += encode(part, add_special_tokens=False).ids
+            loss_mask += [role == "assistant"] * (len(ids) - len(loss_mask))
         return ids, loss_mask

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of image files, which may exist later
 SNIFF_RECORDS = 1000  # number of records from which a file's schema and the unit of its boxes are derived
 CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
-CACHE_VERSION = 4  # changes with the cache's format and with the rules for records
+CACHE_VERSION = 5  # changes with the cache's format and with the rules for records
 COUNTED = {
     "swapped": "have width and height swapped; the image files' own are used",
     "several": "have several boxes; the first is the gold box",

@@ -145,8 +145,11 @@ def _read_video(record: dict, file: Source, key: str) -> dict:
 
 # To add a format, add an entry. A record's format is the first entry that it fits.
 SCHEMAS = {
-    "mgrounding": Schema(CHAT, partial(read_chat, gold_box=only_marked_box), mark="<|box_start|>"),
-    "univg_stage1": Schema(CHAT, partial(read_chat, gold_box=tagged_box)),
+    "mgrounding": Schema(CHAT, partial(read_chat, box_in=only_marked_box), mark="<|box_start|>"),
+    "ms_swift": Schema(
+        ["messages objects", "conversations objects"], partial(read_chat, box_in=only_marked_box), "<bbox>"
+    ),
+    "univg_stage1": Schema(CHAT, partial(read_chat, box_in=tagged_box)),
     "mig_bench": Schema(["question answer additional_info", "question answer need_format"], _read_question),
     # The paper's code recognises its single-image RefCOCO records by this path.
     "univg_stage2": Schema(["images question answer"], partial(_read_question, box_only="coco/train2014/COCO")),

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from boxgrpo.model.batch import Prompt
-from boxgrpo.trainer.data.example import Example, plain_text
+from boxgrpo.trainer.data.example import Example, asked
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.options import InputOptions
@@ -34,8 +34,8 @@ def in_format(example: Example, answer_format: str) -> Example:
     if answer_format == "auto":
         return example
     if answer_format in REQUESTS:
-        question = plain_text(example.question) + REQUESTS[answer_format]
-        return dataclasses.replace(example, turns=(("user", question),))
+        question = asked(example.question, suffix=REQUESTS[answer_format])
+        return dataclasses.replace(example, turns=(("user", question), *example.turns[1:]))
     return dataclasses.replace(example, answer_format=answer_format)
 
 

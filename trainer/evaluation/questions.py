@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from boxgrpo.trainer.data.example import Example, Fault, Refused
+from boxgrpo.trainer.data.example import Example, Fault, Refused, plain_text
 
 # Names of tasks and sets. `columns` and `tables` are those of the UniVG-R1 paper (Bai et al. 2025): a column by task,
 # and a row for each model, Acc@0.5 in %. A row's last number is the average that the paper prints, even where the mean
@@ -27,8 +27,8 @@ def read_each(records: Iterable, read: Callable[[dict, str], object], source: st
 
 
 def user_turn(text: str) -> dict:
-    """Fields of an Example whose `turns` hold only the user's turn, so that a prompt adds no suffix to the text."""
-    return {"question": text, "turns": (("user", text),), "gold": None}
+    """Fields of an Example whose `turns` hold only the user's turn: a prompt adds no suffix. All images stand first."""
+    return {"question": (plain := plain_text(text)), "turns": (("user", plain),), "gold": None}
 
 
 def answer_row(example: Example, text: str, **found) -> dict:

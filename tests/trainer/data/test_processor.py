@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
-from boxgrpo.trainer.data.example import Example
+from boxgrpo.trainer.data.example import Example, Refused
 from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.processor import Processor, resized
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
@@ -51,13 +51,14 @@ def processor(request):
 
 
 def example(images, **changes):
-    fields = {"id": "1", "task": "diff", "images": images, "question": "<image><image>Where is the cup? ", "gold": None}
+    question = "<image>" * len(images) + "Where is the cup? "
+    fields = {"id": "1", "task": "diff", "images": images, "question": question, "gold": None}
     return Example(**fields | {"source": "data.json#3"} | changes)
 
 
-def chat(images, *texts):
+def chat(images, *texts, **changes):
     turns = tuple(zip(("user", "assistant") * len(texts), texts))
-    return example(images, question=texts[0], turns=turns)
+    return example(images, question=texts[0], turns=turns, **changes)
 
 
 def spelled(processor, ids):
@@ -104,18 +105,91 @@ def test_patches_are_the_image_processors_to_the_bit_and_give_the_images_back(de
     assert demo.images_of(demo.prompt(example(()))) == []
 
 
-def test_ids_are_those_of_the_chat_template(processor, images):
-    """The pieces encoded one by one are what Hugging Face makes of the whole text."""
-    turns = ["Where is the cup?", ANSWER, " And  the 世界\n<|box_start|>(1,2),(3,4)<|box_end|>?", "Gone."]
-    conversation = processor.conversation(chat(images, *turns))
-    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": turns[0]}]
-    messages = [{"role": "user", "content": content}]
-    messages += [{"role": r, "content": t.strip()} for r, t in zip(("assistant", "user", "assistant"), turns[1:])]
-    text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    first, second, rest = text.split("<|image_pad|>")
-    text = first + "<|image_pad|>" * 8 + second + "<|image_pad|>" * 10 + rest
+def hugging_face_ids(processor, messages, image_tokens, *, answered=True):
+    """The ids of the tokenizer's chat template, one vision token of an image repeated as its processor repeats it."""
+    messages = [m | {"content": in_parts(m["content"])} for m in messages]
+    if not answered:
+        messages = messages[: 1 + [m["role"] for m in messages].index("user")]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+    first, *rest = text.split("<|image_pad|>")
+    text = first + "".join("<|image_pad|>" * n + part for n, part in zip(image_tokens, rest, strict=True))
     # The template's last newline comes after the last answer: nothing reads it, so it is not there.
-    assert conversation.input_ids.tolist() == processor.tokenizer.encode(text.removesuffix("\n"))
+    return processor.tokenizer.encode(text.removesuffix("\n") if answered else text)
+
+
+def in_parts(text):
+    parts = [{"type": "text", "text": part} for part in text.split("<image>")]
+    return [part for text in parts for part in ({"type": "image"}, text)][1:]
+
+
+SAID = ["Where is the cup?", ANSWER, " And  the 世界\n<|box_start|>(1,2),(3,4)<|box_end|>? ", "Gone.\n"]
+CHATS = {
+    "images first": ([f"<image><image>{SAID[0]}", *SAID[1:]], [8, 10]),
+    "images first, on lines of their own": ([f"<image>\n<image>\n{SAID[0]}", *SAID[1:]], [8, 10]),
+    "between words": (["Compare <image> with the first. <image> Where is the cup?", ANSWER], [8, 10]),
+    "of the second question": ([f"<image>{SAID[0]}", ANSWER, "And\n\n<image>in this one? <image>", "Yes."], [8, 10, 8]),
+    "only in the second question": (["\n\n Hello ", "Hi.", "<image>", "A cup."], [8]),
+}
+
+
+@pytest.mark.parametrize("system", [None, "Answer in pixels.", "\n You  see <image>. "])
+@pytest.mark.parametrize("name", CHATS)
+def test_ids_are_those_of_the_chat_template(processor, images, name, system):
+    """Cases 5, 9 and 10: images stand where their marks do, in every turn, and the system's text is the record's."""
+    texts, image_tokens = CHATS[name]
+    images, first_tokens = [*images, images[0]][: len(image_tokens)], image_tokens
+    if "<image>" in (system or ""):
+        images, image_tokens = [images[0], *images], [8, *image_tokens]
+    messages = [{"role": "system", "content": system}] * (system is not None)
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    one = chat(tuple(images), *texts, system=system)
+    conversation, prompt = processor.conversation(one), processor.prompt(one)
+    assert conversation.input_ids.tolist() == hugging_face_ids(processor, messages, image_tokens)
+    shown = len(image_tokens) - len(first_tokens) + texts[0].count("<image>")
+    assert prompt.input_ids.tolist() == hugging_face_ids(processor, messages, image_tokens[:shown], answered=False)
+    assert len(prompt.image_grid_thw) == shown and len(conversation.image_grid_thw) == len(images)
+    length = len(prompt.input_ids)
+    assert torch.equal(prompt.input_ids, conversation.input_ids[:length])
+    assert torch.equal(prompt.position_ids, conversation.position_ids[:, :length])
+
+
+def test_without_marks_all_images_stand_first(demo, images):
+    marked, plain = chat(images, f"<image><image>{SAID[0]}", ANSWER), chat(images, SAID[0], ANSWER)
+    assert torch.equal(demo.conversation(marked).input_ids, demo.conversation(plain).input_ids)
+    # A question without a chat may hold marks too; the words that are added to it stand behind those it begins with.
+    asked = {"gold": (1, 2, 3, 4), "answer_format": "box"}
+    for question, user in {
+        "<image>\n <image> Where? ": "[8][10]This is a single image grounding task with simple reference. Where?",
+        "In <image>, not <image>": "This is a single image grounding task with simple reference. In [8], not [10]",
+    }.items():
+        text = spelled(demo, demo.prompt(example(images, question=question, **asked)).input_ids)
+        for mark in ("<|vision_start|>", "<|vision_end|>"):
+            text = text.replace(mark, "")
+        assert f"user\n{user}<|im_end|>" in text
+
+
+def test_an_answer_begins_where_a_completion_does(demo, images):
+    """Its own first newline is not merged with that of the header, which a rollout's prompt ends with."""
+    one = chat(images, SAID[0], "\nHere.")
+    conversation = demo.conversation(one)
+    learned = conversation.input_ids[conversation.loss_mask]
+    assert demo.tokenizer.decode(learned) == "\nHere.<|im_end|>"
+    assert torch.equal(demo.prompt(one).input_ids, conversation.input_ids[: -len(learned)])
+
+
+@pytest.mark.parametrize(
+    ("texts", "system", "reason"),
+    [
+        (["<image><image><image>Where?", "There."], None, "marks <image>: 3, images: 2"),
+        (["<image>Where?", "There."], None, "marks <image>: 1, images: 2"),
+        (["<image>Where?", "There.", "<image>?", "No."], "<image>", "marks <image>: 3, images: 2"),
+        (["<image>Where?", "In <image>."], None, "an answer holds <image>"),
+    ],
+)
+def test_marks_are_as_many_as_images_and_in_no_answer(images, texts, system, reason):
+    """Cases 4 and 5."""
+    with pytest.raises(Refused, match=reason):
+        chat(images, *texts, system=system)
 
 
 def test_a_conversation_is_its_prompt_and_learned_answers(processor, images):

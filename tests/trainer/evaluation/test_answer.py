@@ -73,7 +73,7 @@ def test_other_models_get_a_request_for_their_own_format(decoder):
     """The question unchanged, and the request; box marks are then part of what is read."""
     example = Example("0", "diff", ("a.png",), "<image>Where is it?", (0.0, 0.0, 500.0, 500.0), answer_format="think")
     marked = in_format(example, "marked")
-    assert marked.turns == (("user", "Where is it?" + REQUESTS["marked"]),)
+    assert marked.turns == (("user", "<image>Where is it?" + REQUESTS["marked"]),)
     assert "<|box_start|>(x1,y1)" in REQUESTS["marked"]
     assert in_format(example, "auto") is example and in_format(example, "box").answer_format == "box"
     processor = decoder.processor

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 import fake_vllm
+from boxgrpo.model.batch import Group
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.rollout.base import Vocabulary
 from boxgrpo.trainer.rollout.vllm import VllmRollout, request_seed
@@ -75,6 +78,25 @@ def test_a_request_has_one_placeholder_an_image_and_the_images_at_our_size(start
         assert [i for i in tokens if i != pad] == [i for i in group.prompt.input_ids.tolist() if i != pad]
     assert "multi_modal_data" not in engine.prompts[0]
     assert max(i.width * i.height for i in engine.prompts[2]["multi_modal_data"]["image"]) <= 50_000
+
+
+def test_images_of_a_chat_keep_their_places_in_a_request(start, policy, processor, tmp_path):
+    """The system's text, and a placeholder between the words for each image that the first question shows."""
+    for name, size in (("a", (112, 56)), ("b", (60, 140)), ("c", (84, 84))):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{name}.png")
+    turns = (("user", "In <image>, not in <image>: where?"), ("assistant", "There."), ("user", "<image>?"))
+    example = Example(
+        "0", "diff", tuple(str(tmp_path / f"{name}.png") for name in "abc"), "", None, turns, system="Be brief."
+    )
+    rollout, engine = start()
+    (group,) = rollout(policy, [Group(processor.prompt(example), record=example)])
+    (request,), mark = engine.prompts, "<|vision_start|><|image_pad|><|vision_end|>"
+    text = processor.tokenizer.decode(request["prompt_token_ids"])
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    question = f"<|im_start|>user\nIn {mark}, not in {mark}: where?<|im_end|>\n<|im_start|>assistant\n"
+    assert text == system + question
+    assert [image.size for image in request["multi_modal_data"]["image"]] == [(112, 56), (56, 140)]
+    assert len(group.completions) == 3
 
 
 def test_sampling_parameters_are_those_of_the_options(start, groups, policy, processor):
