@@ -5,6 +5,7 @@ of a prompt its answers are requested again.
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
-from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, box_text, plain_text
+from boxgrpo.trainer.data.example import MARK, THINK_SUFFIX, Example, asked, box_text
 
 from .ask import TRUNCATED, RecordImages, Requester
 
@@ -37,6 +38,13 @@ def render_prompt(kind: str, question: str, box: Sequence[float], images: int, c
     words = {"images": "an image", "them": "it"} if images == 1 else {"images": f"{images} images", "them": "them"}
     template = PROMPTS.get_template(f"{kind}.txt")
     return template.render(question=question, box=box_text(box), chains=chains, **words)
+
+
+def number_images(question: str) -> str:
+    """The question without the marks that it begins with. Of the later ones the third image's is `(image 3)`."""
+    first, rest = re.fullmatch(f"((?:{MARK})*)(.*)", question, re.DOTALL).groups()
+    numbers = itertools.count(first.count(MARK) + 1)
+    return re.sub(MARK, lambda _: f"(image {next(numbers)})", rest)
 
 
 def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) -> tuple[list[str], list[float]]:
@@ -82,7 +90,12 @@ async def make_record(example: Example, images: RecordImages, requester: Request
     if x1 == x2 or y1 == y2:
         return Outcome(None, "box_too_small")
 
-    question, count = plain_text(example.question).removesuffix(THINK_SUFFIX), len(example.images)
+    marked, count = asked(example.question.rstrip().removesuffix(THINK_SUFFIX)), len(example.images)
+    if MARK not in marked:
+        marked = MARK * count + marked
+    if marked.count(MARK) < count:
+        return Outcome(None, "images_in_later_turns")
+    question = number_images(marked)
     request = render_prompt("chain", question, gold, count)
     answers = await asyncio.gather(*(requester.answer("chain", request, images, number=k) for k in range(o.chains)))
     for answer in answers:
@@ -103,7 +116,9 @@ async def make_record(example: Example, images: RecordImages, requester: Request
     if not best:
         return Outcome(None, "verdict_unreadable" if best is None else "none_sound", labels)
     k = passed[best - 1]
-    turns = (("user", "<image>" * count + question + THINK_SUFFIX), ("assistant", texts[k]))
+    turns = (("user", marked + THINK_SUFFIX), ("assistant", texts[k]))
+    if example.system is not None:
+        turns = (("system", example.system), *turns)
     record = {
         "id": example.id,
         "task": example.task,

@@ -4,6 +4,8 @@ import pytest
 
 from boxgrpo.trainer.chains.judge import check_chains, read_verdict
 from boxgrpo.trainer.chains.make import make_cold_start
+from boxgrpo.trainer.data.example import THINK_SUFFIX
+from boxgrpo.trainer.data.readers import read_examples
 from chain_runs import chain, number, record, written
 from fake_openai import Reply, well
 
@@ -96,3 +98,19 @@ def test_a_conversations_box_is_that_of_its_first_answer(server, options):
     summary = make_cold_start(options([{"images": ["0.png"], "messages": chat} for chat in chats]))
     assert summary["written"] == 1 and summary["left_out"] == {"no_gold_box": 1}
     assert server.seen[0].question == "Where?" and server.seen[0].box == "(10, 20), (30, 40)"
+
+
+def test_images_between_words_and_the_systems_text_stay_in_the_new_record(server, options):
+    """In a request, which shows all images first, they are named by number."""
+    between = record(0, question="<image> Unlike this <image>, where is thing 0?", system="Be brief.")
+    chat = [("Where is thing 1?", "<answer>(7, 5), (97, 65)</answer>"), ("In <image>?", "No.")]
+    chat = [{"role": role, "content": text} for pair in chat for role, text in zip(("user", "assistant"), pair)]
+    chat[0]["content"] = f"<image>{chat[0]['content']}"
+    later = options([{"images": ["0.png", "1.png"], "messages": chat}])
+    assert make_cold_start(later)["left_out"] == {"images_in_later_turns": 1}
+    o = options([between])
+    make_cold_start(o)
+    assert server.seen[0].question == "Unlike this (image 2), where is thing 0?"
+    ((new,), faults) = read_examples(o.output_dir + "/cold_start.json")
+    assert not faults and new.system == "Be brief."
+    assert new.question == f"<image>Unlike this <image>, where is thing 0?{THINK_SUFFIX}"
