@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from boxgrpo.trainer.arguments import FlagParser, check_range
 from boxgrpo.trainer.data.example import Example, Fault, Refused, box_text
-from boxgrpo.trainer.data.images import image_size
+from boxgrpo.trainer.data.images import Embedded, image_size
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
@@ -59,7 +59,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         try:
             example = examples[index]
             for image in example.images:
-                if not exists(image):
+                if not isinstance(image, Embedded) and not exists(image):
                     message = f"{example.source}: there is no image at {image}. Check --image_root."
                     raise Refused("missing_image", message, example.source)
         except Refused as refused:  # `examples[index]` raises it for an image removed since the scan
@@ -97,7 +97,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
 def gold_row(example: Example, *, opened: bool) -> dict:
     """An example's gold box: source, image, `box` (0-1000), and where the image is `opened` its size and `pixels`."""
     image = example.images[example.target_image]
-    row = {"source": example.source, "image": image, "box": [*example.gold]}
+    row = {"source": example.source, "image": str(image), "box": [*example.gold]}
     with contextlib.suppress(Refused):
         if opened:
             size = image_size(image)
@@ -167,7 +167,7 @@ def table(found: dict) -> str:
 
 def main(args: list[str] | None = None) -> None:
     parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("path", type=Path, help="JSON array or JSONL file of records")
+    parser.add_argument("path", type=Path, help="JSON, JSONL or Parquet file of records, or a folder of save_to_disk")
     parser.add_argument("--schema", default="auto", choices=["auto", *SCHEMAS])
     parser.add_argument("--box_unit", default="auto", choices=["auto", *BOX_UNITS], help="unit of the gold boxes")
     parser.add_argument("--image_root", default="", help="folder of relative image paths; empty: the file's own")
@@ -187,7 +187,7 @@ def main(args: list[str] | None = None) -> None:
     if options.model:
         check_model(options.model)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # the recognised schema and the reason
-    if not options.path.is_file():
+    if not options.path.exists():
         raise ValueError(f"{options.path}: there is no such file. Name a JSON or JSONL file of records.")
     found = inspect(options.path, options)
     if options.json == "-":

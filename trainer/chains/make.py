@@ -83,6 +83,8 @@ async def make_records(
     async def outcome(index: int) -> Outcome:
         async with slots:
             example = examples[index]
+            if not all(isinstance(image, str) for image in example.images):
+                return Outcome(None, "image_without_file")  # the records to be written name files
             names = tuple(os.path.relpath(path, root) for path in example.images)
             if (same := (names, example.question, example.gold)) in seen:
                 return Outcome(None, "duplicate")

@@ -12,7 +12,7 @@ from boxgrpo.kernels import grounding_rewards, pack_texts
 
 from .boxes import gold_box
 from .example import MARK, Box, Refused, Source, check_text, checked_box
-from .images import resolve_images
+from .images import listed_images, resolve_images
 
 CHAT = ("conversations", "messages")  # keys of a chat
 Turns = tuple[tuple[str, str], ...]  # (role, text)
@@ -34,7 +34,7 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
             remedy = "Give the frames as images." if key.startswith("video") else "Remove it or the record."
             raise Refused("unused_key", f"{key} is {record[key]!r:.40}; it changes the chat and is not used. {remedy}")
     system, turns, named = _read_turns(record)
-    images = record.get("images")
+    images = listed_images(record)
     if named and images and images != named:
         raise Refused("two_image_lists", f"images is {images!r:.80}; its parts name {named!r:.80}. Remove one list.")
     fields = {"images": resolve_images(named or images, file), "system": system}

@@ -44,7 +44,7 @@ class Example:
 
     id: str
     task: str
-    images: tuple[str, ...]  # paths, resolved
+    images: tuple  # a resolved path each, or an `Embedded` (images.py)
     question: str
     gold: Box | None  # 0-1000 on the target image; needed for GRPO and evaluation
     turns: tuple[tuple[str, str], ...] = ()  # (role, text), user and assistant alternately; empty: no answer text
@@ -104,7 +104,7 @@ class Source:
     @classmethod
     def of(cls, path: Path, image_root: str | os.PathLike | None, label: str | None = None, **more) -> "Source":
         """Images are below `image_root`, which no path may leave; None: in the file's folder or anywhere else."""
-        root = os.path.abspath(path.parent if image_root is None else image_root)
+        root = os.path.abspath((path if path.is_dir() else path.parent) if image_root is None else image_root)
         return cls(path, label or path.name, root, image_root is not None, **more)
 
 

@@ -1,64 +1,161 @@
-"""Image files: a record's paths, their sizes from the headers, and loading as RGB."""
+"""Images: where a record has them, their sizes from the headers, and loading as RGB."""
 
+import base64
+import contextlib
 import functools
+import io
 import os
 import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .example import Refused, Source
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow starts another program for it
+# Not EPS: Pillow starts another program for it. AVIF and HEIF (HEIC) where this Pillow reads them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
 MIN_SIDE = 28  # pixels: one vision token is 28 x 28
 MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
 MAX_IMAGE_PIXELS = 64_000_000  # largest width x height to decode, checked by the file's header
 _PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # no part is empty or begins with a dot
+_BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/]{40,}={0,2})")
+_BASE64_STARTS = ("data:", "/9j/", "iVBORw0KGgo", "UklGR", "Qk", "R0lGOD", "SUkq", "TU0A", "AAAA")  # of the formats
+_URL = re.compile(r"([a-z][a-z0-9+-]+)://", re.IGNORECASE)
+IMAGE_KEYS = ("images", "image")  # of a record
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
-def resolve_images(images: object, file: Source, *, name: str = "images") -> tuple[str, ...]:
-    """Paths of a record's images; `name` is the record's key for them."""
-    if not isinstance(images, list) or not images:
-        raise Refused("no_images", f"{name} is {images!r:.80}; a list of at least one path is needed.")
-    root, paths = file.root, []
-    for image in images:
-        if not isinstance(image, str) or not image or "\0" in image:
-            raise Refused("no_images", f"image is {image!r:.80}; a path is needed.")
-        full = os.path.join(root, image)
-        if not _PLAIN.fullmatch(image):  # a plain path needs no resolving, and a file may name millions of images
-            # Links are not resolved: the owner of the root made them. A ".." comes from the record's author.
-            full = os.path.abspath(full)
-            if file.bounded and os.path.commonpath([root, full]) != root:
-                raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {root}. Correct it.")
-        paths.append(full)
-    return tuple(paths)
+@dataclass(frozen=True)
+class Embedded:
+    """An image whose file is in its record: its bytes, and a name for messages."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
 
 
-@functools.lru_cache(maxsize=4096)
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def listed_images(record: dict) -> list | None:
+    """The list that the record has under `images` or `image`, of one where it has a single value; None, []: no image.
+
+    Raises:
+        Refused: it has both and they differ, or it has a video.
+    """
+    for key in ("videos", "video"):
+        if record.get(key):
+            raise Refused("video", f"{key} is {record[key]!r:.80}; videos are not read. Give their frames as images.")
+    images, image = (
+        value if value is None or isinstance(value, list) else [value] for value in map(record.get, IMAGE_KEYS)
+    )
+    if images and image and images != image:
+        raise Refused("two_image_lists", f"image is {image!r:.80}, images {images!r:.80}. Remove one of them.")
+    return images or image or images
+
+
+def resolve_images(images: object, file: Source, *, name: str = "images") -> tuple[str | Embedded, ...]:
+    """A record's images, one or a list. Each is a path, a file's bytes or their base64 text, or a dictionary of these.
+
+    The dictionary has `bytes` and `path` (of which the bytes are used), or is a chat's part with `image` or
+    `image_url`. `name` is the record's key for the images.
+    """
+    images = images if isinstance(images, list) else [images]
+    if images in ([], [None]):
+        raise Refused("no_images", f"{name} is {images[0] if images else images!r}; at least one image is needed.")
+    return tuple(_resolve(image, file) for image in images)
+
+
+def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
+    if isinstance(image, dict):
+        found = next((image[key] for key in ("bytes", "path", "image", "image_url", "url") if image.get(key)), None)
+        return _resolve(found, file, str(image.get("path") or ""))
+    coded = isinstance(image, str) and image.startswith(_BASE64_STARTS)
+    if coded and (text := _BASE64.fullmatch("".join(image.split()))):
+        try:
+            image = base64.b64decode(text[1], validate=True)
+        except ValueError as error:
+            raise Refused("bad_base64", f"image {image!r:.40}... is not base64 ({error}). Write it again.") from error
+    if isinstance(image, bytes):
+        return Embedded(name or f"an image of {len(image)} bytes in the record", image)
+    if not isinstance(image, str) or not image or "\0" in image:
+        raise Refused("no_images", f"image is {image!r:.80}; a path, bytes or base64 is needed.")
+    # A plain path needs no resolving, and a file may name millions of images.
+    plain = _PLAIN.fullmatch(image) and not image.startswith("data:") and not image.lower().endswith(VIDEOS)
+    return os.path.join(file.root, image) if plain else _resolve_path(image, file)
+
+
+def _resolve_path(image: str, file: Source) -> str:
+    if image.lower().endswith(VIDEOS):
+        raise Refused("video", f"image is {image!r:.80}; videos are not read. Give its frames as images.")
+    if image.startswith("data:"):
+        raise Refused("bad_base64", f"image is {image!r:.40}...; a data URI has base64. Write it again.")
+    if (scheme := _URL.match(image)) and scheme[1].lower() != "file":
+        raise Refused("image_url", f"image is {image!r:.80}; URLs are not fetched. Download it and give its path.")
+    # Links are not resolved: the owner of the root made them. A ".." comes from the record's author.
+    full = os.path.abspath(os.path.join(file.root, unquote(image[scheme.end() :]) if scheme else image))
+    if file.bounded and os.path.commonpath([file.root, full]) != file.root:
+        raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {file.root}. Correct it.")
+    return full
+
+
+def image_size(image: str | os.PathLike | Embedded) -> tuple[int, int]:
     """Width and height in pixels from the file's header, turned upright, before `load_image` enlarges a small image."""
+    return _size(image) if isinstance(image, Embedded) else _size_of_file(image)
+
+
+def _size(image: str | os.PathLike | Embedded) -> tuple[int, int]:
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = _quarter_turned(image)
+        with _open(image) as opened:
+            width, height = opened.size
+            turned = _quarter_turned(opened)
     except FileNotFoundError as error:
-        raise Refused("missing_image", f"there is no image at {path}, whose size is needed. Fetch it.") from error
+        raise Refused("missing_image", f"there is no image at {image}, whose size is needed. Fetch it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused("image_unreadable", f"the size of {path} cannot be read ({error}). Fetch it again.") from error
+        raise Refused("image_unreadable", f"the size of {image} cannot be read ({error}). Fetch it again.") from error
     return (height, width) if turned else (width, height)
 
 
-def is_turned(path: str | os.PathLike) -> bool:
+_size_of_file = functools.lru_cache(maxsize=4096)(_size)
+
+
+def is_turned(image: str | os.PathLike | Embedded) -> bool:
     """Whether the EXIF orientation of a readable image swaps its sides."""
-    with Image.open(path, formats=FORMATS) as image:
-        return _quarter_turned(image)
+    with _open(image) as opened:
+        return _quarter_turned(opened)
 
 
 def _quarter_turned(image: Image.Image) -> bool:
     return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
+def _open(image: str | os.PathLike | Embedded) -> Image.Image:
+    """The image, not yet decoded."""
+    try:
+        return Image.open(io.BytesIO(image.content) if isinstance(image, Embedded) else image, formats=_formats())
+    except UnidentifiedImageError as error:
+        with io.BytesIO(image.content) if isinstance(image, Embedded) else Path(image).open("rb") as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp":
+            raise
+        kind, package = ("AVIF", "pillow>=11.3") if head[8:] in (b"avif", b"avis") else ("HEIC", "pillow-heif")
+        raise ValueError(f"it is {kind}, which needs `pip install '{package}'`") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that can be opened here."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def load_image(path: str | os.PathLike | Embedded) -> Image.Image:
     """Load an image as 8-bit RGB, turned upright by its EXIF orientation, with white behind transparent pixels.
 
     An image with a side under 28 pixels is enlarged until it has 28, in the same aspect ratio (as VLM-R1 does); boxes
@@ -68,10 +165,11 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         ValueError: no file, not one of `FORMATS`, truncated, too many pixels, an aspect ratio above 200, or a mode
             without a defined white (32-bit integers and floats). The message names the path and the remedy.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+    on_disk = not isinstance(path, Embedded)
+    if on_disk and os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
         raise ValueError(f"{path} is no regular file. Replace it or drop the record.")
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = _open(path)
     except FileNotFoundError as error:
         raise ValueError(f"There is no image at {path}. Check the record's path and --image_root.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -30,6 +30,7 @@ from .example import Fault, Refused, Source, parse, require_some
 from .loader import GOLD, TABLE, TURNS, Examples
 from .scan import Row, scan
 from .schemas import SCHEMAS, recognise
+from .tables import cache_folder, files_of, is_table, scan_table
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +90,9 @@ def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
     found = []
     for source in data:
         path, _, count = source.rpartition("#")
-        path, count = (path, int(count)) if count.isdigit() and path and not Path(source).is_file() else (source, None)
-        if not Path(path).is_file():
-            raise ValueError(f"data is {source}; there is no such file. Correct --data.")
+        path, count = (path, int(count)) if count.isdigit() and path and not Path(source).exists() else (source, None)
+        if not Path(path).exists():
+            raise ValueError(f"data is {source}; there is no such file or folder. Correct --data.")
         if count == 0:
             raise ValueError(f"data is {source}; at least 1 record is to be taken. Correct --data.")
         found.append((Path(path), count))
@@ -109,10 +110,12 @@ def read_examples(
     sized: bool = True,
     box_unit: str = "auto",
 ) -> tuple[Examples, list[Fault]]:
-    """Read a JSON array or JSONL file of records. Images are opened only for their size, where boxes are in pixels.
+    """Read records of a JSON array, a JSONL or Parquet file, or a folder of datasets' `save_to_disk`.
+
+    Images are opened only for their size, where boxes are or may be in pixels.
 
     Args:
-        path: the file.
+        path: the file or folder.
         schema: one of `SCHEMAS`, or "auto": the one that most of the first 1000 records fit, which is logged.
         image_root: folder that the records' image paths are relative to and must not leave. None: the file's own
             folder, and any path is allowed.
@@ -152,7 +155,7 @@ class _Scan:
 
 
 def _scan_file(file: Source) -> _Scan:
-    rows = enumerate(scan(file.path))
+    rows = enumerate(scan_table(file.path) if is_table(file.path) else scan(file.path))
     head = list(itertools.islice(rows, SNIFF_RECORDS))
     records = [row.value for _, row in head if isinstance(row.value, dict)]
     schema, notes = file.schema, []
@@ -226,15 +229,14 @@ def _cached_scan(file: Source) -> _Scan:
 
     A scan with faults of images is not cached: the images may exist later. A cache that cannot be written is no error.
     """
-    stat = file.path.stat()
-    if stat.st_size < CACHE_MIN_BYTES:
+    stats = [path.stat() for path in files_of(file.path)]
+    state = [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+    if state[0] < CACHE_MIN_BYTES:
         return _scan_file(file)
     identity = json.dumps(
         [CACHE_VERSION, str(file.path.resolve()), file.schema, file.root, file.bounded, file.sized, file.unit]
     )
-    folder = os.environ.get("BOXGRPO_CACHE") or os.path.expanduser("~/.cache/boxgrpo")
-    cache = Path(folder) / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    state = [stat.st_size, stat.st_mtime_ns]
+    cache = cache_folder() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     try:
         with np.load(cache, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())

@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 CHUNK = 8 << 20  # bytes read at once
 MAX_RECORD = 64 << 20  # bytes; an array with a longer record is treated as broken
+# The beginning of an object that holds the records: {"data": [{ or, after other values, {"version": 1, "data": [{
+_WRAPPED = re.compile(
+    r"""\{\s*(?:"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,\s*)*"(?:data|records|examples|samples|items)"\s*:\s*\[(?=\s*\{)"""
+)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -21,7 +25,9 @@ class Row(NamedTuple):
 
 
 def scan(path: Path) -> Iterator[Row]:
-    """Every record of the file, in order. A line of a JSONL file that is not JSON is a row with a fault.
+    """Every record of the file, in order: a JSON array's, also where an object holds it as `data`, or a line each.
+
+    A line that is not JSON is a row with a fault.
 
     Raises:
         ValueError: the file is not UTF-8, or a JSON array that is broken.
@@ -30,13 +36,18 @@ def scan(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         head = file.read(4096)
         text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-        if text.partition(b"\n")[0].strip() == b"{":
-            raise ValueError(f"{path} is one JSON object over several lines. Put [ before it and ] behind it.")
-        if not text.startswith(b"["):
+        wrapped = _WRAPPED.match(text.decode("latin-1"))
+        if not wrapped and text.partition(b"\n")[0].strip() == b"{":
+            raise ValueError(
+                f"{path} is one JSON object over several lines. Put [ before it and ] behind it, or name its list of "
+                "records data."
+            )
+        if not wrapped and not text.startswith(b"["):
             yield from _lines(file)
             return
         try:
-            yield from _array(file, len(head) - len(text) + 1)
+            begin = wrapped.end() if wrapped else 1
+            yield from _array(file, len(head) - len(text) + begin, inside=bool(wrapped))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}). Write the file again.") from error
         except (ValueError, RecursionError) as error:
@@ -56,8 +67,8 @@ def _lines(file) -> Iterator[Row]:
         start = stop
 
 
-def _array(file, first: int) -> Iterator[Row]:
-    """Elements of the array whose first one begins at byte `first` or after white space.
+def _array(file, first: int, *, inside: bool) -> Iterator[Row]:
+    """Elements of the array whose first one begins at byte `first` or after white space; `inside`: of an object.
 
     The text is decoded as Latin-1, one character a byte, because JSON's delimiters are ASCII: a chunk may end anywhere,
     and an index in the text is a byte in the file. An element with other characters is decoded again, as UTF-8.
@@ -88,7 +99,9 @@ def _array(file, first: int) -> Iterator[Row]:
             break
         index = end + 1
     rest = text[end + 1 :] + file.read(MAX_RECORD).decode("latin-1")
-    if (begins := _SPACE.match(rest).end()) < len(rest):
+    if inside:  # the object's other values, if any, must end it
+        json.loads('{"":0' + rest)
+    elif (begins := _SPACE.match(rest).end()) < len(rest):
         raise ValueError(f"Extra data at byte {offset + end + 1 + begins}")
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .boxes import gold_box
 from .chats import CHAT, only_marked_box, read_chat, tagged_box
 from .example import Refused, Source, check_text, is_numbers, target_image
-from .images import resolve_images
+from .images import Embedded, listed_images, resolve_images
 
 FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -52,18 +52,26 @@ def recognise(record: dict) -> str | None:
 
 def _read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
     """Read a question and its box; the format is "box" if the first image's path contains `box_only`."""
-    images = resolve_images(record.get("images"), file)
+    images = resolve_images(listed_images(record), file)
     question = check_text(record.get("question"), "question")
     # The image matters only for its size in pixels, and finding it costs time.
     target = target_image(record, question, len(images)) if file.unit in ("auto", "pixels") else 0
     gold = gold_box(record.get("answer"), images[target], file, "answer", record)
     fields = {"images": images, "question": question, "gold": gold}
-    return fields | {"answer_format": "box"} if box_only and box_only in record["images"][0] else fields
+    return fields | {"answer_format": "box"} if box_only and box_only in str(images[0]) else fields
+
+
+def _only_image(value: object, file: Source, name: str = "image_path") -> str | Embedded:
+    image, *more = resolve_images(value, file, name=name)
+    if more:
+        rule = "this form has one. Use `images`, `question` and `answer` for several"
+        raise Refused("several_images", f"{name} is {value!r:.80}; {rule}.")
+    return image
 
 
 def _read_refcoco(record: dict, file: Source) -> dict:
     """RefCOCO/+/g: `problem` and `solution`, or `expression` and `bbox` (x, y, width, height); boxes in pixels."""
-    (image,) = resolve_images([record.get("image")], file)
+    image = _only_image(listed_images(record), file, "image")
     if "expression" in record:
         box, what = record.get("bbox"), "bbox"
         if is_numbers(box) and len(box) == 4:
@@ -77,7 +85,7 @@ def _read_refcoco(record: dict, file: Source) -> dict:
 
 
 def _read_lisa(record: dict, file: Source) -> dict:
-    (image,), boxes = resolve_images([record.get("image_path")], file), record.get("boxes")
+    image, boxes = _only_image(record.get("image_path"), file), record.get("boxes")
     box = boxes[0] if isinstance(boxes, list) and boxes else boxes
     file.counts["several"] += isinstance(boxes, list) and len(boxes) > 1
     question = ON_IMAGE.format(_instruction(record, "instruction"))
@@ -85,7 +93,7 @@ def _read_lisa(record: dict, file: Source) -> dict:
 
 
 def _read_llmseg(record: dict, file: Source) -> dict:
-    (image,), box = resolve_images([record.get("image_path")], file), record.get("bbox")
+    image, box = _only_image(record.get("image_path"), file), record.get("bbox")
     if isinstance(box, list) and all(isinstance(part, list) for part in box):
         box = [value for part in box for value in part]  # a box, boxes, or two corners
         file.counts["several"] += len(box) > 4
@@ -152,8 +160,12 @@ SCHEMAS = {
     "univg_stage1": Schema(CHAT, partial(read_chat, box_in=tagged_box)),
     "mig_bench": Schema(["question answer additional_info", "question answer need_format"], _read_question),
     # The paper's code recognises its single-image RefCOCO records by this path.
-    "univg_stage2": Schema(["images question answer"], partial(_read_question, box_only="coco/train2014/COCO")),
-    "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco, unit="pixels"),
+    "univg_stage2": Schema(
+        ["images question answer", "image question answer"], partial(_read_question, box_only="coco/train2014/COCO")
+    ),
+    "refcoco": Schema(
+        ["image problem solution", "images problem solution", "image expression bbox"], _read_refcoco, unit="pixels"
+    ),
     "lisa": Schema(["image_path instruction boxes"], _read_lisa, unit="pixels"),
     "llmseg": Schema(["image_path question bbox"], _read_llmseg, unit="pixels"),
     "reasonvos": Schema(["image_list question bbox_list"], partial(_read_video, key="image_list"), unit="pixels"),

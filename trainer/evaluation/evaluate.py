@@ -181,7 +181,7 @@ def read_predictions(options: EvalOptions, examples: Sequence[Example], faults: 
     path = Path(options.predictions)
     texts = _read_texts(path)
     records = len(examples) + len(faults)
-    whole = len(options.data) == 1 and Path(options.data[0]).is_file()  # not a part, such as file.json#7000
+    whole = len(options.data) == 1 and Path(options.data[0]).exists()  # not a part, such as file.json#7000
     if len(texts) != len(examples) and not (whole and len(texts) == records):
         raise ValueError(
             f"{path} holds {len(texts)} answers; {', '.join(options.data)} has {records} records, of which "

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from boxgrpo.trainer.data import readers
+from boxgrpo.trainer.data import images, readers
 from boxgrpo.trainer.data.example import Source
-from boxgrpo.trainer.data.images import image_size, resolve_images
+from boxgrpo.trainer.data.images import resolve_images
 from boxgrpo.trainer.data.readers import read_examples, read_usable
 from boxgrpo.trainer.data.scan import scan
 
@@ -276,7 +276,7 @@ def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
         examples, faults = read_examples(path)
         assert len(examples) == 1 and not faults
     (tmp_path / "photo.jpg").unlink()
-    image_size.cache_clear()  # as in the next process
+    images._size_of_file.cache_clear()  # as in the next process
     with pytest.raises(ValueError, match=r"data\.json#0: .*there is no image at .*photo\.jpg"):
         read_examples(path)[0][0]
 

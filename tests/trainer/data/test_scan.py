@@ -81,3 +81,35 @@ def test_nesting_without_end_is_refused(tmp_path):
     path.write_text("[" * 200_000)
     with pytest.raises(ValueError, match="is not JSON"):
         list(scan(path))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"data": 0},
+        {"version": "1.0", "count": 2, "final": True, "data": 0},
+        {"records": 0, "license": {"by": ["x"]}},
+    ],
+    ids=str,
+)
+def test_an_object_may_hold_the_records(tmp_path, monkeypatch, around, indent, chunk):
+    """Case 24: {"data": [...]} in one file, on one line or many, with other values before and behind it."""
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    wanted = [{"images": ["ä.png"], "data": [{}]}, {"n": 2}]
+    around = {key: value or wanted for key, value in around.items()}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(around, indent=indent, ensure_ascii=False))
+    rows, raw = list(scan(path)), path.read_bytes()
+    assert [row.value for row in rows] == wanted == [json.loads(raw[row.start : row.stop]) for row in rows]
+    path.write_text(path.read_text()[:-1])
+    with pytest.raises(ValueError, match=r"a\.json is not JSON"):
+        list(scan(path))
+
+
+def test_a_chat_in_each_line_is_no_such_object(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [{"messages": [{"role": "user"}]}, {"data": 3}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [row.value for row in scan(path)] == lines
