@@ -78,7 +78,7 @@ class InputOptions:
     model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "JSON or JSONL files of records; file.json#7000 takes 7000 of them, drawn by the seed."},
+        metadata={"help": "JSON, JSONL, Parquet or datasets folders; file.json#7000 takes 7000 records, by the seed."},
     )
     schema: str = option("auto", f"Format of the records: auto, {', '.join(SCHEMAS)}.")
     box_unit: str = option("auto", f"Unit of the records' gold boxes: auto (by the file), {', '.join(BOX_UNITS)}.")

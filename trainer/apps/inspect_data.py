@@ -151,7 +151,7 @@ def table(found: dict) -> str:
         f"{found['gold_boxes']} with a gold box, {found['chats']} with answers; images a record: {images}",
     ]
     if found["first_boxes"]:
-        lines += ["", f"gold boxes, in the file in {found['box_unit']}; the first of them, 0-1000 and in pixels"]
+        lines += ["", f"gold boxes, written in {found['box_unit']}; the first of them on 0-1000 and in pixels"]
     for row in found["first_boxes"]:
         shown = f", pixels {row['pixels']} of {row['size'][0]} x {row['size'][1]}" if "pixels" in row else ""
         lines.append(f"  {row['source']}: {box_text(row['box'])}{shown} in {row['image']}")

@@ -51,7 +51,7 @@ class CotOptions:
     model: str = option("", "Name of the model that writes the chains.")
     judge_model: str = option("", "Name of the model that chooses the best chain; empty: --model.")
     judge_base_url: str = option("", "Server of the judge, with its key in JUDGE_API_KEY; empty: --base_url.")
-    data: str = option("", "JSON or JSONL file of records with gold boxes.")
+    data: str = option("", "JSON, JSONL or Parquet file of records with gold boxes.")
     schema: str = option("auto", "Format of the records; auto: it is recognised, and the log names it.")
     box_unit: str = option("auto", f"Unit of the gold boxes: auto (by the file), {', '.join(BOX_UNITS)}.")
     image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")

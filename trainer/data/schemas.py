@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .boxes import gold_box
 from .chats import CHAT, only_marked_box, read_chat, tagged_box
 from .example import Refused, Source, check_text, is_numbers, target_image
-from .images import Embedded, listed_images, resolve_images
+from .images import IMAGE_KEYS, Embedded, listed_images, resolve_images
 
 FRAMES, TARGET_FRAME = 6, 2  # frames used of a video, and the index of the one with the box
 ON_IMAGE = "Output the bounding box in the image corresponding to the instruction: {}."
@@ -27,15 +27,16 @@ DESCRIBED = "Please provide the bounding box coordinate of the region this sente
 class Schema(NamedTuple):
     """How to recognise a record format and how to read it."""
 
-    keys: Sequence[str]  # alternatives: the keys that a record must have, separated by spaces
+    keys: Sequence[str]  # alternatives: the keys that a record must have; `image` and `images` are one
     read: Callable[[dict, Source], dict]  # returns fields of the `Example`
     mark: str = ""  # must occur in the values of these keys
     unit: str = "thousandths"  # of its published gold boxes
 
     def fits(self, record: dict) -> bool:
+        have = {*record, *IMAGE_KEYS} if not record.keys().isdisjoint(IMAGE_KEYS) else record.keys()
         for names in self.keys:
-            if record.keys() >= set(keys := names.split()):
-                return self.mark in str([record[key] for key in keys])
+            if have >= set(keys := names.split()):
+                return not self.mark or self.mark in str([record.get(key) for key in keys])
         return False
 
     def __str__(self) -> str:
@@ -160,12 +161,8 @@ SCHEMAS = {
     "univg_stage1": Schema(CHAT, partial(read_chat, box_in=tagged_box)),
     "mig_bench": Schema(["question answer additional_info", "question answer need_format"], _read_question),
     # The paper's code recognises its single-image RefCOCO records by this path.
-    "univg_stage2": Schema(
-        ["images question answer", "image question answer"], partial(_read_question, box_only="coco/train2014/COCO")
-    ),
-    "refcoco": Schema(
-        ["image problem solution", "images problem solution", "image expression bbox"], _read_refcoco, unit="pixels"
-    ),
+    "univg_stage2": Schema(["images question answer"], partial(_read_question, box_only="coco/train2014/COCO")),
+    "refcoco": Schema(["image problem solution", "image expression bbox"], _read_refcoco, unit="pixels"),
     "lisa": Schema(["image_path instruction boxes"], _read_lisa, unit="pixels"),
     "llmseg": Schema(["image_path question bbox"], _read_llmseg, unit="pixels"),
     "reasonvos": Schema(["image_list question bbox_list"], partial(_read_video, key="image_list"), unit="pixels"),

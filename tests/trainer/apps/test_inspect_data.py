@@ -89,7 +89,7 @@ def test_the_first_gold_boxes_are_shown(write, tmp_path, capsys):
     assert found_in(capsys, data, "--box_unit", "pixels", "--no_images")["box_unit"] == "pixels"
     inspect_data.main([str(data)])
     shown = capsys.readouterr().out
-    assert "gold boxes, in the file in fractions" in shown
+    assert "gold boxes, written in fractions" in shown
     assert "data.json#0: (250, 250), (500, 500), pixels [28, 14, 56, 28] of 112 x 56 in " in shown
 
 

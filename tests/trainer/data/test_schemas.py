@@ -1,9 +1,14 @@
 """Each data set's published record becomes the example it means."""
 
+import re
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from boxgrpo.trainer.data.readers import read_examples
+
+GUIDE = Path(__file__).parents[3] / "docs/data.md"
 
 
 @pytest.fixture
@@ -128,3 +133,27 @@ def test_faulty_records_of_every_set_are_named(write, photo, tmp_path, record, r
     examples, (fault,) = read_examples(write([record]), image_root=tmp_path, min_usable=0)
     assert len(examples) == 0 and fault.reason == reason, fault
     assert fault.message.startswith("data.json#0: ")
+
+
+def test_the_guides_records_are_read(tmp_path):
+    """Each line of docs/data.md's block of forms, in the order of its sentence, with one and the same gold box."""
+    (block,) = re.findall(r"```jsonl\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    order = "univg_stage2 univg_stage1 mgrounding mig_bench refcoco refcoco lisa llmseg reasonvos revos".split()
+    (tmp_path / "clip").mkdir()
+    for name in ("a.png", "b.png", "clip/0.png", "clip/1.png", "clip/2.png"):
+        Image.new("RGB", (640, 480)).save(tmp_path / name)
+    for schema, line in zip(order, block.splitlines(), strict=True):
+        (tmp_path / "data.jsonl").write_text(line)
+        example, found = only(tmp_path / "data.jsonl")
+        assert (found, example.gold) == (schema, (125, 250, 500, 750)), line
+
+
+def test_the_guides_own_data_is_read(tmp_path, monkeypatch):
+    """The program under "Your own data in five lines" writes what `--box_unit pixels` reads."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    exec(program, {})
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (400, 400)).save(tmp_path / "photos/1.jpg")
+    example, schema = only(tmp_path / "mine.jsonl", box_unit="pixels")
+    assert schema == "univg_stage2" and example.gold == (30, 100, 525, 750) and example.answer_format == "think"
