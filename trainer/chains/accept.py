@@ -22,7 +22,7 @@ from jinja2 import Template
 from tqdm import tqdm
 
 from boxgrpo.trainer.arguments import check_options, option, parse
-from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, is_numbers, plain_text
+from boxgrpo.trainer.data.example import THINK_SUFFIX, Example, is_numbers, number_images
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.scan import scan
 from boxgrpo.trainer.evaluation.pictures import annotate_example
@@ -112,7 +112,7 @@ def write_sheet(o: AcceptOptions) -> int:
         boxes = {"gold": gold.get(example.source, example.gold), "predicted": example.gold}  # the box of the answer
         annotate_example(example, **boxes, reasoning="").save(folder / name, quality=88)
         (_, question), (_, answer), *_ = example.turns
-        question = plain_text(question).removesuffix(THINK_SUFFIX)
+        question = number_images(question).removesuffix(THINK_SUFFIX)
         chosen.append({"number": k, "task": example.task, "picture": name, "question": question, "answer": answer})
     sheet = {"digest": digest, "share": o.share, "seed": o.seed}
     page = Template(PAGE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)

@@ -5,7 +5,6 @@ of a prompt its answers are requested again.
 """
 
 import asyncio
-import itertools
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
-from boxgrpo.trainer.data.example import MARK, THINK_SUFFIX, Example, asked, box_text
+from boxgrpo.trainer.data.example import MARK, THINK_SUFFIX, Example, asked, box_text, number_images
 
 from .ask import TRUNCATED, RecordImages, Requester
 
@@ -38,13 +37,6 @@ def render_prompt(kind: str, question: str, box: Sequence[float], images: int, c
     words = {"images": "an image", "them": "it"} if images == 1 else {"images": f"{images} images", "them": "them"}
     template = PROMPTS.get_template(f"{kind}.txt")
     return template.render(question=question, box=box_text(box), chains=chains, **words)
-
-
-def number_images(question: str) -> str:
-    """The question without the marks that it begins with. Of the later ones the third image's is `(image 3)`."""
-    first, rest = re.fullmatch(f"((?:{MARK})*)(.*)", question, re.DOTALL).groups()
-    numbers = itertools.count(first.count(MARK) + 1)
-    return re.sub(MARK, lambda _: f"(image {next(numbers)})", rest)
 
 
 def check_chains(texts: Sequence[str], gold: Sequence[float], min_iou: float) -> tuple[list[str], list[float]]:

@@ -18,9 +18,11 @@ CHAT = ("conversations", "messages")  # keys of a chat
 Turns = tuple[tuple[str, str], ...]  # (role, text)
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _IMAGE_KEYS = {"image", "image_url", "path", "url"}  # of a part: what names the image
-_LABELS = {"id", "index", "timestamp"}  # keys of a turn that change nothing
-# Keys of a record that change what its chat means. Any other key is a label of the record.
-_CHANGING = frozenset("tools functions videos video audios audio history chosen rejected rejected_response".split())
+_LABELS = {"id", "index", "name", "timestamp"}  # keys of a turn that change nothing
+# Keys of a record that change what its chat means, `label` if it is true or false. Any other key only describes it.
+_CHANGING = "tools functions documents chat_template_kwargs videos video audios audio history"
+_CHANGING = frozenset(f"{_CHANGING} chosen rejected rejected_response rejected_images kto_tag label".split())
+_EMPTY = (None, "", [], {})
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 _PLACEHOLDER = re.compile("<ref-object>|<bbox>(?!.*</bbox>)", re.DOTALL)  # <bbox>…</bbox> holds its own box
 # Units of boxes in `objects`, by ms-swift's names for them and those of its version 2.
@@ -30,7 +32,7 @@ _UNITS = {"real": "pixels", "norm1": "fractions", "norm_1": "fractions", "norm_1
 def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None]) -> dict:
     """Fields of the Example. A first question without an image has no gold box."""
     for key in sorted(_CHANGING & record.keys()):
-        if record[key]:
+        if record[key] not in _EMPTY and (key != "label" or isinstance(record[key], bool)):
             remedy = "Give the frames as images." if key.startswith("video") else "Remove it or the record."
             raise Refused("unused_key", f"{key} is {record[key]!r:.40}; it changes the chat and is not used. {remedy}")
     system, turns, named = _read_turns(record)
@@ -61,7 +63,7 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
         keys = "role" if "role" in turn else "from", "content" if "content" in turn else "value"
         role, content = map(turn.get, keys)
         for key in turn.keys() - {*keys, *_LABELS} if len(turn) > 2 else ():
-            if turn[key] not in (None, "", [], {}):
+            if turn[key] not in _EMPTY:
                 rule = f"only {keys[0]} and {keys[1]} are used"
                 raise Refused("unused_key", f"turn {index} has {key}: {turn[key]!r:.40}; {rule}. Remove it.")
         text = _text_of_parts(content, images, index) if isinstance(content, list) else content

@@ -1,5 +1,6 @@
 """`Example`, the parsed form of every record, and the checks of a record's texts, paths and boxes."""
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -125,6 +126,13 @@ def asked(question: str, *, prefix: str = "", suffix: str = "") -> str:
     """The question between prefix and suffix. Images that it begins with stand first, without white space."""
     start = _FIRST_MARKS.match(question).end()
     return MARK * question.count(MARK, 0, start) + prefix + question[start:].strip() + suffix
+
+
+def number_images(question: str) -> str:
+    """The question without the images that it begins with. Of the later ones the third is named `(image 3)`."""
+    start = _FIRST_MARKS.match(question).end()
+    numbers = itertools.count(question.count(MARK, 0, start) + 1)
+    return re.sub(MARK, lambda _: f"(image {next(numbers)})", question[start:].strip())
 
 
 def check_text(value: object, name: str, *, image_alone: bool = False) -> str:

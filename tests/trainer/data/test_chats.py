@@ -173,6 +173,7 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (chat("Where?", BOX, tools=[{"name": "zoom"}]), "unused_key", "tools is [{'name': 'zoom'}]"),
         (chat("Where?", BOX, videos=["a.mp4"]), "unused_key", "Give the frames as images."),
         (chat("Where?", BOX, rejected_response="No."), "unused_key", "rejected_response is 'No.'"),
+        (chat("Where?", BOX, label=False), "unused_key", "label is False"),
         (chat("a?", BOX) | {"messages": [USER, UNLEARNED]}, "unused_key", "has loss: False; only from and value"),
         (chat([image("a.png") | {"max_pixels": 9}, said("?")], BOX), "bad_part", "'image' and has image, max_pixels;"),
         (chat([{"type": "video", "video": "a.mp4"}, said("?")], BOX), "bad_part", "of type 'video'"),
@@ -194,7 +195,15 @@ def test_what_would_change_a_chat_is_refused_by_name(refused, folder, record, re
 
 
 def test_labels_of_a_record_are_ignored(read):
-    labels = {"source": "web", "quality": 0.5, "tools": None, "videos": [], "rejected": "", "height": 56}
+    labels = {
+        "source": "web",
+        "label": "cup",
+        "quality": 0.5,
+        "tools": None,
+        "videos": [],
+        "rejected": "",
+        "height": 56,
+    }
     record = chat("Where?", BOX, **labels)
     record["messages"][0] |= {"id": 7, "tool_calls": []}
     assert read(record)[0].turns == (("user", "Where?"), ("assistant", BOX))
