@@ -123,8 +123,8 @@ def test_case_14_content_parts_name_their_images_in_place(read):
 
 
 def swift(answer, objects, **keys):
-    question = "<image><image>Find the <ref-object>."
-    return chat(question, answer, images=("a.png", "b.png"), objects=objects, **keys)
+    question = "<image><image><image>Find the <ref-object>."
+    return chat(question, answer, images=("a.png", "b.png", "c.png"), objects=objects, **keys)
 
 
 @pytest.mark.parametrize(
@@ -142,23 +142,25 @@ def test_placeholders_are_filled_from_objects(read, folder, objects):
     end = 501 if "70.2" in str(objects) else 500
     box = f"<|box_start|>(250,100),(750,{end})<|box_end|>"
     example, _ = read(swift("It is at <bbox>.", objects))
-    find = "<image><image>Find the <|object_ref_start|>red cup<|object_ref_end|>."
+    find = "<image><image><image>Find the <|object_ref_start|>red cup<|object_ref_end|>."
     assert example.turns == (("user", find), ("assistant", f"It is at {box}."))
     assert example.gold == (250, 100, 750, end) and example.target_image == 1
 
 
 def test_objects_fill_in_order_through_all_turns(read, folder):
     objects = {"ref": ["cup", "box"], "bbox": [[0, 0, 28, 28], [28, 28, 56, 56], [56, 0, 112, 56]]}
+    objects["image_id"] = [1, 0, 1]
     first, second = "<|box_start|>(0,0),(250,500)<|box_end|>", "<|box_start|>(250,500),(500,1000)<|box_end|>"
     third = "<|box_start|>(500,0),(1000,1000)<|box_end|>"
-    example, _ = read(chat("Not <bbox>: <ref-object>", "<bbox>", "<ref-object>", "<bbox>", objects=objects))
+    texts, twice = ["Not <bbox>: <ref-object>", "<bbox>", "<ref-object>", "<bbox>"], ("a.png", "a.png")
+    example, _ = read(chat(*texts, images=twice, objects=objects))
     assert [text for _, text in example.turns] == [
         f"Not {first}: <|object_ref_start|>cup<|object_ref_end|>",
         second,
         "<|object_ref_start|>box<|object_ref_end|>",
         third,
     ]
-    assert example.gold == (250, 500, 500, 1000)
+    assert example.gold == (250, 500, 500, 1000) and example.target_image == 0
     # Without a placeholder they are an annotation, and <bbox> with an end of its own is text.
     assert read(chat("Where?", BOX, objects=objects))[0].turns[1] == ("assistant", BOX)
     assert read(chat("Where?", "<bbox>1,2,3,4</bbox>"))[0].turns[1][1] == "<bbox>1,2,3,4</bbox>"
@@ -177,13 +179,14 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (chat("a?", BOX) | {"messages": [USER, UNLEARNED]}, "unused_key", "has loss: False; only from and value"),
         (chat([image("a.png") | {"max_pixels": 9}, said("?")], BOX), "bad_part", "'image' and has image, max_pixels;"),
         (chat([{"type": "video", "video": "a.mp4"}, said("?")], BOX), "bad_part", "of type 'video'"),
+        (chat([image("a.png") | {"url": "b.png"}, said("?")], BOX), "bad_part", "has image, url;"),
         (chat(["Where?"], BOX), "bad_part", "of type None and has nothing else"),
         (chat([image("a.png"), said("?")], BOX, images=("b.png",)), "two_image_lists", "['b.png']"),
         (chat("a?", BOX, conversations=chat("b?", BOX)["messages"]), "two_chats", "messages and conversations differ"),
         (chat("Where?", "<bbox>"), "no_objects", "objects is None"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": []}), "bad_objects", "1 placeholders <bbox> and objects has 0"),
         (swift("<bbox>", {"ref": [], "bbox": [[1, 2, 3, 4]]}), "bad_objects", "1 placeholders <ref-object>"),
-        (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [2]}), "bad_objects", "of image 2"),
+        (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [3]}), "bad_objects", "of image 3"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "bbox_type": "percent"}), "bad_objects", "'percent'"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2]]}), "box_length", "bbox of objects is [1, 2]"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 300, 4]]}), "box_outside", "300"),
@@ -195,16 +198,8 @@ def test_what_would_change_a_chat_is_refused_by_name(refused, folder, record, re
 
 
 def test_labels_of_a_record_are_ignored(read):
-    labels = {
-        "source": "web",
-        "label": "cup",
-        "quality": 0.5,
-        "tools": None,
-        "videos": [],
-        "rejected": "",
-        "height": 56,
-    }
-    record = chat("Where?", BOX, **labels)
+    empty = {"tools": None, "videos": [], "rejected": ""}
+    record = chat("Where?", BOX, source="web", label="cup", quality=0.5, height=56, **empty)
     record["messages"][0] |= {"id": 7, "tool_calls": []}
     assert read(record)[0].turns == (("user", "Where?"), ("assistant", BOX))
 
