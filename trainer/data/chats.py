@@ -20,8 +20,8 @@ _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "ass
 _IMAGE_KEYS = {"image", "image_url", "path", "url"}  # of a part: what names the image
 _LABELS = {"id", "index", "name", "timestamp"}  # keys of a turn that change nothing
 # Keys of a record that change what its chat means, `label` if it is true or false. Any other key only describes it.
-_CHANGING = "tools functions documents chat_template_kwargs videos video audios audio history"
-_CHANGING = frozenset(f"{_CHANGING} chosen rejected rejected_response rejected_images kto_tag label".split())
+_CHANGING = "tools functions documents chat_template_kwargs audios audio history chosen rejected rejected_response"
+_CHANGING = frozenset(f"{_CHANGING} rejected_images kto_tag label".split())
 _EMPTY = (None, "", [], {})
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 _PLACEHOLDER = re.compile("<ref-object>|<bbox>(?!.*</bbox>)", re.DOTALL)  # <bbox>…</bbox> holds its own box
@@ -33,8 +33,8 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
     """Fields of the Example. A first question without an image has no gold box."""
     for key in sorted(_CHANGING & record.keys()):
         if record[key] not in _EMPTY and (key != "label" or isinstance(record[key], bool)):
-            remedy = "Give the frames as images." if key.startswith("video") else "Remove it or the record."
-            raise Refused("unused_key", f"{key} is {record[key]!r:.40}; it changes the chat and is not used. {remedy}")
+            rule = "it changes the chat and is not used"
+            raise Refused("unused_key", f"{key} is {record[key]!r:.40}; {rule}. Remove it or the record.")
     system, turns, named = _read_turns(record)
     images = listed_images(record)
     if named and images and images != named:
@@ -90,8 +90,7 @@ def _text_of_parts(parts: list, images: list, turn: int) -> str:
         if kind == "text" and given.keys() == {"text"} and isinstance(given["text"], str):
             text += given["text"]
         elif kind in ("image", "image_url") and len(given) <= 1 and given.keys() <= _IMAGE_KEYS:
-            for image in given.values():
-                images.append(image["url"] if isinstance(image, dict) and "url" in image else image)
+            images += given.values()
             text += MARK
         else:
             rule = 'a part is {"type": "text", "text": ...} or {"type": "image", "image": ...}'

@@ -173,7 +173,7 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
     ("record", "reason", "named"),
     [
         (chat("Where?", BOX, tools=[{"name": "zoom"}]), "unused_key", "tools is [{'name': 'zoom'}]"),
-        (chat("Where?", BOX, videos=["a.mp4"]), "unused_key", "Give the frames as images."),
+        (chat("Where?", BOX, videos=["a.mp4"]), "video", "videos are not read. Give their frames as images."),
         (chat("Where?", BOX, rejected_response="No."), "unused_key", "rejected_response is 'No.'"),
         (chat("Where?", BOX, label=False), "unused_key", "label is False"),
         (chat("a?", BOX) | {"messages": [USER, UNLEARNED]}, "unused_key", "has loss: False; only from and value"),
