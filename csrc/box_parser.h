@@ -1,5 +1,5 @@
-// Reads a completion's answer in one pass over its bytes: the spans of think and answer, the box, the format; and the
-// box's overlap with gold. One source for the CPU and for CUDA: no torch, no STL, no allocation, no regular expression.
+// Reads a completion's answer in one pass over its bytes: the spans of think and answer, the box, the format. One source
+// for the CPU and for CUDA: no torch, no STL, no allocation, no regular expression.
 //
 // What it finds is what the regular expressions of kernels/rewards.py find, byte for byte: the tests fuzz the two
 // against each other.
@@ -23,6 +23,7 @@ namespace boxgrpo {
 enum Format : uint8_t { kThink, kBox, kMarked, kList, kFractions, kFormats };
 
 constexpr uint32_t kCoordinateLimit = 2147483647;  // larger numbers saturate here
+constexpr uint32_t kExponentLimit = 63;            // and exponents here, in 6 bits of marks_
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "find() takes a word's first byte from its low end");
 
@@ -66,9 +67,8 @@ BOXGRPO_HD const uint8_t* find(const uint8_t* p, const uint8_t* end, uint8_t one
 class BoxParser {
  public:
   BOXGRPO_HD explicit BoxParser(uint8_t format)
-      : shape_(format < kList    ? "(9~,_9~),_(9~,_9~)"
-               : format == kList ? "[_9~,_9~,_9~,_9~_]"
-                                 : "[_9~.8:,_9~.8:,_9~.8:,_9~.8:_]"),
+      : shape_(format < kList ? "(9~,_9~),_(9~,_9~)"
+                              : "[_\"-9~.8:e+7;\",_\"-9~.8:e+7;\",_\"-9~.8:e+7;\",_\"-9~.8:e+7;\"_]"),
         format_(format),
         searching_(format != kThink && format != kMarked) {}
 
@@ -110,9 +110,12 @@ class BoxParser {
   // Coordinate k of the box, in 0-1000 or as written where that is not the format's scale; 0 where none was found.
   BOXGRPO_HD float coordinate(int k) const {
     if (!found()) return 0;
-    if (format_ != kFractions) return static_cast<float>(whole_part_[k]);
-    const double thousandths = static_cast<double>(whole_part_[k] * uint64_t{1000000000} + decimals_[k]) / 1e6;
-    return static_cast<float>(thousandths < kCoordinateLimit ? thousandths : kCoordinateLimit);
+    const double unit = format_ == kFractions ? 1000 : 1;
+    double value = whole_part_[k] * unit + decimals_[k] * 1e-9 * unit;
+    const uint32_t marks = marks_ >> 8 * k;
+    for (uint32_t e = marks & kExponentLimit; e > 0; --e) value *= marks & 64 ? 0.1 : 10;
+    value = value < kCoordinateLimit ? value : kCoordinateLimit;
+    return static_cast<float>(marks & 128 ? -value : value);
   }
 
   // Think start, think end, answer start, answer end.
@@ -200,21 +203,31 @@ class BoxParser {
           if (digit > 9) continue;
           add_digit(digit);
           return true;
-        case '.':
-          if (byte != '.') {
-            at_ += 2;
-            continue;
-          }
-          ++at_;
-          return true;
         case '8':
+        case '7':
           if (digit > 9) return false;
-          add_decimal(digit);
+          want == '8' ? add_decimal(digit) : add_exponent(digit);
           ++at_;
           return true;
         case ':':
+        case ';':
           if (digit > 9) continue;
-          add_decimal(digit);
+          want == ':' ? add_decimal(digit) : add_exponent(digit);
+          return true;
+        case '-':
+        case '+':
+          minus_ = byte == '-';
+          if (byte != '-' && byte != want) continue;
+          ++at_;
+          return true;
+        case '"':
+        case '.':
+        case 'e':
+          if (byte != want && (want != 'e' || byte != 'E')) {
+            at_ += want == '"' ? 0 : want == '.' ? 2 : 3;
+            continue;
+          }
+          ++at_;
           return true;
         case '_':
           if (!is_space(byte)) continue;
@@ -283,6 +296,7 @@ class BoxParser {
       decimals_[k] = decimals_[k + 1];
     }
     whole_part_[3] = decimals_[3] = 0;
+    marks_ = marks_ >> 8 | uint32_t{minus_} << 31;
     unit_ = 100000000;
   }
 
@@ -298,8 +312,15 @@ class BoxParser {
     unit_ /= 10;  // 0 from the tenth on
   }
 
+  BOXGRPO_HD void add_exponent(uint32_t digit) {
+    if (have_box_) return;
+    const uint32_t value = (marks_ >> 24 & kExponentLimit) * 10 + digit;
+    marks_ = (marks_ & 0x80ffffff) | uint32_t{minus_} << 30 | (value < kExponentLimit ? value : kExponentLimit) << 24;
+  }
+
   // A box in its format. 9 is a number's first digit, ~ its others; . may be a point, 8 is then the first decimal and
-  // : the others; _ is any white space; the rest stands for itself.
+  // : the others; e may be e or E, 7 is then the exponent's first digit and ; the others; -, + and " may be there (for
+  // + also a minus); _ is any white space; the rest stands for itself.
   const char* shape_;
   uint8_t format_;
   bool searching_;         // an open() anywhere begins a box
@@ -312,25 +333,8 @@ class BoxParser {
   int32_t think_[2] = {-1, -1}, answer_[2] = {-1, -1};
   int32_t whole_ = -1;  // where the last well-formed answer ended
   uint32_t whole_part_[4] = {0, 0, 0, 0}, decimals_[4] = {0, 0, 0, 0}, unit_ = 0;
+  uint32_t marks_ = 0;  // a byte a number, the last one's highest: exponent (6 bits), its minus, the number's minus
+  bool minus_ = false;  // of the number or exponent that is being read
 };
-
-// IoU of two boxes x1 y1 x2 y2, or GIoU; see kernels/boxes.py. In fp64, where no area of fp32 boxes overflows.
-BOXGRPO_HD float iou_of(const float* a, const float* b, bool generalized) {
-  const double ax = static_cast<double>(a[2]) - a[0], ay = static_cast<double>(a[3]) - a[1];
-  const double bx = static_cast<double>(b[2]) - b[0], by = static_cast<double>(b[3]) - b[1];
-  const double left = a[0] > b[0] ? a[0] : b[0], right = a[2] < b[2] ? a[2] : b[2];
-  const double top = a[1] > b[1] ? a[1] : b[1], bottom = a[3] < b[3] ? a[3] : b[3];
-  const double overlap = right > left && bottom > top ? (right - left) * (bottom - top) : 0;
-  const double both = ax * ay + bx * by - overlap;
-  // False, too, where a coordinate is infinite or not a number.
-  const bool proper = ax > 0 && ay > 0 && bx > 0 && by > 0 && both < 1e300;
-  if (!proper) return generalized ? -1.0f : 0.0f;
-  const double iou = overlap < both ? overlap / both : 1;
-  if (!generalized) return static_cast<float>(iou);
-  const double width = (a[2] > b[2] ? a[2] : b[2]) - static_cast<double>(a[0] < b[0] ? a[0] : b[0]);
-  const double height = (a[3] > b[3] ? a[3] : b[3]) - static_cast<double>(a[1] < b[1] ? a[1] : b[1]);
-  const double hull = width * height;
-  return static_cast<float>(both < hull ? iou - (hull - both) / hull : iou);
-}
 
 }  // namespace boxgrpo

@@ -45,6 +45,25 @@ struct Tokens {
   }
 };
 
+// IoU of two boxes x1 y1 x2 y2, or GIoU; see kernels/boxes.py. In fp64, where no area of fp32 boxes overflows.
+BOXGRPO_HD float iou_of(const float* a, const float* b, bool generalized) {
+  const double ax = static_cast<double>(a[2]) - a[0], ay = static_cast<double>(a[3]) - a[1];
+  const double bx = static_cast<double>(b[2]) - b[0], by = static_cast<double>(b[3]) - b[1];
+  const double left = a[0] > b[0] ? a[0] : b[0], right = a[2] < b[2] ? a[2] : b[2];
+  const double top = a[1] > b[1] ? a[1] : b[1], bottom = a[3] < b[3] ? a[3] : b[3];
+  const double overlap = right > left && bottom > top ? (right - left) * (bottom - top) : 0;
+  const double both = ax * ay + bx * by - overlap;
+  // False, too, where a coordinate is infinite or not a number.
+  const bool proper = ax > 0 && ay > 0 && bx > 0 && by > 0 && both < 1e300;
+  if (!proper) return generalized ? -1.0f : 0.0f;
+  const double iou = overlap < both ? overlap / both : 1;
+  if (!generalized) return static_cast<float>(iou);
+  const double width = (a[2] > b[2] ? a[2] : b[2]) - static_cast<double>(a[0] < b[0] ? a[0] : b[0]);
+  const double height = (a[3] > b[3] ? a[3] : b[3]) - static_cast<double>(a[1] < b[1] ? a[1] : b[1]);
+  const double hull = width * height;
+  return static_cast<float>(both < hull ? iou - (hull - both) / hull : iou);
+}
+
 struct Rewards {
   const float* gold;       // (n, 4)
   const uint8_t* formats;  // (n)

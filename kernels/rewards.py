@@ -15,13 +15,14 @@ from .vocabulary import EOS, MARK, VocabularyBytes, unpack_entries
 FORMATS = FORMAT_THINK, FORMAT_BOX, FORMAT_MARKED, FORMAT_LIST, FORMAT_FRACTIONS = range(5)
 ANSWER_FORMATS = dict(zip(("think", "box", "marked", "list", "fractions"), FORMATS))  # codes of `answer_format`
 COORDINATE_LIMIT = 2**31 - 1  # larger numbers are read as this one
+EXPONENT_LIMIT = 63  # likewise; beyond it any number but 0 is over COORDINATE_LIMIT, or 0 in fp32
 
 _BOX = rb"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"
+_NUMBERS = rb",\s*".join([rb'"?(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"?'] * 4)
 _UNTAGGED = {  # patterns of the formats whose box may be anywhere in the text
     FORMAT_BOX: _BOX,
     FORMAT_MARKED: rb"<\|box_start\|>" + _BOX + rb"<\|box_end\|>",
-    FORMAT_LIST: rb"\[\s*" + rb",\s*".join([rb"(\d+)"] * 4) + rb"\s*\]",
-    FORMAT_FRACTIONS: rb"\[\s*" + rb",\s*".join([rb"(\d+(?:\.\d+)?)"] * 4) + rb"\s*\]",
+    **dict.fromkeys((FORMAT_LIST, FORMAT_FRACTIONS), rb"\[\s*" + _NUMBERS + rb"\s*\]"),
 }
 _DOTALL_ASCII = re.DOTALL | re.ASCII
 
@@ -54,15 +55,15 @@ def grounding_rewards(
     """Score n answers against their gold boxes, in one pass over their bytes.
 
     The answer formats, and which box each reads. Digits and white space are ASCII; numbers above COORDINATE_LIMIT
-    are read as COORDINATE_LIMIT:
+    are read as COORDINATE_LIMIT, those below its negative as its negative:
 
     - "think": `<think>…</think>` and, with white space between or none, `<answer>(x1, y1), (x2, y2)</answer>` at the
       end, or before one last newline, has a format reward of 1. The box is the first in the first `<answer>…</answer>`.
     - "box": the first `(x1, y1), (x2, y2)` of the text.
     - "marked": the first `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, as Qwen2-VL writes it.
-    - "list": the first `[x1, y1, x2, y2]`, white space allowed inside the brackets and behind the commas.
-    - "fractions": such a list of fractions of the image, digits with or without a point and further digits (`0.25`,
-      `1`; not `.5`, `-0.1` or `1e-3`). Decimals after the ninth are ignored. The box returned is on the 0-1000 scale.
+    - "list": the first `[x1, y1, x2, y2]` of JSON's numbers, each with quotation marks or without, white space allowed
+      inside the brackets and behind the commas. Decimals after the ninth are ignored.
+    - "fractions": such a list of fractions of the image. The box returned is on the 0-1000 scale.
 
     In every format but "think" the format reward is 1 where a box was found.
 
@@ -193,20 +194,25 @@ def _parse(text: bytes, answer_format: int) -> tuple[list[float], bool, bool, li
     else:
         box = re.search(_UNTAGGED[answer_format], text, _DOTALL_ASCII)
         well_formed = box is not None
-    number = _thousandths if answer_format == FORMAT_FRACTIONS else _saturated
-    return [number(digits) for digits in box.groups()] if box else [0] * 4, box is not None, well_formed, spans
+    unit = 1000 if answer_format == FORMAT_FRACTIONS else 1
+    return [_value(n, unit) for n in box.groups()] if box else [0] * 4, box is not None, well_formed, spans
 
 
-def _saturated(digits: bytes) -> int:
+def _saturated(digits: bytes, limit: int = COORDINATE_LIMIT) -> int:
     # int() refuses more than 4300 digits, which a model may generate.
     digits = digits.lstrip(b"0")
-    return COORDINATE_LIMIT if len(digits) > 10 else min(int(digits or b"0"), COORDINATE_LIMIT)
+    return limit if len(digits) > 10 else min(int(digits or b"0"), limit)
 
 
-def _thousandths(decimal: bytes) -> float:
-    whole, _, decimals = decimal.partition(b".")
-    billionths = _saturated(whole) * 10**9 + int(decimals[:9].ljust(9, b"0"))
-    return min(float(billionths) / 1e6, COORDINATE_LIMIT)
+def _value(number: bytes, unit: int) -> float:
+    """The value of a JSON number, times `unit`, by the operations of csrc/'s parser in their order."""
+    size, _, exponent = number.lower().lstrip(b"-").partition(b"e")
+    whole, _, decimals = size.partition(b".")
+    value = _saturated(whole) * unit + int(decimals[:9].ljust(9, b"0")) * 1e-9 * unit
+    for _ in range(_saturated(exponent.lstrip(b"+-"), EXPONENT_LIMIT)):
+        value *= 0.1 if exponent.startswith(b"-") else 10
+    value = min(value, COORDINATE_LIMIT)
+    return -value if number.startswith(b"-") else value
 
 
 def _fake(*args: Tensor) -> tuple[Tensor, ...]:

@@ -40,11 +40,12 @@ BOXES = {
 }
 NUMBERS = (b"0", b"7", b"007", b"42", b"999", b"1000", b"2147483647", b"2147483648", b"4294967296", b"99999999999")
 DECIMALS = (b"0.5", b"1.", b".5", b"0.123456789", b"0.9999999999", b"1.0000000001", b"12.5", b"0.1.2")
+JSON = (b"-1", b"-0.25", b"1e2", b"2.5E-3", b"1e+099", b"-7e-12345", b'"0.5"', b'"30"', b"1e", b"1e+", b"--1", b'""')
 SPACES = (b" ", b"\n", b"\t", b"\r", b"\v", b"\f", b"\x1c", b"\x85", b"\xa0", "\u00a0".encode(), "\u3000".encode())
-SIGNS = (*(bytes([c]) for c in b"()[],.<>/|-+ \n\0"), b"), (", b"),(", b"<|", b"</", b"<<", b"((", b"[[")
+SIGNS = (*(bytes([c]) for c in b'()[],.<>/|-+eE" \n\0'), b"), (", b"),(", b"<|", b"</", b"<<", b"((", b"[[")
 WORDS = (b"a", b"It is here", b"think", b"answer>", b"box_", "é".encode(), "世界".encode(), "١٢".encode(), b"\xff\xfe")
 FOREIGN = (-100, -1, 1 << 40)  # no ids: what may stand behind an end
-SOUP = (*TAGS * 4, *BOXES.values(), *NUMBERS, *DECIMALS, *SPACES, *SIGNS * 2, *WORDS)
+SOUP = (*TAGS * 4, *BOXES.values(), *NUMBERS, *DECIMALS, *JSON, *SPACES, *SIGNS * 2, *WORDS)
 
 
 def completions(draw: random.Random, count: int) -> tuple[list[bytes], list[str]]:
@@ -69,8 +70,8 @@ def _well_formed(draw: random.Random, name: str) -> bytes:
     numbers = [draw.choice(NUMBERS) if draw.random() < 0.5 else str(draw.randrange(1200)).encode() for _ in range(4)]
     if draw.random() < 0.03:
         numbers[draw.randrange(4)] = bytes(draw.choices(b"0123456789", k=draw.randrange(10, 400)))
-    if name == "fractions":
-        numbers = [draw.choice((number, f"{draw.random():.{draw.randrange(1, 12)}f}".encode())) for number in numbers]
+    if name in ("list", "fractions"):
+        numbers = [_json_number(draw, number) if draw.random() < 0.5 else number for number in numbers]
     x1, y1, x2, y2 = numbers
     s = b"" if draw.random() < 0.5 else b" "
     box = b"(%b,%b%b),%b(%b,%b%b)" % (x1, s, y1, s, x2, s, y2)
@@ -83,6 +84,15 @@ def _well_formed(draw: random.Random, name: str) -> bytes:
         return words + box + draw.choice(WORDS)
     between = b"".join(draw.choices(SPACES[:6], k=draw.randrange(3)))
     return b"<think>%b</think>%b<answer>%b</answer>" % (words, between, box) + draw.choice((b"", b"", b"\n", b"\n\n"))
+
+
+def _json_number(draw: random.Random, number: bytes) -> bytes:
+    sign, exponents = draw.choice((b"", b"", b"-")), (b"", b"", b"e%d", b"E-%d", b"e+0%d")
+    decimals = f"{draw.random():.{draw.randrange(1, 12)}f}".encode()[1:]
+    exponent = draw.choice(exponents)
+    exponent = exponent % draw.randrange(draw.choice((4, 4, 400))) if exponent else exponent
+    quote = draw.choice((b"", b"", b'"'))
+    return quote + sign + draw.choice((number, b"0" + decimals, number + decimals)) + exponent + quote
 
 
 def _mutated(draw: random.Random, text: bytes) -> bytes:
