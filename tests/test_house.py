@@ -49,7 +49,7 @@ BUDGET = {
     "trainer/chains": 800,
     "trainer/data": 1433,
     "trainer/engine": 645,
-    "trainer/evaluation": 1960,
+    "trainer/evaluation": 2022,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,

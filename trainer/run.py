@@ -21,7 +21,7 @@ from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.engine.deepspeed import DeepSpeedEngine
 from boxgrpo.trainer.engine.lora import add_adapters, save_pretrained
 from boxgrpo.trainer.evaluation.validation import Validation
-from boxgrpo.trainer.options import DataOptions, resolve_dtype
+from boxgrpo.trainer.options import DataOptions, profile_is_too_late, profile_window, resolve_dtype
 from boxgrpo.trainer.presence import check_presence
 from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
@@ -92,10 +92,12 @@ class Run:
         self.checkpoints = Checkpoints(o, r)
         self.checkpoint = self.checkpoints.find()
         check_output_dir(o, r, self.checkpoint)
+        self.total_steps = total_steps(o, len(self.examples), batch_size)
+        if (window := profile_window(o.profile_steps)) and window.start > self.total_steps:
+            raise ValueError(profile_is_too_late(o.profile_steps, self.total_steps))
         self.policy = load_policy(o, r)
         hooks.model_loaded(self.policy)
         copied = frozen_copy(self.policy, without_vision=o.freeze_vision) if reference and not o.lora_rank else None
-        self.total_steps = total_steps(o, len(self.examples), batch_size)
         self.engine = hooks.make_engine(self.policy, o, r, self.total_steps * updates)
         self.reference = None
         if reference:
@@ -125,7 +127,9 @@ class Run:
         return self.loader
 
     def steps(self, position: Callable[[], int], written: Callable[[], dict] = dict) -> Iterator[int]:
-        """Yield each step's number; the loop's body ends with `log_step`. Then evaluation and checkpoint follow if due.
+        """Yield each step's number; the loop's body ends with `log_step`. Then checkpoint and evaluation follow if due.
+
+        The weights are written before the evaluation, the run's result too, so that nothing it meets can lose them.
 
         Args:
             position: returns the position in the data stream after the step's records.
@@ -133,15 +137,17 @@ class Run:
 
         Raises:
             SystemExit: with 143 (128 + SIGTERM), after a launcher's SIGTERM.
-            ValueError: more than `max_skipped` steps had no update.
+            RunFailed: more than `max_skipped` steps had no update.
         """
         o, r, progress, total = self.options, self.ranks, self.progress, self.total_steps
         self.position = position
         write_model = self.hooks.write_model or functools.partial(save_pretrained, self.policy, self.processor)
         evaluate = functools.partial(self.validation.after_step, progress, total, self.policy, self.engine, self.report)
+        numbers = range(progress.step + 1, total + 1)
+        if not numbers:
+            self.checkpoints.save_result(self.folder, self.engine, write_model)
         if o.eval_every:
             evaluate()  # if the run was stopped before a due evaluation
-        numbers = range(progress.step + 1, total + 1)
         for step in profiled(numbers, o, r) if o.profile_steps or o.memory_snapshot else numbers:
             self.started = time.perf_counter()
             self.is_logged = step % o.logging_steps == 0 or step == total
@@ -150,8 +156,6 @@ class Run:
                 yield step
             progress.position, progress.faults = position(), self.loader.faults
             stop = r.sum(r.stop_requested)[0] > 0
-            if o.eval_every:
-                evaluate(stop=stop)
             if progress.skipped_steps > o.max_skipped:
                 raise RunFailed(
                     f"{progress.skipped_steps} updates in {step} steps had a loss or a gradient that is NaN or "
@@ -164,8 +168,11 @@ class Run:
             if stop:
                 log.warning("SIGTERM received: saved %s; --resume auto continues from there", saved)
                 raise SystemExit(STOPPED)
+            if step == total:
+                self.checkpoints.save_result(self.folder, self.engine, write_model)
+            if o.eval_every:
+                evaluate()
             self.hooks.step_taken(step)
-        self.checkpoints.save_result(self.folder, self.engine, write_model)
         self.report.close()
 
     def log_step(

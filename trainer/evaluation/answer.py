@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from torch import Tensor
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from boxgrpo.model.batch import Prompt
@@ -14,7 +13,7 @@ from boxgrpo.trainer.data.example import Example, asked
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.options import InputOptions
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 
 from .decode import GreedyDecoder
 
@@ -39,17 +38,50 @@ def in_format(example: Example, answer_format: str) -> Example:
     return dataclasses.replace(example, answer_format=answer_format)
 
 
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """Stands for an example that cannot be read."""
+
+    source: str
+    reason: str
+    images: tuple = ()
+
+
+class ReadOrReason(Sequence):
+    """The examples of these numbers; one that cannot be read, as its file or an image was removed, is an `Unreadable`.
+
+    (On an exception the loader would use the next record instead.)
+    """
+
+    def __init__(self, examples: Sequence[Example], numbers: Sequence[int] | None = None):
+        self.examples, self.numbers = examples, range(len(examples)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Example | Unreadable:
+        number = self.numbers[index]
+        try:
+            return self.examples[number]
+        except (ValueError, OSError) as error:
+            return Unreadable(getattr(error, "source", "") or f"record {number}", str(error))
+
+
 class PromptOrReason:
-    """Gives an example's prompt, or why it has none. (On an exception the loader would use the next record instead.)"""
+    """Gives an example's prompt, or why it has none."""
 
     def __init__(self, processor: Processor, answer_format: str):
         self.processor, self.answer_format = processor, answer_format
 
-    def __call__(self, example: Example) -> Prompt | str:
+    def __call__(self, example: Example | Unreadable) -> Prompt | str:
+        if isinstance(example, Unreadable):
+            return example.reason
         try:
             return self.processor.prompt(in_format(example, self.answer_format))
         except (ValueError, OSError) as error:
             return str(error)
+        except Exception as error:  # one record must not stop an evaluation
+            return f"preparing it fails with {type(error).__name__}: {error}"
 
 
 def answer_examples(
@@ -75,7 +107,7 @@ def answer_examples(
     """
     per_rank = max(1, min(options.eval_batch_size, -(-len(numbers) // r.world_size)))
     stream = Loader(
-        Subset(examples, numbers),
+        ReadOrReason(examples, numbers),
         PromptOrReason(decoder.processor, answer_format),
         batch_size=per_rank,
         seed=0,
@@ -84,30 +116,42 @@ def answer_examples(
         world_size=r.world_size,
         shuffle=False,
     )
-    texts, reasons = {}, {}
+    texts, reasons, failed = {}, {}, None
     batches = iter(stream)
     own = len(range(r.rank, len(numbers), r.world_size))
-    with tqdm(total=own, desc="evaluate", leave=False, disable=not r.is_main, dynamic_ncols=True) as bar:
-        for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
-            groups = [g for g in next(batches) if g.serial < len(numbers)]  # then the stream starts over
-            bar.update(len(groups))
-            ready = [g for g in groups if not isinstance(g.prompt, str)]
-            completions = decoder.complete([g.prompt for g in ready])
-            ids_of = {g.serial: ids for g, ids in zip(ready, completions, strict=True)}
-            for g in groups:
-                number, ids = numbers[g.serial], ids_of.get(g.serial)
-                if ids is None:
-                    why = g.prompt if isinstance(g.prompt, str) else "decoding it alone runs out of memory"
-                    reasons[number] = f"{g.source}: {why}"
-                    continue
-                written = g.record.answer_format if answer_format == "auto" else answer_format
-                texts[number] = decode_answer(decoder.processor, ids, written)
-                if store:
-                    store.write(json.dumps({"record": number, "answer": texts[number]}) + "\n")
-    batches.close()  # ends the loader's workers
-    parts = r.gather((texts, reasons))
-    texts, reasons = ({n: v for part in parts for n, v in part[k].items()} for k in (0, 1))
+    try:
+        with tqdm(total=own, desc="evaluate", leave=False, disable=not r.is_main, dynamic_ncols=True) as bar:
+            for _ in range(-(-len(numbers) // (per_rank * r.world_size))):
+                groups = [g for g in next(batches) if g.serial < len(numbers)]  # then the stream starts over
+                bar.update(len(groups))
+                ready = [g for g in groups if not isinstance(g.prompt, str)]
+                completions = decoder.complete([g.prompt for g in ready])
+                ids_of = {g.serial: ids for g, ids in zip(ready, completions, strict=True)}
+                for g in groups:
+                    number, ids = numbers[g.serial], ids_of.get(g.serial)
+                    if ids is None:
+                        why = g.prompt if isinstance(g.prompt, str) else "decoding it alone runs out of memory"
+                        reasons[number] = f"{g.source}: {why}"
+                        continue
+                    written = g.record.answer_format if answer_format == "auto" else answer_format
+                    texts[number] = decode_answer(decoder.processor, ids, written)
+                    if store:
+                        store.write(json.dumps({"record": number, "answer": texts[number]}) + "\n")
+        batches.close()  # ends the loader's workers
+    except Exception as error:  # raised after the other ranks, which wait for this one, know of it
+        failed = error
+    texts, reasons = gather_answers(r, texts, reasons, failed)
     return dict(sorted(texts.items())), dict(sorted(reasons.items()))
+
+
+def gather_answers(r: Ranks, texts: dict, reasons: dict, failed: Exception | None) -> tuple[dict, dict]:
+    """The answers and reasons of all ranks. Where a rank has failed, it raises its error, and the others RunFailed."""
+    parts = r.gather((texts, reasons, failed and f"{type(failed).__name__}: {failed}"))
+    if failed:
+        raise failed
+    if lost := [f"rank {rank}: {error}" for rank, (_, _, error) in enumerate(parts) if error]:
+        raise RunFailed(f"answering the records failed ({lost[0]}).")
+    return tuple({n: v for part in parts for n, v in part[k].items()} for k in (0, 1))
 
 
 def decode_answer(processor: Processor, ids: Tensor, answer_format: str) -> str:

@@ -7,6 +7,7 @@ scores.json, and checksums in manifest.json.
 import dataclasses
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, write_
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
 
-from .answer import answer_examples
+from .answer import PromptOrReason, ReadOrReason, answer_examples
 from .decode import GreedyDecoder
 from .grade import grade_texts, summarize
 
@@ -33,7 +34,7 @@ class Validation:
         options: of the run. Without `eval_every` no file is read and `after_step` does nothing.
 
     Raises:
-        ValueError: the file is missing, or has no record with a gold box.
+        ValueError: the file is missing, has no record with a gold box, or none of its records can be prepared.
     """
 
     def __init__(self, options: DataOptions, processor: Processor, r: Ranks):
@@ -47,31 +48,53 @@ class Validation:
                 "image_root": options.eval_image_root,
             }
             self.examples, self.faults = read_usable(dataclasses.replace(options, **held_out), needs="gold")
+            self._check_records()
             if r.is_main:
                 restore_folder(Path(options.output_dir) / BEST)
 
-    def after_step(
-        self, progress: Progress, steps: int, policy, engine, report: Reporter, *, stop: bool = False
-    ) -> None:
+    def _check_records(self) -> None:
+        """Prepare records in turn until one can be prepared; log how many have an image that is not found."""
+        prepare, examples = PromptOrReason(self.processor, "auto"), ReadOrReason(self.examples)
+        if all(isinstance(reason := prepare(example), str) for example in examples):
+            raise ValueError(self._none_can_be_prepared(reason))
+        gone = [e.source for e in examples if any(isinstance(i, str) and not os.path.exists(i) for i in e.images)]
+        if gone:
+            log.warning("%d of %d records of eval_data lack an image, first %s", len(gone), len(examples), gone[0])
+
+    def _none_can_be_prepared(self, reason: str) -> str:
+        return (
+            f"none of the {len(self.examples)} records of {self.options.eval_data} can be prepared. The last: {reason} "
+            "Correct --eval_data or --eval_image_root."
+        )
+
+    def after_step(self, progress: Progress, steps: int, policy, engine, report: Reporter) -> None:
         """Evaluate if an evaluation is due after this step and is not done yet; every rank calls it.
 
-        The best score so far is stored in `progress`, for a checkpoint: a resumed run compares with it.
+        The best score so far is stored in `progress`, for a checkpoint: a resumed run compares with it. An evaluation
+        that fails on any rank is logged, and the run continues.
 
         Args:
             steps: number of the run's last step, which is always evaluated.
-            stop: the run is about to end early, so the evaluation is postponed until the run is resumed.
         """
         o, step = self.options, progress.step
         due = o.eval_every and (step % o.eval_every == 0 or step == steps)
-        if not due or stop or progress.evaluated >= step:
+        if not due or progress.evaluated >= step:
             return
         started = time.perf_counter()
-        with engine.gathered_weights():
-            summary = self.scores(policy)
-            if summary["accuracy_at_0.5"] > progress.best_accuracy:
-                self._save_best(policy, {"step": step, **summary})
-                progress.best_accuracy, progress.best_step = summary["accuracy_at_0.5"], step
         progress.evaluated = step
+        with engine.gathered_weights():
+            summary, error = None, ""
+            try:
+                summary = self.scores(policy)
+            except Exception as failed:  # whatever it is, the weights must not be lost
+                log.debug("an evaluation failed", exc_info=True)
+                error = f"rank {self.r.rank}: {type(failed).__name__}: {failed}"
+            if errors := [*filter(None, self.r.gather(error))]:
+                log.warning("the evaluation after step %d failed (%s). The run goes on.", step, errors[0])
+                return
+            accuracy = summary["accuracy_at_0.5"]
+            if accuracy > progress.best_accuracy and self._save_best(policy, {"step": step, **summary}):
+                progress.best_accuracy, progress.best_step = accuracy, step
         metrics = {f"eval/{name}": value for name, value in summary.items() if name != "tasks"}
         metrics |= {f"eval/tasks/{task}": t["accuracy_at_0.5"] for task, t in summary["tasks"].items()}
         metrics |= {"eval/best_accuracy_at_0.5": progress.best_accuracy, "eval/best_step": progress.best_step}
@@ -86,15 +109,12 @@ class Validation:
             log.warning("skipped %s", reasons[n])
         self.logged |= reasons.keys()
         if not texts:
-            raise ValueError(
-                f"none of the {len(examples)} records of {o.eval_data} can be prepared. The first: "
-                f"{next(iter(reasons.values()))} Correct --eval_data or --eval_image_root."
-            )
+            raise ValueError(self._none_can_be_prepared([*reasons.values()][-1]))
         summary = summarize(grade_texts([examples[n] for n in texts], list(texts.values())))
         return summary | {"skipped": len(reasons) + len(self.faults)}
 
-    def _save_best(self, policy, scores: dict) -> None:
-        """Replace `best/`. Every rank raises ValueError where it cannot be written; the earlier one is then kept."""
+    def _save_best(self, policy, scores: dict) -> bool:
+        """Replace `best/`; every rank returns whether it was written. If not, a warning is logged, and the old kept."""
         error, best = None, Path(self.options.output_dir) / BEST
         if self.r.is_main:
             try:
@@ -105,7 +125,5 @@ class Validation:
             except Exception as failed:  # of a full disk: an OSError, a SafetensorError, the tokenizer's bare Exception
                 error = str(failed) or type(failed).__name__
         if error := self.r.gather(error)[0]:
-            raise ValueError(
-                f"{best} cannot be written ({error}); an earlier one is unchanged. Free disk space, or give "
-                "another --output_dir."
-            )
+            log.warning("%s cannot be written (%s); an earlier one is unchanged. Free disk space.", best, error)
+        return not error

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer.data import images as image_files
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples
@@ -15,7 +16,7 @@ from boxgrpo.trainer.evaluation.answer import REQUESTS, answer_examples, decode_
 from boxgrpo.trainer.evaluation.decode import GreedyDecoder
 from boxgrpo.trainer.evaluation.grade import grade_texts
 from boxgrpo.trainer.options import EvalOptions
-from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 
 OPTIONS = EvalOptions(eval_batch_size=64, dataloader_num_workers=0)
 
@@ -44,6 +45,39 @@ def test_two_ranks_answer_what_one_does(decoder, record_file):
     assert parts[0][0] | parts[1][0] == alone
     lines = [json.loads(line) for line in stored.getvalue().splitlines()]
     assert lines == [{"record": n, "answer": alone[n]} for n in (0, 4, 6, 1, 3, 5)]
+
+
+def test_a_record_that_cannot_be_read_any_more_is_left_out(decoder, record_file, write):
+    """Its box is in pixels, so reading it opens the image. No other record is answered in its place."""
+    images = [f"{i}.png" for i in (0, 1, 3, 4)]
+    records = [{"image": image, "problem": "Where is it?", "solution": [10, 20, 40, 50]} for image in images]
+    examples, _ = read_examples(write(records, "pixels.json"))
+    whole, _ = answer_examples(decoder, examples, range(4), Ranks(), OPTIONS)
+    (record_file.parent / "1.png").unlink()
+    image_files._size_of_file.cache_clear()
+    texts, reasons = answer_examples(decoder, examples, range(4), Ranks(), OPTIONS)
+    assert texts == {n: whole[n] for n in (0, 2, 3)} and "there is no image at" in reasons[1]
+
+
+def test_a_rank_that_fails_ends_the_answering_of_all(decoder, record_file, monkeypatch):
+    """After the exchange, for which the others wait; and an image that breaks the processor is one record's fault."""
+
+    def broken(*_):
+        raise ZeroDivisionError("one side is 0")
+
+    class Second(Ranks):
+        def gather(self, value):
+            return [({}, {}, "RuntimeError: CUDA error"), value]
+
+    examples, _ = read_examples(record_file)
+    with pytest.raises(RunFailed, match=r"answering the records failed \(rank 0: RuntimeError: CUDA error\)"):
+        answer_examples(decoder, examples, range(1), Second(), OPTIONS)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(decoder, "complete", broken)
+        answer_examples(decoder, examples, range(1), Second(), OPTIONS)
+    monkeypatch.setattr(decoder.processor, "prompt", broken)
+    _, reasons = answer_examples(decoder, examples, range(1), Ranks(), OPTIONS)
+    assert reasons == {0: "benchmark.json#0: preparing it fails with ZeroDivisionError: one side is 0"}
 
 
 def test_prompts_that_exceed_memory_are_answered_in_parts_or_left_out(decoder, record_file, monkeypatch):

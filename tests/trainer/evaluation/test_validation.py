@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -111,7 +112,7 @@ def best_step(folder):
     return json.loads((folder / "best/scores.json").read_text())["step"]
 
 
-def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_of, monkeypatch):
+def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_of, monkeypatch, caplog):
     """Equal is not better. The earlier one stays on a full disk, and after a kill between the two renames."""
     found = steps_of("kept", 0.25, 0.5, 0.5, 0.375)
     assert [metrics["eval/best_step"] for metrics in found] == [1, 2, 2, 2]
@@ -120,10 +121,11 @@ def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_o
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    message = r"kept/best cannot be written \(.*No space left.*; an earlier one is unchanged"
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+    with monkeypatch.context() as patch:
         patch.setattr(validation, "save_pretrained", full)
-        steps_of("kept", 0.75)
+        assert steps_of("kept", 0.75)[0]["eval/best_step"] == 0, "what is not written is not the best"
+    message = r"kept/best cannot be written \(.*No space left.*; an earlier one is unchanged"
+    assert any(re.search(message, text) for text in caplog.messages)
     assert best_step(world / "kept") == 2
     (world / "kept/best").rename(world / "kept/.best.old")  # as a kill between the two renames leaves it
     steps_of("kept")
@@ -203,8 +205,35 @@ def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps
     found = steps_of("some", True, True, eval_data=data)
     assert seconds == before and all(metrics["timing_s/eval"] > 0 for metrics in found)
     assert [metrics["eval/skipped"] for metrics in found] == [1, 1]
-    assert sum("held_out.json#0" in message for message in caplog.messages) == 1
+    assert sum("skipped held_out.json#0" in message for message in caplog.messages) == 1
+    assert "1 of 3 records of eval_data lack an image, first held_out.json#0" in caplog.messages
     write(records[1:2], "held_out.json")
     message = r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
     with pytest.raises(ValueError, match=message):
-        steps_of("none", True, eval_data=data)
+        steps_of("none", eval_data=data)
+
+
+def test_what_an_evaluation_meets_costs_the_run_nothing(world, monkeypatch, caplog):
+    """Case 1: the checkpoint of a step, and after the last one the weights, are there before the evaluation begins."""
+    folder, errors = world / "faulty", [RuntimeError("CUDA error"), OSError(28, "No space left on device")]
+
+    def fails(held_out, policy):
+        assert (folder / f"checkpoint-{4 - len(errors)}/manifest.json").exists()
+        assert (folder / "model.safetensors").exists() == (len(errors) == 1)
+        raise errors.pop(0)
+
+    monkeypatch.setattr(Validation, "scores", fails)
+    grpo.train(evaluated(world, "faulty", max_steps=3, save_steps=2), Ranks())
+    assert not errors and [line["step"] for line in lines(folder)] == [1, 2, 3] and not (folder / "best").exists()
+    assert [text for text in caplog.messages if "failed" in text] == [
+        "the evaluation after step 2 failed (rank 0: RuntimeError: CUDA error). The run goes on.",
+        "the evaluation after step 3 failed (rank 0: OSError: [Errno 28] No space left on device). The run goes on.",
+    ]
+
+
+def test_evaluation_data_without_its_images_is_refused_before_step_1(world, write):
+    """Case 1: nothing is written."""
+    data = write(json.loads((world / "world/held_out.json").read_text()), "elsewhere.json")
+    with pytest.raises(ValueError, match=r"none of the 8 records of .*elsewhere\.json can be prepared.*no image at"):
+        grpo.train(evaluated(world, "unseen", eval_data=str(data)), Ranks())
+    assert not (world / "unseen").exists()
