@@ -93,6 +93,11 @@ class Run:
         self.checkpoint = self.checkpoints.find()
         check_output_dir(o, r, self.checkpoint)
         self.total_steps = total_steps(o, len(self.examples), batch_size)
+        if self.checkpoint and (step := self.checkpoints.step_of(self.checkpoint)) > self.total_steps:
+            raise ValueError(
+                f"{self.checkpoint} is at step {step}; the run is to end with step {self.total_steps}. Raise "
+                "--max_steps or --num_train_epochs, or resume an earlier checkpoint."
+            )
         if (window := profile_window(o.profile_steps)) and window.start > self.total_steps:
             raise ValueError(profile_is_too_late(o.profile_steps, self.total_steps))
         self.policy = load_policy(o, r)

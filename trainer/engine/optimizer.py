@@ -80,14 +80,15 @@ def save_state(file: Path, weights: Mapping[str, Tensor], optimizer: torch.optim
 
 @torch.no_grad()
 def load_state(file: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, schedule) -> None:
-    """Restore what `save_state` wrote for weights with the same names."""
+    """Restore what `save_state` wrote for weights with the same names; the learning rate is that of `schedule`."""
     tensors = load_file(file)
     for name, weight in weights.items():
         weight.copy_(tensors[f"{name}/weight"])
         saved = {key: tensors[f"{name}/{key}"] for key in STATE if f"{name}/{key}" in tensors}
         set_optimizer_state(optimizer, weight, saved)
-    steps, rate = tensors["schedule"].tolist()
-    current = {"last_epoch": int(steps), "_step_count": int(steps) + 1, "_last_lr": [rate]}
+    steps = int(tensors["schedule"][0])
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    current = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
     schedule.load_state_dict(schedule.state_dict() | current)
-    for group in optimizer.param_groups:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -37,7 +37,7 @@ TRAINER = "trainer"
 PROGRESS = "progress.json"
 # Options that a resumed run must keep: its position in the data, frozen weights or optimizer state depend on them.
 FIXED_OPTIONS = (
-    *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size"),
+    *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size", "num_iterations"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
 # Options that do not change what a run computes.
@@ -71,7 +71,8 @@ class Checkpoints:
     def __init__(self, options, r: Ranks):
         self.options, self.r = options, r
         self.root = Path(options.output_dir)
-        self.contents = {name: fingerprint(getattr(options, name)) for name in ("model", "data")} if r.is_main else {}
+        named = [name for name in ("model", "data", "eval_data") if getattr(options, name)]
+        self.contents = {name: fingerprint(getattr(options, name)) for name in named} if r.is_main else {}
 
     def find(self) -> Path | None:
         """The folder that `--resume` names, or for "auto" the newest complete one; None: the run starts at step 0.
@@ -114,7 +115,7 @@ class Checkpoints:
         for name, content in self.r.gather(self.contents)[0].items():
             if contents.get(name) == content:  # the same content, wherever the files are now
                 changed.discard(name)
-            elif name in contents and name not in changed:
+            elif name in contents and name not in changed and name != "eval_data":
                 raise ValueError(
                     f"{folder} was made with --{name} {was[name]}, whose files have changed since; the run cannot "
                     "continue with others. Restore them, or start anew without --resume."
@@ -140,9 +141,18 @@ class Checkpoints:
                 f"{self.r.world_size}. Leave --rollout_file out, or start {ranks} ranks."
             )
 
+    @staticmethod
+    def step_of(folder: Path) -> int:
+        """The step after which the checkpoint was written."""
+        return json.loads((folder / TRAINER / PROGRESS).read_text())["progress"]["step"]
+
     def load(self, folder: Path, engine) -> Progress:
         """Restore trained weights, optimizer, schedule and random states."""
-        progress = Progress(**json.loads((folder / TRAINER / PROGRESS).read_text())["progress"])
+        written = json.loads((folder / TRAINER / PROGRESS).read_text())
+        progress = Progress(**written["progress"])
+        if self.r.gather(self.contents)[0].get("eval_data") != written.get("contents", {}).get("eval_data"):
+            log.warning("eval_data is not what %s was scored on; the best score starts anew.", folder)
+            progress.best_accuracy, progress.best_step = -1.0, 0
         engine.load(folder / TRAINER)
         states = folder / TRAINER / f"rng-rank{self.r.rank}.json"
         if states.exists():

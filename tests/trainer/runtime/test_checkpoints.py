@@ -19,10 +19,10 @@ from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import truncate
 
 
-def engine_of_two_layers():
+def engine_of_two_layers(**changes):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 400), nn.Linear(400, 1))
-    return DataParallelEngine(model, GrpoOptions(learning_rate=0.1), Ranks(), 10)
+    return DataParallelEngine(model, GrpoOptions(**{"learning_rate": 0.1} | changes), Ranks(), 10)
 
 
 def update(engine, x: float = 1.0) -> None:
@@ -37,9 +37,11 @@ def run(tmp_path):
     def checkpoints(**changes) -> Checkpoints:
         return Checkpoints(GrpoOptions(**{"output_dir": str(tmp_path), "resume": "auto"} | changes), Ranks())
 
-    def save(step: int, **changes):
+    def save(step: int, progress=(), **changes):
         write_model = lambda folder: (folder / "config.json").write_text("{}")  # noqa: E731
-        return checkpoints(**changes).save(Progress(step=step, position=10 * step), engine, write_model)
+        return checkpoints(**changes).save(
+            Progress(step=step, position=10 * step, **dict(progress)), engine, write_model
+        )
 
     engine = engine_of_two_layers()
     update(engine)
@@ -197,6 +199,33 @@ def test_other_changes_are_logged(run, caplog):
     caplog.clear()
     assert run.checkpoints(profile_steps="2:4", peak_tflops=1.0).find() is not None
     assert not caplog.text  # a profile does not change what a run computes
+
+
+def test_a_changed_learning_rate_holds_from_the_first_update(run):
+    """Case 11: the checkpoint's own rate is 0.1, its schedule a line to 0 over ten steps, of which one is done."""
+    folder = run.save(1)
+    for rate, kind, expected in ((1e-9, "linear", 0.9e-9), (1e-9, "constant", 1e-9), (0.1, "linear", 0.09)):
+        other = engine_of_two_layers(learning_rate=rate, lr_scheduler_type=kind)
+        run.checkpoints().load(folder, other)
+        before = other.model[0].weight.detach().clone()
+        assert other.schedule.get_last_lr() == [other.optimizer.param_groups[0]["lr"]] == [pytest.approx(expected)]
+        update(other)
+        assert 0 <= (other.model[0].weight - before).abs().max() < 2 * expected
+
+
+def test_another_count_of_iterations_is_refused_and_other_evaluation_data_is_scored_anew(run, tmp_path, caplog):
+    """The schedule counts updates, so a step's place in it depends on num_iterations; a best score on the records."""
+    (tmp_path / "held_out.json").write_text("[1]")
+    held_out = {"eval_data": str(tmp_path / "held_out.json")}
+    folder = run.save(1, **held_out, progress={"best_accuracy": 0.5, "best_step": 1})
+    with pytest.raises(ValueError, match="was made with num_iterations 1, this run has 2; .* --num_iterations 1"):
+        run.checkpoints(num_iterations=2, **held_out).find()
+    assert run.checkpoints(**held_out).load(folder, engine_of_two_layers()).best_accuracy == 0.5
+    assert not caplog.messages
+    (tmp_path / "held_out.json").write_text("[2]")
+    checkpoints = run.checkpoints(**held_out)
+    progress = checkpoints.load(checkpoints.find(), engine_of_two_layers())
+    assert (progress.best_accuracy, progress.best_step) == (-1.0, 0) and "the best score starts anew" in caplog.text
 
 
 def test_model_and_data_are_compared_by_content_not_by_place(run, tmp_path):

@@ -88,6 +88,15 @@ def test_a_single_process_leaves_with_143(world):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["epoch"] == b["epoch"]
 
 
+def test_a_run_that_is_to_end_before_its_checkpoint_is_refused(world):
+    """Before the weights are loaded; its result would be that of more steps than were asked for."""
+    sft.train(sft_options(world, "three", max_steps=3, save_steps=3), Ranks())
+    with pytest.raises(
+        ValueError, match=r"checkpoint-3 is at step 3; the run is to end with step 2\. Raise"
+    ):
+        sft.train(sft_options(world, "three", max_steps=2, resume="auto"), Ranks())
+
+
 def test_sft_is_resumed_to_the_bit(world):
     sft.train(sft_options(world, "sft_whole"), Ranks())
     options = sft_options(world, "sft_parts", resume="auto")
