@@ -51,8 +51,8 @@ def built_wheel(folder, **environment):
     return wheel
 
 
-def used(folder, wheel):
-    """What USE prints in an empty venv that has the wheel, and on its path what the wheel depends on."""
+def installed(folder, wheel):
+    """The Python of an empty venv that has the wheel, and on its path what the wheel depends on."""
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
@@ -60,8 +60,14 @@ def used(folder, wheel):
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
     )
     # A path alone: the .pth files in it, an editable boxgrpo among them, are not followed.
-    pathlib.Path(site.stdout.strip(), "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run([python, "-c", USE], cwd=folder, capture_output=True, text=True)
+    dependencies = pathlib.Path(torch.__file__).parents[1]
+    pathlib.Path(site.stdout.strip(), "dependencies.pth").write_text(f"{dependencies}\n")
+    return python
+
+
+def used(folder, wheel):
+    """What USE prints where the wheel is installed."""
+    done = subprocess.run([installed(folder, wheel), "-c", USE], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -78,6 +84,21 @@ def test_a_wheel_serves_in_an_empty_venv(tmp_path, missing):
     assert wheel.name.endswith("-py3-none-any.whl") == (missing == "torch")
     warned = "False ['boxgrpo runs without its compiled box parser (No mo']"
     assert used(tmp_path, wheel) == ("True []" if missing == "nothing" else warned)
+
+
+@slow
+@needs_compiler
+def test_a_wheel_trains_from_its_own_clone(tmp_path, initial, record_file):
+    """Case 18: the working folder's `kernels`, `model` and `bench` stay off the path of every process, loaders too."""
+    python = installed(tmp_path, built_wheel(tmp_path))
+    run = [python, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "trainer/grpo.py"]
+    flags = {"model": initial, "data": record_file, "output_dir": tmp_path / "run", "max_steps": 1}
+    flags |= {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4, "dataloader_num_workers": 2}
+    flags |= {"min_pixels": 784, "max_pixels": 9408, "beta": 0.0}
+    command = [*run, *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, cwd=tmp_path / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "run/model.safetensors").exists(), done.stderr
 
 
 # setup.py with a candidate before its own that no compiler takes.

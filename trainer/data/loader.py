@@ -182,7 +182,7 @@ class Loader:
             worker_init_fn=_end_with_parent,
             prefetch_factor=max(2, -(-self.batch_size // self.workers)),  # a whole step is prepared while one is used
         )
-        with _ctrl_c_delayed(), _sigterm_blocked():
+        with _working_folder_off_path(), _ctrl_c_delayed(), _sigterm_blocked():
             return map(pickle.loads, iter(loader))
 
 
@@ -261,6 +261,22 @@ def _ctrl_c_delayed():
         signal.signal(signal.SIGINT, handler)
         if received:
             handler(*received[0])
+
+
+@contextlib.contextmanager
+def _working_folder_off_path():
+    """The fork server, started in the block as `python -c`, has no working folder on its path, nor have its workers.
+
+    It would be the first: a folder `kernels` in it, as in this repository, would stand in the dependency's place.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from itertools import chain, islice
+from multiprocessing import forkserver
 from operator import attrgetter
 
 import pytest
@@ -179,8 +180,14 @@ def pictured(tmp_path):
     return records, processor.prompt
 
 
-def test_workers_prepare_the_same_as_this_process(pictured):
+def test_workers_prepare_the_same_as_this_process(pictured, tmp_path, monkeypatch):
+    """Case 18: also in a folder whose own `kernels` or `tokenizers` would stand in the dependency's place."""
     records, prepare = pictured
+    for name in ("kernels", "datasets", "tokenizers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    forkserver._forkserver._stop()  # an earlier test's; the next one starts here
     options = {"batch_size": 4, "seed": 3}
     inline, parallel = Loader(records, prepare, workers=0, **options), Loader(records, prepare, workers=2, **options)
     for here, there in zip(islice(inline, 3), islice(parallel, 3)):
@@ -190,6 +197,7 @@ def test_workers_prepare_the_same_as_this_process(pictured):
             assert torch.equal(a.pixel_values, b.pixel_values) and torch.equal(a.image_grid_thw, b.image_grid_thw)
             assert not b.pixels.patches.is_shared()  # came through a pipe, not through /dev/shm
     assert inline.faults == parallel.faults and list(inline.faults) == ["data.json#2"]
+    assert not (tmp_path / "imported").exists() and "PYTHONSAFEPATH" not in os.environ
 
 
 @pytest.fixture

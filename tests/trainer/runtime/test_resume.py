@@ -91,9 +91,7 @@ def test_a_single_process_leaves_with_143(world):
 def test_a_run_that_is_to_end_before_its_checkpoint_is_refused(world):
     """Before the weights are loaded; its result would be that of more steps than were asked for."""
     sft.train(sft_options(world, "three", max_steps=3, save_steps=3), Ranks())
-    with pytest.raises(
-        ValueError, match=r"checkpoint-3 is at step 3; the run is to end with step 2\. Raise"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-3 is at step 3; the run is to end with step 2\. Raise"):
         sft.train(sft_options(world, "three", max_steps=2, resume="auto"), Ranks())
 
 
