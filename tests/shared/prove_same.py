@@ -69,7 +69,11 @@ def results_of(out: Path) -> dict[str, list[dict] | str]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
-        elif path.name.startswith(("samples", "model.safetensors", "train.json", "cold_start.json")):
+        elif path.name.startswith("samples"):
+            stored = [json.loads(line) for line in path.read_text().splitlines()]
+            ids = json.dumps([[line["serial"], line["ids"]] for line in stored])
+            found[name] = hashlib.sha256(ids.encode()).hexdigest()
+        elif path.name.startswith(("model.safetensors", "train.json", "cold_start.json")):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

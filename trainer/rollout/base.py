@@ -1,5 +1,6 @@
 """The interface of rollouts, and the properties of the vocabulary that sampling and rewards need."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from boxgrpo.kernels import VocabularyBytes
-from boxgrpo.model.batch import Group, PackedBatch
+from boxgrpo.model.batch import Group, PackedBatch, Prompt
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import box_mark_ids, token_bytes
@@ -51,6 +52,14 @@ class Vocabulary:
         forbidden = torch.tensor([*processor.vision_ids, *unknown], device=device)
         eos, marks = tuple(processor.eos_ids), box_mark_ids(processor.tokenizer)
         return cls(eos, forbidden, VocabularyBytes.build(table, eos, device, mark_ids=marks))
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """A hash of the prompt's token ids and pixels, by which a replay finds out that completions belong to another."""
+    digest = hashlib.blake2b(prompt.input_ids.cpu().numpy().tobytes(), digest_size=8)
+    if prompt.pixels is not None:
+        digest.update(prompt.pixels.patches.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def sampler_gap(pack: PackedBatch) -> Tensor:

@@ -17,12 +17,11 @@ from boxgrpo.model.batch import Group, Pixels
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.loader import Loader
-from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 from boxgrpo.trainer.runtime.reporter import OPTIONS, truncate
 from boxgrpo.trainer.runtime.spans import span
 
-from .base import Vocabulary
+from .base import Vocabulary, prompt_digest
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +84,8 @@ class LocalRollout:
             start += at_once
         if self.file:
             for group in sampled:
-                line = json.dumps({"serial": group.serial, "ids": [c.tolist() for c in group.completions]})
-                self.file.write(line.encode() + b"\n")
+                line = {"serial": group.serial, "ids": [c.tolist() for c in group.completions]}
+                self.file.write(json.dumps(line | {"prompt": prompt_digest(group.prompt)}).encode() + b"\n")
             self.file.flush()
         return sampled
 
@@ -168,12 +167,27 @@ class ReplayRollout:
         path = Path(self.path)
         if not path.is_file():
             raise ValueError(f"rollout_file is {self.path}; there is no such file. Store one with --rollout local.")
-        every_ranks = (path, *path.parent.glob(f"{path.name}.rank*"))
-        self.stored = {record["serial"]: record["ids"] for record in read_lines(every_ranks)}
+        self.stored, self.prompts = {}, {}
+        for file in (path, *path.parent.glob(f"{path.name}.rank*")):
+            self._read(file)
+        if not all(self.prompts.values()):
+            log.warning("%s names no prompts: it is not checked that its completions belong to this data", path)
+
+    def _read(self, file: Path) -> None:
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else {}
+                self.stored[record["serial"]], self.prompts[record["serial"]] = record["ids"], record.get("prompt")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"rollout_file {file}: line {number} is cut off, or holds no completions. Remove it, or store the "
+                    "completions again with --rollout local."
+                ) from error
 
     def __call__(self, policy, groups: Sequence[Group], after_prefill: Callable[[], Any] = lambda: None) -> list[Group]:
         after_prefill()
-        for serial in (g.serial for g in groups):
+        for group in groups:
+            serial = group.serial
             if serial not in self.stored:
                 raise ValueError(
                     f"{self.path} holds no completions for sample {serial}; replay needs the data, seed and batch that "
@@ -183,6 +197,11 @@ class ReplayRollout:
                 raise ValueError(
                     f"{self.path} holds {len(self.stored[serial])} completions for sample {serial}; "
                     f"num_generations is {self.num_generations}. Set --num_generations to what was stored."
+                )
+            if self.prompts[serial] not in (None, prompt_digest(group.prompt)):
+                raise ValueError(
+                    f"{self.path}: the completions of sample {serial} belong to another prompt than {group.source}. "
+                    "Give the --data, --seed and pixel limits that stored them, or store them again."
                 )
         return [replace(g, completions=[torch.tensor(ids) for ids in self.stored[g.serial]]) for g in groups]
 

@@ -181,6 +181,18 @@ def test_stored_completions_are_replayed_by_serial_number(model, groups, vocabul
     assert replayed[0].sampler_logps is None
 
 
+def test_completions_of_another_data_file_are_refused(model, groups, vocabulary, tmp_path):
+    """Case 17: a question or an image of the same size is another."""
+    options = changed(rollout_file=str(tmp_path / "stored.jsonl"))
+    LocalRollout(options, vocabulary, Ranks())(model, groups)
+    (pictured, *_) = (g for g in groups if g.prompt.pixels is not None)
+    prompt, pixels = pictured.prompt, pictured.prompt.pixels
+    other_image = dataclasses.replace(prompt, pixels=dataclasses.replace(pixels, patches=pixels.patches ^ 1))
+    for changes in (other_image, dataclasses.replace(prompt, input_ids=prompt.input_ids.flip(0))):
+        with pytest.raises(ValueError, match=f"sample {pictured.serial} belong to another prompt .* --data, --seed"):
+            ReplayRollout(options)(None, [dataclasses.replace(pictured, prompt=changes)])
+
+
 def test_every_rank_stores_its_own(model, groups, vocabulary, tmp_path):
     options = changed(rollout_file=str(tmp_path / "stored.jsonl"))
     for rank in (0, 1):
@@ -193,12 +205,19 @@ def test_every_rank_stores_its_own(model, groups, vocabulary, tmp_path):
         LocalRollout(options, vocabulary, Ranks())
 
 
-def test_a_replay_that_cannot_be_is_refused(groups, tmp_path):
+def test_a_replay_that_cannot_be_is_refused(groups, tmp_path, caplog):
+    """Case 17: a file that is cut off in its last line is named, and one from before prompts were stored."""
     path = tmp_path / "stored.jsonl"
     with pytest.raises(ValueError, match=r"rollout_file is .*stored\.jsonl; there is no such file"):
         ReplayRollout(changed(rollout_file=str(path)))
-    path.write_text('{"serial": 7, "ids": [[1], [2]]}\n')
+    whole = '{"serial": 7, "ids": [[1], [2]]}\n'
+    for text, number in ((whole + whole[:-1], 2), (whole + whole[:9] + "\n", 2), ("[]\n", 1), ('{"serial": 7}\n', 1)):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"rollout_file .*stored\.jsonl: line {number} is cut off, or holds no"):
+            ReplayRollout(changed(rollout_file=str(path)))
+    path.write_text(whole)
     replay = ReplayRollout(changed(rollout_file=str(path)))
+    assert "it is not checked that its completions belong to this data" in caplog.text
     with pytest.raises(ValueError, match="holds no completions for sample 3"):
         replay(None, groups[1:])
     with pytest.raises(ValueError, match="holds 2 completions for sample 7; num_generations is 3"):
