@@ -72,7 +72,7 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
             system = check_text(text, "system", image_alone=True) if text != "" else ""
         elif _ROLES.get(str(role)) != expected:
             rule = "user and assistant must alternate, user first; before them one turn may be the system's"
-            raise Refused("turn_order", f"turn {index} is from {role!r}; {rule}.")
+            raise Refused("turn_order", f"turn {index} is from {role!r}; {rule}. Remove or join turns.")
         else:
             name = "question" if expected == "user" else "answer"
             turns.append((expected, check_text(text, name, image_alone=expected == "user")))
@@ -93,9 +93,9 @@ def _text_of_parts(parts: list, images: list, turn: int) -> str:
             images += given.values()
             text += MARK
         else:
-            rule = 'a part is {"type": "text", "text": ...} or {"type": "image", "image": ...}'
+            rule = 'a part is {"type": "text", "text": ...} or {"type": "image", "image": ...}, with no other key'
             shown = f"is of type {kind!r} and has {', '.join(sorted(given)) or 'nothing else'}"
-            raise Refused("bad_part", f"a part of turn {turn} {shown}; {rule}. Give a video's frames as images.")
+            raise Refused("bad_part", f"a part of turn {turn} {shown}; {rule}. Correct it; of a video give the frames.")
     return text
 
 
@@ -113,8 +113,8 @@ def _fill(turns: Turns, objects: object, images: Sequence[str], file: Source) ->
         names = [one.get("caption") for one in objects]
         rows = [(one.get("bbox"), one.get("bbox_type"), one.get("image")) for one in objects]
     else:
-        rule = "its names and boxes replace <ref-object> and <bbox>"
-        raise Refused("no_objects", f"objects is {objects!r:.80}; {rule}. Add it.")
+        rule = "the chat has <ref-object> or <bbox>, which its names and boxes replace"
+        raise Refused("no_objects", f"objects is {objects!r:.80}; {rule}. Add them, or write the boxes out.")
     texts, image_of = {"<ref-object>": [], "<bbox>": []}, []
     for box, kind, index in rows:
         if not (unit := _UNITS.get(kind or "real")) or not 0 <= (index or 0) < len(images):

@@ -196,7 +196,8 @@ def parse(
         fields["answer_format"] = answer_format
     if system := record.get("system"):
         if fields.get("system") not in (None, system):
-            raise Refused("two_systems", "the key system and the system's turn differ. Remove one of them.")
+            turn = f"the system's turn is {fields['system']!r:.40}"
+            raise Refused("two_systems", f"system is {system!r:.40} and {turn}; one text is used. Remove the other.")
         fields["system"] = check_text(system, "system")
     if "target_image" not in fields and (not scanned or "target_image" in record):
         shown = ((fields.get("system") or "") + fields["question"]).count(MARK) or len(fields["images"])
