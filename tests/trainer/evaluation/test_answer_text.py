@@ -148,6 +148,8 @@ def test_json_boxes_and_their_scores():
     odd = '{"bbox": [NaN, 1, 2, 3]} {"bbox": [1, 2, 3]} {"bbox": "1, 2, 3, 4"} {"bbox": [true, 1, 2, 3]} {1: 2}'
     assert listed_boxes(odd) == []
     assert listed_boxes('{"bbox": [1, 2, 3, 4], "confidence": 7}') == [((1, 2, 3, 4), None)]
+    named = '{"x1": 1, "y1": "2", "x2": 3e1, "y2": 4.5, "score": 0.5} {"box": [-1, 2, 3, 4]} {"box": [1, 2, 3, 10001]}'
+    assert listed_boxes(named) == [((1, 2, 30, 4.5), 0.5)]
 
 
 BOX = (12.5, 30.0, 200.0, 150.0)
