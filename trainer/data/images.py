@@ -20,7 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
 MIN_SIDE = 28  # pixels: one vision token is 28 x 28
 MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
 MAX_IMAGE_PIXELS = 64_000_000  # largest width x height to decode, checked by the file's header
-_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*")  # no part is empty or begins with a dot
+# A path without empty parts and parts that begin with a dot, so that it need not be resolved. Base64 has no dot.
+_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*\.(?:jpe?g|png|webp|bmp|gif|tiff?)")
 _BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/]{40,}={0,2})")
 _BASE64_STARTS = ("data:", "/9j/", "iVBORw0KGgo", "UklGR", "Qk", "R0lGOD", "SUkq", "TU0A", "AAAA")  # of the formats
 _URL = re.compile(r"([a-z][a-z0-9+-]+)://", re.IGNORECASE)
@@ -65,7 +66,11 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
     images = images if isinstance(images, list) else [images]
     if images in ([], [None]):
         raise Refused("no_images", f"{name} is {images[0] if images else images!r}; at least one image is needed.")
-    return tuple(_resolve(image, file) for image in images)
+    root = file.root  # a file may name millions of images
+    return tuple(
+        os.path.join(root, image) if type(image) is str and _PLAIN.fullmatch(image) else _resolve(image, file)
+        for image in images
+    )
 
 
 def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
@@ -82,9 +87,7 @@ def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
         return Embedded(name or f"an image of {len(image)} bytes in the record", image)
     if not isinstance(image, str) or not image or "\0" in image:
         raise Refused("no_images", f"image is {image!r:.80}; a path, bytes or base64 is needed.")
-    # A plain path needs no resolving, and a file may name millions of images.
-    plain = _PLAIN.fullmatch(image) and not image.startswith("data:") and not image.lower().endswith(VIDEOS)
-    return os.path.join(file.root, image) if plain else _resolve_path(image, file)
+    return _resolve_path(image, file)
 
 
 def _resolve_path(image: str, file: Source) -> str:
