@@ -144,7 +144,7 @@ def make_cold_start(o: CotOptions) -> dict:
 def check(o: CotOptions) -> None:
     """Refuse invalid options before anything is read."""
     check_options(o)
-    if not Path(o.data).is_file():
+    if not Path(o.data).exists():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a JSON or JSONL file with --data.")
     for name in ("model", "base_url") if o.ask else ("model",):
         if not getattr(o, name):

@@ -43,7 +43,7 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
         (box,) = box
     numbers = is_numbers(box) and len(box) == 4
     if file.unit == "auto" and numbers:
-        return Written(box, _known_size(image, record, file))
+        return Written(box, known_size(image, record, file))
     limits = [LIMITS[file.unit]] * 2 if file.unit in LIMITS else _pixel_size(image, record, file)
     if file.unit == "pixels" and numbers:
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, [*limits, *limits])]
@@ -96,7 +96,8 @@ def _support(boxes: Sequence[Written], unit: str, usual: str, reach: float) -> f
     return total
 
 
-def _known_size(image: str, record: dict, file: Source) -> Sequence[float] | None:
+def known_size(image: str, record: dict, file: Source) -> Sequence[float] | None:
+    """Width and height of the image in pixels, if they can be told without a doubt."""
     try:
         return _pixel_size(image, record, file) if file.sized else None
     except Refused:

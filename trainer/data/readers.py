@@ -15,6 +15,7 @@ import json
 import logging
 import operator
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,8 +26,9 @@ import numpy as np
 
 from boxgrpo.trainer.runtime.files import replace_file
 
-from .boxes import UNIT_BOXES, Written, likeliest_unit
-from .example import Fault, Refused, Source, parse, require_some
+from .boxes import UNIT_BOXES, Written, known_size, likeliest_unit
+from .chats import CHAT
+from .example import Fault, Refused, Source, parse, require_some, target_image
 from .loader import GOLD, TABLE, TURNS, Examples
 from .scan import Row, scan
 from .schemas import SCHEMAS, recognise
@@ -92,7 +94,9 @@ def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
         path, _, count = source.rpartition("#")
         path, count = (path, int(count)) if count.isdigit() and path and not Path(source).exists() else (source, None)
         if not Path(path).exists():
-            raise ValueError(f"data is {source}; there is no such file or folder. Correct --data.")
+            hub = re.fullmatch(r"\w[\w.-]*/[\w-]+", path)  # no suffix
+            remedy = f"hf download {path} --repo-type dataset --local-dir {path} fetches one of the hub." * bool(hub)
+            raise ValueError(f"data is {source}; there is no such file or folder. Correct --data. {remedy}".rstrip())
         if count == 0:
             raise ValueError(f"data is {source}; at least 1 record is to be taken. Correct --data.")
         found.append((Path(path), count))
@@ -163,30 +167,53 @@ def _scan_file(file: Source) -> _Scan:
         schema, why = _recognise_most(file.path, records)
         notes.append(why)
     found = _Scan(schema, file.unit, notes, faults=[])
-    boxes = _first_boxes(records, dataclasses.replace(file, schema=schema, unit="auto", counts=Counter()))
-    if file.unit == "auto":
-        try:
-            found.unit = likeliest_unit(boxes, SCHEMAS[schema].unit) if records else "thousandths"
-        except ValueError as error:
-            raise ValueError(f"{file.path}: {error}") from error
-        found.lasting = not boxes or any(box.size for box in boxes)
-    if boxes:
-        why = f", by {len(boxes)} of them; --box_unit overrules it" if file.unit == "auto" else ""
-        notes.append(f"gold boxes are in {found.unit} of their images{why}")
+    if records:
+        _find_unit(found, records, dataclasses.replace(file, schema=schema))
     file = dataclasses.replace(file, schema=schema, unit=found.unit, counts=Counter())
     found.table = np.fromiter(_good_rows(itertools.chain(head, rows), file, found.faults), dtype=TABLE)
     notes += [f"{count} records {COUNTED[name]}" for name, count in file.counts.items() if count]
     return found
 
 
+def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
+    """Set the unit of the gold boxes, and note it. Boxes in a chat's text are taken as thousandths, whatever they are.
+
+    Raises:
+        ValueError: the unit is neither named nor clear.
+    """
+    schema = SCHEMAS[file.schema]
+    in_text = any(key in CHAT for keys in schema.keys for key in keys.split())
+    boxes = _first_boxes(records, dataclasses.replace(file, unit="auto", counts=Counter()))
+    found.lasting = not boxes or in_text or any(box.size for box in boxes)
+    if file.unit == "auto" or in_text:
+        try:
+            found.unit = likeliest_unit(boxes, schema.unit)
+        except ValueError as error:
+            if not in_text:
+                raise ValueError(f"{file.path}: {error}") from error
+    if in_text:
+        if found.unit not in (schema.unit, "auto"):
+            what = f"the answers' boxes look like {found.unit} of their images; they are taken as thousandths"
+            found.notes.append(f"{what}. Write them in thousandths")
+        found.unit = schema.unit
+    elif boxes:
+        why = f", by {len(boxes)} of them; --box_unit overrules it" if file.unit == "auto" else ""
+        found.notes.append(f"gold boxes are in {found.unit} of their images{why}")
+
+
 def _first_boxes(records: Iterable[dict], file: Source) -> list[Written]:
-    """The gold boxes of the first records that have one, as they are written. Boxes in a chat's text have one unit."""
+    """The gold boxes of the first records that have one, as they are written."""
 
     def found() -> Iterator[Written]:
         for record in records:
             with contextlib.suppress(Exception):  # a record may hold anything; it is refused when it is read
-                if isinstance(box := SCHEMAS[file.schema].read(record, file)["gold"], Written):
+                fields = SCHEMAS[file.schema].read(record, file)
+                if isinstance(box := fields["gold"], Written):
                     yield box
+                elif box:
+                    images = fields["images"]
+                    target = fields.get("target_image", target_image(record, fields["question"], len(images)))
+                    yield Written(box, known_size(images[target], record, file))
 
     return list(itertools.islice(found(), UNIT_BOXES))
 

@@ -135,6 +135,20 @@ def test_several_boxes_are_counted_or_refused(write, draw, caplog):
     assert fault.reason == "several_boxes" and "answer holds 2 boxes" in fault.message
 
 
+@pytest.mark.parametrize("unit", ["percent", "thousandths", "pixels"])
+def test_boxes_in_a_chats_text_are_thousandths(write, draw, caplog, unit):
+    """The text is learned as it is written, so other units are not converted: the log says what they look like."""
+    draw("a.png", WIDTH, HEIGHT)
+    caplog.set_level("INFO")
+    boxes, _ = written(unit, 20)
+    texts = ["<answer>({:.0f}, {:.0f}), ({:.0f}, {:.0f})</answer>".format(*box) for box in boxes]
+    chats = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": text}] for text in texts]
+    path = write([{"images": ["a.png"], "messages": chat} for chat in chats])
+    examples, _ = read_examples(path, box_unit="pixels")
+    assert examples.files[0].unit == "thousandths" and examples[0].gold == pytest.approx(boxes[0], abs=0.51)
+    assert (f"look like {unit} of their images" in caplog.text) == (unit != "thousandths")
+
+
 def test_a_lone_record_keeps_its_forms_unit(write, draw):
     """There is no evidence against it, however small its box is."""
     draw("a.png", WIDTH, HEIGHT)

@@ -262,7 +262,7 @@ def test_columns_without_a_value_are_no_keys(tmp_path, monkeypatch):
         ("both", "both holds the splits train, test. Name the folder of one: .*both/train"),
         ("empty", "empty is a folder without state.json"),
         ("bad.parquet", "bad.parquet cannot be read as a table"),
-        ("gone", "gone; there is no such file or folder"),
+        ("gone", "gone; there is no such file or folder. Correct --data.$"),
     ],
 )
 def test_other_folders_and_files_are_refused(tmp_path, monkeypatch, name, message):
@@ -273,6 +273,13 @@ def test_other_folders_and_files_are_refused(tmp_path, monkeypatch, name, messag
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no table")
     source = SimpleNamespace(data=[str(tmp_path / name)], schema="auto", box_unit="auto", image_root="", seed=0)
     with pytest.raises(ValueError, match=message):
+        read_usable(source, needs="gold")
+
+
+def test_a_hub_id_is_told_how_to_fetch_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = SimpleNamespace(data=["lmms-lab/RefCOCO"], schema="auto", box_unit="auto", image_root="", seed=0)
+    with pytest.raises(ValueError, match="hf download lmms-lab/RefCOCO --repo-type dataset --local-dir lmms-lab/RefC"):
         read_usable(source, needs="gold")
 
 
