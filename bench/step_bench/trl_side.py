@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from boxgrpo.kernels.dropin import format_reward_rec, iou_reward
+from boxgrpo.kernels.dropin.univg_r1 import format_reward_rec, iou_reward
 from boxgrpo.trainer.data.processor import THINK_SUFFIX
 from boxgrpo.trainer.data.readers import read_examples
 

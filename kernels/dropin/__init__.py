@@ -4,6 +4,7 @@ A module for each repository; none imports the repository, and `import boxgrpo.k
 that our ops do not support raise ValueError.
 """
 
+from . import univg_r1
 from .liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
 from .trl import ChunkedLogProbFunction, selective_log_softmax, selective_log_softmax_and_entropy
 from .verl import compute_grpo_outcome_advantage, linear_cross_entropy, logprobs_from_logits
@@ -23,4 +24,5 @@ __all__ = [
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "triton_grpo_loss",
+    "univg_r1",
 ]

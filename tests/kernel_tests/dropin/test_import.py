@@ -28,7 +28,8 @@ dropin.LigerFusedLinearGRPOLoss()(hidden, weight, ids, ones, signs, ref_per_toke
 dropin.linear_cross_entropy(hidden, weight, ids)
 dropin.logprobs_from_logits(logits[:, 1:], ids)
 dropin.compute_grpo_outcome_advantage(ones, ones, [0, 0])
-assert dropin.iou_reward([[{"content": "<answer>(0, 0), (5, 5)</answer>"}]], [[0, 0, 5, 5]]) == [1.0]
+assert dropin.iou_reward([[{"content": "<answer>[0, 0, 5, 5]</answer>"}]], [[0, 0, 5, 5]]) == [1.0]
+assert dropin.univg_r1.iou_reward([[{"content": "<answer>(0, 0), (5, 5)</answer>"}]], [[0, 0, 5, 5]]) == [1.0]
 """
 
 
