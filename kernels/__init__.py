@@ -12,7 +12,8 @@ from .boxes import box_iou
 from .decode import add_rms_norm, merge_attention, rotate_into_cache, silu_mul
 from .head import fused_grpo_loss, fused_grpo_loss_from_logits
 from .logps import token_logps, token_logps_from_logits
-from .loss import GrpoStats, LossOptions, grpo_loss
+from .loss import GrpoStats, grpo_loss
+from .loss_options import LOSS_TYPES, LossOptions
 from .rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
 from .sample import sample_tokens
 from .shared_keys import gather_keys
@@ -21,6 +22,7 @@ from .vocabulary import VocabularyBytes
 
 __all__ = [
     "ANSWER_FORMATS",
+    "LOSS_TYPES",
     "GroundingRewards",
     "GrpoStats",
     "LossOptions",

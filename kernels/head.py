@@ -6,18 +6,16 @@ from torch import Tensor
 from .chunks import HeadSweep, LogitSweep, backward, forward
 from .dispatch import accumulation_dtype, check_scored_rows, check_writable, register, runs_fast
 from .loss import (
-    OPTIONS_SCHEMA,
     GrpoStats,
-    LossOptions,
     TokenTerms,
     grpo_loss_torch,
-    options_of_call,
     register_saved_gradients,
     scale_saved_gradients,
     scaled_copy,
     token_objective,
     token_terms,
 )
+from .loss_options import OPTIONS_SCHEMA, LossOptions, options_of_call
 
 
 def fused_grpo_loss_torch(
@@ -38,7 +36,7 @@ def fused_grpo_loss_from_logits_torch(
 
 def _loss_and_gradients(sweep, targets, advantages, completion_cu, temperature, options) -> tuple[Tensor, ...]:
     o = LossOptions._make(options)
-    in_one_pass = sweep.wanted and o.importance_sampling_level == "token"
+    in_one_pass = sweep.wanted and not o.needs_all_logps
     gradient = None
     if in_one_pass:
         terms, _, _ = token_terms(targets.shape[0], sweep.dtype, advantages, completion_cu, o)
@@ -71,8 +69,9 @@ def fused_grpo_loss(
 
     At the token level no logit is computed twice (6·N·V·H FLOP, 4 with a frozen head). On a CPU rows without gradient
     are left out of the second product; on a GPU that would need a synchronisation, so the caller should leave them
-    out. The sequence level needs all logps of a completion first and computes the logits a second time. With Triton
-    a second backward through a retained graph raises: the first scales the saved gradients in place.
+    out. The sequence level, and `vespo` with `old_logps` or `sampler_factor`, need all logps of a completion first and
+    compute the logits a second time. With Triton a second backward through a retained graph raises: the first scales
+    the saved gradients in place.
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].

@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunks import HeadSweep, LogitSweep
 from .dispatch import Launch
 from .logps_triton import sweep_gradients, sweep_logps
-from .loss import LossOptions
+from .loss_options import LossOptions
 from .loss_triton import (
     grpo_loss_triton,
     objective_arguments,
@@ -60,10 +60,10 @@ def fused_kernel(
     n,
     old_logps,
     ref_logps,
-    epsilon,
-    epsilon_high,
+    a,
+    b,
     delta,
-    CISPO: tl.constexpr,
+    KIND: tl.constexpr,
     FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
@@ -106,7 +106,7 @@ def fused_kernel(
     if old_logp is not None:
         log_ratio = logp - old_logp
     loss, dpolicy, dkl, kl, clip_low, clip_high, ratio = token_objective(
-        logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO
+        logp, log_ratio, ref_logp, advantage, gain, kl_gain, a, b, delta, KIND
     )
     tl.store(logps + token, logp)
     tl.store(entropy + token, nats)
@@ -167,7 +167,7 @@ def fused_grpo_loss_triton(
 ) -> tuple[Tensor, ...]:
     """loss (), dhidden (N, H), dweight (V, H), logps (N), entropy (N), stats (7); an unrequested gradient is (0).
 
-    FLOP: 6·N·V·H, 4 with a frozen head; 2 more at the sequence level.
+    FLOP: 6·N·V·H, 4 with a frozen head; 2 more where `needs_all_logps`.
     """
     sweeps = HeadSweep(hidden, weight), HeadSweep(hidden, weight, grad_hidden, grad_weight)
     return _loss_and_gradients(*sweeps, targets, advantages, completion_cu, temperature, options)
@@ -184,7 +184,7 @@ def fused_grpo_loss_from_logits_triton(
 def _loss_and_gradients(plain, sweep, targets, advantages, completion_cu, temperature, options) -> tuple[Tensor, ...]:
     """`sweep` computes the requested gradients; `plain` yields the same logits without gradients, for a first pass."""
     o = LossOptions._make(options)
-    if sweep.wanted and o.importance_sampling_level == "token":
+    if sweep.wanted and not o.needs_all_logps:
         terms = terms_triton(targets.shape[0], advantages, completion_cu, o)
         logps, entropy, tokens = (torch.empty(*k, targets.shape[0], device=targets.device) for k in ((), (), (5,)))
         for rows, logits, dlogits in sweep:

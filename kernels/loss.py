@@ -1,19 +1,17 @@
-"""The GRPO loss from log-probabilities: its options, torch twin and public function, and the objective of a token.
+"""The GRPO loss from log-probabilities: its torch twin and public function, and the objective of a token.
 
 Formulas: ARCHITECTURE.md, section "The mathematics" (GRPO, Shao et al. 2024, eq. 3, with UniVG-R1's difficulty weight
 phi on the policy term). Gradients are written out by hand: the fused losses need d loss / d logp of a row while its
 logits still exist.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import FLOATS, INTS, accumulation_dtype, check_choice, check_tensor, register, runs_fast
-
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
-LEVELS = ("token", "sequence")
+from .dispatch import FLOATS, accumulation_dtype, check_tensor, register, runs_fast
+from .loss_options import AVERAGED, LOG_RATIO_BOUNDS, OF_COMPLETIONS, OPTIONS_SCHEMA, LossOptions, options_of_call
 
 
 class GrpoStats(NamedTuple):
@@ -21,7 +19,8 @@ class GrpoStats(NamedTuple):
 
     `clip_low` is the share of tokens with ratio < 1 - epsilon and A < 0, `clip_high` that of tokens with ratio >
     1 + epsilon_high and A > 0 (for `cispo` ratio > epsilon_high, and clip_low is 0), `clip_region` that of either:
-    TRL's definitions. At the sequence level every token has its completion's ratio.
+    TRL's definitions. `sapo` and `vespo` do not clip. At the sequence level every token has its completion's ratio, and
+    for `vespo` the ratio's statistics are those of its weight phi(w).
     """
 
     kl: Tensor
@@ -33,100 +32,6 @@ class GrpoStats(NamedTuple):
     ratio_max: Tensor
     logps: Tensor  # (N) nats
     entropy: Tensor  # (N) nats; (0) from grpo_loss, which is not given the logits
-
-
-class _LossFields(NamedTuple):
-    old_logps: Tensor | None = None
-    ref_logps: Tensor | None = None
-    weights: Tensor | None = None
-    sampler_factor: Tensor | None = None
-    denominator: Tensor | None = None
-    beta: float = 0.04
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    loss_type: str = "grpo"
-    importance_sampling_level: str = "token"
-
-
-class LossOptions(_LossFields):
-    """The options of the three loss functions, in one object or as keywords.
-
-    old_logps: (N), the logps of the rollout's weights; None: on-policy, ratio 1.
-    ref_logps: (N), the reference's; None: no KL.
-    weights: (BG), phi >= 0, a factor of the policy term; None: 1.
-    sampler_factor: (N) >= 0, a factor of the policy term: min(exp(old - sampler), C) if another program sampled the
-        tokens than computed `old_logps`; None: 1.
-    denominator: 0-dim float tensor, the divisor of the sum; None: this call's completions (`grpo`) or tokens (`bnpo`,
-        `dapo`, `cispo`). `dr_grpo` needs it: completions * max_completion_length, which only the caller can count.
-    beta: KL coefficient. epsilon, epsilon_high: clip to [1 - epsilon, 1 + epsilon_high], epsilon_high None: epsilon.
-    delta: upper bound of the unclipped ratio, above 1 + epsilon_high; None: unbounded.
-    For `cispo` epsilon_high is required and bounds the ratio itself (in TRL and Liger, say, 5.0); epsilon is ignored.
-
-    The constructor checks the values; tensors added with `_replace` are checked by the loss functions.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, *args, **kwargs) -> Self:
-        o = super().__new__(cls, *args, **kwargs)
-        check_choice("loss_type", o.loss_type, LOSS_TYPES)
-        check_choice("importance_sampling_level", o.importance_sampling_level, LEVELS)
-        if o.beta < 0:
-            raise ValueError(f"beta is {o.beta}; it must not be negative.")
-        if o.loss_type == "cispo":
-            if o.epsilon_high is None or o.epsilon_high <= 0:
-                raise ValueError(
-                    f"epsilon_high is {o.epsilon_high}; 'cispo' needs a positive bound of the ratio. Pass, say, 5.0."
-                )
-            if o.delta is not None:
-                raise ValueError(f"delta is {o.delta}; 'cispo' has no unclipped ratio to bound. Leave delta out.")
-            return o
-        if not 0 <= o.epsilon <= 1:
-            raise ValueError(f"epsilon is {o.epsilon}; it must lie between 0 and 1.")
-        high = o.epsilon if o.epsilon_high is None else o.epsilon_high
-        if high < 0:
-            raise ValueError(f"epsilon_high is {high}; it must not be negative.")
-        if o.delta is not None and o.delta <= 1 + high:
-            raise ValueError(
-                f"delta is {o.delta}; the bound of the unclipped ratio must exceed 1 + epsilon_high = {1 + high}. "
-                "Raise delta."
-            )
-        return o._replace(epsilon_high=high)
-
-
-def options_of_call(
-    n: int, advantages: Tensor, completion_cu: Tensor, options: LossOptions | None, keywords: dict
-) -> LossOptions:
-    """`options`, or those of `keywords`, for a call that scores n tokens; refuse tensors that do not fit them."""
-    if options is not None and keywords:
-        raise ValueError(f"options and {', '.join(keywords)} are given. Put all of them into options, or leave it out.")
-    o = LossOptions(**keywords) if options is None else options
-    check_tensor("completion_cu", completion_cu, (None,), INTS)
-    completions = completion_cu.shape[0] - 1
-    if completions < 0:
-        raise ValueError("completion_cu is empty; it holds completions + 1 offsets. Pass [0] for no completion.")
-    check_tensor("advantages", advantages, (completions,), FLOATS)
-    shapes = {"old_logps": (n,), "ref_logps": (n,), "sampler_factor": (n,), "weights": (completions,)}
-    for name, shape in (shapes | {"denominator": ()}).items():
-        if (tensor := getattr(o, name)) is not None:
-            check_tensor(name, tensor, shape, FLOATS)
-    if o.loss_type == "dr_grpo" and o.denominator is None:
-        raise ValueError(
-            "loss_type is 'dr_grpo' and denominator is None; it divides by completions * max_completion_length. "
-            "Pass that product as a 0-dim tensor."
-        )
-    return o
-
-
-# The fields of `LossOptions` in their order; the ops take each as an argument.
-OPTIONS_SCHEMA = (
-    "Tensor? old_logps, Tensor? ref_logps, Tensor? weights, Tensor? sampler_factor, Tensor? denominator, float beta, "
-    "float epsilon, float epsilon_high, float? delta, str loss_type, str importance_sampling_level"
-)
 
 
 class TokenTerms(NamedTuple):
@@ -162,13 +67,13 @@ def token_terms(
     if o.denominator is not None:
         share = 1 / o.denominator.to(dtype)
     else:
-        share = 1 / max(lengths.shape[0] if o.loss_type == "grpo" else n, 1)
+        share = 1 / max(lengths.shape[0] if o.loss_type in OF_COMPLETIONS else n, 1)
     shares = torch.ones_like(lengths, dtype=dtype) * share  # (BG)
-    if o.loss_type == "grpo":
+    if o.loss_type in AVERAGED:
         shares = shares / lengths.clamp(min=1)
     gains = shares if o.weights is None else shares * o.weights.to(dtype)
     gain = gains[completion]
-    if o.sampler_factor is not None:
+    if o.sampler_factor is not None and o.loss_type != "vespo":
         gain = gain * o.sampler_factor.to(dtype)
     old, ref = (None if tensor is None else tensor.to(dtype) for tensor in (o.old_logps, o.ref_logps))
     terms = TokenTerms(advantages.to(dtype)[completion], gain, o.beta * shares[completion], old, ref)
@@ -176,23 +81,30 @@ def token_terms(
 
 
 def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, o: LossOptions) -> TokenObjective:
-    """The objective of each token. `log_ratio` (n) is given at the sequence level; None: logps - old_logps."""
+    """The objective of each token. `log_ratio` (n): a completion's; None: logps - old_logps."""
     if log_ratio is None:
         log_ratio = torch.zeros_like(logps) if terms.old_logps is None else logps - terms.old_logps
     ratio, advantage = log_ratio.exp(), terms.advantage
-    if o.loss_type == "cispo":
+    clip_low = clip_high = torch.zeros_like(ratio, dtype=torch.bool)
+    if o.kind == "cispo":
         slope = ratio.clamp(max=o.epsilon_high) * advantage  # a constant: no gradient flows through the ratio
         policy = slope * logps
         clip_high = (ratio > o.epsilon_high) & (advantage > 0)
-        clip_low = torch.zeros_like(clip_high)
+    elif o.kind == "sapo":
+        temperature = torch.where(advantage > 0, *advantage.new_tensor(o.sapo_temperatures))
+        steep = temperature * (ratio - 1)
+        policy = torch.sigmoid(steep) * (4 / temperature) * advantage
+        # Finite: for a ratio that overflows the gate is flat, and 0 * inf would be NaN.
+        slope = 4 * torch.sigmoid(steep) * torch.sigmoid(-steep) * ratio.clamp(max=1e30) * advantage
     else:
         low, high = 1 - o.epsilon, 1 + o.epsilon_high
         clip_low = (ratio < low) & (advantage < 0)
         clip_high = (ratio > high) & (advantage > 0)
         bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
         policy = torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
-        # The minimum is constant exactly where the ratio is clipped or above delta, which exceeds 1 + epsilon_high.
-        is_constant = clip_low | clip_high if o.delta is None else clip_low | clip_high | (ratio > o.delta)
+        is_constant = clip_low | clip_high
+        if o.delta is not None:  # of the two bounds above, the lower one holds for A > 0, else the higher one
+            is_constant |= ratio > torch.where(advantage > 0, o.delta, max(o.delta, high))
         slope = (ratio * advantage).masked_fill(is_constant, 0)
     loss, dpolicy = -terms.gain * policy, -terms.gain * slope
     if terms.ref_logps is None:
@@ -203,6 +115,14 @@ def token_objective(logps: Tensor, log_ratio: Tensor | None, terms: TokenTerms, 
         kl = growth - gap
         loss, dkl = loss + terms.kl_gain * kl, -terms.kl_gain * growth
     return TokenObjective(loss, dpolicy, dkl, kl, clip_low, clip_high, ratio)
+
+
+def vespo_log_weight(log_ratio: Tensor, advantages: Tensor, gamma: tuple[float, ...]) -> Tensor:
+    """log phi(w) = k log w + lambda (1 - w), from completions' log w and advantages, of one shape; `gamma` as above."""
+    k_pos, lambda_pos, k_neg, lambda_neg = gamma
+    log_w, is_good = log_ratio.clamp(*LOG_RATIO_BOUNDS), advantages >= 0
+    k, rate = (torch.where(is_good, *log_w.new_tensor(x)) for x in ((k_pos, k_neg), (lambda_pos, lambda_neg)))
+    return k * log_w - rate.clamp(min=1e-4) * torch.expm1(log_w)
 
 
 def grpo_loss_torch(
@@ -220,9 +140,15 @@ def grpo_loss_torch(
 
     if by_sequence and terms.old_logps is not None:
         log_ratio = mean_of_completion(logps - terms.old_logps)
+    elif o.loss_type == "vespo" and o.needs_all_logps:
+        parts = torch.zeros_like(logps) if terms.old_logps is None else (logps - terms.old_logps).clamp(-20, 20)
+        if o.sampler_factor is not None:
+            parts = parts + o.sampler_factor.to(dtype).log().clamp(*LOG_RATIO_BOUNDS)
+        sums = parts.new_zeros(lengths.shape[0]).index_add_(0, completion, parts)
+        log_ratio = vespo_log_weight(sums, advantages.to(dtype), o.vespo_gamma)[completion]
     token = token_objective(logps, log_ratio, terms, o)
     # The ratio uses a completion's mean log ratio, so each logp gets the mean slope; in cispo each keeps its own.
-    averaged = by_sequence and o.loss_type != "cispo"
+    averaged = by_sequence and o.kind != "cispo"
     dlogps = (mean_of_completion(token.dpolicy) if averaged else token.dpolicy) + token.dkl
     stats = token.ratio.new_zeros(7)
     if n:

@@ -6,7 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import Launch
-from .loss import LossOptions
+from .loss_options import AVERAGED, LOG_RATIO_BOUNDS, OF_COMPLETIONS, LossOptions
+
+LOWEST, HIGHEST = map(tl.constexpr, LOG_RATIO_BOUNDS)
 
 
 @triton.jit
@@ -24,18 +26,14 @@ def token_range(completion, completion_cu, completions, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def completion_terms(
-    completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION: tl.constexpr
-):
+def completion_terms(completion, count, advantages, completion_cu, weights, denominator, beta, AVERAGED: tl.constexpr):
     """A completion's advantage, factor of the policy term and factor of the KL (`token_terms` of loss.py)."""
     share = tl.full((), 1.0, tl.float32)
     if denominator is not None:
         share /= tl.load(denominator).to(tl.float32)
-    elif PER_COMPLETION:
-        share /= completions
     else:
-        share /= n
-    if PER_COMPLETION:
+        share /= count
+    if AVERAGED:
         share /= tl.maximum(tl.load(completion_cu + completion + 1) - tl.load(completion_cu + completion), 1)
     gain = share
     if weights is not None:
@@ -43,10 +41,11 @@ def completion_terms(
     return tl.load(advantages + completion).to(tl.float32), gain, beta * share
 
 
-@triton.jit(do_not_specialize=["n", "completions"])
+@triton.jit(do_not_specialize=["n", "completions", "count"])
 def terms_kernel(
     n,
     completions,
+    count,
     advantages,
     completion_cu,
     weights,
@@ -54,13 +53,13 @@ def terms_kernel(
     beta,
     sampler_factor,
     terms,
-    PER_COMPLETION: tl.constexpr,
+    AVERAGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program computes one completion: advantage, gain and KL gain of each of its tokens, (3, n)."""
     completion = tl.program_id(0)
     advantage, gain, kl_gain = completion_terms(
-        completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
+        completion, count, advantages, completion_cu, weights, denominator, beta, AVERAGED
     )
     start, end = token_range(completion, completion_cu, completions, n, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32)
@@ -76,25 +75,35 @@ def terms_kernel(
 
 
 @triton.jit
-def token_objective(
-    logp, log_ratio, ref_logp, advantage, gain, kl_gain, epsilon, epsilon_high, delta, CISPO: tl.constexpr
-):
-    """loss.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio."""
+def token_objective(logp, log_ratio, ref_logp, advantage, gain, kl_gain, a, b, delta, KIND: tl.constexpr):
+    """loss.token_objective: loss, d policy / d log ratio, d KL / d logp, kl, clip low, clip high, ratio.
+
+    a, b: epsilon and epsilon_high; for the kind "sapo" the temperatures for A > 0 and for others.
+    """
     ratio = tl.exp(log_ratio)
-    if CISPO:
-        slope = tl.minimum(ratio, epsilon_high, propagate_nan=tl.PropagateNan.ALL) * advantage
+    if KIND == "cispo":
+        slope = tl.minimum(ratio, b, propagate_nan=tl.PropagateNan.ALL) * advantage
         policy = slope * logp
         clip_low = ratio < 0  # always false
-        clip_high = (ratio > epsilon_high) & (advantage > 0)
+        clip_high = (ratio > b) & (advantage > 0)
+    elif KIND == "sapo":
+        temperature = tl.where(advantage > 0, a, b)
+        steep = temperature * (ratio - 1)
+        gate = 1 / (1 + tl.exp(-steep))
+        policy = gate * (4 / temperature) * advantage
+        bounded = tl.minimum(ratio, 1e30, propagate_nan=tl.PropagateNan.ALL)
+        slope = 4 * gate * (1 / (1 + tl.exp(steep))) * bounded * advantage
+        clip_low = ratio < 0
+        clip_high = clip_low
     else:
-        least, most = 1 - epsilon, 1 + epsilon_high
+        least, most = 1 - a, 1 + b
         clip_low = (ratio < least) & (advantage < 0)
         clip_high = (ratio > most) & (advantage > 0)
         is_constant = clip_low | clip_high
         bounded = ratio
         if delta is not None:
             bounded = tl.minimum(ratio, delta, propagate_nan=tl.PropagateNan.ALL)
-            is_constant |= ratio > delta
+            is_constant |= ratio > tl.where(advantage > 0, delta, tl.maximum(delta, most))
         clipped = tl.clamp(ratio, least, most, propagate_nan=tl.PropagateNan.ALL)
         policy = tl.minimum(bounded * advantage, clipped * advantage, propagate_nan=tl.PropagateNan.ALL)
         slope = tl.where(is_constant, 0.0, ratio * advantage)
@@ -132,10 +141,11 @@ def _load(pointer, at, mask):
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n", "completions"])
+@triton.jit(do_not_specialize=["n", "completions", "count"])
 def grpo_kernel(
     n,
     completions,
+    count,
     advantages,
     completion_cu,
     weights,
@@ -145,44 +155,65 @@ def grpo_kernel(
     logps,
     old_logps,
     ref_logps,
-    epsilon,
-    epsilon_high,
+    a,
+    b,
     delta,
     dlogps,
     tokens,
-    CISPO: tl.constexpr,
-    PER_COMPLETION: tl.constexpr,
-    SEQUENCE: tl.constexpr,
+    k_pos,
+    lambda_pos,
+    k_neg,
+    lambda_neg,
+    KIND: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program computes loss and gradient of one completion's tokens."""
+    """A program computes loss and gradient of one completion's tokens.
+
+    RATIO: of which the log is a token's log ratio: its own ("token"), its completion's "mean", or "weight" phi(w).
+    """
     completion = tl.program_id(0)
     advantage, gain, kl_gain = completion_terms(
-        completion, n, completions, advantages, completion_cu, weights, denominator, beta, PER_COMPLETION
+        completion, count, advantages, completion_cu, weights, denominator, beta, AVERAGED
     )
     start, end = token_range(completion, completion_cu, completions, n, BLOCK)
     length = tl.maximum(end - start, 1).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     advantage += tl.zeros((BLOCK,), tl.float32)  # the interpreter cannot broadcast the scalar's comparisons
-    mean_log_ratio = 0.0
-    if SEQUENCE and old_logps is not None:
+    common = 0.0  # the log ratio of all tokens
+    if RATIO == "mean" and old_logps is not None:
         total = tl.zeros((BLOCK,), tl.float32)
         for at in range(start, end, BLOCK):
             mask = at + lanes < end
             total += _load(logps, at + lanes, mask) - _load(old_logps, at + lanes, mask)
-        mean_log_ratio = tl.sum(total, 0) / length
+        common = tl.sum(total, 0) / length
+    elif RATIO == "weight":
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(start, end, BLOCK):
+            mask = at + lanes < end
+            if old_logps is not None:
+                gap = _load(logps, at + lanes, mask) - _load(old_logps, at + lanes, mask)
+                total += tl.clamp(gap, -20.0, 20.0, propagate_nan=tl.PropagateNan.ALL)
+            if sampler_factor is not None:
+                factor = tl.log(tl.where(mask, _load(sampler_factor, at + lanes, mask), 1.0))
+                total += tl.clamp(factor, LOWEST, HIGHEST, propagate_nan=tl.PropagateNan.ALL)
+        zeros = tl.zeros((BLOCK,), tl.float32)
+        log_w = tl.clamp(zeros + tl.sum(total, 0), LOWEST, HIGHEST, propagate_nan=tl.PropagateNan.ALL)
+        k, rate = tl.where(advantage >= 0, k_pos, k_neg), tl.where(advantage >= 0, lambda_pos, lambda_neg)
+        common = k * log_w + rate * (1 - tl.exp(log_w))
     # The ratio uses a completion's mean log ratio, so each logp gets the mean slope; in cispo each keeps its own.
     mean_dpolicy = 0.0
-    if SEQUENCE and not CISPO:
+    if RATIO == "mean" and KIND != "cispo":
         total = tl.zeros((BLOCK,), tl.float32)
         for at in range(start, end, BLOCK):
             mask = at + lanes < end
             share = tl.where(mask, gain, 0.0)
             if sampler_factor is not None:
                 share *= _load(sampler_factor, at + lanes, mask)
-            log_ratio = tl.zeros((BLOCK,), tl.float32) + mean_log_ratio
+            log_ratio = tl.zeros((BLOCK,), tl.float32) + common
             _, dpolicy, _, _, _, _, _ = token_objective(
-                log_ratio, log_ratio, None, advantage, share, 0.0, epsilon, epsilon_high, delta, CISPO
+                log_ratio, log_ratio, None, advantage, share, 0.0, a, b, delta, KIND
             )
             total += dpolicy
         mean_dpolicy = tl.sum(total, 0) / length
@@ -191,18 +222,18 @@ def grpo_kernel(
         mask = token < end
         logp = _load(logps, token, mask)
         share = tl.where(mask, gain, 0.0)
-        if sampler_factor is not None:
+        if sampler_factor is not None and RATIO != "weight":
             share *= _load(sampler_factor, token, mask)
-        log_ratio = tl.zeros((BLOCK,), tl.float32) + mean_log_ratio
-        if old_logps is not None and not SEQUENCE:
+        log_ratio = tl.zeros((BLOCK,), tl.float32) + common
+        if old_logps is not None and RATIO == "token":
             log_ratio = logp - _load(old_logps, token, mask)
         ref_logp = None
         if ref_logps is not None:
             ref_logp = _load(ref_logps, token, mask)
         loss, dpolicy, dkl, kl, clip_low, clip_high, ratio = token_objective(
-            logp, log_ratio, ref_logp, advantage, share, kl_gain, epsilon, epsilon_high, delta, CISPO
+            logp, log_ratio, ref_logp, advantage, share, kl_gain, a, b, delta, KIND
         )
-        if SEQUENCE and not CISPO:
+        if RATIO == "mean" and KIND != "cispo":
             dpolicy = tl.zeros((BLOCK,), tl.float32) + mean_dpolicy
         store_token(tokens, n, token, mask, loss, kl, clip_low, clip_high, ratio)
         tl.store(dlogps + token, (dpolicy + dkl).to(dlogps.dtype.element_ty), mask=mask)
@@ -245,16 +276,18 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def objective_arguments(o: LossOptions) -> tuple:
-    """The arguments of `token_objective` that come from the options: old and reference logps (N), and the bounds."""
-    return _contiguous(o.old_logps), _contiguous(o.ref_logps), o.epsilon, o.epsilon_high, o.delta
+    """The arguments of `token_objective` that come from the options: old and reference logps (N), a, b and delta."""
+    pair = o.sapo_temperatures if o.kind == "sapo" else (o.epsilon, o.epsilon_high)
+    return _contiguous(o.old_logps), _contiguous(o.ref_logps), *pair, o.delta
 
 
 def _completion_launch(kernel, n: int, advantages, completion_cu, o: LossOptions, *rest, **constants) -> Launch:
     """Launch with one program per completion; the kernel's first arguments are those of `completion_terms`."""
     factors = (_contiguous(x) for x in (o.weights, o.denominator))
     completions = completion_cu.shape[0] - 1
-    first = n, completions, advantages.contiguous(), completion_cu.contiguous(), *factors, o.beta
-    constants |= {"PER_COMPLETION": o.loss_type == "grpo", "BLOCK": 512}
+    count = max(completions if o.loss_type in OF_COMPLETIONS else n, 1)
+    first = n, completions, count, advantages.contiguous(), completion_cu.contiguous(), *factors, o.beta
+    constants |= {"AVERAGED": o.loss_type in AVERAGED, "BLOCK": 512}
     return Launch(kernel, (completions,), (*first, _contiguous(o.sampler_factor), *rest), constants, num_warps=4)
 
 
@@ -272,8 +305,11 @@ def terms_triton(n: int, advantages: Tensor, completion_cu: Tensor, o: LossOptio
 
 def grpo_launch(logps, advantages, completion_cu, o: LossOptions, dlogps, tokens) -> Launch:
     """The objective of every completion: logps (N) -> dlogps (N), tokens (5, N)."""
-    per_token = logps.contiguous(), *objective_arguments(o), dlogps, tokens
-    kinds = {"CISPO": o.loss_type == "cispo", "SEQUENCE": o.importance_sampling_level == "sequence"}
+    k_pos, lambda_pos, k_neg, lambda_neg = o.vespo_gamma
+    gamma = k_pos, max(lambda_pos, 1e-4), k_neg, max(lambda_neg, 1e-4)
+    per_token = logps.contiguous(), *objective_arguments(o), dlogps, tokens, *gamma
+    level = "mean" if o.importance_sampling_level == "sequence" else "token"
+    kinds = {"KIND": o.kind, "RATIO": "weight" if o.loss_type == "vespo" else level}
     return _completion_launch(grpo_kernel, logps.shape[0], advantages, completion_cu, o, *per_token, **kinds)
 
 

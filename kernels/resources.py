@@ -262,9 +262,12 @@ def _options(every_variant: bool, levels: tuple[str, ...]) -> Iterator[tuple[str
     kinds = {"full": full | {"delta": 1.5}, "on policy": {}}
     if every_variant:
         kinds |= {"cispo": full | {"loss_type": "cispo", "epsilon_high": 5.0}, "bnpo": {"loss_type": "bnpo"}}
+        kinds |= {"sapo": full | {"loss_type": "sapo"}, "luspo": {"loss_type": "luspo"}}
         kinds |= {f"{name} only": {name: tensor} for name, tensor in full.items()}
     for level, (kind, options) in itertools.product(levels, kinds.items()):
         yield f"{kind}, {level}", LossOptions(**options, importance_sampling_level=level)
+    if every_variant:
+        yield "vespo", LossOptions(**full, loss_type="vespo")
 
 
 def _completions() -> tuple[Tensor, Tensor]:

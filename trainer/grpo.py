@@ -146,6 +146,9 @@ def loss_denominator(o, completions: float, tokens: float, r: Ranks):
         "grpo": completions,
         "dapo": tokens,
         "cispo": tokens,
+        "vespo": tokens,
+        "sapo": completions,
+        "luspo": completions,
         "dr_grpo": completions * o.max_completion_length,
         "bnpo": None,
     }[o.loss_type]

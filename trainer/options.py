@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from boxgrpo.kernels import ANSWER_FORMATS, LossOptions
-from boxgrpo.kernels.loss import LEVELS, LOSS_TYPES
+from boxgrpo.kernels import ANSWER_FORMATS, LOSS_TYPES, LossOptions
+from boxgrpo.kernels.loss_options import LEVELS
 from boxgrpo.trainer.arguments import check_choice, check_options, option
 from boxgrpo.trainer.presence import check_presence
 
@@ -164,7 +164,7 @@ class GrpoOptions(DataOptions):
     epsilon: float = option(0.2, "Lower clip of the ratio, and upper unless epsilon_high is given.")
     epsilon_high: float | None = option(None, "Upper clip of the ratio; cispo: its absolute bound.")
     delta: float | None = option(None, "Upper bound of the unclipped ratio, above 1 + epsilon_high.")
-    loss_type: str = option("grpo", "grpo, bnpo, dapo, dr_grpo or cispo.")
+    loss_type: str = option("grpo", f"One of {', '.join(LOSS_TYPES)}.")
     importance_sampling_level: str = option("token", "token, or sequence (GSPO).")
     scale_rewards: str = option("group", "Divide advantages by the std of the group or of the batch; none: do not.")
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
@@ -253,6 +253,8 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> LossOptions:
             f"{o.gradient_accumulation_steps} gradient_accumulation_steps. Use a multiple of {parts}."
         )
     settings = LossOptions(**{name: value for name, value in vars(o).items() if name in LossOptions._fields})
+    if o.delta is not None and o.delta <= (most := 1 + settings.epsilon_high):
+        raise ValueError(f"delta is {o.delta}; it bounds unclipped ratios, above 1 + epsilon_high = {most}. Raise it.")
     if o.rollout == "replay" and not o.rollout_file:
         raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
     if o.rollout == "vllm":

@@ -25,7 +25,8 @@ from torch import Tensor
 from boxgrpo.kernels.dispatch import FLOATS, check_tensor
 from boxgrpo.kernels.head import fused_grpo_loss
 from boxgrpo.kernels.logps import token_logps_from_logits
-from boxgrpo.kernels.loss import LOSS_TYPES, LossOptions, TokenTerms, token_objective
+from boxgrpo.kernels.loss import TokenTerms, token_objective
+from boxgrpo.kernels.loss_options import LOSS_TYPES, LossOptions
 
 from .head import LogitMap, head_logps
 

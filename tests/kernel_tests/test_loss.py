@@ -75,10 +75,10 @@ def formulas(logits, case, temperature):
     owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     policy, kl, ratio, low, high = token_formulas(logps, owner, case["advantages"], **options)
     terms = policy * (1 if weights is None else weights[owner]) + beta * kl
-    by_completion = options["loss_type"] == "grpo"
+    by_completion = options["loss_type"] in ("grpo", "sapo")
     total = (terms / sizes[owner] if by_completion else terms).sum()
     if denominator is None:
-        denominator = len(sizes) if by_completion else len(logps)
+        denominator = len(sizes) if by_completion or options["loss_type"] == "luspo" else len(logps)
     clips = (x.to(logps.dtype).mean() for x in (low, high, low | high))
     found = kl.mean(), *clips, ratio.min(), ratio.mean(), ratio.max(), logps, entropy
     return total / denominator, GrpoStats(*(x.detach() for x in found))
@@ -91,7 +91,8 @@ SMALL = (11, 257, torch.float32, 0.7)
 @pytest.mark.parametrize(
     "compute, variant, shape",
     [
-        *((compute, variant, SMALL) for compute in ("logits", "overwrite", "logps") for variant in VARIANTS),
+        *((compute, variant, SMALL) for compute in ("logits", "logps") for variant in VARIANTS),
+        *(("overwrite", variant, SMALL) for variant in ("grpo", "on policy", "sequence", "vespo")),
         *(("overwrite", variant, (5, 33_000, torch.bfloat16, 1.0)) for variant in ("cispo", "on policy", "sequence")),
         *(("logits", "grpo", shape) for shape in SHAPES),
     ],
@@ -134,7 +135,7 @@ def test_every_loss(compute, variant, shape, backend):
         (1, 500, "both", "grpo"),
         *((40, 500, wanted, "grpo") for wanted in ("both", "hidden", "weight")),
         *((40, 500, wanted, "sequence") for wanted in ("hidden", "weight")),
-        *((20, 500, "both", variant) for variant in ("cispo", "on policy", "sequence delta")),
+        *((20, 500, "both", variant) for variant in ("cispo", "on policy", "sequence delta", "vespo")),
         (4, 151_936, "both", "grpo"),
     ],
 )
@@ -353,11 +354,14 @@ BAD_OPTIONS = {
     "importance_sampling_level is 'word'": {"importance_sampling_level": "word"},
     "Pass that product": {"loss_type": "dr_grpo"},
     "beta is -1": {"beta": -1.0},
-    "epsilon is 1.5": {"epsilon": 1.5},
+    "epsilon is -1": {"epsilon": -1.0},
     "epsilon_high is -0.1": {"epsilon_high": -0.1},
-    "delta is 1.2;.*Raise delta": {"delta": 1.2},
+    "delta is 0.0; the bound": {"delta": 0.0},
     "epsilon_high is None; 'cispo'": {"loss_type": "cispo"},
     "'cispo' has no unclipped ratio": {"loss_type": "cispo", "epsilon_high": 5.0, "delta": 9.0},
+    "'sapo' has no unclipped ratio": {"loss_type": "sapo", "delta": 9.0},
+    r"sapo_temperatures are \(1.0, 0.0\)": {"loss_type": "sapo", "sapo_temperatures": (1.0, 0.0)},
+    "'vespo' weighs completions": {"loss_type": "vespo", "importance_sampling_level": "sequence"},
     r"old_logps has shape \(2,\); it must be \(11\)": {"old_logps": torch.zeros(2)},
     "ref_logps is int64": {"ref_logps": torch.zeros(N, dtype=torch.int64)},
     r"weights has shape \(11,\)": {"weights": torch.zeros(N)},
@@ -378,7 +382,7 @@ def test_options_in_one_object(case, function):
     assert LossOptions(epsilon=0.1).epsilon_high == 0.1
     assert_refused(
         ("options and beta are given", lambda: run(function, case, {"options": o, "beta": 0.1})),
-        ("delta is 1.2", lambda: LossOptions(delta=1.2)),
+        ("delta is -1", lambda: LossOptions(delta=-1)),
         ("ref_logps has shape", lambda: run(function, case, {"options": o._replace(ref_logps=torch.zeros(2))})),
     )
 

@@ -5,6 +5,7 @@ Triton's interpreter: TRITON_INTERPRET=1 and `-m triton`, in a process of its ow
 """
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ VARIANTS = {
     "dr_grpo": {"loss_type": "dr_grpo", "denominator": torch.tensor(48.0)},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "delta": {"delta": 1.5, "beta": 0.0},
+    "delta within the clip": {"delta": 1.1, "epsilon_high": 0.4, "beta": 0.0},
+    "sapo": {"loss_type": "sapo", "sapo_temperatures": (0.8, 1.3)},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.1},
+    "luspo of tokens": {"loss_type": "luspo", "epsilon": 1.2},
+    "vespo": {"loss_type": "vespo", "vespo_gamma": (0.5, 0.0, 1.0, 0.7)},
+    "vespo on policy": {"loss_type": "vespo", **dict.fromkeys(("old_logps", "sampler_factor"))},
+    "sequence sapo": {"importance_sampling_level": "sequence", "loss_type": "sapo"},
     "global count": {"denominator": torch.tensor(37.0)},
     "global count of tokens": {"loss_type": "dapo", "denominator": torch.tensor(37.0)},
     "on policy": dict.fromkeys(OWN),
@@ -112,6 +120,8 @@ def token_formulas(
     delta=None,
     loss_type="grpo",
     importance_sampling_level="token",
+    sapo_temperatures=(1.0, 1.05),
+    vespo_gamma=(2.0, 3.0, 3.0, 2.0),
 ):
     """ARCHITECTURE.md, section "The mathematics", of N tokens; `owner` (N) is each token's completion.
 
@@ -122,9 +132,23 @@ def token_formulas(
     if importance_sampling_level == "sequence":
         log_ratio = torch.stack([log_ratio[owner == completion].mean() for completion in owner])
     ratio = log_ratio.exp()
-    if loss_type == "cispo":
+    low = high = torch.zeros_like(ratio, dtype=torch.bool)
+    if loss_type == "sapo":
+        temperature = torch.where(advantage > 0, *advantage.new_tensor(sapo_temperatures))
+        policy = -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
+    elif loss_type == "vespo":
+        parts = log_ratio.detach().clamp(-20, 20)
+        if sampler_factor is not None:
+            parts = parts + sampler_factor.log().clamp(math.log(1e-8), 20)
+        log_w = torch.stack([parts[owner == completion].sum() for completion in owner]).clamp(math.log(1e-8), 20)
+        k, rate = (
+            torch.where(advantage >= 0, *log_w.new_tensor(pair)) for pair in (vespo_gamma[::2], vespo_gamma[1::2])
+        )
+        ratio, sampler_factor = (rate.clamp(min=1e-4) * (1 - log_w.exp()) + k * log_w).exp(), None
+        policy = -ratio * advantage * logps
+    elif loss_type == "cispo":
         policy = -ratio.clamp(max=epsilon_high).detach() * advantage * logps
-        low, high = torch.zeros_like(ratio, dtype=torch.bool), (ratio > epsilon_high) & (advantage > 0)
+        high = (ratio > epsilon_high) & (advantage > 0)
     else:
         top = 1 + (epsilon if epsilon_high is None else epsilon_high)
         bounded = ratio if delta is None else ratio.clamp(max=delta)

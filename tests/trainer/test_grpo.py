@@ -58,6 +58,7 @@ def test_grpo_reports_under_trls_names(world, capsys, monkeypatch):
     [
         ("dapo", {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.0, "num_iterations": 2}),
         ("cispo", {"loss_type": "cispo", "epsilon_high": 5.0, "gradient_accumulation_steps": 2}),
+        ("vespo", {"loss_type": "vespo", "num_iterations": 2, "tokens_per_pass": 150}),
         ("gspo", {"importance_sampling_level": "sequence", "scale_rewards": "batch", "tokens_per_pass": 150}),
         ("trained_tower", {"freeze_vision": False, "difficulty": "log", "loss_type": "bnpo"}),
         ("dr", {"loss_type": "dr_grpo", "gradient_checkpointing": True, "difficulty": "none"}),
@@ -72,7 +73,12 @@ def test_every_variant_trains(world, name, changes):
 
 @pytest.mark.parametrize(
     ("loss_type", "global_count"),
-    [("grpo", 128), ("dapo", 3000), ("cispo", 3000), ("dr_grpo", 128 * 32), ("bnpo", None)],
+    [
+        *((name, 128) for name in ("grpo", "sapo", "luspo")),
+        *((name, 3000) for name in ("dapo", "cispo", "vespo")),
+        ("dr_grpo", 128 * 32),
+        ("bnpo", None),
+    ],
 )
 def test_the_denominator_is_the_steps_global_count_over_the_ranks(loss_type, global_count):
     """128 completions of 3000 tokens on two ranks: each divides by half, since gradients are averaged afterwards."""

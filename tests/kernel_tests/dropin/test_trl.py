@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from boxgrpo.kernels import chunks, dropin
+from boxgrpo.kernels import LossOptions, chunks, dropin, grpo_loss
 from kernel_cases import assert_beside_peer, assert_refused, same_signature, seeded
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -189,6 +189,21 @@ def test_results_of_half_precision_are_fp32():
     want = (logits.double() / 0.7).log_softmax(1).gather(1, index)
     torch.testing.assert_close(logps, want.float())
     assert dropin.selective_log_softmax(logits.requires_grad_(), index[:, 0].int()).dtype == torch.float32
+
+
+def test_the_weight_of_vespo_is_trls():
+    """From log ratios beyond every bound, on both signs of the advantage, with and without a sampler's ratio."""
+    g, gamma = seeded(), {"k_pos": 0.5, "lambda_pos": 0.0, "k_neg": 1.0, "lambda_neg": 0.7}
+    log_ratio, sampler = 12 * torch.randn(9, 4, generator=g), torch.rand(9, 4, generator=g) * (torch.arange(4) > 0)
+    advantages, mask = torch.linspace(-1, 1, 9), torch.rand(9, 4, generator=g) < 0.8
+    for factor in (None, sampler.masked_fill(~mask, 1)):
+        want = trl.GRPOTrainer.get_gamma_weights(advantages[:, None], log_ratio, mask.float(), factor, **gamma)
+        kept = {"old_logps": -log_ratio[mask], "sampler_factor": None if factor is None else factor[mask]}
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        logps = torch.zeros(int(cu[-1]), requires_grad=True)
+        options = LossOptions(**kept, beta=0.0, loss_type="vespo", vespo_gamma=(*gamma.values(),))
+        (gradient,) = torch.autograd.grad(grpo_loss(logps, advantages, cu, options=options)[0], logps)
+        torch.testing.assert_close(-gradient * len(logps), (want * advantages[:, None]).expand(9, 4)[mask])
 
 
 def test_signatures():
