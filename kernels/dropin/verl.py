@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from boxgrpo.kernels.advantages import group_advantages
-from boxgrpo.kernels.dispatch import FLOATS, check_choice, check_tensor
+from boxgrpo.kernels.dispatch import FLOATS, INTS, check_choice, check_tensor
 from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
 
 REDUCTIONS = {"none": lambda logps: logps, "sum": torch.sum, "mean": torch.mean}
@@ -78,26 +78,27 @@ def compute_grpo_outcome_advantage(
     """`group_advantages` of the sums of rewards, in groups of any sizes.
 
     Args:
-        token_level_rewards: (n, T) float. response_mask: (n, T).
+        token_level_rewards: (n, T) float or int. response_mask: (n, T).
         index: n hashable group labels, as a numpy array, a tensor or a list.
         epsilon: added to the std (ddof 1) in the divisor.
         norm_adv_by_std_in_grpo: divide by std + epsilon; False: only subtract the mean.
         config: ignored, as in verl.
 
     Returns:
-        The advantages (n, T), twice: a response's value at each of its tokens, 0 where the mask is 0. For a
-        response alone in its group, mean 0 and std 1 are used, as in verl, so that its reward is kept. Equal
-        rewards give exactly 0.
+        The advantages (n, T), fp32 for integers, twice: a response's value at each of its tokens, 0 where the mask
+        is 0. For a response alone in its group, mean 0 and std 1 are used, as in verl, so that its reward is kept.
+        Equal rewards give exactly 0.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
     n = len(index)
-    check_tensor("token_level_rewards", token_level_rewards, (n, None), FLOATS)
+    check_tensor("token_level_rewards", token_level_rewards, (n, None), (*FLOATS, *INTS, torch.bool))
     if response_mask.shape != token_level_rewards.shape:
         shape = tuple(token_level_rewards.shape)
         raise ValueError(f"response_mask has shape {tuple(response_mask.shape)}; it must be the rewards', {shape}.")
     scores = token_level_rewards.sum(1)
+    scores = scores if scores.is_floating_point() else scores.float()
     members = defaultdict(list)
     for row, group in enumerate(index.tolist() if hasattr(index, "tolist") else index):
         members[group].append(row)

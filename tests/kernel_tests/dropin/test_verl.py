@@ -89,6 +89,14 @@ def test_compute_grpo_outcome_advantage(index_of, epsilon, norm):
     assert_error_rule([advantages], [formulas(torch.float32)], [formulas(torch.float64)])
 
 
+def test_integer_rewards_count_as_their_floats():
+    rewards, mask = torch.tensor([[0, 1], [0, 0], [2, 1], [0, 1]]), torch.ones(4, 2, dtype=torch.int64)
+    for given in (rewards, rewards.int(), rewards > 1):
+        got, _ = dropin.compute_grpo_outcome_advantage(given, mask, ["a", "a", "b", "c"])
+        want, _ = dropin.compute_grpo_outcome_advantage(given.float(), mask, ["a", "a", "b", "c"])
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_signatures():
     """The arguments of ARCHITECTURE.md, section "Drop-ins", in their order, with the defaults of verl's source."""
     want = {
