@@ -83,8 +83,10 @@ class HeadSweep:
 
     finite = True  # products of finite numbers: no logit is -inf
 
-    def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden: bool = False, grad_weight: bool = False):
-        self.dtype, self.input_dtype = accumulation_dtype(hidden), hidden.dtype
+    def __init__(self, hidden: Tensor, weight: Tensor, grad_hidden=False, grad_weight=False, rounded: bool = True):
+        """`rounded`: the gradients get the dtype of hidden and weight; else they keep that of their sums, fp32."""
+        self.dtype = accumulation_dtype(hidden)
+        self.input_dtype = hidden.dtype if rounded else self.dtype
         if hidden.device.type == "cpu":  # a CPU's products round half-precision results to half precision
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
         self.hidden, self.weight = hidden, weight
@@ -168,9 +170,10 @@ class HeadSweep:
         """Add the gradients that follow from the dlogits (n, V) of `rows`; each row must be added only once."""
         hidden, dlogits = self.hidden[rows], dlogits.to(self.weight.dtype)
         if self.dhidden is not None:
-            out = self.dhidden[rows] if isinstance(rows, slice) else torch.empty_like(hidden)
+            of_rows = isinstance(rows, slice)
+            out = self.dhidden[rows] if of_rows else torch.empty_like(hidden, dtype=self.dhidden.dtype)
             self.product(dlogits, self.weight, out)
-            if not isinstance(rows, slice):
+            if not of_rows:
                 self.dhidden[rows] = out
         if self.grad_weight:
             first = self.dweight is None

@@ -47,6 +47,7 @@ def head_logps(
     *,
     logit_map: LogitMap,
     bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     entropy: bool = False,
     extras: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
@@ -54,8 +55,9 @@ def head_logps(
 
     Args:
         hidden: (N, H) float; row n predicts targets[n].
-        weight: (V, H) of hidden's dtype. bias: (V) float.
+        weight: (V, H) float. bias: (V) float.
         targets: (N) int64.
+        dtype: of the product's operands, None: hidden's. Gradients of another dtype are not rounded to it.
         entropy: also return "entropy".
         extras: further names, of those in `EXTRAS`.
 
@@ -67,29 +69,31 @@ def head_logps(
         ValueError: shapes, dtypes, temperature or soft cap do not fit.
     """
     temperature, softcap, scale = logit_map.checked()
-    if bias is None and softcap is None and scale > 0 and not extras:
+    dtype = hidden.dtype if dtype is None else dtype
+    if bias is None and softcap is None and scale > 0 and not extras and dtype == hidden.dtype == weight.dtype:
         found = token_logps(hidden, weight, targets, temperature=temperature / scale, entropy=entropy)
         return dict(zip(("log_probs", "entropy"), found if entropy else (found,), strict=False))
-    check_scored_rows(hidden, targets, temperature, weight)
+    check_scored_rows(hidden, targets, temperature, weight.to("meta", hidden.dtype))
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), FLOATS)
     names = ("log_probs", *(("entropy",) if entropy else ()), *extras)
-    return dict(zip(names, _ChunkedHead.apply(hidden, weight, bias, targets, logit_map, entropy, extras), strict=True))
+    found = _ChunkedHead.apply(hidden, weight, bias, targets, logit_map, entropy, extras, dtype)
+    return dict(zip(names, found, strict=True))
 
 
 class _ChunkedHead(torch.autograd.Function):
     """Computes the logits of each chunk in the forward and again in the backward: 8·N·V·H FLOP, as `token_logps`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, extras):
+    def forward(ctx, hidden, weight, bias, targets, logit_map, entropy, extras, dtype):
         columns = []
-        for rows, product in HeadSweep(hidden, weight).chunks():
+        for rows, product in HeadSweep(hidden.to(dtype), weight.to(dtype)).chunks():
             z, chosen = logit_map(product, bias), targets[rows]
             found = token_logps_from_logits(z, chosen, entropy=entropy)
             columns.append([*(found if entropy else (found,)), *(EXTRAS[name](z, chosen) for name in extras)])
         outputs = [torch.cat(column) for column in zip(*columns, strict=True)]
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.logit_map, ctx.entropy, ctx.n_differentiable = logit_map, entropy, 1 + entropy
+        ctx.logit_map, ctx.entropy, ctx.n_differentiable, ctx.dtype = logit_map, entropy, 1 + entropy, dtype
         ctx.mark_non_differentiable(*outputs[ctx.n_differentiable :])
         return tuple(outputs)
 
@@ -98,7 +102,8 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx, *upstream):
         hidden, weight, bias, targets = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        sweep = HeadSweep(hidden, weight, want_hidden, want_weight)
+        rounded = ctx.dtype == hidden.dtype == weight.dtype
+        sweep = HeadSweep(hidden.to(ctx.dtype), weight.to(ctx.dtype), want_hidden, want_weight, rounded)
         dbias = weight.new_zeros(weight.shape[0], dtype=sweep.dtype) if want_bias else None
         upstream = upstream[: ctx.n_differentiable]
         live = torch.stack(upstream).any(0)
@@ -111,6 +116,6 @@ class _ChunkedHead(torch.autograd.Function):
             if want_bias:
                 dbias += dproduct.sum(0)
             sweep.add(rows, dproduct)
-        gradients = zip(sweep.results(), (want_hidden, want_weight), strict=True)
-        dhidden, dweight = (gradient if want else None for gradient, want in gradients)
-        return dhidden, dweight, dbias, None, None, None, None
+        gradients = zip(sweep.results(), (hidden, weight), (want_hidden, want_weight), strict=True)
+        dhidden, dweight = (gradient.to(x.dtype) if want else None for gradient, x, want in gradients)
+        return dhidden, dweight, dbias, None, None, None, None, None

@@ -29,10 +29,11 @@ class ChunkedLogProbFunction:
         """log softmax at `targets` of softcap · tanh(scale · (hidden @ weight.T + bias) / softcap) / temperature.
 
         Without bias, soft cap and extra outputs this is `token_logps`; with them it takes as many FLOP. Under autocast
-        the inputs are cast to the autocast dtype, else weight to hidden's dtype, as in TRL; the logits are always fp32.
+        the product is of the autocast dtype, else of hidden's, as in TRL; the logits are always fp32, and so are the
+        gradients' sums, which are rounded only to the dtype of what they belong to.
 
         Args:
-            hidden: (N, H) float. weight: (V, H) float. bias: (V) float. targets: (N) int64.
+            hidden: (N, H) float. weight: (V, H) float. bias: (V) float. targets: (N) int.
             temperature: above 0.
             chunk_size: ignored; our chunks are whole rows, TRL's are columns.
             final_logit_softcapping: above 0.
@@ -55,10 +56,11 @@ class ChunkedLogProbFunction:
         if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3 gathers the head for this call only, and the backward reads it
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         found = head_logps(
-            hidden.to(dtype),
-            weight.to(dtype),
-            targets,
+            hidden,
+            weight,
+            targets.long(),
             bias=bias,
+            dtype=dtype,
             logit_map=LogitMap(temperature, final_logit_softcapping, logit_scale),
             entropy="entropy" in outputs,
             extras=tuple(name for name in EXTRAS if name in outputs),

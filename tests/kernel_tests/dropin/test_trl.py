@@ -111,6 +111,33 @@ def test_dtypes_are_reconciled_as_trl_does(head):
 
 
 @pytest.mark.parametrize("head", ["plain", "biased"])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_an_fp32_head_is_not_rounded_under_autocast(head, hidden_dtype):
+    """Case 23, with int32 targets: gradients are fp32's of the rounded inputs, as near to fp64's as TRL's or nearer."""
+    inputs, targets = make_head(**HEADS[head])
+    inputs[0] = inputs[0].to(hidden_dtype)
+
+    def gradients(function, dtype=None):
+        leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is None):
+            logps = function(leaves)[0]
+        return torch.autograd.grad((logps * torch.linspace(-1, 2, N)).sum(), leaves[:2])
+
+    def call(package, ids):
+        return lambda leaves: package._ChunkedLogProbFunction.apply(*leaves, ids, 0.7, 8)
+
+    def rounded(leaves):
+        product = [x + (x.detach().bfloat16().double() - x.detach()) for x in leaves[:2]]
+        return dense([*product, leaves[2]], targets, temperature=0.7)
+
+    ours, theirs = gradients(call(dropin, targets.int())), gradients(call(utils, targets))
+    for mine, their, true, given in zip(ours, theirs, gradients(rounded, torch.float64), inputs, strict=False):
+        assert mine.dtype == their.dtype == given.dtype
+        torch.testing.assert_close(mine.double(), true, rtol=1e-2 if given.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        assert (mine - true).abs().max() <= (their - true).abs().max()
+
+
+@pytest.mark.parametrize("head", ["plain", "biased"])
 def test_a_head_that_zero_3_takes_away_after_the_call(head):
     """DeepSpeed marks a partitioned parameter with ds_id, gathers it for the call, and empties it behind it."""
     inputs, targets = make_head(**HEADS[head])
