@@ -141,11 +141,12 @@ def grpo_loss_torch(
     if by_sequence and terms.old_logps is not None:
         log_ratio = mean_of_completion(logps - terms.old_logps)
     elif o.loss_type == "vespo" and o.needs_all_logps:
-        parts = torch.zeros_like(logps) if terms.old_logps is None else (logps - terms.old_logps).clamp(-20, 20)
+        exact = logps.double()  # phi multiplies an error of log w by lambda * w
+        parts = torch.zeros_like(exact) if terms.old_logps is None else (exact - terms.old_logps).clamp(-20, 20)
         if o.sampler_factor is not None:
-            parts = parts + o.sampler_factor.to(dtype).log().clamp(*LOG_RATIO_BOUNDS)
+            parts = parts + o.sampler_factor.double().log().clamp(*LOG_RATIO_BOUNDS)
         sums = parts.new_zeros(lengths.shape[0]).index_add_(0, completion, parts)
-        log_ratio = vespo_log_weight(sums, advantages.to(dtype), o.vespo_gamma)[completion]
+        log_ratio = vespo_log_weight(sums, advantages, o.vespo_gamma)[completion].to(dtype)
     token = token_objective(logps, log_ratio, terms, o)
     # The ratio uses a completion's mean log ratio, so each logp gets the mean slope; in cispo each keeps its own.
     averaged = by_sequence and o.kind != "cispo"

@@ -5,7 +5,7 @@ that our ops do not support raise ValueError.
 """
 
 from . import univg_r1
-from .liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
+from .liger import LigerFusedLinearGRPOLoss, liger_fused_linear_grpo, triton_grpo_loss
 from .trl import ChunkedLogProbFunction, selective_log_softmax, selective_log_softmax_and_entropy
 from .verl import compute_grpo_outcome_advantage, linear_cross_entropy, logprobs_from_logits
 from .vlm_r1 import format_reward_rec, iou_reward
@@ -19,6 +19,7 @@ __all__ = [
     "compute_grpo_outcome_advantage",
     "format_reward_rec",
     "iou_reward",
+    "liger_fused_linear_grpo",
     "linear_cross_entropy",
     "logprobs_from_logits",
     "selective_log_softmax",

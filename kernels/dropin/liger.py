@@ -1,116 +1,36 @@
-"""Replacements for Liger 0.8.5's `liger_kernel.transformers.grpo_loss.triton_grpo_loss` and
-`liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`.
+"""Replacements for Liger 0.8.5's `liger_kernel.transformers.grpo_loss.triton_grpo_loss`,
+`liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss` and `liger_kernel.chunked_loss.functional.liger_fused_linear_grpo`.
 
-Both take B completions of up to L tokens and raise ValueError where a shape, a dtype or an option does not fit. Their
+They take B completions of up to L tokens and raise ValueError where a shape, a dtype or an option does not fit. Their
 common arguments:
 
     advantages: (B) float.
     temperature: above 0.
     beta, lower and upper epsilon: for `cispo` the upper one bounds the ratio itself.
-    delta: upper bound of the unclipped ratio, above 1 + upper epsilon.
-    loss_type: grpo, bnpo, dapo, dr_grpo or cispo. Liger's sapo, luspo and vespo raise ValueError; the arguments
-        sapo_… and vespo_… are ignored.
+    delta: upper bound of the unclipped ratio, above 0. `cispo`, `sapo` and `vespo` have none and refuse it.
+    loss_type: grpo, bnpo, dapo, dr_grpo, cispo, sapo, luspo or vespo. `luspo` is Liger's: the mean over B * L positions
+        of a token's loss times its completion's length, which is TRL's only where no completion is padded.
+    the mask: a token's weight, a fraction too; a token of weight 0 is not read.
     max_completion_length: `dr_grpo` divides by B times it.
     use_bias_correction_kl: multiply the KL by the ratio.
-    vllm_is_ratio: (B, L), (B, 1) or (B) float >= 0, a factor of the policy term.
-    num_items_in_batch: scored tokens of the step over all ranks, for `dapo` and `cispo`; None: they are counted here.
+    vllm_is_ratio: (B, L), (B, 1) or (B) float >= 0, a factor of the policy term. `vespo` takes it into its weight, of
+        all L positions, as Liger does: let it be 1 where a token is not scored.
+    num_items_in_batch: scored tokens of the step over all ranks, for `dapo`, `cispo` and `vespo`; None: they are
+        counted here.
 """
 
-from typing import NamedTuple, Self
+import inspect
+import warnings
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from boxgrpo.kernels.dispatch import FLOATS, check_tensor
 from boxgrpo.kernels.head import fused_grpo_loss
 from boxgrpo.kernels.logps import token_logps_from_logits
-from boxgrpo.kernels.loss import TokenTerms, token_objective
-from boxgrpo.kernels.loss_options import LOSS_TYPES, LossOptions
 
 from .head import LogitMap, head_logps
-
-
-class _Objective(NamedTuple):
-    """The options of both signatures, and the loss of a token (ARCHITECTURE.md, section "The mathematics")."""
-
-    options: LossOptions  # without tensors
-    max_completion_length: int | None
-    use_bias_correction_kl: bool
-
-    @classmethod
-    def checked(
-        cls, beta, epsilon, epsilon_high, delta, loss_type, level, max_completion_length, use_bias_correction_kl
-    ) -> Self:
-        """Raise ValueError for options that Liger rejects and for loss types that our ops do not have."""
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(
-                f"loss_type is {loss_type!r}; here it is one of {', '.join(LOSS_TYPES)}. Call liger_kernel's own."
-            )
-        if loss_type == "cispo" and level == "sequence":
-            raise ValueError("importance_sampling_level is 'sequence'; 'cispo' takes 'token' only, as in Liger.")
-        options = LossOptions(
-            beta=beta,
-            epsilon=epsilon,
-            epsilon_high=epsilon_high,
-            delta=delta,
-            loss_type=loss_type,
-            importance_sampling_level=level,
-        )
-        return cls(options, max_completion_length, use_bias_correction_kl)
-
-    def denominator(self, mask: Tensor, num_items_in_batch) -> Tensor:
-        """The divisor of the sum over tokens, 0-dim fp32; for `grpo` that of the sum over the means of completions."""
-        loss_type = self.options.loss_type
-        if loss_type == "grpo":
-            return mask.new_tensor(mask.shape[0], dtype=torch.float32)
-        if loss_type == "dr_grpo":
-            return mask.new_tensor(mask.shape[0] * self.max_completion_length, dtype=torch.float32)
-        tokens = mask.sum(dtype=torch.float32)
-        if loss_type == "bnpo":
-            return tokens.clamp(min=1)
-        # The tokens of the step over all ranks, per rank. Without num_items_in_batch they are the tokens of this call.
-        distributed = dist.is_available() and dist.is_initialized()
-        if num_items_in_batch is not None:
-            tokens = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=mask.device)
-        elif distributed:
-            dist.all_reduce(tokens)
-        return (tokens / (dist.get_world_size() if distributed else 1)).clamp(min=1)
-
-    def token_losses(
-        self, logps: Tensor, old: Tensor | None, ref: Tensor | None, factor, advantages: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each token's loss (differentiable in logps), KL and clip indicator, (B, L) each, 0 where `mask` is false.
-
-        Computed in torch on (B, L) tensors: the ops return neither a loss per token nor a KL weighted by the ratio.
-        """
-        o = self.options
-        # Positions that are not scored may hold NaN.
-        logps, old, ref = (None if x is None else x.to(logps.dtype).masked_fill(~mask, 0) for x in (logps, old, ref))
-        log_ratio = logps - (logps.detach() if old is None else old)
-        if o.importance_sampling_level == "sequence":
-            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-            log_ratio = mean.expand_as(log_ratio)
-        advantage, gain = advantages.to(logps.dtype).unsqueeze(1), 1.0 if factor is None else factor
-        terms = TokenTerms(advantage, gain, kl_gain=0.0, old_logps=None, ref_logps=None)  # the KL is added below
-        token = token_objective(logps, log_ratio.detach() if o.loss_type == "cispo" else log_ratio, terms, o)
-        loss, kl = token.loss, torch.zeros_like(token.loss)
-        if ref is not None and o.beta:
-            kl = torch.expm1(ref - logps) - (ref - logps)
-            if self.use_bias_correction_kl:
-                kl = kl * (log_ratio.exp() if o.loss_type == "cispo" else token.ratio)
-            loss = loss + o.beta * kl
-        clipped = (token.clip_low | token.clip_high).to(logps.dtype)
-        return tuple(x.masked_fill(~mask, 0) for x in (loss, kl.detach(), clipped))
-
-    def reduced(self, losses: tuple[Tensor, ...], mask: Tensor, num_items_in_batch) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its metrics: the mean KL (only if beta is not 0) and the clipped share of the tokens."""
-        loss, kl, clipped = losses
-        if self.options.loss_type == "grpo":
-            loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
-        tokens = mask.sum().clamp(min=1)
-        metrics = [kl.sum() / tokens] if self.options.beta else []
-        return loss.sum() / self.denominator(mask, num_items_in_batch), [*metrics, clipped.sum() / tokens]
+from .liger_objective import Objective
 
 
 def triton_grpo_loss(
@@ -157,19 +77,21 @@ def triton_grpo_loss(
     """
     batch, length = completion_ids.shape
     longest = length if max_completion_length is None else max_completion_length
-    objective = _Objective.checked(
-        beta, eps_low, eps_high, delta, loss_type, importance_sampling_level, longest, use_bias_correction_kl
-    )
+    options = {"beta": beta, "epsilon": eps_low, "epsilon_high": eps_high, "delta": delta, "loss_type": loss_type}
+    options["sapo_temperatures"] = sapo_temperature_pos, sapo_temperature_neg
+    options["vespo_gamma"] = vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg
+    objective = Objective.checked(options, importance_sampling_level, longest, use_bias_correction_kl)
     check_tensor("logits", logits, (batch, length + 1, None), FLOATS)
-    mask = _mask(completion_mask, completion_ids)
-    old, ref = _checked_logps("old_logp", old_logp, mask), _checked_logps("ref_logp", ref_logp, mask)
+    share, scored = _share(completion_mask, completion_ids)
+    old, ref = _checked_logps("old_logp", old_logp, scored), _checked_logps("ref_logp", ref_logp, scored)
     if beta and ref is None:
         raise ValueError(f"ref_logp is None and beta is {beta}; the KL needs the reference's. Pass it, or beta=0.")
-    logps = _logps_of_completions(logits, completion_ids.long().masked_fill(~mask, 0), temperature, inplace)
-    losses = objective.token_losses(logps, old, ref, _factor(vllm_is_ratio, mask), advantages, mask)
+    logps = _logps_of_completions(logits, completion_ids.long().masked_fill(~scored, 0), temperature, inplace)
+    ratio = _checked_ratio(vllm_is_ratio, scored)
+    losses = objective.token_losses(logps, old, ref, ratio, advantages, share, scored)
     if reduce:
-        return objective.reduced(losses, mask, num_items_in_batch)
-    loss, kl, clipped = losses
+        return objective.reduced(losses, share, num_items_in_batch)
+    loss, kl, clipped = (x * share for x in losses)
     return loss, kl if beta else None, clipped
 
 
@@ -184,7 +106,8 @@ def _logps_of_completions(logits: Tensor, ids: Tensor, temperature: float, inpla
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """The GRPO loss from hidden states and head, by `fused_grpo_loss`, without the full logits and their recomputation.
 
-    With a bias or use_bias_correction_kl it uses log-probabilities instead: 8·N·V·H FLOP in place of 6.
+    With a bias, use_bias_correction_kl, a mask of fractions, `luspo`, or `vespo` with vllm_is_ratio it uses
+    log-probabilities instead: 8·N·V·H FLOP in place of 6. As in Liger's module, `luspo` reads what has weight 0 too.
 
     Args (the others are in the module's docstring):
         compiled, chunk_size: ignored; they tune Liger's code.
@@ -214,19 +137,14 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_neg: float = 2.0,
     ):
         super().__init__()
-        self.objective = _Objective.checked(
-            beta,
-            epsilon_low,
-            epsilon_high,
-            delta,
-            loss_type,
-            importance_sampling_level,
-            max_completion_length,
-            use_bias_correction_kl,
-        )
+        options = {"beta": beta, "epsilon": epsilon_low, "epsilon_high": epsilon_high, "delta": delta}
+        options |= {"loss_type": loss_type, "sapo_temperatures": (sapo_temperature_pos, sapo_temperature_neg)}
+        options["vespo_gamma"] = vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg
+        self.arguments = options, importance_sampling_level, max_completion_length, use_bias_correction_kl
+        Objective.checked(options, "token", max_completion_length, use_bias_correction_kl)  # the call checks the level
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length is None; 'dr_grpo' divides by it. Pass it.")
-        self.use_ref_model, self.temperature = use_ref_model, temperature
+        self.use_ref_model, self.temperature = use_ref_model, float(temperature)
 
     def forward(
         self,
@@ -249,7 +167,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Args (the others are in the module's docstring):
             _input: (B, L, H) float, hidden states; row t predicts selected_token_ids[:, t].
             lin_weight: (V, H) float. bias: (V) float.
-            selected_token_ids: (B, L) int. attention_mask: (B, L), 0 where a token is not scored.
+            selected_token_ids: (B, L) int. attention_mask: (B, L), a token's weight.
             ref_per_token_logps, old_per_token_logps: (B, L) float, nats. old_per_token_logps None: on-policy.
             ref_input, ref_weight, ref_bias: the reference's hidden states and head, if ref_per_token_logps is None.
 
@@ -257,70 +175,118 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             loss, 0-dim fp32 (fp64 for fp64 inputs), differentiable once in _input, lin_weight and bias; and
             (mean kl (only if beta is not 0), clipped share).
         """
-        objective, o = self.objective, self.objective.options
-        mask = _mask(attention_mask, selected_token_ids)
-        check_tensor("_input", _input, (*mask.shape, None), FLOATS)
-        targets, weight = selected_token_ids.long()[mask], lin_weight.to(_input.dtype)
-        old = _checked_logps("old_per_token_logps", old_per_token_logps, mask)
-        ref = self._reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, targets, mask)
-        factor = _factor(vllm_is_ratio, mask)
-        if bias is not None or (o.beta and objective.use_bias_correction_kl):
-            logps = self._logps(_input, weight, bias, targets, mask)
-            losses = objective.token_losses(logps, old, ref, factor, advantages, mask)
-            loss, metrics = objective.reduced(losses, mask, num_items_in_batch)
+        objective = Objective.checked(*self.arguments)
+        o, (share, scored) = objective.options, _share(attention_mask, selected_token_ids)
+        check_tensor("_input", _input, (*share.shape, None), FLOATS)
+        ids, weight = selected_token_ids.long(), lin_weight.to(_input.dtype)
+        if o.loss_type == "luspo":  # reads all tokens
+            ids, scored = ids.where(scored, ids.clamp(0, len(weight) - 1)), torch.ones_like(scored)
+        targets = ids[scored]
+        old = _checked_logps("old_per_token_logps", old_per_token_logps, scored)
+        ref = self._reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, targets, scored, o.beta)
+        ratio = _checked_ratio(vllm_is_ratio, scored)
+        whole = o.loss_type == "vespo" and ratio is not None  # a completion's ratio, which no token has for itself
+        whole |= bias is not None or bool(o.beta and objective.use_bias_correction_kl) or o.loss_type == "luspo"
+        if whole or ((share != 0) & (share != 1)).any():
+            logps = self._logps(_input, weight, bias, targets, scored)
+            losses = objective.token_losses(logps, old, ref, ratio, advantages, share, scored)
+            loss, metrics = objective.reduced(losses, share, num_items_in_batch)
             return loss, tuple(metrics)
         o = o._replace(
-            old_logps=None if old is None else old[mask],
-            ref_logps=None if ref is None or not o.beta else ref[mask],
-            sampler_factor=None if factor is None else factor[mask],
-            denominator=objective.denominator(mask, num_items_in_batch),
+            old_logps=None if old is None else old[scored],
+            ref_logps=None if ref is None or not o.beta else ref[scored],
+            sampler_factor=None if ratio is None else ratio.expand_as(scored)[scored],
+            denominator=objective.denominator(share, num_items_in_batch),
         )
-        rest = targets, advantages, torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-        loss, stats = fused_grpo_loss(_input[mask], weight, *rest, temperature=self.temperature, options=o)
+        rest = targets, advantages, torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0))
+        loss, stats = fused_grpo_loss(_input[scored], weight, *rest, temperature=self.temperature, options=o)
         return loss, (*((stats.kl,) if o.beta else ()), stats.clip_region)
 
-    def _logps(self, hidden, weight, bias, targets, mask) -> Tensor:
-        """(B, L), 0 where `mask` is false."""
-        logps = head_logps(hidden[mask], weight, targets, bias=bias, logit_map=LogitMap(self.temperature))["log_probs"]
-        return torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
+    def _logps(self, hidden, weight, bias, targets, scored) -> Tensor:
+        """(B, L), 0 where `scored` is false."""
+        one = LogitMap(self.temperature)
+        logps = head_logps(hidden[scored], weight, targets, bias=bias, logit_map=one)["log_probs"]
+        return torch.zeros_like(scored, dtype=logps.dtype).masked_scatter(scored, logps)
 
     @torch.no_grad()
-    def _reference(self, logps, hidden, weight, bias, targets, mask) -> Tensor | None:
+    def _reference(self, logps, hidden, weight, bias, targets, scored, beta) -> Tensor | None:
         """The reference's logps (B, L), as given or computed from its hidden states; None if they are not needed."""
         if not self.use_ref_model:
             return None
         if logps is None and hidden is None:
             raise ValueError("use_ref_model is True; pass ref_per_token_logps or ref_input, or use_ref_model=False.")
-        if logps is not None or not self.objective.options.beta:
-            return _checked_logps("ref_per_token_logps", logps, mask)
-        check_tensor("ref_input", hidden, (*mask.shape, None), FLOATS)
+        if logps is not None and hidden is not None:
+            warnings.warn("ref_per_token_logps and ref_input are given. Using ref_per_token_logps.", stacklevel=3)
+        if logps is not None or not beta:
+            return _checked_logps("ref_per_token_logps", logps, scored)
+        check_tensor("ref_input", hidden, (*scored.shape, None), FLOATS)
         if weight is None:
             raise ValueError("ref_weight is None; ref_input needs the reference's head. Pass it.")
-        return self._logps(hidden, weight.to(hidden.dtype), bias, targets, mask)
+        return self._logps(hidden, weight.to(hidden.dtype), bias, targets, scored)
 
 
-def _mask(mask: Tensor | None, ids: Tensor) -> Tensor:
-    """(B, L) bool, which of `ids` (B, L) are scored."""
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
+def liger_fused_linear_grpo(
+    _input: Tensor,
+    weight: Tensor,
+    selected_token_ids: Tensor,
+    attention_mask: Tensor,
+    advantages: Tensor,
+    bias: Tensor | None = None,
+    ref_per_token_logps: Tensor | None = None,
+    old_per_token_logps: Tensor | None = None,
+    ref_input: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    beta: float = 0.04,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    loss_type: str = "dapo",
+    max_completion_length: int | None = None,
+    importance_sampling_level: str = "token",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    temperature: float = 1.0,
+    compiled: bool = True,
+    use_ref_model: bool = True,
+    chunk_size: int = 1,
+    vllm_is_ratio: Tensor | None = None,
+    delta: float | None = None,
+    use_bias_correction_kl: bool = False,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    num_items_in_batch: Tensor | float | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`LigerFusedLinearGRPOLoss` as a function, its options between its tensors."""
+    given = {**locals()}
+    call = inspect.signature(LigerFusedLinearGRPOLoss.forward).parameters
+    given["lin_weight"] = given.pop("weight")
+    tensors = {name: given.pop(name) for name in [*given] if name in call}
+    return LigerFusedLinearGRPOLoss(**given)(**tensors)
+
+
+def _share(mask: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) fp32, the weights of `ids` (B, L); and bool, which are not 0."""
+    mask = torch.ones_like(ids) if mask is None else mask
     if mask.shape != ids.shape:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; it must be the ids', {tuple(ids.shape)}.")
-    return mask != 0
+    return mask.to(torch.float32), mask != 0
 
 
-def _checked_logps(name: str, logps: Tensor | None, mask: Tensor) -> Tensor | None:
+def _checked_logps(name: str, logps: Tensor | None, scored: Tensor) -> Tensor | None:
     if logps is not None:
-        check_tensor(name, logps, tuple(mask.shape), FLOATS)
+        check_tensor(name, logps, tuple(scored.shape), FLOATS)
     return logps
 
 
-def _factor(ratio: Tensor | None, mask: Tensor) -> Tensor | None:
-    """vllm_is_ratio as (B, L), 0 where `mask` is false."""
+def _checked_ratio(ratio: Tensor | None, scored: Tensor) -> Tensor | None:
+    """vllm_is_ratio as (B, L) or (B, 1)."""
     if ratio is None:
         return None
-    batch, length = mask.shape
+    batch, length = scored.shape
     if tuple(ratio.shape) not in ((batch,), (batch, 1), (batch, length)):
         raise ValueError(
             f"vllm_is_ratio has shape {tuple(ratio.shape)}; it must be ({batch}, {length}), ({batch}, 1) or ({batch})."
         )
-    return (ratio.unsqueeze(1) if ratio.dim() == 1 else ratio).expand(batch, length).masked_fill(~mask, 0)
+    return ratio.unsqueeze(1) if ratio.dim() == 1 else ratio

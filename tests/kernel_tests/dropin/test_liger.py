@@ -1,5 +1,7 @@
 """boxgrpo.kernels.dropin's Liger signatures against liger-kernel itself and the formulas in fp64."""
 
+import functools
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is
 
 B, L, V, H = 3, 5, 37, 6
 TEMPERATURE = 0.7
+FULL, FRACTIONS = torch.ones(B, L), torch.tensor([[1, 0.5, 1, 0.25, 1], [0.5, 0, 0.5, 1, 0], [0.25, 0.5, 0, 0, 0]])
+GAMMA = {"vespo_k_pos": 0.5, "vespo_lambda_pos": 0.7, "vespo_k_neg": 1.0, "vespo_lambda_neg": 0.0}
 ORDER = ("hidden", "weight", "ids", "mask", "advantages")  # of the arguments of LigerFusedLinearGRPOLoss
 OPTIONS = {
     **{name: {"loss_type": name} for name in ("grpo", "bnpo", "dapo", "dr_grpo")},
@@ -31,6 +35,15 @@ OPTIONS = {
         "vllm": (B, L),
         "use_bias_correction_kl": True,
     },
+    "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "eps_low": 0.05, "completion_mask": FULL},
+    "luspo of tokens": {"loss_type": "luspo", "eps_low": 1.5, "completion_mask": FULL},
+    "vespo": {"loss_type": "vespo"},
+    "vespo, ratio of tokens": {"loss_type": "vespo", "vllm": (B, L), "completion_mask": FULL, **GAMMA},
+    "vespo, ratio of completions": {"loss_type": "vespo", "vllm": (B,), **GAMMA},
+    "fractions": {"loss_type": "dr_grpo", "completion_mask": FRACTIONS},
+    "fractions, averaged": {"loss_type": "grpo", "completion_mask": FRACTIONS},
+    "delta within the clip": {"delta": 1.1, "eps_high": 0.4},
 }
 
 
@@ -51,7 +64,7 @@ def make_case(options):
         "bias": bias,
         "ids": ids,
         "advantages": torch.tensor([1.3, -0.9, 0.4]),
-        "mask": torch.ones(B, L) if options["completion_mask"] is None else mask.float(),
+        "mask": FULL if options["completion_mask"] is None else options["completion_mask"].float(),
         "old": logps + torch.linspace(-0.7, 0.7, B * L)[order],
         "ref": logps + 0.5 * torch.randn(B, L, generator=g),
         "vllm": 2 * torch.rand(options.pop("vllm", ()), generator=g),
@@ -71,6 +84,10 @@ def dense(logps, tensors, options):
     kept = mask.bool()
     rows = {"old_logps": tensors["old"], "ref_logps": tensors["ref"] if options["beta"] else None}
     rows["sampler_factor"] = vllm[:, None] if vllm is not None and vllm.dim() == 1 else vllm
+    if kind == "vespo" and vllm is not None and vllm.dim() == 1:  # once, with the first token
+        rows["sampler_factor"] = rows["sampler_factor"] ** (torch.arange(L, device=mask.device) == 0)
+    temperatures = [options.get(f"sapo_temperature_{sign}", 1.0) for sign in ("pos", "neg")]
+    gamma = [options.get(name, default) for name, default in zip(GAMMA, (2.0, 3.0, 3.0, 2.0), strict=True)]
     policy, kl, ratio, low, high = token_formulas(
         logps[kept],
         torch.arange(B, device=mask.device)[:, None].expand(B, L)[kept],
@@ -78,13 +95,17 @@ def dense(logps, tensors, options):
         **{name: x if x is None else x.expand(B, L)[kept] for name, x in rows.items()},
         epsilon=options["eps_low"],
         epsilon_high=options["eps_high"],
+        sapo_temperatures=temperatures,
+        vespo_gamma=gamma,
         **{name: options[name] for name in ("delta", "loss_type", "importance_sampling_level") if name in options},
     )
     kl = kl * ratio if options.get("use_bias_correction_kl") else kl
     found = policy + options["beta"] * kl, kl, (low | high).to(logps.dtype)
-    loss, kl, clipped = (torch.zeros_like(logps).masked_scatter(kept, x) for x in found)
-    if kind == "grpo":
-        return (loss, kl, clipped), (loss.sum(1) / mask.sum(1)).mean()
+    loss, kl, clipped = (torch.zeros_like(logps).masked_scatter(kept, x) * mask for x in found)
+    if kind in ("grpo", "sapo"):
+        return (loss, kl, clipped), (loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    if kind == "luspo":
+        return (loss, kl, clipped), (loss * mask.sum(1, keepdim=True)).mean()
     count = {"dr_grpo": B * L, "bnpo": mask.sum()}.get(kind, options.get("num_items_in_batch", mask.sum()))
     return (loss, kl, clipped), loss.sum() / float(count)
 
@@ -100,9 +121,29 @@ def triton_values(function, tensors, options, reduce, *, inplace=False):
     return [first, *found, gradient], gradient.data_ptr() == logits.data_ptr()
 
 
-@pytest.mark.parametrize("reduce", [False, True])
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("peer", ["formulas", pytest.param("liger", marks=LANE)])
+# Where the gradient of Liger's Triton kernel is not that of its values: for A < 0 it is 0 from a delta within the clip
+# to the clip; at the token level it reads luspo's upstream at the wrong stride; per token it leaves the weight out.
+WRONG = {
+    ("delta within the clip", False),
+    ("delta within the clip", True),
+    ("luspo of tokens", True),
+    ("fractions", False),
+    ("fractions, averaged", False),
+}
+
+
+@pytest.mark.parametrize(
+    "peer, name, reduce",
+    [
+        *(("formulas", name, reduce) for name in OPTIONS for reduce in (False, True)),
+        *(
+            pytest.param("liger", name, reduce, marks=LANE)
+            for name in OPTIONS
+            for reduce in (False, True)
+            if (name, reduce) not in WRONG
+        ),
+    ],
+)
 def test_triton_grpo_loss(peer, name, reduce):
     tensors, options = make_case(OPTIONS[name])
 
@@ -247,12 +288,47 @@ def test_what_is_not_scored_may_be_anything(level):
 
 
 def test_signatures():
+    from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     same_signature(dropin.triton_grpo_loss, triton_grpo_loss)
     for name in ("__init__", "forward"):
         modules = (dropin.LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss)
         same_signature(*(getattr(module, name) for module in modules))
+    theirs = functools.partial(LigerFusedLinearGRPOFunction.forward, None)  # without the context
+    same_signature(dropin.liger_fused_linear_grpo, theirs)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "luspo"])
+def test_weights_of_half_count_half(loss_type, level):
+    """Case 20: a mask of 0.5 halves the loss of `dr_grpo`; and `luspo` reads the padding, as Liger's module does."""
+    tensors, _ = make_case({})
+    fixed = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": L, "compiled": False}
+    results = []
+    for mask in (tensors["mask"], tensors["mask"] / 2):
+        for package in (dropin, liger):
+            leaf = tensors["hidden"].clone().requires_grad_()
+            order = leaf, tensors["weight"], tensors["ids"], mask, tensors["advantages"]
+            loss, _ = package.LigerFusedLinearGRPOLoss(**fixed)(*order, None, tensors["ref"], tensors["old"])
+            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    for ours, theirs in (results[:2], results[2:]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    if loss_type == "dr_grpo" and level == "token":
+        torch.testing.assert_close(results[2][0], results[0][0] / 2)
+
+
+def test_the_function_and_the_module_are_one():
+    """`liger_fused_linear_grpo` with its options by position; both references given: a warning, and the logps count."""
+    tensors, _ = make_case({})
+    order = [*(tensors[name] for name in ORDER), None, tensors["ref"], tensors["old"], tensors["hidden"]]
+    module = dropin.LigerFusedLinearGRPOLoss(0.1, epsilon_low=0.3, loss_type="sapo", temperature=0.7)
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        want = module(*order, vllm_is_ratio=tensors["mask"])
+    options = 0.1, 0.3, 0.2, "sapo", None, "token", 1.0, 1.05, 0.7
+    with pytest.warns(UserWarning):
+        got = dropin.liger_fused_linear_grpo(*order, None, None, *options, vllm_is_ratio=tensors["mask"])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_what_is_refused():
@@ -264,17 +340,21 @@ def test_what_is_refused():
 
     fused = dropin.LigerFusedLinearGRPOLoss
     order = [tensors[name] for name in ORDER]
+    sequence, named = {"importance_sampling_level": "sequence"}, {"use_ref_model": False}
     refused = [
-        (f"loss_type is '{name}'; here it is one of grpo, bnpo, dapo, dr_grpo, cispo. Call liger_kernel's own", call)
-        for name in ("sapo", "luspo", "vespo")
-        for call in (lambda name=name: triton(loss_type=name), lambda name=name: fused(loss_type=name))
+        (f"Sequence-level importance sampling is not supported for loss_type='{name}'. Use 'token'", call)
+        for name, bound in (("sapo", 0.2), ("vespo", 0.2), ("cispo", 5.0))
+        for call in (
+            lambda name=name, bound=bound: triton(loss_type=name, eps_high=bound, **sequence),
+            lambda name=name, bound=bound: fused(loss_type=name, epsilon_high=bound, **sequence, **named)(*order),
+        )
     ]
     assert_refused(
         *refused,
+        ("loss_type is 'ppo'", lambda: triton(loss_type="ppo")),
+        ("sapo_temperatures are", lambda: fused(loss_type="sapo", sapo_temperature_neg=0.0)),
         ("importance_sampling_level is 'word'", lambda: triton(importance_sampling_level="word")),
-        ("'cispo' takes 'token' only", lambda: fused(loss_type="cispo", importance_sampling_level="sequence")),
         ("'cispo' has no unclipped ratio", lambda: fused(loss_type="cispo", delta=2.0)),
-        ("delta is 1.25; the bound .* must exceed 1 \\+ epsilon_high = 1.25", lambda: triton(delta=1.25)),
         ("delta is 0.0; the bound", lambda: fused(delta=0.0)),
         (r"logits has shape \(3, 5, 37\); it must be \(3, 6, any\)", lambda: triton(logits=tensors["logits"][:, :-1])),
         (r"old_logp has shape \(3, 4\)", lambda: triton(old=tensors["old"][:, :-1])),
@@ -284,6 +364,6 @@ def test_what_is_refused():
         ("max_completion_length is None; 'dr_grpo'", lambda: fused(loss_type="dr_grpo")),
         ("pass ref_per_token_logps or ref_input", lambda: fused()(*order)),
         ("ref_weight is None", lambda: fused()(*order, ref_input=tensors["hidden"])),
-        ("epsilon is 1.5", lambda: fused(epsilon_low=1.5, use_ref_model=False)(*order)),
+        ("epsilon is -1", lambda: fused(epsilon_low=-1, use_ref_model=False)(*order)),
         (r"_input has shape \(3, 4, 6\)", lambda: fused(use_ref_model=False)(tensors["hidden"][:, 1:], *order[1:])),
     )
