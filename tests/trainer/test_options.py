@@ -84,7 +84,7 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"gradient_accumulation_steps": 3}, "multiple of 12"),
         ({"loss_type": "ppo"}, "loss_type is 'ppo'"),
         ({"loss_type": "cispo"}, "epsilon_high"),
-        ({"delta": 1.0}, r"delta is 1.0; .* above 1 \+ epsilon_high = 1.2"),
+        ({"delta": 1.1}, r"delta is 1.1; .* above 1 \+ epsilon_high = 1.2"),
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "'vespo' weighs completions"),
         ({"difficulty": "sqrt"}, "difficulty is 'sqrt'"),
         ({"scale_rewards": "yes"}, "scale_rewards is 'yes'"),
