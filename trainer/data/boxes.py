@@ -29,7 +29,7 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
     A box that extends beyond the image by less than a pixel is clipped: annotations are rounded, sizes are whole.
 
     Args:
-        box: the value; a list with a single box in it is that box.
+        box: the value, as `only_box` takes it.
         image: path of the image that the box lies in.
         what: the value's name in messages.
         record: may hold the image's `width` and `height`.
@@ -37,10 +37,7 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
     Raises:
         Refused: it breaks a rule of gold boxes, or its image cannot be measured.
     """
-    if isinstance(box, list) and box and isinstance(box[0], list):
-        if len(box) > 1:
-            raise Refused("several_boxes", f"{what} holds {len(box)} boxes; a record has one. Make a record of each.")
-        (box,) = box
+    box = only_box(box, what)
     numbers = is_numbers(box) and len(box) == 4
     if file.unit == "auto" and numbers:
         return Written(box, known_size(image, record, file))
@@ -48,6 +45,15 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
     if file.unit == "pixels" and numbers:
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, [*limits, *limits])]
     return checked_box(box, (1000 / limits[0], 1000 / limits[1]), what)
+
+
+def only_box(box: object, what: str) -> object:
+    """The value, or of a list of lists the only one."""
+    if not isinstance(box, list) or not box or not isinstance(box[0], list):
+        return box
+    if len(box) > 1:
+        raise Refused("several_boxes", f"{what} holds {len(box)} boxes; a record has one. Make a record of each.")
+    return box[0]
 
 
 def likeliest_unit(boxes: Sequence[Written], usual: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from .boxes import gold_box
+from .boxes import gold_box, only_box
 from .chats import CHAT, only_marked_box, read_chat, tagged_box
 from .example import Refused, Source, check_text, is_numbers, target_image
 from .images import IMAGE_KEYS, Embedded, listed_images, resolve_images
@@ -74,7 +74,7 @@ def _read_refcoco(record: dict, file: Source) -> dict:
     """RefCOCO/+/g: `problem` and `solution`, or `expression` and `bbox` (x, y, width, height); boxes in pixels."""
     image = _only_image(listed_images(record), file, "image")
     if "expression" in record:
-        box, what = record.get("bbox"), "bbox"
+        box, what = only_box(record.get("bbox"), "bbox"), "bbox"
         if is_numbers(box) and len(box) == 4:
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         question = DESCRIBED.format(check_text(record["expression"], "expression").strip().rstrip("."))
@@ -87,8 +87,9 @@ def _read_refcoco(record: dict, file: Source) -> dict:
 
 def _read_lisa(record: dict, file: Source) -> dict:
     image, boxes = _only_image(record.get("image_path"), file), record.get("boxes")
-    box = boxes[0] if isinstance(boxes, list) and boxes else boxes
-    file.counts["several"] += isinstance(boxes, list) and len(boxes) > 1
+    nested = isinstance(boxes, list) and isinstance(next(iter(boxes), None), list)
+    box = boxes[0] if nested else boxes
+    file.counts["several"] += nested and len(boxes) > 1
     question = ON_IMAGE.format(_instruction(record, "instruction"))
     return {"images": (image,), "question": question, "gold": gold_box(box, image, file, "boxes[0]", record)}
 

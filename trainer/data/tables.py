@@ -1,4 +1,4 @@
-"""Records of Apache Arrow tables: Parquet files, and folders that `datasets.Dataset.save_to_disk` writes.
+"""Records of tables: Parquet and Arrow files, and folders that `datasets.Dataset.save_to_disk` writes.
 
 Rows are read from memory-mapped Arrow files. A Parquet file, which can only be read in large pieces, is first written
 as an Arrow file into the folder of caches.
@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 64  # of a Parquet file; a row may hold images
 
 
 def is_table(path: Path) -> bool:
-    return path.suffix == ".parquet" or path.is_dir()
+    return path.suffix in (".parquet", ".arrow") or path.is_dir()
 
 
 def files_of(path: Path) -> list[Path]:
@@ -76,7 +76,7 @@ def _open(path: Path) -> tuple[list[int], list]:
     with optional_import(f"data is {path}", "Run `pip install pyarrow`."):
         import pyarrow
     try:
-        files = files_of(path) if path.is_dir() else [_as_arrow(path)]
+        files = [_as_arrow(path)] if path.suffix == ".parquet" else files_of(path)
         tables = [pyarrow.ipc.open_stream(pyarrow.memory_map(os.fspath(file))).read_all() for file in files]
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as a table ({error}). Write it again.") from error

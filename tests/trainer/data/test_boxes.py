@@ -129,6 +129,10 @@ def test_several_boxes_are_counted_or_refused(write, draw, caplog):
     ((example,), _) = read_examples(write([lisa]))
     assert example.gold == (89.286, 71.429, 803.571, 714.286)
     assert "1 records have several boxes; the first is the gold box" in caplog.text
+    raw = {"image": "a.png", "expression": "x", "bbox": [[10, 20, 80, 180]]}  # x, y, width, height
+    for same in (raw, lisa | {"boxes": boxes[0]}):
+        ((again,), _) = read_examples(write([same]))
+        assert again.gold == example.gold
     records = [FORMS["univg_stage2"](box) for box in (boxes, boxes[:1])]
     ((single,), (fault,)) = read_examples(write(records))
     assert single.gold == (10, 20, 90, 200)

@@ -213,6 +213,8 @@ def test_tables_are_usable_sources(places, capsys, caplog):
     values = {"schema": "auto", "box_unit": "auto", "image_root": "", "seed": 0}
     mixed, _ = read_usable(SimpleNamespace(data=[f"{places[1]}#2", f"{places[2]}#3"], **values), needs="gold")
     assert [s.split("#")[0] for s in mixed.sources] == ["records.parquet"] * 2 + ["folder"] * 3
+    one_shard, _ = read_examples(next(places[2].glob("*-00001-of-00002.arrow")))
+    assert [e.id for e in one_shard] == list("456")
     for path in places[1:]:
         inspect_data.main([str(path), "--json", "-"])
         found = json.loads(capsys.readouterr().out)
