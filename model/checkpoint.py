@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2VLConfig
 
@@ -90,9 +90,12 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
         model = Qwen2VL(config)
     state = {}
     for path in _weight_files(folder):
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                state[_published_name(name)] = file.get_tensor(name).to(dtype)
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
+                    state[_published_name(name)] = file.get_tensor(name).to(dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}). Fetch it again.") from error
     if model.lm_head is None:  # some writers store the tied head twice
         head = state.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state.get("model.embed_tokens.weight", head)):

@@ -19,6 +19,7 @@ from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.evaluation.report import align, scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed, run_as_script
 from boxgrpo.trainer.world.recipe import RUNS, DemoOptions, draw_world, make_initial_checkpoint, run_flags
@@ -143,6 +144,7 @@ def report(summary: dict, root: str) -> str:
 
 def main(args: list[str] | None = None) -> None:
     options = parse(DemoOptions, args, prog="demo.py")
+    check_paths(options)
     print("\n" + report(run(options), options.output_dir))
 
 

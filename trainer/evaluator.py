@@ -30,6 +30,7 @@ def main(args: list[str] | None = None) -> None:
             print(scores)
             return
         if options.json:
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
             replace_file(Path(options.json), scores)
         bench = BENCHES[options.bench]
         print(scores_table(summary, bench))

@@ -1,6 +1,7 @@
 """Checks that the files, folders and packages which options name are on this machine, before anything is loaded."""
 
 import json
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 
 FOLDERS = ("image_root", "eval_image_root")
 FILES = ("eval_data", "predictions")
+TOKENIZERS = ("tokenizer.json", "vocab.json")
 # The package that an option's value needs, and the remedy where it is not installed.
 PACKAGES = {
     ("engine", "deepspeed"): ("deepspeed", "Install it (pip install deepspeed), or use --engine ddp."),
@@ -28,13 +30,7 @@ def check_presence(o) -> None:
         check_model(o.model)
     if not o.data:
         raise ValueError("no data. Name a JSON or JSONL file with --data.")
-    for name in FOLDERS:
-        if (folder := getattr(o, name, "")) and not Path(folder).is_dir():
-            raise ValueError(f"{name} is {folder}; there is no such folder. Correct --{name}.")
-    for name in FILES:
-        path = getattr(o, name, "")
-        if path and not Path(path).exists() and not Path(re.sub(r"#\d+$", "", path)).exists():
-            raise ValueError(f"{name} is {path}; there is no such file. Correct --{name}.")
+    check_paths(o)
     if getattr(o, "rollout", "") == "replay" and not Path(o.rollout_file).is_file():
         raise ValueError(
             f"rollout_file is {o.rollout_file}; there is no such file. Store one with --rollout local --rollout_file."
@@ -48,17 +44,37 @@ def check_presence(o) -> None:
             _check_package(package, f"{name} is {value!r}", remedy)
 
 
+def check_paths(o) -> None:
+    """Raise ValueError for folders and files to read that are not there, and for an output_dir that cannot be one."""
+    for name in FOLDERS:
+        if (folder := getattr(o, name, "")) and not Path(folder).is_dir():
+            raise ValueError(f"{name} is {folder}; there is no such folder. Correct --{name}.")
+    for name in FILES:
+        path = getattr(o, name, "")
+        if path and not Path(path).exists() and not Path(re.sub(r"#\d+$", "", path)).exists():
+            raise ValueError(f"{name} is {path}; there is no such file. Correct --{name}.")
+    folder = Path(getattr(o, "output_dir", ""))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output_dir is {folder}; no folder can be written there. Name another with --output_dir.")
+
+
 def _check_package(package: str, needed: str, remedy: str) -> None:
     if sys.modules.get(package) is None and find_spec(package) is None:
         raise ValueError(f"{needed}, which needs {package}; it is not installed. {remedy}")
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, *, tokenizer: bool = True) -> None:
     """Raise ValueError where `model` is no checkpoint's folder: it names what to do with adapters and with a hub id."""
     folder = Path(model)
     if not model:
         raise ValueError("no model. Name a checkpoint folder with --model.")
     if (folder / "config.json").is_file():
+        if tokenizer and not any((folder / name).is_file() for name in TOKENIZERS):
+            raise ValueError(
+                f"model is {model}; it holds none of {', '.join(TOKENIZERS)}. Copy the tokenizer of the model there "
+                "from which its weights were trained."
+            )
         return
     if (folder / "adapter_config.json").is_file():
         if (folder.parent / "config.json").is_file():

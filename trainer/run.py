@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
-from boxgrpo.trainer.data.loader import Loader
+from boxgrpo.trainer.data.loader import Loader, check_preparable
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.engine.base import Engine
@@ -88,6 +88,8 @@ class Run:
             o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=max_tokens
         )
         self.examples, self.unusable = read_usable(o, needs=needs)
+        prepare = self.processor.prompt if needs == "gold" else self.processor.conversation
+        check_preparable(self.examples, prepare, "Correct --data or its paths.")
         self.validation = Validation(o, self.processor, r)
         self.checkpoints = Checkpoints(o, r)
         self.checkpoint = self.checkpoints.find()

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in and out: both key layouts, sharded or not, tied or not, and what is refused."""
 
 import json
+import os
 import re
 
 import pytest
@@ -198,6 +199,10 @@ BROKEN = {
         "cannot be read .*hidden_act",
     ),
     "no weights": (remove(SINGLE), r"lacks \['model.safetensors'\]; a checkpoint holds"),
+    "half a file": (
+        lambda folder: os.truncate(folder / SINGLE, 1000),
+        r"safetensors cannot be read \(.*Fetch it again",
+    ),
     "a missing shard": (remove("model-00002-of-*"), r"lacks \['model-00002-of-\d+.safetensors'\]"),
     "a shard outside": (edit(INDEX, lambda i: i["weight_map"].update(a="../x")), "names a file outside its folder"),
     "a missing weight": (edit(SINGLE, lambda s: s.pop(NORM)), r"Missing: \['model.norm.weight'\] \(1\)"),

@@ -34,6 +34,10 @@ WRONG = [
     ("apps/ground.py where --model={model}", "ground.py: there are 0 images; a question needs at least 1."),
     ("apps/ground.py --port=70000", "ground.py: port is 70000; it must be at most 65535. Lower --port."),
     ("apps/inspect_data.py gone.json", "inspect_data.py: gone.json: there is no such file."),
+    (
+        "apps/inspect_data.py gone.json --image_root=gone",
+        "inspect_data.py: image_root is gone; there is no",
+    ),
     ("apps/inspect_data.py gone.json --samples=-1", "inspect_data.py: samples is -1; it must be at least 0."),
     ("apps/inspect_data.py gone.json --seed=x", "inspect_data.py: seed is 'x'; it must be a whole number."),
     ("apps/memory.py --gpus=0", "memory.py: gpus is 0; it must be at least 1. Raise --gpus."),
@@ -43,6 +47,7 @@ WRONG = [
     ("chains/accept.py --share=0", "accept_cot.py: share is 0.0; it must be above 0. Raise --share."),
     ("chains/accept.py --data=gone.json", "accept_cot.py: data is 'gone.json'; there is no such file."),
     ("demo.py --processes=3", "demo.py: processes is 3; it must be one of 0, 1, 2, 4, 8, 16."),
+    ("demo.py --output_dir={model}/config.json", "config.json; no folder can be written there. Name another with"),
     ("demo.py --levels=high", "demo.py: levels is 'high'; it must be whole numbers and commas. Correct --levels."),
     ("../bench/bench.py --parts=x", "bench.py: parts are x; x is none of kernels"),
     ("../bench/soaks/soak.py --zero_stage=4", "soak.py: zero_stage is 4; it must be one of 0, 1, 2, 3."),

@@ -271,3 +271,14 @@ def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):
     roomy, narrow = (lines(world / name) for name in ("roomy", "narrow"))
     assert [m["loss"] for m in narrow] == pytest.approx([m["loss"] for m in roomy], abs=1e-5)
     assert [m["grad_norm"] for m in narrow] == pytest.approx([m["grad_norm"] for m in roomy], rel=1e-3)
+
+
+def test_data_of_which_no_record_can_be_prepared_is_refused_before_the_weights_are_read(world, write):
+    """The images of every record are elsewhere, or no prompt fits; nothing is written."""
+    data = str(write(json.loads((world / "world/train.json").read_text())[:3], "elsewhere.json"))
+    for changes, reason in (({"data": data}, "There is no image"), ({"max_prompt_length": 2}, "over the budget of 2")):
+        with pytest.raises(
+            ValueError, match=rf"none of the \d+ records can be prepared\. The first: .*{reason}.*--data"
+        ):
+            grpo.train(grpo_options(world, "unprepared", **changes), Ranks())
+        assert not (world / "unprepared").exists()

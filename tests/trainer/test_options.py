@@ -140,7 +140,8 @@ def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch, tmp_path):
         raise Reached(timeout)
 
     monkeypatch.setattr(loop, "join_ranks", join_ranks)
-    (tmp_path / "config.json").touch()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).touch()
     with pytest.raises(Reached, match="33"):
         loop.main([f"--model={tmp_path}", "--data=d", "--timeout=33"])
 
@@ -221,6 +222,7 @@ def test_what_is_not_on_this_machine_is_refused_before_anything_is_loaded(tmp_pa
         )
     for package in ("peft", "deepspeed", "vllm"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    (model / "vocab.json").touch()
     right = {"model": str(model), "data": ["d.json"]}
     check_presence(GrpoOptions(**right))
     hub = "Qwen/Qwen2-VL-2B-Instruct"
@@ -234,6 +236,9 @@ def test_what_is_not_on_this_machine_is_refused_before_anything_is_loaded(tmp_pa
             {"model": str(tmp_path / "alone")},
             "LoRA adapters alone.\nMerge them.*from_pretrained..BASE.*merge_and_unload",
         ),
+        ({"model": str(run)}, "it holds none of tokenizer.json, vocab.json. Copy the tokenizer of the model there"),
+        ({"output_dir": str(model / "config.json")}, "config.json; no folder can be written there. Name another with"),
+        ({"output_dir": str(model / "config.json/run")}, "run; no folder can be written there. Name another with"),
         ({"data": []}, "no data. Name a JSON or JSONL file with --data."),
         ({"image_root": "gone"}, "image_root is gone; there is no such folder. Correct --image_root."),
         ({"eval_data": "gone.json"}, "eval_data is gone.json; there is no such file. Correct --eval_data."),

@@ -26,7 +26,7 @@ from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
 from boxgrpo.trainer.evaluation.report import align
 from boxgrpo.trainer.options import ANY_COUNT, BOX_UNITS, RANGES, check_pixels
-from boxgrpo.trainer.presence import check_model
+from boxgrpo.trainer.presence import check_model, check_paths
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 LENGTH_SAMPLE = 2000  # most records whose length is measured, drawn at random
@@ -184,6 +184,7 @@ def main(args: list[str] | None = None) -> None:
     for name in ("samples", "faults", "seed", "min_pixels", "max_pixels"):
         check_range(name, getattr(options, name), RANGES.get(name, ANY_COUNT))
     check_pixels(options)
+    check_paths(options)
     if options.model:
         check_model(options.model)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # the recognised schema and the reason

@@ -27,6 +27,7 @@ from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.data.scan import scan
 from boxgrpo.trainer.evaluation.pictures import annotate_example
 from boxgrpo.trainer.options import ANY_COUNT
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -124,6 +125,7 @@ def write_sheet(o: AcceptOptions) -> int:
 def _read(o: AcceptOptions) -> tuple[Sequence[Example], str]:
     """The records, and the checksum of their file."""
     check_options(o)
+    check_paths(o)
     if not Path(o.data).is_file():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a cold_start.json with --data.")
     examples, _ = read_examples(o.data, schema="univg_stage1", image_root=o.image_root or None)

@@ -33,6 +33,7 @@ from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.options import ANY_COUNT, BOX_UNITS, CHOICES, COUNT, RANGES
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
@@ -144,7 +145,8 @@ def make_cold_start(o: CotOptions) -> dict:
 def check(o: CotOptions) -> None:
     """Refuse invalid options before anything is read."""
     check_options(o)
-    if not Path(o.data).exists():
+    check_paths(o)
+    if not o.data or not Path(o.data).exists():
         raise ValueError(f"data is {o.data!r}; there is no such file. Name a JSON or JSONL file with --data.")
     for name in ("model", "base_url") if o.ask else ("model",):
         if not getattr(o, name):

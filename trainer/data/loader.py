@@ -186,6 +186,18 @@ class Loader:
             return map(pickle.loads, iter(loader))
 
 
+def check_preparable(examples: Sequence[Example], prepare: Callable[[Example], object], remedy: str) -> None:
+    """Prepare the examples in order until one can be; raise ValueError with the remedy if none can."""
+    reason = None
+    for index in range(len(examples)):
+        try:
+            prepare(examples[index])
+            return
+        except (ValueError, OSError) as error:
+            reason = reason or error
+    raise ValueError(f"none of the {len(examples)} records can be prepared. The first: {reason} {remedy}")
+
+
 # A slot's group, None where no record can be prepared, and (source, reason) of each record that was skipped.
 _Prepared = tuple[Group | None, list[tuple[str, str]]]
 

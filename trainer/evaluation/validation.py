@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from boxgrpo.trainer.data.loader import check_preparable
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.engine.lora import save_pretrained
@@ -20,7 +21,7 @@ from boxgrpo.trainer.runtime.files import replace_folder, restore_folder, write_
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, Reporter
 
-from .answer import PromptOrReason, ReadOrReason, answer_examples
+from .answer import ReadOrReason, answer_examples
 from .decode import GreedyDecoder
 from .grade import grade_texts, summarize
 
@@ -54,18 +55,12 @@ class Validation:
 
     def _check_records(self) -> None:
         """Prepare records in turn until one can be prepared; log how many have an image that is not found."""
-        prepare, examples = PromptOrReason(self.processor, "auto"), ReadOrReason(self.examples)
-        if all(isinstance(reason := prepare(example), str) for example in examples):
-            raise ValueError(self._none_can_be_prepared(reason))
+        remedy = f"Correct --eval_data {self.options.eval_data} or --eval_image_root."
+        check_preparable(self.examples, self.processor.prompt, remedy)
+        examples = ReadOrReason(self.examples)
         gone = [e.source for e in examples if any(isinstance(i, str) and not os.path.exists(i) for i in e.images)]
         if gone:
             log.warning("%d of %d records of eval_data lack an image, first %s", len(gone), len(examples), gone[0])
-
-    def _none_can_be_prepared(self, reason: str) -> str:
-        return (
-            f"none of the {len(self.examples)} records of {self.options.eval_data} can be prepared. The last: {reason} "
-            "Correct --eval_data or --eval_image_root."
-        )
 
     def after_step(self, progress: Progress, steps: int, policy, engine, report: Reporter) -> None:
         """Evaluate if an evaluation is due after this step and is not done yet; every rank calls it.
@@ -109,7 +104,7 @@ class Validation:
             log.warning("skipped %s", reasons[n])
         self.logged |= reasons.keys()
         if not texts:
-            raise ValueError(self._none_can_be_prepared([*reasons.values()][-1]))
+            raise ValueError(f"none of {len(examples)} records can be prepared. The last: {[*reasons.values()][-1]}")
         summary = summarize(grade_texts([examples[n] for n in texts], list(texts.values())))
         return summary | {"skipped": len(reasons) + len(self.faults)}
 

@@ -17,7 +17,7 @@ from .watch import Watch
 
 LOST_AFTER = 0.1  # share of the timeout after which a rank without a heartbeat counts as lost
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that a launcher's SIGTERM has stopped
-WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 # Modules whose warnings concern one rank alone: every rank logs them.
 PER_RANK = ("data.loader", "rollout.local", "step.pack")
 

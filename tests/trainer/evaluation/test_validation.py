@@ -208,7 +208,7 @@ def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps
     assert sum("skipped held_out.json#0" in message for message in caplog.messages) == 1
     assert "1 of 3 records of eval_data lack an image, first held_out.json#0" in caplog.messages
     write(records[1:2], "held_out.json")
-    message = r"none of the 1 records of .*held_out\.json can be prepared.*--eval_image_root"
+    message = r"none of the 1 records can be prepared.*--eval_data .*held_out\.json or --eval_image_root"
     with pytest.raises(ValueError, match=message):
         steps_of("none", eval_data=data)
 
@@ -234,6 +234,7 @@ def test_what_an_evaluation_meets_costs_the_run_nothing(world, monkeypatch, capl
 def test_evaluation_data_without_its_images_is_refused_before_step_1(world, write):
     """Case 1: nothing is written."""
     data = write(json.loads((world / "world/held_out.json").read_text()), "elsewhere.json")
-    with pytest.raises(ValueError, match=r"none of the 8 records of .*elsewhere\.json can be prepared.*no image at"):
+    message = r"none of the 8 records can be prepared.*no image at.*--eval_data .*elsewhere"
+    with pytest.raises(ValueError, match=message):
         grpo.train(evaluated(world, "unseen", eval_data=str(data)), Ranks())
     assert not (world / "unseen").exists()
