@@ -104,7 +104,7 @@ def claim_folder(
     """
     questions = hashlib.sha256()  # of everything that a model's prompt and score depend on
     for example in examples:
-        questions.update(json.dumps(dataclasses.astuple(example)).encode())
+        questions.update(json.dumps(dataclasses.astuple(example), default=bytes.hex).encode())
     identity = answered_by | {"questions": questions.hexdigest()} | {name: getattr(options, name) for name in names}
     folder = output_folder(options)
     changed, found = [], {}

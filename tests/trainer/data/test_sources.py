@@ -25,6 +25,9 @@ from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.readers import read_examples, read_usable
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+from boxgrpo.trainer.evaluation.evaluate import evaluate
+from boxgrpo.trainer.options import EvalOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
 
 QUESTION = {"question": "Where is it?", "answer": [100, 200, 300, 400]}
 TURNS = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "There."}]
@@ -220,6 +223,17 @@ def test_tables_are_usable_sources(places, capsys, caplog):
         found = json.loads(capsys.readouterr().out)
         assert (found["usable"], found["schema"]) == (6, "univg_stage2")
         assert found["first_boxes"][0]["image"] == "0.png" and found["first_boxes"][0]["size"] == [56, 56]
+
+
+def test_tables_are_evaluated_with_pictures(places, tmp_path):
+    """Scores, page and pictures of answers from a file; the images have no files of their own."""
+    (tmp_path / "answers.json").write_text(json.dumps(["<answer>(100, 200), (300, 400)</answer>"] * (COUNT - 1)))
+    values = {"predictions": str(tmp_path / "answers.json"), "resamples": 0, "pictures": 2, "cases": 1}
+    for path in places[1:]:
+        out = tmp_path / f"eval_{path.name}"
+        options = EvalOptions(data=[str(path)], output_dir=str(out), **values)
+        assert evaluate(options, Ranks())["accuracy_at_0.5"] == 1.0
+        assert len(list((out / "pictures").glob("*.png"))) == 2 and (out / "report.html").is_file()
 
 
 def test_a_parquet_file_is_converted_once_until_it_changes(places, tmp_path, monkeypatch):
