@@ -106,8 +106,9 @@ def _logps_of_completions(logits: Tensor, ids: Tensor, temperature: float, inpla
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """The GRPO loss from hidden states and head, by `fused_grpo_loss`, without the full logits and their recomputation.
 
-    With a bias, use_bias_correction_kl, a mask of fractions, `luspo`, or `vespo` with vllm_is_ratio it uses
-    log-probabilities instead: 8·N·V·H FLOP in place of 6. As in Liger's module, `luspo` reads what has weight 0 too.
+    With a bias, use_bias_correction_kl, a mask of fractions, a head of another dtype, `luspo`, or `vespo` with
+    vllm_is_ratio it uses log-probabilities instead: 8·N·V·H FLOP in place of 6. As in Liger's module, `luspo` reads
+    what has weight 0 too.
 
     Args (the others are in the module's docstring):
         compiled, chunk_size: ignored; they tune Liger's code.
@@ -178,17 +179,18 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         objective = Objective.checked(*self.arguments)
         o, (share, scored) = objective.options, _share(attention_mask, selected_token_ids)
         check_tensor("_input", _input, (*share.shape, None), FLOATS)
-        ids, weight = selected_token_ids.long(), lin_weight.to(_input.dtype)
+        ids = selected_token_ids.long()
         if o.loss_type == "luspo":  # reads all tokens
-            ids, scored = ids.where(scored, ids.clamp(0, len(weight) - 1)), torch.ones_like(scored)
+            ids, scored = ids.where(scored, ids.clamp(0, len(lin_weight) - 1)), torch.ones_like(scored)
         targets = ids[scored]
         old = _checked_logps("old_per_token_logps", old_per_token_logps, scored)
         ref = self._reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, targets, scored, o.beta)
         ratio = _checked_ratio(vllm_is_ratio, scored)
         whole = o.loss_type == "vespo" and ratio is not None  # a completion's ratio, which no token has for itself
         whole |= bias is not None or bool(o.beta and objective.use_bias_correction_kl) or o.loss_type == "luspo"
+        whole |= lin_weight.dtype != _input.dtype  # whose gradient is not to be rounded to _input's
         if whole or ((share != 0) & (share != 1)).any():
-            logps = self._logps(_input, weight, bias, targets, scored)
+            logps = self._logps(_input, lin_weight, bias, targets, scored)
             losses = objective.token_losses(logps, old, ref, ratio, advantages, share, scored)
             loss, metrics = objective.reduced(losses, share, num_items_in_batch)
             return loss, tuple(metrics)
@@ -199,7 +201,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             denominator=objective.denominator(share, num_items_in_batch),
         )
         rest = targets, advantages, torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0))
-        loss, stats = fused_grpo_loss(_input[scored], weight, *rest, temperature=self.temperature, options=o)
+        loss, stats = fused_grpo_loss(_input[scored], lin_weight, *rest, temperature=self.temperature, options=o)
         return loss, (*((stats.kl,) if o.beta else ()), stats.clip_region)
 
     def _logps(self, hidden, weight, bias, targets, scored) -> Tensor:

@@ -318,6 +318,21 @@ def test_weights_of_half_count_half(loss_type, level):
         torch.testing.assert_close(results[2][0], results[0][0] / 2)
 
 
+def test_the_gradient_of_an_fp32_head_is_not_rounded():
+    """With hidden states in bf16: it is that of the rounded inputs in fp32, as in Liger."""
+    tensors, _ = make_case({})
+    found = []
+    for hidden, weight in (
+        (tensors["hidden"].bfloat16(), tensors["weight"]),
+        (tensors["hidden"].bfloat16().float(), tensors["weight"].bfloat16().float()),
+    ):
+        leaf = weight.clone().requires_grad_()
+        order = hidden, leaf, *(tensors[name] for name in ORDER[2:]), None, tensors["ref"], tensors["old"]
+        loss, _ = dropin.LigerFusedLinearGRPOLoss()(*order)
+        found.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_the_function_and_the_module_are_one():
     """`liger_fused_linear_grpo` with its options by position; both references given: a warning, and the logps count."""
     tensors, _ = make_case({})
