@@ -91,15 +91,16 @@ class HeadSweep:
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
         self.hidden, self.weight = hidden, weight
         self.wanted, self.grad_weight = grad_hidden or grad_weight, grad_weight
-        self.dhidden = hidden.new_empty(hidden.shape) if grad_hidden else None
+        dtype = hidden.dtype if rounded else self.dtype
+        self.dhidden = hidden.new_empty(hidden.shape, dtype=dtype) if grad_hidden else None
         self.dweight = None  # the first product makes it
-        self.dweight_dtype = self.dtype  # that of one product alone: the head's
+        self.dweight_dtype, self.product_dtype = self.dtype, dtype  # of a sum of products, and of one alone
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         (n, width), vocabulary = self.hidden.shape, self.weight.shape[0]
         step, gradient_rows = sweep_rows(n, vocabulary, width, self.hidden.itemsize, self.grad_weight)
         if not self.wanted or gradient_rows >= n:
-            gradient_rows, self.dweight_dtype = max(n, 1), self.hidden.dtype
+            gradient_rows, self.dweight_dtype = max(n, 1), self.product_dtype
         buffer = self.hidden.new_empty(min(step, n), vocabulary, dtype=self.dtype)
         dlogits = self.hidden.new_empty(min(gradient_rows, n) if self.wanted else 0, vocabulary)
         for first in range(0, n, gradient_rows):

@@ -154,7 +154,7 @@ def fused_launch(
     results = logps, entropy, tokens, dlogits, *dlogits.stride()
     arguments = *row, targets.contiguous(), terms, *results, first, targets.shape[0], *objective_arguments(o)
     constants |= {
-        "CISPO": o.loss_type == "cispo",
+        "KIND": o.kind,
         "FINITE": finite,
         "HELD": config.held if config.held <= logits.shape[1] else 0,
         "STAGES": config.stages,

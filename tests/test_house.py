@@ -39,26 +39,26 @@ LAYERS = (
 )
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
-    "csrc": 850,
-    "kernels": 4882,
-    "model": 1809,
-    "trainer": 10_011,
-    "bench": 5404,
-    "tests": 17_002,
-    "trainer/apps": 1070,
-    "trainer/chains": 800,
-    "trainer/data": 1433,
+    "csrc": 862,
+    "kernels": 5131,
+    "model": 1857,
+    "trainer": 11_111,
+    "bench": 5418,
+    "tests": 18_882,
+    "trainer/apps": 1107,
+    "trainer/chains": 820,
+    "trainer/data": 2063,
     "trainer/engine": 645,
     "trainer/evaluation": 2022,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 494,
-    "trainer/runtime": 925,
+    "trainer/rollout": 523,
+    "trainer/runtime": 939,
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 22_943  # lines of the first five
+PRODUCT = 24_379  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
