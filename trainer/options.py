@@ -214,6 +214,11 @@ def _check_run(o: DataOptions) -> None:
         raise ValueError("output_dir is ''; a run needs a folder of its own. Name one with --output_dir.")
     if o.offload_optimizer and o.engine != "deepspeed":
         raise ValueError(f"offload_optimizer is true with engine {o.engine!r}; add --engine deepspeed.")
+    if o.optimizer == "cpu_adam" and torch.cuda.is_available() and not o.offload_optimizer:
+        raise ValueError(
+            "optimizer is 'cpu_adam' and the weights are on a GPU; it updates weights in host memory. Add "
+            "--engine deepspeed --offload_optimizer true, or use --optimizer adamw."
+        )
     if bool(o.eval_every) != bool(o.eval_data):
         raise ValueError(f"eval_every is {o.eval_every} and eval_data {o.eval_data!r}. Give both, or leave both out.")
     if o.lr_scheduler_type == "polynomial" and o.learning_rate <= 1e-7:

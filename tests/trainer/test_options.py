@@ -121,6 +121,13 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(change, mes
         validate_grpo(dataclasses.replace(GrpoOptions(), **change), world_size=4)
 
 
+def test_adam_in_host_memory_is_refused_for_weights_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="optimizer is 'cpu_adam' and the weights are on a GPU; .*--optimizer adamw"):
+        validate_grpo(GrpoOptions(optimizer="cpu_adam"), world_size=1)
+    validate_grpo(GrpoOptions(optimizer="cpu_adam", engine="deepspeed", offload_optimizer=True), world_size=1)
+
+
 @pytest.mark.parametrize("change", [{}, {"temperature": 0.9}, {"top_k": 5, "top_p": 0.9}])
 def test_what_vllm_can_sample_is_taken(change):
     assert validate_grpo(GrpoOptions(rollout="vllm", **change), world_size=4) == LossOptions(beta=0.04, epsilon=0.2)

@@ -25,11 +25,6 @@ def make_optimizer(parameters: list[nn.Parameter], options) -> torch.optim.Optim
         remedy = "Install DeepSpeed (pip install deepspeed), or use --optimizer adamw."
         with optional_import("optimizer is 'cpu_adam'", remedy):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
-        if parameters[0].is_cuda and not options.offload_optimizer:
-            raise ValueError(
-                "optimizer is 'cpu_adam' and the weights are on a GPU; it updates weights in host memory. Add "
-                "--engine deepspeed --offload_optimizer true, or use --optimizer adamw."
-            )
         return DeepSpeedCPUAdam(parameters, **settings, adamw_mode=True)
     if options.optimizer == "apex":
         remedy = "Build NVIDIA/apex from GitHub (another project has that name), or use --optimizer adamw."
