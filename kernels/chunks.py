@@ -129,6 +129,8 @@ class HeadSweep:
         On a CPU only rows with nonzero `live` (N) are computed; on a GPU, counting them would need a synchronisation.
         """
         n, vocabulary, device = self.hidden.shape[0], self.weight.shape[0], self.hidden.device
+        if self.dhidden is not None:
+            self.dhidden.zero_()  # a row without a gradient is not written
         # Each chunk reads and writes the whole of dweight, which with 128 rows takes little time beside the product.
         most = chunk_rows(vocabulary, self.dtype, device, at_least=128)
         step = -(-n // max(-(-n // most), 1))  # chunks of equal size, except the last
@@ -150,8 +152,6 @@ class HeadSweep:
         other rows are left out of the products with dlogits. With `live_is_final`, `live` is complete before the first
         block, and the logits of the other rows are not computed either.
         """
-        if live is not None and self.dhidden is not None:
-            self.dhidden.zero_()  # a row without a gradient is not written
         size = chunk_rows(self.weight.shape[0], self.dtype, self.hidden.device, at_least=4)
         log_softmax = self.hidden.new_empty(min(size, self.hidden.shape[0]), self.weight.shape[0], dtype=self.dtype)
         for rows, logits in self.chunks(temperature, live if live_is_final else None):

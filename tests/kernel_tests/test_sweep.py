@@ -64,11 +64,16 @@ def test_gradients_need_no_filled_buffer(n, rows, wanted, monkeypatch):
 
 
 @pytest.mark.usefixtures("new_memory_is_nan")
-def test_rows_that_the_twin_leaves_out_have_gradients_of_zero():
+@pytest.mark.parametrize("way", ["blocks", "chunks"])
+def test_rows_that_are_left_out_have_gradients_of_zero(way):
     (hidden, weight), live = head(6, 50, 4), torch.tensor([0, 1.0, 0, 0, 2.0, 0])
     sweep = chunks.HeadSweep(hidden, weight, True, True)
-    for _, log_softmax, out in sweep.blocks(1.0, live, live_is_final=True):
-        torch.exp(log_softmax, out=out)
+    if way == "blocks":
+        for _, log_softmax, out in sweep.blocks(1.0, live, live_is_final=True):
+            torch.exp(log_softmax, out=out)
+    else:
+        for rows, logits in sweep.chunks(live=live):
+            sweep.add(rows, logits.softmax(1))
     dlogits = (hidden @ weight.T).softmax(1) * (live != 0).unsqueeze(1)
     for ours, exact in zip(sweep.results(), (dlogits @ weight, dlogits.T @ hidden), strict=True):
         torch.testing.assert_close(ours, exact)
