@@ -22,7 +22,7 @@ SCHEDULES = (*SCHEDULES, "inverse_sqrt", "warmup_stable_decay")
 # Allowed values by option name, for every dataclass that has the option.
 CHOICES = {
     "schema": ("auto", *SCHEMAS),
-    "box_unit": ("auto", *BOX_UNITS),
+    **dict.fromkeys(("box_unit", "eval_box_unit"), ("auto", *BOX_UNITS)),
     "dtype": ("auto", "float32", "bfloat16"),
     "engine": ("ddp", "deepspeed"),
     "zero_stage": (1, 2, 3),
@@ -40,11 +40,10 @@ COUNT, ANY_COUNT = "[1, 2147483647]", "[0, 2147483647]"  # the largest int32
 # Allowed numbers by option name, as `arguments.check_options` reads them.
 RANGES = {
     "num_generations": "[2, 2147483647]",
-    **dict.fromkeys(
-        ("num_iterations", "max_completion_length", "tokens_per_pass", "logging_steps", "cutoff_len"), COUNT
-    ),
+    **dict.fromkeys(("num_iterations", "tokens_per_pass", "logging_steps", "cutoff_len"), COUNT),
+    **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), "[1, 131072]"),  # Qwen2's longest context
     **dict.fromkeys(("prompts_per_step", "gradient_accumulation_steps", "train_batch_size", "eval_batch_size"), COUNT),
-    **dict.fromkeys(("eval_max_completion_length", "max_prompt_length", "min_pixels", "max_pixels"), COUNT),
+    **dict.fromkeys(("max_prompt_length", "min_pixels", "max_pixels"), COUNT),
     **dict.fromkeys(
         ("save_steps", "save_total_limit", "max_skipped", "eval_every", "lora_rank", "lora_alpha"), ANY_COUNT
     ),
@@ -124,6 +123,7 @@ class DataOptions(InputOptions):
     eval_every: int = option(0, "Steps between evaluations on eval_data, which also follow the last step; 0: never.")
     eval_data: str = option("", "Records with gold boxes to score on; the best checkpoint is kept in output_dir/best.")
     eval_image_root: str = option("", "Folder to which eval_data's image paths are relative; empty: the file's.")
+    eval_box_unit: str = option("auto", "As box_unit, of eval_data.")
     eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
     eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")
     profile_steps: str = option("", "Profile these steps into output_dir/profile: 10:13 for steps 10, 11 and 12.")
@@ -192,6 +192,7 @@ class EvalOptions(InputOptions):
     overwrite_output_dir: bool = option(False, "Start anew in a folder that holds another evaluation's answers.")
     json: str = option("", "File for the scores as JSON; - prints them, and nothing else.")
     limit: int = option(0, "Score only this many records, the first ones; 0: all.")
+    eval_box_unit: str = option("auto", "As box_unit, of eval_data.")
     eval_batch_size: int = option(64, "Prompts decoded together.")
     max_completion_length: int = option(256, "Tokens generated at most.")
     resamples: int = option(2000, "Bootstrap resamples behind the confidence intervals; 0: no intervals.")

@@ -41,6 +41,8 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
     numbers = is_numbers(box) and len(box) == 4
     if file.unit == "auto" and numbers:
         return Written(box, known_size(image, record, file))
+    if numbers and file.unit != "fractions" and max(box) <= 1 and any(v % 1 for v in box):
+        raise Refused("fractions", f"{what} is {box}, within 0-1; the file's boxes are in {file.unit}. Write it so.")
     limits = [LIMITS[file.unit]] * 2 if file.unit in LIMITS else _pixel_size(image, record, file)
     if file.unit == "pixels" and numbers:
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, [*limits, *limits])]
@@ -75,7 +77,7 @@ def likeliest_unit(boxes: Sequence[Written], usual: str) -> str:
             other = second if first == unit else first
             raise ValueError(
                 f"the gold boxes may be {unit} or {other} of their images: {len(boxes)} do not tell; the first is "
-                f"{list(corners)}{of}. Name their unit with --box_unit."
+                f"{list(corners)}{of}. Name their unit with --box_unit (of eval_data: --eval_box_unit)."
             )
     return unit
 

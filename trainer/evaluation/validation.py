@@ -45,7 +45,7 @@ class Validation:
             held_out = {
                 "data": options.eval_data,
                 "schema": "auto",
-                "box_unit": "auto",
+                "box_unit": options.eval_box_unit,
                 "image_root": options.eval_image_root,
             }
             self.examples, self.faults = read_usable(dataclasses.replace(options, **held_out), needs="gold")
