@@ -57,6 +57,8 @@ class FlagParser(argparse.ArgumentParser):
         if wrong := re.fullmatch(r"argument --(\w+).*: invalid (int|float) value: (.*)", message):
             name, kind, value = wrong.groups()
             message = f"{name} is {value}; it must be {KINDS[{'int': int, 'float': float}[kind]]}. Change --{name}."
+        elif wrong := re.fullmatch(r"argument --(\w+).*: Truthy value expected: got (.*) but .*", message, re.DOTALL):
+            message = "{0} is {1}; it must be true or false. Change --{0}.".format(*wrong.groups())
         self.exit(2, f"{self.prog}: {message}\n")
 
 

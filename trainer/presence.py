@@ -29,7 +29,7 @@ def check_presence(o) -> None:
     if not getattr(o, "predictions", ""):
         check_model(o.model)
     if not o.data:
-        raise ValueError("no data. Name a JSON or JSONL file with --data.")
+        raise ValueError("no data. Name a file of records with --data.")
     check_paths(o)
     if getattr(o, "rollout", "") == "replay" and not Path(o.rollout_file).is_file():
         raise ValueError(

@@ -18,7 +18,7 @@ WRONG = [
     ("boxgrpo grpo --beta=-1 --model={model}", "boxgrpo grpo: beta is -1.0; it must be at least 0. Raise --beta."),
     ("boxgrpo grpo --prompts_per_step=0", "boxgrpo grpo: prompts_per_step is 0; it must be at least 1."),
     ("boxgrpo grpo --data=d.json", "boxgrpo grpo: no model. Name a checkpoint folder with --model."),
-    ("boxgrpo grpo --model={model}", "boxgrpo grpo: no data. Name a JSON or JSONL file with --data."),
+    ("boxgrpo grpo --model={model}", "boxgrpo grpo: no data. Name a file of records with --data."),
     ("boxgrpo grpo --config=gone.yaml", "boxgrpo grpo: --config gone.yaml: no such file."),
     (
         "boxgrpo sft --max_steps=many",
@@ -28,7 +28,7 @@ WRONG = [
     ("boxgrpo sft", "boxgrpo sft: no model. Name a checkpoint folder with --model."),
     ("grpo.py --model={model} --data=d.json --top_p=2", "grpo.py: top_p is 2.0; it must be at most 1. Lower --top_p."),
     ("sft.py --cutof_len=3", "sft.py: unknown flag '--cutof_len=3'; did you mean --cutoff_len?"),
-    ("sft.py --freeze_vision=perhaps", "sft.py: argument --freeze_vision/--freeze-vision: Truthy value expected"),
+    ("sft.py --freeze_vision=perhaps", "sft.py: freeze_vision is perhaps; it must be true or false. Change"),
     ("evaluator.py --model={model} --resamples=-1", "evaluator.py: resamples is -1; it must be at least 0."),
     ("evaluator.py --predictions=gone --data=d.json", "evaluator.py: predictions is gone; there is no such file."),
     ("apps/ground.py where --model={model}", "ground.py: there are 0 images; a question needs at least 1."),

@@ -246,7 +246,7 @@ def test_what_is_not_on_this_machine_is_refused_before_anything_is_loaded(tmp_pa
         ({"model": str(run)}, "it holds none of tokenizer.json, vocab.json. Copy the tokenizer of the model there"),
         ({"output_dir": str(model / "config.json")}, "config.json; no folder can be written there. Name another with"),
         ({"output_dir": str(model / "config.json/run")}, "run; no folder can be written there. Name another with"),
-        ({"data": []}, "no data. Name a JSON or JSONL file with --data."),
+        ({"data": []}, "no data. Name a file of records with --data."),
         ({"image_root": "gone"}, "image_root is gone; there is no such folder. Correct --image_root."),
         ({"eval_data": "gone.json"}, "eval_data is gone.json; there is no such file. Correct --eval_data."),
         ({"eval_image_root": "gone"}, "eval_image_root is gone; there is no such folder."),

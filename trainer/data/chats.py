@@ -20,8 +20,12 @@ _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "ass
 _IMAGE_KEYS = {"image", "image_url", "path", "url"}  # of a part: what names the image
 _LABELS = {"id", "index", "name", "timestamp"}  # keys of a turn that change nothing
 # Keys of a record that change what its chat means, `label` if it is true or false. Any other key only describes it.
-_CHANGING = "tools functions documents chat_template_kwargs audios audio history chosen rejected rejected_response"
-_CHANGING = frozenset(f"{_CHANGING} rejected_images kto_tag label".split())
+_CHANGING = frozenset(
+    """
+    tools functions documents system_prompt system_message chat_template chat_template_kwargs enable_thinking audios
+    audio history mask_history loss_mask chosen rejected rejected_response rejected_images kto_tag label
+    """.split()
+)
 _EMPTY = (None, "", [], {})
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 _PLACEHOLDER = re.compile("<ref-object>|<bbox>(?!.*</bbox>)", re.DOTALL)  # <bbox>…</bbox> holds its own box

@@ -173,6 +173,7 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
     ("record", "reason", "named"),
     [
         (chat("Where?", BOX, tools=[{"name": "zoom"}]), "unused_key", "tools is [{'name': 'zoom'}]"),
+        (chat("Where?", BOX, system_prompt="Be brief."), "unused_key", "system_prompt is 'Be brief.'"),
         (chat("Where?", BOX, videos=["a.mp4"]), "video", "videos are not read. Give their frames as images."),
         (chat("Where?", BOX, rejected_response="No."), "unused_key", "rejected_response is 'No.'"),
         (chat("Where?", BOX, label=False), "unused_key", "label is False"),
