@@ -88,8 +88,8 @@ def test_a_wheel_serves_in_an_empty_venv(tmp_path, missing):
 
 @slow
 @needs_compiler
-def test_a_wheel_trains_from_its_own_clone(tmp_path, initial, record_file):
-    """Case 18: the working folder's `kernels`, `model` and `bench` stay off the path of every process, loaders too."""
+def test_case_18_a_wheel_trains_from_its_own_clone(tmp_path, initial, record_file):
+    """The working folder's `kernels`, `model` and `bench` stay off the path of every process, loaders too."""
     python = installed(tmp_path, built_wheel(tmp_path))
     run = [python, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "trainer/grpo.py"]
     flags = {"model": initial, "data": record_file, "output_dir": tmp_path / "run", "max_steps": 1}

@@ -24,7 +24,6 @@ WRONG = [
         "boxgrpo sft --max_steps=many",
         "boxgrpo sft: max_steps is 'many'; it must be a whole number. Change",
     ),
-    ("boxgrpo sft --max_grad_norm=-1", "boxgrpo sft: max_grad_norm is -1.0; it must be at least 0."),
     ("boxgrpo sft", "boxgrpo sft: no model. Name a checkpoint folder with --model."),
     ("grpo.py --model={model} --data=d.json --top_p=2", "grpo.py: top_p is 2.0; it must be at most 1. Lower --top_p."),
     ("sft.py --cutof_len=3", "sft.py: unknown flag '--cutof_len=3'; did you mean --cutoff_len?"),
@@ -56,23 +55,44 @@ WRONG = [
 ]
 
 
+@pytest.fixture
+def check_refused(initial, tmp_path, monkeypatch, capsys):
+    """check_refused(words, message): the command prints the message and ends; nothing is written."""
+
+    def check(words, message):
+        command, *args = words.format(model=initial).split()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(os, "environ", dict(os.environ))  # which bench.py changes
+        monkeypatch.setattr(sys, "argv", [command, *args])
+        with pytest.raises(SystemExit) as end:
+            if command == "boxgrpo":
+                cli.main()
+            else:
+                sys.argv[0] = str(ROOT / "trainer" / command)
+                monkeypatch.setattr(sys, "path", [*sys.path])
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        shown = capsys.readouterr()
+        assert shown.out == "" and message in shown.err
+        assert end.value.code == 2 and len(shown.err.splitlines()) <= 2 and not list(tmp_path.iterdir())
+
+    return check
+
+
 @pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
-def test_a_command_refuses_wrong_input(words, message, initial, tmp_path, monkeypatch, capsys):
-    """The message has the value, the rule and the remedy; nothing is written."""
-    command, *args = words.format(model=initial).split()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # which bench.py changes
-    monkeypatch.setattr(sys, "argv", [command, *args])
-    with pytest.raises(SystemExit) as end:
-        if command == "boxgrpo":
-            cli.main()
-        else:
-            sys.argv[0] = str(ROOT / "trainer" / command)
-            monkeypatch.setattr(sys, "path", [*sys.path])
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    shown = capsys.readouterr()
-    assert shown.out == "" and message in shown.err
-    assert end.value.code == 2 and len(shown.err.splitlines()) <= 2 and not list(tmp_path.iterdir())
+def test_a_command_refuses_wrong_input(words, message, check_refused):
+    """The message has the value, the rule and the remedy."""
+    check_refused(words, message)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_case_02_a_negative_max_grad_norm_is_refused_before_anything_is_loaded(engine, check_refused):
+    flags = f"--max_grad_norm=-1 --engine={engine}"
+    check_refused(f"boxgrpo sft {flags}", "boxgrpo sft: max_grad_norm is -1.0; it must be at least 0.")
+
+
+def test_case_12_a_schedule_that_needs_more_options_is_refused_before_anything_is_loaded(check_refused):
+    words = "grpo.py --model={model} --data=d.json --lr_scheduler_type=reduce_lr_on_plateau"
+    check_refused(words, "grpo.py: lr_scheduler_type is 'reduce_lr_on_plateau'; it must be one of ")
 
 
 @pytest.mark.parametrize(

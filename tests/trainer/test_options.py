@@ -187,7 +187,7 @@ def wrong_values(kind, options, name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_field_refuses_what_is_off_its_ends_or_of_another_kind(name):
+def test_case_02_and_case_12_every_field_refuses_what_is_off_its_ends_or_of_another_kind(name):
     """Cases 2 and 12, and their kind: each refusal has the value, the rule and the flag, and fits into two lines."""
     module, _, name = name.rpartition(".")
     module = f"boxgrpo.{module}" if module.startswith("bench.") else f"boxgrpo.trainer.{module}"
@@ -209,7 +209,7 @@ def test_every_field_refuses_what_is_off_its_ends_or_of_another_kind(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_that_is_allowed_can_be_made_and_stepped(name):
+def test_case_12_every_schedule_that_is_allowed_can_be_made_and_stepped(name):
     """Case 12: for one that is not, transformers needs arguments that there are no flags for."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     schedule = make_schedule(optimizer, GrpoOptions(lr_scheduler_type=name, warmup_ratio=0.2), 10)
@@ -219,7 +219,7 @@ def test_every_schedule_that_is_allowed_can_be_made_and_stepped(name):
         assert 0 <= schedule.get_last_lr()[0] <= 1e-3
 
 
-def test_what_is_not_on_this_machine_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_case_24_what_is_not_on_this_machine_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     """Files, folders and packages that the options name; case 24: adapters and the id of a model on the hub."""
     model, run = tmp_path / "model", tmp_path / "run"
     for folder in (model, run, run / "adapter", tmp_path / "alone"):

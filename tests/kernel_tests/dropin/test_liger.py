@@ -301,8 +301,8 @@ def test_signatures():
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "luspo"])
-def test_weights_of_half_count_half(loss_type, level):
-    """Case 20: a mask of 0.5 halves the loss of `dr_grpo`; and `luspo` reads the padding, as Liger's module does."""
+def test_case_20_a_mask_of_halves_counts_half(loss_type, level):
+    """A mask of 0.5 halves the loss of `dr_grpo`; and `luspo` reads the padding, as Liger's module does."""
     tensors, _ = make_case({})
     fixed = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": L, "compiled": False}
     results = []

@@ -112,8 +112,8 @@ def test_dtypes_are_reconciled_as_trl_does(head):
 
 @pytest.mark.parametrize("head", ["plain", "biased"])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_an_fp32_head_is_not_rounded_under_autocast(head, hidden_dtype):
-    """Case 23, with int32 targets: gradients are fp32's of the rounded inputs, as near to fp64's as TRL's or nearer."""
+def test_case_23_int32_targets_and_an_fp32_head_that_autocast_does_not_round(head, hidden_dtype):
+    """Gradients are fp32's of the rounded inputs, as near to fp64's as TRL's or nearer."""
     inputs, targets = make_head(**HEADS[head])
     inputs[0] = inputs[0].to(hidden_dtype)
 

@@ -39,7 +39,7 @@ COCO = [["dataset/coco/train2014/COCO_1.jpg"]] * len(ANSWERS)
     ],
     ids=["default", "box", "each box", "COCO", "COCO with thinking", "other images", "other columns"],
 )
-def test_rewards(columns, bare):
+def test_case_19_rewards_of_its_own_form(columns, bare):
     want = [values[bare] for values in ANSWERS.values()]
     accuracy = univg_r1.iou_reward(COMPLETIONS, SOLUTION, **columns)
     form = univg_r1.format_reward_rec(COMPLETIONS, solution=SOLUTION, **columns)

@@ -29,12 +29,12 @@ ANSWERS = {  # text: IoU, format
 
 
 def chat(texts):
-    return [[{"role": "assistant", "content": text}] for text in texts]
+    return [[{"content": text}] for text in texts]
 
 
 @pytest.mark.parametrize("form", ["text", "list"])
-def test_json_boxes_and_text_solutions(form):
-    """Case 19: boxes in JSON, and solutions as texts with an <answer>, the last of which counts, or as lists."""
+def test_case_19_json_boxes_and_text_solutions(form):
+    """Boxes in JSON, and solutions as texts with an <answer>, the last of which counts, or as lists."""
     gold = f"<answer>1</answer> <answer> {GOLD} </answer>" if form == "text" else GOLD
     columns = {"prompts": chat(ANSWERS), "image_path": [["a.jpg"]] * len(ANSWERS), "problem": [""] * len(ANSWERS)}
     accuracy = dropin.iou_reward(chat(ANSWERS), [gold] * len(ANSWERS), **columns)

@@ -77,8 +77,8 @@ def test_the_sheet_shows_the_gold_boxes(records, tmp_path, capsys):
         assert sheet.width > 800 and green > 500
 
 
-def test_the_first_gold_boxes_are_shown(write, tmp_path, capsys):
-    """Case 3, as a newcomer meets it: the unit, and boxes on both scales that can be compared with the picture."""
+def test_case_03_the_first_gold_boxes_are_shown_with_their_unit(write, tmp_path, capsys):
+    """As a newcomer meets them: the unit, and boxes on both scales that can be compared with the picture."""
     Image.new("RGB", (112, 56)).save(tmp_path / "a.png")
     data = write([{"image": "a.png", "problem": "x", "solution": [0.25, 0.25, 0.5, 0.5]}] * 9)
     found = found_in(capsys, data)

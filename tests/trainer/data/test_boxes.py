@@ -27,7 +27,7 @@ def draw(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_fractions_are_recognised_in_every_form(write, draw, caplog, form):
+def test_case_03_fractions_are_recognised_in_every_form(write, draw, caplog, form):
     """Case 3: in an image of 112 x 56 pixels, [0.25, 0.25, 0.5, 0.5] is a quarter, and the log says so."""
     draw("a.png", 112, 56)
     caplog.set_level("INFO")
@@ -99,7 +99,7 @@ def test_a_unit_that_is_named_is_used(write, draw):
     assert set(BOX_UNITS) == {*expected, "fractions"}
 
 
-def test_swapped_sizes_give_way_to_the_files_own(write, draw, caplog):
+def test_case_08_swapped_sizes_give_way_to_the_files_own(write, draw, caplog):
     """Case 8: 90 x 60 pixels, and the record says 60 x 90. What else contradicts the file is refused by name."""
     draw("90x60.png", 90, 60)
     record = {"image": "90x60.png", "problem": "x", "solution": [30, 20, 60, 40], "width": 60, "height": 90}

@@ -66,7 +66,7 @@ def refused(write):
     return why
 
 
-def test_case_9_and_10_the_systems_text_is_used(read, refused):
+def test_case_09_and_case_10_the_systems_text_is_used(read, refused):
     """A top-level `system`, also of a record that is no chat; or the first turn, empty too."""
     first = {"role": "system", "content": "Answer in pixels."}
     keyed, turned = chat("Where?", BOX, system="Answer in pixels."), chat("Where?", BOX)
@@ -86,7 +86,7 @@ def test_case_9_and_10_the_systems_text_is_used(read, refused):
     assert refused(late)[0] == "turn_order" and "one turn may be the system's" in refused(late)[1]
 
 
-def test_case_4_and_5_marks_are_counted(read, refused):
+def test_case_04_and_case_05_marks_are_counted(read, refused):
     two = ("a.png", "b.png")
     assert refused(chat("<image><image>Where?", BOX)) == (
         "image_marks",

@@ -180,8 +180,8 @@ def pictured(tmp_path):
     return records, processor.prompt
 
 
-def test_workers_prepare_the_same_as_this_process(pictured, tmp_path, monkeypatch):
-    """Case 18: also in a folder whose own `kernels` or `tokenizers` would stand in the dependency's place."""
+def test_case_18_workers_prepare_the_same_beside_folders_named_as_packages(pictured, tmp_path, monkeypatch):
+    """Also in a folder whose own `kernels` or `tokenizers` would stand in the dependency's place."""
     records, prepare = pictured
     for name in ("kernels", "datasets", "tokenizers"):
         (tmp_path / name).mkdir()

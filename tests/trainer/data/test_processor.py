@@ -134,8 +134,8 @@ CHATS = {
 
 @pytest.mark.parametrize("system", [None, "Answer in pixels.", "\n You  see <image>. "])
 @pytest.mark.parametrize("name", CHATS)
-def test_ids_are_those_of_the_chat_template(processor, images, name, system):
-    """Cases 5, 9 and 10: images stand where their marks do, in every turn, and the system's text is the record's."""
+def test_case_05_case_09_and_case_10_ids_are_those_of_the_chat_template(processor, images, name, system):
+    """Images stand where their marks do, in every turn, and the system's text is the record's."""
     texts, image_tokens = CHATS[name]
     images, first_tokens = [*images, images[0]][: len(image_tokens)], image_tokens
     if "<image>" in (system or ""):
@@ -153,7 +153,7 @@ def test_ids_are_those_of_the_chat_template(processor, images, name, system):
     assert torch.equal(prompt.position_ids, conversation.position_ids[:, :length])
 
 
-def test_without_marks_all_images_stand_first(demo, images):
+def test_case_04_without_marks_all_images_stand_first(demo, images):
     marked, plain = chat(images, f"<image><image>{SAID[0]}", ANSWER), chat(images, SAID[0], ANSWER)
     assert torch.equal(demo.conversation(marked).input_ids, demo.conversation(plain).input_ids)
     # A question without a chat may hold marks too; the words that are added to it stand behind those it begins with.
@@ -186,8 +186,7 @@ def test_an_answer_begins_where_a_completion_does(demo, images):
         (["<image>Where?", "In <image>."], None, "an answer holds <image>"),
     ],
 )
-def test_marks_are_as_many_as_images_and_in_no_answer(images, texts, system, reason):
-    """Cases 4 and 5."""
+def test_case_04_and_case_05_marks_are_as_many_as_images_and_in_no_answer(images, texts, system, reason):
     with pytest.raises(Refused, match=reason):
         chat(images, *texts, system=system)
 

@@ -94,8 +94,8 @@ def test_nesting_without_end_is_refused(tmp_path):
     ],
     ids=str,
 )
-def test_an_object_may_hold_the_records(tmp_path, monkeypatch, around, indent, chunk):
-    """Case 24: {"data": [...]} in one file, on one line or many, with other values before and behind it."""
+def test_case_24_an_object_may_hold_the_records(tmp_path, monkeypatch, around, indent, chunk):
+    """{"data": [...]} in one file, on one line or many, with other values before and behind it."""
     monkeypatch.setattr(records, "CHUNK", chunk)
     wanted = [{"images": ["ä.png"], "data": [{}]}, {"n": 2}]
     around = {key: value or wanted for key, value in around.items()}

@@ -68,13 +68,12 @@ def one(path, **options):
     ids=str,
 )
 @pytest.mark.parametrize("rest", [QUESTION, {"conversations": TURNS}], ids=["question", "chat"])
-def test_an_image_is_found_under_either_key(write, tmp_path, on_disk, place, rest):
-    """Case 13: `image` as well as `images`, one or a list, in questions and in chats."""
+def test_case_13_an_image_is_found_under_either_key(write, tmp_path, on_disk, place, rest):
+    """`image` as well as `images`, one or a list, in questions and in chats."""
     assert one(write([place | rest])).images == (str(tmp_path / "a.png"),)
 
 
-def test_several_images_under_image(write, tmp_path):
-    """Case 13: "image": ["a.png", "b.png"]."""
+def test_case_13_several_images_under_image(write, tmp_path):
     example = one(write([QUESTION | {"image": ["a.png", "b.png"]}]))
     assert example.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
 
@@ -109,15 +108,15 @@ def test_base64_is_decoded(write, kind):
         ("file:///etc/a.png", "image_outside_root", "lies outside --image_root"),
     ],
 )
-def test_what_is_no_image_here_is_refused_in_a_line(write, tmp_path, image, reason, message):
-    """Case 16: URLs and videos, with what to do instead."""
+def test_case_16_what_is_no_image_here_is_refused_in_a_line(write, tmp_path, image, reason, message):
+    """URLs and videos, with what to do instead."""
     _, (fault,) = read_examples(write([QUESTION | {"images": [image]}]), image_root=tmp_path, min_usable=0)
     assert fault.reason == reason and message in fault.message and "\n" not in fault.message
     assert len(fault.message) < 250
 
 
-def test_a_video_beside_the_images_is_refused(write):
-    """Case 16: a record with a video would be learned without it."""
+def test_case_16_a_video_beside_the_images_is_refused(write):
+    """A record with a video would be learned without it."""
     _, (fault, both) = read_examples(
         write([QUESTION | {"images": ["a"], "videos": ["a.mp4"]}, QUESTION | {"images": ["a"], "image": "b"}]),
         min_usable=0,
@@ -184,8 +183,8 @@ def places(tmp_path, monkeypatch):
     return [tmp_path / name for name in ("records.json", "records.parquet", "folder")]
 
 
-def test_tables_give_what_json_gives(places):
-    """Case 15: the same examples, faults, slots, order and prompts, also after a resume.
+def test_case_15_tables_give_what_json_gives(places):
+    """The same examples, faults, slots, order and prompts, also after a resume.
 
     A worker gets the records' places alone: it reads and decodes the images.
     """

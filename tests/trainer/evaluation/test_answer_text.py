@@ -201,7 +201,7 @@ BOX = (12.5, 30.0, 200.0, 150.0)
         ("There is none.", None),
     ],
 )
-def test_case_7_a_box_of_any_json_numbers_quoted_or_named_is_read(text, box):
+def test_case_07_a_box_of_any_json_numbers_quoted_or_named_is_read(text, box):
     """The first of the text. Numbers too large for any image are read as the kernels' limit."""
     assert first_box(text, ANY_BOX) == box
     assert first_box(f"The {{box}}: {text}.", ANY_BOX) == box

@@ -57,7 +57,7 @@ def test_a_box_in_pixels_is_one_of_the_target_image_as_it_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("answer_format", ["list", "fractions", "pixels"])
-def test_case_7_any_json_number_is_a_coordinate(tmp_path, answer_format):
+def test_case_07_any_json_number_is_a_coordinate(tmp_path, answer_format):
     """In thousandths, fractions or pixels."""
     Image.new("RGB", (400, 200)).save(tmp_path / "a.png")
     width, height = {"list": (1000, 1000), "fractions": (1, 1), "pixels": (400, 200)}[answer_format]

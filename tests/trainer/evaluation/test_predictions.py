@@ -44,7 +44,7 @@ def test_answers_of_other_programs_are_scored_without_a_model_or_an_image(
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_case_6_pixels_of_the_resized_image_are_a_format_of_their_own(write, tmp_path, capsys):
+def test_case_06_pixels_of_the_resized_image_are_a_format_of_their_own(write, tmp_path, capsys):
     """Qwen2.5-VL's exact box on a photo of 2000 x 1500, which it saw as 1148 x 840 at max_pixels 1003520."""
     box = 240, 930, 1310, 1410  # in pixels of the photo
     exact = [round(v * side) for v, side in zip(box, (1148 / 2000, 840 / 1500) * 2)]

@@ -112,14 +112,14 @@ def best_step(folder):
     return json.loads((folder / "best/scores.json").read_text())["step"]
 
 
-def test_only_a_better_policy_replaces_best_and_nothing_else_does(world, steps_of, monkeypatch, caplog):
+def test_case_01_only_a_better_policy_replaces_best_and_a_full_disk_ends_no_run(world, steps_of, monkeypatch, caplog):
     """Equal is not better. The earlier one stays on a full disk, and after a kill between the two renames."""
     found = steps_of("kept", 0.25, 0.5, 0.5, 0.375)
     assert [metrics["eval/best_step"] for metrics in found] == [1, 2, 2, 2]
     assert best_step(world / "kept") == 2
 
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise Exception("No space left on device")  # as the tokenizer says it
 
     with monkeypatch.context() as patch:
         patch.setattr(validation, "save_pretrained", full)
@@ -213,8 +213,8 @@ def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps
         steps_of("none", eval_data=data)
 
 
-def test_what_an_evaluation_meets_costs_the_run_nothing(world, monkeypatch, caplog):
-    """Case 1: the checkpoint of a step, and after the last one the weights, are there before the evaluation begins."""
+def test_case_01_what_an_evaluation_meets_costs_the_run_nothing(world, monkeypatch, caplog):
+    """The checkpoint of a step, and after the last one the weights, are there before the evaluation begins."""
     folder, errors = world / "faulty", [RuntimeError("CUDA error"), OSError(28, "No space left on device")]
 
     def fails(held_out, policy):
@@ -231,8 +231,8 @@ def test_what_an_evaluation_meets_costs_the_run_nothing(world, monkeypatch, capl
     ]
 
 
-def test_evaluation_data_without_its_images_is_refused_before_step_1(world, write):
-    """Case 1: nothing is written."""
+def test_case_01_evaluation_data_without_its_images_is_refused_before_step_1(world, write):
+    """Nothing is written."""
     data = write(json.loads((world / "world/held_out.json").read_text()), "elsewhere.json")
     message = r"none of the 8 records can be prepared.*no image at.*--eval_data .*elsewhere"
     with pytest.raises(ValueError, match=message):

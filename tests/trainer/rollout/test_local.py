@@ -181,8 +181,8 @@ def test_stored_completions_are_replayed_by_serial_number(model, groups, vocabul
     assert replayed[0].sampler_logps is None
 
 
-def test_completions_of_another_data_file_are_refused(model, groups, vocabulary, tmp_path):
-    """Case 17: a question or an image of the same size is another."""
+def test_case_17_completions_of_another_data_file_are_refused(model, groups, vocabulary, tmp_path):
+    """A question or an image of the same size is another."""
     options = changed(rollout_file=str(tmp_path / "stored.jsonl"))
     LocalRollout(options, vocabulary, Ranks())(model, groups)
     (pictured, *_) = (g for g in groups if g.prompt.pixels is not None)
@@ -205,8 +205,8 @@ def test_every_rank_stores_its_own(model, groups, vocabulary, tmp_path):
         LocalRollout(options, vocabulary, Ranks())
 
 
-def test_a_replay_that_cannot_be_is_refused(groups, tmp_path, caplog):
-    """Case 17: a file that is cut off in its last line is named, and one from before prompts were stored."""
+def test_case_17_a_replay_of_a_file_that_is_cut_off_is_refused(groups, tmp_path, caplog):
+    """A file that is cut off in its last line is named, and one from before prompts were stored."""
     path = tmp_path / "stored.jsonl"
     with pytest.raises(ValueError, match=r"rollout_file is .*stored\.jsonl; there is no such file"):
         ReplayRollout(changed(rollout_file=str(path)))

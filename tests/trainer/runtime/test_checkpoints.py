@@ -201,8 +201,8 @@ def test_other_changes_are_logged(run, caplog):
     assert not caplog.text  # a profile does not change what a run computes
 
 
-def test_a_changed_learning_rate_holds_from_the_first_update(run):
-    """Case 11: the checkpoint's own rate is 0.1, its schedule a line to 0 over ten steps, of which one is done."""
+def test_case_11_a_changed_learning_rate_holds_from_the_first_update(run):
+    """The checkpoint's own rate is 0.1, its schedule a line to 0 over ten steps, of which one is done."""
     folder = run.save(1)
     for rate, kind, expected in ((1e-9, "linear", 0.9e-9), (1e-9, "constant", 1e-9), (0.1, "linear", 0.09)):
         other = engine_of_two_layers(learning_rate=rate, lr_scheduler_type=kind)

@@ -5,6 +5,7 @@ import random
 import signal
 
 import pytest
+from safetensors.torch import load_file
 
 from boxgrpo.bench.processes import kill
 from boxgrpo.trainer import grpo, sft
@@ -93,6 +94,16 @@ def test_a_run_that_is_to_end_before_its_checkpoint_is_refused(world):
     sft.train(sft_options(world, "three", max_steps=3, save_steps=3), Ranks())
     with pytest.raises(ValueError, match=r"checkpoint-3 is at step 3; the run is to end with step 2\. Raise"):
         sft.train(sft_options(world, "three", max_steps=2, resume="auto"), Ranks())
+
+
+def test_case_11_a_lower_learning_rate_holds_from_the_first_resumed_update(world):
+    """A run at 1e-3 is continued at 1e-9: no weight moves by more, and the metrics have that rate."""
+    for steps, rate in ((1, 1e-3), (2, 1e-9)):
+        options = {"max_steps": steps, "learning_rate": rate, "lr_scheduler_type": "constant", "resume": "auto"}
+        sft.train(sft_options(world, "slower", save_steps=1, **options), Ranks())
+    before, after = (load_file(world / "slower" / name / "model.safetensors") for name in ("checkpoint-1", "."))
+    assert max((after[name] - before[name]).abs().max() for name in before) < 2e-9
+    assert [line["learning_rate"] for line in lines(world / "slower")] == [1e-3, 1e-9]
 
 
 def test_sft_is_resumed_to_the_bit(world):
