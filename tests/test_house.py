@@ -42,23 +42,23 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5131,
     "model": 1857,
-    "trainer": 11_120,
+    "trainer": 11_139,
     "bench": 5418,
-    "tests": 18_927,
+    "tests": 19_566,
     "trainer/apps": 1107,
     "trainer/chains": 820,
-    "trainer/data": 2069,
+    "trainer/data": 2074,
     "trainer/engine": 645,
     "trainer/evaluation": 2022,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 523,
+    "trainer/rollout": 533,
     "trainer/runtime": 939,
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_388  # lines of the first five
+PRODUCT = 24_407  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

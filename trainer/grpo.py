@@ -43,13 +43,16 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     """Train `options.model` on `options.data`; write the checkpoint and the metrics to `options.output_dir`."""
     o, hooks = options, hooks or Hooks()
     loss_settings = validate_grpo(o, r.world_size)
+    replay = ReplayRollout(o) if o.rollout == "replay" else None  # its file is judged before weights are read
     size = {"max_tokens": o.max_prompt_length, "batch_size": o.prompts_per_step, "updates": o.num_iterations}
     run = Run(o, r, hooks, needs="gold", reference=bool(o.beta), **size)
-    policy, engine, progress = run.policy, run.engine, run.progress
+    policy, engine, progress, loader = run.policy, run.engine, run.progress, run.loader
     vocabulary = hooks.vocabulary(Vocabulary.of(run.processor, policy.config, r.device))
     sharded = engine.shards_weights and not o.ds3_gather_for_generation
-    rollout = make_rollout(run, vocabulary, sharded=sharded)
-    loader = run.begin("grpo", run.processor.prompt)
+    rollout = replay or make_rollout(run, vocabulary, sharded=sharded)
+    if replay:
+        replay.check(loader, r, run.total_steps - progress.step)
+    run.begin("grpo")
     embed = partial(embed_images, policy, sharded=sharded) if o.freeze_vision else None
     batches = PrefetchedBatches(loader, embed, early=r.device.type == "cuda" and not engine.shards_weights)
     cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
@@ -93,10 +96,8 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
 
 
 def make_rollout(run: Run, vocabulary: Vocabulary, *, sharded: bool) -> Rollout:
-    """The rollout that `--rollout` names. `sharded`: no rank has all weights while it samples."""
+    """The rollout that samples as `--rollout` names. `sharded`: no rank has all weights while it samples."""
     o = run.options
-    if o.rollout == "replay":
-        return ReplayRollout(o)
     if o.rollout == "vllm":
         return VllmRollout(o, run.processor, vocabulary, run.policy, run.examples.max_images)
     return LocalRollout(o, vocabulary, run.ranks, run.progress.rollout_bytes, sharded=sharded)

@@ -298,6 +298,11 @@ def check_command(o: SftOptions | GrpoOptions, ranks: int | None = None) -> None
     """Refuse options, paths and packages with which `ranks` processes cannot train; None: as torchrun says."""
     validate = validate_grpo if isinstance(o, GrpoOptions) else validate_sft
     validate(o, ranks or int(os.environ.get("WORLD_SIZE", 1)))
+    if not ranks and "RANK" not in os.environ and getattr(o, "rollout", "") == "vllm":
+        raise ValueError(
+            "rollout is 'vllm' and RANK is not set; its engines join the processes that torchrun starts. "
+            "Start with torchrun or boxgrpo grpo, for a single GPU too."
+        )
     check_presence(o)
 
 

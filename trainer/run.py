@@ -22,7 +22,6 @@ from boxgrpo.trainer.engine.deepspeed import DeepSpeedEngine
 from boxgrpo.trainer.engine.lora import add_adapters, save_pretrained
 from boxgrpo.trainer.evaluation.validation import Validation
 from boxgrpo.trainer.options import DataOptions, profile_is_too_late, profile_window, resolve_dtype
-from boxgrpo.trainer.presence import check_presence
 from boxgrpo.trainer.profiling.profiler import profiled
 from boxgrpo.trainer.runtime.checkpoints import Checkpoints, Progress
 from boxgrpo.trainer.runtime.ranks import STOPPED, Ranks, RunFailed
@@ -67,6 +66,7 @@ class Run:
         policy: the model that is trained; call `engine.model` in its place.
         reference: the reference model, or None. With LoRA it is `engine.model`, to be called without its adapters.
         progress: the step, the position in the data, and counts.
+        loader: the stream of prepared records from `progress` on.
     """
 
     def __init__(
@@ -82,8 +82,7 @@ class Run:
         reference: bool = False,
     ):
         o = self.options = options
-        self.ranks, self.hooks, self.batch_size = r, hooks, batch_size
-        check_presence(o)
+        self.ranks, self.hooks = r, hooks
         self.processor = Processor.from_pretrained(
             o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=max_tokens
         )
@@ -110,28 +109,27 @@ class Run:
         if reference:
             self.reference = self.engine.model if copied is None else self.engine.prepare_frozen(copied)
         self.progress = self.checkpoints.load(self.checkpoint, self.engine) if self.checkpoint else Progress()
-        self.budget = Budget(o.tokens_per_pass)
-        self.peak_flop = peak_flop(o, r.device)
-
-    def begin(self, title: str, prepare: Callable) -> Loader:
-        """Claim the output folder and start the report; returns the stream of prepared records from `progress` on."""
-        o, r, progress = self.options, self.ranks, self.progress
-        self.folder = claim_output_dir(o, r, self.checkpoint, progress.metrics_bytes)
         self.loader = Loader(
             self.examples,
             prepare,
-            batch_size=self.batch_size // r.world_size,
+            batch_size=batch_size // r.world_size,
             seed=o.seed,
             workers=o.dataloader_num_workers,
             rank=r.rank,
             world_size=r.world_size,
-            start=progress.position,
+            start=self.progress.position,
             pin_for=r.device if r.device.type == "cuda" else None,
         )
-        self.loader.faults |= progress.faults
+        self.loader.faults |= self.progress.faults
+        self.budget = Budget(o.tokens_per_pass)
+        self.peak_flop = peak_flop(o, r.device)
+
+    def begin(self, title: str) -> None:
+        """Claim the output folder and start the report."""
+        o, r, progress = self.options, self.ranks, self.progress
+        self.folder = claim_output_dir(o, r, self.checkpoint, progress.metrics_bytes)
         self.report = Reporter(self.folder, r, self.total_steps, title, start=progress.step)
         self.logged = progress.step
-        return self.loader
 
     def steps(self, position: Callable[[], int], written: Callable[[], dict] = dict) -> Iterator[int]:
         """Yield each step's number; the loop's body ends with `log_step`. Then checkpoint and evaluation follow if due.

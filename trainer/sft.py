@@ -28,8 +28,8 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     validate_sft(o, r.world_size)
     size = {"max_tokens": o.cutoff_len, "batch_size": o.train_batch_size}
     run = Run(o, r, hooks or Hooks(), needs="turns", **size)
-    config, engine, progress = run.policy.config, run.engine, run.progress
-    loader = run.begin("sft", run.processor.conversation)
+    config, engine, progress, loader = run.policy.config, run.engine, run.progress, run.loader
+    run.begin("sft")
     batches = iter(loader)
     # A frozen tower runs only the forward pass, one of three (a backward pass counts as two).
     cost = functools.partial(group_flop, config, tower_passes=1 / 3 if o.freeze_vision else 1.0)

@@ -282,3 +282,19 @@ def test_data_of_which_no_record_can_be_prepared_is_refused_before_the_weights_a
         ):
             grpo.train(grpo_options(world, "unprepared", **changes), Ranks())
         assert not (world / "unprepared").exists()
+
+
+def test_a_replay_that_cannot_be_ends_before_its_folder_is_claimed(world):
+    """Case 17: a file that is cut off, before weights are read; completions of other prompts, or of too few steps."""
+    stored = world / "one_step.jsonl"
+    grpo.train(grpo_options(world, "one_step", rollout_file=str(stored), max_steps=1), Ranks())
+    options = {"rollout": "replay", "rollout_file": str(stored), "max_steps": 1}
+    for cut, changes, message in (
+        (None, {"seed": 1}, "one_step.jsonl: the completions of sample 0 belong to another prompt than train.json#"),
+        (None, {"max_steps": 2}, "one_step.jsonl holds no completions for sample 4, of the run's step 2 of 2. Lower"),
+        (-9, {"model": "gone"}, "one_step.jsonl: line 4 is cut off"),
+    ):
+        stored.write_bytes(stored.read_bytes()[:cut])
+        with pytest.raises(ValueError, match=message):
+            grpo.train(grpo_options(world, "replayed", **options | changes), Ranks())
+        assert not (world / "replayed").exists()

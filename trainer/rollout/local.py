@@ -160,14 +160,16 @@ def _begun_by_this_run(options) -> bool:
 
 
 class ReplayRollout:
-    """Completions stored by an earlier run, found by the prompt's serial number: for exact comparisons."""
+    """Completions stored by an earlier run, found by the prompt's serial number: for exact comparisons.
+
+    Raises:
+        ValueError: a file is cut off, or holds another number of completions than `num_generations`.
+    """
 
     def __init__(self, options):
         self.path, self.num_generations, self.written = options.rollout_file, options.num_generations, {}
-        path = Path(self.path)
-        if not path.is_file():
-            raise ValueError(f"rollout_file is {self.path}; there is no such file. Store one with --rollout local.")
         self.stored, self.prompts = {}, {}
+        path = Path(self.path)
         for file in (path, *path.parent.glob(f"{path.name}.rank*")):
             self._read(file)
         if not all(self.prompts.values()):
@@ -177,33 +179,47 @@ class ReplayRollout:
         for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
             try:
                 record = json.loads(line) if line.endswith(b"\n") else {}
-                self.stored[record["serial"]], self.prompts[record["serial"]] = record["ids"], record.get("prompt")
+                serial, ids = record["serial"], [torch.tensor(ids, dtype=torch.int64) for ids in record["ids"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"rollout_file {file}: line {number} is cut off, or holds no completions. Remove it, or store the "
                     "completions again with --rollout local."
                 ) from error
+            if len(ids) != self.num_generations:
+                raise ValueError(
+                    f"rollout_file {file}: line {number} holds {len(ids)} completions; num_generations is "
+                    f"{self.num_generations}. Set --num_generations to what was stored."
+                )
+            self.stored[serial], self.prompts[serial] = ids, record.get("prompt")
+
+    def check(self, loader: Loader, ranks: Ranks, steps: int) -> None:
+        """Raise ValueError, on every rank, if completions of `steps` steps are missing or the first prompts differ."""
+        per_step = loader.batch_size * ranks.world_size
+        serials = range(loader.position, loader.position + steps * per_step)
+        if missing := [serial for serial in serials if serial not in self.stored]:
+            raise ValueError(
+                f"rollout_file {self.path} holds no completions for sample {missing[0]}, of the run's step "
+                f"{(missing[0] - loader.position) // per_step + 1} of {steps}. Lower --max_steps, or store more with "
+                "--rollout local."
+            )
+        if faults := [*filter(None, ranks.gather(self._foreign(loader.next_step())))]:
+            raise ValueError(faults[0])
+
+    def _foreign(self, groups: Sequence[Group]) -> str:
+        """What is wrong where a group's prompt is not the one that its completions belong to."""
+        for group in groups:
+            if self.prompts[group.serial] not in (None, prompt_digest(group.prompt)):
+                return (
+                    f"rollout_file {self.path}: the completions of sample {group.serial} belong to another prompt than "
+                    f"{group.source}. Give the --data, --seed and pixel limits that stored them, or store them again."
+                )
+        return ""
 
     def __call__(self, policy, groups: Sequence[Group], after_prefill: Callable[[], Any] = lambda: None) -> list[Group]:
         after_prefill()
-        for group in groups:
-            serial = group.serial
-            if serial not in self.stored:
-                raise ValueError(
-                    f"{self.path} holds no completions for sample {serial}; replay needs the data, seed and batch that "
-                    "stored it. Store them again with --rollout local --rollout_file."
-                )
-            if len(self.stored[serial]) != self.num_generations:
-                raise ValueError(
-                    f"{self.path} holds {len(self.stored[serial])} completions for sample {serial}; "
-                    f"num_generations is {self.num_generations}. Set --num_generations to what was stored."
-                )
-            if self.prompts[serial] not in (None, prompt_digest(group.prompt)):
-                raise ValueError(
-                    f"{self.path}: the completions of sample {serial} belong to another prompt than {group.source}. "
-                    "Give the --data, --seed and pixel limits that stored them, or store them again."
-                )
-        return [replace(g, completions=[torch.tensor(ids) for ids in self.stored[g.serial]]) for g in groups]
+        if fault := self._foreign(groups):
+            raise ValueError(fault)
+        return [replace(group, completions=self.stored[group.serial]) for group in groups]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ host memory and its KV cache freed. Each rollout wakes it with the policy's curr
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,17 +40,12 @@ class VllmRollout:
         max_images: maximum number of images in a prompt, for which vLLM reserves memory.
 
     Raises:
-        ValueError: vllm is not installed, or torchrun did not start the process.
+        ValueError: vllm is not installed.
     """
 
     def __init__(self, options, processor: Processor, vocabulary: Vocabulary, policy: Qwen2VL, max_images: int):
         with optional_import("rollout is 'vllm'", "Install it (pip install 'vllm>=0.22'), or use --rollout local."):
             import vllm
-        if "RANK" not in os.environ:
-            raise ValueError(
-                "rollout is 'vllm' and RANK is not set; its engines join the processes that torchrun starts. "
-                "Start with torchrun, for a single GPU too."
-            )
         self.vllm, self.options, self.processor, self.vocabulary = vllm, options, processor, vocabulary
         self.written: dict[str, int] = {}
         o = options

@@ -208,9 +208,7 @@ def test_every_rank_stores_its_own(model, groups, vocabulary, tmp_path):
 def test_case_17_a_replay_of_a_file_that_is_cut_off_is_refused(groups, tmp_path, caplog):
     """A file that is cut off in its last line is named, and one from before prompts were stored."""
     path = tmp_path / "stored.jsonl"
-    with pytest.raises(ValueError, match=r"rollout_file is .*stored\.jsonl; there is no such file"):
-        ReplayRollout(changed(rollout_file=str(path)))
-    whole = '{"serial": 7, "ids": [[1], [2]]}\n'
+    whole = '{"serial": 7, "ids": [[1], [2], [3]]}\n'
     for text, number in ((whole + whole[:-1], 2), (whole + whole[:9] + "\n", 2), ("[]\n", 1), ('{"serial": 7}\n', 1)):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"rollout_file .*stored\.jsonl: line {number} is cut off, or holds no"):
@@ -218,10 +216,12 @@ def test_case_17_a_replay_of_a_file_that_is_cut_off_is_refused(groups, tmp_path,
     path.write_text(whole)
     replay = ReplayRollout(changed(rollout_file=str(path)))
     assert "it is not checked that its completions belong to this data" in caplog.text
-    with pytest.raises(ValueError, match="holds no completions for sample 3"):
-        replay(None, groups[1:])
-    with pytest.raises(ValueError, match="holds 2 completions for sample 7; num_generations is 3"):
-        replay(None, groups[:1])
+    with pytest.raises(ValueError, match="line 1 holds 3 completions; num_generations is 2. Set --num_generations"):
+        ReplayRollout(changed(rollout_file=str(path), num_generations=2))
+    loader = SimpleNamespace(position=7, batch_size=1, next_step=lambda: groups[:1])
+    replay.check(loader, Ranks(), steps=1)
+    with pytest.raises(ValueError, match="no completions for sample 8, of the run's step 2 of 3. Lower --max_steps"):
+        replay.check(loader, Ranks(), steps=3)
 
 
 def test_the_correction_by_hand():
