@@ -44,7 +44,7 @@ BUDGET = {
     "model": 1857,
     "trainer": 11_139,
     "bench": 5418,
-    "tests": 19_566,
+    "tests": 18_940,
     "trainer/apps": 1107,
     "trainer/chains": 820,
     "trainer/data": 2074,
