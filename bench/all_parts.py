@@ -17,6 +17,8 @@ from boxgrpo.bench.publish.demands import verdicts
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import PARTS, begin, dump, path_of_today, write
 from boxgrpo.bench.runner import MARGIN, ROOT, Part, Runner, failures
+from boxgrpo.trainer.arguments import FlagParser
+from boxgrpo.trainer.presence import check_output, check_paths
 from boxgrpo.trainer.runtime.ranks import RunFailed
 
 OUT = ROOT / "out/bench"
@@ -51,7 +53,7 @@ GPU_PARTS = [
 
 def parsed(args: list[str] | None, description: str = "") -> tuple[argparse.Namespace, list[Part]]:
     """Options and the parts to run. Raises ValueError for what cannot be run together."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="build, test and measure on one GPU, within --minutes")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: with --gpu cuda, else what torch sees")
     parser.add_argument("--minutes", type=float, help="all parts together; with --gpu 9, and more gives each part more")
@@ -64,7 +66,9 @@ def parsed(args: list[str] | None, description: str = "") -> tuple[argparse.Name
     parser.add_argument("--json", help="the file, - for standard output; default: bench/results/<device>/<date>.json")
     parser.add_argument("--output", help="a folder for a copy of record, verdicts and logs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, kept out of bench/results")
-    o = parser.parse_args(args)
+    check_paths(o := parser.parse_args(args))
+    if o.output:
+        check_output("output", o.output, folder=True)
     o.device = o.device or ("cuda" if o.gpu else None)
     parts = GPU_PARTS if o.gpu else CPU_PARTS
     names = ",".join(o.parts).split(",") if o.parts else [part.name for part in parts]
@@ -98,7 +102,6 @@ def keep(path: Path | None, output: str | None, record: dict) -> None:
     """Write record and verdicts, to `path` too; all of it, with the logs, into the folder `output`."""
     (OUT / "verdicts.md").write_text(table("verdicts", verdicts(record)) + "\n")
     for file in filter(None, (OUT / "results.json", path)):
-        file.parent.mkdir(parents=True, exist_ok=True)
         write(record, file)
     if output:
         shutil.copytree(OUT, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("profile"))

@@ -27,6 +27,7 @@ from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import write
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.options import COUNT
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
 
 WANTED = {"scan_s": 30.0, "open_s": 1.0, "memory_mb": 500.0}
@@ -116,6 +117,7 @@ def measure(o: DataBenchOptions) -> dict:
 
 def main(args: list[str] | None = None) -> None:
     o = parse(DataBenchOptions, args, prog="bench_data.py")
+    check_paths(o)
     result = measure(o)
     write(result, Path(o.json) if o.json else folder() / "data.json")
     print(table("data", result, WANTED))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from boxgrpo.trainer.arguments import FlagParser
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 
 from .machine import RESULTS, folder, machine
@@ -100,12 +102,19 @@ def read_all(results: Path) -> Records:
 
 def write(record: dict, path: Path) -> None:
     """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, dump(record) + "\n")
 
 
-def flags(description: str) -> argparse.ArgumentParser:
-    """A parser for a command that measures one part."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+class _Parser(FlagParser):
+    def parse_args(self, args=None, namespace=None):
+        check_paths(found := super().parse_args(args, namespace))
+        return found
+
+
+def flags(description: str) -> FlagParser:
+    """A parser for a command that measures one part; it refuses a --json where no file can be written."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the results there, - for standard output")
     return parser
 

@@ -51,19 +51,10 @@ def repeated(help: str) -> dict:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser that refuses in one line, without the usage of all flags, and with exit status 2."""
+    """A parser that refuses in one line, without the usage of all flags, and with exit status 2.
 
-    def error(self, message):
-        if wrong := re.fullmatch(r"argument --(\w+).*: invalid (int|float) value: (.*)", message):
-            name, kind, value = wrong.groups()
-            message = f"{name} is {value}; it must be {KINDS[{'int': int, 'float': float}[kind]]}. Change --{name}."
-        elif wrong := re.fullmatch(r"argument --(\w+).*: Truthy value expected: got (.*) but .*", message, re.DOTALL):
-            message = "{0} is {1}; it must be true or false. Change --{0}.".format(*wrong.groups())
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-class _Parser(FlagParser, HfArgumentParser):
-    """Flags from a dataclass; the error for an unknown flag names the most similar one."""
+    The error for an unknown flag names the most similar one.
+    """
 
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
@@ -74,6 +65,22 @@ class _Parser(FlagParser, HfArgumentParser):
             near = difflib.get_close_matches(unknown[0], flags, n=1)
             self.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
         return known
+
+    def error(self, message):
+        if wrong := re.fullmatch(r"argument --(\w+).*: invalid (int|float) value: (.*)", message):
+            name, kind, value = wrong.groups()
+            message = f"{name} is {value}; it must be {KINDS[{'int': int, 'float': float}[kind]]}. Change --{name}."
+        elif wrong := re.fullmatch(r"argument --(\w+).*: invalid choice: (.*) \(choose from (.*)\)", message):
+            message = "{0} is {1}; it must be one of {2}. Change --{0}.".format(*wrong.groups())
+        elif wrong := re.fullmatch(r"argument (--\w+).*: expected .*", message):
+            message = f"{wrong[1]} has no value. Give it one."
+        elif wrong := re.fullmatch(r"argument --(\w+).*: Truthy value expected: got (.*) but .*", message, re.DOTALL):
+            message = "{0} is {1}; it must be true or false. Change --{0}.".format(*wrong.groups())
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _Parser(FlagParser, HfArgumentParser):
+    """Flags from a dataclass."""
 
 
 def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, positional: str = "") -> T:

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 FOLDERS = ("image_root", "eval_image_root")
 FILES = ("eval_data", "predictions")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+OUTPUTS = {"json": (), "sheet": PICTURES}  # files to write, and how their names may end
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 # The package that an option's value needs, and the remedy where it is not installed.
 PACKAGES = {
@@ -31,9 +34,12 @@ def check_presence(o) -> None:
     if not o.data:
         raise ValueError("no data. Name a file of records with --data.")
     check_paths(o)
-    if getattr(o, "rollout", "") == "replay" and not Path(o.rollout_file).is_file():
+    rollout, stored = getattr(o, "rollout", ""), getattr(o, "rollout_file", "")
+    if rollout == "local" and stored:
+        check_output("rollout_file", stored)
+    if rollout == "replay" and not Path(stored).is_file():
         raise ValueError(
-            f"rollout_file is {o.rollout_file}; there is no such file. Store one with --rollout local --rollout_file."
+            f"rollout_file is {stored}; there is no such file. Store one with --rollout local --rollout_file."
         )
     if (folder := getattr(o, "resume", "")) not in ("", "auto") and not Path(folder).is_dir():
         raise ValueError(f"resume is {folder}; it is no checkpoint folder. Name one, or give --resume auto.")
@@ -45,7 +51,7 @@ def check_presence(o) -> None:
 
 
 def check_paths(o) -> None:
-    """Raise ValueError for folders and files to read that are not there, and for an output_dir that cannot be one."""
+    """Raise ValueError for folders and files to read that are not there, and for outputs that cannot be written."""
     for name in FOLDERS:
         if (folder := getattr(o, name, "")) and not Path(folder).is_dir():
             raise ValueError(f"{name} is {folder}; there is no such folder. Correct --{name}.")
@@ -53,10 +59,25 @@ def check_paths(o) -> None:
         path = getattr(o, name, "")
         if path and not Path(path).exists() and not Path(re.sub(r"#\d+$", "", path)).exists():
             raise ValueError(f"{name} is {path}; there is no such file. Correct --{name}.")
-    folder = Path(getattr(o, "output_dir", ""))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"output_dir is {folder}; no folder can be written there. Name another with --output_dir.")
+    for name, suffixes in OUTPUTS.items():
+        if (path := getattr(o, name, "")) not in (None, "", "-"):
+            check_output(name, path, suffixes)
+    if folder := getattr(o, "output_dir", ""):
+        check_output("output_dir", folder, folder=True)
+
+
+def check_output(name: str, path: str, suffixes: Sequence[str] = (), *, folder: bool = False) -> None:
+    """Raise ValueError where no file, or no `folder`, can be written at `path`, or its suffix is none of `suffixes`.
+
+    Folders above it may be missing: whoever writes makes them.
+    """
+    target = Path(path).absolute()
+    if suffixes and target.suffix.lower() not in suffixes:
+        raise ValueError(f"{name} is {path}; it must end in {', '.join(suffixes)}. Change --{name}.")
+    nearest = next(place for place in (target, *target.parents)[not folder :] if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (target.is_dir() and not folder):
+        kind = "folder" if folder else "file"
+        raise ValueError(f"{name} is {path}; no {kind} can be written there. Name another with --{name}.")
 
 
 def _check_package(package: str, needed: str, remedy: str) -> None:

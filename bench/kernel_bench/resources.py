@@ -7,6 +7,7 @@ import argparse
 import re
 
 from boxgrpo.kernels.resources import CAPABILITIES, compile_launch, launches, resources, walks
+from boxgrpo.trainer.arguments import FlagParser
 
 
 def instructions(ptx: str) -> str:
@@ -16,7 +17,7 @@ def instructions(ptx: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append", help="default: all")
     parser.add_argument("--every_variant", action="store_true", help="every combination of options")
     args = parser.parse_args()

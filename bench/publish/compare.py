@@ -21,6 +21,7 @@ from typing import NamedTuple
 from boxgrpo.bench.machine import folder
 from boxgrpo.bench.publish.tables import sizes
 from boxgrpo.bench.records import dated, part, read, without_first
+from boxgrpo.trainer.arguments import FlagParser
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 LEAST = 0.05  # a smaller change is none
@@ -122,7 +123,7 @@ def _compare(before: dict[str, Interval], after: dict[str, Interval], same: bool
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="the old file and the new one")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     o = parser.parse_args(args)

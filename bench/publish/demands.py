@@ -12,6 +12,7 @@ from pathlib import Path
 from boxgrpo.bench.machine import folder
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import PARTS, find_row, newest, part, read
+from boxgrpo.trainer.arguments import FlagParser
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 TABLE = Path(__file__).with_name("demands.json")  # rows for one H200, and for two cores
@@ -150,7 +151,7 @@ def verdicts(record: dict) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", help="a file of results")
     file = parser.parse_args().file
     record = read(Path(file)) if file else newest(folder())

@@ -19,6 +19,7 @@ from boxgrpo.bench.publish import plots
 from boxgrpo.bench.publish.demands import minutes, verdicts
 from boxgrpo.bench.publish.tables import template
 from boxgrpo.bench.records import PARTS, STUDIES, Records, part, read_all
+from boxgrpo.trainer.arguments import FlagParser
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,7 @@ def write(root: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where anything would change")
     if not parser.parse_args(args).check:
         write(ROOT)

@@ -33,6 +33,7 @@ from boxgrpo.bench.soaks.verdicts import demand, differences, faulty_demands, me
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.options import CHOICES, COUNT
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
 from boxgrpo.trainer.world import recipe
 
@@ -182,6 +183,7 @@ PARTS = {"A": part_a, "B": part_b, "C": part_c}
 
 def main(args: list[str] | None = None) -> None:
     o = parse(SoakOptions, args, prog="soak.py")
+    check_paths(o)
     names = o.parts.split(",")
     if wrong := set(names) - PARTS.keys():
         raise ValueError(f"parts are {o.parts}; {', '.join(sorted(wrong))} is none of A, B and C. Correct --parts.")

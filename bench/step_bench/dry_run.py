@@ -28,6 +28,7 @@ from boxgrpo.model.batch import Group, PackedBatch, Pixels, Prompt, pack_groups,
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
+from boxgrpo.trainer.arguments import FlagParser
 from boxgrpo.trainer.engine.lora import add_adapters
 from boxgrpo.trainer.grpo import logps, policy_loss
 from boxgrpo.trainer.options import GrpoOptions
@@ -205,7 +206,7 @@ def table(name: str, counts: Counts, operators: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=PUBLISHED)
     parser.add_argument("--operators", type=int, default=0, help="operators to list of each phase")
     o = parser.parse_args()

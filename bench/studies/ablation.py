@@ -31,6 +31,7 @@ from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import ANY_COUNT, EvalOptions, GrpoOptions, SftOptions
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
 from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
@@ -212,6 +213,7 @@ def main(args: list[str] | None = None) -> None:
     o = parse(AblationOptions, args, prog="ablation.py")
     if o.quick:
         o = dataclasses.replace(o, **QUICK, output_dir=f"{o.output_dir}/quick")
+    check_paths(o)
     chosen_methods(o)
     result = run(o)
     root = Path(o.output_dir)

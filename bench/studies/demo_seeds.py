@@ -15,6 +15,7 @@ from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import write
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.ranks import run_as_script
 from boxgrpo.trainer.world import recipe
 
@@ -56,6 +57,7 @@ def run(options: SeedsOptions) -> dict:
 
 def main(args: list[str] | None = None) -> None:
     options = parse(SeedsOptions, args, prog="demo_seeds.py")
+    check_paths(options)
     result = run(options)
     write(result, folder() / "demo.json")
     pictures = Image.open(f"{options.output_dir}/{result['runs'][0]['seed']}/pictures.png")

@@ -47,12 +47,25 @@ WRONG = [
     ("chains/accept.py --share=0", "accept_cot.py: share is 0.0; it must be above 0. Raise --share."),
     ("chains/accept.py --data=gone.json", "accept_cot.py: data is 'gone.json'; there is no such file."),
     ("demo.py --processes=3", "demo.py: processes is 3; it must be one of 0, 1, 2, 4, 8, 16."),
-    ("demo.py --output_dir={model}/config.json", "config.json; no folder can be written there. Name another with"),
+    ("demo.py --output_dir={file}", "config.json; no folder can be written there. Name another with"),
     ("demo.py --levels=high", "demo.py: levels is 'high'; it must be whole numbers and commas. Correct --levels."),
     ("../bench/bench.py --parts=x", "bench.py: parts are x; x is none of kernels"),
     ("../bench/soaks/soak.py --zero_stage=4", "soak.py: zero_stage is 4; it must be one of 0, 1, 2, 3."),
     ("../bench/studies/ablation.py --methods=x", "ablation.py: methods are x; 'x' is none of"),
     ("../bench/bench_data.py --records=0", "bench_data.py: records is 0; it must be at least 1."),
+    ("evaluator.py --predictions={file} --data=d.json --json={file}/x.json", "/x.json; no file can be written there."),
+    ("grpo.py --model={model} --data=d.json --rollout_file={file}/x", "/x; no file can be written there. Name another"),
+    ("apps/inspect_data.py gone.json --sheet=s.xyz", "inspect_data.py: sheet is s.xyz; it must end in .png, .jpg,"),
+    ("apps/inspect_data.py gone.json --sheet={file}/x.png", "/x.png; no file can be written there. Name another with"),
+    ("apps/inspect_data.py gone.json --json={model}", "; no file can be written there. Name another with --json."),
+    ("apps/inspect_data.py gone.json --schema=x", "inspect_data.py: schema is 'x'; it must be one of "),
+    ("apps/inspect_data.py gone.json --seed", "inspect_data.py: --seed has no value. Give it one."),
+    ("apps/ground.py where --model={model} --output={file}/x.png", "/x.png; no file can be written there."),
+    ("chains/make.py --output_dir={file}", "; no folder can be written there. Name another with --output_dir."),
+    ("../bench/kernel_bench/run.py --json={file}/x", "bench_kernels.py: json is "),
+    ("../bench/step_bench/run.py --quick --quack", "run.py: unknown flag '--quack'; did you mean --quick?"),
+    ("../bench/publish/compare.py --parts", "compare.py: --parts has no value. Give it one."),
+    ("../bench/studies/ablation.py --output_dir={file}", "; no folder can be written there. Name another with"),
 ]
 
 
@@ -61,7 +74,7 @@ def check_refused(initial, tmp_path, monkeypatch, capsys):
     """check_refused(words, message): the command prints the message and ends; nothing is written."""
 
     def check(words, message):
-        command, *args = words.format(model=initial).split()
+        command, *args = words.format(model=initial, file=initial / "config.json").split()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(os, "environ", dict(os.environ))  # which bench.py changes
         monkeypatch.setattr(sys, "argv", [command, *args])

@@ -18,11 +18,10 @@ from boxgrpo.trainer.apps.grounding import Answer, Grounder
 from boxgrpo.trainer.arguments import check_options, option, parse, repeated
 from boxgrpo.trainer.data.example import check_text
 from boxgrpo.trainer.options import CHOICES, RANGES, EvalOptions, check_pixels
-from boxgrpo.trainer.presence import check_model
+from boxgrpo.trainer.presence import PICTURES, check_model, check_output
 from boxgrpo.trainer.runtime.ranks import join_ranks, run_as_script
 
 EXIT_WITHOUT_BOX = 3  # exit status
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
@@ -59,10 +58,8 @@ def check(o: GroundOptions) -> None:
             raise ValueError("serve is given with a question or an image; they are given on the page. Leave them out.")
         return
     check_text(o.question, "question")
-    output = Path(o.output)
-    if output.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"output is {o.output!r}; it must end in {', '.join(PICTURE_SUFFIXES)}. Change --output.")
-    if output.resolve() in {Path(path).resolve() for path in o.image}:
+    check_output("output", o.output, PICTURES)
+    if Path(o.output).resolve() in {Path(path).resolve() for path in o.image}:
         raise ValueError(f"output is {o.output}, one of the images; it would be lost. Change --output.")
 
 

@@ -140,6 +140,7 @@ def draw_sheet(examples: Iterable[Example], path: str) -> None:
             title = f"{example.task}  {example.source}"
             pictures.append(annotate_example(example, question=example.question, title=title))
     if pictures:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(pictures, COLUMNS).save(path)
 
 
@@ -195,6 +196,7 @@ def main(args: list[str] | None = None) -> None:
         print(json.dumps(found, indent=1))
         return
     if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 

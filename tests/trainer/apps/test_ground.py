@@ -163,7 +163,7 @@ def test_a_question_without_quotes_is_refused(capsys):
         (["--image={one}", "--image={one}", "--answer_format=box", "Where?"], r"answer_format is 'box' with 2 images"),
         (["--image={one}", "--answer_format=list", "Where?"], r"answer_format is 'list'; it must be one of think, box"),
         (["--image={one}", "--output={one}", "Where?"], r"output is .*one\.png, one of the images"),
-        (["--image={one}", "--output=box.txt", "Where?"], r"output is 'box\.txt'; it must end in \.png"),
+        (["--image={one}", "--output=box.txt", "Where?"], r"output is box\.txt; it must end in \.png"),
         (["--image={one}", "--json=x.json", "Where?"], r"json is 'x\.json'; it must be one of -"),
         (
             ["--image={one}", "--max_completion_length=0", "Where?"],
