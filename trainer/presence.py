@@ -12,7 +12,11 @@ FOLDERS = ("image_root", "eval_image_root")
 FILES = ("eval_data", "predictions")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OUTPUTS = {"json": (), "sheet": PICTURES}  # files to write, and how their names may end
-TOKENIZERS = ("tokenizer.json", "vocab.json")
+# Of the files of each part of a checkpoint, one must be there.
+PARTS = {
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
 # The package that an option's value needs, and the remedy where it is not installed.
 PACKAGES = {
     ("engine", "deepspeed"): ("deepspeed", "Install it (pip install deepspeed), or use --engine ddp."),
@@ -85,28 +89,32 @@ def _check_package(package: str, needed: str, remedy: str) -> None:
         raise ValueError(f"{needed}, which needs {package}; it is not installed. {remedy}")
 
 
-def check_model(model: str, *, tokenizer: bool = True) -> None:
+def check_model(model: str, *, processor: bool = True) -> None:
     """Raise ValueError where `model` is no checkpoint's folder: it names what to do with adapters and with a hub id."""
     folder = Path(model)
     if not model:
         raise ValueError("no model. Name a checkpoint folder with --model.")
     if (folder / "config.json").is_file():
-        if tokenizer and not any((folder / name).is_file() for name in TOKENIZERS):
-            raise ValueError(
-                f"model is {model}; it holds none of {', '.join(TOKENIZERS)}. Copy the tokenizer of the model there "
-                "from which its weights were trained."
-            )
+        for part, names in PARTS.items() if processor else ():
+            if not any((folder / name).is_file() for name in names):
+                raise ValueError(
+                    f"model is {model}; it holds none of {', '.join(names)}. Copy the {part} of the model there from "
+                    "which its weights were trained."
+                )
         return
     if (folder / "adapter_config.json").is_file():
         if (folder.parent / "config.json").is_file():
             remedy = f"Use --model {folder.parent}, which holds them merged into the model."
         else:
-            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            try:
+                base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            except (ValueError, AttributeError) as error:  # no JSON, or no object
+                raise ValueError(f"{folder}/adapter_config.json cannot be read ({error}). Copy it again.") from error
             remedy = (
                 f"Merge them, and copy the model's tokenizer: python -c '{MERGE.format(base=base, adapter=folder)}'"
             )
         raise ValueError(f"model is {model}, which holds LoRA adapters alone.\n{remedy}")
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
+    if not folder.parent.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         raise ValueError(
             f"model is {model}; there is no such folder, and no model is downloaded on its own. If it is a model of "
             f"the Hugging Face hub:\nhf download {model} --local-dir {model}"

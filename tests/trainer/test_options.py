@@ -147,7 +147,7 @@ def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch, tmp_path):
         raise Reached(timeout)
 
     monkeypatch.setattr(loop, "join_ranks", join_ranks)
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         (tmp_path / name).touch()
     with pytest.raises(Reached, match="33"):
         loop.main([f"--model={tmp_path}", "--data=d", "--timeout=33"])
@@ -229,20 +229,31 @@ def test_case_24_what_is_not_on_this_machine_is_refused_before_anything_is_loade
         )
     for package in ("peft", "deepspeed", "vllm"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    (model / "vocab.json").touch()
+    for name in ("vocab.json", "preprocessor_config.json"):
+        (model / name).touch()
+    cut, text = tmp_path / "cut", tmp_path / "text"
+    for file in (cut / "adapter_config.json", text / "config.json", text / "vocab.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"base')
     right = {"model": str(model), "data": ["d.json"]}
+    monkeypatch.chdir(tmp_path.parent)
     check_presence(GrpoOptions(**right))
     hub = "Qwen/Qwen2-VL-2B-Instruct"
     for change, message in [
         ({"model": ""}, "no model. Name a checkpoint folder with --model."),
         ({"model": str(tmp_path)}, "it holds no config.json. Name the folder of a Qwen2-VL checkpoint with --model."),
-        ({"model": "a/b/c"}, "model is a/b/c; there is no such folder. Name the folder"),
+        *(
+            ({"model": path}, f"model is {path}; there is no such folder. Name the folder")
+            for path in ("a/b/c", "./none", "/none", f"{tmp_path.name}/none", "../none")
+        ),
+        ({"model": str(cut)}, "cut/adapter_config.json cannot be read .*Copy it again."),
         ({"model": hub}, f"model is {hub}; there is no such folder, .*\nhf download {hub} --local-dir {hub}$"),
         ({"model": str(run / "adapter")}, f"which holds LoRA adapters alone.\nUse --model {run}, which"),
         (
             {"model": str(tmp_path / "alone")},
             "LoRA adapters alone.\nMerge them.*from_pretrained..BASE.*merge_and_unload",
         ),
+        ({"model": str(text)}, "it holds none of preprocessor_config.json, processor_config.json. Copy the image"),
         ({"model": str(run)}, "it holds none of tokenizer.json, vocab.json. Copy the tokenizer of the model there"),
         ({"output_dir": str(model / "config.json")}, "config.json; no folder can be written there. Name another with"),
         ({"output_dir": str(model / "config.json/run")}, "run; no folder can be written there. Name another with"),

@@ -87,11 +87,6 @@ class Grounder:
             raise ValueError(
                 f"{folder} does not fit into memory ({error}). Use a smaller model, or --dtype bfloat16."
             ) from error
-        except Exception as error:  # the libraries raise many types of errors, few of which name the file
-            raise ValueError(
-                f"model is {folder}; it cannot be loaded ({error}). Name the folder of a whole Qwen2-VL checkpoint, "
-                "tokenizer included, with --model."
-            ) from error
         return cls(model, processor, options.max_completion_length)
 
     def prepare(

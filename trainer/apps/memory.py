@@ -155,7 +155,7 @@ def report(o: MemoryOptions) -> dict[str, dict]:
 def check(o: MemoryOptions) -> None:
     check_options(o)
     if o.model not in ("", *PUBLISHED):
-        check_model(o.model, tokenizer=False)
+        check_model(o.model, processor=False)
     names = [e.name for e in engines(o.lora_rank)]
     if not any(name.startswith(o.engine) for name in names):
         raise ValueError(f"engine is {o.engine!r}; it must begin one of: {'; '.join(names)}. Change --engine.")

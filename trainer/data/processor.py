@@ -40,6 +40,8 @@ def _one_frame(p: Qwen2VLImageProcessorPil, image: Image.Image, **options) -> tu
     return patches.reshape(len(patches), 3, FRAMES, -1)[:, :, 0], features["image_grid_thw"]
 
 
+# A processor's two parts, by the files in a checkpoint's folder that they are read from.
+_PARTS = {"tokenizer.json or its config": AutoTokenizer, "preprocessor_config.json": Qwen2VLImageProcessorPil}
 AS_COLOURS = {"do_rescale": False, "do_normalize": False}  # 0-255
 
 
@@ -117,11 +119,21 @@ class Processor:
             limits: min_pixels, max_pixels and max_prompt_tokens, as above.
 
         Raises:
-            ValueError: there is no such folder, or it holds another model; the network is not used.
+            ValueError: there is no such folder, it holds another model, or a file is missing or broken; the network is
+                not used.
         """
         read_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder), **limits)
+        parts = []
+        for files, kind in _PARTS.items():
+            try:
+                parts.append(kind.from_pretrained(folder))
+            except Exception as error:  # tokenizers raises a bare Exception, transformers many types
+                fault = " ".join(str(error).split())
+                raise ValueError(
+                    f"{folder}: {files} is missing or cannot be read ({fault:.150}). Copy it again from the model from "
+                    "which the weights were trained."
+                ) from error
+        return cls(*parts, **limits)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write tokenizer and image processor in Hugging Face's format."""
@@ -195,7 +207,7 @@ class Processor:
             of_images = f"{ids.count(self.image_token_id)} of them for {len(grids)} images"
             raise ValueError(
                 f"{example.source}: {len(ids)} tokens, {of_images}, are over the budget of {self.max_prompt_tokens}. "
-                "Raise it, or lower --max_pixels."
+                f"Raise --{'cutoff_len' if answered else 'max_prompt_length'}, or lower --max_pixels."
             )
         input_ids = torch.tensor(ids, dtype=torch.int64)
         positions = mrope_position_ids(input_ids, grids, image_token_id=self.image_token_id, spatial_merge_size=merge)

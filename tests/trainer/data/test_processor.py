@@ -210,11 +210,11 @@ def test_a_prompt_over_the_budget_is_refused_with_both_numbers(images, demo):
     limits = LIMITS | {"max_prompt_tokens": tokens - 1}
     tight = Processor(demo.tokenizer, Qwen2VLImageProcessorPil(), **limits)
     message = (
-        rf"data\.json#3: {tokens} tokens, 18 of them for 2 images, are over the budget of {tokens - 1}.*--max_pixels"
+        rf"data\.json#3: {tokens} tokens, 18 of them for 2 images, are over the budget of {tokens - 1}.*max_prompt"
     )
     with pytest.raises(ValueError, match=message):
         tight.prompt(example(images))
-    with pytest.raises(ValueError, match="over the budget"):
+    with pytest.raises(ValueError, match="over the budget.*Raise --cutoff_len, or lower --max_pixels"):
         tight.conversation(chat(images, THINK, ANSWER))
     tight.max_prompt_tokens = tokens
     tight.prompt(example(images))
