@@ -138,7 +138,7 @@ def number_images(question: str) -> str:
 def check_text(value: object, name: str, *, image_alone: bool = False) -> str:
     """Return the value if it is a non-empty text; raise Refused otherwise. `image_alone`: a mark alone is a text."""
     if not isinstance(value, str) or not (value.strip() if image_alone else plain_text(value)):
-        raise Refused(f"no_{name}", f"{name} is {value!r:.80}; text is needed.")
+        raise Refused(f"no_{name}", f"{name} is {value!r:.80}; text is needed. Add it.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair, which no tokenizer accepts
@@ -159,11 +159,11 @@ def checked_box(box: object, scales: tuple[float, float] = (1.0, 1.0), what: str
         Refused: it breaks a rule of gold boxes.
     """
     if box is None or box == []:
-        raise Refused("no_gold_box", f"{what} is {box!r}; a gold box [x1, y1, x2, y2] is needed.")
+        raise Refused("no_gold_box", f"{what} is {box!r}; a gold box [x1, y1, x2, y2] is needed. Add it.")
     if not isinstance(box, list) or len(box) != 4:
-        raise Refused("box_length", f"{what} is {box!r:.80}; a box is a list of 4 numbers.")
+        raise Refused("box_length", f"{what} is {box!r:.80}; a box is a list of 4 numbers. Correct it.")
     if not is_numbers(box):
-        raise Refused("box_not_numbers", f"{what} is {box!r:.80}; a box is made of numbers.")
+        raise Refused("box_not_numbers", f"{what} is {box!r:.80}; a box is made of numbers. Correct it.")
     x1, y1, x2, y2 = scaled = tuple(round(value * scales[i % 2], 3) for i, value in enumerate(box))
     if min(scaled) < 0 or max(scaled) > 1000:
         limits = " x ".join(f"{1000 / scale:g}" for scale in dict.fromkeys(scales))
@@ -187,10 +187,10 @@ def parse(
     """
     answer_format = record.get("answer_format", "think")
     if answer_format not in ("think", "box"):
-        raise Refused("bad_answer_format", f'answer_format is {answer_format!r}; it must be "think" or "box".')
+        raise Refused("bad_answer_format", f'answer_format is {answer_format!r}; it is "think" or "box". Correct it.')
     task = record.get("task") or record.get("type") or "grounding"
     if not isinstance(task, str):
-        raise Refused("bad_task", f"task is {task!r:.80}; it must be a name.")
+        raise Refused("bad_task", f"task is {task!r:.80}; it must be a name. Correct it.")
     fields = {"id": str(record.get("id", f"{file.path.stem}-{number}")), "task": task, **read(record, file)}
     if "answer_format" in record:
         fields["answer_format"] = answer_format
@@ -214,7 +214,7 @@ def target_image(record: dict, question: str, images: int) -> int:
     if "target_image" in record:
         target = record["target_image"]
         if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < images:
-            raise Refused("bad_target_image", f"target_image is {target!r}; it must be 0 to {images - 1}.")
+            raise Refused("bad_target_image", f"target_image is {target!r}; it must be 0 to {images - 1}. Correct it.")
         return target
     question = question[:2000]  # the patterns take quadratic time, and a question may be of any length
     stated = _STATED.findall(str(record.get("additional_info", "")))

@@ -65,7 +65,7 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
     """
     images = images if isinstance(images, list) else [images]
     if images in ([], [None]):
-        raise Refused("no_images", f"{name} is {images[0] if images else images!r}; at least one image is needed.")
+        raise Refused("no_images", f"{name} is {images[0] if images else images!r}; an image is needed. Add it.")
     root = file.root  # a file may name millions of images
     return tuple(
         os.path.join(root, image) if type(image) is str and _PLAIN.fullmatch(image) else _resolve(image, file)
@@ -74,9 +74,9 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
 
 
 def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
-    if isinstance(image, dict):
-        found = next((image[key] for key in ("bytes", "path", "image", "image_url", "url") if image.get(key)), None)
-        return _resolve(found, file, str(image.get("path") or ""))
+    for key in ("bytes", "path", "image", "image_url", "url") if isinstance(image, dict) else ():
+        if image.get(key):
+            return _resolve(image[key], file, str(image.get("path") or ""))
     coded = isinstance(image, str) and image.startswith(_BASE64_STARTS)
     if coded and (text := _BASE64.fullmatch("".join(image.split()))):
         try:
@@ -86,7 +86,7 @@ def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
     if isinstance(image, bytes):
         return Embedded(name or f"an image of {len(image)} bytes in the record", image)
     if not isinstance(image, str) or not image or "\0" in image:
-        raise Refused("no_images", f"image is {image!r:.80}; a path, bytes or base64 is needed.")
+        raise Refused("no_images", f"image is {image!r:.80}; a path, bytes or base64 is needed. Correct it.")
     return _resolve_path(image, file)
 
 

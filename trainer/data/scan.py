@@ -39,8 +39,8 @@ def scan(path: Path) -> Iterator[Row]:
         wrapped = _WRAPPED.match(text.decode("latin-1"))
         if not wrapped and text.partition(b"\n")[0].strip() == b"{":
             raise ValueError(
-                f"{path} is one JSON object over several lines. Put [ before it and ] behind it, or name its list of "
-                "records data."
+                f"{path} is one JSON object over several lines. If it is a record, put [ before it and ] behind it; if "
+                "it holds a list of records, write the list alone."
             )
         if not wrapped and not text.startswith(b"["):
             yield from _lines(file)

@@ -6,7 +6,7 @@ the questions of the zero-shot sets; VLM-R1's files for RefCOCO; MGrounding-630k
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Schema(NamedTuple):
     unit: str = "thousandths"  # of its published gold boxes
 
     def fits(self, record: dict) -> bool:
-        have = {*record, *IMAGE_KEYS} if not record.keys().isdisjoint(IMAGE_KEYS) else record.keys()
+        have = _keys(record)
         for names in self.keys:
             if have >= set(keys := names.split()):
                 return not self.mark or self.mark in str([record.get(key) for key in keys])
@@ -46,9 +46,21 @@ class Schema(NamedTuple):
         return f"{self.mark} in " * bool(self.mark) + " or ".join(words)
 
 
+def _keys(record: dict) -> Set[str]:
+    """The record's keys, with both of `image` and `images` if it has one."""
+    return record.keys() if record.keys().isdisjoint(IMAGE_KEYS) else {*record, *IMAGE_KEYS}
+
+
 def recognise(record: dict) -> str | None:
     """The first schema that the record fits."""
     return next((name for name, schema in SCHEMAS.items() if schema.fits(record)), None)
+
+
+def nearest(record: dict) -> str:
+    """The schema of whose keys the record has most."""
+    have = _keys(record)
+    known = {name: max(len(have & {*keys.split()}) for keys in schema.keys) for name, schema in SCHEMAS.items()}
+    return max(known, key=known.get) if any(known.values()) else "univg_stage2"
 
 
 def _read_question(record: dict, file: Source, box_only: str | None = None) -> dict:
@@ -114,7 +126,7 @@ def _frame_paths(frames: list, video: object, file: Source) -> list[str]:
     if all(isinstance(frame, str) for frame in frames):
         return [os.path.join(folder, frame) for frame in frames]
     if not is_numbers(frames) or any(frame != int(frame) or frame < 0 for frame in frames):
-        raise Refused("bad_frames", f"frames is {frames!r:.80}; it must hold frame numbers or file names.")
+        raise Refused("bad_frames", f"frames is {frames!r:.80}; it must hold frame numbers or file names. Correct it.")
     names = _images_of(folder)
     if names and max(frames) >= len(names):
         raise Refused("bad_frames", f"frames names {max(frames)}; {folder} has {len(names)} images. Correct it.")
@@ -135,13 +147,13 @@ def _read_video(record: dict, file: Source, key: str) -> dict:
     """Read six frames under `key`, uniformly spaced, and the box of the third of them, in its pixels."""
     frames, boxes = record.get(key), record.get("bbox_list")
     if not isinstance(frames, list) or len(frames) <= TARGET_FRAME:
-        raise Refused("too_few_frames", f"{key} is {frames!r:.80}; a box in the third frame needs at least 3.")
+        raise Refused("too_few_frames", f"{key} is {frames!r:.80}; at least 3 frames are needed. Add them.")
     if key == "frames":
         frames = _frame_paths(frames, record.get("video_id"), file)
     # Six frames or fewer are all used, and then only the third one's box is needed.
     least = TARGET_FRAME + 1 if len(frames) <= FRAMES else len(frames)
     if not isinstance(boxes, list) or not least <= len(boxes) <= len(frames):
-        raise Refused("box_list", f"bbox_list is {boxes!r:.80}; it holds a box for each of {len(frames)} frames.")
+        raise Refused("box_list", f"bbox_list is {boxes!r:.80}; {len(frames)} frames need a box each. Add them.")
     count = min(len(frames), FRAMES)
     chosen = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
     images = resolve_images([frames[i] for i in chosen], file)

@@ -23,7 +23,7 @@ MIXED = [
 
 def test_one_object_over_several_lines_is_no_jsonl(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(MIXED[1], indent=1))
-    with pytest.raises(ValueError, match=r"a\.json is one JSON object over several lines. Put \[ before it"):
+    with pytest.raises(ValueError, match=r"a\.json is one JSON object over several lines. If it is a record, put \[ "):
         list(scan(tmp_path / "a.json"))
 
 
