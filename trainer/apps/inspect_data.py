@@ -21,7 +21,7 @@ from tqdm import tqdm
 from boxgrpo.trainer.arguments import FlagParser, check_range
 from boxgrpo.trainer.data.example import Example, Fault, Refused, box_text
 from boxgrpo.trainer.data.images import Embedded, image_size
-from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.data.readers import FILE_FORMS, read_examples
 from boxgrpo.trainer.data.schemas import SCHEMAS
 from boxgrpo.trainer.evaluation.pictures import annotate_example, contact_sheet
 from boxgrpo.trainer.evaluation.report import align
@@ -51,7 +51,7 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
         box_unit=args.box_unit,
     )
     if not (records := len(examples) + len(faults)):
-        raise ValueError(f"{path} holds no record. Name a JSON or JSONL file of records.")
+        raise ValueError(f"{path} holds no record. Name {FILE_FORMS}.")
     exists = lru_cache(maxsize=None)(lambda image: args.no_images or Path(image).is_file())
     generator, usable = random.Random(args.seed), []
     tasks, formats, images, boxes, chats, first_boxes = Counter(), Counter(), Counter(), 0, 0, []
@@ -190,7 +190,7 @@ def main(args: list[str] | None = None) -> None:
         check_model(options.model)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)  # the recognised schema and the reason
     if not options.path.exists():
-        raise ValueError(f"{options.path}: there is no such file. Name a JSON or JSONL file of records.")
+        raise ValueError(f"{options.path}: there is no such file. Name {FILE_FORMS}.")
     found = inspect(options.path, options)
     if options.json == "-":
         print(json.dumps(found, indent=1))

@@ -31,7 +31,7 @@ from boxgrpo.trainer.chains.ask import RecordImages, Requester
 from boxgrpo.trainer.chains.journal import Journal
 from boxgrpo.trainer.chains.judge import Outcome, make_record
 from boxgrpo.trainer.data.example import Example
-from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.data.readers import FILE_FORMS, read_examples
 from boxgrpo.trainer.options import ANY_COUNT, BOX_UNITS, CHOICES, COUNT, RANGES
 from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
@@ -147,7 +147,7 @@ def check(o: CotOptions) -> None:
     check_options(o)
     check_paths(o)
     if not o.data or not Path(o.data).exists():
-        raise ValueError(f"data is {o.data!r}; there is no such file. Name a JSON or JSONL file with --data.")
+        raise ValueError(f"data is {o.data!r}; there is no such file. Name {FILE_FORMS} with --data.")
     for name in ("model", "base_url") if o.ask else ("model",):
         if not getattr(o, name):
             raise ValueError(f"{name} is empty; no request can be sent without one. Give --{name}.")

@@ -41,7 +41,7 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
     numbers = is_numbers(box) and len(box) == 4
     if file.unit == "auto" and numbers:
         return Written(box, known_size(image, record, file))
-    if numbers and file.unit != "fractions" and max(box) <= 1 and any(v % 1 for v in box):
+    if numbers and file.unit != "fractions" and max(box) <= 1 and (file.unit == "pixels" or any(v % 1 for v in box)):
         raise Refused("fractions", f"{what} is {box}, within 0-1; the file's boxes are in {file.unit}. Write it so.")
     limits = [LIMITS[file.unit]] * 2 if file.unit in LIMITS else _pixel_size(image, record, file)
     if file.unit == "pixels" and numbers:

@@ -5,13 +5,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
+from typing import NamedTuple
 
 import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
 from .boxes import gold_box
-from .example import MARK, Box, Refused, Source, check_text, checked_box
+from .example import MARK, Box, Refused, Source, check_system, check_text, checked_box
 from .images import listed_images, resolve_images
 
 CHAT = ("conversations", "messages")  # keys of a chat
@@ -23,19 +24,30 @@ _LABELS = {"id", "index", "name", "timestamp"}  # keys of a turn that change not
 _CHANGING = frozenset(
     """
     tools functions documents system_prompt system_message chat_template chat_template_kwargs enable_thinking audios
-    audio history mask_history loss_mask chosen rejected rejected_response rejected_images kto_tag label
+    audio history mask_history loss_mask chosen rejected rejected_response rejected_images kto_tag label prompt query
+    instruction input response output completion completion_mask assistant_masks loss loss_scale weight weights
+    min_pixels max_pixels mm_processor_kwargs rejected_messages positive_messages negative_messages
     """.split()
 )
 _EMPTY = (None, "", [], {})
+_IN_OBJECTS = "bbox of objects"  # in messages
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
+# Four numbers in brackets, tags or quotes, such as (0.1, 0.2), (0.3, 0.4), or a corner of a JSON object.
+_NUMBER = r"[\"']?-?[0-9]++(?:\.[0-9]++)?+[\"']?"
+_ANY_BOX = re.compile(
+    rf"[\[(>\"'](?:\s*+{_NUMBER}(?:[\s,()\[\]]++{_NUMBER}){{3}}\s*+[\])<\"']|(?:x_?1|x_?min|left)[\"']\s*+:)"
+)
 _PLACEHOLDER = re.compile("<ref-object>|<bbox>(?!.*</bbox>)", re.DOTALL)  # <bbox>…</bbox> holds its own box
 # Units of boxes in `objects`, by ms-swift's names for them and those of its version 2.
 _UNITS = {"real": "pixels", "norm1": "fractions", "norm_1": "fractions", "norm_1000": "thousandths"}
 
 
 def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None]) -> dict:
-    """Fields of the Example. A first question without an image has no gold box."""
-    for key in sorted(_CHANGING & record.keys()):
+    """Fields of the Example. A first question without an image has no gold box.
+
+    While `file.objects_unit` is "auto", the gold box is the first in `objects` without a unit, as it is written.
+    """
+    for key in sorted(_CHANGING.intersection(record)):
         if record[key] not in _EMPTY and (key != "label" or isinstance(record[key], bool)):
             rule = "it changes the chat and is not used"
             raise Refused("unused_key", f"{key} is {record[key]!r:.40}; {rule}. Remove it or the record.")
@@ -44,22 +56,34 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
     if named and images and images != named:
         raise Refused("two_image_lists", f"images is {images!r:.80}; its parts name {named!r:.80}. Remove one list.")
     fields = {"images": resolve_images(named or images, file), "system": system}
-    if _PLACEHOLDER.search(" ".join(text for _, text in turns)):
-        boxes = turns[0][1].count("<bbox>")
-        turns, image_of = _fill(turns, record.get("objects"), fields["images"], file)
-        if image_of[boxes:]:
-            fields["target_image"] = image_of[boxes]
-    gold, question = box_in(turns), turns[0][1]
+    names, boxes = _read_objects(record.get("objects"), len(fields["images"]))
+    if filled := bool(_PLACEHOLDER.search(" ".join(text for _, text in turns))):
+        if open_boxes := [box for box in boxes if not box.unit and file.objects_unit == "auto"]:
+            image = open_boxes[0].image
+            gold = gold_box(open_boxes[0].corners, fields["images"][image], replace(file, unit="auto"), _IN_OBJECTS, {})
+            return fields | {"question": turns[0][1], "turns": turns, "gold": gold, "target_image": image}
+        asked = turns[0][1].count("<bbox>")
+        turns = _fill(turns, names, boxes, fields["images"], file)
+        if boxes[asked:]:
+            fields["target_image"] = boxes[asked].image
+    elif names or boxes:
+        rule = "the chat has no <ref-object> or <bbox> that its names and boxes replace"
+        raise Refused("unused_objects", f"objects is {record['objects']!r:.80}; {rule}. Place them, or remove objects.")
+    gold, question, answer, unread = box_in(turns), turns[0][1], turns[1][1], False
+    if filled and gold is None:
+        box_in, gold = only_marked_box, only_marked_box(turns)
+    if gold is None and not (box_in is only_marked_box and _MARKED.search(answer)):  # nor are several boxes read
+        unread = bool(_ANY_BOX.search(answer))
     if gold and MARK not in question + (system or "") and any(MARK in text for _, text in turns[2::2]):
         gold = None
-    return fields | {"question": question, "turns": turns, "gold": gold}
+    return fields | {"question": question, "turns": turns, "gold": gold, "unread": unread}
 
 
 def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
     """The system's text, the other turns, and the images that their parts name; a part's place is a mark."""
     chat = record.get("messages") or record.get("conversations")
     if not isinstance(chat, list) or not chat or not all(isinstance(turn, dict) for turn in chat):
-        raise Refused("no_turns", f"messages is {chat!r:.80}; a list of turns is needed.")
+        raise Refused("no_turns", f"messages is {chat!r:.80}; a list of turns is needed. Correct it.")
     if record.get("conversations") not in (None, [], chat):
         raise Refused("two_chats", "messages and conversations differ; one chat is needed. Remove one of them.")
     system, turns, images = None, [], []
@@ -73,7 +97,7 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
         text = _text_of_parts(content, images, index) if isinstance(content, list) else content
         expected = ("user", "assistant")[len(turns) % 2]
         if index == 0 and role == "system":
-            system = check_text(text, "system", image_alone=True) if text != "" else ""
+            system = check_system(text)
         elif _ROLES.get(str(role)) != expected:
             rule = "user and assistant must alternate, user first; before them one turn may be the system's"
             raise Refused("turn_order", f"turn {index} is from {role!r}; {rule}. Remove or join turns.")
@@ -81,7 +105,7 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
             name = "question" if expected == "user" else "answer"
             turns.append((expected, check_text(text, name, image_alone=expected == "user")))
     if not turns or len(turns) % 2:
-        raise Refused("no_answer", f"the last of {len(chat)} turns is from {role!r}; a chat must end with an answer.")
+        raise Refused("no_answer", f"the last of {len(chat)} turns is from {role!r}; an answer ends a chat. Add it.")
     return system, tuple(turns), images
 
 
@@ -103,29 +127,51 @@ def _text_of_parts(parts: list, images: list, turn: int) -> str:
     return text
 
 
-def _fill(turns: Turns, objects: object, images: Sequence[str], file: Source) -> tuple[Turns, list[int]]:
-    """The turns with names and boxes (0-1000) in the places of their placeholders, and the index of each box's image.
+class _Object(NamedTuple):
+    """A box of `objects`."""
 
-    As ms-swift does it for Qwen2-VL. `objects` is {"ref": names, "bbox": boxes, "bbox_type": unit, "image_id": indices
-    of images}, or, as in ms-swift 2, a list of {"caption", "bbox", "bbox_type", "image"} or its JSON text.
+    corners: object  # as it is written
+    unit: str | None  # one of `BOX_UNITS`; None: it has no type
+    image: int  # index of its image
+
+
+def _read_objects(objects: object, images: int) -> tuple[list, list[_Object]]:
+    """The names and boxes of `objects`, in a record with so many images.
+
+    It is {"ref": names, "bbox": boxes, "bbox_type": unit, "image_id": indices of images}, or, as in ms-swift 2, a list
+    of {"caption", "bbox", "bbox_type", "image"}, or the JSON text of either.
     """
-    objects = json.loads(objects) if isinstance(objects, str) else objects
-    if isinstance(objects, dict):
-        boxes, image_of = objects.get("bbox") or [], objects.get("image_id") or []
-        names, rows = objects.get("ref") or [], zip(boxes, repeat(objects.get("bbox_type")), chain(image_of, repeat(0)))
-    elif isinstance(objects, list):
+    if objects in _EMPTY:
+        return [], []
+    if isinstance(objects, str):
+        try:
+            objects = json.loads(objects)
+        except (ValueError, RecursionError) as error:
+            raise Refused("bad_objects", f"objects is {objects!r:.80}, not JSON ({error}). Write it again.") from error
+    if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
         names = [one.get("caption") for one in objects]
         rows = [(one.get("bbox"), one.get("bbox_type"), one.get("image")) for one in objects]
     else:
-        rule = "the chat has <ref-object> or <bbox>, which its names and boxes replace"
-        raise Refused("no_objects", f"objects is {objects!r:.80}; {rule}. Add them, or write the boxes out.")
-    texts, image_of = {"<ref-object>": [], "<bbox>": []}, []
+        given = objects if isinstance(objects, dict) else {}
+        names, boxes, image_of = lists = [given.get(key) or [] for key in ("ref", "bbox", "image_id")]
+        if not isinstance(objects, dict) or not all(isinstance(one, list) for one in lists):
+            rule = 'it is {"ref": names, "bbox": boxes} or a list of {"caption": name, "bbox": box}'
+            raise Refused("bad_objects", f"objects is {objects!r:.80}; {rule}. Correct it.")
+        rows = zip(boxes, repeat(given.get("bbox_type")), chain(image_of, repeat(0)))
+    found = []
     for box, kind, index in rows:
-        if not (unit := _UNITS.get(kind or "real")) or not 0 <= (index or 0) < len(images):
-            rule = f"known units are {', '.join(_UNITS)}; the record has {len(images)} images"
+        if (kind and str(kind) not in _UNITS) or index not in (None, *range(images)):
+            rule = f"known units are {', '.join(_UNITS)}; the record has {images} images"
             raise Refused("bad_objects", f"objects has a box in {kind!r} of image {index!r}; {rule}. Correct it.")
-        image_of.append(index or 0)
-        box = gold_box(box, images[index or 0], replace(file, unit=unit), "bbox of objects", {})
+        found.append(_Object(box, _UNITS[kind] if kind else None, int(index or 0)))
+    return names, found
+
+
+def _fill(turns: Turns, names: list, boxes: Sequence[_Object], images: Sequence[str], file: Source) -> Turns:
+    """The turns with names and boxes (0-1000) in the places of their placeholders, as ms-swift does for Qwen2-VL."""
+    texts = {"<ref-object>": [], "<bbox>": []}
+    for corners, unit, image in boxes:
+        box = gold_box(corners, images[image], replace(file, unit=unit or file.objects_unit), _IN_OBJECTS, {})
         texts["<bbox>"].append("<|box_start|>({},{}),({},{})<|box_end|>".format(*map(round, box)))
     text = "".join(text for _, text in turns)
     if "<ref-object>" in text:
@@ -134,9 +180,9 @@ def _fill(turns: Turns, objects: object, images: Sequence[str], file: Source) ->
     for placeholder, values in texts.items():
         if (count := text.count(placeholder)) not in (0, len(values)):
             rule = f"objects has {len(values)} values for them; each needs one"
-            raise Refused("bad_objects", f"the chat has {count} placeholders {placeholder} and {rule}. Correct it.")
+            raise Refused("bad_objects", f"the chat has {count} placeholders {placeholder}, {rule}. Correct objects.")
     left = {placeholder: iter(values) for placeholder, values in texts.items()}
-    return tuple((role, _PLACEHOLDER.sub(lambda found: next(left[found[0]]), text)) for role, text in turns), image_of
+    return tuple((role, _PLACEHOLDER.sub(lambda found: next(left[found[0]]), text)) for role, text in turns)
 
 
 def tagged_box(turns: Turns) -> Box | None:

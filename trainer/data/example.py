@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .tables import is_table
+
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 # As in the paper's code (ARCHITECTURE.md, section "The mathematics").
 THINK_SUFFIX = (
@@ -16,6 +18,7 @@ THINK_SUFFIX = (
 )
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
 MARK = "<image>"  # where an image stands in a text
+OTHER_MARKS = "<video>", "<audio>"
 _FIRST_MARKS = re.compile(rf"(?:\s*{MARK})*\s*")
 _ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
 _MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
@@ -40,7 +43,7 @@ class Example:
     Each image stands where its mark `<image>` is; without marks all images stand before the first question.
 
     Raises:
-        Refused: the marks are not as many as the images, or an answer holds one.
+        Refused: the marks are not as many as the images, an answer holds one, or there are marks of video or audio.
     """
 
     id: str
@@ -52,13 +55,18 @@ class Example:
     system: str | None = None  # the system's text; None: Qwen2-VL's own
     answer_format: str = "think"  # or "box": without thinking
     target_image: int = 0  # index of the image that the box lies in
+    unread: bool = False  # whether there is no gold box, and the first answer holds one in a form that is not read
     source: str = ""  # "file.json#12": record 12, counted from 0
 
     def __post_init__(self):
         texts = [text for _, text in self.turns] or [self.question]
         if MARK in "".join(texts[1::2]):
             raise Refused("mark_in_answer", f"an answer holds {MARK}; images stand in questions. Remove the mark.")
-        marks, images = " ".join([self.system or "", *texts]).count(MARK), len(self.images)
+        whole = " ".join([self.system or "", *texts])
+        for mark in OTHER_MARKS:
+            if mark in whole:
+                raise Refused("video", f"a text holds {mark}; only images are read. Give a video's frames.")
+        marks, images = whole.count(MARK), len(self.images)
         if marks not in (0, images):
             rule = "one mark for each image is needed, or none: then all images stand first"
             raise Refused("image_marks", f"marks {MARK}: {marks}, images: {images}; {rule}. Correct the record.")
@@ -100,21 +108,23 @@ class Source:
     sized: bool = True  # whether an image is opened where its size is needed (see `UNSIZED`)
     schema: str = "auto"
     unit: str = "auto"  # of its gold boxes; "auto": not decided, the boxes are left as they are written
+    objects_unit: str = "auto"  # of boxes without a type in the `objects` of chats (chats.py)
+    table: bool = False  # whether its records are the rows of a table (tables.py)
     counts: Counter = field(default_factory=Counter, compare=False)  # of what the log shall tell about the file
 
     @classmethod
     def of(cls, path: Path, image_root: str | os.PathLike | None, label: str | None = None, **more) -> "Source":
         """Images are below `image_root`, which no path may leave; None: in the file's folder or anywhere else."""
         root = os.path.abspath((path if path.is_dir() else path.parent) if image_root is None else image_root)
-        return cls(path, label or path.name, root, image_root is not None, **more)
+        return cls(path, label or path.name, root, image_root is not None, table=is_table(path), **more)
 
 
-def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, min_usable: int = 1, remedy: str) -> None:
+def require_some(path: Path, good: Sequence, faults: Sequence[Fault], *, min_usable: int = 1, remedy: str = "") -> None:
     """Raises `ValueError`, with the faults counted by reason, if there are fewer good records than `min_usable`."""
     if len(good) < min_usable:
         counts = ", ".join(f"{reason} {n}" for reason, n in Counter(f.reason for f in faults).most_common())
         why = f" ({counts}). The first: {faults[0].message}" if faults else "."
-        raise ValueError(f"{path}: {len(good)} of {len(good) + len(faults)} records can be used{why} {remedy}")
+        raise ValueError(f"{path}: {len(good)} of {len(good) + len(faults)} records can be used{why} {remedy}".rstrip())
 
 
 def plain_text(text: str) -> str:
@@ -144,6 +154,11 @@ def check_text(value: object, name: str, *, image_alone: bool = False) -> str:
     except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair, which no tokenizer accepts
         raise Refused("bad_text", f"{name} holds half of a surrogate pair ({error}). Write the text again.") from error
     return value
+
+
+def check_system(value: object) -> str:
+    """Return the value if it is a text for the system's turn, which may be empty; raise Refused otherwise."""
+    return value if value == "" else check_text(value, "system", image_alone=True)
 
 
 def is_numbers(values: object) -> bool:
@@ -194,11 +209,11 @@ def parse(
     fields = {"id": str(record.get("id", f"{file.path.stem}-{number}")), "task": task, **read(record, file)}
     if "answer_format" in record:
         fields["answer_format"] = answer_format
-    if system := record.get("system"):
+    if (system := record.get("system")) is not None:
         if fields.get("system") not in (None, system):
             turn = f"the system's turn is {fields['system']!r:.40}"
             raise Refused("two_systems", f"system is {system!r:.40} and {turn}; one text is used. Remove the other.")
-        fields["system"] = check_text(system, "system")
+        fields["system"] = check_system(system)
     if "target_image" not in fields and (not scanned or "target_image" in record):
         shown = ((fields.get("system") or "") + fields["question"]).count(MARK) or len(fields["images"])
         fields["target_image"] = target_image(record, fields["question"], shown)

@@ -26,14 +26,14 @@ from boxgrpo.model.batch import Group
 
 from .example import Example, Refused, Source, parse
 from .schemas import SCHEMAS
-from .tables import is_table, read_row
+from .tables import read_row
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-GOLD, TURNS = 1, 2  # bits of the column `has`
+GOLD, TURNS, UNREAD = 1, 2, 4  # bits of the column `has`
 # A row per usable record: file, record number, byte range (in a table: its row), number of images, whether it has a
-# gold box or answers.
+# gold box, answers, or a box that is not read.
 TABLE = np.dtype([("file", "i2"), ("number", "i4"), ("start", "i8"), ("stop", "i8"), ("images", "i4"), ("has", "u1")])
 
 
@@ -57,7 +57,7 @@ class Examples(Sequence):
             return Examples(self.files, self.table[index])
         number_of_file, number, start, stop, *_ = self.table[index].item()
         file = self.files[number_of_file]
-        if is_table(file.path):
+        if file.table:
             record = read_row(file.path, start)
         else:
             with file.path.open("rb") as content:

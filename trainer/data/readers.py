@@ -28,21 +28,24 @@ from boxgrpo.trainer.runtime.files import replace_file
 
 from .boxes import UNIT_BOXES, Written, known_size, likeliest_unit
 from .chats import CHAT
-from .example import Fault, Refused, Source, parse, require_some, target_image
-from .loader import GOLD, TABLE, TURNS, Examples
+from .example import Example, Fault, Refused, Source, parse, require_some
+from .loader import GOLD, TABLE, TURNS, UNREAD, Examples
 from .scan import Row, scan
-from .schemas import SCHEMAS, recognise
-from .tables import cache_folder, files_of, is_table, scan_table
+from .schemas import SCHEMAS, nearest, recognise
+from .tables import cache_folder, files_of, scan_table
 
 log = logging.getLogger(__name__)
 
 TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of image files, which may exist later
 SNIFF_RECORDS = 1000  # number of records from which a file's schema and the unit of its boxes are derived
 CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
-CACHE_VERSION = 5  # changes with the cache's format and with the rules for records
+CACHE_VERSION = 6  # changes with the cache's format and with the rules for records
+FILE_FORMS = "a JSON, JSONL, Parquet or Arrow file of records, or a folder of datasets' save_to_disk"
+READ_FORM = "Write it <answer>(x1, y1), (x2, y2)</answer>, in thousandths of the image"
 COUNTED = {
     "swapped": "have width and height swapped; the image files' own are used",
     "several": "have several boxes; the first is the gold box",
+    "unread": "have an answer with a box that is not read: SFT learns it as text, nothing scores it. " + READ_FORM,
 }
 FAULTS_LOGGED = 100  # per run; most records of MGrounding have two boxes, which GRPO cannot use
 
@@ -56,8 +59,8 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
         ValueError: no data is named, a file is missing, or a file has no usable record.
     """
     if not options.data:
-        raise ValueError("no data. Name a JSON or JSONL file with --data.")
-    kind, bit = {"gold": ("gold box", GOLD), "turns": ("assistant's answer", TURNS)}[needs]
+        raise ValueError(f"no data. Name {FILE_FORMS} with --data.")
+    bit, kind = {"gold": (GOLD, "single gold box"), "turns": (TURNS, "answer to learn")}[needs]
     parts, faults = [], []
     for number, (path, count, label) in enumerate(_sources(options.data)):
         root = options.image_root or None
@@ -66,8 +69,12 @@ def read_usable(options, *, needs: str) -> tuple[Examples, list[Fault]]:
         )
         usable = (found.table["has"] & bit) > 0
         good, without = found[usable], found[~usable]
-        refused += [Fault(source, f"no_{needs}", f"{source}: the record has no {kind}.") for source in without.sources]
-        require_some(path, good, refused, remedy=f"They need the {kind}. Pass other records with --data.")
+        for source, has in zip(without.sources, without.table["has"]):
+            reason, what = f"no_{needs}", f"there is no {kind}. Add it, or pass other records."
+            if needs == "gold" and has & UNREAD:
+                reason, what = "unread_box", f"the box in the answer is not read. {READ_FORM}."
+            refused.append(Fault(source, reason, f"{source}: {what}"))
+        require_some(path, good, refused)
         if count and count > len(good):
             log.warning("%s: %d records are requested and %d can be used; all are taken", label, count, len(good))
         elif count:
@@ -136,14 +143,16 @@ def read_examples(
             records than `min_usable`.
         OSError: the file cannot be read.
     """
-    file = Source.of(Path(path), image_root, label, sized=sized, schema=schema, unit=box_unit)
+    units = {"unit": box_unit, "objects_unit": box_unit}
+    file = Source.of(Path(path), image_root, label, sized=sized, schema=schema, **units)
     found, label = _cached_scan(file), file.label
     for note in found.notes:
         log.info("%s: %s", label, note)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
-    remedy = "Correct the file, or name its format with --schema."
+    remedy = f"Name {FILE_FORMS}." * (not faults) or f"They are read as --schema {schema}." * (schema != "auto")
     require_some(file.path, found.table, faults, min_usable=min_usable, remedy=remedy)
-    return Examples([dataclasses.replace(file, schema=found.schema, unit=found.unit)], found.table), faults
+    units = {"unit": found.unit, "objects_unit": found.objects_unit}
+    return Examples([dataclasses.replace(file, schema=found.schema, **units)], found.table), faults
 
 
 @dataclass
@@ -152,6 +161,7 @@ class _Scan:
 
     schema: str
     unit: str  # of its gold boxes
+    objects_unit: str  # as `Source` has it
     notes: list[str]  # for the log
     faults: list[tuple[int, str, str]]  # (number, reason, message)
     lasting: bool = True  # whether no image was missing that the unit might depend on
@@ -159,17 +169,23 @@ class _Scan:
 
 
 def _scan_file(file: Source) -> _Scan:
-    rows = enumerate(scan_table(file.path) if is_table(file.path) else scan(file.path))
+    rows = enumerate(scan_table(file.path) if file.table else scan(file.path))
     head = list(itertools.islice(rows, SNIFF_RECORDS))
     records = [row.value for _, row in head if isinstance(row.value, dict)]
     schema, notes = file.schema, []
+    if head and not records:
+        row = head[0][1]
+        what = row.fault or f"its first is {row.value!r:.80}"
+        raise ValueError(f"{file.path} holds no JSON object: {what}. Name {FILE_FORMS}.")
     if schema == "auto" and records:
-        schema, why = _recognise_most(file.path, records)
+        alone = len(head) == 1 and head[0][1].start == 0 and not file.table  # in no list
+        schema, why = _recognise_most(file.path, records, alone)
         notes.append(why)
-    found = _Scan(schema, file.unit, notes, faults=[])
+    found = _Scan(schema, file.unit, file.objects_unit, notes, faults=[])
     if records:
         _find_unit(found, records, dataclasses.replace(file, schema=schema))
-    file = dataclasses.replace(file, schema=schema, unit=found.unit, counts=Counter())
+    units = {"unit": found.unit, "objects_unit": found.objects_unit}
+    file = dataclasses.replace(file, schema=schema, counts=Counter(), **units)
     found.table = np.fromiter(_good_rows(itertools.chain(head, rows), file, found.faults), dtype=TABLE)
     notes += [f"{count} records {COUNTED[name]}" for name, count in file.counts.items() if count]
     return found
@@ -183,39 +199,56 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
     """
     schema = SCHEMAS[file.schema]
     in_text = any(key in CHAT for keys in schema.keys for key in keys.split())
-    boxes = _first_boxes(records, dataclasses.replace(file, unit="auto", counts=Counter()))
-    found.lasting = not boxes or in_text or any(box.size for box in boxes)
-    if file.unit == "auto" or in_text:
+    keyed, texts = _first_boxes(records, dataclasses.replace(file, unit="auto", objects_unit="auto", counts=Counter()))
+    found.lasting = not keyed or any(box.size for box in keyed)
+    usual = "pixels" if in_text else schema.unit  # ms-swift's, of `objects`
+    if file.unit == "auto":
         try:
-            found.unit = likeliest_unit(boxes, schema.unit)
+            found.unit = found.objects_unit = likeliest_unit(keyed, usual)
         except ValueError as error:
-            if not in_text:
-                raise ValueError(f"{file.path}: {error}") from error
-    if in_text:
-        if found.unit not in (schema.unit, "auto"):
-            what = f"the answers' boxes look like {found.unit} of their images; they are taken as thousandths"
-            found.notes.append(f"{what}. Write them in thousandths")
+            raise ValueError(f"{file.path}: {error}") from error
+    if keyed:
+        how = f"the form's usual unit, which the first {len(keyed)} allow"
+        if found.unit != usual:
+            how = f"for the first {len(keyed)} likelier than {usual}, the form's usual unit"
+        why = f", {how}; --box_unit overrules it" if file.unit == "auto" else ""
+        found.notes.append(f"gold boxes are taken in {found.unit} of their images{why}")
+    elif in_text:
         found.unit = schema.unit
-    elif boxes:
-        why = f", by {len(boxes)} of them; --box_unit overrules it" if file.unit == "auto" else ""
-        found.notes.append(f"gold boxes are in {found.unit} of their images{why}")
+        if file.unit not in ("auto", schema.unit):
+            found.notes.append(f"--box_unit {file.unit} changes nothing: boxes in the text of chats are thousandths")
+    with contextlib.suppress(ValueError):
+        if texts and (likeliest := likeliest_unit(texts, schema.unit)) != schema.unit:
+            what = f"the answers' boxes look like {likeliest} of their images; they are taken as thousandths"
+            found.notes.append(f"{what}. Write them in thousandths")
 
 
-def _first_boxes(records: Iterable[dict], file: Source) -> list[Written]:
-    """The gold boxes of the first records that have one, as they are written."""
+def _first_boxes(records: Iterable[dict], file: Source) -> tuple[list[Written], list[Written]]:
+    """The gold boxes of the first records that have one, as they are written: under keys, and in chats' texts."""
+    keyed, texts = [], []
+    for record in records:
+        with contextlib.suppress(Refused):
+            example = _example(record, file, 0)
+            if isinstance(box := example.gold, Written):
+                keyed.append(box)
+            elif box and len(texts) < UNIT_BOXES:
+                texts.append(Written(box, known_size(example.images[example.target_image], record, file)))
+        if len(keyed) == UNIT_BOXES:
+            break
+    return keyed, texts
 
-    def found() -> Iterator[Written]:
-        for record in records:
-            with contextlib.suppress(Exception):  # a record may hold anything; it is refused when it is read
-                fields = SCHEMAS[file.schema].read(record, file)
-                if isinstance(box := fields["gold"], Written):
-                    yield box
-                elif box:
-                    images = fields["images"]
-                    target = fields.get("target_image", target_image(record, fields["question"], len(images)))
-                    yield Written(box, known_size(images[target], record, file))
 
-    return list(itertools.islice(found(), UNIT_BOXES))
+def _example(record: object, file: Source, number: int, **how) -> Example:
+    """`parse` by the file's schema. A record may hold anything: an unforeseen error raises Refused too."""
+    try:
+        if not isinstance(record, dict):
+            raise Refused("not_a_record", f"{record!r:.80} is no JSON object. Drop it.")
+        return parse(record, SCHEMAS[file.schema].read, file, number, **how)
+    except Refused:
+        raise
+    except Exception as error:
+        message = f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it."
+        raise Refused("unreadable", message) from error
 
 
 def _good_rows(rows: Iterable[tuple[int, Row]], file: Source, faults: list) -> Iterator[tuple]:
@@ -224,27 +257,30 @@ def _good_rows(rows: Iterable[tuple[int, Row]], file: Source, faults: list) -> I
         try:
             if row.fault:
                 raise Refused("not_json", f"the line is not JSON ({row.fault}). Write it again.")
-            if not isinstance(row.value, dict):
-                raise Refused("not_a_record", f"{row.value!r:.80} is no JSON object. Drop it.")
-            example = parse(row.value, SCHEMAS[file.schema].read, file, number, scanned=True)
+            example = _example(row.value, file, number, scanned=True)
         except Refused as refused:
             faults.append((number, refused.reason, str(refused)))
-        except Exception as error:  # a record may hold anything: an unforeseen error must not stop a run
-            message = f"reading it fails with {type(error).__name__}: {error!s:.200}. Drop it."
-            faults.append((number, "unreadable", message))
         else:
-            has = GOLD * (example.gold is not None) + TURNS * example.can_be_learned
+            has = GOLD * (example.gold is not None) + TURNS * example.can_be_learned + UNREAD * example.unread
+            file.counts["unread"] += example.unread
             yield 0, number, row.start, row.stop, len(example.images), has
 
 
-def _recognise_most(path: Path, records: list[dict]) -> tuple[str, str]:
-    """The schema that most of the records fit, and why it was chosen."""
+def _recognise_most(path: Path, records: list[dict], alone: bool) -> tuple[str, str]:
+    """The schema that most of the records fit, and why it was chosen. `alone`: the file is one object."""
     fits = Counter(name for record in records if (name := recognise(record)))
     if not fits:
-        known = "; ".join(f"{name} has {schema}" for name, schema in SCHEMAS.items())
+        lists = {key: len(value) for key, value in records[0].items() if isinstance(value, list)}
+        if alone and any(all(isinstance(one, dict) for one in records[0][key]) for key in lists):
+            key = max(lists, key=lists.get)
+            raise ValueError(
+                f"{path} is one object, whose {key} is a list of {lists[key]}; a file of records is a list, or an "
+                "object that begins with it as data (docs/data.md, Files). Write the list alone."
+            )
+        name = nearest(records[0])
         raise ValueError(
-            f"{path}: records with the keys {sorted(records[0])} fit no known schema ({known}). "
-            "Rename the keys, or name the format with --schema."
+            f"{path}: records with the keys {', '.join(sorted(records[0])):.200} fit no known form. The nearest, "
+            f"{name}, has {SCHEMAS[name]}. Rename the keys (docs/data.md, Forms)."
         )
     ((name, count), *_) = fits.most_common(1)
     among = f"of the first {len(records)} records" if len(records) == SNIFF_RECORDS else f"of {len(records)} records"

@@ -33,7 +33,7 @@ def test_case_03_fractions_are_recognised_in_every_form(write, draw, caplog, for
     caplog.set_level("INFO")
     ((example,), faults) = read_examples(write([FORMS[form]([0.25, 0.25, 0.5, 0.5])]))
     assert example.gold == (250, 250, 500, 500) and not faults
-    assert "gold boxes are in fractions of their images, by 1 of them; --box_unit overrules it" in caplog.text
+    assert "gold boxes are taken in fractions of their images, for the first 1 likelier than " in caplog.text
 
 
 WIDTH, HEIGHT = 640, 480
@@ -153,6 +153,7 @@ def test_boxes_in_a_chats_text_are_thousandths(write, draw, caplog, unit):
     path = write([{"images": ["a.png"], "messages": chat} for chat in chats])
     examples, _ = read_examples(path, box_unit="pixels")
     assert examples.files[0].unit == "thousandths" and examples[0].gold == pytest.approx(boxes[0], abs=0.51)
+    assert "--box_unit pixels changes nothing: boxes in the text of chats are thousandths" in caplog.text
     assert (f"look like {unit} of their images" in caplog.text) == (unit != "thousandths")
 
 

@@ -1,6 +1,7 @@
 """A chat is used as it is written, or refused by name."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import Qwen2VLForConditionalGeneration
 from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer import grpo, sft
+from boxgrpo.trainer.data import images, readers
 from boxgrpo.trainer.data.processor import Processor
-from boxgrpo.trainer.data.readers import read_examples
+from boxgrpo.trainer.data.readers import read_examples, read_usable
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -77,11 +79,12 @@ def test_case_09_and_case_10_the_systems_text_is_used(read, refused):
         assert example.gold == (125, 250, 500, 750)
     question = {"images": ["a.png"], "question": "Where?", "answer": [1, 2, 3, 4]}
     assert read(question | {"system": "Be brief."})[0].system == "Be brief."
-    assert read(chat("Where?", BOX, system=""))[0].system is None, "an empty key is none"
     silent = chat("Where?", BOX) | {"messages": [{"role": "system", "content": ""}, *chat("Where?", BOX)["messages"]]}
-    assert read(silent)[0].system == ""
-    assert refused(turned | {"system": "Be brief."})[0] == "two_systems"
-    assert refused(keyed | {"system": 7}) == ("no_system", "system is 7; text is needed.")
+    for record in (silent, silent | {"system": ""}, chat("Where?", BOX, system=""), question | {"system": ""}):
+        assert read(record)[0].system == "", "it is not the default text"
+    assert read(chat("Where?", BOX, system=None))[0].system is None
+    assert refused(turned | {"system": "Be brief."})[0] == refused(turned | {"system": ""})[0] == "two_systems"
+    assert refused(keyed | {"system": 7}) == ("no_system", "system is 7; text is needed. Add it.")
     late = chat("Where?", BOX) | {"messages": [*chat("Where?", BOX)["messages"], first]}
     assert refused(late)[0] == "turn_order" and "one turn may be the system's" in refused(late)[1]
 
@@ -103,7 +106,7 @@ def test_case_04_and_case_05_marks_are_counted(read, refused):
 def test_the_target_image_is_one_that_the_first_question_shows(read, refused):
     later = chat("<image>Where?", BOX, "And in <image><image>?", "No.", images=SIZES)
     assert read(later)[0].target_image == 0
-    assert refused(later | {"target_image": 1})[1] == "target_image is 1; it must be 0 to 0."
+    assert refused(later | {"target_image": 1})[1] == "target_image is 1; it must be 0 to 0. Correct it."
     blind = chat("Is this box in image 1?", BOX, "In <image>?", "No.")
     assert read(blind)[0].gold is None, "no image was shown that it could lie in"
     assert read(chat("Where?", BOX, images=SIZES))[0].target_image == 2
@@ -161,9 +164,86 @@ def test_objects_fill_in_order_through_all_turns(read, folder):
         third,
     ]
     assert example.gold == (250, 500, 500, 1000) and example.target_image == 0
-    # Without a placeholder they are an annotation, and <bbox> with an end of its own is text.
-    assert read(chat("Where?", BOX, objects=objects))[0].turns[1] == ("assistant", BOX)
+    # <bbox> with an end of its own is text.
     assert read(chat("Where?", "<bbox>1,2,3,4</bbox>"))[0].turns[1][1] == "<bbox>1,2,3,4</bbox>"
+
+
+def pointed(*boxes, **keys):
+    """A chat for each box, which lies in b.png, of 60 x 140 pixels, and has no type."""
+    return [chat("Where?", "<bbox>", images=["b.png"], objects={"ref": [], "bbox": [box]}, **keys) for box in boxes]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "unit", "gold"),
+    [
+        ([[0, 0, 1, 1]], "fractions", (0, 0, 1000, 1000)),
+        ([[0.25, 0.5, 0.5, 1], [0, 0, 1, 1]], "fractions", (250, 500, 500, 1000)),
+        ([[15, 35, 30, 70], [6, 14, 54, 126]], "pixels", (250, 250, 500, 500)),
+        ([[100, 200, 900, 950]] * 3, "thousandths", (100, 200, 900, 950)),
+    ],
+    ids=["whole numbers", "fractions", "pixels", "thousandths"],
+)
+def test_the_files_boxes_tell_the_unit_of_objects_without_a_type(write, folder, caplog, boxes, unit, gold):
+    """Case 3 in chats: ms-swift means pixels, but not every file of its form does."""
+    caplog.set_level("INFO")
+    examples, faults = read_examples(write(pointed(*boxes)))
+    assert examples[0].gold == gold and not faults and examples.files[0].unit == unit
+    assert f"gold boxes are taken in {unit} of their images, " in caplog.text
+    typed = pointed([15, 35, 30, 70])[0]
+    typed["objects"]["bbox_type"] = "real"
+    named, _ = read_examples(write([typed, *pointed([0.25, 0.25, 0.5, 0.5])]), box_unit="fractions")
+    assert [example.gold for example in named] == [(250, 250, 500, 500)] * 2
+
+
+def test_objects_of_another_unit_than_the_files_are_refused(write, folder, monkeypatch):
+    """Also in whole numbers, and where they come after the records that tell the unit."""
+    inside, whole = [15, 35, 30, 70], [0, 0, 1, 1]
+    examples, faults = read_examples(write(pointed(*[inside] * 4, whole, [0.1, 0.2, 0.3, 0.4])))
+    assert len(examples) == 4 and [fault.reason for fault in faults] == ["fractions"] * 2
+    assert faults[0].message.endswith("is [0, 0, 1, 1], within 0-1; the file's boxes are in pixels. Write it so.")
+    with monkeypatch.context() as patched:
+        patched.setattr(readers, "SNIFF_RECORDS", 1)
+        (_, late), (fault,) = read_examples(write([chat("Where?", BOX), *pointed(inside, whole)]))
+    assert late.gold == (250, 250, 500, 500) and fault.reason == "fractions"
+    Image.new("RGB", (640, 480)).save(folder / "b.png")
+    images._size_of_file.cache_clear()
+    with pytest.raises(ValueError, match=r"the gold boxes may be p\w+ or p\w+ .*: 2 do not tell; .*with --box_unit"):
+        read_examples(write(pointed([10, 10, 50, 60], [20, 20, 80, 90])))
+
+
+UNREAD = {
+    "fractions": "<answer>(0.396, 0.2), (0.5, 0.6)</answer>",
+    "a list": "<answer>[12, 40, 210, 300]</answer>",
+    "no tags": "It is at (125, 250), (500, 750).",
+    "an object": '<answer>{"bbox_2d": [12, 40, 210, 300]}</answer>',
+    "texts": 'At ["0.1", "0.2", "0.3", "0.4"].',
+    "corners": '<answer>{"x1": 12, "y1": 40, "x2": 210, "y2": 300}</answer>',
+    "two corners": "[[12, 40], [210, 300]]",
+    "spaces": "<box>12 40 210 300</box>",
+    "a string": '{"box": "12, 40, 210, 300"}',
+}
+
+
+@pytest.mark.parametrize("answer", UNREAD.values(), ids=UNREAD)
+def test_an_answer_whose_box_is_not_read_is_counted_and_named(write, caplog, answer):
+    """SFT learns it as it is written, and the log says that it is no gold box; GRPO leaves it out, by name."""
+    caplog.set_level("INFO")
+    path = write([chat("Where?", BOX), chat("Where?", answer), chat("Is it there?", "No (1, 2), [3].")])
+    options = SimpleNamespace(data=[str(path)], schema="auto", box_unit="auto", image_root="", seed=0)
+    learned, faults = read_usable(options, needs="turns")
+    assert [example.turns[1][1] for example in learned][1] == answer and not faults
+    assert "1 records have an answer with a box that is not read: SFT learns it as text" in caplog.text
+    scored, faults = read_usable(options, needs="gold")
+    assert len(scored) == 1 and [fault.reason for fault in faults] == ["unread_box", "no_gold"]
+    assert faults[0].message == (
+        "data.json#1: the box in the answer is not read. Write it <answer>(x1, y1), (x2, y2)</answer>, in thousandths "
+        "of the image."
+    )
+
+
+def test_several_boxes_that_are_read_are_not_counted_as_unread(read):
+    assert not read(chat("Where?", "<|box_start|>(1,2),(3,4)<|box_end|>, (5, 6), (7, 8)"))[0].unread
+    assert not read(chat("Where?", BOX, "In <image>?", "No."))[0].unread, "its image is not shown with the question"
 
 
 USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value": BOX, "loss": False}
@@ -184,8 +264,18 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (chat(["Where?"], BOX), "bad_part", "of type None and has nothing else"),
         (chat([image("a.png"), said("?")], BOX, images=("b.png",)), "two_image_lists", "['b.png']"),
         (chat("a?", BOX, conversations=chat("b?", BOX)["messages"]), "two_chats", "messages and conversations differ"),
-        (chat("Where?", "<bbox>"), "no_objects", "objects is None"),
-        (swift("<bbox>", {"ref": ["cup"], "bbox": []}), "bad_objects", "1 placeholders <bbox> and objects has 0"),
+        (chat("Where?", BOX, weight=0.5), "unused_key", "weight is 0.5; it changes the chat and is not used."),
+        (chat("Where?", BOX, prompt="Be brief."), "unused_key", "prompt is 'Be brief.'"),
+        (chat("Where?", BOX, max_pixels=784), "unused_key", "max_pixels is 784"),
+        (chat("<video>Where?", BOX), "video", "a text holds <video>; only images are read. Give a video's frames."),
+        (chat("Where?", f"<audio>{BOX}"), "video", "a text holds <audio>"),
+        (chat("Where?", "<bbox>"), "bad_objects", "the chat has 1 placeholders <bbox>, objects has 0 values for them"),
+        (swift("<bbox>", {"ref": ["cup"], "bbox": []}), "bad_objects", "1 placeholders <bbox>, objects has 0"),
+        (swift("<bbox>", '[{"caption": "cup"'), "bad_objects", "not JSON (Expecting ',' delimiter: line 1 column 19"),
+        (swift("<bbox>", {"ref": ["cup"], "bbox": 7}), "bad_objects", 'it is {"ref": names, "bbox": boxes} or a list'),
+        (swift("<bbox>", [["cup", [1, 2, 3, 4]]]), "bad_objects", 'a list of {"caption": name, "bbox": box}'),
+        (chat("Where?", BOX, objects={"bbox": [[1, 2, 3, 4]]}), "unused_objects", "the chat has no <ref-object> or"),
+        (chat("Where?", BOX, objects='[{"caption": "cup"}]'), "unused_objects", "Place them, or remove objects."),
         (swift("<bbox>", {"ref": [], "bbox": [[1, 2, 3, 4]]}), "bad_objects", "1 placeholders <ref-object>"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [3]}), "bad_objects", "of image 3"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "bbox_type": "percent"}), "bad_objects", "'percent'"),
@@ -195,11 +285,11 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
 )  # fmt: skip
 def test_what_would_change_a_chat_is_refused_by_name(refused, folder, record, reason, named):
     found, message = refused(record)
-    assert found == reason and named in message and "\n" not in message
+    assert found == reason and named in message and "\n" not in message and len(message) < 240
 
 
 def test_labels_of_a_record_are_ignored(read):
-    empty = {"tools": None, "videos": [], "rejected": ""}
+    empty = {"tools": None, "videos": [], "rejected": "", "objects": {"ref": [], "bbox": []}}
     record = chat("Where?", BOX, source="web", label="cup", quality=0.5, height=56, **empty)
     record["messages"][0] |= {"id": 7, "tool_calls": []}
     assert read(record)[0].turns == (("user", "Where?"), ("assistant", BOX))

@@ -132,7 +132,7 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("system", [None, "Answer in pixels.", "\n You  see <image>. "])
+@pytest.mark.parametrize("system", [None, "", "Answer in pixels.", "\n You  see <image>. "])
 @pytest.mark.parametrize("name", CHATS)
 def test_case_05_case_09_and_case_10_ids_are_those_of_the_chat_template(processor, images, name, system):
     """Images stand where their marks do, in every turn, and the system's text is the record's."""

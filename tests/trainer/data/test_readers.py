@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,8 +88,54 @@ def test_a_file_without_one_good_record_counts_the_reasons(write):
         read_examples(write(bad))
     with pytest.raises(ValueError, match="0 of 0 records"):
         read_examples(write([]))
-    with pytest.raises(ValueError, match=r"\['caption', 'img'\].*univg_stage2 has images, question and answer"):
-        read_examples(write([{"img": "a.png", "caption": "x"}]))
+    near = {
+        "univg_stage2, has images, question and answer": {"img": "a.png", "caption": "x"},
+        "lisa, has image_path, instruction and boxes": {"image_path": "a.png", "instruction": "x", "box": [1, 2, 3, 4]},
+    }
+    for nearest, record in near.items():
+        with pytest.raises(ValueError, match=f"the keys {', '.join(sorted(record))} fit no .* The nearest, {nearest}"):
+            read_examples(write([record]))
+
+
+def test_a_file_that_is_no_list_of_records_says_what_one_is(tmp_path):
+    """Case 24: an object whose list stands elsewhere, and files of other kinds."""
+    texts = {
+        '{"info": {}, "data": []}': r"one object, whose data is a list of 0; .* begins with it as data .*docs/data.md",
+        '{"annotations": [{"id": 1}]}': "whose annotations is a list of 1; a file of records is a list, or an object",
+        '["a.png", "b.png"]': "holds no JSON object: its first is 'a.png'. Name a JSON, JSONL, Parquet or Arrow file",
+        "image,question\na.png,x": "holds no JSON object: Expecting value: line 1 .* Name a JSON, JSONL, Parquet",
+    }
+    for text, message in texts.items():
+        (tmp_path / "data.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_examples(tmp_path / "data.json", min_usable=0)
+
+
+def test_a_refusal_of_one_record_has_one_remedy(write):
+    for value in (GOOD | {"images": []}, CHAT | {"messages": []}, GOOD | {"answer": 3}):
+        with pytest.raises(ValueError) as refused:
+            read_examples(write([value]))
+        assert len(re.findall(r"\b(?:Add|Correct|Drop|Name)\b", str(refused.value))) == 1
+        with pytest.raises(ValueError, match="They are read as --schema lisa.$"):
+            read_examples(write([value]), schema="lisa")
+
+
+def test_an_unforeseen_error_is_a_fault_of_its_record_alone(write, monkeypatch):
+    """Not so an error in finding the file's unit, which would hide it."""
+    parse = readers.parse
+
+    def fails_once(record, *args, **how):
+        return record["missing"] if record["id"] == 1 else parse(record, *args, **how)
+
+    path = write([GOOD | {"id": 0}, GOOD | {"id": 1}, GOOD | {"id": 2}])
+    with monkeypatch.context() as patched:
+        patched.setattr(readers, "parse", fails_once)
+        examples, (fault,) = read_examples(path)
+    assert len(examples) == 2 and fault.source == "data.json#1"
+    assert fault.message.endswith("reading it fails with KeyError: 'missing'. Drop it.")
+    monkeypatch.setattr(readers, "known_size", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_examples(write([CHAT]))
 
 
 def test_boxes_of_a_file_have_one_unit(write):
@@ -215,7 +262,7 @@ def test_files_of_one_name_have_labels_of_their_own(tmp_path):
         ("#x", "gold", "no such file"),
         ("x", "gold", "no such file"),
         # Beside another file that has some: the run would go on without it.
-        ("", "turns", r"data\.json: 0 of 1 records can be used .no_turns 1.*They need the assistant's answer"),
+        ("", "turns", r"data\.json: 0 of 1 records can be used .no_turns 1.*there is no answer to learn. Add it, "),
     ],
 )
 def test_a_source_that_gives_nothing_is_refused(write, source, needs, message):
@@ -237,7 +284,8 @@ def test_records_without_what_is_needed_are_named(write):
     answers = ["Nowhere.", "<answer>none</answer> (1, 2), (3, 4) <answer>b</answer>"]
     boxless = [CHAT | {"messages": [CHAT["messages"][0], {"role": "assistant", "content": text}]} for text in answers]
     examples, faults = read_usable(of_sources([str(write([CHAT, *boxless]))]), needs="gold")
-    assert len(examples) == 1 and [(f.source[-2:], f.reason) for f in faults] == [("#1", "no_gold"), ("#2", "no_gold")]
+    assert len(examples) == 1
+    assert [(f.source[-2:], f.reason) for f in faults] == [("#1", "no_gold"), ("#2", "unread_box")]
 
 
 def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):

@@ -102,7 +102,7 @@ def test_bad_records_cost_only_themselves(initial, tmp_path, caplog, loop):
 
     bad = {
         "no image at": record("missing.png"),
-        "must end with an answer" if loop == "sft" else "a gold box": record(box=None),
+        "an answer ends a chat" if loop == "sft" else "a gold box": record(box=None),
         "is inverted": record(box=(500, 500, 0, 0)),
         "over the budget of 300": record(question="Where is it? " * 200),
         "delimits turns or images": record(question="Where is <|image_pad|>?"),

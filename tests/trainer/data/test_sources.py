@@ -195,6 +195,7 @@ def test_case_15_tables_give_what_json_gives(places):
         assert [(f.source, f.reason) for f in faults] == [(f"{path.name}#2", "box_inverted")]
         assert [e.id for e in examples] == list("013456") and examples[0].gold == (100, 200, 300, 400)
         assert [e.id for e in pickle.loads(pickle.dumps(examples[2:4]))] == ["3", "4"]
+        assert examples.files[0].table == (path.name != "records.json")
         options = {"batch_size": 2, "seed": 1}
         whole = Loader(examples, processor.prompt, workers=0, **options)
         found = list(islice(whole, 3))
