@@ -42,9 +42,9 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5131,
     "model": 1857,
-    "trainer": 11_290,
+    "trainer": 11_357,
     "bench": 5443,
-    "tests": 19_104,
+    "tests": 19_164,
     "trainer/apps": 1107,
     "trainer/chains": 820,
     "trainer/data": 2195,
@@ -58,7 +58,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_583  # lines of the first five
+PRODUCT = 24_650  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

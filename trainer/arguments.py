@@ -7,6 +7,7 @@ each number by field: "[0, 1)" holds 0 and not 1.
 import argparse
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+from boxgrpo.trainer.effects import without_effect
 
 T = TypeVar("T")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list[str]: "a list of texts"}
@@ -86,14 +89,15 @@ class _Parser(FlagParser, HfArgumentParser):
 def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = None, positional: str = "") -> T:
     """Parse flags and `--config file.yaml` into a `kind`. A later file overrides an earlier one, flags override files.
 
-    A word without a flag is the value of the field `positional`.
+    A word without a flag is the value of the field `positional`. With `prog`, a command's name, a warning on standard
+    error names the options that have no effect with the others.
 
     Raises:
         ValueError: by `read_yaml` and `check_options`.
         SystemExit: 2, for a flag that is unknown, or a value that cannot be converted.
     """
-    prog = sys.argv[0] if sys.argv[0].startswith("boxgrpo ") else prog
-    parser = _Parser(kind, prog=prog, description=kind.__doc__, allow_abbrev=False)
+    name = sys.argv[0] if sys.argv[0].startswith("boxgrpo ") else prog
+    parser = _Parser(kind, prog=name, description=kind.__doc__, allow_abbrev=False)
     if positional:
         parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{positional}.")
     parser.add_argument("--config", action="append", default=[], help="YAML file of these options; flags override it.")
@@ -104,6 +108,9 @@ def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = No
     values.pop("config")
     options = kind(**values)
     check_options(options)
+    typed = {word[2:].partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word[:2] == "--"}
+    if prog and os.environ.get("RANK", "0") == "0" and (idle := without_effect(options, typed)):
+        print(f"WARNING no effect: {', '.join(idle)}", file=sys.stderr)
     return options
 
 

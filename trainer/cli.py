@@ -48,9 +48,7 @@ def main() -> None:
 def launch(name: str, args: list[str]) -> None:
     """Become torchrun with a process for each GPU. Wrong options are refused here, where a message stands alone."""
     processes = max(1, torch.cuda.device_count())
-    options = parse(TRAINING[name], args)
-    if name == "sft" or options.model or options.data:
-        check_command(options, processes)
+    check_command(parse(TRAINING[name], args), processes)
     script = str(Path(__file__).with_name(f"{name}.py"))
     flags = ["--standalone", f"--nproc_per_node={processes}", script, *args]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "torch.distributed.run", *flags])

@@ -188,8 +188,7 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
 
 def main(args: list[str] | None = None, hooks: Hooks | None = None) -> None:
     options = parse(GrpoOptions, args, prog="grpo.py")
-    if options.model or options.data:
-        check_command(options)
+    check_command(options)
     with join_ranks(options.timeout) as r, r.record_sigterm():
         if not options.model and not options.data:
             options = demo_options(args, r)

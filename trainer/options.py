@@ -192,7 +192,6 @@ class EvalOptions(InputOptions):
     overwrite_output_dir: bool = option(False, "Start anew in a folder that holds another evaluation's answers.")
     json: str = option("", "File for the scores as JSON; - prints them, and nothing else.")
     limit: int = option(0, "Score only this many records, the first ones; 0: all.")
-    eval_box_unit: str = option("auto", "As box_unit, of eval_data.")
     eval_batch_size: int = option(64, "Prompts decoded together.")
     max_completion_length: int = option(256, "Tokens generated at most.")
     resamples: int = option(2000, "Bootstrap resamples behind the confidence intervals; 0: no intervals.")

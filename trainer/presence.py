@@ -33,10 +33,11 @@ MERGE = (
 
 def check_presence(o) -> None:
     """Raise ValueError for a file, a folder or a package that the options need and that is not here."""
-    if not getattr(o, "predictions", ""):
-        check_model(o.model)
-    if not o.data:
-        raise ValueError("no data. Name a file of records with --data.")
+    if o.model or o.data or not hasattr(o, "rollout"):  # without both grpo.py makes the demo's
+        if not getattr(o, "predictions", ""):
+            check_model(o.model)
+        if not o.data:
+            raise ValueError("no data. Name a file of records with --data.")
     check_paths(o)
     rollout, stored = getattr(o, "rollout", ""), getattr(o, "rollout_file", "")
     if rollout == "local" and stored:

@@ -27,6 +27,7 @@ WRONG = [
     ("boxgrpo sft", "boxgrpo sft: no model. Name a checkpoint folder with --model."),
     ("grpo.py --model={model} --data=d.json --top_p=2", "grpo.py: top_p is 2.0; it must be at most 1. Lower --top_p."),
     ("grpo.py --model={model} --data=d.json --rollout=vllm", "grpo.py: rollout is 'vllm' and RANK is not set; its"),
+    ("boxgrpo grpo --rollout=replay --rollout_file=gone", "boxgrpo grpo: rollout_file is gone; there is no such file."),
     ("sft.py --cutof_len=3", "sft.py: unknown flag '--cutof_len=3'; did you mean --cutoff_len?"),
     ("sft.py --freeze_vision=perhaps", "sft.py: freeze_vision is perhaps; it must be true or false. Change"),
     ("evaluator.py --model={model} --resamples=-1", "evaluator.py: resamples is -1; it must be at least 0."),

@@ -13,6 +13,7 @@ import torch
 from boxgrpo.kernels import LossOptions
 from boxgrpo.trainer import grpo, sft
 from boxgrpo.trainer.arguments import check_options, parse, read_yaml
+from boxgrpo.trainer.effects import RULES, without_effect
 from boxgrpo.trainer.engine.optimizer import make_schedule
 from boxgrpo.trainer.options import (
     SCHEDULES,
@@ -162,6 +163,65 @@ CLASSES = (*CLASSES, "bench.studies.ablation.AblationOptions", "bench.studies.de
 WITHOUT_END = {"max_steps": "0 or less means: by the epochs"}
 
 
+# Fields that have an effect whatever the others are. (In some commands others have, too.)
+ALWAYS = set(
+    """model data image_root max_steps freeze_vision lora_rank lora_alpha gradient_checkpointing max_grad_norm
+    weight_decay adam_beta2 engine offload_optimizer optimizer logging_steps save_steps resume timeout max_skipped
+    eval_every eval_data profile_steps memory_snapshot peak_tflops learning_rate lr_scheduler_type train_batch_size
+    cutoff_len tokens_per_pass prompts_per_step num_generations num_iterations max_prompt_length temperature beta
+    loss_type importance_sampling_level scale_rewards difficulty rollout rollout_file log_completions bench predictions
+    limit image question serve gpus device prompt_tokens gigabits judge_model sample chains min_iou judge_temperature
+    max_tokens tries ask answers tasks levels size cold_start margins train held_out continued_sft processes records
+    repeats parts steps kills cold_start_steps seeds methods base_scenes quick""".split()
+)
+
+
+def make(name):
+    """The options of a class by its name in CLASSES, all at their defaults."""
+    module, _, name = name.rpartition(".")
+    module = f"boxgrpo.{module}" if module.startswith("bench.") else f"boxgrpo.trainer.{module}"
+    return getattr(importlib.import_module(module), name)()
+
+
+def without(options, typed=()):
+    """The names of the options that have no effect."""
+    return {text.split()[0].removeprefix("--") for text in without_effect(options, {*typed})}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_option_has_an_effect_or_the_command_says_that_it_has_none(name):
+    """At values of the option that decides it; typed, even its default is told, and what nobody gave is not."""
+    options = make(name)
+    assert not without(options)
+    assert vars(options).keys() <= ALWAYS | {field for fields, *_ in RULES for field in fields.split()}
+    for fields, other, has_effect in RULES:
+        if other not in vars(options):
+            continue
+        values = options.choices.get(other, {str: ("", "ddp"), bool: (False, True)}.get(type(getattr(options, other))))
+        answered = {"predictions": "p.json"} if hasattr(options, "predictions") else {}
+        cases = [{other: value} for value in values or (0, 1, 2)]
+        cases = [dataclasses.replace(options, **more | case) for case in cases for more in ({}, answered)]
+        writes = other == "output_dir" and not answered  # a run always does
+        for field in (field for field in fields.split() if hasattr(options, field)):
+            assert {bool(has_effect(case)) for case in cases} == ({True} if writes else {True, False}), field
+            for case in cases:
+                if not has_effect(case):
+                    assert field in without(case, {field}) and field not in without(case)
+
+
+def test_options_without_effect_are_told_in_one_line(capsys, monkeypatch):
+    given = ["--loss_type=sapo", "--epsilon", "0.1", "--zero_stage=3", "--save_total_limit=2", "--eval_image_root=x"]
+    parse(GrpoOptions, [*given, "--rollout=replay", "--top_k=5", "--vllm_gpu_memory_utilization=0.3"], prog="grpo.py")
+    assert capsys.readouterr().err == (
+        "WARNING no effect: --zero_stage with --engine ddp, --save_total_limit with --save_steps 0, --eval_image_root "
+        "without --eval_data, --epsilon with --loss_type sapo, --top_k with --rollout replay, "
+        "--vllm_gpu_memory_utilization with --rollout replay\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    parse(GrpoOptions, given, prog="grpo.py")
+    assert capsys.readouterr().err == ""
+
+
 def wrong_values(kind, options, name):
     """Values of other types, and for a number those off both ends of its interval, with the rule that refuses each."""
     if kind is str:
@@ -189,10 +249,7 @@ def wrong_values(kind, options, name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_case_02_and_case_12_every_field_refuses_what_is_off_its_ends_or_of_another_kind(name):
     """Cases 2 and 12, and their kind: each refusal has the value, the rule and the flag, and fits into two lines."""
-    module, _, name = name.rpartition(".")
-    module = f"boxgrpo.{module}" if module.startswith("bench.") else f"boxgrpo.trainer.{module}"
-    options = getattr(importlib.import_module(module), name)()
-    check_options(options)
+    check_options(options := make(name))
     kinds = get_type_hints(type(options))
     for f in dataclasses.fields(options):
         kind = float if (kind := kinds[f.name]) == float | None else kind

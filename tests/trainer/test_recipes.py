@@ -10,6 +10,7 @@ import yaml
 from boxgrpo.bench.studies.ablation import BASE, METHODS
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.readers import read_usable
+from boxgrpo.trainer.effects import without_effect
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
 from boxgrpo.trainer.world.recipe import RECIPES
 
@@ -49,6 +50,7 @@ def test_a_methods_layers_are_valid_and_differ_only_where_they_must(method):
     (name, tiny), start = METHODS[method].recipes, METHODS[method].start
     small, large, drawn = (options(*layers, method=method) for layers in (("2b", name), ("7b", name), (name, tiny)))
     for o in (small, large, drawn):
+        assert not without_effect(o, set())
         for ranks in (1, 2, 8):
             VALIDATE[type(o)](o, ranks)
     assert unlike(small, large) <= LARGE
