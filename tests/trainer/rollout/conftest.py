@@ -1,11 +1,13 @@
-"""Prompts of different images for both rollouts."""
+"""Prompts of different images, a model and its vocabulary for all rollouts."""
 
 import pytest
 from PIL import Image
 
 from boxgrpo.model.batch import Group
+from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.rollout.base import Vocabulary
 
 SIZES = {7: (), 3: ((56, 56),), 12: ((61, 90), (400, 300)), 5: ((56, 56), (28, 140), (84, 56))}
 
@@ -26,3 +28,13 @@ def groups(processor, tmp_path_factory):
         example = Example(str(serial), "diff", paths, "Where is it?", (0.0, 0.0, 500.0, 500.0), source=f"data#{serial}")
         made.append(Group(processor.prompt(example), serial=serial, record=example))
     return made
+
+
+@pytest.fixture(scope="package")
+def model(initial):
+    return load_model(initial)
+
+
+@pytest.fixture(scope="package")
+def vocabulary(processor, model):
+    return Vocabulary.of(processor, model.config, "cpu")
