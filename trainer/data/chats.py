@@ -103,7 +103,8 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
             raise Refused("turn_order", f"turn {index} is from {role!r}; {rule}. Remove or join turns.")
         else:
             name = "question" if expected == "user" else "answer"
-            turns.append((expected, check_text(text, name, image_alone=expected == "user")))
+            shown = f"turn {index} ({name})"
+            turns.append((expected, check_text(text, name, image_alone=expected == "user", shown=shown)))
     if not turns or len(turns) % 2:
         raise Refused("no_answer", f"the last of {len(chat)} turns is from {role!r}; an answer ends a chat. Add it.")
     return system, tuple(turns), images
@@ -161,8 +162,8 @@ def _read_objects(objects: object, images: int) -> tuple[list, list[_Object]]:
     found = []
     for box, kind, index in rows:
         if (kind and str(kind) not in _UNITS) or index not in (None, *range(images)):
-            rule = f"known units are {', '.join(_UNITS)}; the record has {images} images"
-            raise Refused("bad_objects", f"objects has a box in {kind!r} of image {index!r}; {rule}. Correct it.")
+            rule = f"types are {', '.join(_UNITS)}, images 0 to {images - 1}"
+            raise Refused("bad_objects", f"objects has a box of type {kind!r} in image {index!r}; {rule}. Correct it.")
         found.append(_Object(box, _UNITS[kind] if kind else None, int(index or 0)))
     return names, found
 
@@ -175,7 +176,7 @@ def _fill(turns: Turns, names: list, boxes: Sequence[_Object], images: Sequence[
         texts["<bbox>"].append("<|box_start|>({},{}),({},{})<|box_end|>".format(*map(round, box)))
     text = "".join(text for _, text in turns)
     if "<ref-object>" in text:
-        refs = [check_text(name, "ref of objects") for name in names]
+        refs = [check_text(name, "ref") for name in names]
         texts["<ref-object>"] = [f"<|object_ref_start|>{name}<|object_ref_end|>" for name in refs]
     for placeholder, values in texts.items():
         if (count := text.count(placeholder)) not in (0, len(values)):

@@ -41,7 +41,7 @@ SNIFF_RECORDS = 1000  # number of records from which a file's schema and the uni
 CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
 CACHE_VERSION = 6  # changes with the cache's format and with the rules for records
 FILE_FORMS = "a JSON, JSONL, Parquet or Arrow file of records, or a folder of datasets' save_to_disk"
-READ_FORM = "Write it <answer>(x1, y1), (x2, y2)</answer>, in thousandths of the image"
+READ_FORM = "Write it as <answer>(x1, y1), (x2, y2)</answer>, in thousandths of the image"
 COUNTED = {
     "swapped": "have width and height swapped; the image files' own are used",
     "several": "have several boxes; the first is the gold box",

@@ -236,8 +236,8 @@ def test_an_answer_whose_box_is_not_read_is_counted_and_named(write, caplog, ans
     scored, faults = read_usable(options, needs="gold")
     assert len(scored) == 1 and [fault.reason for fault in faults] == ["unread_box", "no_gold"]
     assert faults[0].message == (
-        "data.json#1: the box in the answer is not read. Write it <answer>(x1, y1), (x2, y2)</answer>, in thousandths "
-        "of the image."
+        "data.json#1: the box in the answer is not read. Write it as <answer>(x1, y1), (x2, y2)</answer>, in "
+        "thousandths of the image."
     )
 
 
@@ -264,6 +264,7 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (chat(["Where?"], BOX), "bad_part", "of type None and has nothing else"),
         (chat([image("a.png"), said("?")], BOX, images=("b.png",)), "two_image_lists", "['b.png']"),
         (chat("a?", BOX, conversations=chat("b?", BOX)["messages"]), "two_chats", "messages and conversations differ"),
+        (chat("Where?", BOX, {"text": "?"}, "No."), "no_question", "turn 2 (question) is {'text': '?'}; text"),
         (chat("Where?", BOX, weight=0.5), "unused_key", "weight is 0.5; it changes the chat and is not used."),
         (chat("Where?", BOX, prompt="Be brief."), "unused_key", "prompt is 'Be brief.'"),
         (chat("Where?", BOX, max_pixels=784), "unused_key", "max_pixels is 784"),
@@ -277,7 +278,7 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (chat("Where?", BOX, objects={"bbox": [[1, 2, 3, 4]]}), "unused_objects", "the chat has no <ref-object> or"),
         (chat("Where?", BOX, objects='[{"caption": "cup"}]'), "unused_objects", "Place them, or remove objects."),
         (swift("<bbox>", {"ref": [], "bbox": [[1, 2, 3, 4]]}), "bad_objects", "1 placeholders <ref-object>"),
-        (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [3]}), "bad_objects", "of image 3"),
+        (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [3]}), "bad_objects", "in image 3; t"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "bbox_type": "percent"}), "bad_objects", "'percent'"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2]]}), "box_length", "bbox of objects is [1, 2]"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 300, 4]]}), "box_outside", "300"),

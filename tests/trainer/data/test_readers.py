@@ -91,6 +91,7 @@ def test_a_file_without_one_good_record_counts_the_reasons(write):
     near = {
         "univg_stage2, has images, question and answer": {"img": "a.png", "caption": "x"},
         "lisa, has image_path, instruction and boxes": {"image_path": "a.png", "instruction": "x", "box": [1, 2, 3, 4]},
+        "univg_stage2, has images": {"images": ["a.png"], "prompt": [{"role": "user", "content": "x"}]},
     }
     for nearest, record in near.items():
         with pytest.raises(ValueError, match=f"the keys {', '.join(sorted(record))} fit no .* The nearest, {nearest}"):
