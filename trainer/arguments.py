@@ -77,6 +77,8 @@ class FlagParser(argparse.ArgumentParser):
             message = "{0} is {1}; it must be one of {2}. Change --{0}.".format(*wrong.groups())
         elif wrong := re.fullmatch(r"argument (--\w+).*: expected .*", message):
             message = f"{wrong[1]} has no value. Give it one."
+        elif wrong := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"{wrong[1]} is missing. Name it; --help explains it."
         elif wrong := re.fullmatch(r"argument --(\w+).*: Truthy value expected: got (.*) but .*", message, re.DOTALL):
             message = "{0} is {1}; it must be true or false. Change --{0}.".format(*wrong.groups())
         self.exit(2, f"{self.prog}: {message}\n")

@@ -44,6 +44,8 @@ WRONG = [
     ("apps/memory.py --gpus=0", "memory.py: gpus is 0; it must be at least 1. Raise --gpus."),
     ("apps/memory.py --model=3B", "memory.py: model is 3B; there is no such folder."),
     ("chains/make.py --min_iou=1", "make_cot.py: min_iou is 1.0; it must be below 1. Lower --min_iou."),
+    ("apps/inspect_data.py", "inspect_data.py: path is missing. Name it; --help explains it."),
+    ("chains/make.py --data={file} --model=m --base_url=x:1", "make_cot.py: base_url is x:1; it must begin with http"),
     ("chains/make.py", "make_cot.py: data is ''; there is no such file."),
     ("chains/accept.py --share=0", "accept_cot.py: share is 0.0; it must be above 0. Raise --share."),
     ("chains/accept.py --data=gone.json", "accept_cot.py: data is 'gone.json'; there is no such file."),

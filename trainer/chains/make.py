@@ -151,6 +151,9 @@ def check(o: CotOptions) -> None:
     for name in ("model", "base_url") if o.ask else ("model",):
         if not getattr(o, name):
             raise ValueError(f"{name} is empty; no request can be sent without one. Give --{name}.")
+    for name in ("base_url", "judge_base_url") if o.ask else ():
+        if (url := getattr(o, name)) and not url.startswith(("http://", "https://")):
+            raise ValueError(f"{name} is {url}; it must begin with http:// or https://. Correct --{name}.")
 
 
 def main(args: list[str] | None = None) -> None:
