@@ -41,5 +41,12 @@ def tests() -> None:
 
 CHECKS = {"build": build, "tests": tests}
 
+
+def main() -> None:
+    if sys.argv[1:] not in ([name] for name in CHECKS):
+        raise ValueError(f"{' '.join(sys.argv[1:])!r} names no check. Name one of {', '.join(CHECKS)}.")
+    CHECKS[sys.argv[1]]()
+
+
 if __name__ == "__main__":
-    run_as_script(CHECKS[sys.argv[1]], "checks.py")
+    run_as_script(main, "checks.py")

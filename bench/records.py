@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from boxgrpo.trainer.arguments import FlagParser
+from boxgrpo.trainer.arguments import FlagParser, check_range
 from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 
@@ -52,10 +52,14 @@ def find_row(rows: Iterable[dict], **wanted) -> dict | None:
 
 
 def read(path: Path) -> dict:
-    """Raises ValueError where there is none."""
+    """Raises ValueError where there is none, or what it holds is no record."""
     if not path.is_file():
         raise ValueError(f"there is no file of results {path}; those kept lie in bench/results/<device>.")
-    return json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        return found | {"machine": dict(found["machine"])}
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} holds no results ({error}). Name a file of bench/results/<device>.") from error
 
 
 def path_of_today() -> Path:
@@ -109,6 +113,9 @@ def write(record: dict, path: Path) -> None:
 class _Parser(FlagParser):
     def parse_args(self, args=None, namespace=None):
         check_paths(found := super().parse_args(args, namespace))
+        for name, least in (("images", 1), ("prompts", 1), ("steps", 0)):
+            if (value := getattr(found, name, None)) is not None:
+                check_range(name, value, f"[{least}, 1e6]")
         return found
 
 

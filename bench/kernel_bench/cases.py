@@ -61,6 +61,10 @@ class Case:
 
 def choose(every: Sequence, only: str | None) -> list:
     """The cases whose name holds the regular expression `only`, all for None. Raises ValueError where none does."""
+    try:
+        re.compile(only or "")
+    except re.error as error:
+        raise ValueError(f"only is {only!r}; it must be a regular expression ({error}). Correct --only.") from error
     if found := [case for case in every if only is None or re.search(only, case.name)]:
         return found
     raise ValueError(f"only is {only!r}, which no case's name holds; there are {'; '.join(c.name for c in every)}.")

@@ -239,9 +239,10 @@ def main() -> None:
     if args.once:
         run_once(*args.once, list(cases(device())))
         return
+    chosen = chosen_cases(args.only, args.quick)
     record = begin() | {"ceilings": (limits := ceilings())}
     keep = keeper(record, "kernels", args.json)
-    record["kernels"] = run(chosen_cases(args.only, args.quick), limits, keep, names=args.by, quick=args.quick)
+    record["kernels"] = run(chosen, limits, keep, names=args.by, quick=args.quick)
     output(record, args.json, table("kernels", record["kernels"]))
 
 

@@ -30,6 +30,7 @@ from boxgrpo.bench.step_bench.floors import floors
 from boxgrpo.bench.step_bench.sides import benchmark_hooks, our_options
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.trainer import grpo
+from boxgrpo.trainer.arguments import check_range
 from boxgrpo.trainer.profiling.chrome_trace import read_chrome_trace
 from boxgrpo.trainer.profiling.profiler import FOLDER, kept_rows
 from boxgrpo.trainer.profiling.timeline import Row, rows, table
@@ -134,8 +135,7 @@ def main() -> None:
     if args.read:
         print(table(read(Path(args.read))))
         return
-    if args.steps < 1:
-        raise ValueError(f"steps is {args.steps}; at least 1 is profiled. Raise --steps.")
+    check_range("steps", args.steps, "[1, 1e6]")
     case = choose_cases(args, torch.cuda.is_available())[0]
     tokenizer, _ = benchmark_tokenizer(args.merges, TEXTS)
     record = begin() | {"ceilings": ceilings()}

@@ -67,6 +67,11 @@ WRONG = [
     ("chains/make.py --output_dir={file}", "; no folder can be written there. Name another with --output_dir."),
     ("../bench/kernel_bench/run.py --json={file}/x", "bench_kernels.py: json is "),
     ("../bench/step_bench/run.py --quick --quack", "run.py: unknown flag '--quack'; did you mean --quick?"),
+    ("../bench/publish/demands.py {file}", "config.json holds no results ('machine'). Name a file of bench/results/"),
+    ("../bench/kernel_bench/run.py --only=(", "bench_kernels.py: only is '('; it must be a regular expression"),
+    ("../bench/step_bench/run.py --images=0", "bench_step.py: images is 0; it must be at least 1. Raise --images."),
+    ("../bench/profiles/profile_step.py --read={file}", "config.json is no whole trace of torch.profiler (KeyError"),
+    ("../bench/checks.py tets", "checks.py: 'tets' names no check. Name one of build, tests."),
     ("../bench/publish/compare.py --parts", "compare.py: --parts has no value. Give it one."),
     ("../bench/studies/ablation.py --output_dir={file}", "; no folder can be written there. Name another with"),
 ]

@@ -17,8 +17,11 @@ def read_chrome_trace(path: str | Path) -> Timeline:
     A kernel has the correlation number of its launch, or of the launch of the CUDA graph that it is in.
     """
     path = Path(path)
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        events = json.load(file)["traceEvents"]
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            events = json.load(file)["traceEvents"]
+    except (ValueError, LookupError, TypeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole trace of torch.profiler ({error!r}). Profile the steps again.") from error
     by_kind: dict[str, list[tuple[str, float, float, dict]]] = defaultdict(list)  # name, begin and end in seconds
     for e in events:
         if e.get("ph") == "X":  # a span, in microseconds
