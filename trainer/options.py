@@ -21,7 +21,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 SCHEDULES = (*SCHEDULES, "inverse_sqrt", "warmup_stable_decay")
 # Allowed values by option name, for every dataclass that has the option.
 CHOICES = {
-    "schema": ("auto", *SCHEMAS),
+    **dict.fromkeys(("schema", "eval_schema"), ("auto", *SCHEMAS)),
     **dict.fromkeys(("box_unit", "eval_box_unit"), ("auto", *BOX_UNITS)),
     "dtype": ("auto", "float32", "bfloat16"),
     "engine": ("ddp", "deepspeed"),
@@ -123,6 +123,7 @@ class DataOptions(InputOptions):
     eval_every: int = option(0, "Steps between evaluations on eval_data, which also follow the last step; 0: never.")
     eval_data: str = option("", "Records with gold boxes to score on; the best checkpoint is kept in output_dir/best.")
     eval_image_root: str = option("", "Folder to which eval_data's image paths are relative; empty: the file's.")
+    eval_schema: str = option("auto", "As schema, of eval_data.")
     eval_box_unit: str = option("auto", "As box_unit, of eval_data.")
     eval_batch_size: int = option(64, "Prompts of eval_data that a rank decodes together.")
     eval_max_completion_length: int = option(256, "Tokens generated at most for a record of eval_data.")

@@ -44,7 +44,7 @@ class Validation:
         if options.eval_every:
             held_out = {
                 "data": options.eval_data,
-                "schema": "auto",
+                "schema": options.eval_schema,
                 "box_unit": options.eval_box_unit,
                 "image_root": options.eval_image_root,
             }

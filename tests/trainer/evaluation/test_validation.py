@@ -211,6 +211,8 @@ def test_missing_images_are_named_once_and_end_a_run_without_others(world, steps
     message = r"none of the 1 records can be prepared.*--eval_data .*held_out\.json or --eval_image_root"
     with pytest.raises(ValueError, match=message):
         steps_of("none", eval_data=data)
+    with pytest.raises(ValueError, match=r"held_out\.json: 0 of 1 records can be used \(several_images"):
+        steps_of("none", eval_data=data, eval_schema="refcoco")
 
 
 def test_case_01_what_an_evaluation_meets_costs_the_run_nothing(world, monkeypatch, caplog):
