@@ -1,8 +1,11 @@
 """Gold boxes of records: the unit that a file writes them in, and their conversion to 0-1000."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from boxgrpo.trainer.options import BOX_UNITS
 
@@ -10,10 +13,15 @@ from .example import Box, Refused, Source, checked_box, is_numbers
 from .images import image_size, is_turned
 
 LIMITS = {"fractions": 1, "percent": 100, "thousandths": 1000}  # an image's width and height in these units
+SIZES = ("width", "height")  # of an image in pixels, as a record may tell them
 UNSIZED = 1_000_000  # pixels, the assumed sides of an image that is not opened: only the corners' order is checked then
 UNIT_BOXES = 200  # most boxes of a file that its unit is derived from
-# Logarithms of odds: of the format's usual unit to another one, and that the chosen unit must have to the next.
-USUAL, CERTAIN = 13.0, 3.0
+PARTLY = 0.1  # share of files whose boxes reach only a part of a side
+# Odds that a box is faulty and lies outside its image, and the most such boxes in a file; in the usual unit one may.
+OUTSIDE, MOST_OUTSIDE = 1e-3, 0.1
+CERTAIN = 100_000  # times that a unit is likelier than the next if the boxes tell it
+# The format's usual unit is taken if it is so many times likelier than the next; of few boxes, if no other one is.
+LIKELIER, FEW = 10, 10
 
 
 class Written(NamedTuple):
@@ -43,10 +51,22 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
         return Written(box, known_size(image, record, file))
     if numbers and file.unit != "fractions" and max(box) <= 1 and (file.unit == "pixels" or any(v % 1 for v in box)):
         raise Refused("fractions", f"{what} is {box}, within 0-1; the file's boxes are in {file.unit}. Write it so.")
-    limits = [LIMITS[file.unit]] * 2 if file.unit in LIMITS else _pixel_size(image, record, file)
+    # Where nothing is told, an image need not be opened for other units than pixels.
+    measured = file.unit not in LIMITS or not record.keys().isdisjoint(SIZES)
+    size = _pixel_size(image, record, file) if measured else None
+    limits = [LIMITS[file.unit]] * 2 if file.unit in LIMITS else size
     if file.unit == "pixels" and numbers:
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, [*limits, *limits])]
-    return checked_box(box, (1000 / limits[0], 1000 / limits[1]), what)
+    try:
+        return checked_box(box, (1000 / limits[0], 1000 / limits[1]), what)
+    except Refused as refused:
+        if refused.reason != "box_outside":
+            raise
+        other = "thousandths" if file.unit == "pixels" else "pixels"
+        remedy = (
+            f"If the file's boxes are {other}, not {file.unit}: --box_unit {other} (of eval_data: --eval_box_unit)."
+        )
+        raise Refused(refused.reason, f"{refused} {remedy}") from refused
 
 
 def only_box(box: object, what: str) -> object:
@@ -58,49 +78,57 @@ def only_box(box: object, what: str) -> object:
     return box[0]
 
 
-def likeliest_unit(boxes: Sequence[Written], usual: str) -> str:
-    """The unit that a file's boxes are in; `usual` is that of its format, from which the boxes must clearly differ.
+def likeliest_unit(boxes: Sequence[Written], usual: str) -> tuple[str, bool]:
+    """The unit that a file's boxes are in, and whether they tell it; if not, it is `usual`, that of their format.
 
-    The far corners of boxes reach into all of an image or, in a file of centred objects, three quarters of its sides;
-    they are the likelier the farther out they lie. So the unit with the smallest limits that hold nearly all boxes is
-    the likeliest. It must be the same one for either reach of the usual unit.
+    Boxes within 0-1 are fractions. Of the other units that hold nearly all boxes, the likeliest is taken if it is so
+    by far; bench/studies/box_units.py measures the errors. A lone box proves no other unit.
 
     Raises:
         ValueError: two units are about equally likely.
     """
-    readings = [sorted(((_support(boxes, u, usual, reach), u) for u in BOX_UNITS), reverse=True) for reach in (1, 0.75)]
-    (_, unit), *_ = readings[0]
-    for (most, first), (next_most, second), *_ in readings if boxes else ():
-        if first != unit or most - next_most < CERTAIN:
-            corners, size = boxes[0]
-            of = f" in {size[0]:g} x {size[1]:g} pixels" if size else ""
-            other = second if first == unit else first
-            raise ValueError(
-                f"the gold boxes may be {unit} or {other} of their images: {len(boxes)} do not tell; the first is "
-                f"{list(corners)}{of}. Name their unit with --box_unit (of eval_data: --eval_box_unit)."
-            )
-    return unit
+    boxes = [box for box in boxes if box.corners[0] < box.corners[2] and box.corners[1] < box.corners[3]]
+    boxes, records = [*{str(box): box for box in boxes}.values()], len(boxes)  # one written twice tells no more
+    boxes = [box for box in boxes if box.size] or boxes
+    sized = bool(boxes and boxes[0].size)
+    units = [unit for unit in BOX_UNITS if boxes and (sized or unit != "pixels")]
+    odds = {unit: _log_likelihood(boxes, unit, least_outside=int(unit == usual)) for unit in units}
+    odds = {unit: value for unit, value in odds.items() if value is not None}
+    if "fractions" in odds:
+        return "fractions", True
+    if not odds or (usual == "pixels" and not sized) or (len(boxes) == 1 and (usual in odds or records == 1)):
+        return usual, False
+    (unit, most), (second, next_most) = [*sorted(odds.items(), key=lambda item: -item[1]), (usual, -math.inf)][:2]
+    if most - next_most > math.log(CERTAIN):
+        return unit, True
+    lead = odds.get(usual, -math.inf) - (next_most if unit == usual else most)
+    if lead > math.log(LIKELIER) * (1 if len(boxes) >= FEW else -1):
+        return usual, False
+    corners, size = boxes[0]
+    of = f" in {size[0]:g} x {size[1]:g} pixels" if size else ""
+    raise ValueError(
+        f"the gold boxes may be {unit} or {second} of their images: {len(boxes)} do not tell; the first is "
+        f"{list(corners)}{of}. Name their unit with --box_unit (of eval_data: --eval_box_unit)."
+    )
 
 
-def _support(boxes: Sequence[Written], unit: str, usual: str, reach: float) -> float:
-    """Logarithm of the unit's likelihood, without what all units have in common.
+def _log_likelihood(boxes: Sequence[Written], unit: str, least_outside: int) -> float | None:
+    """Logarithm of the unit's likelihood, without what all units have in common; None: too many boxes lie outside.
 
-    Along a side w a corner at x has the density 2x / w^2. A rare faulty box lies outside: its odds are e^-8, and
-    fall with the sixth power of the distance.
+    A far corner at the share s of a side has the density 2s. In a tenth of files the boxes reach only up to a share r
+    of the side, of density 2r: there a corner has the density 2s / r^2, and n of them about the integral of 2r / r^2n.
     """
-    total = USUAL * (unit == usual)
-    for corners, size in boxes:
-        ends = max(corners[::2]), max(corners[1::2])
-        if unit == "pixels" == usual and not size:
-            limits = [max(end, 100) for end in ends]  # as if the image were large enough
-        elif unit == "pixels" and size:
-            limits = [side + 1 for side in size]
-        else:
-            limits = [LIMITS[usual if unit == "pixels" else unit]] * 2
-        beyond = sum(math.log(max(1.0, end / limit)) for end, limit in zip(ends, limits))
-        if unit == usual:
-            limits = [max(min(end, limit), reach * limit) for end, limit in zip(ends, limits)]
-        total -= 2 * sum(map(math.log, limits)) + 6 * beyond + 8 * (beyond > 0)
+    ends = np.array([(max(corners[::2]), max(corners[1::2])) for corners, _ in boxes], dtype=float)
+    limits = np.array([size if unit == "pixels" else [LIMITS[unit]] * 2 for _, size in boxes], dtype=float)
+    if unit == "pixels":  # annotations are rounded, sizes are whole
+        ends = np.where(ends < limits + 1, np.minimum(ends, limits), ends)
+    inside = (ends <= limits).all(axis=1)
+    if not (count := inside.sum()) or len(boxes) - count > max(least_outside, MOST_OUTSIDE * len(boxes)):
+        return None
+    total = (len(boxes) - count) * math.log(OUTSIDE) - 2 * np.log(np.maximum(ends, limits)).sum()
+    for reach in (ends / limits)[inside].max(axis=0).clip(1e-9):
+        part = math.log(2 * PARTLY / (2 * count - 1)) - (2 * count - 2) * math.log(reach)
+        total += np.logaddexp(math.log(1 - PARTLY), part)
     return total
 
 
@@ -118,8 +146,7 @@ def _pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
     Raises:
         Refused: the image cannot be measured, or the record says something else.
     """
-    told = [record.get(key) for key in ("width", "height")]
-    told = told if is_numbers(told) and min(told) > 0 else None
+    told = _told_size(record)
     if not file.sized:
         return told or (UNSIZED, UNSIZED)
     try:
@@ -136,3 +163,20 @@ def _pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
             raise Refused("turned_image", f"{what} once its EXIF turns it. Save it upright, and correct the record.")
         file.counts["swapped"] += 1
     return size
+
+
+def _told_size(record: dict) -> list[float] | None:
+    """The record's own width and height, numbers or their text; None: it has neither.
+
+    Raises:
+        Refused: they are anything else.
+    """
+    told = [record.get(key) for key in SIZES]
+    if told == [None, None]:
+        return None
+    with contextlib.suppress(TypeError, ValueError):
+        sizes = [float(value) for value in told if not isinstance(value, bool)]
+        if len(sizes) == 2 and all(0 < size < 1e9 for size in sizes):
+            return sizes
+    rule = "both are numbers of pixels, or neither is given"
+    raise Refused("bad_size", f"width and height are {told[0]!r:.40} and {told[1]!r:.40}; {rule}. Correct them.")

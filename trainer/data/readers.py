@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of image files, which may exist later
 SNIFF_RECORDS = 1000  # number of records from which a file's schema and the unit of its boxes are derived
 CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
-CACHE_VERSION = 6  # changes with the cache's format and with the rules for records
+CACHE_VERSION = 7  # changes with the cache's format and with the rules for records
 FILE_FORMS = "a JSON, JSONL, Parquet or Arrow file of records, or a folder of datasets' save_to_disk"
 READ_FORM = "Write it as <answer>(x1, y1), (x2, y2)</answer>, in thousandths of the image"
 COUNTED = {
@@ -202,13 +202,15 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
     keyed, texts = _first_boxes(records, dataclasses.replace(file, unit="auto", objects_unit="auto", counts=Counter()))
     found.lasting = not keyed or any(box.size for box in keyed)
     usual = "pixels" if in_text else schema.unit  # ms-swift's, of `objects`
+    told = False
     if file.unit == "auto":
         try:
-            found.unit = found.objects_unit = likeliest_unit(keyed, usual)
+            found.unit, told = likeliest_unit(keyed, usual)
+            found.objects_unit = found.unit
         except ValueError as error:
             raise ValueError(f"{file.path}: {error}") from error
     if keyed:
-        how = f"the form's usual unit, which the first {len(keyed)} allow"
+        how = f"the form's usual unit, which the first {len(keyed)} {'tell' if told else 'allow but do not tell'}"
         if found.unit != usual:
             how = f"for the first {len(keyed)} likelier than {usual}, the form's usual unit"
         why = f", {how}; --box_unit overrules it" if file.unit == "auto" else ""
@@ -218,7 +220,7 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
         if file.unit not in ("auto", schema.unit):
             found.notes.append(f"--box_unit {file.unit} changes nothing: boxes in the text of chats are thousandths")
     with contextlib.suppress(ValueError):
-        if texts and (likeliest := likeliest_unit(texts, schema.unit)) != schema.unit:
+        if texts and (likeliest := likeliest_unit(texts, schema.unit)[0]) != schema.unit:
             what = f"the answers' boxes look like {likeliest} of their images; they are taken as thousandths"
             found.notes.append(f"{what}. Write them in thousandths")
 
