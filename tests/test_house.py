@@ -42,9 +42,9 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5131,
     "model": 1857,
-    "trainer": 11_418,
+    "trainer": 11_429,
     "bench": 5559,
-    "tests": 19_324,
+    "tests": 19_349,
     "trainer/apps": 1107,
     "trainer/chains": 823,
     "trainer/data": 2246,
@@ -58,7 +58,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_827  # lines of the first five
+PRODUCT = 24_838  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

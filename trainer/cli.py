@@ -1,7 +1,6 @@
 """`boxgrpo COMMAND ...`: every command of the package under one name."""
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
@@ -46,12 +45,24 @@ def main() -> None:
 
 
 def launch(name: str, args: list[str]) -> None:
-    """Become torchrun with a process for each GPU. Wrong options are refused here, where a message stands alone."""
+    """Run torchrun with a process for each GPU; exit as the first process that failed, without torchrun's own text.
+
+    Wrong options are refused here, where nothing has been started.
+    """
     processes = max(1, torch.cuda.device_count())
     check_command(parse(TRAINING[name], args), processes)
     script = str(Path(__file__).with_name(f"{name}.py"))
-    flags = ["--standalone", f"--nproc_per_node={processes}", script, *args]
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "torch.distributed.run", *flags])
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--standalone", f"--nproc_per_node={processes}", script, *args])
+    except ChildFailedError as failed:
+        status = failed.get_first_failure()[1].exitcode  # negative: a signal's number
+        sys.exit(status if status > 0 else 128 - status)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
 
 
 if __name__ == "__main__":

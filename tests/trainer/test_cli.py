@@ -2,11 +2,14 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from boxgrpo.trainer import cli
 from boxgrpo.trainer.runtime.ranks import RunFailed, run_as_script
@@ -141,6 +144,28 @@ def test_the_exit_status_tells_wrong_input_from_a_run_that_failed(error, status,
         shown = capsys.readouterr().err
         assert end.value.code == status and "Traceback" not in shown
         assert bool(shown) == (rank == "0" and status != 130)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (ChildFailedError("sft.py", {0: ProcessFailure(0, 1, 2, "none")}), 2),
+        (ChildFailedError("sft.py", {0: ProcessFailure(0, 1, -9, "none")}), 137),
+        (SignalException("stopped", signal.SIGTERM), 143),
+    ],
+)
+def test_a_command_that_starts_processes_ends_as_they_do(end, status, initial, tmp_path, monkeypatch, capsys):
+    """Without a traceback of torchrun's."""
+
+    def main(args):
+        assert args[1].startswith("--nproc_per_node=") and args[2].endswith("trainer/sft.py")
+        raise end
+
+    monkeypatch.setattr("torch.distributed.run.main", main)
+    monkeypatch.setattr(sys, "argv", ["boxgrpo", "sft", f"--model={initial}", "--data=d", f"--output_dir={tmp_path}"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == status and capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
