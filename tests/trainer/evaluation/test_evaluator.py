@@ -32,7 +32,7 @@ from runs import ROOT, eval_options, finish, flags, start_forked, wait_for
 def test_options_that_do_not_fit_are_refused_by_name(given, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         (tmp_path / "a" / name).touch()
     with pytest.raises(ValueError, match=message):
         main(given)
