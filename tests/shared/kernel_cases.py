@@ -40,6 +40,7 @@ VARIANTS = {
     "luspo of tokens": {"loss_type": "luspo", "epsilon": 1.2},
     "vespo": {"loss_type": "vespo", "vespo_gamma": (0.5, 0.0, 1.0, 0.7)},
     "vespo on policy": {"loss_type": "vespo", **dict.fromkeys(("old_logps", "sampler_factor"))},
+    "vespo of a sampler": {"loss_type": "vespo", "old_logps": None},
     "sequence sapo": {"importance_sampling_level": "sequence", "loss_type": "sapo"},
     "global count": {"denominator": torch.tensor(37.0)},
     "global count of tokens": {"loss_type": "dapo", "denominator": torch.tensor(37.0)},

@@ -44,9 +44,9 @@ def with_gradients(call, inputs, dtype, entropy=True):
     """The outputs of call(inputs) and the gradients of an uneven sum of logps and entropy."""
     inputs = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
     outputs = call(inputs)
-    total = (outputs[0] * torch.linspace(-1, 2, N, dtype=dtype).roll(3)).sum()
-    if entropy:
-        total = total + (outputs[1] * torch.linspace(2, -1, N, dtype=dtype)).sum()
+    upstream = torch.linspace(-1, 2, N, dtype=dtype).roll(3), torch.linspace(2, -1, N, dtype=dtype)
+    upstream[0][5:9] = upstream[1][7:] = 0  # rows with one of both gradients, and two with none
+    total = sum((out * given).sum() for out, given in zip(outputs[: 1 + entropy], upstream, strict=False))
     gradients = torch.autograd.grad(total, [x for x in inputs if x is not None])
     return [x.detach() for x in (*outputs, *gradients) if x is not None]
 

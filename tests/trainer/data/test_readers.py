@@ -290,7 +290,7 @@ def test_records_without_what_is_needed_are_named(write):
 
 
 def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
-    """Until it changes, or another schema or root is given. A broken cache is made anew."""
+    """Until it changes, or another schema, root or unit is given. A broken cache is made anew."""
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")  # a box's unit may depend on its image's size
     monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
     monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
@@ -306,11 +306,12 @@ def test_a_large_file_is_scanned_once(write, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     assert [look(), look()] == [1, 1] and caplog.text.count("schema univg_stage2, because 3 of 3") == 2
     assert [look(image_root=tmp_path), look(schema="univg_stage2"), look()] == [2, 3, 3]
+    assert [look(box_unit="thousandths"), look()] == [4, 4]
     os.utime(path, ns=(1, 1))
-    assert [look(), look()] == [4, 4]
+    assert [look(), look()] == [5, 5]
     for kept in (tmp_path / "cache/scans").iterdir():
         kept.write_bytes(kept.read_bytes()[:100])
-    assert [look(), look()] == [5, 5] and "the data is scanned again" in caplog.text
+    assert [look(), look()] == [6, 6] and "the data is scanned again" in caplog.text
 
 
 def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
@@ -328,6 +329,16 @@ def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
     images._size_of_file.cache_clear()  # as in the next process
     with pytest.raises(ValueError, match=r"data\.json#0: .*there is no image at .*photo\.jpg"):
         read_examples(path)[0][0]
+
+
+def test_a_unit_that_was_derived_without_images_is_not_kept(write, tmp_path, monkeypatch):
+    """Once they are there, they show that the boxes are in pixels."""
+    monkeypatch.setattr(readers, "CACHE_MIN_BYTES", 0)
+    monkeypatch.setenv("BOXGRPO_CACHE", str(tmp_path / "cache"))
+    path = write([GOOD | {"images": ["photo.png"], "answer": [n, n, 640, 480]} for n in range(20)])
+    assert read_examples(path)[0].files[0].unit == "thousandths"
+    Image.new("RGB", (640, 480)).save(tmp_path / "photo.png")
+    assert read_examples(path)[0].files[0].unit == "pixels"
 
 
 DIGITS = "9" * 5000  # more than Python converts

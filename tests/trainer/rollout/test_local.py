@@ -144,10 +144,11 @@ def test_a_restart_begins_its_own_file_anew_and_no_other(vocabulary, tmp_path):
     path = tmp_path / "stored.jsonl"
     path.write_text("another run's\n")
     options = changed(rollout_file=str(path), resume="auto", output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="is already there"):
-        LocalRollout(options, vocabulary, Ranks())
-    assert path.read_text() == "another run's\n"
-    (tmp_path / "options.yaml").write_text(f"rollout_file: {path}\n")
+    for resume, named in (("auto", "other"), ("", path)):
+        (tmp_path / "options.yaml").write_text(f"rollout_file: {named}\n")
+        with pytest.raises(ValueError, match="is already there"):
+            LocalRollout(dataclasses.replace(options, resume=resume), vocabulary, Ranks())
+        assert path.read_text() == "another run's\n"
     LocalRollout(options, vocabulary, Ranks())
     assert path.read_text() == ""
 
