@@ -120,8 +120,8 @@ def _log_likelihood(boxes: Sequence[Written], unit: str, least_outside: int) -> 
     """
     ends = np.array([(max(corners[::2]), max(corners[1::2])) for corners, _ in boxes], dtype=float)
     limits = np.array([size if unit == "pixels" else [LIMITS[unit]] * 2 for _, size in boxes], dtype=float)
-    if unit == "pixels":  # annotations are rounded, sizes are whole
-        ends = np.where(ends < limits + 1, np.minimum(ends, limits), ends)
+    slack = {"pixels": 1, "fractions": 0.05}.get(unit, 0)  # annotations are rounded, sizes are whole
+    ends = np.where(ends < limits + slack, np.minimum(ends, limits), ends)
     inside = (ends <= limits).all(axis=1)
     if not (count := inside.sum()) or len(boxes) - count > max(least_outside, MOST_OUTSIDE * len(boxes)):
         return None

@@ -210,7 +210,8 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
         except ValueError as error:
             raise ValueError(f"{file.path}: {error}") from error
     if keyed:
-        how = f"the form's usual unit, which the first {len(keyed)} {'tell' if told else 'allow but do not tell'}"
+        tell = f"which the first {len(keyed)} tell" if told else f"for the first {len(keyed)} do not tell"
+        how = f"the form's usual unit, {tell}"
         if found.unit != usual:
             how = f"for the first {len(keyed)} likelier than {usual}, the form's usual unit"
         why = f", {how}; --box_unit overrules it" if file.unit == "auto" else ""

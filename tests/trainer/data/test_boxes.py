@@ -41,6 +41,14 @@ def test_case_03_fractions_are_recognised_in_every_form(write, draw, caplog, for
     assert "gold boxes are taken in fractions of their images, for the first 1 likelier than " in caplog.text
 
 
+def test_a_fraction_just_above_1_is_a_fraction_all_the_same(write, draw):
+    """Its record is refused, instead of being read as a thousandth."""
+    draw("a.png", 112, 56)
+    path = write([FORMS["univg_stage2"]([0.25, 0.25, right, 0.5]) for right in (0.5, 1.004)])
+    ((example,), (fault,)) = read_examples(path)
+    assert example.gold == (250, 250, 500, 500) and fault.reason == "box_outside"
+
+
 WIDTH, HEIGHT = 640, 480
 SIDES = {"fractions": (1, 1), "percent": (100, 100), "thousandths": (1000, 1000), "pixels": (WIDTH, HEIGHT)}
 
@@ -233,7 +241,5 @@ def test_a_lone_record_keeps_its_forms_unit(write, draw, caplog):
     draw("a.png", WIDTH, HEIGHT)
     found = [read_examples(write([FORMS[form]([10, 10, 20, 20])]))[0] for form in ("refcoco", "univg_stage2")]
     assert [examples.files[0].unit for examples in found] == ["pixels", "thousandths"]
-    assert (
-        "in thousandths of their images, the form's usual unit, which the first 1 allow but do not tell" in caplog.text
-    )
+    assert "in thousandths of their images, the form's usual unit, for the first 1 do not tell" in caplog.text
     assert found[1][0].gold == (10, 10, 20, 20)
