@@ -43,12 +43,12 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5131,
     "model": 1857,
-    "trainer": 11_429,
-    "bench": 5559,
-    "tests": 19_363,
+    "trainer": 11_430,
+    "bench": 5561,
+    "tests": 19_389,
     "trainer/apps": 1107,
     "trainer/chains": 823,
-    "trainer/data": 2246,
+    "trainer/data": 2247,
     "trainer/engine": 645,
     "trainer/evaluation": 2022,
     "trainer/profiling": 355,
@@ -59,7 +59,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_838  # lines of the first five
+PRODUCT = 24_841  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -74,6 +74,8 @@ def judge(boxes: list[Written], usual: str, unit: str) -> str:
 
 def measure(o: BoxUnitsOptions) -> dict:
     """Rows of files in their format's usual unit or in another one, by their number of records or by family."""
+    if not Path(o.real).is_file():
+        raise ValueError(f"real is {o.real}; there is no such file. Name MIG-Bench's records with --real.")
     real = np.array([record["answer"] for record in json.loads(Path(o.real).read_text())])
     random, found = np.random.default_rng(0), {}
     for usual, unit, family, n in product(("thousandths", "pixels"), BOX_UNITS, FAMILIES, COUNTS):
