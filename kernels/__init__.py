@@ -7,18 +7,26 @@ compiled for CPUs too: their backend is "auto" | "extension" | "torch". The publ
 under `torch.ops.boxgrpo`, which torch.compile traces without a graph break.
 """
 
-from .advantages import group_advantages
-from .boxes import box_iou
-from .decode import add_rms_norm, merge_attention, rotate_into_cache, silu_mul
-from .head import fused_grpo_loss, fused_grpo_loss_from_logits
-from .logps import token_logps, token_logps_from_logits
-from .loss import GrpoStats, grpo_loss
-from .loss_options import LOSS_TYPES, LossOptions
-from .rewards import ANSWER_FORMATS, GroundingRewards, grounding_rewards, grounding_rewards_from_ids, pack_texts
-from .sample import sample_tokens
-from .shared_keys import gather_keys
-from .vision import quick_gelu, rotate_qk
-from .vocabulary import VocabularyBytes
+# By their full names: in a clone's folder, transformers imports this one as Hugging Face's package `kernels`, and an op
+# that is defined a second time frees the first.
+from boxgrpo.kernels.advantages import group_advantages
+from boxgrpo.kernels.boxes import box_iou
+from boxgrpo.kernels.decode import add_rms_norm, merge_attention, rotate_into_cache, silu_mul
+from boxgrpo.kernels.head import fused_grpo_loss, fused_grpo_loss_from_logits
+from boxgrpo.kernels.logps import token_logps, token_logps_from_logits
+from boxgrpo.kernels.loss import GrpoStats, grpo_loss
+from boxgrpo.kernels.loss_options import LOSS_TYPES, LossOptions
+from boxgrpo.kernels.rewards import (
+    ANSWER_FORMATS,
+    GroundingRewards,
+    grounding_rewards,
+    grounding_rewards_from_ids,
+    pack_texts,
+)
+from boxgrpo.kernels.sample import sample_tokens
+from boxgrpo.kernels.shared_keys import gather_keys
+from boxgrpo.kernels.vision import quick_gelu, rotate_qk
+from boxgrpo.kernels.vocabulary import VocabularyBytes
 
 __all__ = [
     "ANSWER_FORMATS",

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ from browser import browser  # noqa: F401 - a fixture
 from special_ids import SPECIAL_IDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# `python -m pytest` puts the working folder on the path. From there transformers imports our kernels/ as if it were
-# Hugging Face's: that registers each op again and frees the first one, whose calls then crash.
-sys.path[:] = [folder for folder in sys.path if pathlib.Path(folder).resolve() != ROOT]
 
 
 @pytest.fixture(scope="session")

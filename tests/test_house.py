@@ -41,11 +41,11 @@ LAYERS = (
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
 BUDGET = {
     "csrc": 862,
-    "kernels": 5131,
+    "kernels": 5139,
     "model": 1857,
     "trainer": 11_430,
-    "bench": 5561,
-    "tests": 19_389,
+    "bench": 5567,
+    "tests": 19_399,
     "trainer/apps": 1107,
     "trainer/chains": 823,
     "trainer/data": 2247,
@@ -59,7 +59,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_841  # lines of the first five
+PRODUCT = 24_855  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -1,9 +1,14 @@
 """What holds for every op: schemas, graphs, strided arguments, empty ones and bad ones."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import boxgrpo.kernels
 from boxgrpo.kernels import (
     LossOptions,
     dropin,
@@ -24,6 +29,15 @@ def one_completion():
     """Two prompts, of two tokens and of one; the first has a completion of one: kv_index and the offsets."""
     index, *offsets = [0, 1, 0, 1, 2, 3], [0, 2, 3, 4], [0, 2, 5, 6]
     return torch.tensor(index, device=DEVICE), *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in offsets)
+
+
+def test_case_18_a_working_folder_that_holds_kernels_defines_no_op_again(monkeypatch):
+    """transformers imports `kernels`, Hugging Face's package, and with the clone on its path finds this one."""
+    monkeypatch.syspath_prepend(Path(boxgrpo.kernels.__file__).parents[1])
+    monkeypatch.setattr(torch.library, "custom_op", None)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    assert importlib.import_module("kernels").grpo_loss is grpo_loss
+    sys.modules.pop("kernels")
 
 
 @on_triton
