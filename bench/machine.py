@@ -18,6 +18,11 @@ VERSIONS = {"driver": "driver", "cuda": "CUDA", "torch": "torch"}
 PEERS = {"triton": "Triton", "transformers": "transformers", "liger-kernel": "Liger", "trl": "TRL"}
 
 
+def shared_data() -> Path:
+    """The folder of real records and Qwen2's merges: data/ in BOXGRPO_SHARED, else in `shared` beside the checkout."""
+    return Path(os.environ.get("BOXGRPO_SHARED", RESULTS.parents[2] / "shared")) / "data"
+
+
 def machine() -> dict[str, str | int | float]:
     """What describes the machine of a figure. A revision that ends in -dirty is of a tree with uncommitted changes.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from boxgrpo.bench.machine import shared_data
 from boxgrpo.trainer.data.vocabulary import SPECIAL_TOKENS, demo_tokenizer, with_special_tokens
 
 TOKENS, MERGES, BYTES = 151_657, 151_387, 256  # of Qwen2's tokenizer
@@ -22,8 +23,7 @@ def qwen2_tokenizer(path: str | os.PathLike | None) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is no such file, or it is not Qwen2's.
     """
-    shared = os.environ.get("BOXGRPO_SHARED", Path(__file__).resolve().parents[3] / "shared")
-    file = Path(path or Path(shared) / "data/qwen2_tokenizer/merges.txt")
+    file = Path(path or shared_data() / "qwen2_tokenizer/merges.txt")
     if not file.is_file():
         raise ValueError(f"there is no {file}; the real vocabulary needs a Qwen2 model's. Name it with --merges.")
     lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from boxgrpo.bench.machine import folder, machine
+from boxgrpo.bench.machine import folder, machine, shared_data
 from boxgrpo.bench.publish.tables import table
 from boxgrpo.bench.records import write
 from boxgrpo.trainer.arguments import option, parse
@@ -33,7 +33,7 @@ class BoxUnitsOptions:
     choices: ClassVar = {}
     ranges: ClassVar = {"files": COUNT}
     files: int = option(200, "Files of each kind.")
-    real: str = option("../shared/data/mig_bench/MIG_data.sample.json", "MIG-Bench records, for real boxes.")
+    real: str = option("", "MIG-Bench records, for real boxes; default: those in data/ under BOXGRPO_SHARED.")
 
 
 def draw_boxes(family: str, n: int, random: np.random.Generator, real: np.ndarray) -> np.ndarray:
@@ -74,9 +74,10 @@ def judge(boxes: list[Written], usual: str, unit: str) -> str:
 
 def measure(o: BoxUnitsOptions) -> dict:
     """Rows of files in their format's usual unit or in another one, by their number of records or by family."""
-    if not Path(o.real).is_file():
-        raise ValueError(f"real is {o.real}; there is no such file. Name MIG-Bench's records with --real.")
-    real = np.array([record["answer"] for record in json.loads(Path(o.real).read_text())])
+    file = Path(o.real or shared_data() / "mig_bench/MIG_data.sample.json")
+    if not file.is_file():
+        raise ValueError(f"real is {file}; there is no such file. Name MIG-Bench's records with --real.")
+    real = np.array([record["answer"] for record in json.loads(file.read_text())])
     random, found = np.random.default_rng(0), {}
     for usual, unit, family, n in product(("thousandths", "pixels"), BOX_UNITS, FAMILIES, COUNTS):
         files = (draw_file(family, IMAGES[i % len(IMAGES)], n, unit, random, real) for i in range(o.files))
