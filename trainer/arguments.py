@@ -110,7 +110,8 @@ def parse(kind: type[T], args: list[str] | None = None, *, prog: str | None = No
     values.pop("config")
     options = kind(**values)
     check_options(options)
-    typed = {word[2:].partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word[:2] == "--"}
+    words = sys.argv[1:] if args is None else args
+    typed = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     if prog and os.environ.get("RANK", "0") == "0" and (idle := without_effect(options, typed)):
         print(f"WARNING no effect: {', '.join(idle)}", file=sys.stderr)
     return options

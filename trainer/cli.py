@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def launch(name: str, args: list[str]) -> None:
-    """Run torchrun with a process for each GPU; exit as the first process that failed, without torchrun's own text.
+    """Run torchrun with a process for each GPU; exit as the first process that failed, without torchrun's traceback.
 
     Wrong options are refused here, where nothing has been started.
     """
@@ -57,7 +57,9 @@ def launch(name: str, args: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        run.main(["--standalone", f"--nproc_per_node={processes}", script, *args])
+        # After SIGTERM, seconds in which the step and its checkpoint end.
+        flags = ["--standalone", f"--nproc_per_node={processes}", "--shutdown-timeout=600"]
+        run.main([*flags, script, *args])
     except ChildFailedError as failed:
         status = failed.get_first_failure()[1].exitcode  # negative: a signal's number
         sys.exit(status if status > 0 else 128 - status)

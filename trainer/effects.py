@@ -25,6 +25,7 @@ RULES = (
     ("epsilon", "loss_type", lambda o: o.loss_type in CLIPPED),
     ("epsilon_high", "loss_type", lambda o: o.loss_type in (*CLIPPED, "cispo")),
     ("epsilon epsilon_high delta", "num_iterations", _updates_again),
+    ("importance_sampling_level", "num_iterations", lambda o: o.num_iterations > 1 or o.rollout == "vllm"),
     ("top_k top_p", "rollout", lambda o: o.rollout != "replay"),
     ("gradient_accumulation_steps", "rollout", lambda o: o.rollout == "local"),
     ("vllm_gpu_memory_utilization vllm_importance_sampling_clip_max", "rollout", lambda o: o.rollout == "vllm"),
@@ -57,7 +58,7 @@ def without_effect(options, typed: set[str]) -> list[str]:
         if other not in defaults or has_effect(options):
             continue
         value = getattr(options, other)
-        reason = f"without --{other}" if value == "" else f"with --{other} {value}"
+        reason = f"without --{other}" if value == "" or value is False else f"with --{other} {value}"
         for name in names.split():
             if name in defaults and (name in typed or getattr(options, name) != defaults[name]):
                 found.setdefault(name, f"--{name} {reason}")

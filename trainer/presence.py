@@ -42,10 +42,8 @@ def check_presence(o) -> None:
     rollout, stored = getattr(o, "rollout", ""), getattr(o, "rollout_file", "")
     if rollout == "local" and stored:
         check_output("rollout_file", stored)
-    if rollout == "replay" and not Path(stored).is_file():
-        raise ValueError(
-            f"rollout_file is {stored}; there is no such file. Store one with --rollout local --rollout_file."
-        )
+    if rollout == "replay":
+        check_stored(stored)
     if (folder := getattr(o, "resume", "")) not in ("", "auto") and not Path(folder).is_dir():
         raise ValueError(f"resume is {folder}; it is no checkpoint folder. Name one, or give --resume auto.")
     if getattr(o, "lora_rank", 0):
@@ -53,6 +51,26 @@ def check_presence(o) -> None:
     for (name, value), (package, remedy) in PACKAGES.items():
         if getattr(o, name, None) == value:
             _check_package(package, f"{name} is {value!r}", remedy)
+    for source in [o.data] if isinstance(o.data, str) else o.data:
+        check_data(source)
+
+
+def check_data(source: str) -> None:
+    """Raise ValueError where `source`, a path or path#count, names no file or folder."""
+    path = source if Path(source).exists() else re.sub(r"#\d+$", "", source)
+    if not Path(path).exists():
+        remedy = "Correct --data."
+        if re.fullmatch(r"\w[\w.-]*/[\w-]+", path):  # no suffix: the id of a data set
+            remedy = f"To fetch one of the hub: hf download {path} --repo-type dataset --local-dir {path}"
+        raise ValueError(f"data is {source}; there is no such file or folder. {remedy}")
+
+
+def check_stored(rollout_file: str) -> None:
+    """Raise ValueError where there are no completions to replay."""
+    if not Path(rollout_file).is_file():
+        raise ValueError(
+            f"rollout_file is {rollout_file}; there is no such file. Store one with --rollout local --rollout_file."
+        )
 
 
 def check_paths(o) -> None:
@@ -79,7 +97,8 @@ def check_output(name: str, path: str, suffixes: Sequence[str] = (), *, folder: 
     target = Path(path).absolute()
     if suffixes and target.suffix.lower() not in suffixes:
         raise ValueError(f"{name} is {path}; it must end in {', '.join(suffixes)}. Change --{name}.")
-    nearest = next(place for place in (target, *target.parents)[not folder :] if place.exists())
+    places = [target, *target.parents] if folder else target.parents
+    nearest = next(place for place in places if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (target.is_dir() and not folder):
         kind = "folder" if folder else "file"
         raise ValueError(f"{name} is {path}; no {kind} can be written there. Name another with --{name}.")

@@ -158,11 +158,13 @@ def test_a_command_that_starts_processes_ends_as_they_do(end, status, initial, t
     """Without a traceback of torchrun's."""
 
     def main(args):
-        assert args[1].startswith("--nproc_per_node=") and args[2].endswith("trainer/sft.py")
+        assert args[1].startswith("--nproc_per_node=") and args[3].endswith("trainer/sft.py")
         raise end
 
     monkeypatch.setattr("torch.distributed.run.main", main)
-    monkeypatch.setattr(sys, "argv", ["boxgrpo", "sft", f"--model={initial}", "--data=d", f"--output_dir={tmp_path}"])
+    monkeypatch.setattr(
+        sys, "argv", ["boxgrpo", "sft", f"--model={initial}", f"--data={tmp_path}", f"--output_dir={tmp_path}"]
+    )
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == status and capsys.readouterr().err == ""
@@ -173,7 +175,7 @@ def test_torchrun_ends_before_its_processes_join(initial, tmp_path):
     """Two processes: one message, and nothing is loaded."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     command = [torchrun, "--standalone", "--nproc_per_node=2", str(ROOT / "trainer/grpo.py")]
-    flags = [f"--model={initial}", "--data=d.json", "--prompts_per_step=3", f"--output_dir={tmp_path / 'run'}"]
+    flags = [f"--model={initial}", f"--data={tmp_path}", "--prompts_per_step=3", f"--output_dir={tmp_path / 'run'}"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("prompts_per_step is 3; it must divide into 2 ranks") == 1
     assert "exitcode  : 2" in done.stderr and not (tmp_path / "run").exists()

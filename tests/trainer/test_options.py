@@ -151,7 +151,7 @@ def test_the_timeout_is_that_of_the_ranks(loop, monkeypatch, tmp_path):
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         (tmp_path / name).touch()
     with pytest.raises(Reached, match="33"):
-        loop.main([f"--model={tmp_path}", "--data=d", "--timeout=33"])
+        loop.main([f"--model={tmp_path}", f"--data={tmp_path}", "--timeout=33"])
 
 
 # Every command's options. A text is judged where a file or a name is needed, and has no ends.
@@ -169,7 +169,7 @@ ALWAYS = set(
     weight_decay adam_beta2 engine offload_optimizer optimizer logging_steps save_steps resume timeout max_skipped
     eval_every eval_data profile_steps memory_snapshot peak_tflops learning_rate lr_scheduler_type train_batch_size
     cutoff_len tokens_per_pass prompts_per_step num_generations num_iterations max_prompt_length temperature beta
-    loss_type importance_sampling_level scale_rewards difficulty rollout rollout_file log_completions bench predictions
+    loss_type scale_rewards difficulty rollout rollout_file log_completions bench predictions
     limit image question serve gpus device prompt_tokens gigabits judge_model sample chains min_iou judge_temperature
     max_tokens tries ask answers tasks levels size cold_start margins train held_out continued_sft processes records
     repeats parts steps kills cold_start_steps seeds methods base_scenes quick""".split()
@@ -292,7 +292,7 @@ def test_case_24_what_is_not_on_this_machine_is_refused_before_anything_is_loade
     for file in (cut / "adapter_config.json", text / "config.json", text / "vocab.json"):
         file.parent.mkdir(exist_ok=True)
         file.write_text('{"base')
-    right = {"model": str(model), "data": ["d.json"]}
+    right = {"model": str(model), "data": [f"{text / 'config.json'}#7"]}
     monkeypatch.chdir(tmp_path.parent)
     check_presence(GrpoOptions(**right))
     hub = "Qwen/Qwen2-VL-2B-Instruct"
@@ -315,6 +315,7 @@ def test_case_24_what_is_not_on_this_machine_is_refused_before_anything_is_loade
         ({"output_dir": str(model / "config.json")}, "config.json; no folder can be written there. Name another with"),
         ({"output_dir": str(model / "config.json/run")}, "run; no folder can be written there. Name another with"),
         ({"data": []}, "no data. Name a file of records with --data."),
+        ({"data": ["gone.json#7"]}, "data is gone.json#7; there is no such file or folder. Correct --data."),
         ({"image_root": "gone"}, "image_root is gone; there is no such folder. Correct --image_root."),
         ({"eval_data": "gone.json"}, "eval_data is gone.json; there is no such file. Correct --eval_data."),
         ({"eval_image_root": "gone"}, "eval_image_root is gone; there is no such folder."),

@@ -20,7 +20,8 @@ PARTLY = 0.1  # share of files whose boxes reach only a part of a side
 # Odds that a box is faulty and lies outside its image, and the most such boxes in a file; in the usual unit one may.
 OUTSIDE, MOST_OUTSIDE = 1e-3, 0.1
 CERTAIN = 100_000  # times that a unit is likelier than the next if the boxes tell it
-# The format's usual unit is taken if it is so many times likelier than the next; of few boxes, if no other one is.
+# The format's usual unit is taken where it is LIKELIER times likelier than the next one. In a file of fewer than FEW
+# boxes it is also taken where no other one is LIKELIER times likelier.
 LIKELIER, FEW = 10, 10
 
 
@@ -52,8 +53,8 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
     if numbers and file.unit != "fractions" and max(box) <= 1 and (file.unit == "pixels" or any(v % 1 for v in box)):
         raise Refused("fractions", f"{what} is {box}, within 0-1; the file's boxes are in {file.unit}. Write it so.")
     # Where nothing is told, an image need not be opened for other units than pixels.
-    measured = file.unit not in LIMITS or not record.keys().isdisjoint(SIZES)
-    size = _pixel_size(image, record, file) if measured else None
+    measured = file.unit not in LIMITS or tells_size(record)
+    size = pixel_size(image, record, file) if measured else None
     limits = [LIMITS[file.unit]] * 2 if file.unit in LIMITS else size
     if file.unit == "pixels" and numbers:
         box = [min(max(v, 0), most) if -1 < v < most + 1 else v for v, most in zip(box, [*limits, *limits])]
@@ -82,7 +83,7 @@ def likeliest_unit(boxes: Sequence[Written], usual: str) -> tuple[str, bool]:
     """The unit that a file's boxes are in, and whether they tell it; if not, it is `usual`, that of their format.
 
     Boxes within 0-1 are fractions. Of the other units that hold nearly all boxes, the likeliest is taken if it is so
-    by far; bench/studies/box_units.py measures the errors. A lone box proves no other unit.
+    by far; bench/studies/box_units.py measures the errors. One record alone tells only fractions.
 
     Raises:
         ValueError: two units are about equally likely.
@@ -92,17 +93,23 @@ def likeliest_unit(boxes: Sequence[Written], usual: str) -> tuple[str, bool]:
     boxes = [box for box in boxes if box.size] or boxes
     sized = bool(boxes and boxes[0].size)
     units = [unit for unit in BOX_UNITS if boxes and (sized or unit != "pixels")]
-    odds = {unit: _log_likelihood(boxes, unit, least_outside=int(unit == usual)) for unit in units}
-    odds = {unit: value for unit, value in odds.items() if value is not None}
-    if "fractions" in odds:
+    limits: dict[str, np.ndarray] = {}
+    for unit in sorted(units, key=lambda unit: unit != usual):
+        sides = np.array([size if unit == "pixels" else [LIMITS[unit]] * 2 for _, size in boxes], dtype=float)
+        if not any(np.array_equal(sides, others) for others in limits.values()):  # else both give the same gold boxes
+            limits[unit] = sides
+    ends = np.array([corners[2:] for corners, _ in boxes], dtype=float)
+    found = {unit: _log_likelihood(ends, sides, unit, int(unit == usual)) for unit, sides in limits.items()}
+    found = {unit: value for unit, value in found.items() if value is not None}
+    if "fractions" in found:
         return "fractions", True
-    if not odds or (usual == "pixels" and not sized) or (len(boxes) == 1 and (usual in odds or records == 1)):
+    if not found or (usual == "pixels" and not sized) or (len(boxes) == 1 and (usual in found or records == 1)):
         return usual, False
-    (unit, most), (second, next_most) = [*sorted(odds.items(), key=lambda item: -item[1]), (usual, -math.inf)][:2]
+    (unit, most), (second, next_most) = [*sorted(found.items(), key=lambda item: -item[1]), (usual, -math.inf)][:2]
     if most - next_most > math.log(CERTAIN):
         return unit, True
-    lead = odds.get(usual, -math.inf) - (next_most if unit == usual else most)
-    if lead > math.log(LIKELIER) * (1 if len(boxes) >= FEW else -1):
+    lead = found.get(usual, -math.inf) - (next_most if unit == usual else most)
+    if lead > math.log(LIKELIER) or (len(boxes) < FEW and lead > -math.log(LIKELIER)):
         return usual, False
     corners, size = boxes[0]
     of = f" in {size[0]:g} x {size[1]:g} pixels" if size else ""
@@ -112,20 +119,23 @@ def likeliest_unit(boxes: Sequence[Written], usual: str) -> tuple[str, bool]:
     )
 
 
-def _log_likelihood(boxes: Sequence[Written], unit: str, least_outside: int) -> float | None:
+def _log_likelihood(ends: np.ndarray, limits: np.ndarray, unit: str, least_outside: int) -> float | None:
     """Logarithm of the unit's likelihood, without what all units have in common; None: too many boxes lie outside.
 
     A far corner at the share s of a side has the density 2s. In a tenth of files the boxes reach only up to a share r
     of the side, of density 2r: there a corner has the density 2s / r^2, and n of them about the integral of 2r / r^2n.
+
+    Args:
+        ends: (n, 2) far corners as they are written.
+        limits: (n, 2) width and height of the images in the unit.
+        least_outside: number of boxes that may always lie outside.
     """
-    ends = np.array([(max(corners[::2]), max(corners[1::2])) for corners, _ in boxes], dtype=float)
-    limits = np.array([size if unit == "pixels" else [LIMITS[unit]] * 2 for _, size in boxes], dtype=float)
     slack = {"pixels": 1, "fractions": 0.05}.get(unit, 0)  # annotations are rounded, sizes are whole
     ends = np.where(ends < limits + slack, np.minimum(ends, limits), ends)
     inside = (ends <= limits).all(axis=1)
-    if not (count := inside.sum()) or len(boxes) - count > max(least_outside, MOST_OUTSIDE * len(boxes)):
+    if not (count := inside.sum()) or len(ends) - count > max(least_outside, MOST_OUTSIDE * len(ends)):
         return None
-    total = (len(boxes) - count) * math.log(OUTSIDE) - 2 * np.log(np.maximum(ends, limits)).sum()
+    total = (len(ends) - count) * math.log(OUTSIDE) - 2 * np.log(np.maximum(ends, limits)).sum()
     for reach in (ends / limits)[inside].max(axis=0).clip(1e-9):
         part = math.log(2 * PARTLY / (2 * count - 1)) - (2 * count - 2) * math.log(reach)
         total += np.logaddexp(math.log(1 - PARTLY), part)
@@ -135,12 +145,12 @@ def _log_likelihood(boxes: Sequence[Written], unit: str, least_outside: int) -> 
 def known_size(image: str, record: dict, file: Source) -> Sequence[float] | None:
     """Width and height of the image in pixels, if they can be told without a doubt."""
     try:
-        return _pixel_size(image, record, file) if file.sized else None
+        return pixel_size(image, record, file) if file.sized else None
     except Refused:
         return None
 
 
-def _pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
+def pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
     """Width and height of the image, upright. Where the record has them swapped, that is counted in `file.counts`.
 
     Raises:
@@ -165,6 +175,11 @@ def _pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
     return size
 
 
+def tells_size(record: dict) -> bool:
+    """Whether the record has a width or a height of its image."""
+    return any(record.get(key) is not None for key in SIZES)
+
+
 def _told_size(record: dict) -> list[float] | None:
     """The record's own width and height, numbers or their text; None: it has neither.
 
@@ -172,7 +187,7 @@ def _told_size(record: dict) -> list[float] | None:
         Refused: they are anything else.
     """
     told = [record.get(key) for key in SIZES]
-    if told == [None, None]:
+    if not tells_size(record):
         return None
     with contextlib.suppress(TypeError, ValueError):
         sizes = [float(value) for value in told if not isinstance(value, bool)]

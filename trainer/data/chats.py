@@ -11,7 +11,7 @@ import torch
 
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
-from .boxes import gold_box
+from .boxes import gold_box, pixel_size, tells_size
 from .example import MARK, Box, Refused, Source, check_system, check_text, checked_box
 from .images import listed_images, resolve_images
 
@@ -56,6 +56,8 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
     if named and images and images != named:
         raise Refused("two_image_lists", f"images is {images!r:.80}; its parts name {named!r:.80}. Remove one list.")
     fields = {"images": resolve_images(named or images, file), "system": system}
+    if len(fields["images"]) == 1 and tells_size(record):
+        pixel_size(fields["images"][0], record, file)  # refuses another size than the image's
     names, boxes = _read_objects(record.get("objects"), len(fields["images"]))
     if filled := bool(_PLACEHOLDER.search(" ".join(text for _, text in turns))):
         if open_boxes := [box for box in boxes if not box.unit and file.objects_unit == "auto"]:
@@ -103,8 +105,7 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
             raise Refused("turn_order", f"turn {index} is from {role!r}; {rule}. Remove or join turns.")
         else:
             name = "question" if expected == "user" else "answer"
-            shown = f"turn {index} ({name})"
-            turns.append((expected, check_text(text, name, image_alone=expected == "user", shown=shown)))
+            turns.append((expected, check_text(text, name, image_alone=expected == "user", turn=index)))
     if not turns or len(turns) % 2:
         raise Refused("no_answer", f"the last of {len(chat)} turns is from {role!r}; an answer ends a chat. Add it.")
     return system, tuple(turns), images

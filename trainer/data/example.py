@@ -145,13 +145,14 @@ def number_images(question: str) -> str:
     return re.sub(MARK, lambda _: f"(image {next(numbers)})", question[start:].strip())
 
 
-def check_text(value: object, name: str, *, image_alone: bool = False, shown: str = "") -> str:
-    """Return the value if it is a non-empty text; raise Refused otherwise, with the name as it is `shown`.
+def check_text(value: object, name: str, *, image_alone: bool = False, turn: int | None = None) -> str:
+    """Return the value if it is a non-empty text, which a mark may be if `image_alone`; raise Refused otherwise.
 
-    `image_alone`: a mark alone is a text.
+    `turn`: its number in a chat, for the message.
     """
     if not isinstance(value, str) or not (value.strip() if image_alone else plain_text(value)):
-        raise Refused(f"no_{name}", f"{shown or name} is {value!r:.80}; text is needed. Add it.")
+        what = name if turn is None else f"turn {turn} ({name})"
+        raise Refused(f"no_{name}", f"{what} is {value!r:.80}; text is needed. Add it.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair, which no tokenizer accepts

@@ -160,7 +160,7 @@ class Loader:
         """Whether the step after the one returned last is there; without workers it is prepared on demand."""
         return not self.workers or self._read > self.position
 
-    def next_step(self) -> list[Group]:
+    def peek_step(self) -> list[Group]:
         """The groups of the step at `position`, prepared in this process; the stream still begins with that step."""
         numbers = range(self.position + self.rank, self.position + self.batch_size * self.world_size, self.world_size)
         return [group for group, _ in map(self._slots.prepare, numbers) if group is not None]

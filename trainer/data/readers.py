@@ -15,7 +15,6 @@ import json
 import logging
 import operator
 import os
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from boxgrpo.trainer.presence import check_data
 from boxgrpo.trainer.runtime.files import replace_file
 
 from .boxes import UNIT_BOXES, Written, known_size, likeliest_unit
@@ -100,10 +100,7 @@ def _sources(data: Sequence[str]) -> list[tuple[Path, int | None, str]]:
     for source in data:
         path, _, count = source.rpartition("#")
         path, count = (path, int(count)) if count.isdigit() and path and not Path(source).exists() else (source, None)
-        if not Path(path).exists():
-            hub = re.fullmatch(r"\w[\w.-]*/[\w-]+", path)  # no suffix
-            remedy = f"hf download {path} --repo-type dataset --local-dir {path} fetches one of the hub." * bool(hub)
-            raise ValueError(f"data is {source}; there is no such file or folder. Correct --data. {remedy}".rstrip())
+        check_data(source)
         if count == 0:
             raise ValueError(f"data is {source}; at least 1 record is to be taken. Correct --data.")
         found.append((Path(path), count))
@@ -123,7 +120,7 @@ def read_examples(
 ) -> tuple[Examples, list[Fault]]:
     """Read records of a JSON array, a JSONL or Parquet file, or a folder of datasets' `save_to_disk`.
 
-    Images are opened only for their size, where boxes are or may be in pixels.
+    Images are opened only for their size, where boxes are or may be in pixels, or a record tells a width and height.
 
     Args:
         path: the file or folder.
@@ -200,7 +197,8 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
     schema = SCHEMAS[file.schema]
     in_text = any(key in CHAT for keys in schema.keys for key in keys.split())
     keyed, texts = _first_boxes(records, dataclasses.replace(file, unit="auto", objects_unit="auto", counts=Counter()))
-    found.lasting = not keyed or any(box.size for box in keyed)
+    boxes = keyed + texts
+    found.lasting = not boxes or any(box.size for box in boxes)
     usual = "pixels" if in_text else schema.unit  # ms-swift's, of `objects`
     told = False
     if file.unit == "auto":
@@ -215,11 +213,12 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
         if found.unit != usual:
             how = f"for the first {len(keyed)} likelier than {usual}, the form's usual unit"
         why = f", {how}; --box_unit overrules it" if file.unit == "auto" else ""
-        found.notes.append(f"gold boxes are taken in {found.unit} of their images{why}")
+        boxes = "boxes in objects" if in_text else "gold boxes"
+        found.notes.append(f"{boxes} are taken in {found.unit} of their images{why}")
     elif in_text:
         found.unit = schema.unit
         if file.unit not in ("auto", schema.unit):
-            found.notes.append(f"--box_unit {file.unit} changes nothing: boxes in the text of chats are thousandths")
+            found.notes.append(f"--box_unit {file.unit} does not apply to boxes in the text of chats: thousandths")
     with contextlib.suppress(ValueError):
         if texts and (likeliest := likeliest_unit(texts, schema.unit)[0]) != schema.unit:
             what = f"the answers' boxes look like {likeliest} of their images; they are taken as thousandths"
@@ -273,8 +272,9 @@ def _recognise_most(path: Path, records: list[dict], alone: bool) -> tuple[str, 
     """The schema that most of the records fit, and why it was chosen. `alone`: the file is one object."""
     fits = Counter(name for record in records if (name := recognise(record)))
     if not fits:
-        lists = {key: len(value) for key, value in records[0].items() if isinstance(value, list)}
-        if alone and any(all(isinstance(one, dict) for one in records[0][key]) for key in lists):
+        lists = {key: value for key, value in records[0].items() if isinstance(value, list)}
+        lists = {key: len(value) for key, value in lists.items() if all(isinstance(one, dict) for one in value)}
+        if alone and lists:
             key = max(lists, key=lists.get)
             raise ValueError(
                 f"{path} is one object, whose {key} is a list of {lists[key]}; a file of records is a list, or an "

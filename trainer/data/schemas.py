@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence, Set
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from .boxes import SIZES, gold_box, only_box
+from .boxes import gold_box, only_box, tells_size
 from .chats import CHAT, only_marked_box, read_chat, tagged_box
 from .example import Refused, Source, check_text, is_numbers, target_image
 from .images import IMAGE_KEYS, Embedded, listed_images, resolve_images
@@ -68,7 +68,7 @@ def _read_question(record: dict, file: Source, box_only: str | None = None) -> d
     images = resolve_images(listed_images(record), file)
     question = check_text(record.get("question"), "question")
     # The image matters only for its size, and finding it costs time.
-    sized = file.unit in ("auto", "pixels") or not record.keys().isdisjoint(SIZES)
+    sized = file.unit in ("auto", "pixels") or tells_size(record)
     target = target_image(record, question, len(images)) if sized else 0
     gold = gold_box(record.get("answer"), images[target], file, "answer", record)
     fields = {"images": images, "question": question, "gold": gold}

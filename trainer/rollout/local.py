@@ -17,6 +17,7 @@ from boxgrpo.model.batch import Group, Pixels
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.data.loader import Loader
+from boxgrpo.trainer.presence import check_stored
 from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed
 from boxgrpo.trainer.runtime.reporter import OPTIONS, truncate
 from boxgrpo.trainer.runtime.spans import span
@@ -163,12 +164,13 @@ class ReplayRollout:
     """Completions stored by an earlier run, found by the prompt's serial number: for exact comparisons.
 
     Raises:
-        ValueError: a file is cut off, or holds another number of completions than `num_generations`.
+        ValueError: there is no such file, it is cut off, or completions are not `num_generations` in number.
     """
 
     def __init__(self, options):
         self.path, self.num_generations, self.written = options.rollout_file, options.num_generations, {}
         self.stored, self.prompts = {}, {}
+        check_stored(self.path)
         path = Path(self.path)
         for file in (path, *path.parent.glob(f"{path.name}.rank*")):
             self._read(file)
@@ -194,6 +196,8 @@ class ReplayRollout:
 
     def check(self, loader: Loader, ranks: Ranks, steps: int) -> None:
         """Raise ValueError, on every rank, if completions of `steps` steps are missing or the first prompts differ."""
+        if not steps:  # a finished run, resumed
+            return
         per_step = loader.batch_size * ranks.world_size
         serials = range(loader.position, loader.position + steps * per_step)
         if missing := [serial for serial in serials if serial not in self.stored]:
@@ -202,7 +206,7 @@ class ReplayRollout:
                 f"{(missing[0] - loader.position) // per_step + 1} of {steps}. Lower --max_steps, or store more with "
                 "--rollout local."
             )
-        if faults := [*filter(None, ranks.gather(self._foreign(loader.next_step())))]:
+        if faults := [*filter(None, ranks.gather(self._foreign(loader.peek_step())))]:
             raise ValueError(faults[0])
 
     def _foreign(self, groups: Sequence[Group]) -> str:

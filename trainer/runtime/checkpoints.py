@@ -37,9 +37,10 @@ TRAINER = "trainer"
 PROGRESS = "progress.json"
 # Options that a resumed run must keep: its position in the data, frozen weights or optimizer state depend on them.
 FIXED_OPTIONS = (
-    *("model", "data", "schema", "seed", "prompts_per_step", "train_batch_size", "num_iterations"),
+    *("model", "data", "schema", "box_unit", "seed", "prompts_per_step", "train_batch_size", "num_iterations"),
     *("engine", "zero_stage", "optimizer", "dtype", "freeze_vision", "lora_rank", "lora_alpha"),
 )
+EVAL_DATA = ("eval_data", "eval_image_root", "eval_schema", "eval_box_unit")  # what the best score belongs to
 # Options that do not change what a run computes.
 FREE_OPTIONS = {"resume", "output_dir", "overwrite_output_dir", "profile_steps", "memory_snapshot", "peak_tflops"}
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # suffixes of the files that form a model
@@ -150,8 +151,10 @@ class Checkpoints:
         """Restore trained weights, optimizer, schedule and random states."""
         written = json.loads((folder / TRAINER / PROGRESS).read_text())
         progress = Progress(**written["progress"])
-        if self.r.gather(self.contents)[0].get("eval_data") != written.get("contents", {}).get("eval_data"):
-            log.warning("eval_data is not what %s was scored on; the best score starts anew.", folder)
+        now = dataclasses.asdict(self.options) | {"eval_data": self.r.gather(self.contents)[0].get("eval_data")}
+        was = written["options"] | {"eval_data": written.get("contents", {}).get("eval_data")}
+        if changed := [name for name in EVAL_DATA if was.get(name) != now[name]]:
+            log.warning("%s is not what %s was scored with; the best score starts anew.", changed[0], folder)
             progress.best_accuracy, progress.best_step = -1.0, 0
         engine.load(folder / TRAINER)
         states = folder / TRAINER / f"rng-rank{self.r.rank}.json"

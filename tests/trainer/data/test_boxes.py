@@ -231,7 +231,7 @@ def test_boxes_in_a_chats_text_are_thousandths(write, draw, caplog, unit):
     path = write([{"images": ["a.png"], "messages": chat} for chat in chats])
     examples, _ = read_examples(path, box_unit="pixels")
     assert examples.files[0].unit == "thousandths" and examples[0].gold == pytest.approx(boxes[0], abs=0.51)
-    assert "--box_unit pixels changes nothing: boxes in the text of chats are thousandths" in caplog.text
+    assert "--box_unit pixels does not apply to boxes in the text of chats: thousandths" in caplog.text
     assert (f"look like {unit} of their images" in caplog.text) == (unit != "thousandths")
 
 

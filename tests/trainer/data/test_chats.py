@@ -188,7 +188,7 @@ def test_the_files_boxes_tell_the_unit_of_objects_without_a_type(write, folder, 
     caplog.set_level("INFO")
     examples, faults = read_examples(write(pointed(*boxes)))
     assert examples[0].gold == gold and not faults and examples.files[0].unit == unit
-    assert f"gold boxes are taken in {unit} of their images, " in caplog.text
+    assert f"boxes in objects are taken in {unit} of their images, " in caplog.text
     typed = pointed([15, 35, 30, 70])[0]
     typed["objects"]["bbox_type"] = "real"
     named, _ = read_examples(write([typed, *pointed([0.25, 0.25, 0.5, 0.5])]), box_unit="fractions")
@@ -291,7 +291,7 @@ def test_what_would_change_a_chat_is_refused_by_name(refused, folder, record, re
 
 def test_labels_of_a_record_are_ignored(read):
     empty = {"tools": None, "videos": [], "rejected": "", "objects": {"ref": [], "bbox": []}}
-    record = chat("Where?", BOX, source="web", label="cup", quality=0.5, height=56, **empty)
+    record = chat("Where?", BOX, source="web", label="cup", quality=0.5, **empty)
     record["messages"][0] |= {"id": 7, "tool_calls": []}
     assert read(record)[0].turns == (("user", "Where?"), ("assistant", BOX))
 

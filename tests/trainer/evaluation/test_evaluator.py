@@ -26,7 +26,7 @@ from runs import ROOT, eval_options, finish, flags, start_forked, wait_for
         (["--model=a", "--resamples=-1"], "resamples is -1; it must be at least 0"),
         (["--model=a"], "no data"),
         (["--model=a", "--data=gone.json"], r"data is gone\.json; there is no such file"),
-        (["--model=a", "--data=gone.json", "--bench=mmiu"], r"data is gone\.json; MMIU is one file or folder"),
+        (["--model=a", "--data", "a", "a", "--bench=mmiu"], "data is a a; MMIU is one file or folder"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(given, message, tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ def test_case_17_a_replay_of_a_file_that_is_cut_off_is_refused(groups, tmp_path,
     assert "it is not checked that its completions belong to this data" in caplog.text
     with pytest.raises(ValueError, match="line 1 holds 3 completions; num_generations is 2. Set --num_generations"):
         ReplayRollout(changed(rollout_file=str(path), num_generations=2))
-    loader = SimpleNamespace(position=7, batch_size=1, next_step=lambda: groups[:1])
+    loader = SimpleNamespace(position=7, batch_size=1, peek_step=lambda: groups[:1])
     replay.check(loader, Ranks(), steps=1)
     with pytest.raises(ValueError, match="no completions for sample 8, of the run's step 2 of 3. Lower --max_steps"):
         replay.check(loader, Ranks(), steps=3)
