@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from boxgrpo.model.checkpoint import read_config
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, check_command
 from boxgrpo.trainer.runtime.ranks import run_as_script
@@ -50,7 +51,9 @@ def launch(name: str, args: list[str]) -> None:
     Wrong options are refused here, where nothing has been started.
     """
     processes = max(1, torch.cuda.device_count())
-    check_command(parse(TRAINING[name], args), processes)
+    check_command(options := parse(TRAINING[name], args), processes)
+    if options.model:
+        read_config(options.model)
     script = str(Path(__file__).with_name(f"{name}.py"))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -10,6 +10,7 @@ from pathlib import Path
 
 FOLDERS = ("image_root", "eval_image_root")
 FILES = ("eval_data", "predictions")
+INPUTS = ("model", "data", "eval_data", "predictions", "path")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OUTPUTS = {"json": (), "sheet": PICTURES}  # files to write, and how their names may end
 # Of the files of each part of a checkpoint, one must be there.
@@ -74,7 +75,7 @@ def check_stored(rollout_file: str) -> None:
 
 
 def check_paths(o) -> None:
-    """Raise ValueError for folders and files to read that are not there, and for outputs that cannot be written."""
+    """Raise ValueError for inputs that are not there, and for outputs that cannot be written or are inputs."""
     for name in FOLDERS:
         if (folder := getattr(o, name, "")) and not Path(folder).is_dir():
             raise ValueError(f"{name} is {folder}; there is no such folder. Correct --{name}.")
@@ -85,8 +86,17 @@ def check_paths(o) -> None:
     for name, suffixes in OUTPUTS.items():
         if (path := getattr(o, name, "")) not in (None, "", "-"):
             check_output(name, path, suffixes)
+            _check_apart(o, name)
     if folder := getattr(o, "output_dir", ""):
         check_output("output_dir", folder, folder=True)
+        _check_apart(o, "output_dir")
+
+
+def _check_apart(o, output: str) -> None:
+    """Raise ValueError where the option `output` names a file or a folder that the command reads."""
+    read = [paths if isinstance(paths, list) else [paths] for name in INPUTS if (paths := getattr(o, name, ""))]
+    if Path(path := getattr(o, output)).resolve() in {Path(path).resolve() for paths in read for path in paths}:
+        raise ValueError(f"{output} is {path}, which is read; it would be lost. Change --{output}.")
 
 
 def check_output(name: str, path: str, suffixes: Sequence[str] = (), *, folder: bool = False) -> None:

@@ -68,6 +68,12 @@ WRONG = [
     ("apps/inspect_data.py gone.json --seed", "inspect_data.py: --seed has no value. Give it one."),
     ("apps/ground.py where --model={model} --output={file}/x.png", "/x.png; no file can be written there."),
     ("chains/make.py --output_dir={file}", "; no folder can be written there. Name another with --output_dir."),
+    ("apps/inspect_data.py {file} --json={file}", "config.json, which is read; it would be lost. Change --json."),
+    (
+        "evaluator.py --predictions={file} --data=d.json --json={file}",
+        "which is read; it would be lost. Change --json.",
+    ),
+    ("sft.py --model={model} --data={file} --output_dir={model}", "which is read; it would be lost. Change --output_d"),
     ("../bench/kernel_bench/run.py --json={file}/x", "bench_kernels.py: json is "),
     ("../bench/step_bench/run.py --quick --quack", "run.py: unknown flag '--quack'; did you mean --quick?"),
     ("../bench/publish/demands.py {file}", "config.json holds no results ('machine'). Name a file of bench/results/"),
@@ -163,7 +169,7 @@ def test_a_command_that_starts_processes_ends_as_they_do(end, status, initial, t
 
     monkeypatch.setattr("torch.distributed.run.main", main)
     monkeypatch.setattr(
-        sys, "argv", ["boxgrpo", "sft", f"--model={initial}", f"--data={tmp_path}", f"--output_dir={tmp_path}"]
+        sys, "argv", ["boxgrpo", "sft", f"--model={initial}", f"--data={__file__}", f"--output_dir={tmp_path}"]
     )
     with pytest.raises(SystemExit) as left:
         cli.main()

@@ -136,6 +136,8 @@ def draw_sheet(examples: Iterable[Example], path: str) -> None:
     """Write a sheet of the examples' images with their gold boxes; examples with unreadable images are left out."""
     pictures = []
     for example in examples:
+        if Path(path).resolve() in {Path(image).resolve() for image in example.images if isinstance(image, str)}:
+            raise ValueError(f"sheet is {path}, an image of {example.source}; it would be lost. Change --sheet.")
         with contextlib.suppress(ValueError):
             title = f"{example.task}  {example.source}"
             pictures.append(annotate_example(example, question=example.question, title=title))
