@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 TRANSIENT_FAULTS = {"missing_image", "image_unreadable", "bad_frames"}  # of image files, which may exist later
 SNIFF_RECORDS = 1000  # number of records from which a file's schema and the unit of its boxes are derived
 CACHE_MIN_BYTES = 16 << 20  # size from which a file's scan is cached
-CACHE_VERSION = 7  # changes with the cache's format and with the rules for records
+CACHE_VERSION = 8  # changes with the cache's format and with the rules for records
 FILE_FORMS = "a JSON, JSONL, Parquet or Arrow file of records, or a folder of datasets' save_to_disk"
 READ_FORM = "Write it as <answer>(x1, y1), (x2, y2)</answer>, in thousandths of the image"
 COUNTED = {
@@ -145,6 +145,8 @@ def read_examples(
     found, label = _cached_scan(file), file.label
     for note in found.notes:
         log.info("%s: %s", label, note)
+    for doubt in found.doubts:
+        log.warning("%s: %s", label, doubt)
     faults = [Fault(f"{label}#{n}", reason, f"{label}#{n}: {message}") for n, reason, message in found.faults]
     remedy = f"Name {FILE_FORMS}." * (not faults) or f"They are read as --schema {schema}." * (schema != "auto")
     require_some(file.path, found.table, faults, min_usable=min_usable, remedy=remedy)
@@ -160,6 +162,7 @@ class _Scan:
     unit: str  # of its gold boxes
     objects_unit: str  # as `Source` has it
     notes: list[str]  # for the log
+    doubts: list[str]  # for the log, as warnings
     faults: list[tuple[int, str, str]]  # (number, reason, message)
     lasting: bool = True  # whether no image was missing that the unit might depend on
     table: np.ndarray | None = None  # (n) TABLE, the usable records
@@ -178,7 +181,7 @@ def _scan_file(file: Source) -> _Scan:
         alone = len(head) == 1 and head[0][1].start == 0 and not file.table  # in no list
         schema, why = _recognise_most(file.path, records, alone)
         notes.append(why)
-    found = _Scan(schema, file.unit, file.objects_unit, notes, faults=[])
+    found = _Scan(schema, file.unit, file.objects_unit, notes, doubts=[], faults=[])
     if records:
         _find_unit(found, records, dataclasses.replace(file, schema=schema))
     units = {"unit": found.unit, "objects_unit": found.objects_unit}
@@ -214,7 +217,8 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
             how = f"for the first {len(keyed)} likelier than {usual}, the form's usual unit"
         why = f", {how}; --box_unit overrules it" if file.unit == "auto" else ""
         boxes = "boxes in objects" if in_text else "gold boxes"
-        found.notes.append(f"{boxes} are taken in {found.unit} of their images{why}")
+        notes = found.notes if told or file.unit != "auto" else found.doubts
+        notes.append(f"{boxes} are taken in {found.unit} of their images{why}")
     elif in_text:
         found.unit = schema.unit
         if file.unit not in ("auto", schema.unit):
@@ -222,7 +226,7 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
     with contextlib.suppress(ValueError):
         if texts and (likeliest := likeliest_unit(texts, schema.unit)[0]) != schema.unit:
             what = f"the answers' boxes look like {likeliest} of their images; they are taken as thousandths"
-            found.notes.append(f"{what}. Write them in thousandths")
+            found.doubts.append(f"{what}. Write them in thousandths")
 
 
 def _first_boxes(records: Iterable[dict], file: Source) -> tuple[list[Written], list[Written]]:
@@ -273,7 +277,11 @@ def _recognise_most(path: Path, records: list[dict], alone: bool) -> tuple[str, 
     fits = Counter(name for record in records if (name := recognise(record)))
     if not fits:
         lists = {key: value for key, value in records[0].items() if isinstance(value, list)}
-        lists = {key: len(value) for key, value in lists.items() if all(isinstance(one, dict) for one in value)}
+        lists = {
+            key: len(value)
+            for key, value in lists.items()
+            if (value or key == "data") and all(isinstance(one, dict) for one in value)
+        }
         if alone and lists:
             key = max(lists, key=lists.get)
             raise ValueError(

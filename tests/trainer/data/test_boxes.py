@@ -116,6 +116,14 @@ def test_boxes_in_one_corner_tell_no_unit():
         likeliest_unit(boxes, "thousandths")
 
 
+@pytest.mark.parametrize(("side", "unit"), [(1000, "thousandths"), (100, "percent")])
+def test_units_that_give_the_same_gold_boxes_need_not_be_told_apart(side, unit):
+    """In images of 1000 x 1000 pixels a pixel is a thousandth."""
+    boxes = [Written([v * side / 1000 for v in box], (side, side)) for box in written("thousandths", 50)[0]]
+    assert likeliest_unit(boxes, "pixels") == ("pixels", True)
+    assert likeliest_unit(boxes, "thousandths")[0] in (unit, "pixels")
+
+
 def test_a_file_that_leaves_the_unit_open_is_refused(write, draw):
     """Eight boxes that fit thousandths and pixels alike; `box_unit` decides."""
     draw("a.png", WIDTH, HEIGHT)
@@ -240,6 +248,7 @@ def test_a_lone_record_keeps_its_forms_unit(write, draw, caplog):
     caplog.set_level("INFO")
     draw("a.png", WIDTH, HEIGHT)
     found = [read_examples(write([FORMS[form]([10, 10, 20, 20])]))[0] for form in ("refcoco", "univg_stage2")]
+    assert [record.levelname for record in caplog.records if "do not tell" in record.message] == ["WARNING"] * 2
     assert [examples.files[0].unit for examples in found] == ["pixels", "thousandths"]
     assert "in thousandths of their images, the form's usual unit, for the first 1 do not tell" in caplog.text
     assert found[1][0].gold == (10, 10, 20, 20)

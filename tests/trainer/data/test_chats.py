@@ -289,6 +289,15 @@ def test_what_would_change_a_chat_is_refused_by_name(refused, folder, record, re
     assert found == reason and named in message and "\n" not in message and len(message) < 240
 
 
+def test_case_08_the_size_of_a_chats_only_image_is_compared(write, folder, caplog):
+    """Case 8 in chats: b.png has 60 x 140 pixels. Of several images nobody knows which one is meant."""
+    caplog.set_level("INFO")
+    alone, several = chat("Where?", BOX, images=["b.png"]), chat("Where?", BOX, images=["b.png", "c.png"])
+    sizes = [{"width": 60, "height": 140}, {"width": 140, "height": 60}, {"width": 10, "height": 10}]
+    examples, (fault,) = read_examples(write([*(alone | size for size in sizes), several | sizes[2]]))
+    assert len(examples) == 3 and fault.reason == "size_contradicts" and "1 records have width and" in caplog.text
+
+
 def test_labels_of_a_record_are_ignored(read):
     empty = {"tools": None, "videos": [], "rejected": "", "objects": {"ref": [], "bbox": []}}
     record = chat("Where?", BOX, source="web", label="cup", quality=0.5, **empty)

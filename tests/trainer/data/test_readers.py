@@ -103,6 +103,8 @@ def test_a_file_that_is_no_list_of_records_says_what_one_is(tmp_path):
     texts = {
         '{"info": {}, "data": []}': r"one object, whose data is a list of 0; .* begins with it as data .*docs/data.md",
         '{"annotations": [{"id": 1}]}': "whose annotations is a list of 1; a file of records is a list, or an object",
+        '{"tags": ["a", "b", "c"], "records": [{"img": "a.png"}]}': "one object, whose records is a list of 1; a file",
+        '{"img": "a.png", "tags": []}': "records with the keys img, tags fit no known form. The nearest, univg_stage2,",
         '["a.png", "b.png"]': "holds no JSON object: its first is 'a.png'. Name a JSON, JSONL, Parquet or Arrow file",
         "image,question\na.png,x": "holds no JSON object: Expecting value: line 1 .* Name a JSON, JSONL, Parquet",
     }
