@@ -43,23 +43,23 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_430,
+    "trainer": 11_509,
     "bench": 5567,
-    "tests": 19_399,
+    "tests": 19_436,
     "trainer/apps": 1107,
     "trainer/chains": 823,
-    "trainer/data": 2247,
+    "trainer/data": 2272,
     "trainer/engine": 645,
     "trainer/evaluation": 2022,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
-    "trainer/rollout": 533,
-    "trainer/runtime": 939,
+    "trainer/rollout": 543,
+    "trainer/runtime": 943,
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_855  # lines of the first five
+PRODUCT = 24_934  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -94,6 +94,8 @@ class Run:
         self.checkpoint = self.checkpoints.find()
         check_output_dir(o, r, self.checkpoint)
         self.total_steps = total_steps(o, len(self.examples), batch_size)
+        if batch_size > (count := len(self.examples)) and r.is_main:
+            log.warning("a step takes %d records and %d can be used: it takes some more than once", batch_size, count)
         if self.checkpoint and (step := self.checkpoints.step_of(self.checkpoint)) > self.total_steps:
             raise ValueError(
                 f"{self.checkpoint} is at step {step}; the run is to end with step {self.total_steps}. Raise "

@@ -164,11 +164,12 @@ class ReplayRollout:
     """Completions stored by an earlier run, found by the prompt's serial number: for exact comparisons.
 
     Raises:
-        ValueError: there is no such file, it is cut off, or completions are not `num_generations` in number.
+        ValueError: there is no such file, it is cut off, or completions are not as many or as short as the options say.
     """
 
     def __init__(self, options):
         self.path, self.num_generations, self.written = options.rollout_file, options.num_generations, {}
+        self.longest = options.max_completion_length
         self.stored, self.prompts = {}, {}
         check_stored(self.path)
         path = Path(self.path)
@@ -191,6 +192,11 @@ class ReplayRollout:
                 raise ValueError(
                     f"rollout_file {file}: line {number} holds {len(ids)} completions; num_generations is "
                     f"{self.num_generations}. Set --num_generations to what was stored."
+                )
+            if (most := max(map(len, ids))) > self.longest:
+                raise ValueError(
+                    f"rollout_file {file}: line {number} holds a completion of {most} tokens; max_completion_length is "
+                    f"{self.longest}. Set --max_completion_length to what was stored."
                 )
             self.stored[serial], self.prompts[serial] = ids, record.get("prompt")
 

@@ -123,9 +123,10 @@ class Checkpoints:
                 )
         for name in FIXED_OPTIONS:
             if name in changed:
+                typed = " ".join(was[name]) if isinstance(was[name], list) else was[name]
                 raise ValueError(
                     f"{folder} was made with {name} {was[name]!r}, this run has {now[name]!r}; it cannot continue "
-                    f"from there. Give --{name} {was[name]}, or start anew without --resume."
+                    f"from there. Give --{name} {typed}, or start anew without --resume."
                 )
         for name in sorted(changed - FREE_OPTIONS):
             log.warning("resumed with %s %r; the checkpoint was made with %r.", name, now[name], was[name])

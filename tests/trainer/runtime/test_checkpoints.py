@@ -220,8 +220,13 @@ def test_another_count_of_iterations_is_refused_and_other_evaluation_data_is_sco
     folder = run.save(1, **held_out, progress={"best_accuracy": 0.5, "best_step": 1})
     with pytest.raises(ValueError, match="was made with num_iterations 1, this run has 2; .* --num_iterations 1"):
         run.checkpoints(num_iterations=2, **held_out).find()
+    with pytest.raises(ValueError, match="made with box_unit 'auto', this run has 'pixels'; .* Give --box_unit auto,"):
+        run.checkpoints(box_unit="pixels", **held_out).find()
     assert run.checkpoints(**held_out).load(folder, engine_of_two_layers()).best_accuracy == 0.5
     assert "anew" not in caplog.text
+    assert run.checkpoints(**held_out, eval_box_unit="pixels").load(folder, engine_of_two_layers()).best_step == 0
+    assert "eval_box_unit is not what" in caplog.text
+    caplog.clear()
     (tmp_path / "held_out.json").write_text("[2]")
     checkpoints = run.checkpoints(**held_out)
     progress = checkpoints.load(checkpoints.find(), engine_of_two_layers())
