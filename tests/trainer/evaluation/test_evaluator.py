@@ -137,6 +137,7 @@ def test_two_killed_processes_resume(initial, write, tmp_path):
         Image.effect_noise((56 + 14 * (i % 7), 56), 60).save(tmp_path / f"{i}.png")
         records.append({"task": "diff", "images": [f"{i}.png"], "question": "Where is it?", "answer": [1, 2, 30, 40]})
     options = eval_options(initial, write(records, "records.json"), eval_batch_size=1, pictures=0, cases=0)
+    options.box_unit = "thousandths"  # which the boxes do not tell
     options.max_completion_length = 24
     folder = tmp_path / "eval"
 
