@@ -114,7 +114,8 @@ _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)"
 _FOUR = rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}"
 LIST_BOX = re.compile(rf"\[{_FOUR}\]")
 PAIRS_OR_LIST = re.compile(rf"{_PAIRS}|\[{_FOUR}\]")
-ANY_BOX = re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]")
+_NESTED = rf"\[\s*+\[{_NUMBER},{_NUMBER}\]\s*+,\s*+\[{_NUMBER},{_NUMBER}\]\s*+\]"
+ANY_BOX = re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]|{_NESTED}")
 _SPACED = r"\s++".join([f"({_JSON_NUMBER})"] * 4)
 TAGGED_BOX = re.compile(rf"<box>\s*+{_SPACED}\s*+</box>")  # MiniCPM-V's
 _OBJECT = re.compile(r"\{[^{}]++\}")
@@ -125,8 +126,9 @@ _CORNERS = ("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("left", 
 def first_box(text: str, pattern: re.Pattern) -> Box | None:
     """The first box of the text, in the text's units: a JSON object that names one, or a match of the pattern.
 
-    An object names its corners x1 y1 x2 y2, xmin ymin xmax ymax or left top right bottom, or holds a list of four
-    under bbox_2d, bbox or box. Numbers are JSON's, in quotes or not; a larger one is read as COORDINATE_LIMIT.
+    An object names its corners x1 y1 x2 y2, xmin ymin xmax ymax or left top right bottom, or holds four
+    under bbox_2d, bbox or box, in a list or in one text. Numbers are JSON's, in quotes or not; a larger one is read as
+    COORDINATE_LIMIT.
     """
     match = pattern.search(text)
     for found in _OBJECT.finditer(text):
@@ -169,7 +171,9 @@ def _box_object(text: str) -> tuple[Box, float | None] | None:
 
 
 def _as_box(values: object) -> Box | None:
-    """The box of four JSON numbers, or of texts that are such; None for anything else."""
+    """The box of four JSON numbers, of texts that are such, or of a text with four; None for anything else."""
+    if isinstance(values, str):
+        values = [value.strip() for value in values.split(",")]
     texts = [str(value) for value in values] if isinstance(values, list) and len(values) == 4 else [""]
     if not all(re.fullmatch(_JSON_NUMBER, text) for text in texts):
         return None

@@ -145,7 +145,7 @@ def test_json_boxes_and_their_scores():
         '```json\n[{"bbox_2d": [1, 2, 3.5, 4], "label": "dog"}, {"bbox": [5, 6, 7, 8], "score": 0.25}, {"bbox_2d": [5'
     )
     assert listed_boxes(text) == [((1, 2, 3.5, 4), None), ((5, 6, 7, 8), 0.25)]  # the last one is cut off
-    odd = '{"bbox": [NaN, 1, 2, 3]} {"bbox": [1, 2, 3]} {"bbox": "1, 2, 3, 4"} {"bbox": [true, 1, 2, 3]} {1: 2}'
+    odd = '{"bbox": [NaN, 1, 2, 3]} {"bbox": [1, 2, 3]} {"bbox": "1, 2, 3"} {"bbox": [true, 1, 2, 3]} {1: 2}'
     assert listed_boxes(odd) == []
     assert listed_boxes('{"bbox": [1, 2, 3, 4], "confidence": 7}') == [((1, 2, 3, 4), None)]
     named = '{"x1": 1, "y1": "2", "x2": 3e1, "y2": 4.5, "score": 0.5} {"box": [-1, 2, 3, 4]} {"box": [1, 2, 3, 10001]}'
@@ -182,6 +182,14 @@ BOX = (12.5, 30.0, 200.0, 150.0)
         ('[{"name": "cup", "box": {"xmin": 12.5, "ymin": 30, "xmax": 200, "ymax": 150}}]', BOX),
         ("{'box': [12.5, 30, 200, 150]}", BOX),
         ("{[12.5, 30, 200, 150]}", BOX),
+        # in one text, or in two pairs
+        ('{"bbox": "12.5, 30,200,150 "}', BOX),
+        ('{"bbox": "12.5, 30, 200, 150"} or [1, 2, 3, 4]', BOX),
+        ("[[12.5, 30], [200, 150]]", BOX),
+        ("[ [12.5,30] ,\n['200', 150] ], [1, 2, 3, 4]", BOX),
+        ('{"bbox_2d": [[12.5, 30], [200, 150]]}, {"bbox_2d": [1, 2, 3, 4]}', BOX),
+        ("[[1, 2], [3, 4], [5, 6]], [12.5, 30, 200, 150]", BOX),
+        ('{"bbox": "1, 2, 3"}, {"bbox": "a, 2, 3, 4"}', None),
         # the first of several
         ("[[12.5, 30, 200, 150], [1, 2, 3, 4]]", BOX),
         ('{"box": [12.5, 30, 200, 150]}, {"x1": 1, "y1": 2, "x2": 3, "y2": 4}', BOX),
@@ -215,10 +223,11 @@ def test_tagged_boxes_have_any_json_number():
 _NUMBER = r"\s{0,4}([0-9]{1,4}(?:\.[0-9]{1,9})?)\s{0,4}"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s{{0,4}},?\s{{0,4}}\({_NUMBER},{_NUMBER}\)"
 _FOUR = ",".join([_NUMBER] * 4)
+_NESTED = rf"\[\s*\[{_NUMBER},{_NUMBER}\]\s*,\s*\[{_NUMBER},{_NUMBER}\]\s*\]"
 NARROW = {  # by pattern: what is read where numbers are plain and short
     LIST_BOX: re.compile(rf"\[{_FOUR}\]"),
     answer_text.PAIRS_OR_LIST: re.compile(rf"{_PAIRS}|\[{_FOUR}\]"),
-    ANY_BOX: re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]"),
+    ANY_BOX: re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]|{_NESTED}"),
     TAGGED_BOX: re.compile(rf"<box>{_NUMBER} {_NUMBER} {_NUMBER} {_NUMBER}</box>"),
 }
 
@@ -234,6 +243,7 @@ def test_plain_short_numbers_are_read_as_by_a_narrow_pattern():
         a, b, c, d = (draw.choice(numbers) for _ in range(4))
         box = draw.choice(
             (f"({a}, {b}), ({c},{d})", f"[{a},{b}, {c} ,{d}]", f"({a}, {b}, {c}, {d})", f"<box>{a} {b} {c}  {d}</box>")
+            + (f"[[{a}, {b}], [{c},{d}]]",)
         )
         text = f"{text}{box}{text[::-1]}" if draw.random() < 0.7 else text
         for pattern, narrow in NARROW.items():
@@ -245,9 +255,12 @@ def test_plain_short_numbers_are_read_as_by_a_narrow_pattern():
     assert found > 5_000
 
 
-@pytest.mark.parametrize(
-    "piece", ["(", "[ ", "{", "A ", "answer is ", "(1, 2), ", '{"bbox": [', "(1,          ", "not ", '["', "{[", "1e"]
-)
+NONSENSE = [
+    "(", "[ ", "{", "A ", "answer is ", "(1, 2), ", "[[1, 2], ", '{"bbox": [', "(1,          ", "not ", '["', "{[", "1e"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", NONSENSE)
 def test_long_nonsense_takes_no_time(piece):
     text = piece * (20_000 // len(piece))
     started = time.perf_counter()
