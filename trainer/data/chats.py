@@ -12,7 +12,7 @@ import torch
 from boxgrpo.kernels import grounding_rewards, pack_texts
 
 from .boxes import gold_box, pixel_size, tells_size
-from .example import MARK, Box, Refused, Source, check_system, check_text, checked_box
+from .example import EMPTY, MARK, Box, Refused, Source, check_system, check_text, checked_box, refuse_keys
 from .images import listed_images, resolve_images
 
 CHAT = ("conversations", "messages")  # keys of a chat
@@ -20,16 +20,16 @@ Turns = tuple[tuple[str, str], ...]  # (role, text)
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _IMAGE_KEYS = {"image", "image_url", "path", "url"}  # of a part: what names the image
 _LABELS = {"id", "index", "name", "timestamp"}  # keys of a turn that change nothing
-# Keys of a record that change what its chat means, `label` if it is true or false. Any other key only describes it.
+# Keys of a record that change what its chat means, beside those of every form (example.py), `label` if it is true or
+# false. Any other key only describes it.
 _CHANGING = frozenset(
     """
-    tools functions documents system_prompt system_message chat_template chat_template_kwargs enable_thinking audios
-    audio history mask_history loss_mask chosen rejected rejected_response rejected_images kto_tag label prompt query
-    instruction input response output completion completion_mask assistant_masks loss loss_scale weight weights
-    min_pixels max_pixels mm_processor_kwargs rejected_messages positive_messages negative_messages
+    sys prefix suffix assistant_prefix context template add_generation_prompt prompt query instruction input response
+    output completion reasoning_content thinking chosen rejected rejected_response rejected_images rejected_messages
+    positive_messages negative_messages kto_tag label mask mask_history loss_mask completion_mask assistant_masks loss
+    loss_scale loss_weight sample_weight weight weights resized_height resized_width
     """.split()
 )
-_EMPTY = (None, "", [], {})
 _IN_OBJECTS = "bbox of objects"  # in messages
 _MARKED = re.compile(r"\((\d{1,9}),\s*(\d{1,9})\),\s*\((\d{1,9}),\s*(\d{1,9})\)")
 # Four numbers in brackets, tags or quotes, such as (0.1, 0.2), (0.3, 0.4), or a corner of a JSON object.
@@ -47,10 +47,7 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
 
     While `file.objects_unit` is "auto", the gold box is the first in `objects` without a unit, as it is written.
     """
-    for key in sorted(_CHANGING.intersection(record)):
-        if record[key] not in _EMPTY and (key != "label" or isinstance(record[key], bool)):
-            rule = "it changes the chat and is not used"
-            raise Refused("unused_key", f"{key} is {record[key]!r:.40}; {rule}. Remove it or the record.")
+    refuse_keys(record, _CHANGING)
     system, turns, named = _read_turns(record)
     images = listed_images(record)
     if named and images and images != named:
@@ -93,7 +90,7 @@ def _read_turns(record: dict) -> tuple[str | None, Turns, list]:
         keys = "role" if "role" in turn else "from", "content" if "content" in turn else "value"
         role, content = map(turn.get, keys)
         for key in turn.keys() - {*keys, *_LABELS} if len(turn) > 2 else ():
-            if turn[key] not in _EMPTY:
+            if turn[key] not in EMPTY:
                 rule = f"only {keys[0]} and {keys[1]} are used"
                 raise Refused("unused_key", f"turn {index} has {key}: {turn[key]!r:.40}; {rule}. Remove it.")
         text = _text_of_parts(content, images, index) if isinstance(content, list) else content
@@ -143,7 +140,7 @@ def _read_objects(objects: object, images: int) -> tuple[list, list[_Object]]:
     It is {"ref": names, "bbox": boxes, "bbox_type": unit, "image_id": indices of images}, or, as in ms-swift 2, a list
     of {"caption", "bbox", "bbox_type", "image"}, or the JSON text of either.
     """
-    if objects in _EMPTY:
+    if objects in EMPTY:
         return [], []
     if isinstance(objects, str):
         try:
@@ -151,6 +148,7 @@ def _read_objects(objects: object, images: int) -> tuple[list, list[_Object]]:
         except (ValueError, RecursionError) as error:
             raise Refused("bad_objects", f"objects is {objects!r:.80}, not JSON ({error}). Write it again.") from error
     if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
+        _check_keys(objects, ("caption", "bbox", "bbox_type", "image"))
         names = [one.get("caption") for one in objects]
         rows = [(one.get("bbox"), one.get("bbox_type"), one.get("image")) for one in objects]
     else:
@@ -159,6 +157,7 @@ def _read_objects(objects: object, images: int) -> tuple[list, list[_Object]]:
         if not isinstance(objects, dict) or not all(isinstance(one, list) for one in lists):
             rule = 'it is {"ref": names, "bbox": boxes} or a list of {"caption": name, "bbox": box}'
             raise Refused("bad_objects", f"objects is {objects!r:.80}; {rule}. Correct it.")
+        _check_keys([objects], ("ref", "bbox", "bbox_type", "image_id"))
         rows = zip(boxes, repeat(given.get("bbox_type")), chain(image_of, repeat(0)))
     found = []
     for box, kind, index in rows:
@@ -167,6 +166,14 @@ def _read_objects(objects: object, images: int) -> tuple[list, list[_Object]]:
             raise Refused("bad_objects", f"objects has a box of type {kind!r} in image {index!r}; {rule}. Correct it.")
         found.append(_Object(box, _UNITS[kind] if kind else None, int(index or 0)))
     return names, found
+
+
+def _check_keys(objects: list[dict], known: tuple[str, ...]) -> None:
+    for one in objects:
+        for key in sorted(one.keys() - known):
+            if one[key] not in EMPTY:
+                rule = f"only {', '.join(known)} are used"
+                raise Refused("unused_key", f"objects has {key}: {one[key]!r:.40}; {rule}. Remove it.")
 
 
 def _fill(turns: Turns, names: list, boxes: Sequence[_Object], images: Sequence[str], file: Source) -> Turns:

@@ -19,6 +19,14 @@ THINK_SUFFIX = (
 BOX_PREFIX = "This is a single image grounding task with simple reference. "
 MARK = "<image>"  # where an image stands in a text
 OTHER_MARKS = "<video>", "<audio>"
+EMPTY = (None, "", [], {})
+# Keys that would change what is asked, in a record of any form.
+_CHANGING = frozenset(
+    """
+    system_prompt system_message tools functions documents chat_template chat_template_kwargs enable_thinking history
+    audios audio min_pixels max_pixels mm_processor_kwargs
+    """.split()
+)
 _FIRST_MARKS = re.compile(rf"(?:\s*{MARK})*\s*")
 _ORDINALS = {"source": 0, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6}
 _MENTION = rf"(?:image[- ]?(\d{{1,4}})|(\d{{1,4}})(?:st|nd|rd|th) image|({'|'.join(_ORDINALS)}) image)"
@@ -165,6 +173,14 @@ def check_system(value: object) -> str:
     return value if value == "" else check_text(value, "system", image_alone=True)
 
 
+def refuse_keys(record: dict, keys: frozenset[str]) -> None:
+    """Raise Refused if the record has one of the keys with a value, of `label` with true or false."""
+    for key in () if keys.isdisjoint(record) else sorted(keys.intersection(record)):  # quick where there is none
+        if record[key] not in EMPTY and (key != "label" or isinstance(record[key], bool)):
+            rule = "it changes what is asked or learned, and is not used"
+            raise Refused("unused_key", f"{key} is {record[key]!r:.40}; {rule}. Remove it or the record.")
+
+
 def is_numbers(values: object) -> bool:
     """Whether the value is a non-empty list of numbers below 1e9 in magnitude."""
     numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
@@ -204,6 +220,7 @@ def parse(
     Raises:
         Refused: the record breaks a rule.
     """
+    refuse_keys(record, _CHANGING)
     answer_format = record.get("answer_format", "think")
     if answer_format not in ("think", "box"):
         raise Refused("bad_answer_format", f'answer_format is {answer_format!r}; it is "think" or "box". Correct it.')

@@ -246,6 +246,7 @@ def test_several_boxes_that_are_read_are_not_counted_as_unread(read):
     assert not read(chat("Where?", BOX, "In <image>?", "No."))[0].unread, "its image is not shown with the question"
 
 
+BOXED = {"ref": ["cup"], "bbox": [[1, 2, 3, 4]]}
 USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value": BOX, "loss": False}
 
 
@@ -265,7 +266,9 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (chat([image("a.png"), said("?")], BOX, images=("b.png",)), "two_image_lists", "['b.png']"),
         (chat("a?", BOX, conversations=chat("b?", BOX)["messages"]), "two_chats", "messages and conversations differ"),
         (chat("Where?", BOX, {"text": "?"}, "No."), "no_question", "turn 2 (question) is {'text': '?'}; text"),
-        (chat("Where?", BOX, weight=0.5), "unused_key", "weight is 0.5; it changes the chat and is not used."),
+        (chat("Where?", BOX, weight=0.5), "unused_key", "weight is 0.5; it changes what is asked or learned, and"),
+        (chat("Where?", BOX, sys="Be brief."), "unused_key", "sys is 'Be brief.'"),
+        (chat("Where?", BOX, add_generation_prompt=False), "unused_key", "add_generation_prompt is False"),
         (chat("Where?", BOX, prompt="Be brief."), "unused_key", "prompt is 'Be brief.'"),
         (chat("Where?", BOX, max_pixels=784), "unused_key", "max_pixels is 784"),
         (chat("<video>Where?", BOX), "video", "a text holds <video>; only images are read. Give a video's frames."),
@@ -280,6 +283,8 @@ USER, UNLEARNED = {"from": "human", "value": "Where?"}, {"from": "gpt", "value":
         (swift("<bbox>", {"ref": [], "bbox": [[1, 2, 3, 4]]}), "bad_objects", "1 placeholders <ref-object>"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [3]}), "bad_objects", "in image 3; t"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "bbox_type": "percent"}), "bad_objects", "'percent'"),
+        (swift("<bbox>", BOXED | {"width": [60]}), "unused_key", "objects has width: [60]; only ref, bbox, bbox_type"),
+        (swift("<bbox>", [{"caption": "cup", "bbox": [1, 2, 3, 4], "frobnicate": 1}]), "unused_key", "frobnicate: 1;"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2]]}), "box_length", "bbox of objects is [1, 2]"),
         (swift("<bbox>", {"ref": ["cup"], "bbox": [[1, 2, 300, 4]]}), "box_outside", "300"),
     ],
@@ -299,7 +304,7 @@ def test_case_08_the_size_of_a_chats_only_image_is_compared(write, folder, caplo
 
 
 def test_labels_of_a_record_are_ignored(read):
-    empty = {"tools": None, "videos": [], "rejected": "", "objects": {"ref": [], "bbox": []}}
+    empty = {"tools": None, "videos": [], "rejected": "", "objects": {"ref": [], "bbox": [], "width": None}}
     record = chat("Where?", BOX, source="web", label="cup", quality=0.5, **empty)
     record["messages"][0] |= {"id": 7, "tool_calls": []}
     assert read(record)[0].turns == (("user", "Where?"), ("assistant", BOX))

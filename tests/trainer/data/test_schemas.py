@@ -1,5 +1,6 @@
 """Each data set's published record becomes the example it means."""
 
+import json
 import re
 from pathlib import Path
 
@@ -135,17 +136,37 @@ def test_faulty_records_of_every_set_are_named(write, photo, tmp_path, record, r
     assert fault.message.startswith("data.json#0: ")
 
 
-def test_the_guides_records_are_read(tmp_path):
-    """Each line of docs/data.md's block of forms, in the order of its sentence, with one and the same gold box."""
+@pytest.fixture
+def forms(tmp_path):
+    """(schema, record) of each line of docs/data.md's block of forms, in the order of its sentence; their images."""
     (block,) = re.findall(r"```jsonl\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     order = "univg_stage2 univg_stage1 mgrounding mig_bench refcoco refcoco lisa llmseg reasonvos revos".split()
     (tmp_path / "clip").mkdir()
     for name in ("a.png", "b.png", "clip/0.png", "clip/1.png", "clip/2.png"):
         Image.new("RGB", (640, 480)).save(tmp_path / name)
-    for schema, line in zip(order, block.splitlines(), strict=True):
-        (tmp_path / "data.jsonl").write_text(line)
-        example, found = only(tmp_path / "data.jsonl")
-        assert (found, example.gold) == (schema, (125, 250, 500, 750)), line
+    return list(zip(order, map(json.loads, block.splitlines()), strict=True))
+
+
+def test_the_guides_records_are_read(write, forms):
+    """All have one and the same gold box."""
+    for schema, record in forms:
+        example, found = only(write([record]))
+        assert (found, example.gold) == (schema, (125, 250, 500, 750)), record
+
+
+def test_keys_that_change_what_is_asked_are_refused_in_every_form(write, forms):
+    keys = (
+        "system_prompt system_message tools functions documents chat_template chat_template_kwargs enable_thinking "
+        "history audios audio min_pixels max_pixels mm_processor_kwargs"
+    ).split()
+    for _, record in forms:
+        only(write([record | dict.fromkeys(keys) | {"tools": [], "history": [], "system_prompt": ""}]))
+        _, faults = read_examples(write([record | {key: "x"} for key in keys]), min_usable=0)
+        assert [fault.message.split()[1] for fault in faults if fault.reason == "unused_key"] == keys
+    assert faults[0].message == (
+        "data.json#0: system_prompt is 'x'; it changes what is asked or learned, and is not used. Remove it or the "
+        "record."
+    )
 
 
 def test_the_guides_own_data_is_read(tmp_path, monkeypatch):
