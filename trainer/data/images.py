@@ -21,12 +21,13 @@ MIN_SIDE = 28  # pixels: one vision token is 28 x 28
 MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
 MAX_IMAGE_PIXELS = 64_000_000  # largest width x height to decode, checked by the file's header
 # A path without empty parts and parts that begin with a dot, so that it need not be resolved. Base64 has no dot.
-_PLAIN = re.compile(r"(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*\.(?:jpe?g|png|webp|bmp|gif|tiff?)")
+_PLAIN = re.compile(r"(?![wW]{3}\.)(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*\.(?:jpe?g|png|webp|bmp|gif|tiff?)")
 _BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/]{40,}={0,2})")
 _BASE64_STARTS = ("data:", "/9j/", "iVBORw0KGgo", "UklGR", "Qk", "R0lGOD", "SUkq", "TU0A", "AAAA")  # of the formats
-_URL = re.compile(r"([a-z][a-z0-9+-]+)://", re.IGNORECASE)
+_URL = re.compile(r"([a-z][a-z0-9+-]+)://|(?://|www\.)[^/]+/", re.IGNORECASE)  # also without its scheme
+MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's or folder's name and of a path, the limits of Linux
 IMAGE_KEYS = ("images", "image")  # of a record
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+VIDEOS = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,21 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
         raise Refused("no_images", f"{name} is {images[0] if images else images!r}; an image is needed. Add it.")
     root = file.root  # a file may name millions of images
     return tuple(
-        os.path.join(root, image) if type(image) is str and _PLAIN.fullmatch(image) else _resolve(image, file)
+        os.path.join(root, image) if type(image) is str and _is_plain(image) else _resolve(image, file)
         for image in images
     )
+
+
+def _is_plain(image: str) -> bool:
+    return image.isascii() and len(image) <= MAX_NAME and _PLAIN.fullmatch(image) is not None
 
 
 def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
     for key in ("bytes", "path", "image", "image_url", "url") if isinstance(image, dict) else ():
         if image.get(key):
             return _resolve(image[key], file, str(image.get("path") or ""))
-    coded = isinstance(image, str) and image.startswith(_BASE64_STARTS)
-    if coded and (text := _BASE64.fullmatch("".join(image.split()))):
-        try:
-            image = base64.b64decode(text[1], validate=True)
-        except ValueError as error:
-            raise Refused("bad_base64", f"image {image!r:.40}... is not base64 ({error}). Write it again.") from error
+    if isinstance(image, str) and image.startswith(_BASE64_STARTS):
+        image = _decode(image)
     if isinstance(image, bytes):
         return Embedded(name or f"an image of {len(image)} bytes in the record", image)
     if not isinstance(image, str) or not image or "\0" in image:
@@ -90,17 +91,32 @@ def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
     return _resolve_path(image, file)
 
 
+def _decode(text: str) -> str | bytes:
+    """The bytes of base64 text; the text itself if it may be a path."""
+    why = "its letters are A-Z, a-z, 0-9, + and /"
+    if coded := _BASE64.fullmatch("".join(text.split())):
+        try:
+            return base64.b64decode(coded[1], validate=True)
+        except ValueError as error:
+            why = str(error)
+    elif not text.startswith("data:") and len(text) <= (1024 if "." in text else MAX_NAME):
+        return text
+    raise Refused("bad_base64", f"image {text!r:.40}... is not base64 ({why}). Write it again.")
+
+
 def _resolve_path(image: str, file: Source) -> str:
     if image.lower().endswith(VIDEOS):
         raise Refused("video", f"image is {image!r:.80}; videos are not read. Give its frames as images.")
-    if image.startswith("data:"):
-        raise Refused("bad_base64", f"image is {image!r:.40}...; a data URI has base64. Write it again.")
-    if (scheme := _URL.match(image)) and scheme[1].lower() != "file":
+    if (url := _URL.match(image)) and str(url[1]).lower() != "file":
         raise Refused("image_url", f"image is {image!r:.80}; URLs are not fetched. Download it and give its path.")
     # Links are not resolved: the owner of the root made them. A ".." comes from the record's author.
-    full = os.path.abspath(os.path.join(file.root, unquote(image[scheme.end() :]) if scheme else image))
+    full = os.path.abspath(os.path.join(file.root, unquote(image[url.end() :]) if url else image))
     if file.bounded and os.path.commonpath([file.root, full]) != file.root:
-        raise Refused("image_outside_root", f"image {image!r} lies outside --image_root {file.root}. Correct it.")
+        raise Refused("image_outside_root", f"image {image!r:.80} lies outside --image_root {file.root}. Correct it.")
+    coded = full.encode(errors="replace")
+    if len(coded) > MAX_PATH or max(map(len, coded.split(b"/"))) > MAX_NAME:
+        rule = f"a path has at most {MAX_PATH} bytes, a name in it {MAX_NAME}"
+        raise Refused("long_path", f"image is {image!r:.40}..., of {len(image)} characters; {rule}. Correct it.")
     return full
 
 

@@ -100,9 +100,18 @@ def test_base64_is_decoded(write, kind):
         ("https://example.invalid/a.png", "image_url", "URLs are not fetched. Download it and give its path."),
         ({"type": "image_url", "image_url": {"url": "http://x.invalid/a"}}, "image_url", "URLs are not fetched"),
         ("s3://bucket/a.png", "image_url", "URLs are not fetched"),
+        ("//host/a.png", "image_url", "URLs are not fetched"),
+        ("WWW.host/a.png", "image_url", "URLs are not fetched"),
         ("clip.mp4", "video", "videos are not read. Give its frames as images."),
-        ("data:image/png;base64,iVBORw0K!", "bad_base64", "a data URI has base64"),
+        ("clip.M4V", "video", "videos are not read."),
+        ("data:image/png;base64,iVBORw0K!", "bad_base64", "is not base64"),
         ("data:image/png;base64," + "A" * 41, "bad_base64", "is not base64"),
+        ("iVBORw0KGgo" + "A_b-" * 10_000, "bad_base64", "is not base64 (its letters are A-Z, a-z, 0-9, + and /)"),
+        ({"bytes": "/9j/" + "A_b-" * 70}, "bad_base64", "image '/9j/A_b-A_b-"),
+        ("/9j/" + "A!b/c.d/" * 200, "bad_base64", "is not base64"),
+        ("a" * 252 + ".png", "long_path", "..., of 256 characters; a path has at most 4095 bytes, a name in it 255"),
+        ("é" * 126 + ".png", "long_path", "of 130 characters"),
+        ("a/" * 2_048 + "a.png", "long_path", "of 4101 characters"),
         (7, "no_images", "image is 7; a path, bytes or base64 is needed."),
         ({"bytes": None, "path": None}, "no_images", "a path, bytes or base64 is needed."),
         ("file:///etc/a.png", "image_outside_root", "lies outside --image_root"),
@@ -123,6 +132,22 @@ def test_case_16_a_video_beside_the_images_is_refused(write):
     )
     assert fault.reason == "video" and "Give their frames as images." in fault.message
     assert both.reason == "two_image_lists"
+
+
+def test_a_path_as_long_as_a_path_can_be_is_taken(write, tmp_path):
+    paths = ["a" * 251 + ".png", "é" * 125 + ".png", "AAAA/" * 100 + "a.png", "www.png", "./www.host/a.png"]
+    examples, faults = read_examples(write([QUESTION | {"images": [path]} for path in paths]))
+    expected = [(str(tmp_path / path),) for path in paths]
+    assert not faults and [example.images for example in examples] == expected
+
+
+def test_inspect_counts_an_image_whose_text_is_too_long_for_a_path(write, capsys):
+    """It does not end where the files are looked for."""
+    coded = ["iVBORw0KGgo" + "A_b-" * 10_000, "a" * 300 + ".png"]
+    path = write([QUESTION | {"images": [image]} for image in ["a.png", *coded]])
+    inspect_data.main([str(path), "--box_unit=thousandths"])
+    shown = "".join(capsys.readouterr())
+    assert "bad_base64" in shown and "long_path" in shown and max(map(len, shown.splitlines())) < 300
 
 
 def test_a_file_url_is_a_path(write, tmp_path):
