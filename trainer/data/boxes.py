@@ -67,6 +67,9 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
         remedy = (
             f"If the file's boxes are {other}, not {file.unit}: --box_unit {other} (of eval_data: --eval_box_unit)."
         )
+        with contextlib.suppress(Refused):
+            if file.unit == "pixels" and is_turned(image):
+                remedy = "EXIF turns the image; write the box of the upright one."
         raise Refused(refused.reason, f"{refused} {remedy}") from refused
 
 
@@ -172,6 +175,7 @@ def pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
         if is_turned(image):  # the box may have been drawn before or after the turn
             raise Refused("turned_image", f"{what} once its EXIF turns it. Save it upright, and correct the record.")
         file.counts["swapped"] += 1
+    file.counts["turned"] += is_turned(image)
     return size
 
 

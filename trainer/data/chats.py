@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
@@ -180,7 +181,8 @@ def _fill(turns: Turns, names: list, boxes: Sequence[_Object], images: Sequence[
     """The turns with names and boxes (0-1000) in the places of their placeholders, as ms-swift does for Qwen2-VL."""
     texts = {"<ref-object>": [], "<bbox>": []}
     for corners, unit, image in boxes:
-        box = gold_box(corners, images[image], replace(file, unit=unit or file.objects_unit), _IN_OBJECTS, {})
+        of_this = replace(file, unit=unit or file.objects_unit, counts=Counter())  # records are counted, not boxes
+        box = gold_box(corners, images[image], of_this, _IN_OBJECTS, {})
         texts["<bbox>"].append("<|box_start|>({},{}),({},{})<|box_end|>".format(*map(round, box)))
     text = "".join(text for _, text in turns)
     if "<ref-object>" in text:

@@ -122,32 +122,32 @@ def _resolve_path(image: str, file: Source) -> str:
 
 def image_size(image: str | os.PathLike | Embedded) -> tuple[int, int]:
     """Width and height in pixels from the file's header, turned upright, before `load_image` enlarges a small image."""
-    return _size(image) if isinstance(image, Embedded) else _size_of_file(image)
-
-
-def _size(image: str | os.PathLike | Embedded) -> tuple[int, int]:
-    try:
-        with _open(image) as opened:
-            width, height = opened.size
-            turned = _quarter_turned(opened)
-    except FileNotFoundError as error:
-        raise Refused("missing_image", f"there is no image at {image}, whose size is needed. Fetch it.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused("image_unreadable", f"the size of {image} cannot be read ({error}). Fetch it again.") from error
-    return (height, width) if turned else (width, height)
-
-
-_size_of_file = functools.lru_cache(maxsize=4096)(_size)
+    return _header(image)[:2]
 
 
 def is_turned(image: str | os.PathLike | Embedded) -> bool:
     """Whether the EXIF orientation of a readable image swaps its sides."""
-    with _open(image) as opened:
-        return _quarter_turned(opened)
+    return _header(image)[2]
 
 
-def _quarter_turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+def _header(image: str | os.PathLike | Embedded) -> tuple[int, int, bool]:
+    """Width and height of the upright image, and whether that swaps its sides."""
+    return _read_header(image) if isinstance(image, Embedded) else _header_of_file(image)
+
+
+def _read_header(image: str | os.PathLike | Embedded) -> tuple[int, int, bool]:
+    try:
+        with _open(image) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except FileNotFoundError as error:
+        raise Refused("missing_image", f"there is no image at {image}, whose size is needed. Fetch it.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refused("image_unreadable", f"the size of {image} cannot be read ({error}). Fetch it again.") from error
+    return (height, width, True) if turned else (width, height, False)
+
+
+_header_of_file = functools.lru_cache(maxsize=4096)(_read_header)
 
 
 def _open(image: str | os.PathLike | Embedded) -> Image.Image:

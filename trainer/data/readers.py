@@ -44,6 +44,7 @@ FILE_FORMS = "a JSON, JSONL, Parquet or Arrow file of records, or a folder of da
 READ_FORM = "Write it as <answer>(x1, y1), (x2, y2)</answer>, in thousandths of the image"
 COUNTED = {
     "swapped": "have width and height swapped; the image files' own are used",
+    "turned": "have an image that its EXIF turns; their boxes are taken on the upright image",
     "several": "have several boxes; the first is the gold box",
     "unread": "have an answer with a box that is not read: SFT learns it as text, nothing scores it. " + READ_FORM,
 }

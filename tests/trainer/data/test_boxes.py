@@ -190,15 +190,16 @@ def test_an_image_is_opened_only_where_its_size_is_needed(write, draw, monkeypat
     monkeypatch.setattr(images, "_open", lambda path, real=images._open: opened.append(path) or real(path))
     plain = FORMS["univg_stage2"]([10, 20, 500, 700])
     for record, unit, times in ((plain, "thousandths", 0), (plain | {"width": 84, "height": 56}, "thousandths", 1)):
-        images._size_of_file.cache_clear()
+        images._header_of_file.cache_clear()
         file = Source.of(write([record] * 3), None, unit=unit)
         for _ in range(3):
             schemas.SCHEMAS["univg_stage2"].read(record, file)
         assert len(opened) == times
 
 
-def test_a_turned_photo_measures_its_boxes_upright(write, draw):
+def test_a_turned_photo_measures_its_boxes_upright(write, draw, caplog):
     """Where the record has the sizes from before the turn, nothing tells where the box belongs."""
+    caplog.set_level("INFO")
     exif = Image.Exif()
     exif[0x0112] = 6
     draw("turned.png", 90, 60, exif=exif)
@@ -207,6 +208,9 @@ def test_a_turned_photo_measures_its_boxes_upright(write, draw):
     examples, (fault,) = read_examples(write([record | size for size in sizes]))
     assert [e.gold for e in examples] == [(500, 222.222, 1000, 444.444)] * 2
     assert (fault.source, fault.reason) == ("data.json#2", "turned_image") and "Save it upright" in fault.message
+    assert "2 records have an image that its EXIF turns" in caplog.text
+    (_, fault) = read_examples(write([record, record | {"solution": [30, 20, 80, 40]}]), box_unit="pixels")
+    assert "EXIF turns the image; write the box of the upright one." in fault[0].message
 
 
 def test_several_boxes_are_counted_or_refused(write, draw, caplog):

@@ -206,7 +206,7 @@ def test_objects_of_another_unit_than_the_files_are_refused(write, folder, monke
         (_, late), (fault,) = read_examples(write([chat("Where?", BOX), *pointed(inside, whole)]))
     assert late.gold == (250, 250, 500, 500) and fault.reason == "fractions"
     Image.new("RGB", (640, 480)).save(folder / "b.png")
-    images._size_of_file.cache_clear()
+    images._header_of_file.cache_clear()
     with pytest.raises(ValueError, match=r"the gold boxes may be p\w+ or p\w+ .*: 2 do not tell; .*with --box_unit"):
         read_examples(write(pointed([10, 10, 50, 60], [20, 20, 80, 90])))
 

@@ -328,7 +328,7 @@ def test_a_scan_that_missed_images_is_not_kept(write, tmp_path, monkeypatch):
         examples, faults = read_examples(path)
         assert len(examples) == 1 and not faults
     (tmp_path / "photo.jpg").unlink()
-    images._size_of_file.cache_clear()  # as in the next process
+    images._header_of_file.cache_clear()  # as in the next process
     with pytest.raises(ValueError, match=r"data\.json#0: .*there is no image at .*photo\.jpg"):
         read_examples(path)[0][0]
 

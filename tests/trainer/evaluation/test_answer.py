@@ -54,7 +54,7 @@ def test_a_record_that_cannot_be_read_any_more_is_left_out(decoder, record_file,
     examples, _ = read_examples(write(records, "pixels.json"))
     whole, _ = answer_examples(decoder, examples, range(4), Ranks(), OPTIONS)
     (record_file.parent / "1.png").unlink()
-    image_files._size_of_file.cache_clear()
+    image_files._header_of_file.cache_clear()
     texts, reasons = answer_examples(decoder, examples, range(4), Ranks(), OPTIONS)
     assert texts == {n: whole[n] for n in (0, 2, 3)} and "there is no image at" in reasons[1]
 
