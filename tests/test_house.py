@@ -44,7 +44,7 @@ BUDGET = {
     "kernels": 5139,
     "model": 1857,
     "trainer": 11_560,
-    "bench": 5567,
+    "bench": 5571,
     "tests": 19_505,
     "trainer/apps": 1107,
     "trainer/chains": 823,
@@ -59,7 +59,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_985  # lines of the first five
+PRODUCT = 24_989  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.
