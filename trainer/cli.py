@@ -1,6 +1,7 @@
 """`boxgrpo COMMAND ...`: every command of the package under one name."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -59,10 +60,10 @@ def launch(name: str, args: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # Seconds after a SIGTERM in which the step and its checkpoint end.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
-        # After SIGTERM, seconds in which the step and its checkpoint end.
-        flags = ["--standalone", f"--nproc_per_node={processes}", "--shutdown-timeout=600"]
-        run.main([*flags, script, *args])
+        run.main(["--standalone", f"--nproc_per_node={processes}", script, *args])
     except ChildFailedError as failed:
         status = failed.get_first_failure()[1].exitcode  # negative: a signal's number
         sys.exit(status if status > 0 else 128 - status)

@@ -58,12 +58,12 @@ def check_presence(o) -> None:
 
 def check_data(source: str) -> None:
     """Raise ValueError where `source`, a path or path#count, names no file or folder."""
-    path = source if Path(source).exists() else re.sub(r"#\d+$", "", source)
-    if not Path(path).exists():
+    path = _without_count(source)
+    if not os.path.exists(path):
         remedy = "Correct --data."
-        if re.fullmatch(r"\w[\w.-]*/[\w-]+", path):  # no suffix: the id of a data set
-            remedy = f"To fetch one of the hub: hf download {path} --repo-type dataset --local-dir {path}"
-        raise ValueError(f"data is {source}; there is no such file or folder. {remedy}")
+        if re.fullmatch(r"\w[\w.-]*/[\w-]+", path):  # no suffix: perhaps the id of a data set
+            remedy += f" To fetch one of the hub: hf download {path} --repo-type dataset --local-dir {path}"
+        raise ValueError(f"data is {source:.200}; there is no such file or folder. {remedy}")
 
 
 def check_stored(rollout_file: str) -> None:
@@ -81,7 +81,7 @@ def check_paths(o) -> None:
             raise ValueError(f"{name} is {folder}; there is no such folder. Correct --{name}.")
     for name in FILES:
         path = getattr(o, name, "")
-        if path and not Path(path).exists() and not Path(re.sub(r"#\d+$", "", path)).exists():
+        if path and not os.path.exists(_without_count(path)):
             raise ValueError(f"{name} is {path}; there is no such file. Correct --{name}.")
     for name, suffixes in OUTPUTS.items():
         if (path := getattr(o, name, "")) not in (None, "", "-"):
@@ -94,9 +94,22 @@ def check_paths(o) -> None:
 
 def _check_apart(o, output: str) -> None:
     """Raise ValueError where the option `output` names a file or a folder that the command reads."""
-    read = [paths if isinstance(paths, list) else [paths] for name in INPUTS if (paths := getattr(o, name, ""))]
-    if Path(path := getattr(o, output)).resolve() in {Path(path).resolve() for paths in read for path in paths}:
-        raise ValueError(f"{output} is {path}, which is read; it would be lost. Change --{output}.")
+    target = Path(getattr(o, output)).resolve()
+    for name in INPUTS:
+        if name == "model" and hasattr(o, "predictions"):  # an evaluation adds files to a checkpoint
+            continue
+        paths = getattr(o, name, "") or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            place = Path(path := _without_count(str(path))).resolve()
+            replaced = output == "output_dir" and name in ("model", "predictions") and target in place.parents
+            if place == target or replaced:
+                what = "is" if place == target else "holds"
+                raise ValueError(f"{output} {what} {path}, which is read; it may be lost. Change --{output}.")
+
+
+def _without_count(source: str) -> str:
+    """The path of `path` or `path#count`."""
+    return source if os.path.exists(source) else re.sub(r"(?<=.)#\d+$", "", source)
 
 
 def check_output(name: str, path: str, suffixes: Sequence[str] = (), *, folder: bool = False) -> None:

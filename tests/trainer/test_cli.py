@@ -68,12 +68,14 @@ WRONG = [
     ("apps/inspect_data.py gone.json --seed", "inspect_data.py: --seed has no value. Give it one."),
     ("apps/ground.py where --model={model} --output={file}/x.png", "/x.png; no file can be written there."),
     ("chains/make.py --output_dir={file}", "; no folder can be written there. Name another with --output_dir."),
-    ("apps/inspect_data.py {file} --json={file}", "config.json, which is read; it would be lost. Change --json."),
+    ("apps/inspect_data.py {file} --json={file}", "config.json, which is read; it may be lost. Change --json."),
     (
         "evaluator.py --predictions={file} --data=d.json --json={file}",
-        "which is read; it would be lost. Change --json.",
+        "which is read; it may be lost. Change --json.",
     ),
-    ("sft.py --model={model} --data={file} --output_dir={model}", "which is read; it would be lost. Change --output_d"),
+    ("evaluator.py --predictions={file} --data={file}#2 --json={file}", "config.json, which is read; it may be lost."),
+    ("evaluator.py --predictions={file} --data=d --output_dir={model}", "output_dir holds "),
+    ("sft.py --model={model} --data={file} --output_dir={model}", "which is read; it may be lost. Change --output_d"),
     ("../bench/kernel_bench/run.py --json={file}/x", "bench_kernels.py: json is "),
     ("../bench/step_bench/run.py --quick --quack", "run.py: unknown flag '--quack'; did you mean --quick?"),
     ("../bench/publish/demands.py {file}", "config.json holds no results ('machine'). Name a file of bench/results/"),
@@ -164,7 +166,7 @@ def test_a_command_that_starts_processes_ends_as_they_do(end, status, initial, t
     """Without a traceback of torchrun's."""
 
     def main(args):
-        assert args[1].startswith("--nproc_per_node=") and args[3].endswith("trainer/sft.py")
+        assert args[1].startswith("--nproc_per_node=") and args[2].endswith("trainer/sft.py")
         raise end
 
     monkeypatch.setattr("torch.distributed.run.main", main)

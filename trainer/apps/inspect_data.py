@@ -58,6 +58,8 @@ def inspect(path: Path, args: argparse.Namespace) -> dict:
     for index in tqdm(range(len(examples)), desc="records", disable=len(examples) < 10_000):
         try:
             example = examples[index]
+            if args.sheet and str(Path(args.sheet).absolute()) in example.images:
+                raise ValueError(f"sheet is {args.sheet}, an image of {example.source}. Change --sheet.")
             for image in example.images:
                 if not isinstance(image, Embedded) and not exists(image):
                     message = f"{example.source}: there is no image at {image}. Check --image_root."
@@ -136,8 +138,6 @@ def draw_sheet(examples: Iterable[Example], path: str) -> None:
     """Write a sheet of the examples' images with their gold boxes; examples with unreadable images are left out."""
     pictures = []
     for example in examples:
-        if Path(path).resolve() in {Path(image).resolve() for image in example.images if isinstance(image, str)}:
-            raise ValueError(f"sheet is {path}, an image of {example.source}; it would be lost. Change --sheet.")
         with contextlib.suppress(ValueError):
             title = f"{example.task}  {example.source}"
             pictures.append(annotate_example(example, question=example.question, title=title))
