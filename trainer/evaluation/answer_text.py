@@ -114,8 +114,8 @@ _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*+,?\s*+\({_NUMBER},{_NUMBER}\)"
 _FOUR = rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}"
 LIST_BOX = re.compile(rf"\[{_FOUR}\]")
 PAIRS_OR_LIST = re.compile(rf"{_PAIRS}|\[{_FOUR}\]")
-_NESTED = rf"\[\s*+\[{_NUMBER},{_NUMBER}\]\s*+,\s*+\[{_NUMBER},{_NUMBER}\]\s*+\]"
-ANY_BOX = re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]|{_NESTED}")
+ANY_BOX = re.compile(rf"{_PAIRS}|[\[(]{_FOUR}[\])]")
+_TWO_POINTS = re.compile(rf"\[\s*+\[{_NUMBER},{_NUMBER}\]\s*+,\s*+\[{_NUMBER},{_NUMBER}\]\s*+\]")
 _SPACED = r"\s++".join([f"({_JSON_NUMBER})"] * 4)
 TAGGED_BOX = re.compile(rf"<box>\s*+{_SPACED}\s*+</box>")  # MiniCPM-V's
 _OBJECT = re.compile(r"\{[^{}]++\}")
@@ -124,7 +124,8 @@ _CORNERS = ("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("left", 
 
 
 def first_box(text: str, pattern: re.Pattern) -> Box | None:
-    """The first box of the text, in the text's units: a JSON object that names one, or a match of the pattern.
+    """The first box of the text, in the text's units: a JSON object that names one, or a match of the pattern. Without
+    either, for `ANY_BOX` two points in square brackets are a box too.
 
     An object names its corners x1 y1 x2 y2, xmin ymin xmax ymax or left top right bottom, or holds four
     under bbox_2d, bbox or box, in a list or in one text. Numbers are JSON's, in quotes or not; a larger one is read as
@@ -136,6 +137,8 @@ def first_box(text: str, pattern: re.Pattern) -> Box | None:
             break
         if named := _box_object(found[0]):
             return named[0]
+    if not match and pattern is ANY_BOX:
+        match = _TWO_POINTS.search(text)
     return _as_box([n for n in match.groups() if n is not None]) if match else None
 
 
@@ -171,7 +174,9 @@ def _box_object(text: str) -> tuple[Box, float | None] | None:
 
 
 def _as_box(values: object) -> Box | None:
-    """The box of four JSON numbers, of texts that are such, or of a text with four; None for anything else."""
+    """The box of four JSON numbers or texts that are such, of two points, or of a text with four; None for others."""
+    if isinstance(values, list) and len(values) == 2 and all(isinstance(point, list) for point in values):
+        values = [*values[0], *values[1]]
     if isinstance(values, str):
         values = [value.strip() for value in values.split(",")]
     texts = [str(value) for value in values] if isinstance(values, list) and len(values) == 4 else [""]
