@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -154,7 +155,9 @@ class Checkpoints:
         progress = Progress(**written["progress"])
         now = dataclasses.asdict(self.options) | {"eval_data": self.r.gather(self.contents)[0].get("eval_data")}
         was = written["options"] | {"eval_data": written.get("contents", {}).get("eval_data")}
-        if changed := [name for name in EVAL_DATA if was.get(name) != now[name]]:
+        for options in (was, now):
+            options["eval_image_root"] = os.path.abspath(options.get("eval_image_root") or "")
+        if changed := [name for name in EVAL_DATA if was.get(name, "auto") != now[name]] if was["eval_data"] else []:
             log.warning("%s is not what %s was scored with; the best score starts anew.", changed[0], folder)
             progress.best_accuracy, progress.best_step = -1.0, 0
         engine.load(folder / TRAINER)

@@ -216,7 +216,7 @@ def test_case_11_a_changed_learning_rate_holds_from_the_first_update(run):
 def test_another_count_of_iterations_is_refused_and_other_evaluation_data_is_scored_anew(run, tmp_path, caplog):
     """The schedule counts updates, so a step's place in it depends on num_iterations; a best score on the records."""
     (tmp_path / "held_out.json").write_text("[1]")
-    held_out = {"eval_data": str(tmp_path / "held_out.json")}
+    held_out = {"eval_data": str(tmp_path / "held_out.json"), "eval_image_root": str(tmp_path)}
     folder = run.save(1, **held_out, progress={"best_accuracy": 0.5, "best_step": 1})
     with pytest.raises(ValueError, match="was made with num_iterations 1, this run has 2; .* --num_iterations 1"):
         run.checkpoints(num_iterations=2, **held_out).find()
@@ -227,6 +227,8 @@ def test_another_count_of_iterations_is_refused_and_other_evaluation_data_is_sco
     assert run.checkpoints(**held_out, eval_box_unit="pixels").load(folder, engine_of_two_layers()).best_step == 0
     assert "eval_box_unit is not what" in caplog.text
     caplog.clear()
+    held_out["eval_image_root"] += "/."
+    assert run.checkpoints(**held_out).load(folder, engine_of_two_layers()).best_accuracy == 0.5
     (tmp_path / "held_out.json").write_text("[2]")
     checkpoints = run.checkpoints(**held_out)
     progress = checkpoints.load(checkpoints.find(), engine_of_two_layers())
