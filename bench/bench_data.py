@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import psutil
-from PIL import Image
 
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.processes import resident_bytes
@@ -79,9 +78,6 @@ def write_records(path: Path, count: int) -> None:
                 answer = f"{words(draw.randint(8, 25))} {box(turn == 0 and i % 10_000 == 7)}"
                 turns.append({"from": "gpt", "value": answer})
             images = [f"mgrounding/part_{i % 97:03d}/{i:07d}_{k}.jpg" for k in range(draw.randint(2, 6))]
-            for image in [path.parent / image for image in images] if i == 0 else ():  # a scan without any is not kept
-                image.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (640, 480)).save(image)
             record = {"id": f"mg_{i:07d}", "images": images, "conversations": turns, "type": words(1)}
             file.write("[" if i == 0 else ", ")
             file.write(json.dumps(record))

@@ -201,8 +201,7 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
     schema = SCHEMAS[file.schema]
     in_text = any(key in CHAT for keys in schema.keys for key in keys.split())
     keyed, texts = _first_boxes(records, dataclasses.replace(file, unit="auto", objects_unit="auto", counts=Counter()))
-    boxes = keyed + texts
-    found.lasting = not boxes or any(box.size for box in boxes)
+    found.lasting = not keyed or any(box.size for box in keyed)
     usual = "pixels" if in_text else schema.unit  # ms-swift's, of `objects`
     told = False
     if file.unit == "auto":
