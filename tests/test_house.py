@@ -43,23 +43,23 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_560,
-    "bench": 5571,
-    "tests": 19_505,
+    "trainer": 11_590,
+    "bench": 5567,
+    "tests": 19_516,
     "trainer/apps": 1107,
     "trainer/chains": 823,
-    "trainer/data": 2319,
+    "trainer/data": 2327,
     "trainer/engine": 645,
-    "trainer/evaluation": 2022,
+    "trainer/evaluation": 2026,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
     "trainer/rewards": 65,
     "trainer/rollout": 543,
-    "trainer/runtime": 943,
+    "trainer/runtime": 946,
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 24_989  # lines of the first five
+PRODUCT = 25_015  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -9,8 +9,8 @@ import numpy as np
 
 from boxgrpo.trainer.options import BOX_UNITS
 
-from .example import Box, Refused, Source, checked_box, is_numbers
-from .images import image_size, is_turned
+from .example import EMPTY, Box, Refused, Source, checked_box, is_numbers
+from .images import image_size, orientation
 
 LIMITS = {"fractions": 1, "percent": 100, "thousandths": 1000}  # an image's width and height in these units
 SIZES = ("width", "height")  # of an image in pixels, as a record may tell them
@@ -68,8 +68,8 @@ def gold_box(box: object, image: str, file: Source, what: str, record: dict) -> 
             f"If the file's boxes are {other}, not {file.unit}: --box_unit {other} (of eval_data: --eval_box_unit)."
         )
         with contextlib.suppress(Refused):
-            if file.unit == "pixels" and is_turned(image):
-                remedy = "EXIF turns the image; write the box of the upright one."
+            if file.unit == "pixels" and orientation(image) >= 5:
+                remedy = f"EXIF turns the image: if the box is that of the unturned one, turn it too. {remedy}"
         raise Refused(refused.reason, f"{refused} {remedy}") from refused
 
 
@@ -172,16 +172,16 @@ def pixel_size(image: str, record: dict, file: Source) -> Sequence[float]:
         what = f"width and height are {told[0]:g} and {told[1]:g}; {image} is {size[0]} x {size[1]} pixels"
         if told[::-1] != [*size]:
             raise Refused("size_contradicts", f"{what}. Correct them, and the box if it belongs to another image.")
-        if is_turned(image):  # the box may have been drawn before or after the turn
+        if orientation(image) >= 5:  # the box may have been drawn before or after the turn
             raise Refused("turned_image", f"{what} once its EXIF turns it. Save it upright, and correct the record.")
         file.counts["swapped"] += 1
-    file.counts["turned"] += is_turned(image)
+    file.counts["turned"] += orientation(image) > 1
     return size
 
 
 def tells_size(record: dict) -> bool:
     """Whether the record has a width or a height of its image."""
-    return any(record.get(key) is not None for key in SIZES)
+    return any(record.get(key) not in EMPTY for key in SIZES)
 
 
 def _told_size(record: dict) -> list[float] | None:
@@ -194,6 +194,7 @@ def _told_size(record: dict) -> list[float] | None:
     if not tells_size(record):
         return None
     with contextlib.suppress(TypeError, ValueError):
+        told = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in told]
         sizes = [float(value) for value in told if not isinstance(value, bool)]
         if len(sizes) == 2 and all(0 < size < 1e9 for size in sizes):
             return sizes

@@ -25,9 +25,9 @@ _LABELS = {"id", "index", "name", "timestamp"}  # keys of a turn that change not
 # false. Any other key only describes it.
 _CHANGING = frozenset(
     """
-    sys prefix suffix assistant_prefix context template add_generation_prompt prompt query instruction input response
+    sys prefix suffix assistant_prefix template add_generation_prompt prompt query instruction input response
     output completion reasoning_content thinking chosen rejected rejected_response rejected_images rejected_messages
-    positive_messages negative_messages kto_tag label mask mask_history loss_mask completion_mask assistant_masks loss
+    positive_messages negative_messages kto_tag label mask_history loss_mask completion_mask assistant_masks loss
     loss_scale loss_weight sample_weight weight weights resized_height resized_width
     """.split()
 )
@@ -55,7 +55,11 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
         raise Refused("two_image_lists", f"images is {images!r:.80}; its parts name {named!r:.80}. Remove one list.")
     fields = {"images": resolve_images(named or images, file), "system": system}
     if len(fields["images"]) == 1 and tells_size(record):
-        pixel_size(fields["images"][0], record, file)  # refuses another size than the image's
+        try:
+            pixel_size(fields["images"][0], record, file)
+        except Refused as refused:
+            if refused.reason != "bad_size":  # then they may mean something else than the image's
+                raise
     names, boxes = _read_objects(record.get("objects"), len(fields["images"]))
     if filled := bool(_PLACEHOLDER.search(" ".join(text for _, text in turns))):
         if open_boxes := [box for box in boxes if not box.unit and file.objects_unit == "auto"]:

@@ -22,7 +22,7 @@ MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
 MAX_IMAGE_PIXELS = 64_000_000  # largest width x height to decode, checked by the file's header
 # A path without empty parts and parts that begin with a dot, so that it need not be resolved. Base64 has no dot.
 _PLAIN = re.compile(r"(?![wW]{3}\.)(?:[^/.\0][^/\0]*/)*[^/.\0][^/\0]*\.(?:jpe?g|png|webp|bmp|gif|tiff?)")
-_BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/]{40,}={0,2})")
+_BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,)?([A-Za-z0-9+/]{40,}={0,2})")
 _BASE64_STARTS = ("data:", "/9j/", "iVBORw0KGgo", "UklGR", "Qk", "R0lGOD", "SUkq", "TU0A", "AAAA")  # of the formats
 _URL = re.compile(r"([a-z][a-z0-9+-]+)://|(?://|www\.)[^/]+/", re.IGNORECASE)  # also without its scheme
 MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's or folder's name and of a path, the limits of Linux
@@ -107,7 +107,10 @@ def _decode(text: str) -> str | bytes:
 def _resolve_path(image: str, file: Source) -> str:
     if image.lower().endswith(VIDEOS):
         raise Refused("video", f"image is {image!r:.80}; videos are not read. Give its frames as images.")
-    if (url := _URL.match(image)) and str(url[1]).lower() != "file":
+    url = _URL.match(image)
+    if url and not url[1] and os.path.exists(os.path.join(file.root, image)):
+        url = None
+    if url and str(url[1]).lower() != "file":
         raise Refused("image_url", f"image is {image!r:.80}; URLs are not fetched. Download it and give its path.")
     # Links are not resolved: the owner of the root made them. A ".." comes from the record's author.
     full = os.path.abspath(os.path.join(file.root, unquote(image[url.end() :]) if url else image))
@@ -125,26 +128,27 @@ def image_size(image: str | os.PathLike | Embedded) -> tuple[int, int]:
     return _header(image)[:2]
 
 
-def is_turned(image: str | os.PathLike | Embedded) -> bool:
-    """Whether the EXIF orientation of a readable image swaps its sides."""
+def orientation(image: str | os.PathLike | Embedded) -> int:
+    """The EXIF orientation of a readable image: 1 upright, 2 to 4 mirrored or upside down, from 5 on sides swapped."""
     return _header(image)[2]
 
 
-def _header(image: str | os.PathLike | Embedded) -> tuple[int, int, bool]:
-    """Width and height of the upright image, and whether that swaps its sides."""
+def _header(image: str | os.PathLike | Embedded) -> tuple[int, int, int]:
+    """Width and height of the upright image, and its EXIF orientation."""
     return _read_header(image) if isinstance(image, Embedded) else _header_of_file(image)
 
 
-def _read_header(image: str | os.PathLike | Embedded) -> tuple[int, int, bool]:
+def _read_header(image: str | os.PathLike | Embedded) -> tuple[int, int, int]:
     try:
         with _open(image) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            turn = opened.getexif().get(ExifTags.Base.Orientation)
     except FileNotFoundError as error:
         raise Refused("missing_image", f"there is no image at {image}, whose size is needed. Fetch it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refused("image_unreadable", f"the size of {image} cannot be read ({error}). Fetch it again.") from error
-    return (height, width, True) if turned else (width, height, False)
+    turn = turn if turn in range(1, 9) else 1
+    return (height, width, turn) if turn >= 5 else (width, height, turn)
 
 
 _header_of_file = functools.lru_cache(maxsize=4096)(_read_header)

@@ -209,8 +209,12 @@ def test_a_turned_photo_measures_its_boxes_upright(write, draw, caplog):
     assert [e.gold for e in examples] == [(500, 222.222, 1000, 444.444)] * 2
     assert (fault.source, fault.reason) == ("data.json#2", "turned_image") and "Save it upright" in fault.message
     assert "2 records have an image that its EXIF turns" in caplog.text
+    exif[0x0112] = 3
+    draw("upside_down.png", 90, 60, exif=exif)
+    ((example,), _) = read_examples(write([record | {"image": "upside_down.png", "width": "", "height": []}]))
+    assert example.gold == (333.333, 333.333, 666.667, 666.667) and "1 records have an image that its" in caplog.text
     (_, fault) = read_examples(write([record, record | {"solution": [30, 20, 80, 40]}]), box_unit="pixels")
-    assert "EXIF turns the image; write the box of the upright one." in fault[0].message
+    assert "EXIF turns the image: if the box is that of the unturned one, turn it too. If" in fault[0].message
 
 
 def test_several_boxes_are_counted_or_refused(write, draw, caplog):

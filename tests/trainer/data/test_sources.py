@@ -83,7 +83,7 @@ def test_base64_is_decoded(write, kind):
     """Alone, in lines, as a data URI, as bytes of a dictionary, or as the URL of a chat's part."""
     content = picture(1, kind)
     text = base64.b64encode(content).decode()
-    uri = f"data:image/{kind.lower()};base64,{text}"
+    uri = f"data:image/{kind.lower()};charset=utf-8;base64,{text}"
     lines = base64.encodebytes(content).decode()
     forms = [text, lines, uri, {"bytes": text, "path": "x"}, {"type": "image_url", "image_url": {"url": uri}}]
     examples, faults = read_examples(write([QUESTION | {"images": [form]} for form in forms]))
@@ -136,6 +136,9 @@ def test_case_16_a_video_beside_the_images_is_refused(write):
 
 def test_a_path_as_long_as_a_path_can_be_is_taken(write, tmp_path):
     paths = ["a" * 251 + ".png", "é" * 125 + ".png", "AAAA/" * 100 + "a.png", "www.png", "./www.host/a.png"]
+    paths.append("www.a.org/a.png")  # which is here
+    (tmp_path / "www.a.org").mkdir()
+    (tmp_path / "www.a.org/a.png").touch()
     examples, faults = read_examples(write([QUESTION | {"images": [path]} for path in paths]))
     expected = [(str(tmp_path / path),) for path in paths]
     assert not faults and [example.images for example in examples] == expected
