@@ -48,7 +48,8 @@ def read_chat(record: dict, file: Source, box_in: Callable[[Turns], Box | None])
 
     While `file.objects_unit` is "auto", the gold box is the first in `objects` without a unit, as it is written.
     """
-    refuse_keys(record, _CHANGING)
+    if not _CHANGING.isdisjoint(record):
+        refuse_keys(record, _CHANGING)
     system, turns, named = _read_turns(record)
     images = listed_images(record)
     if named and images and images != named:

@@ -69,13 +69,11 @@ def resolve_images(images: object, file: Source, *, name: str = "images") -> tup
         raise Refused("no_images", f"{name} is {images[0] if images else images!r}; an image is needed. Add it.")
     root = file.root  # a file may name millions of images
     return tuple(
-        os.path.join(root, image) if type(image) is str and _is_plain(image) else _resolve(image, file)
+        os.path.join(root, image)
+        if type(image) is str and len(image) <= MAX_NAME and image.isascii() and _PLAIN.fullmatch(image)
+        else _resolve(image, file)
         for image in images
     )
-
-
-def _is_plain(image: str) -> bool:
-    return image.isascii() and len(image) <= MAX_NAME and _PLAIN.fullmatch(image) is not None
 
 
 def _resolve(image: object, file: Source, name: str = "") -> str | Embedded:
