@@ -211,10 +211,10 @@ def _find_unit(found: _Scan, records: Sequence[dict], file: Source) -> None:
         except ValueError as error:
             raise ValueError(f"{file.path}: {error}") from error
     if keyed:
-        tell = f"which the first {len(keyed)} tell" if told else f"for the first {len(keyed)} do not tell"
-        how = f"the form's usual unit, {tell}"
+        first = f"the first {len(keyed)} boxes" if len(keyed) > 1 else "the first box"
+        how = f"the form's usual unit{', which fits' if told else ', which is not certain from'} {first}"
         if found.unit != usual:
-            how = f"for the first {len(keyed)} likelier than {usual}, the form's usual unit"
+            how = f"for {first} likelier than {usual}, the form's usual unit"
         why = f", {how}; --box_unit overrules it" if file.unit == "auto" else ""
         boxes = "boxes in objects" if in_text else "gold boxes"
         notes = found.notes if told or file.unit != "auto" else found.doubts
