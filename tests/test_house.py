@@ -43,9 +43,9 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_590,
+    "trainer": 11_591,
     "bench": 5567,
-    "tests": 19_516,
+    "tests": 19_531,
     "trainer/apps": 1107,
     "trainer/chains": 823,
     "trainer/data": 2327,
@@ -59,7 +59,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 25_015  # lines of the first five
+PRODUCT = 25_016  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 FOLDERS = ("image_root", "eval_image_root")
 FILES = ("eval_data", "predictions")
+_REPLACED = re.compile(r"checkpoint-\d+|best|results\.json")  # in an output_dir, by a new run or evaluation
 INPUTS = ("model", "data", "eval_data", "predictions", "path")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OUTPUTS = {"json": (), "sheet": PICTURES}  # files to write, and how their names may end
@@ -101,8 +102,8 @@ def _check_apart(o, output: str) -> None:
         paths = getattr(o, name, "") or []
         for path in paths if isinstance(paths, list) else [paths]:
             place = Path(path := _without_count(str(path))).resolve()
-            replaced = output == "output_dir" and name in ("model", "predictions") and target in place.parents
-            if place == target or replaced:
+            inside = place.relative_to(target).parts if target in place.parents else ()
+            if place == target or (inside and _REPLACED.fullmatch(inside[0])):
                 what = "is" if place == target else "holds"
                 raise ValueError(f"{output} {what} {path}, which is read; it may be lost. Change --{output}.")
 

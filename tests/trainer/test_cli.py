@@ -74,7 +74,6 @@ WRONG = [
         "which is read; it may be lost. Change --json.",
     ),
     ("evaluator.py --predictions={file} --data={file}#2 --json={file}", "config.json, which is read; it may be lost."),
-    ("evaluator.py --predictions={file} --data=d --output_dir={model}", "output_dir holds "),
     ("sft.py --model={model} --data={file} --output_dir={model}", "which is read; it may be lost. Change --output_d"),
     ("../bench/kernel_bench/run.py --json={file}/x", "bench_kernels.py: json is "),
     ("../bench/step_bench/run.py --quick --quack", "run.py: unknown flag '--quack'; did you mean --quick?"),

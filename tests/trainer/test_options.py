@@ -23,7 +23,7 @@ from boxgrpo.trainer.options import (
     validate_grpo,
     validate_sft,
 )
-from boxgrpo.trainer.presence import check_presence
+from boxgrpo.trainer.presence import check_paths, check_presence
 from boxgrpo.trainer.run import total_steps
 
 
@@ -328,3 +328,19 @@ def test_case_24_what_is_not_on_this_machine_is_refused_before_anything_is_loade
         with pytest.raises(ValueError, match=message) as refused:
             check_presence(GrpoOptions(**right | change))
         assert str(refused.value).count("\n") <= 1
+
+
+def test_a_folder_whose_files_a_run_replaces_holds_none_of_its_inputs(tmp_path):
+    """A model or a file that stays there when a run starts anew may be in it."""
+    for name in ("best", "checkpoint-3", "base"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "results.json").touch()
+    check_paths(GrpoOptions(model=str(tmp_path / "base"), data=[f"{tmp_path}/data.json"], output_dir=str(tmp_path)))
+    for given in ({"model": str(tmp_path / "best")}, {"data": [f"{tmp_path}/checkpoint-3/a.json#2"]}):
+        with pytest.raises(
+            ValueError, match=r"output_dir holds .*, which is read; it may be lost. Change --output_dir"
+        ):
+            check_paths(GrpoOptions(**given, output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="output_dir holds .*results.json, which is read"):
+        check_paths(EvalOptions(predictions=f"{tmp_path}/results.json", output_dir=str(tmp_path)))
+    check_paths(EvalOptions(model=str(tmp_path / "best"), output_dir=str(tmp_path)))
