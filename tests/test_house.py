@@ -43,9 +43,9 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_591,
+    "trainer": 11_780,
     "bench": 5567,
-    "tests": 19_531,
+    "tests": 19_659,
     "trainer/apps": 1107,
     "trainer/chains": 823,
     "trainer/data": 2327,
@@ -55,11 +55,11 @@ BUDGET = {
     "trainer/recipes": 155,
     "trainer/rewards": 65,
     "trainer/rollout": 543,
-    "trainer/runtime": 946,
+    "trainer/runtime": 1134,
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 25_016  # lines of the first five
+PRODUCT = 25_205  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

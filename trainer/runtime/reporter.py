@@ -1,5 +1,6 @@
 """A run's output folder, its metrics in metrics.jsonl and TensorBoard, and its terminal output."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,6 +20,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from .files import open_lines, replace_file
+from .health import Health
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -123,13 +125,28 @@ def truncate(path: Path, size: int) -> None:
     os.truncate(path, size)
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics; without those that are no JSON, as a kill or a loss of power leaves them."""
+    lines, path = [], folder / METRICS
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+
 class Reporter:
-    """Writes on rank 0; on other ranks no method does anything. `start`: number of earlier steps."""
+    """Writes on rank 0; on other ranks no method does anything. `start`: number of earlier steps.
+
+    It warns once of each thing that `Health` finds; not again of what it finds in the metrics of a resumed run's
+    earlier steps.
+    """
 
     def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
         self.active = ranks.is_main
         if self.active:
-            self.file = open_lines(folder / METRICS)
+            self.file, self.health = open_lines(folder / METRICS), Health()
+            for line in read_metrics(folder):
+                self.health.read(line)
             self.board = _tensorboard(folder / "tensorboard", start)
             self.bar = tqdm(total=total_steps, initial=start, desc=title, dynamic_ncols=True, mininterval=1.0)
 
@@ -142,7 +159,10 @@ class Reporter:
         if not self.active:
             return
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-        self.file.write(json.dumps({"step": step, **known}) + "\n")
+        line = {"step": step, **known}
+        self.file.write(json.dumps(line) + "\n")
+        for finding in self.health.read(line):
+            log.warning("step %d: %s", step, finding.message)
         for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
