@@ -43,10 +43,10 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_780,
+    "trainer": 11_885,
     "bench": 5567,
-    "tests": 19_659,
-    "trainer/apps": 1107,
+    "tests": 19_750,
+    "trainer/apps": 1208,
     "trainer/chains": 823,
     "trainer/data": 2327,
     "trainer/engine": 645,
@@ -59,7 +59,7 @@ BUDGET = {
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 25_205  # lines of the first five
+PRODUCT = 25_310  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": ("evaluator", "score a checkpoint, or answers from a file, on a benchmark"),
     "ground": ("apps.ground", "answer a question about images by a box, on the command line or on a web page"),
     "inspect": ("apps.inspect_data", "count a file's records, tasks and faults"),
+    "runs": ("apps.runs", "list runs with their latest metrics, and what is wrong with them"),
     "memory": ("apps.memory", "memory per GPU by engine and model, computed from shapes"),
     "chains": ("chains.make", "request reasoning chains for a cold start from an OpenAI-compatible server"),
     "accept": ("chains.accept", "write a page on which people accept or reject a tenth of the chains"),
