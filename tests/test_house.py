@@ -43,7 +43,7 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_885,
+    "trainer": 11_886,
     "bench": 5567,
     "tests": 19_750,
     "trainer/apps": 1208,
@@ -55,11 +55,11 @@ BUDGET = {
     "trainer/recipes": 155,
     "trainer/rewards": 65,
     "trainer/rollout": 543,
-    "trainer/runtime": 1134,
+    "trainer/runtime": 1135,
     "trainer/step": 275,
     "trainer/world": 761,
 }
-PRODUCT = 25_310  # lines of the first five
+PRODUCT = 25_311  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

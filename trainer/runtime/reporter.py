@@ -162,7 +162,8 @@ class Reporter:
         line = {"step": step, **known}
         self.file.write(json.dumps(line) + "\n")
         for finding in self.health.read(line):
-            log.warning("step %d: %s", step, finding.message)
+            with self.bar.external_write_mode():
+                log.warning("step %d: %s", step, finding.message)
         for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
