@@ -60,7 +60,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
 
     for step in run.steps(lambda: batches.position, lambda: rollout.written):
         with span("data"):
-            groups = batches.next()
+            groups = batches.take(o.prompts_per_step)
         with span("rollout"), contextlib.nullcontext() if sharded else engine.gathered_weights():
             with span("vision", sum(len(g.prompt.image_grid_thw) for g in groups)):
                 groups = batches.embed(groups)

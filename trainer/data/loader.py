@@ -103,7 +103,7 @@ class Loader:
             cannot fill up, and end with this process. A script that uses them needs `if __name__ == "__main__"`.
             A thread of this process reads the next step from the pipes while one is used.
         rank, world_size: select this process's part of the stream.
-        start: first slot: 0, or the `position` of a former run with the same batch_size x world_size.
+        start: first slot: 0, or the `position` of a former run.
         shuffle: False keeps the records in the order given.
         pin_for: a GPU; the prompts' pixels are in page-locked memory, from which copies to it do not wait.
 
@@ -137,7 +137,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[Group]]:
         """Yield steps from `position` on: groups with a prompt, the slot's number (`serial`) and the `record`."""
-        numbers = itertools.count(self.position + self.rank, self.world_size)
+        numbers = itertools.count(self._first(), self.world_size)
         if self.workers:
             steps = take_ahead(self._steps(self._in_workers(numbers)))
         else:  # without a thread, which would compete with the training for the interpreter
@@ -162,8 +162,12 @@ class Loader:
 
     def peek_step(self) -> list[Group]:
         """The groups of the step at `position`, prepared in this process; the stream still begins with that step."""
-        numbers = range(self.position + self.rank, self.position + self.batch_size * self.world_size, self.world_size)
+        numbers = range(self._first(), self.position + self.batch_size * self.world_size, self.world_size)
         return [group for group, _ in map(self._slots.prepare, numbers) if group is not None]
+
+    def _first(self) -> int:
+        """This rank's first slot from `position` on."""
+        return self.position + (self.rank - self.position) % self.world_size
 
     def _steps(self, prepared: Iterator["_Prepared"]) -> Iterator[list["_Prepared"]]:
         while True:

@@ -277,7 +277,7 @@ class PrefetchedBatches:
         early: whether to embed the next step's images ahead.
 
     Attributes:
-        position: the loader's position without the groups read ahead, from which a resumed run continues.
+        position: the first slot, over all ranks, that was not taken; from it a resumed run continues.
     """
 
     def __init__(self, loader: Loader, embed: Callable[[list[Group]], list[Group]] | None, *, early: bool):
@@ -285,16 +285,17 @@ class PrefetchedBatches:
         self.position = loader.position
         self.stream = torch.cuda.Stream() if self.early and torch.cuda.is_available() else None
         self._batches = iter(loader)
-        self._ahead: list[Group] | None = None
+        self._waiting: list[Group] = []  # of the slots from `position` up to the loader's
 
-    def next(self) -> list[Group]:
-        """The next step's groups; they have embeddings where those are computed ahead."""
-        groups, self._ahead = self._ahead, None
-        if groups is None:
+    def take(self, slots: int) -> list[Group]:
+        """This rank's groups of the next `slots` slots of all ranks; with embeddings where those are computed ahead."""
+        self.position += slots
+        while self.loader.position < self.position:
             groups = next(self._batches)
-            groups = self.embed_images(groups) if self.early else groups
-        self.position = self.loader.position
-        return groups
+            self._waiting += self.embed_images(groups) if self.early else groups
+        taken = [g for g in self._waiting if g.serial < self.position]
+        del self._waiting[: len(taken)]
+        return taken
 
     def embed(self, groups: list[Group]) -> list[Group]:
         """The groups with their embeddings."""
@@ -309,8 +310,9 @@ class PrefetchedBatches:
         return groups
 
     def embed_ahead(self) -> None:
-        """If the next step's images are loaded, queue their embedding, once, behind all that is queued so far."""
-        if not self.early or self._ahead is not None or not self.loader.ready():
+        """If images are loaded, queue their embedding behind all that is queued so far, until a whole step has its."""
+        step = self.loader.batch_size * self.loader.world_size
+        if not self.early or self.loader.position >= self.position + step or not self.loader.ready():
             return
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -319,4 +321,4 @@ class PrefetchedBatches:
             torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext(),
             span("vision", sum(len(g.prompt.image_grid_thw) for g in groups)),
         ):
-            self._ahead = self.embed_images(groups)
+            self._waiting += self.embed_images(groups)

@@ -76,6 +76,17 @@ def test_a_restart_goes_on_where_the_run_stopped(options):
     assert take(first, 4) == whole[3:]  # iterating again goes on, too
 
 
+def test_any_slot_can_be_the_first():
+    """Also one that is not rank 0's; the step that is looked at beforehand is the one that follows."""
+    whole = flat(take(loader(), 5))
+    ranks = [loader(batch_size=2, rank=r, world_size=2, start=5) for r in (0, 1)]
+    peeked = [[g.serial for g in rank.peek_step()] for rank in ranks]
+    assert peeked == [[6, 8], [5, 7]]
+    parts = [take(rank, 2) for rank in ranks]
+    assert [[serial for serial, *_ in steps[0]] for steps in parts] == peeked
+    assert sorted(flat(flat(parts))) == whole[5:13]
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_holds_the_same_records_for_any_number_of_ranks(world_size):
     bad = refuse("3", "7")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from functools import partial
@@ -44,7 +45,7 @@ def test_groups_have_their_own_embeddings_early_or_in_time(embedding, early):
     embed, calls = embedding
     batches = batches_of(PICTURED, embed, early=early)
     for step in range(1, 5):
-        groups = batches.next()
+        groups = batches.take(2)
         assert calls == [[2 * k, 2 * k + 1] for k in range(step if early else step - 1)]
         groups = batches.embed(groups)
         batches.embed_ahead()
@@ -52,6 +53,25 @@ def test_groups_have_their_own_embeddings_early_or_in_time(embedding, early):
         assert all(g.image_embeds is g.prompt for g in groups)
         assert batches.position == 2 * step
     assert batches.loader.position == 8 + 2 * early, "early, one step more was taken than given out"
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "in time"])
+def test_any_number_of_slots_is_taken(embedding, early):
+    """A step of two slots, then refills of one and two, and so on: nothing is lost, doubled or embedded twice."""
+    embed, calls = embedding
+    batches = batches_of(PICTURED, embed, early=early)
+    serials = []
+    for slots in (2, 1, 2, 2, 1, 1, 2):
+        groups = batches.embed(batches.take(slots))
+        batches.embed_ahead()
+        batches.embed_ahead()
+        assert len(groups) == slots and all(g.image_embeds is g.prompt for g in groups)
+        serials += [g.serial for g in groups]
+        held = batches.loader.position - batches.position
+        assert batches.position == len(serials) and held in ((2, 3) if early else (0, 1)), "early, a whole step is held"
+    assert serials == [*range(11)]
+    embedded = [*itertools.chain(*calls)]
+    assert embedded[:11] == serials and len(embedded) == 11 + (held if early else 0)
 
 
 class FakeStream:
@@ -99,7 +119,7 @@ def test_on_a_gpu_the_next_images_come_after_prefill_and_decoding_before_them(st
     rollout = LocalRollout(
         dataclasses.replace(OPTIONS, gradient_accumulation_steps=2), vocabulary, Ranks(device="cuda")
     )
-    groups = batches.embed(batches.next())
+    groups = batches.embed(batches.take(2))
     del streams.events[:]
     rollout(None, groups, batches.embed_ahead)
     batches.embed_ahead()
@@ -132,7 +152,7 @@ def test_decoding_waits_for_no_images(streams, vocabulary, monkeypatch, arrival)
     monkeypatch.setattr("boxgrpo.trainer.rollout.local.prefill", lambda *_, **__: SimpleNamespace(run=run))
     monkeypatch.setattr(Loader, "_in_workers", in_workers)
     batches = batches_of(PICTURED, lambda groups: streams.current.queue("tower") or groups, early=True, workers=1)
-    groups = batches.embed(batches.next())
+    groups = batches.embed(batches.take(2))
     del streams.events[:]
     LocalRollout(OPTIONS, vocabulary, Ranks(device="cuda"))(None, groups, batches.embed_ahead)
     expected = [f"token {t} on priority -1" for t in range(5)]
@@ -140,13 +160,13 @@ def test_decoding_waits_for_no_images(streams, vocabulary, monkeypatch, arrival)
         expected[arrival + 1 : arrival + 1] = ["priority 0 waits for priority -1", "tower on priority 0"]
     assert streams.events[1:-1] == expected and batches.position == 2
     arrived.set()
-    assert [g.serial for g in batches.next()] == [2, 3] and batches.position == 4
+    assert [g.serial for g in batches.take(2)] == [2, 3] and batches.position == 4
     assert streams.events[-1] == ("tower on main" if arrival is None else "main waits for priority -1")
 
 
 def test_a_trained_tower_runs_in_every_pack():
     batches = batches_of(PICTURED, None, early=True)
-    assert [g.image_embeds for g in batches.embed(batches.next())] == [None, None]
+    assert [g.image_embeds for g in batches.embed(batches.take(2))] == [None, None]
 
 
 @pytest.mark.gpu
@@ -156,7 +176,7 @@ def test_on_a_gpu_the_embeddings_of_a_stream_of_its_own_are_the_towers(twins, ma
         prompts = [make_prompt([(1, 4, 8), (1, 6, 4)], seed=i) for i in range(6)]
         batches = batches_of(prompts, partial(embed_images, model), early=True, pin_for=model.device)
         for _ in range(3):
-            groups = batches.embed(batches.next())
+            groups = batches.embed(batches.take(2))
             batches.embed_ahead()
             for group in groups:
                 assert group.prompt.pixels.patches.is_pinned()
