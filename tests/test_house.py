@@ -43,23 +43,23 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_886,
+    "trainer": 11_988,
     "bench": 5567,
-    "tests": 19_750,
+    "tests": 20_013,
     "trainer/apps": 1208,
     "trainer/chains": 823,
-    "trainer/data": 2327,
+    "trainer/data": 2331,
     "trainer/engine": 645,
     "trainer/evaluation": 2026,
     "trainer/profiling": 355,
     "trainer/recipes": 155,
-    "trainer/rewards": 65,
-    "trainer/rollout": 543,
+    "trainer/rewards": 67,
+    "trainer/rollout": 552,
     "trainer/runtime": 1135,
-    "trainer/step": 275,
+    "trainer/step": 349,
     "trainer/world": 761,
 }
-PRODUCT = 25_311  # lines of the first five
+PRODUCT = 25_413  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

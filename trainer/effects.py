@@ -26,6 +26,7 @@ RULES = (
     ("epsilon_high", "loss_type", lambda o: o.loss_type in (*CLIPPED, "cispo")),
     ("epsilon epsilon_high delta", "num_iterations", _updates_again),
     ("importance_sampling_level", "num_iterations", lambda o: o.num_iterations > 1 or o.rollout == "vllm"),
+    ("max_refills", "dynamic_sampling", lambda o: o.dynamic_sampling),
     ("top_k top_p", "rollout", lambda o: o.rollout != "replay"),
     ("gradient_accumulation_steps", "rollout", lambda o: o.rollout == "local"),
     ("vllm_gpu_memory_utilization vllm_importance_sampling_clip_max", "rollout", lambda o: o.rollout == "vllm"),

@@ -21,7 +21,6 @@ from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, check_command, validate_grpo
-from boxgrpo.trainer.rewards.grounding import score, step_rewards
 from boxgrpo.trainer.rollout.base import Rollout, Vocabulary, sampler_factor
 from boxgrpo.trainer.rollout.local import LocalRollout, PrefetchedBatches, ReplayRollout, embed_images
 from boxgrpo.trainer.rollout.vllm import VllmRollout
@@ -36,6 +35,7 @@ from boxgrpo.trainer.step.metrics import (
     sampling_metrics,
 )
 from boxgrpo.trainer.step.pack import balance_across_ranks, make_packs, run_packs_that_fit, trained_groups
+from boxgrpo.trainer.step.sample import sample_groups, sample_with_signal
 from boxgrpo.trainer.world import recipe
 
 
@@ -55,35 +55,37 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     run.begin("grpo")
     embed = partial(embed_images, policy, sharded=sharded) if o.freeze_vision else None
     batches = PrefetchedBatches(loader, embed, early=r.device.type == "cuda" and not engine.shards_weights)
+    sample = partial(sample_groups, run, rollout, batches, vocabulary, sharded)
     cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
     make = span("pack")(partial(make_packs, engine, cost, policy.config.image_token_id))
 
     for step in run.steps(lambda: batches.position, lambda: rollout.written):
-        with span("data"):
-            groups = batches.take(o.prompts_per_step)
-        with span("rollout"), contextlib.nullcontext() if sharded else engine.gathered_weights():
-            with span("vision", sum(len(g.prompt.image_grid_thw) for g in groups)):
-                groups = batches.embed(groups)
-            groups = rollout(policy, groups, batches.embed_ahead)
-        with span("reward", sum(len(g.completions) for g in groups)):
-            rewards = step_rewards(o, hooks.rewards(groups, score(groups, vocabulary.bytes, r.device)), r)
-        with span("pack", len(groups)):
-            trained = trained_groups(o, groups, rewards)
+        if o.dynamic_sampling:
+            (groups, rewards), (kept, kept_rewards), extra = sample_with_signal(o, sample, r)
+        else:
+            groups, rewards = kept, kept_rewards = sample(o.prompts_per_step)
+            extra = {}
+        with span("pack", len(kept)):
+            trained = trained_groups(o, kept, kept_rewards)
             if o.loss_type != "bnpo":  # its mean is over each rank's own tokens
                 trained = balance_across_ranks(trained, cost, r)
-            counts = r.sum(sum(len(g.completions) for g in groups), sum(len(c) for g in trained for c in g.completions))
+            counts = r.sum(sum(len(g.completions) for g in kept), sum(len(c) for g in trained for c in g.completions))
             settings = loss_settings._replace(denominator=loss_denominator(o, *counts, r))
-        update = partial(update_gradients, run, settings)
-        packs, loss, stats = run_packs_that_fit(trained, run.budget, engine, make, update)
-        for iteration in range(o.num_iterations):
-            if iteration:
-                loss, stats = accumulate_again(run, settings, packs)
-            with span("optimizer"):
-                grad_norm, updated = engine.step()
-            progress.skipped_steps += not updated
-        extra = {}
+        if counts[0]:
+            update = partial(update_gradients, run, settings)
+            packs, loss, stats = run_packs_that_fit(trained, run.budget, engine, make, update)
+            for iteration in range(o.num_iterations):
+                if iteration:
+                    loss, stats = accumulate_again(run, settings, packs)
+                with span("optimizer"):
+                    grad_norm, updated = engine.step()
+                progress.skipped_steps += not updated
+        else:  # no rank has a group: weights and moments stay
+            packs, stats, (loss, grad_norm) = [], [], torch.zeros(2)
+            for _ in range(o.num_iterations):
+                engine.schedule.step()
         if run.is_logged:
-            extra |= completion_metrics(groups, rewards, o.max_completion_length, vocabulary.eos_token_ids)
+            extra |= completion_metrics(groups, rewards, o.max_completion_length, vocabulary.eos_token_ids, r)
             extra |= policy_metrics(stats, r)
         if run.is_logged and o.rollout == "vllm":
             extra |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
@@ -144,12 +146,8 @@ def accumulate_again(run: Run, settings: LossOptions, packs: list[PackedBatch]):
 def loss_denominator(o, completions: float, tokens: float, r: Ranks):
     """The divisor of the step's summed loss on each rank, 0-dim fp32; ranks average their gradients afterwards."""
     total = {
-        "grpo": completions,
-        "dapo": tokens,
-        "cispo": tokens,
-        "vespo": tokens,
-        "sapo": completions,
-        "luspo": completions,
+        **dict.fromkeys(("grpo", "sapo", "luspo"), completions),
+        **dict.fromkeys(("dapo", "cispo", "vespo"), tokens),
         "dr_grpo": completions * o.max_completion_length,
         "bnpo": None,
     }[o.loss_type]

@@ -44,10 +44,9 @@ RANGES = {
     **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), "[1, 131072]"),  # Qwen2's longest context
     **dict.fromkeys(("prompts_per_step", "gradient_accumulation_steps", "train_batch_size", "eval_batch_size"), COUNT),
     **dict.fromkeys(("max_prompt_length", "min_pixels", "max_pixels"), COUNT),
-    **dict.fromkeys(
-        ("save_steps", "save_total_limit", "max_skipped", "eval_every", "lora_rank", "lora_alpha"), ANY_COUNT
-    ),
+    **dict.fromkeys(("save_steps", "save_total_limit", "max_skipped", "max_refills", "eval_every"), ANY_COUNT),
     **dict.fromkeys(("limit", "resamples", "pictures", "cases", "seed", "top_k", "log_completions"), ANY_COUNT),
+    **dict.fromkeys(("lora_rank", "lora_alpha"), ANY_COUNT),
     "dataloader_num_workers": "[0, 1024]",
     "max_steps": "[-2147483648, 2147483647]",
     "num_train_epochs": "(0, 1e6]",
@@ -171,6 +170,8 @@ class GrpoOptions(DataOptions):
     difficulty: str = option("exp", "Difficulty weight of a group by its mean IoU m: exp, power, log or none.")
     rollout: str = option("local", "local: sample here; vllm: with vLLM; replay: completions stored by an earlier run.")
     rollout_file: str = option("", "File of completions: replay reads it; local writes it if one is given.")
+    dynamic_sampling: bool = option(False, "Replace groups whose rewards are all equal by groups of further prompts.")
+    max_refills: int = option(4, "Rounds of further prompts per step at most, with dynamic_sampling.")
     ds3_gather_for_generation: bool = option(
         True, "ZeRO-3 samples with all weights on every rank; false: each layer is gathered again for every token."
     )
@@ -263,6 +264,11 @@ def validate_grpo(o: GrpoOptions, world_size: int) -> LossOptions:
         raise ValueError(f"delta is {o.delta}; it bounds unclipped ratios, above 1 + epsilon_high = {most}. Raise it.")
     if o.rollout == "replay" and not o.rollout_file:
         raise ValueError("rollout is 'replay' but no file is named. Give --rollout_file.")
+    if o.dynamic_sampling and o.engine == "deepspeed" and o.zero_stage == 3 and not o.ds3_gather_for_generation:
+        raise ValueError(
+            "dynamic_sampling is True with ds3_gather_for_generation False, where ranks sample in lockstep; in a "
+            "refill a rank may have no prompt. Leave one of the two out."
+        )
     if o.rollout == "vllm":
         _check_vllm(o)
     return settings

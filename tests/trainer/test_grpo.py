@@ -1,21 +1,25 @@
 """The loops on a tiny model: they learn, they replay, two ranks equal one, and options arrive where they are used."""
 
 import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fake_vllm
 from boxgrpo.kernels import fused_grpo_loss
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.model.families.qwen2_vl import Qwen2VL
 from boxgrpo.trainer import grpo, sft
+from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.options import GrpoOptions
+from boxgrpo.trainer.rewards.grounding import step_rewards
 from boxgrpo.trainer.run import Hooks, frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
-from runs import ROOT, finish, grpo_options, lines, sft_options, start
+from runs import ROOT, finish, grpo_options, lines, sft_options, start, start_forked, untimed_lines
 
 
 def on_two_ranks(script, options):
@@ -95,7 +99,7 @@ def test_batch_scaled_advantages_use_the_rewards_of_all_ranks():
     ours, theirs = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[0.5, 1.0], [2.0, 2.0]])
     options = GrpoOptions(scale_rewards="batch", difficulty="none", num_generations=2)
     scored = SimpleNamespace(accuracy=ours.view(-1) / 2, format=ours.view(-1) / 2)
-    rewards = grpo.step_rewards(options, scored, Two(1, 2))
+    rewards = step_rewards(options, scored, Two(1, 2))
     std = torch.cat([ours, theirs]).std() + 1e-4
     torch.testing.assert_close(rewards.advantages, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / std)
     assert rewards.miou.tolist() == [0.5, 0.5] and rewards.weights.tolist() == [1.0, 1.0]
@@ -252,6 +256,84 @@ def test_groups_of_equal_rewards_cost_no_policy_pass(world, monkeypatch):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=1e-9)
     assert lines(world / "without")[1]["grad_norm"] == 0
+
+
+SIGNAL = {1, 6, 7, 9, 10, 11, 12, 15, 16, 18, *range(31, 35)}  # slots whose rewards are not all equal
+
+
+def signal_in_some(groups, rewards):
+    """Rewards by the slot, whatever the completions are."""
+    accuracy = [[0.2, 0.4, 0.6, 0.8] if group.serial in SIGNAL else [0.5] * 4 for group in groups]
+    return rewards._replace(accuracy=torch.tensor(accuracy).view(-1), format=torch.ones(4 * len(groups)))
+
+
+def test_groups_without_a_signal_are_replaced_in_the_streams_order(world, monkeypatch):
+    """Step 1 takes 11 slots in three rounds, step 2 8 in two, step 3 finds nothing in 12, and step 4 needs no refill.
+
+    The third moves neither weights nor moments; a run that is resumed at slot 19 takes the same.
+    """
+    trained, completions, real = [], [], {name: getattr(grpo, name) for name in ("trained_groups", "loss_denominator")}
+
+    def trained_groups(o, groups, rewards):
+        trained.append([g.serial for g in groups])
+        return real["trained_groups"](o, groups, rewards)
+
+    def loss_denominator(o, count, tokens, r):
+        completions.append(count)
+        return real["loss_denominator"](o, count, tokens, r)
+
+    monkeypatch.setattr(grpo, "trained_groups", trained_groups)
+    monkeypatch.setattr(grpo, "loss_denominator", loss_denominator)
+    changes = {"dynamic_sampling": True, "max_refills": 2, "max_steps": 4, "max_completion_length": 8, "save_steps": 1}
+    changes |= {"beta": 0.0, "weight_decay": 0.1, "lr_scheduler_type": "linear"}
+    grpo.train(grpo_options(world, "refilled", **changes), Ranks(), Hooks(rewards=signal_in_some))
+    assert trained == [[1, 6, 7, 9], [11, 12, 15, 16], [], [31, 32, 33, 34]] and completions == [16, 16, 0, 16]
+    found = lines(world / "refilled")
+    counts = [[m[f"dynamic_sampling/{n}"] for n in ("refills", "sampled_groups", "trained_groups")] for m in found]
+    assert counts == [[2, 11, 4], [1, 8, 4], [2, 12, 0], [0, 4, 4]]
+    assert [round(m["frac_reward_zero_std"], 3) for m in found] == [0.545, 0.375, 1, 0], "of all that were sampled"
+    assert [m["epoch"] * 48 for m in found] == pytest.approx([11, 19, 31, 35])
+    assert [m["learning_rate"] for m in found] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
+    assert found[2]["loss"] == found[2]["grad_norm"] == found[2]["num_tokens"] - found[1]["num_tokens"] == 0
+    states = [load_file(world / f"refilled/checkpoint-{k}/trainer/rank0.safetensors") for k in (1, 2, 3, 4)]
+    moved = [{n for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(states)]
+    assert moved[1] == {"schedule"} and len(moved[0]) == len(moved[2]) > 30
+    resumed = grpo_options(world, "resumed", **changes, resume=str(world / "refilled/checkpoint-2"))
+    grpo.train(resumed, Ranks(), Hooks(rewards=signal_in_some))
+    assert trained[4:] == trained[2:4] and untimed_lines(world / "resumed") == untimed_lines(world / "refilled")[2:]
+    assert (world / "resumed/model.safetensors").read_bytes() == (world / "refilled/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
+def test_two_ranks_refill_as_one(world, tmp_path, stage):
+    """The same slots have a signal, by stored completions of which one or none has the format; steps begin anywhere."""
+    tokenizer = Processor.from_pretrained(world / "sft", min_pixels=784, max_pixels=784).tokenizer
+    right, wrong = (
+        tokenizer.encode(f"<think>Here.</think><answer>(0, 0), {end}</answer><|im_end|>") for end in ("(9, 9)", "")
+    )
+    ids = {slot: [right if slot in SIGNAL else wrong, *[wrong] * 3] for slot in range(40)}
+    stored = tmp_path / "stored"
+    stored.write_text("".join(json.dumps({"serial": slot, "ids": ids[slot]}) + "\n" for slot in ids))
+    changes = {"rollout": "replay", "rollout_file": str(stored), "dynamic_sampling": True, "max_refills": 2}
+    changes |= {"max_steps": 4, "max_completion_length": 64, "scale_rewards": "batch"}
+    grpo.train(grpo_options(world, "", **changes, output_dir=str(tmp_path / "one")), Ranks())
+    changes |= {
+        "output_dir": str(tmp_path / "two"),
+        "engine": "deepspeed" if stage else "ddp",
+        "zero_stage": stage or 2,
+    }
+    finish(start_forked(ROOT / "trainer/grpo.py", grpo_options(world, "", **changes)))
+    one, both = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [m["dynamic_sampling/sampled_groups"] for m in one] == [11, 8, 12, 4]
+    means_of_ranks = {"rewards/accuracy/std", "rewards/format/std"}
+    for a, b in zip(one, both, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        for name in a.keys() - means_of_ranks:
+            if name.startswith(("dynamic_sampling/", "reward", "frac", "difficulty/", "epoch", "completions/")):
+                assert a[name] == pytest.approx(b[name], rel=1e-6), name
+    ours, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-4, msg=name)
 
 
 def test_a_cold_start_with_little_memory_is_the_same(world, monkeypatch):

@@ -83,6 +83,11 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"num_generations": 1}, "num_generations is 1; it must be at least 2"),
         ({"prompts_per_step": 6}, "prompts_per_step is 6; .* multiple of 4"),
         ({"gradient_accumulation_steps": 3}, "multiple of 12"),
+        (
+            {"dynamic_sampling": True, "engine": "deepspeed", "zero_stage": 3, "ds3_gather_for_generation": False},
+            "dynamic_sampling is True with ds3_gather_for_generation False, .* Leave one of the two out",
+        ),
+        ({"max_refills": -1}, "max_refills is -1; it must be at least 0. Raise --max_refills"),
         ({"loss_type": "ppo"}, "loss_type is 'ppo'"),
         ({"loss_type": "cispo"}, "epsilon_high"),
         ({"delta": 1.1}, r"delta is 1.1; .* above 1 \+ epsilon_high = 1.2"),
@@ -169,7 +174,7 @@ ALWAYS = set(
     weight_decay adam_beta2 engine offload_optimizer optimizer logging_steps save_steps resume timeout max_skipped
     eval_every eval_data profile_steps memory_snapshot peak_tflops learning_rate lr_scheduler_type train_batch_size
     cutoff_len tokens_per_pass prompts_per_step num_generations num_iterations max_prompt_length temperature beta
-    loss_type scale_rewards difficulty rollout rollout_file log_completions bench predictions
+    loss_type scale_rewards difficulty dynamic_sampling rollout rollout_file log_completions bench predictions
     limit image question serve gpus device prompt_tokens gigabits judge_model sample chains min_iou judge_temperature
     max_tokens tries ask answers tasks levels size cold_start margins train held_out continued_sft processes records
     repeats parts steps kills cold_start_steps seeds methods base_scenes quick""".split()

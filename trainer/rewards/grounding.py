@@ -44,7 +44,12 @@ class StepRewards(NamedTuple):
     miou: Tensor  # (B) fp32, mean IoU
 
 
-def step_rewards(o, scored: GroundingRewards, r: Ranks) -> StepRewards:
+def equal_rewards(total: Tensor) -> Tensor:
+    """Whether all rewards of a group are equal: (B, G) -> (B) bool. Then it has no signal: its advantages are 0."""
+    return (total == total[:, :1]).all(1)
+
+
+def step_rewards(o, scored: GroundingRewards | StepRewards, r: Ranks) -> StepRewards:
     """The rewards of `score` by group, with advantages, difficulty weights and mean IoUs.
 
     With `scale_rewards` "batch" the standard deviation is over the completions of all ranks.

@@ -216,8 +216,13 @@ class ReplayRollout:
             raise ValueError(faults[0])
 
     def _foreign(self, groups: Sequence[Group]) -> str:
-        """What is wrong where a group's prompt is not the one that its completions belong to."""
+        """What is wrong where a group has no completions, or its prompt is not the one that they belong to."""
         for group in groups:
+            if group.serial not in self.stored:
+                return (
+                    f"rollout_file {self.path} holds no completions for sample {group.serial}, which dynamic "
+                    "sampling takes. Lower --max_steps or --max_refills, or store more with --rollout local."
+                )
             if self.prompts[group.serial] not in (None, prompt_digest(group.prompt)):
                 return (
                     f"rollout_file {self.path}: the completions of sample {group.serial} belong to another prompt than "

@@ -74,6 +74,8 @@ class VllmRollout:
     ) -> list[Group]:
         """As `LocalRollout`, with the sampler's own logps. `image_embeds` are not used: vLLM runs the tower itself."""
         after_prefill()
+        if not groups:
+            return []
         with span("load_weights"):
             self.load_weights(policy)
         with span("generate"):

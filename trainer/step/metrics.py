@@ -7,7 +7,7 @@ import torch
 from boxgrpo.model.batch import Group
 from boxgrpo.model.cost import published_peak
 from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
-from boxgrpo.trainer.rewards.grounding import StepRewards
+from boxgrpo.trainer.rewards.grounding import StepRewards, equal_rewards
 from boxgrpo.trainer.rollout.base import sampler_factor, sampler_gap
 from boxgrpo.trainer.runtime.ranks import Ranks
 
@@ -51,22 +51,25 @@ def sft_flop(o, config, groups: Sequence[Group]) -> float:
 
 
 def completion_metrics(
-    groups: Sequence[Group], rewards: StepRewards, limit: int, eos: tuple[int, ...]
+    groups: Sequence[Group], rewards: StepRewards, limit: int, eos: tuple[int, ...], r: Ranks
 ) -> dict[str, float]:
     """Rewards and lengths of the rank's completions, and shares of easy, medium and hard groups (paper, Figure 3).
 
-    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token.
+    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token. Where ranks have unequal
+    numbers of groups, means are scaled so that their mean over the ranks with groups is that over all groups.
     """
+    total_groups, ranks = r.sum(len(groups), len(groups) > 0)
     if not groups:
         return {}
+    scale = len(groups) * ranks / total_groups
     total, miou = rewards.total, rewards.miou
     flat = [c for group in groups for c in group.completions]
     lengths = [len(c) for c in flat]
     clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
-    return {
+    means = {
         "reward": float(total.mean()),
         "reward_std": float(total.std(dim=1).mean()),
-        "frac_reward_zero_std": float((total == total[:, :1]).all(1).float().mean()),
+        "frac_reward_zero_std": float(equal_rewards(total).float().mean()),
         "rewards/accuracy/mean": float(rewards.accuracy.mean()),
         "rewards/accuracy/std": float(rewards.accuracy.std()),
         "rewards/format/mean": float(rewards.format.mean()),
@@ -76,10 +79,10 @@ def completion_metrics(
         "difficulty/hard": float((miou < 0.3).float().mean()),
         "difficulty/weight_mean": float(rewards.weights.mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
         "completions/clipped_ratio": clipped / len(flat),
     }
+    lengths_range = {"completions/min_length": min(lengths), "completions/max_length": max(lengths)}
+    return {name: value * scale for name, value in means.items()} | lengths_range
 
 
 def policy_metrics(stats, r: Ranks) -> dict[str, float]:

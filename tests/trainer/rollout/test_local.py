@@ -203,6 +203,9 @@ def test_case_17_a_replay_of_a_file_that_is_cut_off_is_refused(groups, tmp_path,
         ReplayRollout(changed(rollout_file=str(path), num_generations=2))
     with pytest.raises(ValueError, match="line 1 holds a completion of 1 tokens; max_completion_length is 0. Set"):
         ReplayRollout(changed(rollout_file=str(path), max_completion_length=0))
+    other = [dataclasses.replace(groups[0], serial=8)]
+    with pytest.raises(ValueError, match="no completions for sample 8, which dynamic sampling takes. Lower --max_st"):
+        replay(None, other)
     loader = SimpleNamespace(position=7, batch_size=1, peek_step=lambda: groups[:1])
     replay.check(loader, Ranks(), steps=1)
     replay.check(SimpleNamespace(position=8, batch_size=1), Ranks(), steps=0)  # a finished run, resumed

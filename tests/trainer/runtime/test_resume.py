@@ -23,11 +23,20 @@ def check_same_end(one, other) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_an_undisturbed_one(world, tmp_path, engine):
-    """Two ranks. Every process is killed three times: before the first checkpoint, at a random step, while saving."""
+    """Two ranks. Every process is killed three times: before the first checkpoint, at a random step, while saving.
+
+    With dynamic sampling on plain ranks.
+    """
     if engine == "deepspeed":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     steps = {"max_steps": 6, "save_steps": 2, "save_total_limit": 2, "resume": "auto", "num_iterations": 2}
-    steps |= {"engine": engine, "zero_stage": 2, "prompts_per_step": 2, "num_generations": 2}
+    steps |= {
+        "engine": engine,
+        "zero_stage": 2,
+        "dynamic_sampling": engine == "ddp",
+        "prompts_per_step": 2,
+        "num_generations": 2,
+    }
 
     def start_into(folder):
         options = grpo_options(world, "", **steps, output_dir=str(folder), rollout_file=str(folder / "samples"))
@@ -49,6 +58,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(world, tmp_path, engine):
     finish(start_into(folder))
     assert [line["step"] for line in lines(folder)] == list(range(1, 7))
     check_same_end(tmp_path / "undisturbed", folder)
+    assert engine != "ddp" or any(line["dynamic_sampling/refills"] for line in lines(folder))
     for samples in ("samples", "samples.rank1"):
         assert (tmp_path / "undisturbed" / samples).read_bytes() == (folder / samples).read_bytes()
     assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}

@@ -66,7 +66,7 @@ def test_completions_by_hand():
     form = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     weights = torch.tensor([0.5, 1.0, 3.0])
     rewards = StepRewards(accuracy, form, accuracy + form, None, weights, accuracy.mean(1))
-    metrics = completion_metrics(groups, rewards, 4, eos=(9,))
+    metrics = completion_metrics(groups, rewards, 4, (9,), Ranks())
     assert metrics["reward"] == pytest.approx((2.0 + 0.8 + 1.3 + 1.3 + 1.2 + 1.0) / 6)
     assert metrics["reward_std"] == pytest.approx((1.2 + 0.0 + 0.2) / 2**0.5 / 3)  # of two values: |a - b| / sqrt 2
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
@@ -78,6 +78,24 @@ def test_completions_by_hand():
     assert metrics["difficulty/weight_mean"] == pytest.approx(1.5)
     lengths = [metrics[f"completions/{name}_length"] for name in ("mean", "min", "max")]
     assert lengths == [13 / 6, 1, 4] and metrics["completions/clipped_ratio"] == 1 / 6
+
+
+def test_means_over_ranks_count_every_group_alike():
+    """One group here, two on the other rank: the mean of what the ranks report is that over three groups."""
+
+    class Two(Ranks):
+        def sum(self, *values):
+            return [3, 2]  # groups, and ranks that have some
+
+    reported = []
+    for rank, total in ((0, [[2.0, 0.0]]), (1, [[1.0, 1.0], [1.0, 0.0]])):
+        total = torch.tensor(total)
+        groups = [Group(None, [torch.tensor([9]), torch.tensor([5, 9])]) for _ in total]
+        rewards = StepRewards(total, 0 * total, total, None, total.mean(1), total.mean(1))
+        reported.append(completion_metrics(groups, rewards, 4, (9,), Two(rank, 2)))
+    mean = {name: sum(m[name] for m in reported) / 2 for name in reported[0]}
+    assert mean["reward"] == pytest.approx(5 / 6) and mean["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert mean["completions/mean_length"] == 1.5 and [m["completions/max_length"] for m in reported] == [2, 2]
 
 
 def test_policy_metrics_weigh_every_token_alike():
