@@ -57,7 +57,7 @@ RULES = {
     "equal groups": Rule(
         *("frac_reward_zero_std", EQUAL_GROUPS_STEPS, fmean, gt, MOST_EQUAL_GROUPS),
         "{value:.1%} of the groups had equal rewards in {steps} steps, more than {limit:.0%}; they teach nothing. "
-        "Raise --temperature or --num_generations, or train on easier or harder data.",
+        "Raise --temperature or --num_generations, train on easier or harder data, or give --dynamic_sampling true.",
     ),
     "low entropy": Rule(
         *(ENTROPY, RECENT_STEPS, median, lt, LEAST_ENTROPY),
