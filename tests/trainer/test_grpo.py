@@ -48,7 +48,8 @@ def test_grpo_reports_under_trls_names(world, capsys, monkeypatch):
         rewards/accuracy/mean rewards/accuracy/std rewards/format/mean rewards/format/std completions/mean_length
         completions/min_length completions/max_length completions/clipped_ratio kl entropy clip_ratio/low_mean
         clip_ratio/high_mean clip_ratio/region_mean difficulty/easy difficulty/medium difficulty/hard
-        difficulty/weight_mean timing_s/data timing_s/rollout timing_s/reward timing_s/reference timing_s/policy
+        difficulty/weight_mean difficulty/gradient_easy timing_s/data timing_s/rollout timing_s/reward
+        timing_s/reference timing_s/policy
         timing_s/optimizer perf/tokens_per_second perf/peak_memory_gb data/skipped""".split()
     assert not set(expected) - metrics.keys()
     assert all(metrics[k] == metrics[k] for k in expected)  # no NaN

@@ -55,8 +55,10 @@ def completion_metrics(
 ) -> dict[str, float]:
     """Rewards and lengths of the rank's completions, and shares of easy, medium and hard groups (paper, Figure 3).
 
-    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token. Where ranks have unequal
-    numbers of groups, means are scaled so that their mean over the ranks with groups is that over all groups.
+    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token. `difficulty/gradient_x`
+    is the part that groups of kind x have in the sum of all |advantage| x difficulty weight, which scale the gradient.
+    Where ranks have unequal numbers of groups, means are scaled so that their mean over the ranks with groups is that
+    over all groups.
     """
     total_groups, ranks = r.sum(len(groups), len(groups) > 0)
     if not groups:
@@ -66,6 +68,8 @@ def completion_metrics(
     flat = [c for group in groups for c in group.completions]
     lengths = [len(c) for c in flat]
     clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
+    pull = rewards.advantages.abs().sum(1) * rewards.weights  # (B)
+    kinds = {"easy": miou > 0.7, "medium": (miou >= 0.3) & (miou <= 0.7), "hard": miou < 0.3}
     means = {
         "reward": float(total.mean()),
         "reward_std": float(total.std(dim=1).mean()),
@@ -74,9 +78,11 @@ def completion_metrics(
         "rewards/accuracy/std": float(rewards.accuracy.std()),
         "rewards/format/mean": float(rewards.format.mean()),
         "rewards/format/std": float(rewards.format.std()),
-        "difficulty/easy": float((miou > 0.7).float().mean()),
-        "difficulty/medium": float(((miou >= 0.3) & (miou <= 0.7)).float().mean()),
-        "difficulty/hard": float((miou < 0.3).float().mean()),
+        **{f"difficulty/{name}": float(chosen.float().mean()) for name, chosen in kinds.items()},
+        **{
+            f"difficulty/gradient_{name}": float(pull[kind].sum() / pull.sum().clamp(min=1e-9))
+            for name, kind in kinds.items()
+        },
         "difficulty/weight_mean": float(rewards.weights.mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_ratio": clipped / len(flat),

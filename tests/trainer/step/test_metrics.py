@@ -65,7 +65,8 @@ def test_completions_by_hand():
     accuracy = torch.tensor([[1.0, 0.8], [0.3, 0.3], [0.2, 0.0]])
     form = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     weights = torch.tensor([0.5, 1.0, 3.0])
-    rewards = StepRewards(accuracy, form, accuracy + form, None, weights, accuracy.mean(1))
+    advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [1.0, -1.0]])
+    rewards = StepRewards(accuracy, form, accuracy + form, advantages, weights, accuracy.mean(1))
     metrics = completion_metrics(groups, rewards, 4, (9,), Ranks())
     assert metrics["reward"] == pytest.approx((2.0 + 0.8 + 1.3 + 1.3 + 1.2 + 1.0) / 6)
     assert metrics["reward_std"] == pytest.approx((1.2 + 0.0 + 0.2) / 2**0.5 / 3)  # of two values: |a - b| / sqrt 2
@@ -76,6 +77,8 @@ def test_completions_by_hand():
     shares = [metrics[f"difficulty/{name}"] for name in ("easy", "medium", "hard")]
     assert shares == pytest.approx([1 / 3] * 3)
     assert metrics["difficulty/weight_mean"] == pytest.approx(1.5)
+    pulls = [metrics[f"difficulty/gradient_{name}"] for name in ("easy", "medium", "hard")]
+    assert pulls == pytest.approx([1.0 * 0.5 / 6.5, 0, 2.0 * 3.0 / 6.5])
     lengths = [metrics[f"completions/{name}_length"] for name in ("mean", "min", "max")]
     assert lengths == [13 / 6, 1, 4] and metrics["completions/clipped_ratio"] == 1 / 6
 
@@ -91,7 +94,7 @@ def test_means_over_ranks_count_every_group_alike():
     for rank, total in ((0, [[2.0, 0.0]]), (1, [[1.0, 1.0], [1.0, 0.0]])):
         total = torch.tensor(total)
         groups = [Group(None, [torch.tensor([9]), torch.tensor([5, 9])]) for _ in total]
-        rewards = StepRewards(total, 0 * total, total, None, total.mean(1), total.mean(1))
+        rewards = StepRewards(total, 0 * total, total, total, total.mean(1), total.mean(1))
         reported.append(completion_metrics(groups, rewards, 4, (9,), Two(rank, 2)))
     mean = {name: sum(m[name] for m in reported) / 2 for name in reported[0]}
     assert mean["reward"] == pytest.approx(5 / 6) and mean["frac_reward_zero_std"] == pytest.approx(1 / 3)
