@@ -35,7 +35,7 @@ LAYERS = (
     ("trainer/sft.py",),
     ("trainer/grpo.py",),
     ("trainer/chains", "trainer/apps"),
-    ("trainer/evaluator.py", "trainer/demo.py", "trainer/cli.py"),
+    ("trainer/evaluator.py", "trainer/base.py", "trainer/demo.py", "trainer/cli.py"),
     ("bench",),
 )
 # Lines of a room (.py .cpp .h .cu .js .css .html .yaml .sh), raised only by what a feature needs; the commit says so.
@@ -43,23 +43,23 @@ BUDGET = {
     "csrc": 862,
     "kernels": 5139,
     "model": 1857,
-    "trainer": 11_988,
+    "trainer": 12_275,
     "bench": 5567,
-    "tests": 20_013,
+    "tests": 20_178,
     "trainer/apps": 1208,
     "trainer/chains": 823,
     "trainer/data": 2331,
     "trainer/engine": 645,
     "trainer/evaluation": 2026,
     "trainer/profiling": 355,
-    "trainer/recipes": 155,
+    "trainer/recipes": 165,
     "trainer/rewards": 67,
     "trainer/rollout": 552,
     "trainer/runtime": 1135,
-    "trainer/step": 349,
-    "trainer/world": 761,
+    "trainer/step": 355,
+    "trainer/world": 887,
 }
-PRODUCT = 25_413  # lines of the first five
+PRODUCT = 25_700  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Hooks:
 
     model_loaded: Callable[[Qwen2VL], Any] = lambda model: None
     make_engine: Callable[..., Engine] = make_engine
+    examples: Callable[..., tuple[Sequence, list]] = read_usable  # called with the options and needs=
     vocabulary: Callable[[Any], Any] = lambda vocabulary: vocabulary  # a rollout.base.Vocabulary
     rewards: Callable[[list, Any], Any] = lambda groups, rewards: rewards  # takes sampled groups and GroundingRewards
     pack_loss: Callable[[Tensor], Tensor] = lambda loss: loss  # called before the backward pass
@@ -86,7 +87,7 @@ class Run:
         self.processor = Processor.from_pretrained(
             o.model, min_pixels=o.min_pixels, max_pixels=o.max_pixels, max_prompt_tokens=max_tokens
         )
-        self.examples, self.unusable = read_usable(o, needs=needs)
+        self.examples, self.unusable = hooks.examples(o, needs=needs)
         prepare = self.processor.prompt if needs == "gold" else self.processor.conversation
         check_preparable(self.examples, prepare, "Correct --data or its paths.")
         self.validation = Validation(o, self.processor, r)

@@ -164,6 +164,7 @@ CLASSES = ("options.SftOptions", "options.GrpoOptions", "options.EvalOptions", "
 CLASSES = (*CLASSES, "apps.memory.MemoryOptions", "chains.make.CotOptions", "chains.accept.AcceptOptions")
 CLASSES = (*CLASSES, "world.recipe.DemoOptions", "bench.bench_data.DataBenchOptions", "bench.soaks.soak.SoakOptions")
 CLASSES = (*CLASSES, "bench.studies.ablation.AblationOptions", "bench.studies.demo_seeds.SeedsOptions")
+CLASSES = (*CLASSES, "base.BaseOptions")
 # Numbers without an end of their own, by the reason: int32 is the end.
 WITHOUT_END = {"max_steps": "0 or less means: by the epochs"}
 

@@ -41,7 +41,7 @@ def unlike(one, other):
 
 def test_every_recipe_is_used():
     used = {layer for method in (*METHODS.values(), BASE) for layer in method.recipes}
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*used, "2b", "7b", "demo_sft", "demo_grpo"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*used, "2b", "7b", "base", "demo_sft", "demo_grpo"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -67,13 +67,16 @@ def draw_world(options: DemoOptions) -> Path:
     return write_world(Path(options.output_dir) / "world", tasks=tasks, levels=levels, **same)
 
 
-def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None) -> Path:
-    """Write a checkpoint of random weights, with a tokenizer made from the world's texts, or from `texts`."""
+def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None, **size: int) -> Path:
+    """Write a checkpoint of random weights, with a tokenizer made from the world's texts, or from `texts`.
+
+    `size`: widths and depths of `tiny_config`.
+    """
     folder = Path(options.output_dir) / "initial"
     texts = texts or all_texts(options.tasks.split(","), levels=parse_numbers(options.levels, "levels"))
     template = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"]
     tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *list_phrases(texts)])
-    config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS})
+    config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}, **size)
     save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
     Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)
     return folder

@@ -81,11 +81,11 @@ def place_name(box: Box) -> str:
     return PLACES[3 * row + column]
 
 
-class _NoRoom(Exception):
+class NoRoom(Exception):
     """The random layout cannot be completed; the scene is planned again."""
 
 
-class _Sketch:
+class Sketch:
     """The random choices of one scene. `take` returns no kind twice, so a kind recurs only where a task repeats it."""
 
     def __init__(self, rng: random.Random, level: int):
@@ -121,7 +121,7 @@ class _Sketch:
                 if not any(_clash(thing, other) for other in (*taken, *things)):
                     break
             else:
-                raise _NoRoom
+                raise NoRoom
             things.append(thing)
         return things
 
@@ -144,7 +144,7 @@ def _clash(a: Thing, b: Thing) -> bool:
 def _shifted(thing: Thing, dx: int, dy: int) -> Thing:
     box = tuple(v + d for v, d in zip(thing.box, (dx, dy, dx, dy)))
     if min(box) < 0 or max(box) > 1000:
-        raise _NoRoom
+        raise NoRoom
     return thing._replace(box=box)
 
 
@@ -156,7 +156,7 @@ class _Plan(NamedTuple):
     finding: str  # the chain up to "in image k at the <place>."
 
 
-def _common_object(s: _Sketch) -> _Plan:
+def _common_object(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     layouts = [s.layout([subject, *s.others(subject)]) for _ in range(count)]
     target = s.rng.randrange(count)
@@ -168,7 +168,7 @@ def _common_object(s: _Sketch) -> _Plan:
     return _Plan(layouts, target, subject, questions, finding)
 
 
-def _refer_grounding(s: _Sketch) -> _Plan:
+def _refer_grounding(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     target = s.rng.randrange(1, count)
     shown = Layout((Thing(subject, (CELL, CELL, 7 * CELL, 7 * CELL)),), s.tint())
@@ -181,7 +181,7 @@ def _refer_grounding(s: _Sketch) -> _Plan:
     return _Plan(layouts, target, subject, questions, f"Image 1 shows the {subject}. It is")
 
 
-def _group_grounding(s: _Sketch) -> _Plan:
+def _group_grounding(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     target = s.rng.randrange(count)
     layouts = [s.layout([subject] * (k == target) + s.others(subject)) for k in range(count)]
@@ -189,7 +189,7 @@ def _group_grounding(s: _Sketch) -> _Plan:
     return _Plan(layouts, target, subject, questions, f"The {subject} is")
 
 
-def _diff(s: _Sketch, changes: Sequence[str] = ("added", "removed", "changed")) -> _Plan:
+def _diff(s: Sketch, changes: Sequence[str] = ("added", "removed", "changed")) -> _Plan:
     subject = s.take()
     whole = s.layout([subject, *s.others(subject)])
     gold, *rest = whole.things
@@ -205,7 +205,7 @@ def _diff(s: _Sketch, changes: Sequence[str] = ("added", "removed", "changed")) 
     return _Plan(layouts, target, subject, questions, finding)
 
 
-def _view_diff(s: _Sketch) -> _Plan:
+def _view_diff(s: Sketch) -> _Plan:
     plan = _diff(s, changes=("added", "changed"))
     steps = [(dx * CELL, dy * CELL) for dx, dy in itertools.product((-1, 0, 1), repeat=2) if dx or dy]
     dx, dy = s.rng.choice(steps)
@@ -218,7 +218,7 @@ def _view_diff(s: _Sketch) -> _Plan:
     return plan._replace(layouts=[before, after], questions=questions)
 
 
-def _object_tracking(s: _Sketch) -> _Plan:
+def _object_tracking(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     (start,) = s.place([subject])
     way, dx, dy = s.rng.choice((("left", -CELL, 0), ("right", CELL, 0), ("up", 0, -CELL), ("down", 0, CELL)))
@@ -235,7 +235,7 @@ def _object_tracking(s: _Sketch) -> _Plan:
     return _Plan(layouts, target, subject, questions, f"The {subject} moves {way}. It is")
 
 
-def _multi_view(s: _Sketch) -> _Plan:
+def _multi_view(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     first = s.layout([subject, *s.others(subject)])
     layouts = [first._replace(framed=first.things[0])]
@@ -254,7 +254,7 @@ def _multi_view(s: _Sketch) -> _Plan:
     return _Plan(layouts, target, subject, questions, f"The framed {subject} is")
 
 
-def _region(s: _Sketch) -> _Plan:
+def _region(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     source = s.layout([subject, *s.others(subject)])
     cut_out = s.rng.sample(source.things, count - 1)
@@ -268,7 +268,7 @@ def _region(s: _Sketch) -> _Plan:
     return _Plan(layouts, 0, subject, questions, f"Image {shown + 1} shows the {subject}. It is")
 
 
-def _reasoning(s: _Sketch) -> _Plan:
+def _reasoning(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     rule = s.rng.choice(Kind._fields)  # the property that all others share
     free = Kind._fields[rule == "colour"]  # different in all objects, else there would be a second odd one out
@@ -287,7 +287,7 @@ def _reasoning(s: _Sketch) -> _Plan:
     return _Plan(layouts, target, subject, questions, f"All others are {shared}. The {subject} is")
 
 
-def _correspondence(s: _Sketch) -> _Plan:
+def _correspondence(s: Sketch) -> _Plan:
     framed = s.take()
     subject = s.take(lambda kind: kind.shape == framed.shape)
     first = s.layout([framed, *s.others(framed)])
@@ -320,8 +320,8 @@ def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scen
     rng = random.Random(f"{task} {level} {seed}")
     plan = None
     while plan is None:
-        with contextlib.suppress(_NoRoom):
-            plan = TASKS[task](_Sketch(rng, level))
+        with contextlib.suppress(NoRoom):
+            plan = TASKS[task](Sketch(rng, level))
     (gold,) = (thing.box for thing in plan.layouts[plan.target_image].things if thing.kind == plan.subject)
     chain = f"{plan.finding} in image {plan.target_image + 1} at the {place_name(gold)}."
     return Scene(size, tuple(plan.layouts), rng.choice(plan.questions), gold, plan.target_image, chain)

@@ -165,10 +165,10 @@ def _write_files(folder: Path, manifest: dict) -> None:
     (folder / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,)) -> list[str]:
-    """The texts from which the demo's tokenizer is made: every coordinate, and texts of scenes outside all splits."""
+def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,), scenes: int = 500) -> list[str]:
+    """The texts to make a tokenizer from: every coordinate, and those of `scenes` a task and level, of no split."""
     texts = [str(v) for v in range(0, 1001, CELL)]
-    for level, task, k in itertools.product(levels, tasks, range(500)):
+    for level, task, k in itertools.product(levels, tasks, range(scenes)):
         scene = draw_scene(task, -1 - k, level=level)
         texts += [scene.question + THINK_SUFFIX, scene.completion, *itertools.chain(*scene.other_questions)]
     return texts

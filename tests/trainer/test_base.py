@@ -1,0 +1,58 @@
+"""The base model: its run, and what Muon updates."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from boxgrpo.model.checkpoint import load_model
+from boxgrpo.trainer import base
+from boxgrpo.trainer.options import SftOptions
+from boxgrpo.trainer.runtime.ranks import Ranks
+from boxgrpo.trainer.world import recipe
+from runs import lines
+
+
+def test_muon_updates_the_hidden_matrices_and_adamw_all_else(initial):
+    model = load_model(initial)
+    options = SftOptions(learning_rate=0.01, lr_scheduler_type="constant", freeze_vision=False)
+    engine = base.MuonEngine(model, options, Ranks(), 10)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for step in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+            if p.ndim == 2:
+                p.grad[0] = 2
+        engine.step()
+        assert all(p.grad is None for p in model.parameters()), step
+    for name, p in model.named_parameters():
+        change = (p - before[name]).detach()
+        if p.ndim == 2 and "embed_tokens" not in name:  # a gradient of rank 1: its update is of rank 1 too
+            rms, most = change.square().mean().sqrt(), torch.linalg.svdvals(change)
+            assert most[1] < 0.05 * most[0] and rms < 0.2 * 2 * 0.01
+        else:
+            torch.testing.assert_close(change, torch.full_like(change, -0.02), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """The base's own recipe, but two steps and a small model."""
+    whole = yaml.safe_load((recipe.RECIPES / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(whole | {"train_batch_size": 4, "logging_steps": 1}))
+    monkeypatch.setattr(base, "RECIPES", tmp_path)
+    monkeypatch.setattr(base, "SIZE", {"hidden_size": 64, "layers": 1, "vision_width": 64, "vision_depth": 1})
+    return ["--max_steps=2", "--held_out=4", "--size=56", f"--output_dir={tmp_path / 'out'}"]
+
+
+def test_a_short_run_writes_the_model_in_bf16_beside_its_curve(few, tmp_path):
+    base.main(few)
+    root = tmp_path / "out"
+    trained, written = load_model(root / "run"), load_model(root / "model", dtype=torch.bfloat16)
+    for (name, p), q in zip(trained.named_parameters(), written.parameters(), strict=True):
+        assert torch.equal(p.bfloat16(), q), name
+    assert [line["step"] for line in lines(root / "run")] == [1, 2, 2]
+    assert lines(root / "run")[-1]["eval/count"] == 4
+    assert len(json.loads((root / "held_out.json").read_text())) == 4
+    loss, accuracy = lines(root / "run")[1]["loss"], 100 * lines(root / "run")[2]["eval/accuracy_at_0.5"]
+    assert f"\n| 2 | {loss:.3f} | {accuracy:.1f} |\n" in (root / "model/README.md").read_text()
