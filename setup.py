@@ -79,6 +79,7 @@ setup(
     package_data={
         "boxgrpo.trainer": ["recipes/*.yaml"],
         "boxgrpo.trainer.chains": ["templates/*"],
+        "boxgrpo.trainer.world": ["base/*"],
         "boxgrpo.trainer.evaluation": ["templates/*.html", "benchmarks.json"],
         "boxgrpo.trainer.apps": ["page/*"],
         "boxgrpo.bench.publish": ["templates/*", "demands.json"],

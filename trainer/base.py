@@ -1,11 +1,13 @@
 """Trains the base model: a tiny Qwen2-VL that answers plain questions about drawn scenes, in the role of Qwen2-VL.
 
-    torchrun --nproc_per_node 2 trainer/base.py        40 minutes on two CPU cores; writes out/base/model
+    torchrun --nproc_per_node 2 trainer/base.py        about an hour on two CPU cores; writes out/base/model
 
-It learns from an endless stream of scenes, which are drawn as they are needed, and is scored on scenes of other seeds
-and arrangements.
+It learns from an endless stream of scenes, which are drawn as they are needed, is scored on scenes of other seeds and
+arrangements, and ends when these are answered. When that is varies: the score stays at a fifth to a half, where objects
+are found but not told apart, for 800 to 1,600 steps, and then rises within 800.
 """
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from boxgrpo.trainer.options import ANY_COUNT, SftOptions
 from boxgrpo.trainer.run import Hooks
 from boxgrpo.trainer.runtime.files import read_lines, replace_folder
 from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
+from boxgrpo.trainer.runtime.reporter import BEST, SCORES
 from boxgrpo.trainer.world.plain import PlainScenes, plain_texts, to_record
 from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
 from boxgrpo.trainer.world.scenes import TASKS
@@ -32,6 +35,7 @@ from boxgrpo.trainer.world.world import all_texts
 SIZE = {"hidden_size": 160, "layers": 4, "vision_width": 128, "vision_depth": 3}  # 2.2 million parameters
 
 EVAL_EVERY = 200  # steps
+ENOUGH = 0.985  # held-out Acc@0.5 with which the run ends before its last step
 CARD = """\
 # The base model of the drawn world
 
@@ -57,6 +61,10 @@ class BaseOptions:
     size: int = option(112, "Side of the images in pixels, a multiple of 56.")
     held_out: int = option(500, "Held-out scenes to score on, with one question each.")
     max_steps: int = option(0, "Steps of the run; 0: those of its recipe.")
+
+
+class Reached(Exception):
+    """The held-out score is `ENOUGH`."""
 
 
 class MuonEngine(DataParallelEngine):
@@ -100,12 +108,20 @@ def train(o: BaseOptions, r: Ranks) -> None:
     flags += ["--overwrite_output_dir=true"]
     options = parse(SftOptions, [*flags, *([f"--max_steps={o.max_steps}"] if o.max_steps else [])])
     scenes = PlainScenes(options.max_steps * options.train_batch_size, o.seed, levels=levels, size=o.size)
-    sft.train(options, r, Hooks(examples=lambda *_, **__: (scenes, []), make_engine=MuonEngine))
+
+    def end_with_enough(step: int) -> None:
+        scores = root / "run" / BEST / SCORES
+        if step % EVAL_EVERY == 0 and json.loads(scores.read_text())["accuracy_at_0.5"] >= ENOUGH:
+            raise Reached
+
+    hooks = Hooks(examples=lambda *_, **__: (scenes, []), make_engine=MuonEngine, step_taken=end_with_enough)
+    with contextlib.suppress(Reached):
+        sft.train(options, r, hooks)
 
 
 def world_texts() -> list[str]:
     """Texts of all tasks and of plain questions; request and prefix are apart, so that each is a token of its own."""
-    texts = [*all_texts(list(TASKS), levels=range(3), scenes=100), *plain_texts()]
+    texts = [*all_texts(list(TASKS), levels=range(3)), *plain_texts()]
     return [BOX_PREFIX, THINK_SUFFIX, *(text.removeprefix(BOX_PREFIX).removesuffix(THINK_SUFFIX) for text in texts)]
 
 
@@ -118,23 +134,21 @@ def main(args: list[str] | None = None) -> None:
 
 
 def write_model(o: BaseOptions) -> None:
-    """Write the run's weights in bf16, with the initial checkpoint's tokenizer and a card with the run's curve."""
+    """Write the run's best weights in bf16, with the initial checkpoint's tokenizer and a card with the run's curve."""
     root = Path(o.output_dir)
     with replace_folder(root / "model") as folder:
         shutil.copytree(root / "initial", folder, dirs_exist_ok=True)
-        policy = load_model(root / "run", dtype=torch.bfloat16)
+        policy = load_model(root / "run" / BEST, dtype=torch.bfloat16)
         save_model(policy, folder)
         count = sum(p.numel() for p in policy.parameters())
         (folder / "README.md").write_text(CARD.format(count=count, curve=curve(root / "run"), **vars(o)))
 
 
 def curve(run: Path) -> str:
-    """A table of the run's held-out Acc@0.5, with the training loss at the same steps."""
-    lines = list(read_lines([run / "metrics.jsonl"]))
-    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    rows = ["| step | loss, nats a token | Acc@0.5, % |", "| --- | --- | --- |"]
-    for line in (line for line in lines if "eval/count" in line):
-        rows.append(f"| {line['step']} | {losses[line['step']]:.3f} | {100 * line['eval/accuracy_at_0.5']:.1f} |")
+    """A table of the run's held-out Acc@0.5 by step."""
+    rows = ["| step | Acc@0.5, % |", "| --- | --- |"]
+    for line in (line for line in read_lines([run / "metrics.jsonl"]) if "eval/count" in line):
+        rows.append(f"| {line['step']} | {100 * line['eval/accuracy_at_0.5']:.1f} |")
     return "\n".join(rows)
 
 

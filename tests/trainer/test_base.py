@@ -1,16 +1,20 @@
-"""The base model: its run, and what Muon updates."""
+"""The base model: its run, what Muon updates, and the model in the repository."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer import base
-from boxgrpo.trainer.options import SftOptions
+from boxgrpo.trainer.evaluation.evaluate import evaluate
+from boxgrpo.trainer.options import EvalOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world import recipe
+from boxgrpo.trainer.world.plain import PlainScenes, to_record
 from runs import lines
 
 
@@ -48,11 +52,33 @@ def few(tmp_path, monkeypatch):
 def test_a_short_run_writes_the_model_in_bf16_beside_its_curve(few, tmp_path):
     base.main(few)
     root = tmp_path / "out"
-    trained, written = load_model(root / "run"), load_model(root / "model", dtype=torch.bfloat16)
+    trained, written = load_model(root / "run/best"), load_model(root / "model", dtype=torch.bfloat16)
     for (name, p), q in zip(trained.named_parameters(), written.parameters(), strict=True):
         assert torch.equal(p.bfloat16(), q), name
     assert [line["step"] for line in lines(root / "run")] == [1, 2, 2]
     assert lines(root / "run")[-1]["eval/count"] == 4
     assert len(json.loads((root / "held_out.json").read_text())) == 4
-    loss, accuracy = lines(root / "run")[1]["loss"], 100 * lines(root / "run")[2]["eval/accuracy_at_0.5"]
-    assert f"\n| 2 | {loss:.3f} | {accuracy:.1f} |\n" in (root / "model/README.md").read_text()
+    accuracy = 100 * lines(root / "run")[2]["eval/accuracy_at_0.5"]
+    assert f"\n| 2 | {accuracy:.1f} |\n" in (root / "model/README.md").read_text()
+
+
+def test_the_run_ends_with_the_first_score_that_is_enough(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "EVAL_EVERY", 1)
+    monkeypatch.setattr(base, "ENOUGH", 0.0)
+    base.main(few)
+    assert [line["step"] for line in lines(tmp_path / "out/run")] == [1, 1]
+    assert (tmp_path / "out/model/model.safetensors").exists()
+
+
+def test_the_repositorys_base_is_small_and_answers_questions_about_new_scenes(tmp_path):
+    weights = load_file(recipe.BASE / "model.safetensors")
+    assert sum(path.stat().st_size for path in recipe.BASE.iterdir()) <= 5e6
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16} and sum(w.numel() for w in weights.values()) <= 2.5e6
+    card = (recipe.BASE / "README.md").read_text()
+    assert "Its weights are boxgrpo's own" in card and float(re.findall(r"\| ([\d.]+) \|$", card, re.M)[-1]) >= 97
+
+    records = [to_record(example) for example in PlainScenes(120, 2, held_out=True)]  # training has seed 0, its score 1
+    (tmp_path / "new.json").write_text(json.dumps(records))
+    paths = {"model": str(recipe.BASE), "data": str(tmp_path / "new.json"), "output_dir": str(tmp_path / "eval")}
+    options = EvalOptions(**paths, dtype="float32", max_completion_length=16, eval_batch_size=60)
+    assert evaluate(options, Ranks())["accuracy_at_0.5"] >= 0.94
