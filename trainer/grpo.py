@@ -177,8 +177,6 @@ def demo_options(args: list[str] | None, r: Ranks) -> GrpoOptions:
     if r.is_main:
         recipe.draw_world(demo)
         is_trained = (Path(cold_start.output_dir) / "model.safetensors").exists()
-        if not is_trained:
-            recipe.make_initial_checkpoint(demo)
     if not r.gather(is_trained)[0]:
         sft.train(cold_start, r)
     return parse(GrpoOptions, [*recipe.run_flags(demo, "grpo"), *(sys.argv[1:] if args is None else args)])

@@ -64,9 +64,8 @@ class SoakOptions:
 
 
 def demo_of(o: SoakOptions) -> recipe.DemoOptions:
-    return recipe.DemoOptions(
-        output_dir=o.output_dir, seed=o.seed, cold_start=o.train, train=o.train, held_out=8, processes=RANKS
-    )
+    scenes = {"cold_start": o.train, "train": o.train, "held_out": 8}
+    return recipe.DemoOptions(output_dir=o.output_dir, seed=o.seed, from_nothing=True, **scenes, processes=RANKS)
 
 
 def prepare(o: SoakOptions) -> Path:

@@ -2,9 +2,9 @@
 
     python bench/studies/ablation.py [--seeds 0,1,2] [--methods pure_rl,grpo] [--quick true]
 
-In the place of Qwen2-VL there is a tiny model that was shown where named objects are, and none of the tasks; in the
-place of MGrounding there are drawn scenes of all ten tasks at three levels, with chains. The model is one for all
-seeds. A seed has a world of its own, its own CoT-SFT that stage 2 starts from, its own order of data and samples.
+In the place of Qwen2-VL there is the base model (trainer/base.py), which has seen none of the tasks; in the place of
+MGrounding there are drawn scenes of all ten tasks at three levels, with chains. A seed has a world of its own, its own
+CoT-SFT that stage 2 starts from, its own order of data and samples.
 
 An hour on two CPU cores; a run that has ended is not repeated. Results go to bench/results/<device>/ablation.json, the
 tables and curves beside the runs too. `--quick true`: two steps of everything, to see that it runs.
@@ -25,22 +25,21 @@ import torch
 from boxgrpo.bench.machine import folder, machine
 from boxgrpo.bench.publish.tables import table, template
 from boxgrpo.bench.records import write
+from boxgrpo.bench.studies.claims import judge
 from boxgrpo.bench.studies.curves import binned, plot
 from boxgrpo.trainer import demo
 from boxgrpo.trainer.arguments import option, parse
-from boxgrpo.trainer.data.processor import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import ANY_COUNT, EvalOptions, GrpoOptions, SftOptions
 from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
-from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
+from boxgrpo.trainer.world.recipe import BASE, RECIPES, DemoOptions, parse_numbers
 from boxgrpo.trainer.world.scenes import TASKS
-from boxgrpo.trainer.world.world import all_texts, write_world
+from boxgrpo.trainer.world.world import write_world
 
 LEVELS = (0, 1, 2)
-SIZE = 56  # pixels, the side of an image
-BASE_SEED = 1000  # of the model that all start from, and of what it is shown
+SIZE = 112  # pixels, the side of an image
 COMPLETION = 32  # tokens at most when scored; an answer has up to 17
 PATHS = ("model", "data", "output_dir")  # settings that two runs of one recipe differ in
 ENDED = "ended.json"  # in the folder of a run that is over
@@ -75,7 +74,8 @@ METHODS = {
     "grpo_power": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=power",)),
     "grpo_exp": Method("grpo.py", "cot_sft", "train", ("grpo", GRPO), ("--difficulty=exp",)),
 }
-BASE = Method("sft.py", "initial", "plain", ("base_sft_tiny",))
+
+TRIED = ("pure_rl", "cot_sft", "continued_cot_sft", "grpo", "grpo_exp")  # what the claims compare
 
 
 @dataclass
@@ -83,11 +83,10 @@ class AblationOptions:
     """The paper's ablation on the drawn world."""
 
     choices: ClassVar = DemoOptions.choices
-    ranges: ClassVar = DemoOptions.ranges | {"base_scenes": DemoOptions.ranges["train"], "max_steps": ANY_COUNT}
-    seeds: str = option("0,1,2", "Seeds, separated by commas.")
-    methods: str = option(",".join(METHODS), "Methods to run, separated by commas; what they start from runs too.")
+    ranges: ClassVar = DemoOptions.ranges | {"max_steps": ANY_COUNT}
+    seeds: str = option("0,1,2,3,4", "Seeds, separated by commas.")
+    methods: str = option(",".join(TRIED), "Methods to run, separated by commas; what they start from runs too.")
     output_dir: str = option("out/ablation", "Folder for worlds, runs, table.md and curves.png.")
-    base_scenes: int = option(6000, "Scenes of plain questions for the model that all start from.")
     cold_start: int = option(12000, "Scenes for stage 1, of each seed.")
     train: int = option(9600, "Scenes for stage 2 and for pure RL, of each seed.")
     held_out: int = option(1000, "Scenes to score on, of each seed.")
@@ -97,7 +96,7 @@ class AblationOptions:
     json: str = option("", "Where to write the results; empty: bench/results/<device>/ablation.json, or into quick/.")
 
 
-QUICK = {"seeds": "0", "base_scenes": 60, "cold_start": 60, "train": 60, "held_out": 60, "max_steps": 2, "processes": 1}
+QUICK = {"seeds": "0", "cold_start": 60, "train": 60, "held_out": 60, "max_steps": 2, "processes": 1}
 
 
 def chosen_methods(o: AblationOptions) -> list[str]:
@@ -113,9 +112,9 @@ def chosen_methods(o: AblationOptions) -> list[str]:
 
 
 def draw(root: Path, seed: int, **scenes: int) -> Path:
-    """A world of all tasks at all levels, with exact boxes, and one question a record but in the plain ones."""
-    exact = {"margins": 0.0, "other_questions": False}
-    return write_world(root / "world", tasks=list(TASKS), levels=LEVELS, size=SIZE, seed=seed, **exact, **scenes)
+    """A world of all tasks at all levels, with one question a record."""
+    chosen = {"tasks": list(TASKS), "levels": LEVELS, "size": SIZE, "other_questions": False}
+    return write_world(root / "world", seed=seed, **chosen, **scenes)
 
 
 def origin(model: Path, data: Path) -> dict:
@@ -150,63 +149,49 @@ def train(o: AblationOptions, method: Method, path: Path, model: Path, data: Pat
     return ended
 
 
-def train_base(o: AblationOptions) -> Path:
-    """The checkpoint in the place of Qwen2-VL: it finds a named object, and writes a chain when requested."""
-    root = Path(o.output_dir) / "base"
-    world = draw(root, BASE_SEED, cold_start=o.base_scenes, train=0, held_out=0)
-    if not (root / "run" / ENDED).exists():
-        # Question and request apart, so that each is a token of its own: the base learns the request, not the question.
-        texts = [text.removesuffix(THINK_SUFFIX) for text in all_texts(list(TASKS), levels=LEVELS)]
-        make_initial_checkpoint(DemoOptions(output_dir=str(root), seed=BASE_SEED), [BOX_PREFIX, THINK_SUFFIX, *texts])
-    train(o, BASE, root / "run", root / "initial", world / f"{BASE.data}.json", BASE_SEED)
-    return root / "run"
-
-
 def score(world: Path, held_out: str, model: Path, path: Path) -> dict:
-    """Acc@0.5 (0-1) of `model` on the seed's held-out scenes, per task and level; kept in `path`."""
+    """Acc@0.5 (0-1) of `model` on the seed's held-out scenes, per task and level, and by question; kept in `path`."""
     data = world / f"{held_out}.json"
     made_of = origin(model, data)
     if (path / SCORES).exists() and (held := json.loads((path / SCORES).read_text()))["of"] == made_of:
-        return held["scores"]
+        return {name: held[name] for name in ("scores", "hits")}
     paths = {"model": str(model), "data": str(data), "output_dir": str(path / "eval")}
     options = EvalOptions(**paths, eval_batch_size=100, dtype="float32", max_completion_length=COMPLETION)
     shutil.rmtree(path / "eval", ignore_errors=True)
     found = evaluate(options, Ranks(device="cuda" if torch.cuda.is_available() else "cpu"))
     answers = json.loads((path / "eval/results.json").read_text())["answers"]
     level = {record["id"]: record["level"] for record in json.loads(data.read_text())}
-    hits = {n: [a["iou"] > 0.5 for a in answers if level[a["id"]] == n] for n in LEVELS}
-    scores = demo.accuracies(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in hits.items()}
+    hits = [a["iou"] > 0.5 for a in answers]
+    by_level = {n: [hit for a, hit in zip(answers, hits, strict=True) if level[a["id"]] == n] for n in LEVELS}
+    scores = demo.accuracies(found) | {f"level {n}": sum(h) / max(1, len(h)) for n, h in by_level.items()}
     scores |= {name: found[name] for name in ("format", "mean_iou")}
-    replace_file(path / SCORES, json.dumps({"of": made_of, "scores": scores}, indent=1) + "\n")
-    return scores
+    kept = {"scores": scores, "hits": hits}
+    replace_file(path / SCORES, json.dumps({"of": made_of, **kept}) + "\n")
+    return kept
 
 
-def run_seed(o: AblationOptions, seed: int, base: Path) -> Iterable[dict]:
-    """One record for each run of the seed, the base first."""
+def run_seed(o: AblationOptions, seed: int) -> Iterable[dict]:
+    """One record for each run of the seed, the base first; `hits`: whether each held-out question is answered right."""
     root = Path(o.output_dir) / str(seed)
     world = draw(root, seed, cold_start=o.cold_start, train=o.train, held_out=o.held_out)
-    yield {"seed": seed, "method": "base", "scores": score(world, "held_out", base, root / "base")}
+    yield {"seed": seed, "method": "base", **score(world, "held_out", BASE, root / "base")}
     for name in chosen_methods(o):
         method, path = METHODS[name], root / name
-        model = base if method.start == "base" else root / method.start
+        model = BASE if method.start == "base" else root / method.start
         ended = train(o, method, path, model, world / f"{method.data}.json", seed)
-        scores = score(world, method.held_out, path, path)
-        print(f"\nseed {seed}, {name}: Acc@0.5 {100 * scores['mean']:.1f}, {ended['seconds']:.0f} s", flush=True)
-        yield {"seed": seed, "method": name, **ended, "scores": scores, "curves": binned(demo.read_metrics(path))}
+        found = score(world, method.held_out, path, path)
+        reached = 100 * found["scores"]["mean"]
+        print(f"\nseed {seed}, {name}: Acc@0.5 {reached:.1f}, {ended['seconds']:.0f} s", flush=True)
+        yield {"seed": seed, "method": name, **ended, **found, "curves": binned(demo.read_metrics(path))}
 
 
 def run(o: AblationOptions) -> dict:
     """Everything; what ablation.json holds."""
     described = machine()  # before an hour passes and the tree moves on
     seeds = parse_numbers(o.seeds, "seeds")
-    base = train_base(o)
-    runs = [record for seed in seeds for record in run_seed(o, seed, base)]
-    return {
-        "machine": described,
-        "options": dataclasses.asdict(o),
-        "base": json.loads((base / ENDED).read_text()) | {"curves": binned(demo.read_metrics(base))},
-        "runs": runs,
-    }
+    runs = [record for seed in seeds for record in run_seed(o, seed)]
+    hits = {(record["method"], record["seed"]): record.pop("hits") for record in runs}
+    return {"machine": described, "options": dataclasses.asdict(o), "claims": judge(hits), "runs": runs}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -223,7 +208,7 @@ def main(args: list[str] | None = None) -> None:
     plot(result["runs"], root / "curves.png")
     if kept.parent != root and (root / "curves.png").exists():
         shutil.copy(root / "curves.png", kept.with_suffix(".png"))
-    print("\n" + table("ablation", result["runs"]))
+    print("\n" + table("ablation", result["runs"]) + "\n\n" + table("claims", result["claims"]))
     print(f"\nAll of it is in {root}/table.md and curves.png, the figures in {kept}.")
 
 

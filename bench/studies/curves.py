@@ -12,6 +12,7 @@ from boxgrpo.bench.publish.plots import STYLE
 from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
 
 BINS = 20
+GRADIENT = [(key.replace("/", "/gradient_"), label, colour) for key, label, colour in DIFFICULTY]
 LEFT_OUT = ("timing_s/", "perf/", "data/", "step", "num_tokens", "epoch", "skipped_steps", "learning_rate")
 TITLES = {
     "pure_rl": "pure RL",
@@ -34,7 +35,7 @@ def binned(metrics: Sequence[dict], bins: int = BINS) -> dict[str, list]:
 
 
 def plot(runs: Sequence[dict], out_png: str | os.PathLike) -> None:
-    """A column for each method with RL: shares of easy, medium and hard groups (Figure 3), and the rewards under them.
+    """A column for each method with RL: shares of easy, medium and hard groups (Figure 3) and of the gradient, rewards.
 
     Lines are means over the seeds, bands reach from the lowest seed to the highest. Nothing is drawn without such runs.
     """
@@ -42,18 +43,18 @@ def plot(runs: Sequence[dict], out_png: str | os.PathLike) -> None:
     if not columns:
         return
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(columns) + 0.6, 6.2))
-        grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey=True)
+        figure = Figure(figsize=(3.2 * len(columns) + 0.6, 9))
+        grid = figure.subplots(3, len(columns), squeeze=False, sharex="col", sharey=True)
         for column, (name, curves) in enumerate(columns.items()):
             steps = curves[0]["step"]
-            for axes, drawn in zip(grid[:, column], (DIFFICULTY, REWARDS)):
+            for axes, drawn in zip(grid[:, column], (DIFFICULTY, GRADIENT, REWARDS)):
                 for key, label, colour in drawn:
                     values = np.array([c[key] for c in curves], dtype=float)  # (seeds, bins)
                     axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
                     axes.plot(steps, values.mean(0), color=colour, linewidth=2, label=label)
             grid[0, column].set_title(TITLES[name])
-            grid[1, column].set(xlabel="step", ylim=(-0.02, 1.02))
-        for axes, label in zip(grid[:, 0], ("share of groups", "mean reward")):
+            grid[-1, column].set(xlabel="step", ylim=(-0.02, 1.02))
+        for axes, label in zip(grid[:, 0], ("share of groups", "share of the gradient", "mean reward")):
             axes.set_ylabel(label)
             axes.legend()
         figure.savefig(out_png)

@@ -3,7 +3,6 @@
 python bench/studies/demo_seeds.py     writes bench/results/<device>/demo.json, prints the table
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -29,29 +28,12 @@ class SeedsOptions:
     output_dir: str = option("out/seeds", "Folder for the runs.")
 
 
-STAGES = {"before": "sft", "after": "grpo", "continued_sft": "continued_sft"}
-
-
-def habits(run: Path) -> dict[str, dict[str, float]]:
-    """Of each stage's held-out answers the share that leaves a margin, and Acc@0.5 of the rest.
-
-    At level 0 the demo's exact boxes stand on quarters of the image; only a margin ends on an odd eighth.
-    """
-    found = {}
-    for stage, name in STAGES.items():
-        answers = json.loads((run / f"eval_{name}/results.json").read_text())["answers"]
-        rest = [a["iou"] > 0.5 for a in answers if not any(v % 250 for v in a["box"] or ())]
-        found[stage] = {"margin": 1 - len(rest) / len(answers), "rest_accuracy_at_0.5": sum(rest) / max(1, len(rest))}
-    return found
-
-
 def run(options: SeedsOptions) -> dict:
     """Every seed's summary, with the machine's name."""
     described, runs = machine(), []  # described before hours pass and the tree changes
     for seed in recipe.parse_numbers(options.seeds, "seeds"):
         path = Path(options.output_dir) / str(seed)
-        summary = demo.run(recipe.DemoOptions(output_dir=str(path), seed=seed, continued_sft=True))
-        runs.append(summary | {"habits": habits(path)})
+        runs.append(demo.run(recipe.DemoOptions(output_dir=str(path), seed=seed, continued_sft=True)))
     return {"machine": described, "runs": runs}
 
 

@@ -62,7 +62,7 @@ def test_without_a_method_with_rl_no_curves_are_drawn(tmp_path):
 def test_what_a_method_starts_from_runs_too_and_an_unknown_one_is_refused():
     assert ablation.chosen_methods(ablation.AblationOptions(methods="grpo_exp")) == ["cot_sft", "grpo_exp"]
     assert ablation.chosen_methods(ablation.AblationOptions(methods="sft")) == ["sft"]
-    assert ablation.chosen_methods(ablation.AblationOptions()) == list(ablation.METHODS)
+    assert ablation.chosen_methods(ablation.AblationOptions()) == list(ablation.TRIED)
     with pytest.raises(ValueError, match=r"'ppo' is none of pure_rl, .*Correct --methods"):
         ablation.main(["--methods", "grpo,ppo"])
     with pytest.raises(ValueError, match=r"seeds is '0,x'; .*Correct --seeds"):
@@ -106,7 +106,7 @@ def test_scores_are_kept_for_the_same_model_and_questions_only(tmp_path, initial
     world = ablation.draw(tmp_path, 0, cold_start=0, train=0, held_out=10)
     scored = ablation.score(world, "held_out", initial, tmp_path / "scored")
     evaluated = (tmp_path / "scored/eval/results.json").stat().st_mtime_ns
-    assert set(scored) >= {"mean", *TASKS, "level 0", "format"}
+    assert set(scored["scores"]) >= {"mean", *TASKS, "level 0", "format"} and len(scored["hits"]) == 10
     assert ablation.score(world, "held_out", initial, tmp_path / "scored") == scored
     assert (tmp_path / "scored/eval/results.json").stat().st_mtime_ns == evaluated
     ablation.score(world, "held_out_coordinates", initial, tmp_path / "scored")
@@ -128,11 +128,12 @@ def test_a_folder_with_another_run_is_refused(ended, monkeypatch, change):
 @pytest.mark.slow
 def test_a_short_ablation(tmp_path, capsys, monkeypatch):
     """Every method trains and is scored; a second call trains nothing and has the same results."""
-    flags = ["--quick", f"--output_dir={tmp_path}"]
+    flags = ["--quick", f"--methods={','.join(ablation.METHODS)}", f"--output_dir={tmp_path}"]
     ablation.main(flags)
     root = tmp_path / "quick"
     result = json.loads((root / "ablation.json").read_text())
     assert [r["method"] for r in result["runs"]] == ["base", *ablation.METHODS]
+    assert [c["verdict"] for c in result["claims"]] and "hits" not in result["runs"][0]
     assert all(set(r["scores"]) >= {"mean", *TASKS, "level 0", "level 1", "level 2"} for r in result["runs"])
     curves = {r["method"]: r["curves"] for r in result["runs"][1:]}
     assert all(len(c["loss"]) == len(c["step"]) >= 1 for c in curves.values())

@@ -57,15 +57,16 @@ def test_the_guides_example_is_what_the_profile_shows():
     assert rows["head+loss"]["seconds"] > 0.5 * rows["forward"]["seconds"]
 
 
-def test_the_demos_seeds_are_a_real_cold_start_and_a_real_lift():
+def test_the_demos_seeds_meet_what_is_asked_of_them():
+    """A cold start with room, 25 points by GRPO, 10 more than by SFT, and an IoU that still rises in the last half."""
     runs = STUDY["demo"]["runs"]
-    lifts = [run["after"]["mean"] - run["before"]["mean"] for run in runs]
     assert [run["seed"] for run in runs] == [0, 1, 2]
-    assert min(lifts) >= 0.05 and sum(lifts) / len(lifts) >= 0.10
     for run in runs:
-        before, after = (run["details"][stage] for stage in ("before", "after"))
-        assert before["format"] >= 0.95 and run["before"]["mean"] >= 0.30 and run["seconds"] < 600
-        assert after["well_formed_iou"] > before["well_formed_iou"]
+        cold, after, continued = (run[stage]["mean"] for stage in ("before", "after", "continued_sft"))
+        assert run["details"]["before"]["format"] >= 0.95 and 0.35 <= cold <= 0.60 and run["seconds"] < 600
+        assert run["grpo"]["without_signal"] <= 0.35
+        assert after - cold >= 0.25 and after - continued >= 0.10
+        assert run["grpo"]["iou"][2] - run["grpo"]["iou"][1] >= 0.03
 
 
 def test_the_large_file_and_the_soaks_met_every_demand():

@@ -12,6 +12,7 @@ from boxgrpo.trainer.world.world import DEMO_TASKS
 
 FEW = {
     "demo_sft.yaml": {"max_steps": 2, "train_batch_size": 4, "logging_steps": 1},
+    "from_nothing_sft.yaml": {"max_steps": 2, "train_batch_size": 4, "logging_steps": 1},
     "demo_grpo.yaml": {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 12},
 }
 
@@ -47,6 +48,23 @@ def test_the_demo_leaves_what_the_readme_lists(small, tmp_path):
     with pytest.raises(ValueError, match="not this world"):  # and nothing of the first run is touched
         demo.run(small(seed=1))
     assert (out / "sft/model.safetensors").exists()
+
+
+def test_from_nothing_starts_with_random_weights_and_more_small_scenes(small, tmp_path):
+    options = small(from_nothing=True, cold_start=0, train=1, held_out=1)
+    flags = recipe.run_flags(options, "sft")
+    assert flags[:2] == [f"--config={recipe.RECIPES / 'from_nothing_sft.yaml'}", "--model=out/demo/initial"]
+    assert f"--model={recipe.BASE}" in recipe.run_flags(small(), "sft")
+    assert recipe.run_flags(options, "grpo") == recipe.run_flags(small(), "grpo")
+    recipe.make_initial_checkpoint(options)
+    assert (tmp_path / "out/demo/initial/model.safetensors").exists()
+
+
+def test_progress_is_told_by_the_beginning_the_middle_and_the_end_of_a_run():
+    ious = [0.0] * 2 + [0.5] * 12 + [1.0] * 2
+    steps = [{"rewards/accuracy/mean": iou, "frac_reward_zero_std": iou + 0.25, "step_time": 1.5} for iou in ious]
+    assert demo.progress(steps) == {"without_signal": 0.25, "iou": [0.0, 0.5, 1.0], "step_seconds": 1.5}
+    assert demo.progress(steps[:1])["iou"] == [0.0, 0.0, 0.0]
 
 
 def test_a_folder_of_real_runs_is_refused_and_kept(small, tmp_path):

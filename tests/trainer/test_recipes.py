@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from boxgrpo.bench.studies.ablation import BASE, METHODS
+from boxgrpo.bench.studies.ablation import METHODS
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.effects import without_effect
 from boxgrpo.trainer.options import GrpoOptions, SftOptions, validate_grpo, validate_sft
-from boxgrpo.trainer.world.recipe import RECIPES
+from boxgrpo.trainer.world.recipe import FROM_NOTHING, RECIPES, RUNS
 
 PATHS = {"model", "data", "image_root", "output_dir"}
 # Where a run of minutes, of a million parameters on drawn scenes, may differ from the real run.
@@ -40,8 +40,9 @@ def unlike(one, other):
 
 
 def test_every_recipe_is_used():
-    used = {layer for method in (*METHODS.values(), BASE) for layer in method.recipes}
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*used, "2b", "7b", "base", "demo_sft", "demo_grpo"}
+    used = {layer for method in METHODS.values() for layer in method.recipes} | {"2b", "7b", "base"}
+    used |= {recipe.removesuffix(".yaml") for recipe, *_ in (*RUNS.values(), *FROM_NOTHING.values())}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == used
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,10 +77,11 @@ def test_a_methods_layers_are_valid_and_differ_only_where_they_must(method):
     assert counts == ([7000, 3000] if second_stage else [17733, 3267] if method == "pure_rl" else [76_000, 14_000])
 
 
-def test_the_base_is_valid_and_its_tower_learns():
-    base = parse(BASE.options, [f"--config={RECIPES / 'base_sft_tiny.yaml'}"])
-    validate_sft(base, 2)
-    assert not base.freeze_vision, "it is the one run in which the tower learns"
+@pytest.mark.parametrize("name", ["base", "from_nothing_sft", "demo_sft"])
+def test_the_tower_learns_where_weights_are_random_and_nowhere_else(name):
+    options = parse(SftOptions, [f"--config={RECIPES / name}.yaml"])
+    validate_sft(options, 2)
+    assert options.freeze_vision == (name == "demo_sft")
 
 
 @pytest.mark.parametrize("method", ["sft", "cot_sft", "pure_rl", "grpo"])

@@ -21,12 +21,14 @@ from .tiny import tiny_config
 from .world import DEMO_TASKS, SEEDS_PER_SPLIT, all_texts, list_phrases, write_world
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+BASE = Path(__file__).resolve().parent / "base"  # the base model's checkpoint, as trainer/base.py wrote it
 # Runs by folder in the demo's output_dir: recipe, folder of the initial weights, file of records in world/.
 RUNS = {
-    "sft": ("demo_sft.yaml", "initial", "cold_start.json"),
+    "sft": ("demo_sft.yaml", BASE, "cold_start.json"),
     "grpo": ("demo_grpo.yaml", "sft", "train.json"),
     "continued_sft": ("demo_sft.yaml", "sft", "train_chains.json"),
 }
+FROM_NOTHING = {"sft": ("from_nothing_sft.yaml", "initial", "cold_start.json")}
 
 
 @dataclass
@@ -34,16 +36,16 @@ class DemoOptions:
     """Cold start, GRPO and their scores on a drawn world."""
 
     choices: ClassVar = {"processes": (0, 1, 2, 4, 8, 16)}
-    ranges: ClassVar = {"seed": ANY_COUNT, "margins": "[0, 1]", "size": "[56, 5600]"}
-    ranges |= dict.fromkeys(("cold_start", "train", "held_out"), f"[1, {SEEDS_PER_SPLIT}]")
+    ranges: ClassVar = {"seed": ANY_COUNT, "size": "[0, 5600]", "cold_start": f"[0, {SEEDS_PER_SPLIT}]"}
+    ranges |= dict.fromkeys(("train", "held_out"), f"[1, {SEEDS_PER_SPLIT}]")
     output_dir: str = option("out/demo", "Folder for everything the demo makes.")
-    seed: int = option(0, "Seed of the world, the weights, the data order and the sampling.")
+    seed: int = option(0, "Seed of the world, of initial weights, the data order and the sampling.")
+    from_nothing: bool = option(False, "Start from random weights in place of the base model.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
     levels: str = option("0", "Difficulties of the scenes, 0 to 2; scenes alternate among them.")
-    size: int = option(56, "Side of the images in pixels, a multiple of 56.")
-    cold_start: int = option(4000, "Scenes with reasoning chains.")
-    margins: float = option(0.5, "Share of the chains whose boxes have a margin around the object.")
-    train: int = option(5000, "Scenes for GRPO, with a box only.")
+    size: int = option(0, "Side of the images in pixels, a multiple of 56; 0: 112, or from nothing 56.")
+    cold_start: int = option(0, "Scenes with reasoning chains; 0: 400, or from nothing 4000.")
+    train: int = option(6000, "Scenes for GRPO, with a box only.")
     held_out: int = option(400, "Held-out scenes to score on.")
     continued_sft: bool = option(False, "For comparison also continue SFT for as long as GRPO took.")
     processes: int = option(0, "Processes to train with; 0: one per GPU, or up to two on a CPU.")
@@ -63,8 +65,10 @@ def parse_numbers(text: str, name: str) -> list[int]:
 
 def draw_world(options: DemoOptions) -> Path:
     tasks, levels = options.tasks.split(","), parse_numbers(options.levels, "levels")
-    same = {name: getattr(options, name) for name in ("cold_start", "train", "held_out", "seed", "size", "margins")}
-    return write_world(Path(options.output_dir) / "world", tasks=tasks, levels=levels, **same)
+    size, cold_start = (56, 4000) if options.from_nothing else (112, 400)
+    chosen = {"size": options.size or size, "cold_start": options.cold_start or cold_start}
+    same = {name: getattr(options, name) for name in ("train", "held_out", "seed")}
+    return write_world(Path(options.output_dir) / "world", tasks=tasks, levels=levels, **same, **chosen)
 
 
 def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None, **size: int) -> Path:
@@ -84,6 +88,7 @@ def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None
 
 def run_flags(options: DemoOptions, run: str) -> list[str]:
     """Flags of `sft.py` or `grpo.py` for a run of `RUNS`."""
-    root, (recipe, model, data) = Path(options.output_dir), RUNS[run]
+    root, runs = Path(options.output_dir), RUNS | (FROM_NOTHING if options.from_nothing else {})
+    recipe, model, data = runs[run]  # root / BASE is BASE
     flags = [f"--config={RECIPES / recipe}", f"--model={root / model}", f"--data={root / 'world' / data}"]
     return [*flags, f"--output_dir={root / run}", f"--seed={options.seed}", "--overwrite_output_dir=true"]

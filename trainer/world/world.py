@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,18 +15,17 @@ from pathlib import Path
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.runtime.files import replace_folder
 
-from .scenes import CELL, PLACES, Scene, box_text, draw_scene, place_name, question_about
+from .scenes import CELL, PLACES, Scene, box_text, draw_scene
 from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
 
 DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
-VERSION = 4  # of the drawing; a folder drawn by another version is not reused
+VERSION = 5  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
 FILES = {  # name: split, form of the records (ARCHITECTURE.md, section "Data")
     "cold_start": ("cold_start", "chain"),  # UniVG-R1's stage 1: messages with a reasoning chain and the box
     "coordinates": ("cold_start", "coordinates"),  # messages with the box alone, `answer_format` "box"
-    "plain": ("cold_start", "plain"),  # messages that locate each object; no question of the tasks
     "train": ("train", "question"),  # stage 2: a question, and a box on the 0-1000 scale
     "train_chains": ("train", "chain"),
     "held_out": ("held_out", "question"),
@@ -60,11 +58,8 @@ def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str,
     record = {"id": f"{split}-{name}", "task": task, "level": level, "images": images}
     record["target_image"] = scene.target_image
     others = scene.other_questions if manifest["asides"] else []
-    margins = random.Random(f"annotator {task} {level} {seed}").random() < manifest["margins"]
 
     def conversation(*turns: tuple[str, str]) -> dict:
-        if margins:
-            turns = [(question, _widen_boxes(answer)) for question, answer in turns]
         texts = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
         return {"messages": texts}
 
@@ -72,30 +67,9 @@ def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str,
     return {
         "chain": record | conversation((scene.question + THINK_SUFFIX, scene.completion), *others),
         "coordinates": record | box | conversation((BOX_PREFIX + scene.question, box_text(scene.gold)), *others),
-        "plain": record | conversation(*_plain_turns(scene, random.Random(f"plain {task} {level} {seed}"))),
         "question": record | question,
         "question_box": record | box | question,
     }
-
-
-def _plain_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Turns that locate each object: one at random with a chain, the others without; no question of the tasks."""
-    others = scene.objects
-    number, thing = others.pop(rng.randrange(len(others)))
-    chain = f"The {thing.kind} is in image {number} at the {place_name(thing.box)}."
-    answer = f"<think>{chain}</think><answer>{box_text(thing.box)}</answer>"
-    plain = [(question_about(n, other), box_text(other.box)) for n, other in others]
-    return [(question_about(number, thing) + THINK_SUFFIX, answer), *plain]
-
-
-def _widen_boxes(answer: str) -> str:
-    """Widen each box in the answer by one cell on every side, within the image."""
-
-    def widen(found: re.Match) -> str:
-        x1, y1, x2, y2 = map(int, found.groups())
-        return box_text((max(x1 - CELL, 0), max(y1 - CELL, 0), min(x2 + CELL, 1000), min(y2 + CELL, 1000)))
-
-    return re.sub(r"\((\d+), (\d+)\), \((\d+), (\d+)\)", widen, answer)
 
 
 def write_world(
@@ -109,7 +83,6 @@ def write_world(
     levels: Sequence[int] = (1,),
     size: int = 112,
     other_questions: bool = True,
-    margins: float = 0.5,
 ) -> Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
 
@@ -118,8 +91,6 @@ def write_world(
 
     Args:
         other_questions: conversations also have questions about the scene's other objects.
-        margins: share of the conversations whose boxes have a margin of one cell, as from a less exact annotator.
-            The boxes of stage 2 are exact.
 
     Raises:
         ValueError: no task or level, a count out of range, or a folder that holds anything but this world.
@@ -132,7 +103,7 @@ def write_world(
         if not 0 <= count <= SEEDS_PER_SPLIT:
             raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
     manifest = {"version": VERSION, "tasks": list(tasks), **counts, "seed": seed, "levels": list(levels), "size": size}
-    manifest |= {"chains": True, "asides": other_questions, "margins": margins}
+    manifest |= {"asides": other_questions}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = folder / "world.json"
         held = json.loads(found.read_text()) if found.is_file() else "no world.json"
@@ -165,7 +136,7 @@ def _write_files(folder: Path, manifest: dict) -> None:
     (folder / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,), scenes: int = 500) -> list[str]:
+def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,), scenes: int = 100) -> list[str]:
     """The texts to make a tokenizer from: every coordinate, and those of `scenes` a task and level, of no split."""
     texts = [str(v) for v in range(0, 1001, CELL)]
     for level, task, k in itertools.product(levels, tasks, range(scenes)):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.data.readers import read_examples
-from boxgrpo.trainer.world.scenes import TASKS, box_text, place_name
+from boxgrpo.trainer.world.scenes import TASKS, box_text
 from boxgrpo.trainer.world.world import FILES, SPLITS, all_texts, draw_split_scene, write_world
 
 SMALL = {"cold_start": 12, "train": 8, "held_out": 4}
@@ -35,9 +35,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["other questions", "no others"])
 def exact(request, tmp_path_factory):
-    """All tasks at all levels, without margins: a folder, whether it has other questions, and scene(split, k)."""
+    """All tasks at all levels: a folder, whether it has other questions, and scene(split, k)."""
     tasks, levels = list(TASKS), (0, 1, 2)
-    options = {"tasks": tasks, "levels": levels, "size": 56, "margins": 0.0, "other_questions": request.param}
+    options = {"tasks": tasks, "levels": levels, "size": 56, "other_questions": request.param}
     folder = write_world(tmp_path_factory.mktemp("worlds") / "exact", **options, **LARGER)
 
     def scene(split, k):
@@ -53,7 +53,7 @@ CHAT, QUESTION, SHORT = {"messages"}, {"question", "answer"}, {"answer_format"}
 HELD = {"chain": CHAT, "coordinates": CHAT | SHORT, "question": QUESTION, "question_box": QUESTION | SHORT}  # by form
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "plain"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_holds_the_scenes_that_its_seeds_name(exact, name):
     folder, others, scene_of_record = exact
     split, form = FILES[name]
@@ -71,20 +71,6 @@ def test_a_file_holds_the_scenes_that_its_seeds_name(exact, name):
             first = (BOX_PREFIX + scene.question, box_text(scene.gold))
         assert texts(record) == [text for turn in [first, *others * scene.other_questions] for text in turn]
         assert form == "coordinates" or example.gold == scene.gold, "the answer is not well-formed"
-
-
-def test_plain_records_are_about_the_place_of_each_object(exact):
-    folder, _, scene_of_record = exact
-    for k, record in enumerate(read(folder, "plain")):
-        scene = scene_of_record("cold_start", k)
-        first, *others = zip(texts(record)[::2], texts(record)[1::2], strict=True)
-        expected = {(f"Where is the {t.kind} in image {n}?", box_text(t.box)) for n, t in scene.objects}
-        question = first[0].removesuffix(THINK_SUFFIX)
-        chain, box = re.fullmatch(r"<think>(.*)</think><answer>(.*)</answer>", first[1]).groups()
-        assert {(question, box), *others} == expected and len(others) == len(expected) - 1 and question != first[0]
-        kind, number = re.fullmatch(r"Where is the (.*) in image (\d)\?", question).groups()
-        corners = [int(v) for v in re.findall(r"\d+", box)]
-        assert chain == f"The {kind} is in image {number} at the {place_name(corners)}."
 
 
 def test_every_record_has_its_images_and_tasks_take_turns(exact):
@@ -131,21 +117,6 @@ def test_another_seed_is_another_world(world, tmp_path):
         return {data for name, data in contents(folder).items() if name.endswith(".png")}
 
     assert images(write_world(tmp_path / "other", seed=1, **SMALL)).isdisjoint(images(world))
-
-
-def test_half_of_the_conversations_have_margins_and_all_other_boxes_are_exact(world, tmp_path):
-    """With margins every box of the conversation is a cell larger on every side, as far as the image goes."""
-    exact = write_world(tmp_path / "exact", margins=0.0, **SMALL)
-    assert all(read(exact, split) == read(world, split) for split in ("train", "held_out"))
-    habits = Counter()
-    for ours, true in zip(map(texts, read(world, "cold_start")), map(texts, read(exact, "cold_start")), strict=True):
-        habits[ours == true] += 1
-        assert ours[::2] == true[::2]
-        for a, b in zip(ours[1::2], true[1::2], strict=True) if ours != true else ():
-            assert a.split("(")[0] == b.split("(")[0]  # the reasoning is the same
-            wide, box = ([int(v) for v in re.findall(r"\d+", text.split("<answer>")[-1])] for text in (a, b))
-            assert wide == [*(max(v - 125, 0) for v in box[:2]), *(min(v + 125, 1000) for v in box[2:])]
-    assert min(habits[True], habits[False]) >= 3
 
 
 def test_a_folder_with_a_world_or_with_other_files_is_never_overwritten(tmp_path):
