@@ -23,6 +23,7 @@ from boxgrpo.trainer.arguments import option, parse
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import ANY_COUNT, SftOptions
+from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.run import Hooks
 from boxgrpo.trainer.runtime.files import read_lines, replace_folder
 from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
@@ -98,9 +99,9 @@ def train(o: BaseOptions, r: Ranks) -> None:
     """Train the model and score it on held-out scenes."""
     root, levels = Path(o.output_dir), parse_numbers(o.levels, "levels")
     if r.is_main:
+        scenes = PlainScenes(o.held_out, o.seed + 1, levels=levels, size=o.size, held_out=True)
         world = DemoOptions(output_dir=o.output_dir, seed=o.seed)
         make_initial_checkpoint(world, world_texts(), **SIZE)
-        scenes = PlainScenes(o.held_out, o.seed + 1, levels=levels, size=o.size, held_out=True)
         (root / "held_out.json").write_text(json.dumps([to_record(example) for example in scenes]))
     r.gather(None)  # wait for the files
     flags = [f"--config={RECIPES / 'base.yaml'}", f"--model={root / 'initial'}", f"--output_dir={root / 'run'}"]
@@ -127,6 +128,7 @@ def world_texts() -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     options = parse(BaseOptions, args, prog="base.py")
+    check_paths(options)
     with join_ranks() as r:
         train(options, r)
         if r.is_main:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX, Example, box_text
 from boxgrpo.trainer.data.images import Embedded
 
-from .scenes import CELL, IMAGES, OTHERS, NoRoom, Sketch, place_name, question_about
+from .scenes import CELL, IMAGES, OTHERS, NoRoom, Sketch, check_level_and_size, place_name, question_about
 from .shapes import Layout, Thing, add_rulers, paint
 
 MOST_TURNS = 6
@@ -37,6 +37,8 @@ class PlainScenes(Sequence):
     max_images = max(most for _, most in IMAGES)
 
     def __init__(self, count: int, seed: int, *, levels: Sequence[int] = (0, 1, 2), size: int = 112, held_out=False):
+        for level in levels:
+            check_level_and_size(level, size)
         self.count, self.seed, self.levels, self.size, self.held_out = count, seed, levels, size, held_out
 
     def __len__(self) -> int:

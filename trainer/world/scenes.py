@@ -304,6 +304,14 @@ _PLANS = (_diff, _view_diff, _common_object, _object_tracking, _multi_view, _reg
 TASKS = {plan.__name__[1:]: plan for plan in (*_PLANS, _reasoning, _correspondence)}
 
 
+def check_level_and_size(level: int, size: int) -> None:
+    """Raise ValueError for a level that the world does not have, or images that are not whole patches."""
+    if level not in range(len(IMAGES)):
+        raise ValueError(f"level is {level!r}; the world has levels 0 (plain), 1 and 2 (confusable). Name one.")
+    if size <= 0 or size % 56:
+        raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Use 112.")
+
+
 def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scene:
     """Draws the scene of (task, seed, level), which is the same on every machine and at every size.
 
@@ -313,10 +321,7 @@ def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scen
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; the world draws {', '.join(TASKS)}. Name one of these.")
-    if level not in range(len(IMAGES)):
-        raise ValueError(f"level is {level!r}; the world has levels 0 (plain), 1 and 2 (confusable). Name one.")
-    if size <= 0 or size % 56:
-        raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Use 112.")
+    check_level_and_size(level, size)
     rng = random.Random(f"{task} {level} {seed}")
     plan = None
     while plan is None:
