@@ -85,7 +85,8 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             for _ in range(o.num_iterations):
                 engine.schedule.step()
         if run.is_logged:
-            extra |= completion_metrics(groups, rewards, o.max_completion_length, vocabulary.eos_token_ids, r)
+            limits = o.max_completion_length, vocabulary.eos_token_ids
+            extra |= completion_metrics(groups, rewards, kept_rewards, *limits, r)
             extra |= policy_metrics(stats, r)
         if run.is_logged and o.rollout == "vllm":
             extra |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)

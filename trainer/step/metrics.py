@@ -11,6 +11,9 @@ from boxgrpo.trainer.rewards.grounding import StepRewards, equal_rewards
 from boxgrpo.trainer.rollout.base import sampler_factor, sampler_gap
 from boxgrpo.trainer.runtime.ranks import Ranks
 
+# Groups by their mean IoU.
+KINDS = {"easy": lambda m: m > 0.7, "medium": lambda m: (m >= 0.3) & (m <= 0.7), "hard": lambda m: m < 0.3}
+
 
 def peak_flop(o, device: torch.device) -> float | None:
     """The device's peak in FLOP/s: `peak_tflops`, else the published value for bf16; None if neither is known."""
@@ -51,25 +54,25 @@ def sft_flop(o, config, groups: Sequence[Group]) -> float:
 
 
 def completion_metrics(
-    groups: Sequence[Group], rewards: StepRewards, limit: int, eos: tuple[int, ...], r: Ranks
+    groups: Sequence[Group], rewards: StepRewards, trained: StepRewards, limit: int, eos: tuple[int, ...], r: Ranks
 ) -> dict[str, float]:
     """Rewards and lengths of the rank's completions, and shares of easy, medium and hard groups (paper, Figure 3).
 
-    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token. `difficulty/gradient_x`
-    is the part that groups of kind x have in the sum of all |advantage| x difficulty weight, which scale the gradient.
-    Where ranks have unequal numbers of groups, means are scaled so that their mean over the ranks with groups is that
-    over all groups.
+    `completions/clipped_ratio` is the share that reached `limit` tokens without an end token. Where ranks have unequal
+    numbers of groups, means are scaled so that their mean over the ranks with groups is that over all groups.
+    `difficulty/gradient_x` is the part that groups of kind x have in the gradient, by the sum of |advantage| x
+    difficulty weight over the `trained` groups of all ranks.
     """
-    total_groups, ranks = r.sum(len(groups), len(groups) > 0)
+    scales = trained.advantages.abs().sum(1) * trained.weights  # (B)
+    sums = [float(scales[is_kind(trained.miou)].sum()) for is_kind in KINDS.values()]
+    total_groups, ranks, *sums = r.sum(len(groups), len(groups) > 0, *sums)
     if not groups:
         return {}
     scale = len(groups) * ranks / total_groups
-    total, miou = rewards.total, rewards.miou
+    total = rewards.total
     flat = [c for group in groups for c in group.completions]
     lengths = [len(c) for c in flat]
     clipped = sum(len(c) == limit and int(c[-1]) not in eos for c in flat)
-    pull = rewards.advantages.abs().sum(1) * rewards.weights  # (B)
-    kinds = {"easy": miou > 0.7, "medium": (miou >= 0.3) & (miou <= 0.7), "hard": miou < 0.3}
     means = {
         "reward": float(total.mean()),
         "reward_std": float(total.std(dim=1).mean()),
@@ -78,17 +81,14 @@ def completion_metrics(
         "rewards/accuracy/std": float(rewards.accuracy.std()),
         "rewards/format/mean": float(rewards.format.mean()),
         "rewards/format/std": float(rewards.format.std()),
-        **{f"difficulty/{name}": float(chosen.float().mean()) for name, chosen in kinds.items()},
-        **{
-            f"difficulty/gradient_{name}": float(pull[kind].sum() / pull.sum().clamp(min=1e-9))
-            for name, kind in kinds.items()
-        },
+        **{f"difficulty/{kind}": float(is_kind(rewards.miou).float().mean()) for kind, is_kind in KINDS.items()},
         "difficulty/weight_mean": float(rewards.weights.mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_ratio": clipped / len(flat),
     }
+    shares = {f"difficulty/gradient_{kind}": part / max(sum(sums), 1e-9) for kind, part in zip(KINDS, sums)}
     lengths_range = {"completions/min_length": min(lengths), "completions/max_length": max(lengths)}
-    return {name: value * scale for name, value in means.items()} | lengths_range
+    return {name: value * scale for name, value in means.items()} | shares | lengths_range
 
 
 def policy_metrics(stats, r: Ranks) -> dict[str, float]:

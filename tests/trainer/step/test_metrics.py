@@ -67,7 +67,7 @@ def test_completions_by_hand():
     weights = torch.tensor([0.5, 1.0, 3.0])
     advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [1.0, -1.0]])
     rewards = StepRewards(accuracy, form, accuracy + form, advantages, weights, accuracy.mean(1))
-    metrics = completion_metrics(groups, rewards, 4, (9,), Ranks())
+    metrics = completion_metrics(groups, rewards, rewards, 4, (9,), Ranks())
     assert metrics["reward"] == pytest.approx((2.0 + 0.8 + 1.3 + 1.3 + 1.2 + 1.0) / 6)
     assert metrics["reward_std"] == pytest.approx((1.2 + 0.0 + 0.2) / 2**0.5 / 3)  # of two values: |a - b| / sqrt 2
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
@@ -77,8 +77,8 @@ def test_completions_by_hand():
     shares = [metrics[f"difficulty/{name}"] for name in ("easy", "medium", "hard")]
     assert shares == pytest.approx([1 / 3] * 3)
     assert metrics["difficulty/weight_mean"] == pytest.approx(1.5)
-    pulls = [metrics[f"difficulty/gradient_{name}"] for name in ("easy", "medium", "hard")]
-    assert pulls == pytest.approx([1.0 * 0.5 / 6.5, 0, 2.0 * 3.0 / 6.5])
+    parts = [metrics[f"difficulty/gradient_{name}"] for name in ("easy", "medium", "hard")]
+    assert parts == pytest.approx([1.0 * 0.5 / 6.5, 0, 2.0 * 3.0 / 6.5])
     lengths = [metrics[f"completions/{name}_length"] for name in ("mean", "min", "max")]
     assert lengths == [13 / 6, 1, 4] and metrics["completions/clipped_ratio"] == 1 / 6
 
@@ -88,17 +88,33 @@ def test_means_over_ranks_count_every_group_alike():
 
     class Two(Ranks):
         def sum(self, *values):
-            return [3, 2]  # groups, and ranks that have some
+            return [3, 2, 0, 0, 0]  # groups, ranks that have some, and gradients
 
     reported = []
     for rank, total in ((0, [[2.0, 0.0]]), (1, [[1.0, 1.0], [1.0, 0.0]])):
         total = torch.tensor(total)
         groups = [Group(None, [torch.tensor([9]), torch.tensor([5, 9])]) for _ in total]
         rewards = StepRewards(total, 0 * total, total, total, total.mean(1), total.mean(1))
-        reported.append(completion_metrics(groups, rewards, 4, (9,), Two(rank, 2)))
+        reported.append(completion_metrics(groups, rewards, rewards, 4, (9,), Two(rank, 2)))
     mean = {name: sum(m[name] for m in reported) / 2 for name in reported[0]}
     assert mean["reward"] == pytest.approx(5 / 6) and mean["frac_reward_zero_std"] == pytest.approx(1 / 3)
     assert mean["completions/mean_length"] == 1.5 and [m["completions/max_length"] for m in reported] == [2, 2]
+
+
+def test_a_part_of_the_gradient_is_that_of_the_trained_groups_over_all_ranks():
+    """Two groups here, of which the easy one is trained; one as easy and a hard one, with 3 times that, there."""
+
+    class Two(Ranks):
+        def sum(self, *values):
+            return [sum(pair) for pair in zip(values, (2, 1, 2.0, 0.0, 6.0), strict=True)]
+
+    advantages = torch.tensor([[1.0, -1.0], [5.0, -5.0]])
+    rewards = StepRewards(*[advantages] * 4, weights=torch.ones(2), miou=torch.tensor([0.9, 0.1]))
+    groups = [Group(None, [torch.tensor([9])] * 2)] * 2
+    for kept, r, expected in ((1, Two(0, 2), [0.4, 0, 0.6]), (0, Ranks(), [0, 0, 0])):
+        metrics = completion_metrics(groups, rewards, StepRewards(*(x[:kept] for x in rewards)), 4, (9,), r)
+        parts = [metrics[f"difficulty/gradient_{name}"] for name in ("easy", "medium", "hard")]
+        assert parts == pytest.approx(expected)
 
 
 def test_policy_metrics_weigh_every_token_alike():
