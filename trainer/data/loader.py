@@ -108,7 +108,7 @@ class Loader:
         pin_for: a GPU; the prompts' pixels are in page-locked memory, from which copies to it do not wait.
 
     Attributes:
-        position: first slot, over all ranks, that no step returned so far has used.
+        position: first slot, over all ranks, that no step returned so far has used; may be set before iterating.
         faults: why each record was skipped, by `Example.source`.
 
     Raises:
@@ -137,6 +137,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[Group]]:
         """Yield steps from `position` on: groups with a prompt, the slot's number (`serial`) and the `record`."""
+        self._read = self.position
         numbers = itertools.count(self._first(), self.world_size)
         if self.workers:
             steps = take_ahead(self._steps(self._in_workers(numbers)))

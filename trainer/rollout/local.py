@@ -288,18 +288,20 @@ class PrefetchedBatches:
     def __init__(self, loader: Loader, embed: Callable[[list[Group]], list[Group]] | None, *, early: bool):
         self.loader, self.embed_images, self.early = loader, embed, early and embed is not None
         self.position = loader.position
+        if self.early:  # a resumed run embeds images in the same batches as an undisturbed one: the same bits
+            loader.position -= loader.position % (loader.batch_size * loader.world_size)
         self.stream = torch.cuda.Stream() if self.early and torch.cuda.is_available() else None
         self._batches = iter(loader)
         self._waiting: list[Group] = []  # of the slots from `position` up to the loader's
 
     def take(self, slots: int) -> list[Group]:
         """This rank's groups of the next `slots` slots of all ranks; with embeddings where those are computed ahead."""
-        self.position += slots
+        start, self.position = self.position, self.position + slots
         while self.loader.position < self.position:
             groups = next(self._batches)
             self._waiting += self.embed_images(groups) if self.early else groups
-        taken = [g for g in self._waiting if g.serial < self.position]
-        del self._waiting[: len(taken)]
+        taken = [g for g in self._waiting if start <= g.serial < self.position]
+        self._waiting = [g for g in self._waiting if g.serial >= self.position]
         return taken
 
     def embed(self, groups: list[Group]) -> list[Group]:

@@ -21,10 +21,11 @@ PICTURED = [SimpleNamespace(input_ids=(), image_grid_thw=[name]) for name in "ab
 OPTIONS = GrpoOptions(num_generations=3)
 
 
-def batches_of(prompts, embed, *, early, pin_for=None, workers=0) -> PrefetchedBatches:
+def batches_of(prompts, embed, *, early, pin_for=None, workers=0, start=0) -> PrefetchedBatches:
     """Batches of two groups, endlessly."""
     examples = [SimpleNamespace(prompt=prompt, source=f"data#{i}") for i, prompt in enumerate(prompts)]
-    loader = Loader(examples, attrgetter("prompt"), batch_size=2, seed=1, workers=workers, pin_for=pin_for)
+    options = {"batch_size": 2, "seed": 1, "workers": workers, "pin_for": pin_for, "start": start}
+    loader = Loader(examples, attrgetter("prompt"), **options)
     return PrefetchedBatches(loader, embed, early=early)
 
 
@@ -72,6 +73,16 @@ def test_any_number_of_slots_is_taken(embedding, early):
     assert serials == [*range(11)]
     embedded = [*itertools.chain(*calls)]
     assert embedded[:11] == serials and len(embedded) == 11 + (held if early else 0)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "in time"])
+def test_a_resumed_run_embeds_the_same_batches(embedding, early):
+    """Stopped at slot 3: images that are embedded ahead are so two by two, from an even slot on, as without a stop."""
+    embed, calls = embedding
+    batches = batches_of(PICTURED, embed, early=early, start=3)
+    groups = batches.embed(batches.take(1)) + batches.embed(batches.take(2))
+    assert [g.serial for g in groups] == [3, 4, 5] and batches.position == 6
+    assert calls == ([[2, 3], [4, 5]] if early else [[3], [4, 5]])
 
 
 class FakeStream:
