@@ -13,7 +13,7 @@ from boxgrpo.trainer.evaluation.pictures import DIFFICULTY, REWARDS
 
 BINS = 20
 GRADIENT = [(key.replace("/", "/gradient_"), label, colour) for key, label, colour in DIFFICULTY]
-LEFT_OUT = ("timing_s/", "perf/", "data/", "step", "num_tokens", "epoch", "skipped_steps", "learning_rate")
+LEFT_OUT = ("timing_s/", "perf/", "data/", *"step total_steps num_tokens epoch skipped_steps learning_rate".split())
 TITLES = {
     "pure_rl": "pure RL",
     "grpo": "GRPO",

@@ -7,13 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import yaml
-
 from boxgrpo.trainer.arguments import FlagParser
 from boxgrpo.trainer.evaluation.report import ABSENT, align
 from boxgrpo.trainer.runtime.health import HELD_OUT, Finding, Health
 from boxgrpo.trainer.runtime.ranks import run_as_script
-from boxgrpo.trainer.runtime.reporter import METRICS, OPTIONS, read_metrics
+from boxgrpo.trainer.runtime.reporter import METRICS, read_metrics
 
 LATEST = 10  # lines of metrics whose mean is shown
 COLUMNS = {
@@ -28,7 +26,7 @@ COLUMNS = {
 
 
 class Run(NamedTuple):
-    """A run as its folder shows it. `steps` is None where options.yaml does not tell it."""
+    """A run as its metrics show it. `steps` is None before the first line."""
 
     step: int
     steps: int | None
@@ -46,26 +44,13 @@ def read_run(folder: Path) -> Run:
     lines, health = read_metrics(folder), Health()
     for line in lines:
         health.read(line)
-    step, steps = max((line["step"] for line in lines), default=0), total_steps(folder, lines)
+    step, steps = max((line["step"] for line in lines), default=0), lines[-1].get("total_steps") if lines else None
     latest = {}
     for column, metric in COLUMNS.items():
         if values := [line[metric] for line in lines if line.get(metric) is not None]:
             latest[column] = fmean(values[-1 if metric == HELD_OUT else -LATEST :])
-    ended = any(folder.glob("*.safetensors")) and (steps is None or step >= steps)
+    ended = any(folder.glob("*.safetensors")) and step == steps
     return Run(step, steps, ended, latest, [*health.found.values()])
-
-
-def total_steps(folder: Path, lines: list[dict]) -> int | None:
-    """The steps of the whole run: `max_steps`, or by the epochs that the latest line has reached."""
-    path = folder / OPTIONS
-    options = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-    if (steps := options.get("max_steps", 0)) > 0:
-        return steps
-    epochs = [(line["epoch"], line["step"]) for line in lines if line.get("epoch")]
-    if not epochs or "num_train_epochs" not in options:
-        return None
-    epoch, step = epochs[-1]
-    return max(1, round(options["num_train_epochs"] * step / epoch))
 
 
 def table(root: Path, folders: list[Path]) -> str:

@@ -142,7 +142,7 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, ranks, total_steps: int, title: str, start: int = 0):
-        self.active = ranks.is_main
+        self.active, self.total_steps = ranks.is_main, total_steps
         if self.active:
             self.file, self.health = open_lines(folder / METRICS), Health()
             for line in read_metrics(folder):
@@ -159,7 +159,7 @@ class Reporter:
         if not self.active:
             return
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-        line = {"step": step, **known}
+        line = {"step": step, "total_steps": self.total_steps, **known}
         self.file.write(json.dumps(line) + "\n")
         for finding in self.health.read(line):
             with self.bar.external_write_mode():

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import yaml
 
 from boxgrpo.trainer import grpo
 from boxgrpo.trainer.apps import runs as app
@@ -18,13 +17,13 @@ LINE = {"reward": 1.5, "rewards/accuracy/mean": 0.5, "rewards/format/mean": 1.0,
 
 @pytest.fixture
 def write_run(tmp_path):
-    """write_run(name, lines, ended, **options): a folder as a run leaves it."""
+    """write_run(name, lines, total_steps, ended): a folder as a run leaves it."""
 
-    def write(name, lines, ended=False, **options):
+    def write(name, lines, total_steps=9, ended=False):
         folder = tmp_path / name
         folder.mkdir(parents=True)
+        lines = [line | {"total_steps": total_steps} for line in lines]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "options.yaml").write_text(yaml.safe_dump({"max_steps": 0, "num_train_epochs": 1.0} | options))
         if ended:
             (folder / "model-00001-of-00002.safetensors").write_text("")
         return folder
@@ -39,19 +38,19 @@ def shown(root, capsys) -> list[list[str]]:
 
 
 def test_each_run_is_a_line_with_its_latest_metrics_and_findings_below(write_run, tmp_path, capsys):
-    grpo_lines = [{"step": n, "epoch": n / 200, **LINE, "entropy": 0.2, "loss": -1e-9} for n in range(1, 61)]
+    grpo_lines = [{"step": n, **LINE, "entropy": 0.2, "loss": -1e-9} for n in range(1, 61)]
     grpo_lines += [{"step": 60, "eval/accuracy_at_0.5": value, "eval/count": 8} for value in (0.25, 0.75)]
     for line in grpo_lines[:50]:
         line["frac_reward_zero_std"] = 0.75
-    write_run("demo/grpo", grpo_lines)
-    write_run("demo/sft", [{"step": n, "epoch": n / 4, "loss": 5 / n} for n in (2, 4)], ended=True)
-    write_run("new", [], max_steps=7)
+    write_run("demo/grpo", grpo_lines, 200)
+    write_run("demo/sft", [{"step": n, "loss": 5 / n} for n in (2, 4)], 4, ended=True)
+    write_run("new", [])
     head, grpo_row, found, sft_row, new_row, *_ = shown(tmp_path, capsys)
     assert head == "run step reward IoU format equal groups entropy loss held-out Acc".split()
     assert grpo_row == "demo/grpo 60 of 200 1.500 0.500 1.000 0.250 0.200 0.000 0.750 not ended".split()
     assert found[:6] == "step 50: 75.0% of the groups".split()
     assert sft_row == "demo/sft 4 of 4 – – – – – 1.875 – ended".split()
-    assert new_row == "new 0 of 7 – – – – – – – not ended".split()
+    assert new_row == "new 0 of ? – – – – – – – not ended".split()
     assert shown(tmp_path / "new", capsys)[1] == new_row
     deep = write_run("a/b/c", [])
     assert len(shown(tmp_path, capsys)) == 7 and shown(deep.parent, capsys)[1][0] == "c"
@@ -59,12 +58,14 @@ def test_each_run_is_a_line_with_its_latest_metrics_and_findings_below(write_run
 
 def test_what_a_kill_leaves_is_passed_over(write_run, capsys):
     """A line without an end, zeros from a loss of power, lines of another program, and an earlier run's weights."""
-    folder = write_run("killed", [LINE | {"step": 3}], ended=True, max_steps=9)
+    folder = write_run("killed", [LINE | {"step": 3}], ended=True)
     with (folder / "metrics.jsonl").open("ab") as file:
-        file.write(b'\x00\x00\n[1]\n{"loss": 1.0}\n' + json.dumps(LINE | {"step": 5}).encode() + b'\n{"step": 6, "re')
+        file.write(
+            b'\x00\x00\n[1]\n{"loss": 1.0}\n'
+            + json.dumps(LINE | {"step": 5, "total_steps": 9}).encode()
+            + b'\n{"step": 6, "re'
+        )
     assert shown(folder, capsys)[1] == "killed 5 of 9 1.500 0.500 1.000 0.250 – – – not ended".split()
-    (folder / "options.yaml").unlink()
-    assert shown(folder, capsys)[1][1:4] == ["5", "of", "?"]
 
 
 def test_a_run_warns_once_and_a_resumed_one_goes_on_from_there(world, caplog, capsys):

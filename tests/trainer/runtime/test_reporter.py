@@ -26,8 +26,8 @@ def test_a_line_a_step_readable_at_once(report, tmp_path):
     report.log(2, {"loss": 0.125})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before the run ends
     assert [json.loads(line) for line in lines] == [
-        {"step": 1, "loss": 0.5, "rewards/accuracy/mean": 0.25},
-        {"step": 2, "loss": 0.125},
+        {"step": 1, "total_steps": 3, "loss": 0.5, "rewards/accuracy/mean": 0.25},
+        {"step": 2, "total_steps": 3, "loss": 0.125},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
@@ -39,7 +39,7 @@ def test_without_tensorboard_and_beside_a_torn_line_the_metrics_are_written(tmp_
     reporter = Reporter(tmp_path, Ranks(), total_steps=3, title="test")
     reporter.log(2, {"loss": float("nan")})
     reporter.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "loss": null}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "total_steps": 3, "loss": null}\n'
     assert "pip install tensorboard" in caplog.text and not (tmp_path / "tensorboard").exists()
 
 
@@ -98,7 +98,7 @@ def test_overwriting_removes_metrics_and_adapters(tmp_path):
         reporter = Reporter(folder, Ranks(), total_steps=1, title="test")
         reporter.log(1, {"loss": loss})
         reporter.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "total_steps": 1, "loss": 2.0}\n'
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1 and not (tmp_path / "adapter").exists()
 
 
