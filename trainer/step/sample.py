@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -61,8 +60,7 @@ def sample_with_signal(o, sample: Callable[[int], Sampled], r: Ranks) -> tuple[S
     while len(found) < o.prompts_per_step and len(rounds) <= o.max_refills:
         more, rewards = sample(count_slots(o.prompts_per_step, len(found), sampled))
         equal = equal_rewards(rewards.total).tolist()
-        # Groups without a signal are not trained: their embeddings are freed.
-        groups += [replace(g, image_embeds=None) if same else g for g, same in zip(more, equal, strict=True)]
+        groups += more
         rounds.append(rewards)
         everyone = r.gather((len(more), [g.serial for g, same in zip(more, equal, strict=True) if not same]))
         sampled += sum(count for count, _ in everyone)
