@@ -66,8 +66,9 @@ RULES = {
     ),
     "high entropy": Rule(
         *(ENTROPY_GROWTH, RECENT_STEPS, median, gt, MOST_ENTROPY_GROWTH),
-        "the entropy is {value:.2f} times that of the start in {steps} steps, more than {limit:.0f} times; the "
-        "completions become random. Lower --learning_rate, --max_grad_norm or --temperature, or raise --beta.",
+        "the entropy is {value:.2f} times that of the start (0.05 at least) in {steps} steps, more than {limit:.0f} "
+        "times; the completions become random. Lower --learning_rate, --max_grad_norm or --temperature, or raise "
+        "--beta.",
     ),
     "clipped completions": Rule(
         *("completions/clipped_ratio", RECENT_STEPS, fmean, gt, MOST_CLIPPED),

@@ -118,7 +118,7 @@ def test_a_message_has_the_value_the_rule_and_flags_that_exist():
         assert flags and flags <= vars(GrpoOptions()).keys()
     assert "70.0% of the groups had equal rewards in 50 steps, more than 60%;" in messages["equal groups"]
     assert "0.040 nats a token in 10 steps, below 0.05;" in messages["low entropy"]
-    assert "is 4.50 times that of the start in 10 steps, more than 3 times" in messages["high entropy"]
+    assert "is 4.50 times that of the start (0.05 at least) in 10 steps, more than 3 times" in messages["high entropy"]
     assert (
         "was 0.700 after step 100 and is 0.600, while the IoU in training went from 0.600 to 0.720."
         in (messages["parting"])
