@@ -25,9 +25,9 @@ from boxgrpo.trainer.engine.ddp import DataParallelEngine
 from boxgrpo.trainer.options import ANY_COUNT, SftOptions
 from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.run import Hooks
-from boxgrpo.trainer.runtime.files import read_lines, replace_folder
+from boxgrpo.trainer.runtime.files import replace_folder
 from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
-from boxgrpo.trainer.runtime.reporter import BEST, SCORES
+from boxgrpo.trainer.runtime.reporter import BEST, SCORES, read_metrics
 from boxgrpo.trainer.world.plain import PlainScenes, plain_texts, to_record
 from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
 from boxgrpo.trainer.world.scenes import TASKS
@@ -149,7 +149,7 @@ def write_model(o: BaseOptions) -> None:
 def curve(run: Path) -> str:
     """A table of the run's held-out Acc@0.5 by step."""
     rows = ["| step | Acc@0.5, % |", "| --- | --- |"]
-    for line in (line for line in read_lines([run / "metrics.jsonl"]) if "eval/count" in line):
+    for line in (line for line in read_metrics(run) if "eval/count" in line):
         rows.append(f"| {line['step']} | {100 * line['eval/accuracy_at_0.5']:.1f} |")
     return "\n".join(rows)
 

@@ -20,8 +20,8 @@ from boxgrpo.trainer.evaluation.pictures import contact_sheet, plot_run
 from boxgrpo.trainer.evaluation.report import align, scores_table
 from boxgrpo.trainer.options import EvalOptions, GrpoOptions
 from boxgrpo.trainer.presence import check_paths
-from boxgrpo.trainer.runtime.files import read_lines
 from boxgrpo.trainer.runtime.ranks import Ranks, RunFailed, run_as_script
+from boxgrpo.trainer.runtime.reporter import read_metrics
 from boxgrpo.trainer.world.recipe import RUNS, DemoOptions, draw_world, make_initial_checkpoint, run_flags
 
 HERE = Path(__file__).resolve().parent
@@ -63,10 +63,6 @@ def continued_sft(options: DemoOptions) -> None:
     steps = round(sum(grpo) / (sum(before) / len(before)))
     flags = [f"--max_steps={steps}", f"--seed={options.seed + 1}"]
     torchrun("sft.py", options, run_flags(options, "continued_sft") + flags)
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return list(read_lines([folder / "metrics.jsonl"]))
 
 
 def scores(options: DemoOptions, run: str) -> dict:

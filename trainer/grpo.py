@@ -81,7 +81,8 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
                     grad_norm, updated = engine.step()
                 progress.skipped_steps += not updated
         else:  # no rank has a group: weights and moments stay
-            packs, stats, (loss, grad_norm) = [], [], torch.zeros(2)
+            packs, stats = [], []
+            loss = grad_norm = torch.zeros(())
             for _ in range(o.num_iterations):
                 engine.schedule.step()
         if run.is_logged:

@@ -34,6 +34,7 @@ from boxgrpo.trainer.options import ANY_COUNT, EvalOptions, GrpoOptions, SftOpti
 from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.files import replace_file
 from boxgrpo.trainer.runtime.ranks import Ranks, run_as_script
+from boxgrpo.trainer.runtime.reporter import read_metrics
 from boxgrpo.trainer.world.recipe import BASE, RECIPES, DemoOptions, parse_numbers
 from boxgrpo.trainer.world.scenes import TASKS
 from boxgrpo.trainer.world.world import write_world
@@ -182,7 +183,7 @@ def run_seed(o: AblationOptions, seed: int) -> Iterable[dict]:
         found = score(world, method.held_out, path, path)
         reached = 100 * found["scores"]["mean"]
         print(f"\nseed {seed}, {name}: Acc@0.5 {reached:.1f}, {ended['seconds']:.0f} s", flush=True)
-        yield {"seed": seed, "method": name, **ended, **found, "curves": binned(demo.read_metrics(path))}
+        yield {"seed": seed, "method": name, **ended, **found, "curves": binned(read_metrics(path))}
 
 
 def run(o: AblationOptions) -> dict:

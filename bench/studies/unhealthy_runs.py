@@ -24,6 +24,7 @@ from boxgrpo.trainer.options import COUNT
 from boxgrpo.trainer.presence import check_paths
 from boxgrpo.trainer.runtime.health import HELD_OUT, IOU, RULES, Health
 from boxgrpo.trainer.runtime.ranks import run_as_script
+from boxgrpo.trainer.runtime.reporter import read_metrics
 from boxgrpo.trainer.world.recipe import BASE, DemoOptions, draw_world, run_flags
 
 
@@ -71,7 +72,7 @@ def train(o: UnhealthyRunsOptions, name: str) -> dict:
         flags += [f"--data={o.output_dir}/world/train.json#{FEW_RECORDS}", "--eval_every=10"]
         flags += [f"--eval_data={o.output_dir}/world/held_out.json"]
     demo.torchrun("grpo.py", world, flags)
-    metrics, health = demo.read_metrics(path), Health()
+    metrics, health = read_metrics(path), Health()
     for line in metrics:
         health.read(line)
     found = [{"kind": f.kind, "step": f.step, "message": f.message} for f in health.found.values()]

@@ -60,7 +60,7 @@ class LocalRollout:
         sampled: list[Group] = []
         start = 0
         while start < len(groups):
-            at_once = max(1, len(groups) // self.rounds)
+            at_once = -(-len(groups) // self.rounds)  # rounded up
             part = groups[start : start + at_once]
             last = start + at_once >= len(groups)
             sample = functools.partial(self._sample, policy, part, after_prefill if last else lambda: None)
