@@ -42,7 +42,7 @@ class DemoOptions:
     seed: int = option(0, "Seed of the world, of initial weights, the data order and the sampling.")
     from_nothing: bool = option(False, "Start from random weights in place of the base model.")
     tasks: str = option(",".join(DEMO_TASKS), "Tasks to draw, by MIG-Bench's names.")
-    levels: str = option("0", "Difficulties of the scenes, 0 to 2; scenes alternate among them.")
+    levels: str = option("0,1", "Difficulties of the scenes, 0 to 2; scenes alternate among them.")
     size: int = option(0, "Side of the images in pixels, a multiple of 56; 0: 112, or from nothing 56.")
     cold_start: int = option(0, "Scenes with reasoning chains; 0: 400, or from nothing 4000.")
     train: int = option(6000, "Scenes for GRPO, with a box only.")
