@@ -33,7 +33,7 @@ def test_a_run_is_recorded_with_what_the_health_rules_find_and_drawn(tmp_path, m
     few = ran[str(tmp_path / "parting")]
     assert few.data == [f"{tmp_path}/world/train.json#64"] and few.eval_every == 10
     assert [(f["kind"], f["step"]) for f in runs[0]["found"]] == [("clipped completions", 10), ("no format", 20)]
-    row = "| as in the demo | clipped completions, 10; no format, 20 | 0.025 | 0.385 |"
+    row = "| nothing changed | clipped completions, 10; no format, 20 | 0.025 | 0.385 |"
     assert table("unhealthy_runs", {"runs": runs[:1]}).splitlines()[-1] == row
     assert runs[0]["iou"] == [0.025, 0.385]
     unhealthy_runs.plot(runs, tmp_path / "runs.png")
