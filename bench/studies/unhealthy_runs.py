@@ -1,4 +1,4 @@
-"""GRPO runs that do not learn, for docs/training.md: the demo's, without refills, with one thing changed in each.
+"""GRPO runs that do not learn, for docs/training.md: the demo's with one thing changed in each.
 
 python bench/studies/unhealthy_runs.py     writes bench/results/<device>/unhealthy_runs.json and .png, prints the table
 """
@@ -45,9 +45,9 @@ CHANGES = {
     "healthy": Change("nothing changed", (), *limit("equal groups")),
     "no_format": Change("no cold start", (f"--model={BASE}",), *limit("no format")),
     "equal_groups": Change("temperature 0.3", ("--temperature=0.3",), *limit("equal groups")),
-    "high_entropy": Change("learning rate × 20", ("--learning_rate=3e-3",), "entropy", math.nan),
+    "high_entropy": Change("learning rate × 20", ("--learning_rate=4e-3",), "entropy", math.nan),
     "clipped": Change("at most 14 tokens", ("--max_completion_length=14",), *limit("clipped completions")),
-    "high_kl": Change("the same, its KL", ("--learning_rate=3e-3", "--beta=1e-6"), *limit("high KL")),
+    "high_kl": Change("the same, its KL", ("--learning_rate=4e-3", "--beta=1e-6"), *limit("high KL")),
     "parting": Change("64 records", (), HELD_OUT, math.nan),
 }
 FEW_RECORDS = 64
@@ -68,7 +68,7 @@ def train(o: UnhealthyRunsOptions, name: str) -> dict:
     """Train the demo's GRPO with the change; its curves, and what the health rules found."""
     world, path, few = DemoOptions(output_dir=o.output_dir), Path(o.output_dir) / name, name == "parting"
     flags = [*run_flags(world, "grpo"), f"--output_dir={path}", f"--max_steps={o.max_steps}"]
-    flags += ["--dynamic_sampling=false", *CHANGES[name].flags]
+    flags += CHANGES[name].flags
     if few:
         flags += [f"--data={o.output_dir}/world/train.json#{FEW_RECORDS}", "--eval_every=10"]
         flags += [f"--eval_data={o.output_dir}/world/held_out.json"]
