@@ -45,9 +45,9 @@ CHANGES = {
     "healthy": Change("nothing changed", (), *limit("equal groups")),
     "no_format": Change("no cold start", (f"--model={BASE}",), *limit("no format")),
     "equal_groups": Change("temperature 0.3", ("--temperature=0.3",), *limit("equal groups")),
-    "high_entropy": Change("learning rate × 20", ("--learning_rate=4e-3",), "entropy", math.nan),
+    "high_entropy": Change("learning rate × 20", ("--learning_rate=1e-3",), "entropy", math.nan),
     "clipped": Change("at most 14 tokens", ("--max_completion_length=14",), *limit("clipped completions")),
-    "high_kl": Change("the same, its KL", ("--learning_rate=4e-3", "--beta=1e-6"), *limit("high KL")),
+    "high_kl": Change("the same, its KL", ("--learning_rate=1e-3", "--beta=1e-6"), *limit("high KL")),
     "parting": Change("64 records", (), HELD_OUT, math.nan),
 }
 FEW_RECORDS = 64

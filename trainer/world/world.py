@@ -20,7 +20,7 @@ from .shapes import COLOURS, SHAPES
 
 logger = logging.getLogger(__name__)
 
-DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff", "view_diff", "multi_view")
+DEMO_TASKS = ("common_object", "refer_grounding", "group_grounding", "diff")
 VERSION = 5  # of the drawing; a folder drawn by another version is not reused
 SPLITS = ("cold_start", "train", "held_out")
 FILES = {  # name: split, form of the records (ARCHITECTURE.md, section "Data")
