@@ -117,6 +117,7 @@ setup(
             "playwright>=1.50",
             "openai>=3",
             "transformers[serving]>=5.17",
+            "scikit-learn>=1.5",
         ],
         "cot": ["openai>=3"],
         "gpu": ["liger-kernel>=0.8", "flash-attn>=2.7"],
@@ -126,6 +127,7 @@ setup(
         "vllm": ["vllm>=0.22"],
         "mmiu": ["pyarrow>=15"],
         "odinw": ["pycocotools>=2.0.8"],
+        "digits": ["scikit-learn>=1.5"],
     },
     **optional,
 )

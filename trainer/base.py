@@ -1,4 +1,4 @@
-"""Trains the base model: a tiny Qwen2-VL that answers plain questions about drawn scenes, in the role of Qwen2-VL.
+"""Trains the base model: a tiny Qwen2-VL that answers plain questions about a world, in the role of Qwen2-VL.
 
     torchrun --nproc_per_node 2 trainer/base.py        about an hour on two CPU cores; writes out/base/model
 
@@ -28,9 +28,10 @@ from boxgrpo.trainer.run import Hooks
 from boxgrpo.trainer.runtime.files import replace_folder
 from boxgrpo.trainer.runtime.ranks import Ranks, join_ranks, run_as_script
 from boxgrpo.trainer.runtime.reporter import BEST, SCORES, read_metrics
+from boxgrpo.trainer.world.digits import WORLDS
 from boxgrpo.trainer.world.plain import PlainScenes, plain_texts, to_record
 from boxgrpo.trainer.world.recipe import RECIPES, DemoOptions, make_initial_checkpoint, parse_numbers
-from boxgrpo.trainer.world.scenes import TASKS
+from boxgrpo.trainer.world.scenes import tasks_of
 from boxgrpo.trainer.world.world import all_texts
 
 SIZE = {"hidden_size": 160, "layers": 4, "vision_width": 128, "vision_depth": 3}  # 2.2 million parameters
@@ -38,7 +39,7 @@ SIZE = {"hidden_size": 160, "layers": 4, "vision_width": 128, "vision_depth": 3}
 EVAL_EVERY = 200  # steps
 ENOUGH = 0.985  # held-out Acc@0.5 with which the run ends before its last step
 CARD = """\
-# The base model of the drawn world
+# The base model of the {world} world
 
 A Qwen2-VL of {count:,} parameters. Its weights are boxgrpo's own: `trainer/base.py` trained them from random ones, by
 `trainer/recipes/base.yaml`, on plain questions about drawn scenes (`trainer/world/plain.py`; levels {levels}, images of
@@ -52,12 +53,13 @@ Scores on {held_out} questions about new scenes, of seed {seed} + 1 and of arran
 
 @dataclass
 class BaseOptions:
-    """Train the base model of the drawn world."""
+    """Train the base model of a world."""
 
-    choices: ClassVar = {}
+    choices: ClassVar = {"world": tuple(WORLDS)}
     ranges: ClassVar = {"seed": ANY_COUNT, "size": "[56, 5600]", "held_out": "[1, 1000000]", "max_steps": ANY_COUNT}
     output_dir: str = option("out/base", "Folder for the initial weights, the run and the model.")
     seed: int = option(0, "Seed of the weights and of the scenes; held-out scenes have the next one.")
+    world: str = option("drawn", "Drawn shapes, or handwritten digits: scikit-learn's scans.")
     levels: str = option("0,1,2", "Difficulties of the scenes, 0 to 2; each scene has one at random.")
     size: int = option(112, "Side of the images in pixels, a multiple of 56.")
     held_out: int = option(500, "Held-out scenes to score on, with one question each.")
@@ -97,18 +99,17 @@ class MuonEngine(DataParallelEngine):
 
 def train(o: BaseOptions, r: Ranks) -> None:
     """Train the model and score it on held-out scenes."""
-    root, levels = Path(o.output_dir), parse_numbers(o.levels, "levels")
+    root, shown = Path(o.output_dir), {"levels": parse_numbers(o.levels, "levels"), "size": o.size, "world": o.world}
     if r.is_main:
-        scenes = PlainScenes(o.held_out, o.seed + 1, levels=levels, size=o.size, held_out=True)
-        world = DemoOptions(output_dir=o.output_dir, seed=o.seed)
-        make_initial_checkpoint(world, world_texts(), **SIZE)
+        scenes = PlainScenes(o.held_out, o.seed + 1, **shown, held_out=True)
+        make_initial_checkpoint(DemoOptions(output_dir=o.output_dir, seed=o.seed), world_texts(o.world), **SIZE)
         (root / "held_out.json").write_text(json.dumps([to_record(example) for example in scenes]))
     r.gather(None)  # wait for the files
     flags = [f"--config={RECIPES / 'base.yaml'}", f"--model={root / 'initial'}", f"--output_dir={root / 'run'}"]
     flags += [f"--eval_data={root / 'held_out.json'}", f"--eval_every={EVAL_EVERY}", f"--seed={o.seed}"]
     flags += ["--overwrite_output_dir=true"]
     options = parse(SftOptions, [*flags, *([f"--max_steps={o.max_steps}"] if o.max_steps else [])])
-    scenes = PlainScenes(options.max_steps * options.train_batch_size, o.seed, levels=levels, size=o.size)
+    scenes = PlainScenes(options.max_steps * options.train_batch_size, o.seed, **shown)
 
     def end_with_enough(step: int) -> None:
         scores = root / "run" / BEST / SCORES
@@ -120,9 +121,9 @@ def train(o: BaseOptions, r: Ranks) -> None:
         sft.train(options, r, hooks)
 
 
-def world_texts() -> list[str]:
+def world_texts(world: str) -> list[str]:
     """Texts of all tasks and of plain questions; request and prefix are apart, so that each is a token of its own."""
-    texts = [*all_texts(list(TASKS), levels=range(3)), *plain_texts()]
+    texts = [*all_texts(tasks_of(WORLDS[world][False]), levels=range(3), world=world), *plain_texts(world)]
     return [BOX_PREFIX, THINK_SUFFIX, *(text.removeprefix(BOX_PREFIX).removesuffix(THINK_SUFFIX) for text in texts)]
 
 

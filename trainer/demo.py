@@ -129,7 +129,7 @@ def run(options: DemoOptions) -> dict:
     if options.continued_sft:
         stage("continued_sft", continued_sft, options)
         found["continued_sft"] = scores(options, "continued_sft")
-    plot_run(root / "grpo" / "metrics.jsonl", root / "plot.png", title="GRPO on the drawn world")
+    plot_run(root / "grpo" / "metrics.jsonl", root / "plot.png", title=f"GRPO on the {options.world} world")
     pictures = [Image.open(p) for p in sorted((root / "eval_grpo/pictures").glob("*.png"))]
     contact_sheet(pictures, columns=4).save(root / "pictures.png")
     summary = {

@@ -14,6 +14,7 @@ from boxgrpo.trainer.evaluation.evaluate import evaluate
 from boxgrpo.trainer.options import EvalOptions, SftOptions
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.world import recipe
+from boxgrpo.trainer.world.digits import WORLDS
 from boxgrpo.trainer.world.plain import PlainScenes, to_record
 from runs import lines
 
@@ -49,15 +50,17 @@ def few(tmp_path, monkeypatch):
     return ["--max_steps=2", "--held_out=4", "--size=56", f"--output_dir={tmp_path / 'out'}"]
 
 
-def test_a_short_run_writes_the_model_in_bf16_beside_its_curve(few, tmp_path):
-    base.main(few)
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_short_run_writes_the_model_in_bf16_beside_its_curve(few, tmp_path, world):
+    base.main([*few, f"--world={world}"])
     root = tmp_path / "out"
     trained, written = load_model(root / "run/best"), load_model(root / "model", dtype=torch.bfloat16)
     for (name, p), q in zip(trained.named_parameters(), written.parameters(), strict=True):
         assert torch.equal(p.bfloat16(), q), name
     assert [line["step"] for line in lines(root / "run")] == [1, 2, 2]
     assert lines(root / "run")[-1]["eval/count"] == 4
-    assert len(json.loads((root / "held_out.json").read_text())) == 4
+    questions = [record["question"] for record in json.loads((root / "held_out.json").read_text())]
+    assert [bool(re.match(r"Where is the \d in", q)) for q in questions] == [world == "digits"] * 4
     accuracy = 100 * lines(root / "run")[2]["eval/accuracy_at_0.5"]
     assert f"\n| 2 | {accuracy:.1f} |\n" in (root / "model/README.md").read_text()
 

@@ -67,6 +67,16 @@ def test_progress_is_told_by_the_beginning_the_middle_and_the_end_of_a_run():
     assert demo.progress(steps[:1])["iou"] == [0.0, 0.0, 0.0]
 
 
+def test_digits_need_a_base_of_their_own(small, tmp_path):
+    with pytest.raises(ValueError, match=r"world is 'digits', which needs a base .*base.py --world digits.*--base"):
+        demo.run(small(world="digits"))
+    with pytest.raises(ValueError, match=f"base is {tmp_path}/none; there is no such folder. Correct --base"):
+        demo.main(["--world=digits", f"--base={tmp_path}/none"])
+    assert not list((tmp_path).glob("out/*"))
+    summary = demo.run(small(world="digits", base=str(recipe.BASE), processes=1))
+    assert "digits" in (tmp_path / "out/demo/world/world.json").read_text() and set(summary["after"]) > set(DEMO_TASKS)
+
+
 def test_a_folder_of_real_runs_is_refused_and_kept(small, tmp_path):
     """`sft/` and `grpo/` are where the README's commands for real models write, too."""
     (tmp_path / "out/sft").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Plain questions about drawn scenes: what the base model is trained on (trainer/base.py).
+"""Plain questions about the scenes of a world: what the base model is trained on (trainer/base.py).
 
 The images hold what the tasks' images hold: objects of all three levels, frames, large single objects. Each question is
 about one image, so that the model which learns from them has seen none of the tasks, which compare images.
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX, Example, box_text
 from boxgrpo.trainer.data.images import Embedded
 
+from .digits import WORLDS
 from .scenes import CELL, IMAGES, OTHERS, NoRoom, Sketch, check_level_and_size, place_name, question_about
 from .shapes import Layout, Thing, add_rulers, paint
 
@@ -32,14 +33,16 @@ class PlainScenes(Sequence):
         seed: of all scenes; two scenes of one seed are independent.
         levels: difficulties to draw from, 0 to 2 (scenes.py).
         size: side of the images in pixels.
+        world: one of `WORLDS`.
     """
 
     max_images = max(most for _, most in IMAGES)
 
-    def __init__(self, count: int, seed: int, *, levels: Sequence[int] = (0, 1, 2), size: int = 112, held_out=False):
+    def __init__(self, count: int, seed: int, *, levels=(0, 1, 2), size=112, held_out=False, world="drawn"):
         for level in levels:
             check_level_and_size(level, size)
         self.count, self.seed, self.levels, self.size, self.held_out = count, seed, levels, size, held_out
+        self.sketch = WORLDS[world][held_out]
 
     def __len__(self) -> int:
         return self.count
@@ -49,7 +52,7 @@ class PlainScenes(Sequence):
             raise IndexError(f"index is {index} of {self.count} scenes")  # ends an iteration
         rng = random.Random(f"plain {self.seed} {index}")
         while True:
-            layouts = _draw_layouts(rng, rng.choice(self.levels))
+            layouts = _draw_layouts(self.sketch, rng, rng.choice(self.levels))
             arrangement = repr([(layout.things, layout.framed) for layout in layouts])
             if (zlib.crc32(arrangement.encode()) % 8 == 0) == self.held_out:
                 break
@@ -81,23 +84,23 @@ def to_record(example: Example) -> dict:
     return record | {"question": example.question, "answer": list(example.gold), "answer_format": "box"}
 
 
-def plain_texts(count: int = 200) -> list[str]:
+def plain_texts(world: str = "drawn", count: int = 200) -> list[str]:
     """Texts of plain questions and answers, from which the tokenizer is made."""
-    return [text for example in PlainScenes(count, -1, size=56) for _, text in example.turns]
+    return [text for example in PlainScenes(count, -1, size=56, world=world) for _, text in example.turns]
 
 
-def _draw_layouts(rng: random.Random, level: int) -> list[Layout]:
+def _draw_layouts(kind: type[Sketch], rng: random.Random, level: int) -> list[Layout]:
     """As many images as the level's tasks have, objects as similar as they like."""
     while True:
         with contextlib.suppress(NoRoom):
-            sketch = Sketch(rng, level)
+            sketch = kind(rng, level)
             return [_draw_layout(sketch) for _ in range(sketch.image_count())]
 
 
 def _draw_layout(sketch: Sketch) -> Layout:
     rng = sketch.rng
     if rng.random() < 1 / 8:
-        return Layout((Thing(rng.choice(sketch.kinds), rng.choice(LARGE)),), sketch.tint())
+        return Layout((Thing(sketch.show(rng.choice(sketch.kinds)), rng.choice(LARGE)),), sketch.tint())
     kinds = rng.sample(sketch.kinds, 1 + rng.randint(OTHERS[sketch.level][0], OTHERS[sketch.level][1] + 1))
     layout = sketch.layout(kinds)
     return layout._replace(framed=layout.things[0]) if rng.random() < 1 / 8 else layout

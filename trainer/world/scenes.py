@@ -88,6 +88,9 @@ class NoRoom(Exception):
 class Sketch:
     """The random choices of one scene. `take` returns no kind twice, so a kind recurs only where a task repeats it."""
 
+    noun = "object"  # for any kind, in questions
+    without: tuple[str, ...] = ()  # tasks that these kinds cannot have
+
     def __init__(self, rng: random.Random, level: int):
         self.rng, self.level = rng, level
         self.colours, self.shapes = (list(words)[: KINDS[level]] for words in (COLOURS, SHAPES))
@@ -113,9 +116,9 @@ class Sketch:
     def place(self, kinds: Sequence[Kind], taken: Sequence[Thing] = ()) -> list[Thing]:
         """Gives each kind, in order, a box 2-4 cells wide and high that overlaps neither `taken` nor another one."""
         things, step = [], STEP[self.level]
-        for kind in kinds:
+        for kind in map(self.show, kinds):
             for _ in range(100):
-                width, height = (self.rng.randrange(2, 5, step) for _ in range(2))
+                width, height = self.sides()
                 x, y = (self.rng.randrange(0, 9 - side, step) for side in (width, height))
                 thing = Thing(kind, (x * CELL, y * CELL, (x + width) * CELL, (y + height) * CELL))
                 if not any(_clash(thing, other) for other in (*taken, *things)):
@@ -124,6 +127,18 @@ class Sketch:
                 raise NoRoom
             things.append(thing)
         return things
+
+    def sides(self) -> tuple[int, int]:
+        """Width and height of a box in cells."""
+        return tuple(self.rng.randrange(2, 5, STEP[self.level]) for _ in range(2))
+
+    def show(self, kind: Kind) -> Kind:
+        """The kind as one image shows it; equal to `kind`."""
+        return kind
+
+    def vary(self, subject: Kind) -> Kind:
+        """Another kind, which differs in colour or in shape."""
+        return self.take(lambda kind: _count_shared(kind, subject) == 1)
 
     def layout(self, kinds: Sequence[Kind]) -> Layout:
         return Layout(tuple(self.place(kinds)), self.tint())
@@ -161,22 +176,20 @@ def _common_object(s: Sketch) -> _Plan:
     layouts = [s.layout([subject, *s.others(subject)]) for _ in range(count)]
     target = s.rng.randrange(count)
     questions = (
-        f"Which object is in all images? Find it in image {target + 1}.",
-        f"The images share one object. Locate it in image {target + 1}.",
+        f"Which {s.noun} is in all images? Find it in image {target + 1}.",
+        f"The images share one {s.noun}. Locate it in image {target + 1}.",
     )
-    finding = f"The {subject} is in {'both' if count == 2 else 'all'} images,"
-    return _Plan(layouts, target, subject, questions, finding)
+    return _Plan(layouts, target, subject, questions, f"The {subject} is in {'both' if count == 2 else 'all'} images,")
 
 
 def _refer_grounding(s: Sketch) -> _Plan:
     subject, count = s.take(), s.image_count()
     target = s.rng.randrange(1, count)
-    shown = Layout((Thing(subject, (CELL, CELL, 7 * CELL, 7 * CELL)),), s.tint())
-    scenes = [s.layout([subject] * (k == target) + s.others(subject)) for k in range(1, count)]
-    layouts = [shown, *scenes]
+    shown = Layout((Thing(s.show(subject), (CELL, CELL, 7 * CELL, 7 * CELL)),), s.tint())
+    layouts = [shown, *(s.layout([subject] * (k == target) + s.others(subject)) for k in range(1, count))]
     questions = (
-        f"Find the object of image 1 in image {target + 1}.",
-        f"Where is the object of image 1 in image {target + 1}?",
+        f"Find the {s.noun} of image 1 in image {target + 1}.",
+        f"Where is the {s.noun} of image 1 in image {target + 1}?",
     )
     return _Plan(layouts, target, subject, questions, f"Image 1 shows the {subject}. It is")
 
@@ -196,8 +209,8 @@ def _diff(s: Sketch, changes: Sequence[str] = ("added", "removed", "changed")) -
     change = s.rng.choice(changes)
     finding = f"The {subject} is only"
     less = whole._replace(things=tuple(rest))
-    if change == "changed":  # in colour or in shape
-        former = s.take(lambda kind: _count_shared(kind, subject) == 1)
+    if change == "changed":
+        former = s.show(s.vary(subject))
         less = whole._replace(things=(gold._replace(kind=former), *rest))
         finding = f"The {former} became the {subject}"
     layouts, target = ([whole, less], 0) if change == "removed" else ([less, whole], 1)
@@ -229,8 +242,8 @@ def _object_tracking(s: Sketch) -> _Plan:
     layouts[0] = layouts[0]._replace(framed=start)
     target = s.rng.randrange(1, count)
     questions = (
-        f"The framed object of image 1 moves. Find it in image {target + 1}.",
-        f"Track the framed object of image 1. Where is it in image {target + 1}?",
+        f"The framed {s.noun} of image 1 moves. Find it in image {target + 1}.",
+        f"Track the framed {s.noun} of image 1. Where is it in image {target + 1}?",
     )
     return _Plan(layouts, target, subject, questions, f"The {subject} moves {way}. It is")
 
@@ -248,8 +261,8 @@ def _multi_view(s: Sketch) -> _Plan:
         layouts.append(Layout(tuple(things), s.tint()))
     target = s.rng.randrange(1, count)
     questions = (
-        f"The images show one scene from several sides. Find the framed object of image 1 in image {target + 1}.",
-        f"Where is the framed object of image 1 in the view of image {target + 1}?",
+        f"The images show one scene from several sides. Find the framed {s.noun} of image 1 in image {target + 1}.",
+        f"Where is the framed {s.noun} of image 1 in the view of image {target + 1}?",
     )
     return _Plan(layouts, target, subject, questions, f"The framed {subject} is")
 
@@ -312,21 +325,26 @@ def check_level_and_size(level: int, size: int) -> None:
         raise ValueError(f"size is {size}; an image side must be a multiple of 56 pixels. Use 112.")
 
 
-def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112) -> Scene:
-    """Draws the scene of (task, seed, level), which is the same on every machine and at every size.
+def tasks_of(sketch: type[Sketch]) -> list[str]:
+    """Those of `TASKS` that a world has."""
+    return [task for task in TASKS if task not in sketch.without]
+
+
+def draw_scene(task: str, seed: int, *, level: int = 1, size: int = 112, sketch: type[Sketch] = Sketch) -> Scene:
+    """Draws the scene of (task, seed, level, sketch), which is the same on every machine and at every size.
 
     `task` is one of MIG-Bench's ten (`TASKS`); `level` is 0, 1 or 2 (see the module's table); `size` is the side of the
     images in pixels, a multiple of 56: Qwen2-VL reads 28x28 pixels as one vision token, and boxes snap to eighths.
     Raises ValueError for anything else.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; the world draws {', '.join(TASKS)}. Name one of these.")
+    if task not in tasks_of(sketch):
+        raise ValueError(f"task is {task!r}; the world draws {', '.join(tasks_of(sketch))}. Name one of these.")
     check_level_and_size(level, size)
     rng = random.Random(f"{task} {level} {seed}")
     plan = None
     while plan is None:
         with contextlib.suppress(NoRoom):
-            plan = TASKS[task](Sketch(rng, level))
+            plan = TASKS[task](sketch(rng, level))
     (gold,) = (thing.box for thing in plan.layouts[plan.target_image].things if thing.kind == plan.subject)
     chain = f"{plan.finding} in image {plan.target_image + 1} at the {place_name(gold)}."
     return Scene(size, tuple(plan.layouts), rng.choice(plan.questions), gold, plan.target_image, chain)

@@ -28,6 +28,16 @@ class Kind(NamedTuple):
     def __str__(self):
         return f"{self.colour} {self.shape}"
 
+    def paint(self, image: Image.Image, box: Box) -> None:
+        """Fill `box`, in pixels, with the shape; x2 and y2 are excluded."""
+        pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), box
+        x2, y2 = x2 - 1, y2 - 1  # Pillow's corners are inclusive
+        if self.shape == "circle":
+            pen.ellipse([x1, y1, x2, y2], fill=COLOURS[self.colour])
+        else:
+            corners = [(round(x1 + u * (x2 - x1)), round(y1 + v * (y2 - y1))) for u, v in OUTLINES[self.shape]]
+            pen.polygon(corners, fill=COLOURS[self.colour], outline=COLOURS[self.colour])
+
 
 class Thing(NamedTuple):
     kind: Kind
@@ -79,21 +89,14 @@ def add_rulers(image: Image.Image) -> Image.Image:
 def paint(layout: Layout, size: int) -> Image.Image:
     """An image of the scene, without rulers."""
     image = Image.new("RGB", (size, size), layout.tint)
-    pen = ImageDraw.Draw(image)
     if layout.framed:  # first, so that it never covers a pixel of an object
         x1, y1, x2, y2 = (v * size // 1000 for v in layout.framed.box)
         margin = size // 28
-        pen.rectangle(
+        ImageDraw.Draw(image).rectangle(
             [max(x1 - margin, 0), max(y1 - margin, 0), min(x2 + margin, size) - 1, min(y2 + margin, size) - 1],
             outline=FRAME,
             width=max(margin // 2, 1),
         )
-    for (colour, shape), box in layout.things:
-        x1, y1, x2, y2 = (v * size // 1000 for v in box)
-        x2, y2 = x2 - 1, y2 - 1  # Pillow's corners are inclusive
-        if shape == "circle":
-            pen.ellipse([x1, y1, x2, y2], fill=COLOURS[colour])
-        else:
-            corners = [(round(x1 + u * (x2 - x1)), round(y1 + v * (y2 - y1))) for u, v in OUTLINES[shape]]
-            pen.polygon(corners, fill=COLOURS[colour], outline=COLOURS[colour])
+    for kind, box in layout.things:
+        kind.paint(image, tuple(v * size // 1000 for v in box))
     return image

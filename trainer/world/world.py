@@ -15,6 +15,7 @@ from pathlib import Path
 from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.runtime.files import replace_folder
 
+from .digits import WORLDS
 from .scenes import CELL, PLACES, Scene, box_text, draw_scene
 from .shapes import COLOURS, SHAPES
 
@@ -36,13 +37,14 @@ SEEDS_PER_WORLD = 10**12
 ONE_PROCESS_SCENES = 500  # for more scenes, the calling script needs a `__main__` guard
 
 
-def draw_split_scene(split: str, task: str, seed: int, *, level: int, size: int) -> Scene:
+def draw_split_scene(split: str, task: str, seed: int, *, level: int, size: int, world: str = "drawn") -> Scene:
     """Draw the scene of a split and seed. An eighth of all arrangements of objects is reserved for held-out scenes.
 
     So a model is never scored on an arrangement that it was trained on, whatever the tints and the wording.
     """
+    sketch = WORLDS[world][split == "held_out"]
     while True:
-        scene = draw_scene(task, seed, level=level, size=size)
+        scene = draw_scene(task, seed, level=level, size=size, sketch=sketch)
         arrangement = repr((task, [(layout.things, layout.framed) for layout in scene.layouts], scene.gold))
         if (zlib.crc32(arrangement.encode()) % 8 == 0) == (split == "held_out"):
             return scene
@@ -51,7 +53,8 @@ def draw_split_scene(split: str, task: str, seed: int, *, level: int, size: int)
 
 def _write_scene(folder: Path, manifest: dict, split: str, name: str, task: str, level: int, seed: int) -> dict:
     """Writes one scene's PNG files under `folder`; returns its records by their form."""
-    scene = draw_split_scene(split, task, seed, level=level, size=manifest["size"])
+    options = {name: manifest[name] for name in ("size", "world") if name in manifest}
+    scene = draw_split_scene(split, task, seed, level=level, **options)
     images = [f"images/{split}/{name}_{k}.png" for k in range(1, len(scene.images) + 1)]
     for path, image in zip(images, scene.images):
         image.save(folder / path, compress_level=1)
@@ -83,6 +86,7 @@ def write_world(
     levels: Sequence[int] = (1,),
     size: int = 112,
     other_questions: bool = True,
+    world: str = "drawn",
 ) -> Path:
     """Writes a world of `cold_start + train + held_out` scenes to `folder` and returns it as a path.
 
@@ -91,6 +95,7 @@ def write_world(
 
     Args:
         other_questions: conversations also have questions about the scene's other objects.
+        world: one of `WORLDS` (digits.py).
 
     Raises:
         ValueError: no task or level, a count out of range, or a folder that holds anything but this world.
@@ -103,7 +108,7 @@ def write_world(
         if not 0 <= count <= SEEDS_PER_SPLIT:
             raise ValueError(f"{split} is {count}; a split holds 0 to {SEEDS_PER_SPLIT} scenes. Choose within that.")
     manifest = {"version": VERSION, "tasks": list(tasks), **counts, "seed": seed, "levels": list(levels), "size": size}
-    manifest |= {"asides": other_questions}
+    manifest |= {"asides": other_questions} | ({"world": world} if world != "drawn" else {})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = folder / "world.json"
         held = json.loads(found.read_text()) if found.is_file() else "no world.json"
@@ -136,11 +141,13 @@ def _write_files(folder: Path, manifest: dict) -> None:
     (folder / "world.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def all_texts(tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,), scenes: int = 100) -> list[str]:
+def all_texts(
+    tasks: Sequence[str] = DEMO_TASKS, *, levels: Sequence[int] = (1,), scenes: int = 100, world: str = "drawn"
+) -> list[str]:
     """The texts to make a tokenizer from: every coordinate, and those of `scenes` a task and level, of no split."""
     texts = [str(v) for v in range(0, 1001, CELL)]
     for level, task, k in itertools.product(levels, tasks, range(scenes)):
-        scene = draw_scene(task, -1 - k, level=level)
+        scene = draw_scene(task, -1 - k, level=level, sketch=WORLDS[world][False])
         texts += [scene.question + THINK_SUFFIX, scene.completion, *itertools.chain(*scene.other_questions)]
     return texts
 

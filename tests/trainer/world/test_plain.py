@@ -9,8 +9,9 @@ from boxgrpo.trainer.data.example import BOX_PREFIX, THINK_SUFFIX
 from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.readers import read_examples
 from boxgrpo.trainer.world import plain
+from boxgrpo.trainer.world.digits import WORLDS, find_scans
 from boxgrpo.trainer.world.plain import PlainScenes, to_record
-from boxgrpo.trainer.world.scenes import TASKS, draw_scene, place_name
+from boxgrpo.trainer.world.scenes import draw_scene, place_name, tasks_of
 from boxgrpo.trainer.world.shapes import add_rulers, paint
 
 CORNERS = r"\((\d+), (\d+)\), \((\d+), (\d+)\)"
@@ -21,8 +22,8 @@ def drawn(monkeypatch):
     """drawn(example): its layouts, in the order of its images."""
     kept = []
 
-    def draw(rng, level):
-        kept.append(plain_draw(rng, level))
+    def draw(*choices):
+        kept.append(plain_draw(*choices))
         return kept[-1]
 
     plain_draw = plain._draw_layouts
@@ -51,8 +52,9 @@ def holds(question: str, answer: str, layouts) -> str:
     return "where" if true and question.startswith(BOX_PREFIX) and answer[0] == "(" else ""
 
 
-def test_every_answer_is_true_and_every_form_is_asked(drawn):
-    scenes, forms = PlainScenes(150, seed=3), set()
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_answer_is_true_and_every_form_is_asked(drawn, world):
+    scenes, forms = PlainScenes(150, seed=3, world=world), set()
     for example in scenes:
         layouts = drawn()
         assert len(layouts) == len(example.images) in (2, 3) and len(example.turns) <= 12
@@ -80,9 +82,18 @@ def test_no_arrangement_is_both_trained_on_and_held_out(drawn):
     assert len(held_out) > 300 and not held_out & arrangements()
 
 
-def test_no_question_is_one_of_the_tasks(drawn):
-    asked = {draw_scene(task, seed, level=0).question for task in TASKS for seed in range(50)}
-    plain_questions = {text for example in PlainScenes(100, 5, size=56) for _, text in example.turns[::2]}
+def test_a_held_out_sequence_of_digits_has_scans_of_its_own(drawn):
+    for held_out in (False, True):
+        for _ in PlainScenes(100, 0, size=56, world="digits", held_out=held_out):
+            kinds = [thing.kind for layout in drawn() for thing in layout.things]
+            assert all(kind.scan in find_scans(kind.digit, held_out) for kind in kinds)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_question_is_one_of_the_tasks(drawn, world):
+    sketch = WORLDS[world][False]
+    asked = {draw_scene(t, seed, level=0, sketch=sketch).question for t in tasks_of(sketch) for seed in range(50)}
+    plain_questions = {text for example in PlainScenes(100, 5, size=56, world=world) for _, text in example.turns[::2]}
     assert not asked & {text.removeprefix(BOX_PREFIX).removesuffix(THINK_SUFFIX) for text in plain_questions}
 
 
