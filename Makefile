@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install base demo seeds ablation bench bench-gpu bench-check profile test test-slow test-gpu fuzz soak lint format clean
+.PHONY: install base demo seeds digits ablation bench bench-gpu bench-check profile test test-slow test-gpu fuzz soak lint format clean
 
 install: $(STAMP)
 
@@ -25,6 +25,12 @@ demo: $(STAMP)
 # Three runs of the demo, each beside continued SFT for the same seconds (docs/benchmarks.md).
 seeds: $(STAMP)
 	$(BIN)/python bench/studies/demo_seeds.py
+
+# The same on scans of handwritten digits, from a base model of their own; DIGITS passes flags on.
+digits: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 trainer/base.py --world digits --levels 0 \
+		--max_steps 1200 --output_dir out/digits/base
+	$(BIN)/python bench/studies/demo_seeds.py --world digits --base out/digits/base/model --output_dir out/digits $(DIGITS)
 
 # The paper's methods on the drawn world, three seeds of each; ABLATION passes flags on.
 ablation: $(STAMP)
