@@ -10,72 +10,50 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import Qwen2VLConfig
 
-from .batch import FRAMES
-from .families.qwen2_vl import Qwen2VL
+from .families import FAMILIES, Qwen2VL, make_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# transformers nests the towers since 4.52; the published files and ours have them at the top.
+# transformers nests the towers since 4.52, as Qwen3-VL's published files do; our modules have them at the top.
 NESTED = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
-def _published_name(name: str) -> str:
+def _parameter_name(name: str) -> str:
     for nested, flat in NESTED:
         if name.startswith(nested):
             return flat + name[len(nested) :]
     return name
 
 
-def read_config(folder) -> Qwen2VLConfig:
-    """The folder's config.json.
+def read_config(folder):
+    """The folder's config.json, as the family's config of transformers.
 
     Raises:
         ValueError: it is missing, of another model, or needs what is not implemented.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json; --model must name a folder with a Qwen2-VL checkpoint.")
+        raise ValueError(
+            f"{folder} holds no config.json; --model must name a folder with a checkpoint of "
+            f"{' or '.join(family.family for family in FAMILIES.values())}."
+        )
     try:
         kind = json.loads(path.read_text()).get("model_type")
-        config = Qwen2VLConfig.from_pretrained(folder) if kind == "qwen2_vl" else None
-    except (ValueError, AttributeError, StrictDataclassError) as error:  # no JSON, no object, a value of another type
+        family = FAMILIES.get(kind)
+        config = family.config_class.from_pretrained(folder) if family else None
+    except (ValueError, AttributeError, TypeError, StrictDataclassError) as error:  # no JSON, no object, a wrong type
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}). Fetch it again.") from error
     if config is None:
-        raise ValueError(f"{path} is of model_type {kind!r}; boxgrpo trains 'qwen2_vl' (Qwen2-VL 2B, 7B, 72B).")
-    for name, (value, implemented) in _settings(config).items():
+        trained = ", ".join(f"{name!r} ({f.family} {f.published_sizes})" for name, f in FAMILIES.items())
+        raise ValueError(f"{path} is of model_type {kind!r}; boxgrpo trains {trained}.")
+    for name, (value, implemented) in family.settings(config).items():
         if value != implemented:
             raise ValueError(
-                f"{path} has {name} {value!r:.80}; only {implemented!r} is implemented. Use a published Qwen2-VL "
-                "checkpoint (2B, 7B or 72B, not quantised)."
+                f"{path} has {name} {value!r:.80}; only {implemented!r} is implemented. Use a published "
+                f"{family.family} checkpoint ({family.published_sizes}, not quantised)."
             )
     return config
-
-
-def _settings(config: Qwen2VLConfig) -> dict[str, tuple]:
-    """Values of the config and the only ones that are implemented; with others the model would compute something else.
-
-    Where the config has no mrope_section, transformers' default is set.
-    """
-    text, vision = config.text_config, config.vision_config
-    rope, vision_rope = text.rope_parameters, getattr(vision, "rope_parameters", None) or {}
-    frequencies = text.hidden_size // text.num_attention_heads // 2
-    return {
-        "hidden_act": (text.hidden_act, "silu"),
-        "rope_type": (rope["rope_type"], "default"),
-        "a sum of mrope_section of": (sum(rope.setdefault("mrope_section", [16, 24, 24])), frequencies),
-        "use_sliding_window": (bool(text.use_sliding_window), False),
-        "layer_types": (sorted(set(text.layer_types)), ["full_attention"]),
-        "attention_dropout": (text.attention_dropout or 0, 0),
-        "quantization_config": (getattr(config, "quantization_config", None), None),
-        "vision_config.hidden_act": (vision.hidden_act, "quick_gelu"),
-        "vision_config.rope_type": (vision_rope.get("rope_type", "axial"), "axial"),
-        "vision_config.patch_size": (vision.patch_size, 14),
-        "vision_config.temporal_patch_size": (vision.temporal_patch_size, FRAMES),
-        "vision_config.spatial_merge_size": (vision.spatial_merge_size, 2),
-        "vision_config.in_channels": (vision.in_channels, 3),
-    }
 
 
 def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2VL:
@@ -87,13 +65,13 @@ def load_model(folder, *, dtype: torch.dtype = torch.float32, device="cpu") -> Q
     folder = Path(folder)
     config = read_config(folder)
     with torch.device("meta"):
-        model = Qwen2VL(config)
+        model = make_model(config)
     state = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                    state[_published_name(name)] = file.get_tensor(name).to(dtype)
+                    state[_parameter_name(name)] = file.get_tensor(name).to(dtype)
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read ({error}). Fetch it again.") from error
     if model.lm_head is None:  # some writers store the tied head twice
@@ -149,7 +127,7 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict().items() if weights is None else weights
+    weights = ((model.published_name(n), t) for n, t in model.state_dict().items()) if weights is None else weights
     state = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weights}
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
@@ -165,6 +143,6 @@ def save_model(
     for stale in {folder / SINGLE, *folder.glob("model-?????-of-?????.safetensors")}:
         if stale.name not in split.filename_to_tensors:
             stale.unlink(missing_ok=True)
-    model.config.architectures = ["Qwen2VLForConditionalGeneration"]
+    model.config.architectures = [model.architecture]
     model.config.dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)

@@ -11,7 +11,8 @@ from torch import nn
 
 from boxgrpo.kernels.chunks import MIB, chunk_rows, sweep_rows
 
-from .families.qwen2_vl import Qwen2VL
+from .decoder import head_dim
+from .families import Qwen2VL
 
 FP32 = 4  # bytes
 # Numbers of elements: DeepSpeed's defaults in runtime/zero/config.py.
@@ -128,7 +129,7 @@ def reference_bytes(c: Counts, engine: Sharding, gpus: int, size: int, beta: flo
 def cache_bytes(config, prompts: int, prompt_tokens: int, completions: int, tokens: int, size: int) -> int:
     """Bytes of a cache for decoding: keys and values of every prompt once and of each completion, and small tensors."""
     text = config.text_config
-    kv_width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    kv_width = head_dim(text) * text.num_key_value_heads
     rows = prompts * prompt_tokens + completions * tokens
     return 2 * text.num_hidden_layers * kv_width * size * rows + prompts * prompt_tokens + 8
 

@@ -4,7 +4,9 @@ On a GPU where liger-kernel is installed its Triton kernels compute norm, rotati
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,8 +120,21 @@ def rotate_liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return tuple(x.squeeze(0).transpose(0, 1) for x in rotated)
 
 
+class DecoderKind(NamedTuple):
+    """What differs between the families' decoders."""
+
+    qkv_bias: bool = True
+    head_norms: bool = False  # the heads of queries and keys are normalised before their rotation
+    interleaved: bool = False  # neighbouring frequencies turn with different positions
+
+
+def head_dim(config) -> int:
+    """Width of a head of the decoder with this config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32: (T, H) -> (T, H)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32, of any shape."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -165,18 +180,23 @@ def multiply_together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer: int):
+    def __init__(self, config, kind: DecoderKind, layer: int):
         super().__init__()
         self.layer = layer
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.head_dim = head_dim(config)
+        width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=kind.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=kind.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=kind.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if kind.head_norms:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in "qk")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if liger_for(q):
             q, k = rotate_liger(q, k, cos, sin)
         else:
@@ -186,17 +206,19 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> Tensor:
         products = multiply_together(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(cache.attend(self.layer, q, k, v, cos, sin).flatten(1))
 
 
 class Mlp(nn.Module):
     """SwiGLU: silu(gate) * up, projected down."""
 
-    def __init__(self, config):
+    def __init__(self, width: int, inner: int, *, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -210,10 +232,10 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config, layer: int):
+    def __init__(self, config, kind: DecoderKind, layer: int):
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = Mlp(config)
+        self.self_attn = Attention(config, kind, layer)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -229,26 +251,40 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Module names are those of the published checkpoints (`model.*`)."""
+    """Module names are those of the published checkpoints of Qwen2-VL (`model.*`)."""
 
-    def __init__(self, config):
+    def __init__(self, config, kind: DecoderKind):
         super().__init__()
-        self.config = config
+        self.config, self.kind = config, kind
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, kind, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-        """Hidden states after the last norm: (T, H), from embeddings (T, H) and positions (3, T)."""
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        image_rows: Tensor | None = None,
+        added: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Hidden states after the last norm: (T, H), from embeddings (T, H) and positions (3, T).
+
+        Args:
+            image_rows, added: rows of images (n) int64, and features (n, H) that the first layers, one each, add to
+                these rows of their outputs.
+        """
         cos, sin = self.rotation(position_ids, x.dtype)
         if liger_for(x):
             sin = sin.roll(sin.shape[-1] // 2, -1)  # as `rotate_liger` wants it
-        for layer in self.layers:
+        for layer, features in itertools.zip_longest(self.layers, added):
             if self.gradient_checkpointing and x.requires_grad:
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, attend)
+            if features is not None:
+                x = x.index_add(0, image_rows, features)
         return self.norm(x)
 
     def decode(self, x: Tensor, position_ids: Tensor, cache: StaticCache) -> Tensor:
@@ -273,12 +309,15 @@ class Decoder(nn.Module):
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For `rotate`, of positions (3, T)."""
         c, device = self.config, position_ids.device
-        # The first `temporal` frequencies, which are the highest, turn with the temporal position, then `height` ones.
-        temporal, height, _ = c.rope_parameters["mrope_section"]
-        head_dim = c.hidden_size // c.num_attention_heads
-        index = torch.arange(head_dim // 2, device=device)  # comparisons, not a copied list: no synchronisation
-        axis = (index >= temporal).long() + (index >= temporal + height)
-        exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        temporal, height, width = c.rope_parameters["mrope_section"]
+        size = head_dim(c)
+        index = torch.arange(size // 2, device=device)  # comparisons, not a copied list: no synchronisation
+        if self.kind.interleaved:  # height takes every third frequency from the second on, width from the third on
+            place = index % 3
+            axis = ((place == 1) & (index < 3 * height)) + 2 * ((place == 2) & (index < 3 * width)).long()
+        else:  # the first `temporal` frequencies, which are the highest, turn with the temporal position, then `height`
+            axis = (index >= temporal).long() + (index >= temporal + height)
+        exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
         frequencies = c.rope_parameters["rope_theta"] ** -exponents
         cos, sin = cos_and_sin(position_ids[axis].T.float() * frequencies)
         return cos.to(dtype), sin.to(dtype)

@@ -15,7 +15,7 @@ from boxgrpo.kernels import sample_tokens
 
 from .attention import DecodeCache, PackedAttention
 from .batch import Group, pack_groups, to_device
-from .families.qwen2_vl import Qwen2VL
+from .families import Qwen2VL
 from .static_cache import StaticCache
 
 log = logging.getLogger(__name__)

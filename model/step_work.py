@@ -1,7 +1,7 @@
 """The least that each phase of a GRPO step must compute and move, whoever runs it.
 
-FLOP are those of `forward_flop` and `tower_flop`: B prompts of P tokens and their images, G completions of C tokens,
-N = B·G·C scored tokens.
+FLOP are those of the model's `forward_flop` and `tower_flop`: B prompts of P tokens and their images, G completions of
+C tokens, N = B·G·C scored tokens.
 
     vision          the tower over all images, once
     prefill         the decoder over the prompts
@@ -16,7 +16,8 @@ Bytes are those of weights read once a pass, of the keys and values that decodin
 import torch
 from torch import Tensor, nn
 
-from .families.qwen2_vl import Qwen2VL, forward_flop, tower_flop
+from .decoder import head_dim
+from .families import make_model
 
 
 def step_work(
@@ -30,24 +31,24 @@ def step_work(
     """FLOP and bytes of each phase.
 
     Args:
-        config: the model's Qwen2VLConfig.
+        config: the model's.
         grids: (I, 3) patches of all images of the step.
         sizes: B, P (the mean over prompts), G and C.
         dtype: of the weights.
         masters: AdamW updates fp32 copies of them.
     """
     with torch.device("meta"):
-        model = Qwen2VL(config)
+        model = make_model(config)
     text, size, (b, p, g, c) = config.text_config, dtype.itemsize, sizes
     trained = sum(w.numel() for name, w in model.named_parameters() if not name.startswith("visual."))
     decoder, head = _matrices(model.model.layers), text.vocab_size * text.hidden_size
-    kv = 2 * size * text.num_hidden_layers * text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    kv = 2 * size * text.num_hidden_layers * text.num_key_value_heads * head_dim(text)
     past = sum(b * p + b * g * step for step in range(1, c))  # keys that the passes of decoding read, in all
-    scored = forward_flop(config, 0, (), b * g * c)  # by one product of the head
-    prefill, body = (b * forward_flop(config, p, own, 0) for own in ((), [c] * g))
-    decode = b * forward_flop(config, p, [c - 1] * g, 0) - prefill + scored
+    scored = model.forward_flop(0, (), b * g * c)  # by one product of the head
+    prefill, body = (b * model.forward_flop(p, own, 0) for own in ((), [c] * g))
+    decode = b * model.forward_flop(p, [c - 1] * g, 0) - prefill + scored
     return {
-        "vision": (tower_flop(config, grids), size * _matrices(model.visual)),
+        "vision": (model.tower_flop(grids), size * _matrices(model.visual)),
         "prefill": (prefill, size * decoder),
         "decode": (decode, size * (c * head + (c - 1) * decoder) + kv * past),
         "reference": (body + scored, size * (decoder + head)),

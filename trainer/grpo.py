@@ -16,7 +16,6 @@ import torch
 
 from boxgrpo.kernels import LossOptions, fused_grpo_loss, token_logps
 from boxgrpo.model.batch import PackedBatch
-from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer import sft
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.engine.lora import without_adapters
@@ -56,7 +55,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     embed = partial(embed_images, policy, sharded=sharded) if o.freeze_vision else None
     batches = PrefetchedBatches(loader, embed, early=r.device.type == "cuda" and not engine.shards_weights)
     sample = partial(sample_groups, run, rollout, batches, vocabulary, sharded)
-    cost = partial(group_flop, policy.config, tower_passes=0.0 if o.freeze_vision else 1.0)
+    cost = partial(policy.group_flop, tower_passes=0.0 if o.freeze_vision else 1.0)
     make = span("pack")(partial(make_packs, engine, cost, policy.config.image_token_id))
 
     for step in run.steps(lambda: batches.position, lambda: rollout.written):
@@ -92,7 +91,7 @@ def train(options: GrpoOptions, r: Ranks, hooks: Hooks | None = None) -> None:
         if run.is_logged and o.rollout == "vllm":
             extra |= sampling_metrics(packs, o.vllm_importance_sampling_clip_max)
         tokens = sum(len(p.input_ids) for p in packs)
-        flop = grpo_flop(o, policy.config, groups, trained) if run.peak_flop else 0.0
+        flop = grpo_flop(o, policy, groups, trained) if run.peak_flop else 0.0
         shown = {"reward": float(rewards.total.mean()), "iou": float(rewards.accuracy.mean())}
         run.log_step(loss=loss, grad_norm=grad_norm, tokens=tokens, flop=flop, shown=shown, extra=extra)
         if o.log_completions and step % o.log_completions == 0:

@@ -12,7 +12,6 @@ import torch
 
 from boxgrpo.kernels import token_logps
 from boxgrpo.model.batch import PackedBatch
-from boxgrpo.model.families.qwen2_vl import group_flop
 from boxgrpo.trainer.arguments import parse
 from boxgrpo.trainer.options import SftOptions, check_command, validate_sft
 from boxgrpo.trainer.run import Hooks, Run
@@ -28,12 +27,12 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
     validate_sft(o, r.world_size)
     size = {"max_tokens": o.cutoff_len, "batch_size": o.train_batch_size}
     run = Run(o, r, hooks or Hooks(), needs="turns", **size)
-    config, engine, progress, loader = run.policy.config, run.engine, run.progress, run.loader
+    policy, engine, progress, loader = run.policy, run.engine, run.progress, run.loader
     run.begin("sft")
     batches = iter(loader)
     # A frozen tower runs only the forward pass, one of three (a backward pass counts as two).
-    cost = functools.partial(group_flop, config, tower_passes=1 / 3 if o.freeze_vision else 1.0)
-    make = functools.partial(make_packs, engine, cost, config.image_token_id)
+    cost = functools.partial(policy.group_flop, tower_passes=1 / 3 if o.freeze_vision else 1.0)
+    make = functools.partial(make_packs, engine, cost, policy.config.image_token_id)
 
     for _ in run.steps(lambda: loader.position):
         with span("data"):
@@ -50,7 +49,7 @@ def train(options: SftOptions, r: Ranks, hooks: Hooks | None = None) -> None:
             loss=loss,
             grad_norm=grad_norm,
             tokens=sum(len(p.input_ids) for p in packs),
-            flop=sft_flop(o, config, trained) if run.peak_flop else 0.0,
+            flop=sft_flop(o, policy, trained) if run.peak_flop else 0.0,
             shown={"loss": float(loss)},
         )
 

@@ -1,21 +1,25 @@
 """Qwen2-VL on packed tokens: vision tower, decoder and head, under the published checkpoints' names; and their FLOP.
 
+The other families are subclasses, each in a file of its differences.
+
 FLOP are those of the method, not of the code: a prompt counts once for its G completions, and a layer's forward once
 even where checkpointing repeats it. A product's backward costs two of its forward, and one where its weight is frozen.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Qwen2VLConfig
 
 from boxgrpo.kernels import quick_gelu, rotate_qk
 from boxgrpo.model.attention import PackedAttention, pick_backend, varlen
-from boxgrpo.model.batch import Group, PackedBatch, Pixels, to_device
-from boxgrpo.model.decoder import Attend, Decoder, cos_and_sin, rotate
+from boxgrpo.model.batch import FRAMES, Group, PackedBatch, Pixels, to_device
+from boxgrpo.model.decoder import Attend, Decoder, DecoderKind, cos_and_sin, head_dim, rotate
 
 
 class PatchProjection(nn.Conv3d):
@@ -23,20 +27,20 @@ class PatchProjection(nn.Conv3d):
 
     def forward(self, patches: Pixels | Tensor) -> Tensor:
         values = patches.values(self.weight) if isinstance(patches, Pixels) else patches.to(self.weight)
-        return F.linear(values, self.weight.flatten(1))
+        return F.linear(values, self.weight.flatten(1), self.bias)
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], cu_seqlens: Tensor | None) -> Tensor:
-        """(P, E) -> (P, E); `lengths` are the patches of each image, which attends to itself alone.
+        """(P, E) -> (P, E); `lengths` are the patches of each image or window, which attends to itself alone.
 
-        `cu_seqlens`: their offsets on the device, (I + 1) int32, where attention is one varlen call; else None.
+        `cu_seqlens`: their offsets on the device, int32, where attention is one varlen call; else None.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # Rotation in fp32, as in the published code: lower precision would round neighbouring angles to the same value.
@@ -49,12 +53,14 @@ class VisionAttention(nn.Module):
         elif cu_seqlens is not None:
             offsets = cu_seqlens, cu_seqlens, max(lengths), max(lengths)
             mixed = varlen(q, k, v, *offsets, causal=False, backend=pick_backend(q))
-        elif len(set(lengths)) == 1:  # images of one size are one batch
-            q, k, v = (t.view(len(lengths), lengths[0], self.heads, -1).transpose(1, 2) for t in (q, k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        else:
-            parts = zip(*(t.transpose(0, 1)[None].split(lengths, dim=2) for t in (q, k, v)), strict=True)
-            mixed = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)[0].transpose(0, 1)
+        else:  # neighbours of one length are one batch
+            runs = [(length, len([*run])) for length, run in itertools.groupby(lengths)]
+            parts = zip(*(t.split([length * n for length, n in runs]) for t in (q, k, v)), strict=True)
+            found = []
+            for (length, n), part in zip(runs, parts, strict=True):
+                batch = (t.view(n, length, self.heads, -1).transpose(1, 2) for t in part)
+                found.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+            mixed = torch.cat(found) if len(found) > 1 else found[0]
         return self.proj(mixed.reshape(x.shape))
 
 
@@ -64,14 +70,11 @@ class QuickGelu(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, config):
+    def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module], mlp: nn.Module):
         super().__init__()
-        width, inner = config.embed_dim, config.embed_dim * config.mlp_ratio
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = VisionAttention(config)
-        mlp = OrderedDict(fc1=nn.Linear(width, inner), act=QuickGelu(), fc2=nn.Linear(inner, width))
-        self.mlp = nn.Sequential(mlp)
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.attn = VisionAttention(width, heads)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, *images) -> Tensor:
         """(P, E) -> (P, E); `images` are the other arguments of `VisionAttention.forward`."""
@@ -79,19 +82,66 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Merger(nn.Module):
+    """Four neighbouring patches become one embedding: (P, E) -> (P / 4, H)."""
+
+    def __init__(self, width: int, merged: int, out: int, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.merged = merged
+        self.ln_q = norm(width)
+        self.mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).view(x.numel() // self.merged, self.merged))
+
+
+class TowerSizes(NamedTuple):
+    width: int  # of a patch
+    inner: int  # of a block's MLP
+    out: int  # of an image embedding
+
+
+def varlen_offsets(lengths: list[int], x: Tensor) -> Tensor | None:
+    """Offsets, (S + 1) int32, of S stretches of x for one varlen call; None where SDPA attends."""
+    if not lengths or pick_backend(x) == "sdpa":
+        return None
+    return torch.tensor([0, *lengths]).cumsum(0).to(x.device, torch.int32, non_blocking=True)
+
+
 class VisionTower(nn.Module):
     """Patches in, one embedding for each merged block of 2×2 out. Module names are those of the checkpoints."""
 
+    patch_bias = False
+    mlp_matrices = 2  # of a block
+
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        projection = PatchProjection(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
+        self.config = c = config
+        width, inner, out = self.sizes(config)
+        self.head_dim = width // c.num_heads
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        projection = PatchProjection(c.in_channels, width, kernel, stride=kernel, bias=self.patch_bias)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        merged = config.embed_dim * config.spatial_merge_size**2  # four neighbouring patches become one embedding
-        mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, config.hidden_size))
-        self.merger = nn.ModuleDict({"ln_q": nn.LayerNorm(config.embed_dim, eps=1e-6), "mlp": mlp})
+        self.blocks = nn.ModuleList(
+            VisionBlock(width, c.num_heads, self.norm, self.make_mlp(width, inner)) for _ in range(c.depth)
+        )
+        self.merger = self.make_merger(width, width * c.spatial_merge_size**2, out)
+
+    @staticmethod
+    def sizes(config) -> TowerSizes:
+        return TowerSizes(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_size)
+
+    @staticmethod
+    def norm(width: int) -> nn.Module:
+        return nn.LayerNorm(width, eps=1e-6)
+
+    @staticmethod
+    def make_mlp(width: int, inner: int) -> nn.Module:
+        return nn.Sequential(OrderedDict(fc1=nn.Linear(width, inner), act=QuickGelu(), fc2=nn.Linear(inner, width)))
+
+    @classmethod
+    def make_merger(cls, width: int, merged: int, out: int) -> nn.Module:
+        return Merger(width, merged, out, cls.norm)
 
     def forward(self, patches: Pixels | Tensor | None, image_grid_thw: Tensor) -> Tensor:
         """Image embeddings.
@@ -101,8 +151,17 @@ class VisionTower(nn.Module):
             image_grid_thw: (I, 3) int64 on the CPU, patches per image.
 
         Returns:
-            (P / 4, H) in the tower's dtype.
+            (P / 4, H) in the tower's dtype; of families whose first decoder layers add features of their own, these
+            stand behind the embedding: (P / 4, (1 + D) H).
         """
+        x, places, lengths = self.embed(patches, image_grid_thw)
+        images = *self.rotation(places), lengths, varlen_offsets(lengths, x)
+        for block in self.blocks:
+            x = block(x, *images)
+        return self.merger(x)
+
+    def embed(self, patches: Pixels | Tensor | None, image_grid_thw: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """The patches' embeddings (P, E), their rows and columns (P, 2) int64, and the number of patches by frame."""
         c, m = self.config, self.config.spatial_merge_size
         if patches is None:
             assert len(image_grid_thw) == 0, "images without pixels or embeddings"
@@ -113,33 +172,89 @@ class VisionTower(nn.Module):
             blocks = grid.view(h // m, m, w // m, m, 2).transpose(1, 2).reshape(-1, 2)
             coordinates.append(blocks.repeat(t, 1))
             lengths += [h * w] * t
-        # Half of the frequencies turn with the row, half with the column.
-        theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-        half = c.embed_dim // c.num_heads // 2
         x = self.patch_embed(patches)
-        frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=x.device) / half)
-        places = to_device(torch.cat(coordinates), x.device)  # (P, 2)
+        return x, to_device(torch.cat(coordinates), x.device), lengths
+
+    def rotation(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """For `rotate`, of rows and columns (P, 2): half of the frequencies turn with the row, half with the column."""
+        theta = (getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
+        half = self.head_dim // 2
+        frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=places.device) / half)
         angles = places.float()[:, :, None] * frequencies  # (P, 2, half / 2)
-        cos, sin = cos_and_sin(angles.flatten(1))
-        cu_seqlens = None
-        if lengths and pick_backend(x) != "sdpa":
-            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(x.device, torch.int32, non_blocking=True)
-        for block in self.blocks:
-            x = block(x, cos, sin, lengths, cu_seqlens)
-        merged = self.merger["ln_q"](x).view(len(x) // m**2, c.embed_dim * m**2)
-        return self.merger["mlp"](merged)
+        return cos_and_sin(angles.flatten(1))
+
+    @classmethod
+    def flop(cls, config, grids: Tensor) -> float:
+        """FLOP over images of `grids` (I, 3) patches; `config` is the tower's."""
+        c, (width, inner, out) = config, cls.sizes(config)
+        patch, four = c.in_channels * c.temporal_patch_size * c.patch_size**2, c.spatial_merge_size**2
+        blocks = c.depth * (4 * width**2 + cls.mlp_matrices * width * inner)
+        merger = ((four * width) ** 2 + four * width * out) / four
+        linear = 2 * grids.prod(1).double().sum() * (patch * width + blocks + cls.count_mergers(c) * merger)
+        return float(linear + 4 * width * cls.count_pairs(c, grids))
+
+    @staticmethod
+    def count_mergers(config) -> int:
+        return 1
+
+    @staticmethod
+    def count_pairs(config, grids: Tensor) -> Tensor:
+        """Pairs of a query and a key in all blocks; attention is within each image."""
+        return config.depth * grids.prod(1).double().square().sum()
 
 
 class Qwen2VL(nn.Module):
-    """`config` is transformers' Qwen2VLConfig. A tied head is the embedding itself: `lm_head` is None."""
+    """`config` is transformers' Qwen2VLConfig. A tied head is the embedding itself: `lm_head` is None.
+
+    The class attributes describe the family: its name and its sizes, transformers' classes of its config and model, its
+    tower, its decoder, and values of the config (`settings`).
+    """
+
+    family, published_sizes = "Qwen2-VL", "2B, 7B or 72B"
+    config_class, architecture = Qwen2VLConfig, "Qwen2VLForConditionalGeneration"
+    tower_class, decoder_kind = VisionTower, DecoderKind()
+    patch_size, activation, mrope_section = 14, "quick_gelu", (16, 24, 24)
+    out_width = "hidden_size"  # the tower's setting
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision_config)
-        self.model = Decoder(config.text_config)
+        self.visual = self.tower_class(config.vision_config)
+        self.model = Decoder(config.text_config, self.decoder_kind)
         text = config.text_config
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+
+    @classmethod
+    def settings(cls, config) -> dict[str, tuple]:
+        """Values of the config and the only ones that are implemented; with others the model would differ.
+
+        Where the config has no mrope_section, transformers' default is set.
+        """
+        text, vision = config.text_config, config.vision_config
+        rope, vision_rope = text.rope_parameters, getattr(vision, "rope_parameters", None) or {}
+        section = rope.setdefault("mrope_section", [*cls.mrope_section])
+        layer_types = getattr(text, "layer_types", None) or ["full_attention"]
+        return {
+            "hidden_act": (text.hidden_act, "silu"),
+            "rope_type": (rope["rope_type"], "default"),
+            "a sum of mrope_section of": (sum(section), head_dim(text) // 2),
+            "use_sliding_window": (bool(getattr(text, "use_sliding_window", False)), False),
+            "layer_types": (sorted(set(layer_types)), ["full_attention"]),
+            "attention_dropout": (text.attention_dropout or 0, 0),
+            "quantization_config": (getattr(config, "quantization_config", None), None),
+            "vision_config.hidden_act": (vision.hidden_act, cls.activation),
+            "vision_config.rope_type": (vision_rope.get("rope_type", "axial"), "axial"),
+            "vision_config.patch_size": (vision.patch_size, cls.patch_size),
+            "vision_config.temporal_patch_size": (vision.temporal_patch_size, FRAMES),
+            "vision_config.spatial_merge_size": (vision.spatial_merge_size, 2),
+            "vision_config.in_channels": (vision.in_channels, 3),
+            f"vision_config.{cls.out_width}": (getattr(vision, cls.out_width), text.hidden_size),
+        }
+
+    @staticmethod
+    def published_name(name: str) -> str:
+        """A parameter's name in the family's published checkpoints."""
+        return name
 
     @property
     def head_weight(self) -> Tensor:
@@ -177,9 +292,11 @@ class Qwen2VL(nn.Module):
         trained = self.visual is not None and next(self.visual.parameters()).requires_grad
         if images is None and (len(batch.image_rows) or trained):
             images = self.visual(batch.pixels, batch.image_grid_thw)
+        added: list[Tensor] = []
         if images is not None:
-            x = x.index_copy(0, batch.image_rows, images.to(x.dtype))
-        return self.model(x, batch.position_ids, attend)
+            images, *added = images.to(x.dtype).split(x.shape[1], 1)
+            x = x.index_copy(0, batch.image_rows, images)
+        return self.model(x, batch.position_ids, attend, batch.image_rows, added)
 
     def freeze_vision(self, frozen: bool = True) -> None:
         """Freeze or unfreeze all of `visual`, merger included."""
@@ -201,40 +318,30 @@ class Qwen2VL(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
         return self
 
+    def forward_flop(self, prompt: int, completions: Sequence[int], scored: int) -> float:
+        """FLOP of decoder and head over a prompt of `prompt` tokens, image tokens included, and completions of so many.
 
-def forward_flop(config, prompt: int, completions: Sequence[int], scored: int) -> float:
-    """FLOP of decoder and head over a prompt of `prompt` tokens, image tokens included, and completions of so many.
+        Linear layers, causal attention, and the head over `scored` rows. Backward costs twice as much in each of them,
+        so shares of a step's work are shares of this.
+        """
+        text = self.config.text_config
+        width, kv_width = (n * head_dim(text) for n in (text.num_attention_heads, text.num_key_value_heads))
+        weights = 2 * text.hidden_size * (width + kv_width) + 3 * text.hidden_size * text.intermediate_size
+        pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
+        layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
+        return layers + 2 * scored * text.vocab_size * text.hidden_size
 
-    Linear layers, causal attention, and the head over `scored` rows. Backward costs twice as much in each of them, so
-    shares of a step's work are shares of this. `config` is a Qwen2VLConfig.
-    """
-    text = config.text_config
-    width, kv_width = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    weights = 2 * width * (width + kv_width) + 3 * width * text.intermediate_size
-    pairs = prompt**2 / 2 + sum(own * (prompt + own / 2) for own in completions)  # of a query and a key
-    layers = text.num_hidden_layers * (2 * weights * (prompt + sum(completions)) + 4 * width * pairs)
-    return layers + 2 * scored * text.vocab_size * width
+    def group_flop(self, group: Group, *, tower_passes: float = 0.0) -> float:
+        """FLOP of a forward of decoder and head over a group, and of that many passes of the tower over its images.
 
+        Sampling the completions, prefill included, costs the decoder and head the same. A group without completions is
+        a conversation, scored where its `loss_mask` is set.
+        """
+        lengths = [len(c) for c in group.completions]
+        scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
+        tower = tower_passes * self.tower_flop(group.prompt.image_grid_thw) if tower_passes else 0.0
+        return self.forward_flop(len(group.prompt.input_ids), lengths, scored) + tower
 
-def group_flop(config, group: Group, *, tower_passes: float = 0.0) -> float:
-    """FLOP of a forward of decoder and head over a group, and of that many passes of the tower over its images.
-
-    Sampling the completions, prefill included, costs the decoder and head the same. A group without completions is a
-    conversation, scored where its `loss_mask` is set.
-    """
-    lengths = [len(c) for c in group.completions]
-    scored = sum(lengths) if lengths else int(group.prompt.loss_mask.sum())
-    tower = tower_passes * tower_flop(config, group.prompt.image_grid_thw) if tower_passes else 0.0
-    return forward_flop(config, len(group.prompt.input_ids), lengths, scored) + tower
-
-
-def tower_flop(config, grids: Tensor) -> float:
-    """FLOP of the vision tower over images of `grids` (I, 3) patches; attention is within each image."""
-    vision = config.vision_config
-    patches, inner = grids.prod(1).double(), int(vision.embed_dim * vision.mlp_ratio)
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    blocks = vision.depth * (4 * vision.embed_dim**2 + 2 * vision.embed_dim * inner)
-    merged = vision.embed_dim * vision.spatial_merge_size**2
-    merger = (merged**2 + merged * config.text_config.hidden_size) / vision.spatial_merge_size**2
-    linear = 2 * patches.sum() * (patch * vision.embed_dim + blocks + merger)
-    return float(linear + 4 * vision.embed_dim * vision.depth * patches.square().sum())
+    def tower_flop(self, grids: Tensor) -> float:
+        """FLOP of the vision tower over images of `grids` (I, 3) patches."""
+        return self.tower_class.flop(self.config.vision_config, grids)

@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.model.batch import Conversation, Group, Pixels, Prompt, pack_groups, plan_packs
-from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -228,8 +227,8 @@ def test_flop_formulas_equal_torchs_count(twins, make_prompt):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model(pack_groups([group], image_token_id=IMAGE), lambda h, w: h @ w.T)
     masked = 4 * 64 * model.config.text_config.num_hidden_layers * (length * length / 2 + 3 * 3 / 2)
-    tower = tower_flop(model.config, prompt.image_grid_thw)
-    assert group_flop(model.config, group) + tower + masked == seen.get_total_flops()
+    tower = model.tower_flop(prompt.image_grid_thw)
+    assert model.group_flop(group) + tower + masked == seen.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model.visual(prompt.pixel_values, prompt.image_grid_thw)
     assert tower == seen.get_total_flops()

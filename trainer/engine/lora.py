@@ -64,7 +64,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: Qwen2VL, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield the published name and the tensor of every weight, with its adapter added if it has one.
 
     The model does not change: merged tensors are new, made one at a time, and rounded once to the weight's dtype.
@@ -78,7 +78,7 @@ def merged_weights(model: nn.Module, *, trained: bool = False) -> Iterator[tuple
             weight = (weight.float() + adapted[name].get_delta_weight("default")).to(weight.dtype)
         elif ".lora_" in name or (trained and not weight.requires_grad):
             continue
-        yield name.replace(BASE, ""), weight.detach()
+        yield model.published_name(name.replace(BASE, "")), weight.detach()
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

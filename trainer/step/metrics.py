@@ -6,7 +6,7 @@ import torch
 
 from boxgrpo.model.batch import Group
 from boxgrpo.model.cost import published_peak
-from boxgrpo.model.families.qwen2_vl import group_flop, tower_flop
+from boxgrpo.model.families import Qwen2VL
 from boxgrpo.trainer.rewards.grounding import StepRewards, equal_rewards
 from boxgrpo.trainer.rollout.base import sampler_factor, sampler_gap
 from boxgrpo.trainer.runtime.ranks import Ranks
@@ -24,32 +24,31 @@ def peak_flop(o, device: torch.device) -> float | None:
     return published_peak(torch.cuda.get_device_name(device))
 
 
-def grpo_flop(o, config, sampled: Sequence[Group], trained: Sequence[Group]) -> float:
+def grpo_flop(o, policy: Qwen2VL, sampled: Sequence[Group], trained: Sequence[Group]) -> float:
     """FLOP of this rank's part of a GRPO step.
 
     Args:
-        config: the policy's Qwen2VLConfig.
         sampled: the groups that were sampled here.
         trained: the groups that are trained here; those without a gradient are not among them.
     """
     flop = 0.0
     for group in sampled:
         if o.rollout != "replay":
-            flop += group_flop(config, group)
+            flop += policy.group_flop(group)
         if o.rollout != "replay" or o.freeze_vision:  # a frozen tower runs once for all passes
-            flop += tower_flop(config, group.prompt.image_grid_thw)
+            flop += policy.tower_flop(group.prompt.image_grid_thw)
     extra_passes = bool(o.beta) + (o.num_iterations > 1 or o.rollout == "vllm")  # forward passes for ref and old logps
     for group in trained:
-        tower = 0.0 if o.freeze_vision else tower_flop(config, group.prompt.image_grid_thw)
-        decoder = group_flop(config, group)
+        tower = 0.0 if o.freeze_vision else policy.tower_flop(group.prompt.image_grid_thw)
+        decoder = policy.group_flop(group)
         flop += extra_passes * (decoder + tower) + o.num_iterations * ((2 if o.lora_rank else 3) * decoder + 3 * tower)
     return flop
 
 
-def sft_flop(o, config, groups: Sequence[Group]) -> float:
+def sft_flop(o, policy: Qwen2VL, groups: Sequence[Group]) -> float:
     """FLOP of this rank's part of a step of supervised training."""
-    decoder = sum(group_flop(config, group) for group in groups)
-    tower = sum(tower_flop(config, group.prompt.image_grid_thw) for group in groups)
+    decoder = sum(policy.group_flop(group) for group in groups)
+    tower = sum(policy.tower_flop(group.prompt.image_grid_thw) for group in groups)
     return (2 if o.lora_rank else 3) * decoder + (1 if o.freeze_vision else 3) * tower
 
 

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +29,7 @@ from boxgrpo.model.cost import (
     state_bytes,
     traffic,
 )
-from boxgrpo.model.families.qwen2_vl import Qwen2VL, group_flop
+from boxgrpo.model.families import make_model
 from boxgrpo.model.generate import prefill
 from boxgrpo.trainer.apps.memory import MemoryOptions, config_of, engines, largest_pack, main, memory, report, table
 from boxgrpo.trainer.arguments import parse
@@ -55,7 +54,9 @@ SHAPES = [
 
 
 def packs_of(config, sizes, budget):
-    return make_packs(ALONE, partial(group_flop, config), config.image_token_id, groups(sizes), budget)
+    with torch.device("meta"):
+        cost = make_model(config).group_flop
+    return make_packs(ALONE, cost, config.image_token_id, groups(sizes), budget)
 
 
 def groups(sizes):
@@ -75,7 +76,7 @@ def groups(sizes):
 
 def trained(config, dtype=torch.float32, device="cpu"):
     with torch.device(device):
-        model = Qwen2VL(config).to(dtype)
+        model = make_model(config).to(dtype)
     model.freeze_vision()
     return model if device == "meta" else model.init_weights(torch.Generator().manual_seed(0))
 

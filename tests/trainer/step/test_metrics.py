@@ -28,18 +28,18 @@ def test_peaks_are_known_by_name_or_by_flag():
 def test_the_flop_of_a_step_are_those_of_its_passes(twins, make_prompt):
     """In forward passes of tower and decoder; the tower's as torch counts them, with attention's full square."""
     model, prompt = twins("tiny")[0], make_prompt([(1, 4, 6)], words=60)
-    config, group = model.config, Group(prompt, [torch.arange(3), torch.arange(5)])
+    group = Group(prompt, [torch.arange(3), torch.arange(5)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.visual(prompt.pixel_values, prompt.image_grid_thw)
     tower = counter.get_total_flops()
 
     def flop(**changes):
-        return grpo_flop(GrpoOptions(**changes), config, [group], [group])
+        return grpo_flop(GrpoOptions(**changes), model, [group], [group])
 
     decoder = flop(rollout="replay", beta=0.0) - tower
     assert flop(rollout="replay", beta=0.0, lora_rank=4) - tower == pytest.approx(2 / 3 * decoder)
     forward = decoder / 3
-    text, tokens = config.text_config, len(prompt.input_ids) + 8
+    text, tokens = model.config.text_config, len(prompt.input_ids) + 8
     layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
     products = 2 * layers * tokens + 2 * 8 * text.vocab_size * text.hidden_size
     assert products < forward < 1.2 * products  # over so few tokens attention adds little
@@ -51,11 +51,11 @@ def test_the_flop_of_a_step_are_those_of_its_passes(twins, make_prompt):
 
 
 def test_supervised_training_counts_a_forward_and_two_backward(twins, make_prompt):
-    config, prompt = twins("tiny")[0].config, make_prompt([(1, 4, 6)])
+    model, prompt = twins("tiny")[0], make_prompt([(1, 4, 6)])
     prompt = Conversation(**vars(prompt), loss_mask=torch.ones(len(prompt.input_ids), dtype=torch.bool))
-    frozen, whole = (sft_flop(SftOptions(freeze_vision=f), config, [Group(prompt)]) for f in (True, False))
+    frozen, whole = (sft_flop(SftOptions(freeze_vision=f), model, [Group(prompt)]) for f in (True, False))
     tower = (whole - frozen) / 2
-    assert sft_flop(SftOptions(lora_rank=4), config, [Group(prompt)]) == pytest.approx((frozen - tower) * 2 / 3 + tower)
+    assert sft_flop(SftOptions(lora_rank=4), model, [Group(prompt)]) == pytest.approx((frozen - tower) * 2 / 3 + tower)
 
 
 def test_completions_by_hand():
