@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FRAMES = 2  # Qwen2-VL's temporal_patch_size: a still image is given to the tower as two equal frames
+FRAMES = 2  # all families' temporal_patch_size: a still image is given to the tower as two equal frames
 LOOKED_UP = 32768  # patches whose values are computed at once, by way of 77 MB of indices
 
 
@@ -26,7 +26,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class Pixels:
     """Images as patches of 8-bit colours, of one frame: an eighth of the bytes of the values that the tower takes."""
 
-    patches: Tensor  # (p, 588) uint8, of 3 channels x 14 x 14, in the image processor's order
+    patches: Tensor  # (p, 588) uint8, of 3 channels x 14 x 14, in the image processor's order; Qwen3-VL: 16 x 16
     table: Tensor  # (3, 256) fp32, the image processor's value of each colour, by channel
 
     @classmethod
@@ -87,7 +87,7 @@ class Group:
 
     prompt: Prompt
     completions: Sequence[Tensor] = ()  # each (C_i) int64 on the CPU, end token included
-    image_embeds: Tensor | None = None  # (p / 4, H): the frozen tower's output
+    image_embeds: Tensor | None = None  # (p / 4, H), Qwen3-VL (p / 4, (1 + D) H): the frozen tower's output
     advantages: Tensor | None = None  # (G) fp32
     weight: Tensor | None = None  # 0-dim fp32, difficulty weight
     sampler_logps: Sequence[Tensor] | None = None  # each (C_i) fp32, nats; None: the policy itself sampled
@@ -143,7 +143,7 @@ class PackedBatch:
     completion_cu: Tensor  # (BG+1) int32, offsets of the completions into N
     image_rows: Tensor  # (P/4) int64, rows of T that hold image tokens
     pixels: Pixels | None  # of P patches; None when the embeddings are given
-    image_embeds: Tensor | None  # (P/4, H)
+    image_embeds: Tensor | None  # (P/4, H), Qwen3-VL (P/4, (1 + D) H)
     image_grid_thw: Tensor  # (I, 3) int64; stays on the CPU, where its values are read
     spans: tuple[tuple[int, int, int, int], ...]  # each segment's first row and length, then its parent's (or 0, 0)
     advantages: Tensor | None = None  # (BG) fp32

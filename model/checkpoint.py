@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .families import FAMILIES, Qwen2VL, make_model
+from .families import FAMILIES, REFUSED, Qwen2VL, make_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,7 +46,8 @@ def read_config(folder):
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}). Fetch it again.") from error
     if config is None:
         trained = ", ".join(f"{name!r} ({f.family} {f.published_sizes})" for name, f in FAMILIES.items())
-        raise ValueError(f"{path} is of model_type {kind!r}; boxgrpo trains {trained}.")
+        why = f"; {REFUSED[kind]}" if kind in REFUSED else ""
+        raise ValueError(f"{path} is of model_type {kind!r}{why}; boxgrpo trains {trained}.")
     for name, (value, implemented) in family.settings(config).items():
         if value != implemented:
             raise ValueError(

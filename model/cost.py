@@ -12,7 +12,7 @@ from torch import nn
 from boxgrpo.kernels.chunks import MIB, chunk_rows, sweep_rows
 
 from .decoder import head_dim
-from .families import Qwen2VL
+from .families import Qwen2VL, family_of
 
 FP32 = 4  # bytes
 # Numbers of elements: DeepSpeed's defaults in runtime/zero/config.py.
@@ -134,28 +134,35 @@ def cache_bytes(config, prompts: int, prompt_tokens: int, completions: int, toke
     return 2 * text.num_hidden_layers * kv_width * size * rows + prompts * prompt_tokens + 8
 
 
-def layer_bytes(text, pack: Pack, size: int, lora_rank: int = 0) -> int:
+def layer_bytes(config, pack: Pack, size: int, lora_rank: int = 0) -> int:
     """Bytes that a decoder layer stores for its backward, its input included.
 
     For a row: input and output of two norms, query, mixed values, gate, up, silu(gate) and their product, and in fp32
-    two reciprocal norms and each head's log-sum-exp. For a row of keys: key and value.
+    two reciprocal norms and each head's log-sum-exp. For a row of keys: key and value. Norms of queries and keys add
+    their inputs, and in fp32 a reciprocal norm of each head.
     """
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    kv_width = hidden // heads * text.num_key_value_heads
-    width = (9 if pack.plain else 6) * hidden + 4 * text.intermediate_size + 7 * lora_rank
-    return pack.tokens * (size * width + FP32 * (2 + heads)) + size * (2 * kv_width * pack.keys + pack.masks)
+    text = config.text_config
+    hidden, heads, kv_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
+    wide, kv_width = heads * head_dim(text), kv_heads * head_dim(text)
+    width = (6 * hidden + 3 * wide if pack.plain else 4 * hidden + 2 * wide) + 4 * text.intermediate_size
+    floats = 2 + heads
+    if family_of(config).decoder_kind.head_norms:
+        width += (2 if pack.plain else 1) * (wide + kv_width)
+        floats += heads + kv_heads
+    rows = pack.tokens * (size * (width + 7 * lora_rank) + FP32 * floats)
+    return rows + size * (2 * kv_width * pack.keys + pack.masks)
 
 
 def activation_bytes(config, pack: Pack, size: int, *, checkpointing=False, head_trained=True, lora_rank=0) -> int:
     """Bytes stored by decoder and fused loss after the forward, gradients of hidden states and head included."""
     text = config.text_config
-    hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
-    layer = layer_bytes(text, pack, size, lora_rank)
+    hidden = text.hidden_size
+    layer = layer_bytes(config, pack, size, lora_rank)
     layers = text.num_hidden_layers * layer
     if checkpointing:
         layers = text.num_hidden_layers * pack.tokens * hidden * size
         layers += layer - pack.tokens * hidden * size if lora_rank else 0  # its first layer's input has no gradient
-    rotation = 2 * pack.tokens * head_dim * size
+    rotation = 2 * pack.tokens * head_dim(text) * size
     last_norm = pack.tokens * (hidden * size * (2 if pack.plain else 1) + FP32)
     indices = 8 * (pack.tokens + pack.keys + pack.scored)
     loss = hidden * (pack.scored + text.vocab_size * head_trained) * size

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from families import KINDS, family_config
 from PIL import Image
 
 from browser import browser  # noqa: F401 - a fixture
@@ -27,23 +28,28 @@ def shared():
 
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory):
-    """twins(kind) -> (Qwen2VL, Qwen2VLForConditionalGeneration) with the same random fp32 weights.
+    """twins(kind) -> (our model, transformers' model) with the same random fp32 weights.
 
-    Kinds: "tiny" (tied head) and "published" (the published ratios: head_dim 128, sections 16, 24, 24, rope_theta 1e6,
-    untied head). Both have two query heads to a key head, two layers and two vision blocks.
+    Kinds of Qwen2-VL: "tiny" (tied head) and "published" (the published ratios: head_dim 128, sections 16, 24, 24,
+    rope_theta 1e6, untied head). Both have two query heads to a key head, two layers and two vision blocks. Those of
+    the other families: `KINDS` of families.py.
     """
-    from transformers import Qwen2VLForConditionalGeneration
+    import transformers
 
     from boxgrpo.model.checkpoint import load_model
+    from boxgrpo.model.families import FAMILIES
     from boxgrpo.trainer.world.tiny import tiny_config
 
     @functools.cache
     def make(kind):
         published = {"hidden_size": 512, "theta": 1e6, "initializer_range": 0.02}
-        sizes = {"tiny": {"hidden_size": 64}, "published": published}[kind]
-        config = tiny_config(160, SPECIAL_IDS, layers=2, vision_width=64, **sizes)
-        config.tie_word_embeddings = kind == "tiny"
-        theirs = Qwen2VLForConditionalGeneration(config).eval()
+        if kind in KINDS:
+            config = family_config(kind)
+        else:
+            sizes = {"tiny": {"hidden_size": 64}, "published": published}[kind]
+            config = tiny_config(160, SPECIAL_IDS, layers=2, vision_width=64, **sizes)
+            config.tie_word_embeddings = kind == "tiny"
+        theirs = getattr(transformers, FAMILIES[config.model_type].architecture)(config).eval()
         g = torch.Generator().manual_seed(0)
         for _, parameter in sorted(theirs.named_parameters()):
             noise = torch.randn(parameter.shape, generator=g)
@@ -60,13 +66,16 @@ def twins(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_prompt():
-    """make_prompt(grids, words=6, seed=0): images between <|vision_start|> and <|vision_end|>, then random words."""
+    """make_prompt(grids, words=6, seed=0, side=14): images between <|vision_start|> and <|vision_end|>, random words.
+
+    `side`: of a patch, in pixels.
+    """
     from boxgrpo.model.batch import Pixels, Prompt
     from boxgrpo.model.decoder import mrope_position_ids
 
     table = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
 
-    def make(grids, words=6, seed=0):
+    def make(grids, words=6, seed=0, side=14):
         g = torch.Generator().manual_seed(seed)
         image = SPECIAL_IDS["<|image_pad|>"]
         ids = []
@@ -76,7 +85,7 @@ def make_prompt():
             ids += [word, SPECIAL_IDS["<|vision_start|>"], *pads, SPECIAL_IDS["<|vision_end|>"]]
         ids = torch.tensor(ids + torch.randint(100, (words,), generator=g).tolist())
         grids = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
-        colours = torch.randint(256, (int(grids.prod(1).sum()), 588), generator=g, dtype=torch.uint8)
+        colours = torch.randint(256, (int(grids.prod(1).sum()), 3 * side**2), generator=g, dtype=torch.uint8)
         pixels = Pixels(colours, table) if len(grids) else None
         return Prompt(ids, mrope_position_ids(ids, grids, image_token_id=image), pixels, grids)
 

@@ -1,13 +1,27 @@
 """The tiny model and the prompts that it samples from."""
 
+import functools
+
 import pytest
 
 from boxgrpo.model.batch import Group
 
 
 @pytest.fixture
-def model(twins):
-    return twins("tiny")[0]
+def kind():
+    """Of `twins`; a test's parameter replaces it."""
+    return "tiny"
+
+
+@pytest.fixture
+def model(twins, kind):
+    return twins(kind)[0]
+
+
+@pytest.fixture
+def make_prompt(make_prompt, model):
+    """The general one, with the model's patches."""
+    return functools.partial(make_prompt, side=model.config.vision_config.patch_size)
 
 
 @pytest.fixture

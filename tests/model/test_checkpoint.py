@@ -6,16 +6,32 @@ import re
 
 import pytest
 import torch
+import transformers
+from families import ONE_EACH, published_config
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from boxgrpo.model.checkpoint import INDEX, load_model, read_config, save_model
-from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.families import make_model
 
 SHARDS = {"one file": "5GB", "shards": "400KB"}
-PUBLISHED_NAMES = """visual.patch_embed.proj.weight visual.blocks.1.attn.qkv.bias visual.blocks.0.mlp.fc2.weight
-    visual.merger.ln_q.bias visual.merger.mlp.2.weight model.embed_tokens.weight model.layers.1.self_attn.k_proj.bias
-    model.layers.0.mlp.gate_proj.weight model.layers.0.post_attention_layernorm.weight model.norm.weight"""  # for vLLM
+PUBLISHED_NAMES = {  # for vLLM
+    "qwen2_vl": """visual.patch_embed.proj.weight visual.blocks.1.attn.qkv.bias visual.blocks.0.mlp.fc2.weight
+        visual.merger.ln_q.bias visual.merger.mlp.2.weight model.embed_tokens.weight
+        model.layers.1.self_attn.k_proj.bias model.layers.0.mlp.gate_proj.weight
+        model.layers.0.post_attention_layernorm.weight model.norm.weight""",
+    "qwen2_5_vl": """visual.patch_embed.proj.weight visual.blocks.1.norm1.weight visual.blocks.0.mlp.gate_proj.bias
+        visual.blocks.0.mlp.down_proj.weight visual.merger.ln_q.weight visual.merger.mlp.2.weight
+        model.embed_tokens.weight model.layers.1.self_attn.k_proj.bias model.norm.weight""",
+    "qwen3_vl": """model.visual.patch_embed.proj.bias model.visual.pos_embed.weight
+        model.visual.blocks.0.mlp.linear_fc1.weight model.visual.merger.norm.bias model.visual.merger.linear_fc2.weight
+        model.visual.deepstack_merger_list.1.norm.weight model.language_model.embed_tokens.weight
+        model.language_model.layers.1.self_attn.q_norm.weight model.language_model.norm.weight""",
+}
+SIZES = {  # parameters, as published
+    "qwen2_5_vl": {"3B": 3_754_622_976, "7B": 8_292_166_656},
+    "qwen3_vl": {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696},
+}
 
 # Of Qwen2-VL-2B-Instruct's config.json as published: text keys at the top, rope_scaling of type mrope, torch_dtype.
 PUBLISHED_2B = {
@@ -64,30 +80,46 @@ KEYS = (  # of the config, of its text part, of its vision part
 
 
 @pytest.fixture
-def saved(twins, tmp_path):
-    """The tiny model's folder, one file."""
-    save_model(twins("tiny")[0], tmp_path)
+def saved(model, tmp_path):
+    """The model's folder, one file."""
+    save_model(model, tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize(("kind", "size"), [("tiny", "one file"), ("published", "shards")], ids=["tied", "untied"])
-def test_round_trip_through_transformers(twins, tmp_path, kind, size):
-    """Ours -> from_pretrained -> save_pretrained -> ours: the same weights, with no key too many or few."""
+def transformers_class(model):
+    return getattr(transformers, model.architecture)
+
+
+SLOW = [pytest.param(f"{kind}, heads of {n}", "shards", marks=pytest.mark.slow) for kind, n in zip(SIZES, (80, 72))]
+
+
+@pytest.mark.parametrize(("kind", "size"), [*((kind, "one file") for kind in ONE_EACH), ("published", "shards"), *SLOW])
+def test_round_trip_through_transformers(twins, make_prompt, pack_prompt, hf_logits, tmp_path, kind, size):
+    """Ours -> from_pretrained -> save_pretrained -> ours: the same weights, with no key too many or few.
+
+    Heads are tied in one file, untied in shards.
+    """
     ours, _ = twins(kind)
     save_model(ours, tmp_path / "ours", max_shard_size=SHARDS[size])
     assert (tmp_path / "ours" / INDEX).exists() == (size == "shards")
     names = {name for path in (tmp_path / "ours").glob("*.safetensors") for name in load_file(path)}
-    assert names.issuperset(PUBLISHED_NAMES.split()) and ("lm_head.weight" in names) == (kind == "published")
-    assert not any(name.startswith(("model.visual", "model.language_model")) for name in names)
-    theirs, info = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert names.issuperset(PUBLISHED_NAMES[ours.config.model_type].split())
+    assert ("lm_head.weight" in names) == (size == "shards")
+    nested = {name.startswith(("model.visual", "model.language_model")) for name in names - {"lm_head.weight"}}
+    assert nested == {kind.startswith("qwen3_vl")}
+    theirs, info = transformers_class(ours).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     assert same_weights(theirs, twins(kind)[1])
 
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=SHARDS[size])
     back = load_model(tmp_path / "theirs")
-    assert (back.lm_head is None) == (kind == "tiny")
+    assert (back.lm_head is None) == (size == "one file")
     assert same_weights(back, ours)
     assert all(p.requires_grad for p in back.parameters())
+    prompt = make_prompt([(1, 4, 6), (1, 2, 10)])
+    with torch.no_grad():
+        logits, expected = back(pack_prompt(prompt)) @ back.head_weight.T, hf_logits(theirs, prompt)[:-1]
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def same_weights(model, expected):
@@ -95,20 +127,22 @@ def same_weights(model, expected):
     return all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
 
 
-def test_nested_keys(twins, tmp_path):
-    """The layout that some releases of transformers wrote, here in shards: both towers under `model.`."""
-    ours, _ = twins("tiny")
-    save_model(ours, tmp_path, max_shard_size=SHARDS["shards"])
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_the_other_layout_of_keys(model, tmp_path):
+    """In shards: both towers under `model.`, as some releases of transformers wrote them, or at the top."""
+    save_model(model, tmp_path, max_shard_size=SHARDS["shards"])
 
-    def nested(name):
+    def renamed(name):
+        if name.startswith(("model.visual.", "model.language_model.")):
+            return name.removeprefix("model.").replace("language_model.", "model.", 1)
         return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
 
     for path in tmp_path.glob("*.safetensors"):
-        save_file({nested(name): tensor for name, tensor in load_file(path).items()}, path)
+        save_file({renamed(name): tensor for name, tensor in load_file(path).items()}, path)
     stored = json.loads((tmp_path / INDEX).read_text())
-    stored["weight_map"] = {nested(name): file for name, file in stored["weight_map"].items()}
+    stored["weight_map"] = {renamed(name): file for name, file in stored["weight_map"].items()}
     (tmp_path / INDEX).write_text(json.dumps(stored))
-    assert same_weights(load_model(tmp_path), ours)
+    assert same_weights(load_model(tmp_path), model)
 
 
 def test_published_config(tmp_path):
@@ -123,13 +157,30 @@ def test_published_config(tmp_path):
     assert rope["rope_theta"] == 1e6 and rope["mrope_section"] == [16, 24, 24]
 
     with torch.device("meta"):
-        ours, theirs = Qwen2VL(config), Qwen2VLForConditionalGeneration(config)
+        ours = make_model(config)
+    assert_same_shapes(ours)
+    assert sum(p.numel() for p in ours.parameters()) == 2_208_985_600
+
+
+def assert_same_shapes(ours):
+    """All parameters have the names, in the nested layout, and shapes of transformers' model of the same config."""
+    with torch.device("meta"):
+        theirs = transformers_class(ours)(ours.config)
     expected = {
         name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): parameter.shape
         for name, parameter in theirs.named_parameters()
     }
     assert {name: parameter.shape for name, parameter in ours.named_parameters()} == expected
-    assert sum(p.numel() for p in ours.parameters()) == 2_208_985_600
+
+
+@pytest.mark.parametrize(("family", "size"), [(family, size) for family, sizes in SIZES.items() for size in sizes])
+def test_published_sizes_of_the_other_families(tmp_path, family, size):
+    """Their config.json is read as it is published; then every name and shape is that of transformers' model."""
+    (tmp_path / "config.json").write_text(json.dumps(published_config(family, size)))
+    with torch.device("meta"):
+        ours = make_model(read_config(tmp_path))
+    assert_same_shapes(ours)
+    assert sum(p.numel() for p in ours.parameters()) == SIZES[family][size]
 
 
 def test_half_precision(twins, saved, tmp_path):
@@ -188,10 +239,18 @@ def remove(pattern):
 
 YARN = {"text_config": None, "rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-OTHER, SINGLE, NORM = {"model_type": "qwen2_5_vl"}, "model.safetensors", "model.norm.weight"
+OTHER, SINGLE, NORM = {"model_type": "llava"}, "model.safetensors", "model.norm.weight"
+EXPERTS = {"model_type": "qwen3_vl_moe"}
 BROKEN = {
     "no config": (remove("config.json"), "holds no config.json; --model must name a folder"),
-    "another model": (edit("config.json", lambda c: c.update(OTHER)), "is of model_type 'qwen2_5_vl'; boxgrpo trains"),
+    "another model": (
+        edit("config.json", lambda c: c.update(OTHER)),
+        "is of model_type 'llava'; boxgrpo trains 'qwen2",
+    ),
+    "experts": (
+        edit("config.json", lambda c: c.update(EXPERTS)),
+        r"'qwen3_vl_moe'; mixtures of experts .*235B-A22B\) are not implemented; boxgrpo trains .*Qwen3-VL 2B, 4B",
+    ),
     "another rotation": (edit("config.json", lambda c: c.update(YARN)), "has rope_type 'yarn'"),
     "no object": (lambda folder: (folder / "config.json").write_text("[]"), "config.json cannot be read"),
     "a wrong type": (
@@ -227,30 +286,45 @@ def test_refused(twins, tmp_path, case):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "value"),
-    [
-        ("text_config", "hidden_act", "gelu"),
-        ("text_config", "use_sliding_window", True),
-        ("text_config", "layer_types", ["full_attention", "sliding_attention"]),
-        ("text_config", "attention_dropout", 0.1),
-        ("text_config", "mrope_section", [2, 3, 2]),
-        ("text_config", "rope_type", "linear"),
-        (None, "quantization_config", {"quant_method": "awq", "bits": 4}),
-        ("vision_config", "hidden_act", "gelu"),
-        ("vision_config", "rope_type", "linear"),
-        ("vision_config", "patch_size", 16),
-        ("vision_config", "temporal_patch_size", 1),
-        ("vision_config", "spatial_merge_size", 4),
-        ("vision_config", "in_channels", 4),
-    ],
-)
+# Of Qwen2-VL: the part of the config, a name in it, and the value.
+SETTINGS = [
+    ("text_config", "hidden_act", "gelu"),
+    ("text_config", "use_sliding_window", True),
+    ("text_config", "layer_types", ["full_attention", "sliding_attention"]),
+    ("text_config", "attention_dropout", 0.1),
+    ("text_config", "mrope_section", [2, 3, 2]),
+    ("text_config", "rope_type", "linear"),
+    (None, "quantization_config", {"quant_method": "awq", "bits": 4}),
+    ("vision_config", "hidden_act", "gelu"),
+    ("vision_config", "rope_type", "linear"),
+    ("vision_config", "patch_size", 16),
+    ("vision_config", "temporal_patch_size", 1),
+    ("vision_config", "spatial_merge_size", 4),
+    ("vision_config", "in_channels", 4),
+    ("vision_config", "hidden_size", 32),
+]
+# Of the other families: what Qwen2-VL does not have, or has otherwise.
+OWN = [
+    ("qwen2_5_vl", "vision_config", "window_size", 20),
+    ("qwen2_5_vl", "vision_config", "hidden_act", "quick_gelu"),
+    ("qwen2_5_vl", "vision_config", "out_hidden_size", 32),
+    ("qwen3_vl", "vision_config", "hidden_act", "gelu"),
+    ("qwen3_vl", "vision_config", "patch_size", 14),
+    ("qwen3_vl", "vision_config", "num_position_embeddings", 17),
+    ("qwen3_vl", "vision_config", "deepstack_visual_indexes", [0, 3]),
+    ("qwen3_vl", "vision_config", "deepstack_visual_indexes", [1, 0]),
+    ("qwen3_vl", "text_config", "attention_bias", True),
+    ("qwen3_vl", "text_config", "mrope_interleaved", False),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "name", "value"), [*(("tiny", *setting) for setting in SETTINGS), *OWN])
 def test_case_21_settings_that_are_not_implemented_are_refused_by_name(saved, part, name, value):
     """With the value; a checkpoint with another activation would load, with logits that are wrong by a sixth."""
 
     def change(config):
         inner = config[part] if part else config
-        rotary = name in ("rope_type", "mrope_section")
+        rotary = name in ("rope_type", "mrope_section", "mrope_interleaved")
         (inner["rope_parameters"] if rotary else inner).update({name: value} | ({"factor": 2.0} if rotary else {}))
 
     edit("config.json", change)(saved)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from families import EVERY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxgrpo.model import generate, static_cache
@@ -36,12 +37,12 @@ def transformers_greedy(theirs, prompt):
     return out[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["tiny", "published"])
+@pytest.mark.parametrize("kind", [*EVERY, "published"])
 def test_greedy_equals_transformers(twins, groups, make_prompt, kind):
     """Prompts of 0 to 6 images decoded together against each alone; some stop at an end token."""
     sizes = [(1, 4, 6), (1, 2, 4), (1, 6, 4), (1, 4, 2), (1, 2, 2), (1, 4, 4)]
     ours, theirs = twins(kind)
-    more = (2, 6) if kind == "tiny" else ()
+    more = () if kind == "published" else (2, 6)
     groups = [*groups, *(Group(make_prompt(sizes[:n], words=6, seed=20 + n)) for n in more)]
     whole = [transformers_greedy(theirs, group.prompt) for group in groups]
     assert {len(tokens) for tokens in whole} == {LENGTH}
@@ -94,7 +95,7 @@ def trained_logps(model, pack, temperature=1.0):
     return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0].cpu()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("kind", "temperature"), [("tiny", 1.0), ("tiny", 0.7), ("qwen3_vl", 1.0)])
 def test_logps_equal_the_trainers(model, groups, temperature, way):
     """Sampling reports the log-probabilities of a forward over the packed completions, token by token."""
     completions, samples = sample(model, groups, num_generations=4, temperature=temperature)

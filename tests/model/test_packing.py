@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from families import EVERY, ONE_EACH
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.model.batch import Conversation, Group, Pixels, Prompt, pack_groups, plan_packs
+from boxgrpo.model.decoder import head_dim
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
@@ -35,9 +37,9 @@ def groups(make_prompt):
 
 
 @pytest.fixture
-def model(twins):
-    """The tiny model, without gradients before and after; its tower is trained unless a test freezes it."""
-    ours, _ = twins("tiny")
+def model(twins, kind):
+    """Our model, without gradients before and after; its tower is trained unless a test freezes it."""
+    ours, _ = twins(kind)
     ours.zero_grad()
     yield ours
     ours.freeze_vision(False)
@@ -83,10 +85,11 @@ def test_values_of_pixels_are_those_of_the_table(monkeypatch, dtype):
             assert torch.equal(values[:, channel, frame], table[channel][colours].to(dtype))
 
 
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
-def test_shared_prompt_equals_whole_sequences(model, twins, hf_logits, groups, frozen):
+def test_shared_prompt_equals_whole_sequences(model, twins, kind, hf_logits, groups, frozen):
     """Log-probabilities within 1e-5 and every parameter's gradient within 1e-5 of its norm, against transformers."""
-    _, theirs = twins("tiny")
+    _, theirs = twins(kind)
     model.freeze_vision(frozen)
     theirs.zero_grad()
     if frozen:
@@ -132,6 +135,7 @@ def test_gradient_reaches_prompt_and_own_rows_only(model, groups):
         assert reached == prompt_rows | set(range(row, row + length - 1))
 
 
+@pytest.mark.parametrize("kind", ONE_EACH)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
 def test_empty_pack(model, frozen):
     """For a rank without work: no hidden states, and each trained parameter gets a gradient of zeros."""
@@ -145,6 +149,7 @@ def test_empty_pack(model, frozen):
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("kind", ONE_EACH)
 def test_gradient_checkpointing_changes_nothing(model, groups):
     pack = pack_groups(groups, image_token_id=IMAGE)
 
@@ -219,14 +224,16 @@ def test_plan_packs(costs):
     assert plan_packs(tight, 10, [1, 9, 8, 7]) == plan_packs(tight, 10)
 
 
-def test_flop_formulas_equal_torchs_count(twins, make_prompt):
+@pytest.mark.parametrize("kind", EVERY)
+def test_flop_formulas_equal_torchs_count(model, make_prompt):
     """Tower, decoder and head; torch counts causal attention as the full square that plain products compute."""
-    model = twins("tiny")[0]
+    text = model.config.text_config
     group = Group(make_prompt([(1, 4, 8), (1, 6, 4)], seed=1), [torch.tensor([5, 6, 7])])
     prompt, length = group.prompt, len(group.prompt.input_ids)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         model(pack_groups([group], image_token_id=IMAGE), lambda h, w: h @ w.T)
-    masked = 4 * 64 * model.config.text_config.num_hidden_layers * (length * length / 2 + 3 * 3 / 2)
+    width = text.num_attention_heads * head_dim(text)
+    masked = 4 * width * text.num_hidden_layers * (length * length / 2 + 3 * 3 / 2)
     tower = model.tower_flop(prompt.image_grid_thw)
     assert model.group_flop(group) + tower + masked == seen.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:

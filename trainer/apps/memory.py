@@ -33,7 +33,7 @@ from boxgrpo.model.cost import (
     tied_bytes,
     traffic,
 )
-from boxgrpo.model.families.qwen2_vl import Qwen2VL
+from boxgrpo.model.families import Qwen2VL, make_model
 from boxgrpo.trainer.arguments import check_options, option, parse
 from boxgrpo.trainer.options import COUNT, RANGES, GrpoOptions
 from boxgrpo.trainer.presence import check_model
@@ -77,8 +77,8 @@ def engines(lora_rank: int) -> list[Sharding]:
     return [Sharding("ddp", 0), *zero, *lora]
 
 
-def config_of(model: str) -> Qwen2VLConfig:
-    """The config of a published size or of a checkpoint's folder."""
+def config_of(model: str):
+    """The config of a published size of Qwen2-VL or of a checkpoint's folder."""
     if model not in PUBLISHED:
         return read_config(model)
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = PUBLISHED[model]
@@ -125,7 +125,7 @@ def memory(model: Qwen2VL, engine: Sharding, o: MemoryOptions) -> dict[str, int]
     in_one_pack = pack.scored == completions * o.max_completion_length
     rollout = before_backward + found["cache"] + found["gathered"]
     loss = loss_bytes(config, pack, size, head_trained=c.head_trained)
-    layer = layer_bytes(config.text_config, pack, size, rank)
+    layer = layer_bytes(config, pack, size, rank)
     last_layer = held + max(layer, tied_bytes(config, size, head_trained=c.head_trained))
     for suffix, checkpointing, beside in (("", False, loss), ("_checkpointed", True, max(loss, layer))):
         options = {"checkpointing": checkpointing, "head_trained": c.head_trained, "lora_rank": rank}
@@ -142,7 +142,7 @@ def report(o: MemoryOptions) -> dict[str, dict]:
     found = {}
     for name in [o.model] if o.model else ["2B", "7B"]:
         with torch.device("meta"):
-            model = Qwen2VL(config_of(name))
+            model = make_model(config_of(name))
         model.freeze_vision()
         chosen = [e for e in engines(o.lora_rank) if e.name.startswith(o.engine)]
         found[name] = {"engines": {e.name: memory(model, e, o) for e in chosen}}

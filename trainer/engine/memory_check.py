@@ -53,7 +53,7 @@ def make_memory_check(model: nn.Module, options, stage: int, ranks: Ranks) -> Ca
         kept = {"checkpointing": checkpointing, "head_trained": head_trained, "lora_rank": rank}
         beside = loss_bytes(config, pack, size, head_trained=head_trained)
         if checkpointing:
-            beside = max(beside, layer_bytes(config.text_config, pack, size, rank))
+            beside = max(beside, layer_bytes(config, pack, size, rank))
         return round(MARGIN * (activation_bytes(config, pack, size, **kept) + beside)) + buckets
 
     def check(packs: Sequence[PackedBatch]) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import family_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -48,8 +49,12 @@ DOCUMENT = pathlib.Path(__file__).resolve().parents[3] / "docs/memory.md"
 IMAGE = SPECIAL_IDS["<|image_pad|>"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES = [
-    ({"hidden_size": 128, "layers": 3}, [(150, [40] * 6), (150, [40] * 6)], 600),
-    ({"hidden_size": 64, "layers": 5, "heads": 2, "kv_heads": 1}, [(300, [70, 64, 67]), (290, [60])], 2000),
+    (tiny_config(600, SPECIAL_IDS), [(150, [40] * 6), (150, [40] * 6)]),
+    (
+        tiny_config(2000, SPECIAL_IDS, hidden_size=64, layers=5, heads=2, kv_heads=1),
+        [(300, [70, 64, 67]), (290, [60])],
+    ),
+    (family_config("qwen3_vl"), [(150, [40] * 6), (150, [40] * 6)]),
 ]
 
 
@@ -108,8 +113,7 @@ def saved_bytes(model, batch) -> int:
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 def test_activations_are_what_a_forward_saves(shape, checkpointing):
     """fp32 on a CPU, through SDPA over padded buckets."""
-    sizes, packed, vocabulary = SHAPES[shape]
-    config = tiny_config(vocabulary, SPECIAL_IDS, **sizes)
+    config, packed = SHAPES[shape]
     model, batch = trained(config), pack_groups(groups(packed), image_token_id=IMAGE)
     model.model.gradient_checkpointing = checkpointing
     counted = activation_bytes(config, shape_of(batch, torch.float32), 4, checkpointing=checkpointing)
@@ -214,8 +218,8 @@ def test_ddp_holds_what_is_counted(dtype):
     )
 
 
-def test_a_cache_holds_what_is_counted():
-    config = tiny_config(160, SPECIAL_IDS, heads=4, kv_heads=1)
+@pytest.mark.parametrize("config", [tiny_config(160, SPECIAL_IDS, heads=4, kv_heads=1), family_config("qwen3_vl")])
+def test_a_cache_holds_what_is_counted(config):
     sizes = {"num_generations": 3, "max_completion_length": 7}
     cache = prefill(trained(config), groups([(30, []), (30, [])]), eos_token_ids=[101], **sizes).cache
     tensors = [t for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair]
