@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 import torch
-from families import KINDS, family_config
 from PIL import Image
 
 from browser import browser  # noqa: F401 - a fixture
+from families import KINDS, family_config
 from special_ids import SPECIAL_IDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

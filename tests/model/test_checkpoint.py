@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 import transformers
-from families import ONE_EACH, published_config
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from boxgrpo.model.checkpoint import INDEX, load_model, read_config, save_model
 from boxgrpo.model.families import make_model
+from families import ONE_EACH, published_config
 
 SHARDS = {"one file": "5GB", "shards": "400KB"}
 PUBLISHED_NAMES = {  # for vLLM

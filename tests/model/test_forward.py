@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from families import EVERY, KINDS, ONE_EACH
 
 from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.families import make_model, qwen2_vl
+from families import EVERY, KINDS, ONE_EACH
 from kernel_cases import assert_refused
 from special_ids import SPECIAL_IDS
 

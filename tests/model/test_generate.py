@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from families import EVERY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxgrpo.model import generate, static_cache
@@ -13,6 +12,7 @@ from boxgrpo.model.attention import DecodeCache
 from boxgrpo.model.batch import Group, pack_groups
 from boxgrpo.model.generate import head_logits, prefill
 from boxgrpo.model.static_cache import Segments, StaticCache
+from families import EVERY
 from sampling import LENGTH, VISION, sample
 from special_ids import SPECIAL_IDS
 

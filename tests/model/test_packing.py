@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from families import EVERY, ONE_EACH
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from boxgrpo.model.batch import Conversation, Group, Pixels, Prompt, pack_groups, plan_packs
 from boxgrpo.model.decoder import head_dim
+from families import EVERY, ONE_EACH
 from special_ids import SPECIAL_IDS
 
 IMAGE = SPECIAL_IDS["<|image_pad|>"]

@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from boxgrpo.model.batch import FRAMES, Conversation, Pixels, Prompt
 from boxgrpo.model.checkpoint import read_config
 from boxgrpo.model.decoder import mrope_position_ids
+from boxgrpo.model.families import family_of
 
 from .example import BOX_PREFIX, MARK, THINK_SUFFIX, Example, asked, box_text
 from .images import MIN_SIDE, enlarged, load_image
@@ -122,7 +123,8 @@ class Processor:
             ValueError: there is no such folder, it holds another model, or a file is missing or broken; the network is
                 not used.
         """
-        read_config(folder)
+        if (config := read_config(folder)).model_type != "qwen2_vl":  # the only family whose prompts are built here
+            raise ValueError(f"{folder} is a {family_of(config).family}; its prompts cannot be built. Use a Qwen2-VL.")
         parts = []
         for files, kind in _PARTS.items():
             try:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import family_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -42,6 +41,7 @@ from boxgrpo.trainer.run import frozen_copy
 from boxgrpo.trainer.runtime.ranks import Ranks
 from boxgrpo.trainer.step.pack import make_packs
 from boxgrpo.trainer.world.tiny import tiny_config
+from families import family_config
 from special_ids import SPECIAL_IDS
 
 ALONE = SimpleNamespace(ranks=Ranks(), lockstep=False, min_packs=0)  # an engine of one rank

@@ -15,6 +15,9 @@ from boxgrpo.trainer.data.example import Example, Refused
 from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.processor import Processor, resized
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+from boxgrpo.trainer.world.tiny import tiny_config
+from families import family_config
+from special_ids import SPECIAL_IDS
 
 THINK = (
     " First output the thinking process in <think> </think> tags"
@@ -239,7 +242,7 @@ def test_decode_keeps_box_marks_and_drops_the_end(demo):
 
 def test_saved_folders_load_here_and_in_hugging_face(demo, images, tmp_path):
     demo.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    tiny_config(500, SPECIAL_IDS).save_pretrained(tmp_path)
     loaded = Processor.from_pretrained(tmp_path, **LIMITS)
     before, after = demo.prompt(example(images)), loaded.prompt(example(images))
     assert torch.equal(before.input_ids, after.input_ids) and torch.equal(before.pixel_values, after.pixel_values)
@@ -250,6 +253,14 @@ def test_saved_folders_load_here_and_in_hugging_face(demo, images, tmp_path):
     )
     smaller = Processor.from_pretrained(tmp_path, min_pixels=784, max_pixels=3136)
     assert smaller.prompt(example(images)).image_grid_thw.prod(1).max() <= 3136 // 14**2
+
+
+@pytest.mark.parametrize(("kind", "name"), [("qwen2_5_vl", "Qwen2.5-VL"), ("qwen3_vl", "Qwen3-VL")])
+def test_a_family_whose_prompts_are_not_built_here_is_refused_by_name(demo, tmp_path, kind, name):
+    demo.save_pretrained(tmp_path)
+    family_config(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a {name}; its prompts cannot be built\. Use a Qwen2-VL"):
+        Processor.from_pretrained(tmp_path, **LIMITS)
 
 
 def test_pixel_limits_and_tokens_are_checked(demo):
