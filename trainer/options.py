@@ -73,7 +73,7 @@ class InputOptions:
 
     choices: ClassVar = CHOICES
     ranges: ClassVar = RANGES
-    model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
+    model: str = option("", "Folder with a Qwen2-VL or Qwen3-VL checkpoint in Hugging Face form, tokenizer included.")
     data: list[str] = field(
         default_factory=list,
         metadata={"help": "JSON, JSONL, Parquet or datasets folders; file.json#7000 takes 7000 records, by the seed."},

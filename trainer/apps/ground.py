@@ -30,7 +30,7 @@ class GroundOptions:
 
     choices: ClassVar = CHOICES | {"answer_format": ("think", "box"), "json": ("", "-")}
     ranges: ClassVar = RANGES | {"port": "[0, 65535]", "target_image": "[0, 2147483647]"}
-    model: str = option("", "Folder with a Qwen2-VL checkpoint in Hugging Face form, tokenizer included.")
+    model: str = option("", "Folder with a Qwen2-VL or Qwen3-VL checkpoint in Hugging Face form, tokenizer included.")
     image: list[str] = field(
         default_factory=list, metadata=repeated("An image file; given once for each image, in the question's order.")
     )

@@ -17,7 +17,7 @@ from .example import Refused, Source
 
 # Not EPS: Pillow starts another program for it. AVIF and HEIF (HEIC) where this Pillow reads them.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
-MIN_SIDE = 28  # pixels: one vision token is 28 x 28
+MIN_SIDE = 28  # pixels, for all families
 MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's smart_resize
 MAX_IMAGE_PIXELS = 64_000_000  # largest width x height to decode, checked by the file's header
 # A path without empty parts and parts that begin with a dot, so that it need not be resolved. Base64 has no dot.

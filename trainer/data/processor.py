@@ -1,8 +1,11 @@
-"""Converts examples to token ids, patches and positions in Qwen2-VL's chat format."""
+"""Converts examples to token ids, patches and positions in the chat format of the model's family."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +21,42 @@ from boxgrpo.model.decoder import mrope_position_ids
 from boxgrpo.model.families import family_of
 
 from .example import BOX_PREFIX, MARK, THINK_SUFFIX, Example, asked, box_text
-from .images import MIN_SIDE, enlarged, load_image
+from .images import enlarged, load_image
 from .vocabulary import SPECIAL_TOKENS, SYSTEM_PROMPT
 
 _VISION_TOKENS = [token for token in SPECIAL_TOKENS if "vision" in token or "_pad" in token]
 _RESERVED = re.compile("|".join(map(re.escape, (*_VISION_TOKENS, *SPECIAL_TOKENS[:3]))))  # must not occur in a text
 # The ids around a turn's text. An answer is encoded without its header: it begins where a completion does.
+_HEADER = "<|im_start|>assistant\n"
 _BEFORE = {"system": "<|im_start|>system\n", "user": "\n<|im_start|>user\n", "assistant": ""}
-_AFTER = {"system": "<|im_end|>", "user": "<|im_end|>\n<|im_start|>assistant\n", "assistant": "<|im_end|>"}
+_AFTER = {"system": "<|im_end|>", "user": f"<|im_end|>\n{_HEADER}", "assistant": "<|im_end|>"}
 
 
-def resized(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Width and height in pixels at which a model is given an image of this width and height; see `Processor`."""
+class ChatFormat(NamedTuple):
+    """What a family's chats have of their own. Sizes and values of its patches are in preprocessor_config.json."""
+
+    default_system: str | None  # the system's text of a record that has none; None: then it has no system's turn
+    coordinates: str  # in which the model writes boxes: "thousandths" of the image, or "resized_pixels"
+
+
+CHAT_FORMATS = {
+    "qwen2_vl": ChatFormat(SYSTEM_PROMPT, "thousandths"),
+    "qwen2_5_vl": ChatFormat(SYSTEM_PROMPT, "resized_pixels"),
+    "qwen3_vl": ChatFormat(None, "thousandths"),
+}
+
+
+def resized(size: tuple[int, int], min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
+    """Width and height in pixels at which a model is given an image of this width and height; see `Processor`.
+
+    `factor`: side of a vision token in pixels, two patches.
+    """
     width, height = enlarged(size)
-    return smart_resize(height, width, MIN_SIDE, min_pixels, max_pixels)[::-1]
+    return smart_resize(height, width, factor, min_pixels, max_pixels)[::-1]
 
 
 def _one_frame(p: Qwen2VLImageProcessorPil, image: Image.Image, **options) -> tuple[np.ndarray, np.ndarray]:
-    """What the image processor makes of an image: patches (p, 3, 196) fp32 of one frame, and grid_thw (1, 3)."""
+    """What the image processor makes of an image: patches (p, 3, side²) fp32 of one frame, and grid_thw (1, 3)."""
     features = p(images=[image], return_tensors="np", **options)
     patches = features["pixel_values"]
     return patches.reshape(len(patches), 3, FRAMES, -1)[:, :, 0], features["image_grid_thw"]
@@ -48,14 +69,31 @@ AS_COLOURS = {"do_rescale": False, "do_normalize": False}  # 0-255
 
 def _value_table(p: Qwen2VLImageProcessorPil) -> Tensor:
     """(3, 256) fp32: the image processor's value of each 8-bit colour, by channel, read off an image of all colours."""
-    ramp = Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), (MIN_SIDE, MIN_SIDE, 1)).repeat(3, 2))
+    side = p.patch_size * p.merge_size
+    ramp = Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), (side, side, 1)).repeat(3, 2))
     colours, values = (_one_frame(p, ramp, do_resize=False, **how)[0] for how in (AS_COLOURS, {}))
     table = np.zeros((3, 256), dtype=np.float32)
     table[np.arange(3)[:, None], colours.astype(np.uint8)] = values
     return torch.from_numpy(table)
 
 
-def _written_turns(example: Example, *, answered: bool) -> list[tuple[str, str]]:
+def _check_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the chat template puts more than its header before an answer."""
+    older = Path(folder) / "chat_template.json"  # where many checkpoints have it
+    asked = [{"role": "user", "content": "Where?"}]
+    try:
+        template = tokenizer.chat_template or json.loads(older.read_text())["chat_template"]
+        text = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except Exception:  # none, or a broken one, which is not used here: any type of error
+        return
+    if not text.endswith(_HEADER):
+        raise ValueError(
+            f"{folder}: its chat template ends a question with {text[-40:]!r}; an answer must begin after {_HEADER!r}. "
+            "Thinking checkpoints cannot be trained: use an Instruct checkpoint."
+        )
+
+
+def _written_turns(example: Example, default_system: str | None, *, answered: bool) -> list[tuple[str, str]]:
     """(role, text) of the system's turn, the question and, if `answered`, all later turns; a mark for each image."""
     turns = example.turns
     if not turns and example.answer_format == "think":  # a chat's questions already name the answer's format
@@ -63,10 +101,11 @@ def _written_turns(example: Example, *, answered: bool) -> list[tuple[str, str]]
     elif not turns:
         answer = (("assistant", box_text(example.gold)),) if example.gold is not None else ()
         turns = (("user", asked(example.question, prefix=BOX_PREFIX)), *answer)
-    turns = [("system", SYSTEM_PROMPT if example.system is None else example.system), *turns]
-    if not any(MARK in text for _, text in turns):
-        turns[1] = ("user", MARK * len(example.images) + turns[1][1])
-    return turns if answered else turns[:2]
+    system = default_system if example.system is None else example.system
+    before = [] if system is None else [("system", system)]
+    if not any(MARK in text for _, text in (*before, *turns)):
+        turns = [("user", MARK * len(example.images) + turns[0][1]), *turns[1:]]
+    return [*before, *(turns if answered else turns[:1])]
 
 
 class Processor:
@@ -74,9 +113,11 @@ class Processor:
 
     Args:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
-        image_processor: a Qwen2-VL image processor; its size limits are replaced by those given here.
-        min_pixels, max_pixels: an image is scaled to an area between these, in pixels, sides in multiples of 28.
+        image_processor: a Qwen2-VL image processor, of all families; its size limits are replaced by those given here.
+        min_pixels, max_pixels: an image is scaled to an area between these, in pixels, sides in multiples of two
+            patches.
         max_prompt_tokens: longest prompt or conversation in tokens, those of images included; None: any length.
+        family: model_type of the config, a key of `CHAT_FORMATS`.
 
     Raises:
         ValueError: a special token is missing, or the pixel limits are not 0 < min_pixels <= max_pixels.
@@ -90,6 +131,7 @@ class Processor:
         min_pixels: int,
         max_pixels: int,
         max_prompt_tokens: int | None = None,
+        family: str = "qwen2_vl",
     ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(
@@ -101,6 +143,7 @@ class Processor:
             raise ValueError(
                 f"the tokenizer has no {missing[0]}; Qwen2-VL's special tokens are needed. Use its tokenizer."
             )
+        self.chat_format = CHAT_FORMATS[family]
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_processor.size = SizeDict(shortest_edge=min_pixels, longest_edge=max_pixels)
@@ -114,17 +157,19 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **limits: int | None) -> "Processor":
-        """The tokenizer and image processor of a Qwen2-VL checkpoint folder, Hugging Face's or ours.
+        """The tokenizer and image processor of a checkpoint folder, Hugging Face's or ours.
 
         Args:
             limits: min_pixels, max_pixels and max_prompt_tokens, as above.
 
         Raises:
-            ValueError: there is no such folder, it holds another model, or a file is missing or broken; the network is
-                not used.
+            ValueError: there is no such folder, it holds another model, or a file is missing, broken or of another
+                model; the network is not used.
         """
-        if (config := read_config(folder)).model_type != "qwen2_vl":  # the only family whose prompts are built here
-            raise ValueError(f"{folder} is a {family_of(config).family}; its prompts cannot be built. Use a Qwen2-VL.")
+        config = read_config(folder)
+        family, vision = family_of(config).family, config.vision_config
+        if (unit := CHAT_FORMATS[config.model_type].coordinates) != "thousandths":
+            raise ValueError(f"{folder} is a {family}; boxes in {unit} cannot be trained. Use a Qwen2-VL or Qwen3-VL.")
         parts = []
         for files, kind in _PARTS.items():
             try:
@@ -135,7 +180,16 @@ class Processor:
                     f"{folder}: {files} is missing or cannot be read ({fault:.150}). Copy it again from the model from "
                     "which the weights were trained."
                 ) from error
-        return cls(*parts, **limits)
+        tokenizer, images = parts
+        _check_template(folder, tokenizer)
+        side, merge = vision.patch_size, vision.spatial_merge_size
+        for name, value in {"patch_size": side, "merge_size": merge, "temporal_patch_size": FRAMES}.items():
+            if (found := getattr(images, name)) != value:
+                raise ValueError(
+                    f"{folder}: preprocessor_config.json has {name} {found}; this {family} has {value}. Copy it again "
+                    "from the model from which the weights were trained."
+                )
+        return cls(tokenizer, images, family=config.model_type, **limits)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write tokenizer and image processor in Hugging Face's format."""
@@ -143,7 +197,7 @@ class Processor:
         self.image_processor.save_pretrained(folder)
 
     def prompt(self, example: Example) -> Prompt:
-        """The prompt: the system's turn, the question with its images and the header of the answer's turn.
+        """The prompt: the system's turn, if any, the question with its images and the header of the answer's turn.
 
         It is a prefix of `conversation`, without the images of later turns.
 
@@ -158,7 +212,8 @@ class Processor:
         """Number of tokens of the example's `prompt` for images of these (width, height) in pixels; opens none."""
         p = self.image_processor
         counts = [p.get_number_of_image_patches(*enlarged(size)[::-1]) // p.merge_size**2 for size in sizes]
-        return len(self._tokens(_written_turns(example, answered=False), counts, example.source)[0])
+        turns = _written_turns(example, self.chat_format.default_system, answered=False)
+        return len(self._tokens(turns, counts, example.source)[0])
 
     def conversation(self, example: Example) -> Conversation:
         """All turns of an example. The loss covers the texts of its answers and the `<|im_end|>` that closes each.
@@ -193,7 +248,7 @@ class Processor:
     def _tensors(self, example: Example, *, answered: bool):
         """The fields of a `Prompt`, or if `answered` of the whole chat, and by token whether the loss covers it."""
         pixels, grids = None, torch.zeros(0, 3, dtype=torch.int64)
-        turns = _written_turns(example, answered=answered)
+        turns = _written_turns(example, self.chat_format.default_system, answered=answered)
         if shown := example.images[: sum(text.count(MARK) for _, text in turns)]:
             # One by one, so that only one image at a time is in memory in full size.
             parts = []
@@ -201,7 +256,7 @@ class Processor:
                 colours, grid = _one_frame(self.image_processor, load_image(path), **AS_COLOURS)
                 parts.append((colours.astype(np.uint8), grid))
             patches, sizes = map(np.concatenate, zip(*parts, strict=True))
-            pixels = Pixels(torch.from_numpy(patches).flatten(1), self._pixel_table)  # (p, 588)
+            pixels = Pixels(torch.from_numpy(patches).flatten(1), self._pixel_table)  # (p, 3 * side²)
             grids = torch.from_numpy(sizes)  # (I, 3) patches
         merge = self.image_processor.merge_size
         ids, loss_mask = self._tokens(turns, (grids.prod(1) // merge**2).tolist(), example.source)
@@ -226,7 +281,8 @@ class Processor:
                     f"{source}: the {role}'s text holds {reserved[0]}, which delimits turns or images. "
                     "Remove it from the record."
                 )
-            for index, part in enumerate((_BEFORE[role] + text + _AFTER[role]).split(MARK)):
+            before = _BEFORE[role] if ids else _BEFORE[role].lstrip()
+            for index, part in enumerate((before + text + _AFTER[role]).split(MARK)):
                 if index:
                     ids += [start, *[self.image_token_id] * next(counts), end]
                 ids += encode(part, add_special_tokens=False).ids

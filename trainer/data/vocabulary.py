@@ -1,4 +1,4 @@
-"""Qwen2-VL's special tokens and chat template, the demo's small tokenizer, and the bytes of a tokenizer's ids."""
+"""The special tokens and chat templates, the demo's small tokenizer, and the bytes of a tokenizer's ids."""
 
 import re
 from collections import Counter
@@ -19,22 +19,27 @@ BOX_MARKS = ("<|box_start|>", "<|box_end|>")
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# Equivalent to Qwen2-VL's own template for text and images. A message's content is a string or a list of parts.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{%- if loop.first and message.role != 'system' %}"
-    "{{- '<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n' }}"
-    "{%- endif %}"
-    "{{- '<|im_start|>' + message.role + '\n' }}"
-    "{%- if message.content is string %}{{- message.content }}{%- else %}"
-    "{%- for part in message.content %}"
-    "{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- elif part.type == 'text' %}{{- part.text }}{%- endif %}"
-    "{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
+
+def chat_template(default_system: str | None) -> str:
+    """A template equivalent to the families' own for text and images, with the system's text of a chat without one.
+
+    None: such a chat has no system's turn. A message's content is a string or a list of parts.
+    """
+    turn = f"<|im_start|>system\n{default_system}<|im_end|>\n"
+    first = "{%- if loop.first and message.role != 'system' %}{{- '" + turn + "' }}{%- endif %}"
+    return (
+        f"{{%- for message in messages %}}{'' if default_system is None else first}"
+        "{{- '<|im_start|>' + message.role + '\n' }}"
+        "{%- if message.content is string %}{{- message.content }}{%- else %}"
+        "{%- for part in message.content %}"
+        "{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+        "{%- elif part.type == 'text' %}{{- part.text }}{%- endif %}"
+        "{%- endfor %}{%- endif %}"
+        "{{- '<|im_end|>\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    )
+
 
 # Pieces of the demo's tokenizer: a run of tags and punctuation with the spaces inside it and before a digit, a whole
 # number, a word, white space.
@@ -101,9 +106,9 @@ def box_mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with `SPECIAL_TOKENS` after its own, their roles, and the chat template."""
+    """The tokenizer with `SPECIAL_TOKENS` after its own, their roles, and Qwen2-VL's chat template."""
     # Before the roles are set: adding these tokens by role would give them other ids.
     tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template(SYSTEM_PROMPT)
     return tokenizer

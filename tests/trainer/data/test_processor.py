@@ -1,6 +1,7 @@
-"""Examples become Qwen2-VL's chat: the ids Hugging Face gives, counted image tokens, and a mask on the answers."""
+"""Examples become a family's chat: the ids Hugging Face gives, counted image tokens, and a mask on the answers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.trainer.data.example import Example, Refused
 from boxgrpo.trainer.data.images import load_image
 from boxgrpo.trainer.data.processor import Processor, resized
-from boxgrpo.trainer.data.vocabulary import demo_tokenizer
+from boxgrpo.trainer.data.vocabulary import chat_template, demo_tokenizer
 from boxgrpo.trainer.world.tiny import tiny_config
 from families import family_config
 from special_ids import SPECIAL_IDS
@@ -25,13 +26,15 @@ THINK = (
 )
 ANSWER = "<think>It is left.</think><answer>(125, 250), (500, 750)</answer>"
 LIMITS = {"min_pixels": 784, "max_pixels": 50_000}
+QWEN3 = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+# The images of these tests have the same numbers of tokens, whose sides are 28 or 32 pixels.
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     paths = []
-    for name, size in (("wide", (112, 56)), ("tall", (60, 140))):
+    for name, size in (("wide", (112, 56)), ("tall", (60, 150))):
         paths.append(str(folder / f"{name}.png"))
         Image.effect_noise(size, 60).save(paths[-1])
     return tuple(paths)
@@ -48,7 +51,16 @@ def qwen2(shared):
     return Processor(tokenizer, Qwen2VLImageProcessorPil(), **LIMITS)
 
 
-@pytest.fixture(params=["demo", "qwen2"])
+@pytest.fixture(scope="module")
+def qwen3(shared):
+    """Qwen3-VL's: thinking tags are tokens, and no system's turn is added."""
+    tokenizer = qwen2_tokenizer(shared / "data/qwen2_tokenizer/merges.txt")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = chat_template(None)
+    return Processor(tokenizer, Qwen2VLImageProcessorPil(**QWEN3), family="qwen3_vl", **LIMITS)
+
+
+@pytest.fixture(params=["demo", "qwen2", "qwen3"])
 def processor(request):
     return request.getfixturevalue(request.param)
 
@@ -79,8 +91,9 @@ def spelled(processor, ids):
 
 def test_prompt_is_images_question_and_instruction(processor, images):
     prompt = processor.prompt(example(images))
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert spelled(processor, prompt.input_ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"{'' if processor.chat_format.default_system is None else system}"
         "<|im_start|>user\n<|vision_start|>[8]<|vision_end|><|vision_start|>[10]<|vision_end|>"
         f"Where is the cup?{THINK}<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -106,6 +119,25 @@ def test_patches_are_the_image_processors_to_the_bit_and_give_the_images_back(de
         assert torch.equal(expected["image_grid_thw"], prompt.image_grid_thw)
         assert torch.equal(expected["pixel_values"], prompt.pixel_values)
     assert demo.images_of(demo.prompt(example(()))) == []
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_patches_of_16_pixels_are_the_image_processors_to_the_bit(qwen3, tmp_path, count):
+    """Up to six images of different sizes, one below a token's 32 pixels, one scaled down and one up."""
+    paths = []
+    for size in [(96, 64), (28, 140), (500, 300), (20, 90), (33, 31), (64, 224)][:count]:
+        noise = Image.merge("RGB", [Image.effect_noise(size, 200) for _ in range(3)])
+        noise.save(path := tmp_path / f"{size[0]}.png")
+        paths.append(str(path))
+    prompt = qwen3.prompt(example(tuple(paths)))
+    images = qwen3.images_of(prompt)
+    assert images[0].tobytes() == Image.open(paths[0]).tobytes()
+    assert [image.size for image in images] == [resized(Image.open(path).size, factor=32, **LIMITS) for path in paths]
+    expected = qwen3.image_processor(images=[load_image(path) for path in paths], return_tensors="pt")
+    assert torch.equal(expected["image_grid_thw"], prompt.image_grid_thw)
+    assert torch.equal(expected["pixel_values"], prompt.pixel_values)
+    sizes = [Image.open(path).size for path in paths]
+    assert qwen3.prompt_tokens(example(tuple(paths)), sizes) == len(prompt.input_ids)
 
 
 def hugging_face_ids(processor, messages, image_tokens, *, answered=True):
@@ -255,11 +287,38 @@ def test_saved_folders_load_here_and_in_hugging_face(demo, images, tmp_path):
     assert smaller.prompt(example(images)).image_grid_thw.prod(1).max() <= 3136 // 14**2
 
 
-@pytest.mark.parametrize(("kind", "name"), [("qwen2_5_vl", "Qwen2.5-VL"), ("qwen3_vl", "Qwen3-VL")])
-def test_a_family_whose_prompts_are_not_built_here_is_refused_by_name(demo, tmp_path, kind, name):
+def test_a_saved_qwen3_vl_is_loaded_as_one(qwen3, images, tmp_path):
+    qwen3.save_pretrained(tmp_path)
+    family_config("qwen3_vl").save_pretrained(tmp_path)
+    before, after = (p.prompt(example(images)) for p in (qwen3, Processor.from_pretrained(tmp_path, **LIMITS)))
+    assert torch.equal(before.input_ids, after.input_ids) and torch.equal(before.pixel_values, after.pixel_values)
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "chat_template.json"])
+def test_a_thinking_checkpoint_is_refused_by_its_template(qwen3, tmp_path, place):
+    template = chat_template(None).replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    qwen3.save_pretrained(tmp_path)
+    family_config("qwen3_vl").save_pretrained(tmp_path)
+    if place == "tokenizer":
+        (tmp_path / "chat_template.jinja").write_text(template)
+    else:
+        (tmp_path / "chat_template.jinja").unlink()
+        (tmp_path / place).write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match=r"ends a question with '.*<think>.n'.* Thinking checkpoints cannot be"):
+        Processor.from_pretrained(tmp_path, **LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("qwen2_5_vl", "is a Qwen2.5-VL; boxes in resized_pixels cannot be trained. Use a Qwen2-VL or Qwen3-VL."),
+        ("qwen3_vl", "preprocessor_config.json has patch_size 14; this Qwen3-VL has 16. Copy it again"),
+    ],
+)
+def test_what_does_not_fit_the_family_is_refused_by_name(demo, tmp_path, kind, message):
     demo.save_pretrained(tmp_path)
     family_config(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"{tmp_path} is a {name}; its prompts cannot be built\. Use a Qwen2-VL"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Processor.from_pretrained(tmp_path, **LIMITS)
 
 
