@@ -10,7 +10,6 @@ from boxgrpo.model.families import FAMILIES
 from special_ids import SPECIAL_IDS
 
 TEXT = {
-    "vocab_size": 160,
     "intermediate_size": 96,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
@@ -18,9 +17,7 @@ TEXT = {
     "max_position_embeddings": 4096,
 }
 VISION = {"initializer_range": 0.08}
-IDS = {name: SPECIAL_IDS[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
-IDS = {f"{name}_token_id": number for name, number in IDS.items()}
-IDS |= {f"{name}_token_id": SPECIAL_IDS[f"<|{name}_pad|>"] for name in ("image", "video")}
+IDS = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
 
 # By name: the family, whether the head is tied, settings of the decoder and of the tower. A window of 56 pixels is 2 x
 # 2 merged blocks, one of 112 is 4 x 4. A learned grid of 16 positions is smaller than most images, one of 2304 larger.
@@ -77,16 +74,16 @@ ONE_EACH = ("tiny", "qwen2_5_vl", "qwen3_vl")  # of `twins`
 EVERY = [*ONE_EACH, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ONE_EACH)]
 
 
-def family_config(kind: str):
-    """The small config with this name."""
+def family_config(kind: str, vocab_size: int = 160, ids: dict[str, int] = SPECIAL_IDS):
+    """The small config with this name. `ids`: of the special tokens."""
     family, tied, text, vision = KINDS[kind]
-    text = TEXT | text
+    text = TEXT | text | {"vocab_size": vocab_size}
     rope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [*text.pop("sections")]}
     return FAMILIES[family].config_class(
         text_config=text | {"rope_parameters": rope},
         vision_config=VISION | vision | {"out_hidden_size": text["hidden_size"]},
         tie_word_embeddings=tied,
-        **IDS,
+        **{f"{name}_token_id": ids[f"<|{token}|>"] for name, token in IDS.items()},
     )
 
 
