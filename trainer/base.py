@@ -41,7 +41,7 @@ ENOUGH = 0.985  # held-out Acc@0.5 with which the run ends before its last step
 CARD = """\
 # The base model of the {world} world
 
-A Qwen2-VL of {count:,} parameters. Its weights are boxgrpo's own: `trainer/base.py` trained them from random ones, by
+A Qwen2-VL of {count:,} parameters. Its weights are boxgrpo's own: `trainer/base.py` trained them from {start}, by
 `trainer/recipes/base.yaml`, on plain questions about drawn scenes (`trainer/world/plain.py`; levels {levels}, images of
 {size} pixels, seed {seed}), no scene twice. It has seen none of the tasks, which compare images. License: boxgrpo's.
 
@@ -60,6 +60,7 @@ class BaseOptions:
     output_dir: str = option("out/base", "Folder for the initial weights, the run and the model.")
     seed: int = option(0, "Seed of the weights and of the scenes; held-out scenes have the next one.")
     world: str = option("drawn", "Drawn shapes, or handwritten digits: scikit-learn's scans.")
+    start: str = option("", "Folder of a base model to start from, with its tokenizer; empty: random weights.")
     levels: str = option("0,1,2", "Difficulties of the scenes, 0 to 2; each scene has one at random.")
     size: int = option(112, "Side of the images in pixels, a multiple of 56.")
     held_out: int = option(500, "Held-out scenes to score on, with one question each.")
@@ -102,7 +103,11 @@ def train(o: BaseOptions, r: Ranks) -> None:
     root, shown = Path(o.output_dir), {"levels": parse_numbers(o.levels, "levels"), "size": o.size, "world": o.world}
     if r.is_main:
         scenes = PlainScenes(o.held_out, o.seed + 1, **shown, held_out=True)
-        make_initial_checkpoint(DemoOptions(output_dir=o.output_dir, seed=o.seed), world_texts(o.world), **SIZE)
+        if o.start:
+            with replace_folder(root / "initial") as folder:
+                shutil.copytree(o.start, folder, dirs_exist_ok=True)
+        else:
+            make_initial_checkpoint(DemoOptions(output_dir=o.output_dir, seed=o.seed), world_texts(o.world), **SIZE)
         (root / "held_out.json").write_text(json.dumps([to_record(example) for example in scenes]))
     r.gather(None)  # wait for the files
     flags = [f"--config={RECIPES / 'base.yaml'}", f"--model={root / 'initial'}", f"--output_dir={root / 'run'}"]
@@ -144,7 +149,8 @@ def write_model(o: BaseOptions) -> None:
         policy = load_model(root / "run" / BEST, dtype=torch.bfloat16)
         save_model(policy, folder)
         count = sum(p.numel() for p in policy.parameters())
-        (folder / "README.md").write_text(CARD.format(count=count, curve=curve(root / "run"), **vars(o)))
+        told = vars(o) | {"start": o.start or "random ones", "count": count, "curve": curve(root / "run")}
+        (folder / "README.md").write_text(CARD.format(**told))
 
 
 def curve(run: Path) -> str:

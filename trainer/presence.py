@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-FOLDERS = ("image_root", "eval_image_root", "base")
+FOLDERS = ("image_root", "eval_image_root", "base", "start")
 FILES = ("eval_data", "predictions")
 _REPLACED = re.compile(r"checkpoint-\d+|best|results\.json")  # in an output_dir, by a new run or evaluation
 INPUTS = ("model", "data", "eval_data", "predictions", "path")

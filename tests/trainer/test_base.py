@@ -73,6 +73,15 @@ def test_the_run_ends_with_the_first_score_that_is_enough(few, tmp_path, monkeyp
     assert (tmp_path / "out/model/model.safetensors").exists()
 
 
+def test_a_run_starts_from_the_weights_and_the_tokenizer_of_another_base(few, tmp_path):
+    base.main([*few, "--world=digits", f"--start={recipe.BASE}"])
+    model, start = tmp_path / "out/model", recipe.BASE
+    assert (model / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    pairs = zip(load_model(start).parameters(), load_model(model).parameters(), strict=True)
+    assert 0 < max((p - q).abs().max().item() for p, q in pairs) < 0.05
+    assert f"trained them from {start}, by" in (model / "README.md").read_text()
+
+
 def test_the_repositorys_base_is_small_and_answers_questions_about_new_scenes(tmp_path):
     weights = load_file(recipe.BASE / "model.safetensors")
     assert sum(path.stat().st_size for path in recipe.BASE.iterdir()) <= 5e6

@@ -178,7 +178,7 @@ ALWAYS = set(
     loss_type scale_rewards difficulty dynamic_sampling rollout rollout_file log_completions bench predictions
     limit image question serve gpus device prompt_tokens gigabits judge_model sample chains min_iou judge_temperature
     max_tokens tries ask answers tasks levels size cold_start from_nothing train held_out continued_sft processes
-    records repeats parts steps kills cold_start_steps seeds methods quick world base""".split()
+    records repeats parts steps kills cold_start_steps seeds methods quick world base start""".split()
 )
 
 
