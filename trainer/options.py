@@ -43,10 +43,10 @@ RANGES = {
     **dict.fromkeys(("num_iterations", "tokens_per_pass", "logging_steps", "cutoff_len"), COUNT),
     **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), "[1, 131072]"),  # Qwen2's longest context
     **dict.fromkeys(("prompts_per_step", "gradient_accumulation_steps", "train_batch_size", "eval_batch_size"), COUNT),
-    **dict.fromkeys(("max_prompt_length", "min_pixels", "max_pixels"), COUNT),
+    "max_prompt_length": COUNT,
     **dict.fromkeys(("save_steps", "save_total_limit", "max_skipped", "max_refills", "eval_every"), ANY_COUNT),
     **dict.fromkeys(("limit", "resamples", "pictures", "cases", "seed", "top_k", "log_completions"), ANY_COUNT),
-    **dict.fromkeys(("lora_rank", "lora_alpha"), ANY_COUNT),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "min_pixels", "max_pixels"), ANY_COUNT),
     "dataloader_num_workers": "[0, 1024]",
     "max_steps": "[-2147483648, 2147483647]",
     "num_train_epochs": "(0, 1e6]",
@@ -81,8 +81,8 @@ class InputOptions:
     schema: str = option("auto", f"Format of the records: auto, {', '.join(SCHEMAS)}.")
     box_unit: str = option("auto", f"Unit of the records' gold boxes: auto (by the file), {', '.join(BOX_UNITS)}.")
     image_root: str = option("", "Folder to which image paths are relative; empty: the data file's folder.")
-    min_pixels: int = option(3136, "Images are enlarged to at least this many pixels.")
-    max_pixels: int = option(401408, "Images are reduced to at most this many pixels.")
+    min_pixels: int = option(0, "Images are enlarged to at least this many pixels; 0: 4 of the model's image tokens.")
+    max_pixels: int = option(0, "Images are reduced to at most this many pixels; 0: 512 of the model's image tokens.")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
     dataloader_num_workers: int = option(2, "Processes that read and prepare images ahead of the step; 0: none.")
 
@@ -243,7 +243,7 @@ def _check_run(o: DataOptions) -> None:
 
 
 def check_pixels(o) -> None:
-    if o.min_pixels > o.max_pixels:
+    if 0 < o.max_pixels < o.min_pixels:
         raise ValueError(
             f"min_pixels is {o.min_pixels} and max_pixels {o.max_pixels}; the first must not be the larger. "
             "Lower --min_pixels, or raise --max_pixels."

@@ -28,7 +28,6 @@ from boxgrpo.trainer.data.example import Example
 from boxgrpo.trainer.data.loader import Loader
 from boxgrpo.trainer.data.processor import Processor
 from boxgrpo.trainer.data.vocabulary import demo_tokenizer
-from boxgrpo.trainer.options import GrpoOptions
 from boxgrpo.trainer.runtime.ranks import run_as_script
 
 WORKERS, PHOTOS, STEPS = 2, 8, 2
@@ -90,7 +89,7 @@ def measure(name: str, prepare: Callable, examples: list[Example], sizes: dict, 
 
 
 def run(sizes: dict) -> dict:
-    limits = {"min_pixels": 784, "max_pixels": GrpoOptions().max_pixels}
+    limits = {"min_pixels": 784}
     prepare = Processor(demo_tokenizer(["Where?"]), Qwen2VLImageProcessorPil(), **limits).prompt
     with tempfile.TemporaryDirectory() as folder:
         examples = make_examples(Path(folder), sizes)

@@ -115,7 +115,7 @@ def test_an_unknown_flag_names_its_neighbour(capsys):
         ({"profile_steps": "10:13", "max_steps": 9}, "the run ends with step 9"),
         ({"memory_snapshot": True}, "there is no GPU"),
         ({"output_dir": ""}, "output_dir is ''; .* Name one with --output_dir"),
-        ({"min_pixels": 500_000}, "min_pixels is 500000 and max_pixels 401408; .* Lower --min_pixels"),
+        ({"min_pixels": 9, "max_pixels": 4}, "min_pixels is 9 and max_pixels 4; .* Lower --min_pixels"),
         ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "learning_rate is 1e-08; .*Raise --learning_rate"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau'"),  # case 12
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0; it must be at least 0. Raise --max_grad_norm"),  # case 2

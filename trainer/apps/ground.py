@@ -43,8 +43,8 @@ class GroundOptions:
     host: str = option("127.0.0.1", "Address to serve on; any but 127.0.0.1 admits other machines.")
     port: int = option(7860, "Port to serve on; 0: any free one.")
     max_completion_length: int = option(EvalOptions.max_completion_length, "Most tokens of an answer.")
-    min_pixels: int = option(EvalOptions.min_pixels, "Images are enlarged to at least this many pixels.")
-    max_pixels: int = option(EvalOptions.max_pixels, "Images are reduced to at most this many pixels.")
+    min_pixels: int = option(0, "Images are enlarged to at least this many pixels; 0: 4 of the model's image tokens.")
+    max_pixels: int = option(0, "Images are reduced to at most this many pixels; 0: 512 of the model's image tokens.")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU, float32 elsewhere.")
 
 

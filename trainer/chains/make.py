@@ -44,6 +44,7 @@ class CotOptions:
 
     choices: ClassVar = CHOICES
     ranges: ClassVar = RANGES | dict.fromkeys(("chains", "max_tokens", "concurrency", "tries", "max_failures"), COUNT)
+    ranges |= {"max_pixels": COUNT}
     ranges |= {"sample": ANY_COUNT, "min_iou": "[0, 1)"} | dict.fromkeys(
         ("temperature", "judge_temperature"), "[0, 100]"
     )

@@ -46,13 +46,23 @@ CHAT_FORMATS = {
 }
 
 
-def resized(size: tuple[int, int], min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
+MIN_TOKENS, MAX_TOKENS = 4, 512  # of an image, where no limit in pixels is given
+
+
+def resized(size: tuple[int, int], min_pixels: int, max_pixels: int, side: int = 28) -> tuple[int, int]:
     """Width and height in pixels at which a model is given an image of this width and height; see `Processor`.
 
-    `factor`: side of a vision token in pixels, two patches.
+    `side`: of an image token, in pixels.
     """
     width, height = enlarged(size)
-    return smart_resize(height, width, factor, min_pixels, max_pixels)[::-1]
+    limits = min_pixels or MIN_TOKENS * side**2, max_pixels or MAX_TOKENS * side**2
+    return smart_resize(height, width, side, *limits)[::-1]
+
+
+def token_side(folder: str | os.PathLike) -> int:
+    """Side of an image token of the checkpoint in the folder, in pixels."""
+    vision = read_config(folder).vision_config
+    return vision.patch_size * vision.spatial_merge_size
 
 
 def _one_frame(p: Qwen2VLImageProcessorPil, image: Image.Image, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -114,8 +124,8 @@ class Processor:
     Args:
         tokenizer: a fast tokenizer with Qwen2-VL's special tokens.
         image_processor: a Qwen2-VL image processor, of all families; its size limits are replaced by those given here.
-        min_pixels, max_pixels: an image is scaled to an area between these, in pixels, sides in multiples of two
-            patches.
+        min_pixels, max_pixels: an image is scaled to an area between these, in pixels, sides in multiples of an image
+            token's; 0: the area of `MIN_TOKENS`, of `MAX_TOKENS`.
         max_prompt_tokens: longest prompt or conversation in tokens, those of images included; None: any length.
         family: model_type of the config, a key of `CHAT_FORMATS`.
 
@@ -128,11 +138,13 @@ class Processor:
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Qwen2VLImageProcessorPil,
         *,
-        min_pixels: int,
-        max_pixels: int,
+        min_pixels: int = 0,
+        max_pixels: int = 0,
         max_prompt_tokens: int | None = None,
         family: str = "qwen2_vl",
     ):
+        area = (image_processor.patch_size * image_processor.merge_size) ** 2
+        min_pixels, max_pixels = min_pixels or MIN_TOKENS * area, max_pixels or MAX_TOKENS * area
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(
                 f"min_pixels is {min_pixels} and max_pixels {max_pixels}; 0 < min_pixels <= max_pixels must hold. "

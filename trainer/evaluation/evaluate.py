@@ -21,7 +21,7 @@ from pathlib import Path
 
 from boxgrpo.model.checkpoint import load_model
 from boxgrpo.trainer.data.example import Example, Fault
-from boxgrpo.trainer.data.processor import Processor
+from boxgrpo.trainer.data.processor import Processor, token_side
 from boxgrpo.trainer.data.readers import read_usable
 from boxgrpo.trainer.options import EvalOptions, resolve_dtype, validate_evaluator
 from boxgrpo.trainer.runtime.checkpoints import fingerprint
@@ -219,7 +219,7 @@ def grade(
     if bench.module:
         answers = bench.module.grade(examples, texts)
         return answers, bench.module.score(examples, answers)
-    limits = options.min_pixels, options.max_pixels
+    limits = options.min_pixels, options.max_pixels, token_side(options.model) if options.model else 28
     answers = grade_texts(examples, texts, answer_format=options.answer_format, limits=limits)
     if without := sum(a["box"] is None for a in answers):
         form = options.answer_format

@@ -23,7 +23,7 @@ def grade_texts(
     texts: Sequence[str],
     *,
     answer_format: str = "auto",
-    limits: tuple[int, int] | None = None,
+    limits: tuple[int, ...] | None = None,
 ) -> list[dict]:
     """Read the box of each answer, one text an example, and compare it with gold.
 
@@ -35,7 +35,7 @@ def grade_texts(
             opened, "resized_pixels" of that image as it is given to a model (these three `[x1, y1, x2, y2]` or pairs);
             "tagged", `<box>x1 y1 x2 y2</box>` in 0-1000; or "auto": the example's own. From "list" on, JSON objects
             that name a box are read too, and numbers may be any of JSON's: see `first_box`.
-        limits: min_pixels and max_pixels of the images given to the model, which "resized_pixels" needs.
+        limits: min_pixels, max_pixels and `token_side` of the images given to the model, which "resized_pixels" needs.
 
     Returns:
         A dictionary for each text: source, id, task, question, answer, box (0-1000) or None, gold, iou (0-1, fp64),
@@ -77,7 +77,7 @@ _OTHER_FORMATS = {
 }
 
 
-def _size(example: Example, limits: tuple[int, int] | None, answer_format: str) -> tuple[int, int]:
+def _size(example: Example, limits: tuple[int, ...] | None, answer_format: str) -> tuple[int, int]:
     """Width and height of the target image in pixels."""
     try:
         size = image_size(example.images[example.target_image])

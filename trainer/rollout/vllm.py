@@ -61,7 +61,7 @@ class VllmRollout:
                 o.max_prompt_length + o.max_completion_length, policy.config.text_config.max_position_embeddings
             ),
             limit_mm_per_prompt={"image": max_images, "video": 0},
-            mm_processor_kwargs={"size": {"shortest_edge": o.min_pixels, "longest_edge": o.max_pixels}},
+            mm_processor_kwargs={"size": dict(processor.image_processor.size)},
             mm_processor_cache_gb=0,  # an image is used once per epoch
             # Raw logps ignore temperature and forbidden ids: at temperature 1 they are the trainer's. Processed ones
             # are at the temperature but leave out the forbidden ids, whose probability a trained policy keeps near 0.

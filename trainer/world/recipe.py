@@ -89,7 +89,7 @@ def make_initial_checkpoint(options: DemoOptions, texts: list[str] | None = None
     tokenizer = demo_tokenizer([*texts, *template], phrases=[*template, *list_phrases(texts)])
     config = tiny_config(len(tokenizer), {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}, **size)
     save_model(Qwen2VL(config).init_weights(torch.Generator().manual_seed(options.seed)), folder)
-    Processor(tokenizer, Qwen2VLImageProcessorPil(), min_pixels=3136, max_pixels=401408).save_pretrained(folder)
+    Processor(tokenizer, Qwen2VLImageProcessorPil()).save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from boxgrpo.bench.reward_bench.vocabularies import qwen2_tokenizer
 from boxgrpo.trainer.data.example import Example, Refused
 from boxgrpo.trainer.data.images import load_image
-from boxgrpo.trainer.data.processor import Processor, resized
+from boxgrpo.trainer.data.processor import Processor, resized, token_side
 from boxgrpo.trainer.data.vocabulary import chat_template, demo_tokenizer
 from boxgrpo.trainer.world.tiny import tiny_config
 from families import family_config
@@ -132,7 +132,7 @@ def test_patches_of_16_pixels_are_the_image_processors_to_the_bit(qwen3, tmp_pat
     prompt = qwen3.prompt(example(tuple(paths)))
     images = qwen3.images_of(prompt)
     assert images[0].tobytes() == Image.open(paths[0]).tobytes()
-    assert [image.size for image in images] == [resized(Image.open(path).size, factor=32, **LIMITS) for path in paths]
+    assert [image.size for image in images] == [resized(Image.open(path).size, side=32, **LIMITS) for path in paths]
     expected = qwen3.image_processor(images=[load_image(path) for path in paths], return_tensors="pt")
     assert torch.equal(expected["image_grid_thw"], prompt.image_grid_thw)
     assert torch.equal(expected["pixel_values"], prompt.pixel_values)
@@ -291,6 +291,7 @@ def test_a_saved_qwen3_vl_is_loaded_as_one(qwen3, images, tmp_path):
     qwen3.save_pretrained(tmp_path)
     family_config("qwen3_vl").save_pretrained(tmp_path)
     before, after = (p.prompt(example(images)) for p in (qwen3, Processor.from_pretrained(tmp_path, **LIMITS)))
+    assert token_side(tmp_path) == 32
     assert torch.equal(before.input_ids, after.input_ids) and torch.equal(before.pixel_values, after.pixel_values)
 
 
@@ -320,6 +321,17 @@ def test_what_does_not_fit_the_family_is_refused_by_name(demo, tmp_path, kind, m
     family_config(kind).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
         Processor.from_pretrained(tmp_path, **LIMITS)
+
+
+@pytest.mark.parametrize(("values", "family", "side"), [({}, "qwen2_vl", 28), (QWEN3, "qwen3_vl", 32)])
+def test_without_limits_an_image_has_4_to_512_tokens(demo, tmp_path, values, family, side):
+    p = Processor(demo.tokenizer, Qwen2VLImageProcessorPil(**values), family=family)
+    for size, tokens in (((side, side), 4), ((32 * side, 20 * side), 28 * 17)):
+        Image.new("RGB", size).save(tmp_path / "image.png")
+        prompt = p.prompt(example((str(tmp_path / "image.png"),)))
+        assert (prompt.input_ids == p.image_token_id).sum() == tokens
+        ((_, height, width),) = (prompt.image_grid_thw * side // 2).tolist()
+        assert resized(size, 0, 0, side) == (width, height)
 
 
 def test_pixel_limits_and_tokens_are_checked(demo):
