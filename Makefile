@@ -15,7 +15,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 
-# A tiny model that answers plain questions about drawn scenes, 40 minutes on two cores; BASE passes flags on.
+# A tiny model that answers plain questions about drawn scenes, an hour on two cores; BASE passes flags on.
 base: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 trainer/base.py $(BASE)
 

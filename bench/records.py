@@ -22,7 +22,7 @@ from .machine import RESULTS, folder, machine
 PARTS = ("kernels", "guard", "rewards", "loader", "step", "profile")  # that a file may hold
 COMMON = ("machine", "load_before", "ceilings")  # of all parts that have none of their own
 # Commands that keep a file of their own.
-STUDIES = ("demo", "unhealthy_runs", "data", "box_units", "soak", "soak_zero2", "fuzz", "ablation")
+STUDIES = ("demo", "data", "box_units", "soak", "soak_zero2", "fuzz", "ablation")
 DATED = re.compile(r"\d{4}-\d\d-\d\d\.json")
 
 

@@ -42,24 +42,24 @@ LAYERS = (
 BUDGET = {
     "csrc": 862,
     "kernels": 5139,
-    "model": 1857,
-    "trainer": 12_275,
-    "bench": 5567,
-    "tests": 20_178,
+    "model": 2221,
+    "trainer": 12_494,
+    "bench": 5755,
+    "tests": 20_899,
     "trainer/apps": 1208,
-    "trainer/chains": 823,
-    "trainer/data": 2331,
+    "trainer/chains": 824,
+    "trainer/data": 2407,
     "trainer/engine": 645,
     "trainer/evaluation": 2026,
     "trainer/profiling": 355,
-    "trainer/recipes": 165,
+    "trainer/recipes": 167,
     "trainer/rewards": 67,
-    "trainer/rollout": 552,
-    "trainer/runtime": 1135,
+    "trainer/rollout": 554,
+    "trainer/runtime": 1136,
     "trainer/step": 355,
-    "trainer/world": 887,
+    "trainer/world": 1006,
 }
-PRODUCT = 25_700  # lines of the first five
+PRODUCT = 26_500  # lines of the first five
 COUNTED = {".py", ".cpp", ".h", ".cu", ".js", ".css", ".html", ".yaml", ".sh"}
 FILE_LINES, FUNCTION_LINES = 350, 60
 # Packages that `boxgrpo.kernels` must not load.

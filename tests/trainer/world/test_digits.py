@@ -138,7 +138,7 @@ def test_a_world_on_disk_is_of_digits_and_no_other(tmp_path):
     for split in ("train", "held_out"):
         for k, record in enumerate(json.loads((folder / f"{split}.json").read_text())):
             seed = 1_000_000 * (1 + (split == "held_out")) + k
-            scene = draw_split_scene(split, DEMO_TASKS[k % 4], seed, level=0, size=56, world="digits")
+            scene = draw_split_scene(split, DEMO_TASKS[k % len(DEMO_TASKS)], seed, level=0, size=56, world="digits")
             assert (record["question"], record["answer"]) == (scene.question, list(scene.gold))
     with pytest.raises(ValueError, match="'world': 'digits'.*not this world"):
         write_world(folder, levels=[0], size=56, **SMALL)
