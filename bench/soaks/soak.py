@@ -64,7 +64,7 @@ class SoakOptions:
 
 
 def demo_of(o: SoakOptions) -> recipe.DemoOptions:
-    scenes = {"cold_start": o.train, "train": o.train, "held_out": 8}
+    scenes = {"levels": "0", "cold_start": o.train, "train": o.train, "held_out": 8}
     return recipe.DemoOptions(output_dir=o.output_dir, seed=o.seed, from_nothing=True, **scenes, processes=RANKS)
 
 

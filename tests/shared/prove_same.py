@@ -47,7 +47,7 @@ def train(out: Path, name: str, script: str, values: dict, *, ranks: int = 2, ki
 
 def run(out: Path) -> None:
     out.mkdir(parents=True)
-    options = recipe.DemoOptions(output_dir=str(out), from_nothing=True, cold_start=320, train=400, held_out=16)
+    options = recipe.DemoOptions(str(out), from_nothing=True, levels="0", cold_start=320, train=400, held_out=16)
     recipe.draw_world(options)
     recipe.make_initial_checkpoint(options)
     sft = SFT | {"model": out / "initial", "data": "world/cold_start.json"}

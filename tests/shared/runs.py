@@ -20,7 +20,7 @@ UNTIMED = ("timing_s/", "perf/", "step_time")  # what no two runs have in common
 
 def make_world(root: Path) -> Path:
     """A small drawn world, an initial model for it, and `sft/`: enough of a cold start to write boxes now and then."""
-    options = recipe.DemoOptions(output_dir=str(root), from_nothing=True, cold_start=32, train=48, held_out=8)
+    options = recipe.DemoOptions(str(root), from_nothing=True, levels="0", cold_start=32, train=48, held_out=8)
     recipe.draw_world(options)
     recipe.make_initial_checkpoint(options)
     sft.train(sft_options(root, "sft", max_steps=40, train_batch_size=16, learning_rate=3e-3), Ranks())

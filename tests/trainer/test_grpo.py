@@ -144,7 +144,7 @@ def test_vllm_with_the_policys_weights_repeats_the_local_run(world, monkeypatch)
     assert any(abs(m["loss"]) > 1e-3 for m in local) and len(engines[0].loaded) == len(local) == 2
     for a, b in zip(local, theirs, strict=True):
         assert a["reward"] == b["reward"] and a["completions/mean_length"] == b["completions/mean_length"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert b["sampling/sampling_logp_difference/max"] < 1e-4
         for part in ("min", "mean", "max"):
